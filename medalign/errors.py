@@ -1,0 +1,21 @@
+"""The errors that users meet. Each message names the file or key, the value found, and the remedy."""
+
+
+class MedAlignError(Exception):
+    """Base of every error that medalign raises for a user's input; the command prints it without a traceback."""
+
+
+class ConfigError(MedAlignError):
+    """A setting is unknown, ill-typed, or contradicts another one."""
+
+
+class DataError(MedAlignError):
+    """A shard, an index or a sample cannot be used."""
+
+
+class CheckpointError(MedAlignError):
+    """A checkpoint or an export cannot be written or read."""
+
+
+class KernelError(MedAlignError):
+    """A requested kernel implementation cannot run on these inputs or on this machine."""

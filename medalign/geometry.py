@@ -1,0 +1,140 @@
+"""All arithmetic between pixels, the square canvas, patch grids and token positions.
+
+Student and teacher must see the same pixels at patch i. Both therefore look at one square canvas: the image,
+centred, padded to a square. Every view is a plain resize of that canvas, so a patch grid of any fineness covers
+the same ground, and going from one grid to another is a bilinear resampling.
+
+Shape suffixes: I images, M teacher patches, N student image tokens, B samples, L tokens, D channels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from medalign.errors import ConfigError
+
+Box = Sequence[float]  # x0, y0, x1, y1 in pixels of the stored image
+
+
+@dataclass(frozen=True)
+class PatchGrid:
+    """A grid of patches over the canvas, row-major: patch i lies at row i // columns, column i % columns."""
+
+    rows: int
+    columns: int
+
+    @classmethod
+    def of_patches(cls, count: int, owner: str) -> PatchGrid:
+        """The square grid of `count` patches. Raises ConfigError, naming `owner`, if `count` is not a square."""
+        side = math.isqrt(count)
+        if side * side != count:
+            raise ConfigError(
+                f"{owner} gives {count} image patches, which is not a square grid; "
+                "medalign needs one token per patch of a square image (no pooling, no extra tokens)"
+            )
+        return cls(side, side)
+
+    @property
+    def size(self) -> int:
+        return self.rows * self.columns
+
+
+@dataclass(frozen=True)
+class CanvasFrame:
+    """Where an image of width x height pixels lies on its square canvas of `side` pixels."""
+
+    width: int
+    height: int
+
+    @property
+    def side(self) -> int:
+        return max(self.width, self.height)
+
+    @property
+    def left(self) -> int:
+        return (self.side - self.width) // 2
+
+    @property
+    def top(self) -> int:
+        return (self.side - self.height) // 2
+
+    def to_unit(self, box: Box) -> tuple[float, float, float, float]:
+        """A box in image pixels as fractions of the canvas, each in [0, 1]."""
+        x0, y0, x1, y1 = box
+        return (
+            (x0 + self.left) / self.side,
+            (y0 + self.top) / self.side,
+            (x1 + self.left) / self.side,
+            (y1 + self.top) / self.side,
+        )
+
+    @property
+    def picture(self) -> tuple[float, float, float, float]:
+        """The image itself, without the padding, as fractions of the canvas."""
+        return self.to_unit((0, 0, self.width, self.height))
+
+
+def square_canvas(image: Image.Image, fill: tuple[int, int, int] = (0, 0, 0)) -> Image.Image:
+    """The image as RGB, centred on a square of its longer side, padded with `fill`."""
+    image = image.convert("RGB")
+    frame = CanvasFrame(*image.size)
+    if frame.width == frame.height:
+        return image
+    canvas = Image.new("RGB", (frame.side, frame.side), fill)
+    canvas.paste(image, (frame.left, frame.top))
+    return canvas
+
+
+def view(canvas: Image.Image, size: int, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
+    """The canvas as a tower wants it: resized to size x size, normalised; float32 [3, size, size]."""
+    resized = canvas if canvas.size == (size, size) else canvas.resize((size, size), Image.Resampling.BICUBIC)
+    pixels = torch.from_numpy(np.array(resized, dtype=np.float32)).permute(2, 0, 1) / 255
+    return (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+
+
+def resample_features(features_IMD: torch.Tensor, source: PatchGrid, target: PatchGrid) -> torch.Tensor:
+    """Patch features [I, M, D] on `source` to [I, N, D] on `target`, bilinear, `align_corners=False`."""
+    if source == target:
+        return features_IMD
+    grid_IDhw = features_IMD.transpose(1, 2).unflatten(2, (source.rows, source.columns))
+    size = (target.rows, target.columns)
+    return F.interpolate(grid_IDhw, size=size, mode="bilinear", align_corners=False).flatten(2).transpose(1, 2)
+
+
+def resample_map(map_IM: torch.Tensor, source: PatchGrid, target: PatchGrid) -> torch.Tensor:
+    """A value for each patch [I, M] on `source` to [I, N] on `target`."""
+    return resample_features(map_IM[..., None], source, target)[..., 0]
+
+
+def coverage(unit_boxes: Sequence[tuple[float, float, float, float]], grid: PatchGrid, fineness: int = 8) -> np.ndarray:
+    """The share of each patch that the union of the boxes covers, [N] in [0, 1].
+
+    Boxes are fractions of the canvas. The union is exact to 1 / fineness of a patch's side.
+    """
+    rows, columns = grid.rows * fineness, grid.columns * fineness
+    y = (np.arange(rows) + 0.5) / rows
+    x = (np.arange(columns) + 0.5) / columns
+    inside = np.zeros((rows, columns), dtype=bool)
+    for x0, y0, x1, y1 in unit_boxes:
+        inside |= ((y >= y0) & (y < y1))[:, None] & ((x >= x0) & (x < x1))[None, :]
+    blocks = inside.reshape(grid.rows, fineness, grid.columns, fineness)
+    return blocks.mean(axis=(1, 3), dtype=np.float64).reshape(-1)
+
+
+def gather_images(values: torch.Tensor, image_index_BL: torch.Tensor, images: int, tokens: int) -> torch.Tensor:
+    """Values at image tokens, [B, L, ...] to [I, N, ...], in the order of the images in the batch.
+
+    `image_index_BL` holds, at each image token, the number of its image in the batch, and -1 elsewhere. The
+    images appear in it in ascending order and each has exactly `tokens` tokens (the loader guarantees both).
+    """
+    chosen = values[image_index_BL >= 0]
+    if chosen.shape[0] != images * tokens:
+        raise ValueError(f"{chosen.shape[0]} image tokens in the batch, expected {images} images of {tokens}")
+    return chosen.unflatten(0, (images, tokens))

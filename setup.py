@@ -1,0 +1,44 @@
+"""Dependencies as ranges; `tools/constraints.txt` pins the versions that were tested."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="medalign",
+    version="0.1.0",
+    description="Distil a medical CLIP's sight into a medical vision-language model, at scale",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=[*find_packages(include=["medalign", "medalign.*"]), "medalign.ds_configs"],
+    package_dir={"medalign.ds_configs": "ds_configs"},
+    package_data={
+        "medalign": ["recipes/*.yaml", "assets/*/*"],
+        "medalign.ds_configs": ["*.json"],
+    },
+    install_requires=[
+        "torch>=2.6",
+        "torchvision>=0.21",
+        "deepspeed>=0.19.8",
+        "transformers>=5.20,<6",
+        "peft>=0.21",
+        "open_clip_torch>=3.3",
+        "wandb>=0.25",
+        "webdataset>=1.0",
+        "safetensors>=0.5",
+        "jsonargparse[signatures]>=4.40",
+        "pyyaml>=6",
+        "numpy>=1.26",
+        "pillow>=11",
+        "tqdm>=4.66",
+        "matplotlib>=3.9",
+        "jinja2>=3.1",
+        "sacrebleu>=2.5",
+        "rouge-score>=0.1.2",
+        "ninja>=1.11",
+        "psutil>=6",
+    ],
+    extras_require={
+        "cuda": ["flash-attn>=2.7"],
+        "dev": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.9", "mypy>=1.14", "types-PyYAML"],
+    },
+    entry_points={"console_scripts": ["medalign=medalign.__main__:main"]},
+)

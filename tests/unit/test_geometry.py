@@ -1,0 +1,44 @@
+"""The canvas, the grids and the way between them."""
+
+import numpy as np
+import torch
+from PIL import Image
+
+from medalign.geometry import CanvasFrame, PatchGrid, coverage, gather_images, resample_map, square_canvas, view
+
+
+def test_canvas_centres_the_image_and_keeps_its_pixels():
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (10, 6), dtype=np.uint8))
+    canvas = np.array(square_canvas(image))
+    assert canvas.shape == (10, 10, 3)
+    assert (canvas[:, 2:8, 0] == np.array(image)).all()
+    assert canvas[:, :2].max() == 0 and canvas[:, 8:].max() == 0
+
+
+def test_unit_boxes_follow_the_padding():
+    frame = CanvasFrame(width=50, height=100)
+    assert frame.to_unit((0, 0, 50, 100)) == (0.25, 0.0, 0.75, 1.0) == frame.picture
+
+
+def test_coverage_counts_overlapping_boxes_once():
+    share = coverage([(0, 0, 0.5, 0.5), (0, 0, 0.5, 0.5)], PatchGrid(2, 2))
+    assert share.tolist() == [1, 0, 0, 0]
+    assert coverage([(0, 0, 0.25, 0.5)], PatchGrid(2, 2)).tolist() == [0.5, 0, 0, 0]
+
+
+def test_resampling_keeps_a_constant_and_a_ramp():
+    ramp = torch.arange(4.0).repeat(4, 1).reshape(1, 16)
+    fine = resample_map(ramp, PatchGrid(4, 4), PatchGrid(8, 8)).reshape(8, 8)
+    assert torch.allclose(fine[0], fine[7])
+    assert torch.allclose(fine[0, 1:7], torch.arange(0.25, 3.0, 0.5))
+
+
+def test_view_normalises():
+    pixels = view(Image.new("RGB", (9, 9), (255, 255, 255)), 4, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+    assert pixels.shape == (3, 4, 4) and torch.allclose(pixels, torch.full_like(pixels, 2.0))
+
+
+def test_gather_images_orders_tokens_by_image():
+    index = torch.tensor([[-1, 0, 0, 1, 1], [2, 2, -1, -1, -1]])
+    values = torch.arange(10.0).reshape(2, 5)
+    assert gather_images(values, index, 3, 2).tolist() == [[1, 2], [3, 4], [5, 6]]
