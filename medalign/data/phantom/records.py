@@ -1,0 +1,84 @@
+"""Phantom studies as shard records: one for the report and one for each question."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from medalign.data.phantom.contracts import Box, Study
+from medalign.data.phantom.studies import stream, study
+
+if TYPE_CHECKING:
+    from medalign.data.shards import PackReport, Record
+
+REQUESTS = (
+    "Write a report of this chest radiograph.",
+    "Describe the findings.",
+    "What does this chest film show?",
+    "Give a radiology report.",
+)
+
+
+def records(count: int, seed: int, split: str) -> Iterator[Record]:
+    """The records of the first `count` studies of a split, study by study."""
+    for index in range(count):
+        yield from _study_records(
+            study(stream(seed, split), index), f"phantom-{split}-{seed}-{index:06d}", index, split
+        )
+
+
+def write(output: Path, train: int, val: int, seed: int) -> dict[str, PackReport]:
+    """Shards of `train` and of `val` studies in `output`/train and `output`/val; the packing report of each."""
+    from medalign.data.shards import write_shards
+
+    counts = {"train": train, "val": val}
+    return {split: write_shards(records(count, seed, split), output / split) for split, count in counts.items()}
+
+
+def _study_records(item: Study, case: str, index: int, split: str) -> Iterator[Record]:
+    from medalign.data.shards import Record
+
+    image = _png(item.image)
+    shared = {
+        "report": item.report,
+        "split": split,
+        "case": case,
+        "findings": [
+            {"kind": found.kind, "side": found.side, "zone": found.zone, "size": found.size, "box": list(found.box)}
+            for found in item.findings
+        ],
+    }
+    request = REQUESTS[index % len(REQUESTS)]
+    every_box = tuple(found.box for found in item.findings)
+    entries = [("report", "report", request, item.report, "", every_box)]
+    for number, asked in enumerate(item.questions):
+        entries.append((f"q{number}", "vqa", asked.question, asked.answer, asked.answer_type, asked.boxes))
+    for suffix, task, question, answer, answer_type, boxes in entries:
+        key = f"{case}-{suffix}"
+        fields: dict[str, Any] = {
+            "id": key,
+            "task": task,
+            "question": question,
+            "answer": answer,
+            "answer_type": answer_type,
+            "boxes": [list(box) for box in boxes],
+            **shared,
+        }
+        yield Record(key=key, image=image, image_format="png", fields=fields, mask=_mask(item, boxes))
+
+
+def _mask(item: Study, boxes: Sequence[Box]) -> bytes | None:
+    """The union of the masks of the findings that `boxes` belong to, as a one-bit PNG."""
+    masks = [found.mask for found in item.findings if found.box in boxes]
+    return _png(Image.fromarray(np.logical_or.reduce(masks))) if masks else None
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
