@@ -1,0 +1,59 @@
+"""How far the student's token-to-token similarity lies from the teacher's (the paper's L_vis)."""
+
+from __future__ import annotations
+
+import torch
+
+from medalign.kernels import dispatch
+from medalign.kernels.token_similarity import chunked, reference
+from medalign.kernels.validation import require_device, require_features, require_mask, require_shape
+
+_KNOWN = {"reference": reference.token_similarity, "chunked": chunked.token_similarity}
+
+
+def token_similarity(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    weight: torch.Tensor | None = None,
+    *,
+    impl: str = "auto",
+) -> torch.Tensor:
+    """For each sample, the mean over valid pairs (i, j) of `w_i w_j (cos(s_i, s_j) - cos(t_i, t_j))^2`.
+
+    Args:
+        student: `[B, N, d]`, any float dtype. The only argument that receives a gradient.
+        teacher: `[B, N, b]`, any float dtype; a constant.
+        mask: `[B, N]` bool, True at valid tokens; all are valid without it.
+        weight: `[B, N]` float, w; a constant; 1 without it. The mean is over the number of pairs, not over w.
+        impl: "auto", or an implementation by name.
+
+    Returns:
+        `[B]` float32 (float64 if student or teacher is). A sample without a valid token gives 0, with gradient 0.
+        A token of norm 0 has cosine 0 with every token and receives no gradient.
+
+    Raises:
+        ValueError: arguments that do not fit each other.
+        KernelError: an `impl` that does not exist.
+    """
+    _validate(student, teacher, mask, weight)
+    implementation = dispatch.choose("token_similarity", impl, student.device, _KNOWN)
+    constants = (None if each is None else each.detach() for each in (teacher, mask, weight))
+    return dispatch.run(implementation, student, *constants)
+
+
+def _validate(
+    student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor | None, weight: torch.Tensor | None
+) -> None:
+    operation = "token_similarity"
+    require_features(operation, "student", student, "BNd")
+    require_features(operation, "teacher", teacher, "BNb")
+    tokens = student.shape[:2]
+    require_shape(operation, "teacher", teacher, (*tokens, teacher.shape[2]), f"student {tuple(student.shape)}")
+    require_device(operation, "teacher", teacher, student)
+    if mask is not None:
+        require_mask(operation, "mask", mask, tokens, student)
+    if weight is not None:
+        require_features(operation, "weight", weight, "BN")
+        require_shape(operation, "weight", weight, tokens, f"student {tuple(student.shape)}")
+        require_device(operation, "weight", weight, student)

@@ -1,0 +1,92 @@
+"""Attention distillation: how far the student's question looks from where the teacher does (the paper's L_att).
+
+I or B images, N image tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from medalign.contracts import LossTerm
+
+NORMALISATIONS = ("sum", "softmax", "official")
+SMALLEST = 1e-12  # a map of less mass says nothing; a share below it is taken for it inside the logarithm
+
+
+def attention_kl(
+    student_map: torch.Tensor,
+    teacher_map: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    *,
+    normalise: str = "sum",
+) -> torch.Tensor:
+    """`KL(t || p)` of the normalised maps t (teacher) and p (student), for each image.
+
+    Args:
+        student_map: `[B, N]`, not negative; receives the gradient.
+        teacher_map: `[B, N]`, not negative; a constant.
+        mask: `[B, N]` bool; positions where it is False take no part, not even in the normalisation.
+        normalise: "sum": divided by the sum. "softmax": softmax of the N values. "official": divided by the L2
+            norm, and the sum over N divided by N, as the released code does; that one may be negative.
+
+    Returns:
+        `[B]` float32 (float64 if both maps are). 0, with gradient 0, where either map has a mass of `SMALLEST`
+        (1e-12) or less: a question without rows, an image without valid patches.
+        Shares of p below `SMALLEST` count as `SMALLEST`, and receive no gradient through the logarithm.
+
+    Raises:
+        ValueError: shapes, mask or `normalise` that do not fit.
+    """
+    _validate(student_map, teacher_map, mask, normalise)
+    both_double = student_map.dtype == teacher_map.dtype == torch.float64
+    dtype = torch.float64 if both_double else torch.float32
+    student_BN, teacher_BN = student_map.to(dtype), teacher_map.detach().to(dtype)
+    valid_BN = torch.ones_like(student_BN, dtype=torch.bool) if mask is None else mask
+    student_BN, teacher_BN = student_BN.masked_fill(~valid_BN, 0), teacher_BN.masked_fill(~valid_BN, 0)
+    known_B = (student_BN.detach().sum(1) > SMALLEST) & (teacher_BN.sum(1) > SMALLEST)
+    # Maps without mass go through the arithmetic as uniform ones, so that no gradient on the way is NaN.
+    student_BN = torch.where(known_B[:, None], student_BN, valid_BN.to(dtype))
+    teacher_BN = torch.where(known_B[:, None], teacher_BN, valid_BN.to(dtype))
+    share_BN, log_share_BN = _normalised(teacher_BN, valid_BN, normalise)
+    _, log_student_BN = _normalised(student_BN, valid_BN, normalise)
+    terms_BN = (share_BN * (log_share_BN - log_student_BN)).masked_fill(~valid_BN, 0)
+    divergence_B = terms_BN.sum(1)
+    if normalise == "official":
+        divergence_B = divergence_B / valid_BN.sum(1).clamp_min(1)
+    return divergence_B.masked_fill(~known_B, 0)
+
+
+def _normalised(map_BN: torch.Tensor, valid_BN: torch.Tensor, normalise: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The normalised map and its logarithm, both finite everywhere."""
+    if normalise == "softmax":
+        log_BN = map_BN.masked_fill(~valid_BN, torch.finfo(map_BN.dtype).min).log_softmax(1)
+        return log_BN.exp(), log_BN
+    size_B1 = map_BN.sum(1, keepdim=True) if normalise == "sum" else torch.linalg.vector_norm(map_BN, dim=1)[:, None]
+    share_BN = map_BN / size_B1.clamp_min(SMALLEST)
+    return share_BN, share_BN.clamp_min(SMALLEST).log()
+
+
+def _validate(student_map: torch.Tensor, teacher_map: torch.Tensor, mask: torch.Tensor | None, normalise: str) -> None:
+    if normalise not in NORMALISATIONS:
+        raise ValueError(f'attention_kl: normalise="{normalise}" is none of {", ".join(NORMALISATIONS)}')
+    if student_map.ndim != 2 or student_map.shape != teacher_map.shape:
+        raise ValueError(
+            f"attention_kl: student_map {tuple(student_map.shape)} and teacher_map {tuple(teacher_map.shape)} "
+            "must both be [B, N]"
+        )
+    if mask is not None and (mask.dtype != torch.bool or mask.shape != student_map.shape):
+        raise ValueError(
+            f"attention_kl: mask must be bool {tuple(student_map.shape)}, got {mask.dtype} {tuple(mask.shape)}"
+        )
+
+
+def attention_term(
+    student_IN: torch.Tensor,
+    teacher_IN: torch.Tensor,
+    weight_I: torch.Tensor,
+    mask_IN: torch.Tensor | None,
+    normalise: str,
+) -> LossTerm:
+    """The divergence summed over images, each with its weight (0: no real image, or no question about it)."""
+    divergence_I = attention_kl(student_IN, teacher_IN, mask_IN, normalise=normalise)
+    return LossTerm(sum=(divergence_I * weight_I).sum(), count=weight_I.sum())
