@@ -1,0 +1,228 @@
+"""What is packed is what is read; what breaks the schema is refused by name; damage is found and named."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+from PIL import Image
+from tiny_data import picture, record
+
+from medalign.data.samples import REPORT_PROMPT, BadSample
+from medalign.data.shards import Record, Refused, ShardIndex, build_index, write_shards
+from medalign.errors import ConfigError, DataError
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    mask = picture(99)
+    report = Record("r1", picture(5, 30, 50, "jpg"), "jpg", {"task": "report", "report": " Clear lungs. ", "case": "7"})
+    with_mask = Record("m1", picture(1), "png", {**record(1).fields, "answer_type": "open"}, mask)
+    result = write_shards([record(0), report, with_mask], tmp_path / "out", samples_per_shard=2)
+    assert (result.written, result.shards, result.refused) == (3, 2, ())
+
+    index = ShardIndex.open(tmp_path / "out")
+    assert index.keys == ["s000", "r1", "m1"]
+    first, second, third = (index.read(i) for i in range(len(index)))
+    assert (first.question, first.answer, first.answer_type) == ("is there a nodule in zone 0 ?", "no", "closed")
+    assert first.boxes == ((1.0, 2.0, 9.5, 12.0),)
+    assert first.metadata == {"id": "s000", "split": "train", "case": "c0"}
+    assert first.shard == "out/shard-000000.tar"
+    assert third.shard == "out/shard-000001.tar"
+    assert np.array_equal(np.asarray(first.images[0]), np.asarray(Image.open(_bytes(picture(0)))))
+    assert (second.question, second.answer, second.task) == (REPORT_PROMPT, "Clear lungs.", "report")
+    assert second.images[0].size == (30, 50) == index.size(1)
+    assert index.read_mask(0) is None
+    read_mask = index.read_mask(2)
+    assert read_mask is not None
+    assert np.array_equal(np.asarray(read_mask), np.asarray(Image.open(_bytes(mask))))
+    assert (index.find("m1"), index.task(1), index.answer_type(2)) == (2, "report", "open")
+    with pytest.raises(DataError, match="'nothing'"):
+        index.find("nothing")
+
+
+def test_webdataset_reads_the_shards(shards: Path) -> None:
+    urls = sorted(str(p) for p in shards.glob("*.tar"))
+    samples = list(webdataset.WebDataset(urls, shardshuffle=False))
+    assert [s["__key__"] for s in samples] == ShardIndex.open(shards).keys
+    assert json.loads(samples[1]["json"])["answer"] == "yes"
+    assert samples[1]["png"] == picture(1)
+
+
+def test_bytes_depend_on_the_records_alone(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_shards((record(i) for i in range(5)), tmp_path / name, samples_per_shard=2)
+    names = sorted(p.name for p in (tmp_path / "a").iterdir())
+    assert names == ["index.jsonl", "shard-000000.tar", "shard-000001.tar", "shard-000002.tar"]
+    assert all((tmp_path / "a" / n).read_bytes() == (tmp_path / "b" / n).read_bytes() for n in names)
+
+
+BAD = {
+    "image cannot be decoded": Record("x", picture(1, kind="jpg")[:-400], "jpg", record(1).fields),
+    "image cannot be decoded ": Record("x", b"no picture", "jpg", record(1).fields),
+    "named jpg but holds png": Record("x", picture(1), "jpg", record(1).fields),
+    "answer is empty": record(1, answer=""),
+    "answer is '  '": record(1, answer="  "),
+    "question is empty": record(1, question=""),
+    "report is empty": record(1, task="report", report=""),
+    "task is 'segment'": record(1, task="segment"),
+    "answer_type is 'maybe'": record(1, answer_type="maybe"),
+    "is empty; x0 < x1": record(1, boxes=[[5, 5, 5, 9]]),
+    "outside the image of 40 x 24": record(1, boxes=[[5, 5, 50, 9]]),
+    "not four numbers": record(1, boxes=[[5, 5, 9]]),
+    "not four numbers ": record(1, boxes=[[5, 5, 9, float("nan")]]),
+    "key 'a.b'": Record("a.b", picture(1), "png", record(1).fields),
+    "key 'a/b'": Record("a/b", picture(1), "png", record(1).fields),
+    "occurs a second time": record(0),
+    "mask differs in size": Record("x", picture(1), "png", record(1).fields, picture(1, 5, 5)),
+    "cannot be written as JSON": record(1, extra={1, 2}),
+}
+
+
+@pytest.mark.parametrize("reason", BAD)
+def test_refused_by_name(tmp_path: Path, reason: str) -> None:
+    bad = BAD[reason]
+    result = write_shards([record(0), bad, record(2)], tmp_path / "out")
+    assert result.written == 2
+    (line,) = result.refused
+    assert line.startswith(f"{bad.key}: ")
+    assert reason.strip() in line
+    assert ShardIndex.open(tmp_path / "out").keys == ["s000", "s002"]
+
+
+def test_refused_of_a_source_are_listed_too(tmp_path: Path) -> None:
+    result = write_shards([Refused("line 3", "not JSON"), record(0)], tmp_path / "out")
+    assert result.refused == ("line 3: not JSON",)
+
+
+def test_nothing_is_left_after_an_error(tmp_path: Path) -> None:
+    def broken():
+        yield record(0)
+        raise RuntimeError("source failed")
+
+    with pytest.raises(RuntimeError):
+        write_shards(broken(), tmp_path / "out")
+    with pytest.raises(DataError, match=r"no valid sample .*answer is empty"):
+        write_shards([record(0, answer="")], tmp_path / "out")
+    with pytest.raises(ConfigError, match="samples_per_shard is 0"):
+        write_shards([record(0)], tmp_path / "out", samples_per_shard=0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_old_shard_folder_is_replaced_and_any_other_left_alone(tmp_path: Path) -> None:
+    write_shards([record(i) for i in range(4)], tmp_path / "out", samples_per_shard=1)
+    with pytest.raises(DataError):
+        write_shards([], tmp_path / "out")
+    assert len(ShardIndex.open(tmp_path / "out")) == 4  # the failed attempt kept the old shards
+    write_shards([record(9)], tmp_path / "out")
+    assert ShardIndex.open(tmp_path / "out").keys == ["s009"]
+    (tmp_path / "out" / "thesis.txt").write_text("precious")
+    with pytest.raises(DataError, match=r"thesis\.txt"):
+        write_shards([record(9)], tmp_path / "out")
+    assert (tmp_path / "out" / "thesis.txt").read_text() == "precious"
+
+
+def test_progress_counts(tmp_path: Path) -> None:
+    seen: list[int] = []
+    write_shards([record(i) for i in range(3)], tmp_path / "out", progress=seen.append)
+    assert seen == [1, 2, 3]
+
+
+def test_several_folders_and_pickle(tmp_path: Path, shards: Path) -> None:
+    write_shards([record(100)], tmp_path / "more")
+    index = ShardIndex.open([shards, str(tmp_path / "more")])
+    assert len(index) == 24
+    assert index.read(23).shard == "more/shard-000000.tar"
+    copy = pickle.loads(pickle.dumps(index))  # noqa: S301  # bytes made one line above
+    assert copy.keys == index.keys
+    assert copy.read(22).question == index.read(22).question
+    assert copy.read(20).images == ()
+
+
+def test_open_refuses_what_would_fail_later(tmp_path: Path, shards: Path) -> None:
+    with pytest.raises(DataError, match="does not exist"):
+        ShardIndex.open(tmp_path / "nowhere")
+    with pytest.raises(DataError, match="no shard folder"):
+        ShardIndex.open([])
+    second = shards / "shard-000001.tar"
+    whole = second.read_bytes()
+    second.write_bytes(whole[:-512])
+    with pytest.raises(DataError, match=r"shard-000001\.tar has .* bytes, the index says"):
+        ShardIndex.open(shards)
+    second.unlink()
+    with pytest.raises(DataError, match=r"shard-000001\.tar is missing"):
+        ShardIndex.open(shards)
+    second.write_bytes(whole)
+    lines = (shards / "index.jsonl").read_text().splitlines()
+    for damaged, message in (
+        (lines[:-1], "holds 22 rows but its header says 23"),
+        ([*lines[:3], lines[3][:20], *lines[4:]], "line 4 is damaged"),
+        (["{}", *lines[1:]], "does not begin with an index header"),
+        ([lines[0].replace('"version":1', '"version":9'), *lines[1:]], "version 9"),
+    ):
+        (shards / "index.jsonl").write_text("\n".join(damaged) + "\n")
+        with pytest.raises(DataError, match=message):
+            ShardIndex.open(shards)
+    (shards / "index.jsonl").unlink()
+    with pytest.raises(DataError, match=r"no index\.jsonl.*build_index"):
+        ShardIndex.open(shards)
+
+
+def test_bytes_damaged_after_packing(shards: Path) -> None:
+    tar = shards / "shard-000000.tar"
+    data = bytearray(tar.read_bytes())
+    at = data.find(picture(1)) + 60
+    data[at] ^= 0xFF
+    tar.write_bytes(bytes(data))
+    index = ShardIndex.open(shards)
+    with pytest.raises(BadSample, match=r"train/shard-000000\.tar/s001: checksum"):
+        index.read(1)
+    assert index.read(2).key == "s002"
+
+
+def test_a_shard_that_vanishes_or_shrinks_is_no_mere_bad_sample(shards: Path) -> None:
+    index = ShardIndex.open(shards)
+    (shards / "shard-000002.tar").unlink()
+    with pytest.raises(DataError, match=r"shard-000002\.tar cannot be read") as caught:
+        index.read(15)
+    assert not isinstance(caught.value, BadSample)
+    (shards / "shard-000001.tar").write_bytes(b"")
+    with pytest.raises(DataError, match=r"shard-000001\.tar ends before"):
+        index.read(8)
+
+
+def test_index_rebuilt_for_tars_of_others(tmp_path: Path, shards: Path) -> None:
+    packed = (shards / "index.jsonl").read_text()
+    (shards / "index.jsonl").unlink()
+    assert build_index(shards).written == 23
+    assert (shards / "index.jsonl").read_text() == packed
+
+    other = tmp_path / "other"
+    other.mkdir()
+    with webdataset.TarWriter(str(other / "data-7.tar")) as tar:
+        tar.write({"__key__": "good", "jpeg": picture(3, kind="jpg"), "json": record(3).fields, "cls": b"4"})
+        tar.write({"__key__": "bare", "jpeg": picture(3, kind="jpg")})
+        tar.write({"__key__": "cut", "jpeg": picture(3)[:20], "json": record(3).fields})
+    result = build_index(other)
+    assert result.written == 1
+    assert [line.split(":")[0] for line in result.refused] == ["data-7.tar/bare", "data-7.tar/cut"]
+    assert ShardIndex.open(other).read(0).images[0].size == (40, 24)
+    with pytest.raises(DataError, match=r"no \.tar"):
+        build_index(tmp_path)
+
+
+def test_deep_grey_becomes_eight_bits(tmp_path: Path) -> None:
+    deep = np.linspace(1000, 5000, 40 * 24).reshape(24, 40).astype(np.uint16)
+    buffer = _bytes(b"")
+    Image.fromarray(deep).save(buffer, "PNG")
+    write_shards([Record("d", buffer.getvalue(), "png", record(1).fields)], tmp_path / "out")
+    image = ShardIndex.open(tmp_path / "out").read(0).images[0]
+    assert (image.mode, np.asarray(image).min(), np.asarray(image).max()) == ("L", 0, 255)
+
+
+def _bytes(data: bytes) -> io.BytesIO:
+    return io.BytesIO(data)
