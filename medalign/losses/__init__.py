@@ -1,5 +1,6 @@
 """The terms of the training loss, one a file, and the objective that adds them up."""
 
 from medalign.losses.attention import attention_kl
+from medalign.losses.objective import Objective
 
-__all__ = ["attention_kl"]
+__all__ = ["Objective", "attention_kl"]

@@ -76,7 +76,7 @@ class _AttentionMap(torch.autograd.Function):
                 if query_gradient is not None:
                     rows_gradient = (scores_KFL @ sample.key_KLD).unflatten(1, (-1, rows_R.numel())).flatten(0, 1)
                     query_gradient[sample.number][:, rows_R] = rows_gradient.to(query_gradient.dtype)
-            if key_gradient is not None:
+            if key_gradient is not None and sum_KLD is not None:
                 key_gradient[sample.number, :, : sample.length] = sum_KLD
         return query_gradient, key_gradient, None, None, None, None
 

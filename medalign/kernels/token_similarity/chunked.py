@@ -65,7 +65,7 @@ class _TokenSimilarity(torch.autograd.Function):
             loss_B[group], gradient_GND = _group(
                 student_BND[group], teacher_BND[group], mask_GN, weight_GN, dtype, height, differentiate
             )
-            if gradient_BND is not None:
+            if gradient_BND is not None and gradient_GND is not None:
                 gradient_BND[group] = gradient_GND
         ctx.save_for_backward(gradient_BND)
         ctx.student_dtype = student_BND.dtype
@@ -75,8 +75,10 @@ class _TokenSimilarity(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream_B: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (gradient_BND,) = ctx.saved_tensors
-        scaled_BND = gradient_BND * upstream_B.to(gradient_BND.dtype)[:, None, None]
-        return scaled_BND.to(ctx.student_dtype), None, None, None, None
+        # The product is formed in the wider type of the two and rounded once.
+        scaled_BND = torch.empty_like(gradient_BND, dtype=ctx.student_dtype)
+        torch.mul(gradient_BND, upstream_B[:, None, None], out=scaled_BND)
+        return scaled_BND, None, None, None, None
 
 
 def panel_height(tokens: int) -> int:

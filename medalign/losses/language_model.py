@@ -1,0 +1,46 @@
+"""Next-token negative log-likelihood on the answer tokens (the paper's L_LM). B samples, K kept positions, V words."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from medalign.contracts import IGNORE, LossTerm
+
+
+def language_model(logits_BKV: torch.Tensor, kept_K: torch.Tensor, labels_BL: torch.Tensor) -> LossTerm:
+    """The summed loss and the number of supervised tokens.
+
+    Args:
+        logits_BKV: any float dtype; the logit at position p predicts the label at p + 1. Only the rows that
+            predict a supervised token are widened to float32.
+        kept_K: int64, the positions at which logits were kept.
+        labels_BL: int64, not shifted; IGNORE where nothing is learned. The first label has nothing before it that
+            could predict it and does not count.
+
+    Raises:
+        ValueError: shapes that do not fit, or a supervised token whose logit was not kept.
+    """
+    if logits_BKV.shape[:2] != (labels_BL.shape[0], kept_K.shape[0]):
+        raise ValueError(
+            f"language_model: logits {tuple(logits_BKV.shape)} must be [{labels_BL.shape[0]}, {kept_K.shape[0]}, V] "
+            f"for labels {tuple(labels_BL.shape)} and {kept_K.shape[0]} kept positions"
+        )
+    # The last position predicts a token that is not there.
+    target_BK = F.pad(labels_BL[:, 1:], (0, 1), value=IGNORE)[:, kept_K]
+    supervised_BK = target_BK != IGNORE
+    target_T = target_BK[supervised_BK]
+    expected = int(supervised_tokens(labels_BL))
+    if target_T.shape[0] != expected:
+        raise ValueError(
+            f"language_model: logits were kept for {target_T.shape[0]} of {expected} supervised tokens; "
+            "keep every position that comes before a label"
+        )
+    logits_TV = logits_BKV[supervised_BK].float()
+    loss = F.cross_entropy(logits_TV, target_T, reduction="sum")
+    return LossTerm(sum=loss, count=supervised_BK.sum().float())
+
+
+def supervised_tokens(labels_BL: torch.Tensor) -> torch.Tensor:
+    """How many labels of the batch count, as a float32 scalar."""
+    return (labels_BL[:, 1:] != IGNORE).sum().float()

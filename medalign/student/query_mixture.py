@@ -1,0 +1,91 @@
+"""The query-adaptive mixture on the query projection of the tapped block (the paper's appendix).
+
+    p = softmax(router(x_q))                           x_q: hidden state of the sample's last question token
+    y = base(x) + alpha / r * sum_e p_e B_e A_e x      for every token x of the sample
+
+One decision a sample, dense (every expert takes part). B samples, L tokens, D width in, O width out, E experts,
+R rank.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class QueryMixture(nn.Module):
+    """LoRA experts with a linear router. Zero at the start: the experts' second factors are zero.
+
+    Args:
+        width: D, input width of the projection.
+        width_out: O, its output width.
+        experts: E.
+        rank: r of each expert.
+        alpha: the mixture is multiplied by alpha / r.
+    """
+
+    def __init__(self, width: int, width_out: int, experts: int = 4, rank: int = 16, alpha: float = 8.0) -> None:
+        super().__init__()
+        self.router = nn.Linear(width, experts)
+        self.down = nn.Parameter(torch.randn(experts, rank, width) / width**0.5)
+        self.up = nn.Parameter(torch.zeros(experts, width_out, rank))
+        self.scaling = alpha / rank
+        self._question_BL: torch.Tensor | None = None
+        self._gates_BE: torch.Tensor | None = None
+
+    def forward(self, hidden_BLD: torch.Tensor, gates_BE: torch.Tensor | None = None) -> torch.Tensor:
+        """What to add to the projection of `hidden_BLD`: [B, L, O].
+
+        Without `gates_BE` the router decides, from the question that `begin` announced, and the decision holds for
+        passes of another length: the single tokens of generation.
+        """
+        if gates_BE is None:
+            gates_BE = self._decide(hidden_BLD)
+        dtype = self.down.dtype
+        inner_BLER = torch.einsum("bld,erd->bler", hidden_BLD.to(dtype), self.down)
+        weighted_BLER = inner_BLER * (self.scaling * gates_BE).to(dtype)[:, None, :, None]
+        return torch.einsum("bler,eor->blo", weighted_BLER, self.up).to(hidden_BLD.dtype)
+
+    def begin(self, question_mask_BL: torch.Tensor) -> None:
+        """Announce a new batch: `question_mask_BL` is True at question tokens. The last one of a sample decides.
+
+        A sample without question tokens is decided by its first token.
+        """
+        self._question_BL, self._gates_BE = question_mask_BL, None
+
+    def attach(self, projection: nn.Module) -> None:
+        """Add the mixture to the output of `projection`, from now on, wherever a batch has begun."""
+        projection.register_forward_hook(self._add_to)
+
+    def route(self, hidden_BLD: torch.Tensor, question_mask_BL: torch.Tensor) -> torch.Tensor:
+        """Shares of the experts [B, E], float32, from the last question token of each sample."""
+        places_L = torch.arange(question_mask_BL.shape[1], device=question_mask_BL.device)
+        last_B = (question_mask_BL * places_L).amax(1)
+        chosen_BD = hidden_BLD[torch.arange(len(last_B), device=last_B.device), last_B]
+        return self.router(chosen_BD.to(self.router.weight.dtype)).float().softmax(-1)
+
+    def _decide(self, hidden_BLD: torch.Tensor) -> torch.Tensor:
+        question_BL = self._question_BL
+        if question_BL is None:
+            raise RuntimeError("QueryMixture: call begin(question_mask) before the forward pass, or give the gates")
+        if hidden_BLD.shape[1] == question_BL.shape[1]:
+            # Decided anew whenever the whole sequence passes, so that gradient checkpointing can pass it twice.
+            copies = hidden_BLD.shape[0] // question_BL.shape[0]  # beams of a sample follow one another
+            gates_BE = self.route(hidden_BLD, question_BL.repeat_interleave(copies, dim=0))
+            self._gates_BE = gates_BE.detach()
+            return gates_BE
+        if self._gates_BE is None or self._gates_BE.shape[0] != hidden_BLD.shape[0]:
+            raise RuntimeError(
+                f"QueryMixture: {tuple(hidden_BLD.shape)} tokens came before the whole sequence of "
+                f"{tuple(question_BL.shape)} that begin() announced"
+            )
+        return self._gates_BE
+
+    def _add_to(self, _projection: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+        return output if self._question_BL is None else output + self(inputs[0])
+
+    def extra_repr(self) -> str:
+        experts, rank, width = self.down.shape
+        return f"width={width}, experts={experts}, rank={rank}, scaling={self.scaling}"
