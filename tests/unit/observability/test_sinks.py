@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+import io
+import json
+import logging
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from medalign.distributed import log
+from medalign.errors import DataError
+from medalign.observability.sinks import ConsoleSink, JsonlSink, plain_numbers, read_rows, summary
+
+
+@pytest.fixture
+def lines(caplog, monkeypatch):
+    """What the project's logger says."""
+    monkeypatch.setattr(log, "propagate", True)
+    caplog.set_level(logging.INFO, logger=log.name)
+    return caplog
+
+
+def test_only_numbers():
+    assert plain_numbers({"a": 1, "b": np.float32(0.5)}) == {"a": 1, "b": 0.5}
+    with pytest.raises(TypeError, match="'report' is str"):
+        plain_numbers({"report": "No effusion."})
+
+
+def test_jsonl_rows_come_back_and_are_there_at_once(tmp_path):
+    sink = JsonlSink(tmp_path / "run" / "metrics.jsonl")
+    sink.log(10, {"loss/total": 1.5})
+    assert read_rows(tmp_path / "run" / "metrics.jsonl") == [{"step": 10, "loss/total": 1.5}]
+    sink.log(20, {"loss/total": math.nan})
+    sink.close()
+    text = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(text[1]) == {"step": 20, "loss/total": None}
+
+
+def test_resuming_drops_later_rows_and_a_half_written_one(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 10, "a": 1.0}\n{"step": 20, "a": 2.0}\n{"step": 30, "a": 3.0}\n{"step": 40, "a')
+    sink = JsonlSink(path, resumed_step=20)
+    sink.log(30, {"a": 4.0})
+    sink.close()
+    assert [(row["step"], row["a"]) for row in read_rows(path)] == [(10, 1.0), (20, 2.0), (30, 4.0)]
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_new_run_in_an_old_folder_starts_afresh(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 10, "a": 1.0}\n')
+    JsonlSink(path).close()
+    assert path.read_text() == ""
+
+
+@pytest.mark.parametrize(
+    "line", ["{broken", "[1]", '{"a": 1}', "\ud800".encode("utf-8", "surrogatepass").decode("latin1")]
+)
+def test_a_broken_line_in_the_middle_is_named(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n' + line + '\n{"step": 3}\n', encoding="latin1")
+    with pytest.raises(DataError, match="line 2"):
+        JsonlSink(path)
+
+
+VALUES = {"loss/total": 2.0, "loss/language": 1.25, "optim/lr": 2e-4, "speed/samples_per_second": 12.34}
+
+
+def test_summary_is_short():
+    assert summary(VALUES) == "total 2  language 1.25  lr 2.00e-04  12.3 samples/s"
+
+
+def test_console_writes_lines_at_intervals_outside_a_terminal(lines):
+    now = [0.0]
+    sink = ConsoleSink(100, stream=io.StringIO(), interval=10, clock=lambda: now[0])
+    for step in range(10, 60, 10):
+        now[0] += 4
+        sink.tick(step)
+        sink.log(step, VALUES)
+    sink.close()
+    said = [record.getMessage().split("  ")[0] for record in lines.records]
+    assert said == ["step 10/100", "step 40/100", "step 50/100"]
+    assert lines.records[0].getMessage().endswith("left 0:36")
+
+
+def test_console_draws_a_bar_when_asked(lines):
+    stream = io.StringIO()
+    sink = ConsoleSink(20, start=10, bar=True, stream=stream)
+    sink.tick(15)
+    sink.log(20, VALUES)
+    sink.close()
+    assert "20/20" in stream.getvalue() and "language 1.25" in stream.getvalue()
+    assert not lines.records
+
+
+def test_wandb_off_never_imports_it(tmp_path):
+    program = (
+        "import sys, pathlib; from medalign.observability.sinks import WandbSink\n"
+        f"sink = WandbSink('off', pathlib.Path({str(tmp_path)!r})); sink.log(1, {{'a': 1.0}}); sink.close()\n"
+        "assert not [m for m in sys.modules if m.split('.')[0] == 'wandb']"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+    assert not list(tmp_path.iterdir())
