@@ -1,0 +1,228 @@
+"""The house stands: imports go down, vendors come in by one door, nothing prints, nothing unpickles.
+
+The checks read the sources as syntax trees and import none of them.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator, Mapping
+from fnmatch import fnmatch
+from pathlib import Path
+
+import pytest
+
+PACKAGE = "medalign"
+ROOT = Path(__file__).parents[2] / PACKAGE
+
+# A room is a folder or a single file directly under medalign/. Files on one floor may import each other (without
+# cycles), folders may not. A new room is given its floor here.
+FLOORS = (
+    ("__init__", "errors", "geometry", "contracts", "distributed"),
+    ("config",),
+    ("kernels", "data", "observability"),
+    ("losses", "teacher", "student"),
+    ("engine",),
+    ("checkpoint", "evaluation"),
+    ("training", "cluster"),
+    ("run", "inference", "cli", "recipes", "__main__"),
+)
+FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+
+# vendor: the files, as patterns under medalign/, that may import it
+DOORS = {
+    "deepspeed": "engine/*",
+    "open_clip": "teacher/clip.py",
+    "peft": "student/loading.py",
+    "triton": "kernels/*/triton.py",
+    "wandb": "observability/sinks.py",
+    "webdataset": "data/shards.py",
+}
+
+PICKLERS = ("pickle", "cPickle", "dill", "joblib", "cloudpickle", "shelve")
+HARMLESS = "pickle.UnpicklingError"  # what torch.load(weights_only=True) raises
+
+Sources = Mapping[str, str]  # path under medalign/ -> text
+
+
+def sources() -> dict[str, str]:
+    return {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in sorted(ROOT.rglob("*.py"))}
+
+
+def module_name(path: str) -> str:
+    parts = Path(path).with_suffix("").parts
+    return ".".join((PACKAGE, *(parts[:-1] if parts[-1] == "__init__" else parts)))
+
+
+def room(module: str) -> str:
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else "__init__"
+
+
+def imports(path: str, tree: ast.Module) -> Iterator[tuple[str, int]]:
+    """Every imported name with its line, relative ones made absolute, also those inside functions."""
+    package = (PACKAGE, *Path(path).parts[:-1])
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            stem = ".".join((*base, *([node.module] if node.module else [])))
+            yield from ((f"{stem}.{alias.name}", node.lineno) for alias in node.names)
+
+
+def internal_imports(texts: Sources) -> dict[str, dict[str, int]]:
+    """For each module the modules of the package that it imports, with the line."""
+    modules = {module_name(path) for path in texts}
+    graph: dict[str, dict[str, int]] = {module_name(path): {} for path in texts}
+    for path, text in texts.items():
+        for name, line in imports(path, ast.parse(text)):
+            if name.split(".")[0] != PACKAGE:
+                continue
+            # `from medalign.a import b` names the module a.b, or something inside the module a.
+            target = name
+            while target not in modules and "." in target:
+                target = target.rpartition(".")[0]
+            if target != module_name(path):
+                graph[module_name(path)].setdefault(target, line)
+    return graph
+
+
+def floor_breaches(texts: Sources) -> list[str]:
+    breaches = [
+        f"{name}: give the room {room(name)!r} a floor" for name in map(module_name, texts) if room(name) not in FLOOR
+    ]
+    folders = {Path(path).parts[0] for path in texts if len(Path(path).parts) > 1}
+    for module, targets in internal_imports(texts).items():
+        for target, line in targets.items():
+            here, there = room(module), room(target)
+            if here == there or here not in FLOOR or there not in FLOOR or there == "__init__":
+                continue
+            up = FLOOR[there] > FLOOR[here]
+            neighbours = FLOOR[there] == FLOOR[here] and here in folders and there in folders
+            if up or neighbours:
+                breaches.append(f"{module}:{line} imports {target}, {'above it' if up else 'its neighbour'}")
+    return breaches
+
+
+def cycles(texts: Sources) -> list[str]:
+    graph, done, found = internal_imports(texts), set(), []
+
+    def visit(module: str, trail: tuple[str, ...]) -> None:
+        if module in trail:
+            found.append(" -> ".join((*trail[trail.index(module) :], module)))
+        elif module not in done:
+            for target in graph.get(module, {}):
+                visit(target, (*trail, module))
+            done.add(module)
+
+    for module in graph:
+        visit(module, ())
+    return found
+
+
+def door_breaches(texts: Sources) -> list[str]:
+    return [
+        f"{path}:{line} imports {name}; only {DOORS[vendor]} may"
+        for path, text in texts.items()
+        for name, line in imports(path, ast.parse(text))
+        if (vendor := name.split(".")[0]) in DOORS and not fnmatch(path, DOORS[vendor])
+    ]
+
+
+def dangers(texts: Sources) -> list[str]:
+    """Prints, unpickling, and code from a model's folder."""
+    found = []
+    for path, text in texts.items():
+        tree = ast.parse(text)
+        for name, line in imports(path, tree):
+            if name.split(".")[0] in PICKLERS and name not in ("pickle", HARMLESS):
+                found.append(f"{path}:{line} imports {name}")
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call):
+                found += [f"{path}:{node.lineno} {what}" for what in call_dangers(node)]
+            elif isinstance(node, ast.Attribute) and ast.unparse(node.value) == "pickle":
+                found += [f"{path}:{node.lineno} uses pickle.{node.attr}"] * (ast.unparse(node) != HARMLESS)
+            elif isinstance(node, ast.Dict):
+                pairs = zip(node.keys, node.values, strict=True)
+                if any(is_constant(k, "trust_remote_code") and is_constant(v, True) for k, v in pairs):
+                    found.append(f"{path}:{node.lineno} trusts remote code")
+    return found
+
+
+def call_dangers(call: ast.Call) -> list[str]:
+    name = ast.unparse(call.func)
+    options = {keyword.arg: keyword.value for keyword in call.keywords}
+    found = []
+    if name == "print":
+        found.append("prints")
+    if name == "torch.load" and not is_constant(options.get("weights_only"), True):
+        found.append("calls torch.load without weights_only=True")
+    if is_constant(options.get("allow_pickle"), True):
+        found.append("allows pickle")
+    if is_constant(options.get("trust_remote_code"), True):
+        found.append("trusts remote code")
+    return found
+
+
+def is_constant(node: ast.expr | None, value: object) -> bool:
+    return (
+        isinstance(node, ast.Constant)
+        and node.value is value
+        or (isinstance(node, ast.Constant) and isinstance(value, str) and node.value == value)
+    )
+
+
+@pytest.mark.parametrize("check", [floor_breaches, cycles, door_breaches, dangers])
+def test_the_house_stands(check):
+    assert check(sources()) == []
+
+
+BREACHES = [
+    (floor_breaches, {"data/loader.py": "from medalign.training.step import step", "training/step.py": ""}, "above it"),
+    (floor_breaches, {"data/loader.py": "def f():\n    from ..run import go", "run.py": "go = 1"}, "above it"),
+    (floor_breaches, {"losses/a.py": "import medalign.student.taps", "student/taps.py": ""}, "its neighbour"),
+    (floor_breaches, {"losses/a.py": "from medalign import student", "student/__init__.py": ""}, "its neighbour"),
+    (floor_breaches, {"attic/a.py": ""}, "give the room 'attic' a floor"),
+    (cycles, {"geometry.py": "from medalign import errors", "errors.py": "from .geometry import x"}, "->"),
+    (
+        cycles,
+        {"data/a.py": "from .b import x", "data/b.py": "from .c import x", "data/c.py": "from . import a"},
+        "data.b",
+    ),
+    (door_breaches, {"training/loop.py": "import deepspeed.comm as c"}, "engine/*"),
+    (door_breaches, {"observability/meters.py": "def f():\n    import wandb"}, "sinks.py"),
+    (door_breaches, {"checkpoint/export.py": "from peft import LoraConfig"}, "loading.py"),
+    (door_breaches, {"kernels/dispatch.py": "from triton import language"}, "triton.py"),
+    (dangers, {"run.py": "print('x')"}, "prints"),
+    (dangers, {"run.py": "import pickle\npickle.load(f)"}, "uses pickle.load"),
+    (dangers, {"run.py": "from pickle import loads"}, "imports pickle.loads"),
+    (dangers, {"run.py": "import dill"}, "imports dill"),
+    (dangers, {"run.py": "import torch\ntorch.load(f)"}, "weights_only"),
+    (dangers, {"run.py": "import torch\ntorch.load(f, weights_only=False)"}, "weights_only"),
+    (dangers, {"run.py": "np.load(f, allow_pickle=True)"}, "allows pickle"),
+    (dangers, {"run.py": "build(trust_remote_code=True)"}, "trusts remote code"),
+    (dangers, {"run.py": "build(**{'trust_remote_code': True})"}, "trusts remote code"),
+]
+
+
+@pytest.mark.parametrize(("check", "texts", "message"), BREACHES)
+def test_the_checks_see_a_breach(check, texts, message):
+    assert any(message in breach for breach in check(texts)), check(texts)
+
+
+def test_the_checks_let_good_sources_pass():
+    texts = {
+        "__init__.py": "",
+        "errors.py": "",
+        "geometry.py": "from medalign.errors import ConfigError",
+        "data/shards.py": "import webdataset\nfrom medalign import geometry\nfrom .samples import decode",
+        "data/samples.py": "import torch\nx = torch.load(f, weights_only=True)",
+        "kernels/attention_map/triton.py": "import triton.language as tl",
+        "engine/zero/build.py": "import deepspeed",
+        "run.py": "from medalign.data import shards\nfrom medalign.engine.zero.build import x\nlogger.print('x')",
+        "__main__.py": "from medalign.run import main",
+        "teacher/clip.py": "import pickle\ntry:\n    x = 1\nexcept pickle.UnpicklingError:\n    pass",
+        "engine/zero/__init__.py": "",
+    }
+    assert [check(texts) for check in (floor_breaches, cycles, door_breaches, dangers)] == [[], [], [], []]
