@@ -1,0 +1,132 @@
+import json
+import pickle
+
+import open_clip
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from medalign.errors import CheckpointError, ConfigError
+from medalign.geometry import PatchGrid
+from medalign.teacher.clip import CONFIG_NAME, WEIGHTS_NAME, ConvStem, build_clip, class_attention, load_teacher
+
+
+def test_a_teacher_tells_how_it_wants_its_images(folder):
+    teacher = load_teacher(folder)
+    assert (teacher.grid, teacher.width, teacher.image_size) == (PatchGrid(6, 6), 24, 48)
+    assert (teacher.mean, teacher.std) == ((0.4,) * 3, (0.2,) * 3)
+
+
+def test_features_are_those_of_the_whole_clip_after_its_final_norm(folder, pixels):
+    whole = build_clip(json.loads((folder / CONFIG_NAME).read_text())["model_cfg"]).eval()
+    whole.load_state_dict(load_file(folder / WEIGHTS_NAME))
+    whole.visual.output_tokens = True
+    _, expected = whole.visual(pixels)
+    features, attention = load_teacher(folder)(pixels)
+    assert features.shape == (5, 36, 24) and attention.shape == (5, 36)
+    torch.testing.assert_close(features, expected)
+
+
+@pytest.mark.parametrize("stem", [None, [8, 12], [8, 8, 8]])
+def test_attention_is_the_class_row_of_the_full_matrix(make_folder, pixels, stem):
+    teacher = load_teacher(make_folder(conv_stem=stem))
+    block = teacher.tower.visual.transformer.resblocks[-1]
+    seen = []
+    block.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    _, attention = teacher(pixels)
+    normed = block.ln_1(seen[0])
+    _, full = block.attn(normed, normed, normed, need_weights=True, average_attn_weights=True)
+    assert full.shape == (5, 37, 37)
+    torch.testing.assert_close(attention, full[:, 0, 1:], rtol=1e-5, atol=1e-7)
+
+
+def test_attention_of_a_sharp_head_is_not_that_of_a_uniform_one():
+    torch.manual_seed(0)
+    block = open_clip.transformer.ResidualAttentionBlock(16, 2)
+    nn.init.normal_(block.attn.in_proj_weight, std=1.0)
+    nn.init.normal_(block.attn.in_proj_bias, std=1.0)
+    tokens = torch.randn(2, 10, 16)
+    normed = block.ln_1(tokens)
+    _, full = block.attn(normed, normed, normed, need_weights=True)
+    row = class_attention(block, tokens)
+    assert row.max() > 0.3
+    torch.testing.assert_close(row, full[:, 0, 1:], rtol=1e-5, atol=1e-7)
+
+
+def test_frozen_and_in_eval_mode_for_good(folder):
+    teacher = load_teacher(folder).train()
+    assert not teacher.training and not any(module.training for module in teacher.modules())
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+
+
+def test_only_the_vision_tower_is_kept_and_the_seed_of_the_caller_is_left_alone(folder):
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    teacher = load_teacher(folder)
+    assert torch.equal(torch.rand(1), expected)
+    assert all(name.startswith("tower.visual.") for name, _ in teacher.named_parameters())
+
+
+def test_the_untrained_control_is_reproducible_and_reads_no_weights(folder, pixels):
+    trained = load_teacher(folder)(pixels)[0]
+    (folder / WEIGHTS_NAME).unlink()
+    first, again, other = (load_teacher(folder, random_weights_seed=seed)(pixels)[0] for seed in (4, 4, 5))
+    assert torch.equal(first, again)
+    assert not torch.allclose(first, other) and not torch.allclose(first, trained)
+
+
+def test_half_precision_stays_close(folder, pixels):
+    exact, half = load_teacher(folder)(pixels), load_teacher(folder, dtype=torch.bfloat16)(pixels)
+    assert half[0].dtype == torch.bfloat16 and half[1].dtype == torch.float32
+    torch.testing.assert_close(half[1], exact[1], rtol=0.1, atol=1e-3)  # bf16 keeps 8 bits of each score
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_any_open_clip_model_by_name_and_file(tmp_path, suffix):
+    model = open_clip.create_model("ViT-S-32-alt", pretrained=None)
+    file = tmp_path / f"weights{suffix}"
+    save_file(model.state_dict(), file) if suffix != ".pt" else torch.save({"state_dict": model.state_dict()}, file)
+    teacher = load_teacher(f"open_clip:ViT-S-32-alt/{file}")
+    pixels = torch.randn(1, 3, teacher.image_size, teacher.image_size)
+    model.visual.eval().output_tokens = True
+    torch.testing.assert_close(teacher(pixels)[0], model.visual(pixels)[1])
+
+
+def test_pickled_code_is_refused(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return (print, ("ran",))
+
+    file = tmp_path / "weights.pt"
+    file.write_bytes(pickle.dumps(Bomb(), protocol=2))
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        load_teacher(f"open_clip:ViT-S-32-alt/{file}")
+
+
+def test_unsupported_and_missing_teachers_say_what_is_supported(folder, tmp_path):
+    with pytest.raises(ConfigError, match=CONFIG_NAME):
+        load_teacher(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match="neither a file nor one of"):
+        load_teacher("open_clip:ViT-B-32/no-such-tag")
+    with pytest.raises(ConfigError, match="list_models"):
+        load_teacher("open_clip:No-Such-Arch/tag")
+    config = json.loads((folder / CONFIG_NAME).read_text())
+    config["model_cfg"]["vision_cfg"]["timm_model_name"] = "vit_base_patch16_224"
+    (folder / CONFIG_NAME).write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="vit_base_patch16_224; supported: open_clip's VisionTransformer"):
+        load_teacher(folder)
+
+
+def test_weights_of_another_model_are_refused(folder, make_folder):
+    other = make_folder("other", conv_stem=None)
+    (folder / WEIGHTS_NAME).write_bytes((other / WEIGHTS_NAME).read_bytes())
+    with pytest.raises(CheckpointError, match="do not fit"):
+        load_teacher(folder)
+
+
+def test_the_stem_keeps_the_grid():
+    assert ConvStem([4, 6], 10, 8)(torch.zeros(2, 3, 48, 48)).shape == (2, 10, 6, 6)
+    with pytest.raises(ConfigError, match="do not divide"):
+        ConvStem([4, 6], 10, 6)
