@@ -5,16 +5,14 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from medalign.data.phantom.contracts import Box, Study
 from medalign.data.phantom.studies import stream, study
-
-if TYPE_CHECKING:
-    from medalign.data.shards import PackReport, Record
+from medalign.data.shards import PackReport, Record, write_shards
 
 REQUESTS = (
     "Write a report of this chest radiograph.",
@@ -34,15 +32,11 @@ def records(count: int, seed: int, split: str) -> Iterator[Record]:
 
 def write(output: Path, train: int, val: int, seed: int) -> dict[str, PackReport]:
     """Shards of `train` and of `val` studies in `output`/train and `output`/val; the packing report of each."""
-    from medalign.data.shards import write_shards
-
     counts = {"train": train, "val": val}
     return {split: write_shards(records(count, seed, split), output / split) for split, count in counts.items()}
 
 
 def _study_records(item: Study, case: str, index: int, split: str) -> Iterator[Record]:
-    from medalign.data.shards import Record
-
     image = _png(item.image)
     shared = {
         "report": item.report,
