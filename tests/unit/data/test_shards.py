@@ -215,6 +215,14 @@ def test_index_rebuilt_for_tars_of_others(tmp_path: Path, shards: Path) -> None:
         build_index(tmp_path)
 
 
+def test_truncated_picture_in_a_tar_of_others_is_found_when_read(tmp_path: Path) -> None:
+    with webdataset.TarWriter(str(tmp_path / "a.tar")) as tar:
+        tar.write({"__key__": "cut", "jpg": picture(3, 90, 90, "jpg")[:-2000], "json": record(3).fields})
+    assert build_index(tmp_path).written == 1  # only the picture's header is read there
+    with pytest.raises(BadSample, match=r"a\.tar/cut: image cannot be decoded \(image file is truncated"):
+        ShardIndex.open(tmp_path).read(0)
+
+
 def test_deep_grey_becomes_eight_bits(tmp_path: Path) -> None:
     deep = np.linspace(1000, 5000, 40 * 24).reshape(24, 40).astype(np.uint16)
     buffer = _bytes(b"")

@@ -1,0 +1,141 @@
+"""Samples to a batch: tokens padded, spans as masks, and for both towers a view of one canvas.
+
+Shape suffixes as in `geometry`: I images, N student image tokens, B samples, L tokens; S, T pixels of the towers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+
+from medalign.contracts import IGNORE, Batch, Sample
+from medalign.data.prompts import Encoded, PromptEncoder
+from medalign.errors import ConfigError
+from medalign.geometry import CanvasFrame, PatchGrid, coverage, square_canvas, view
+
+
+@dataclass(frozen=True)
+class TowerView:
+    """What a vision tower wants: size x size pixels, normalised by mean and standard deviation of RGB in [0, 1]."""
+
+    size: int
+    mean: Sequence[float]
+    std: Sequence[float]
+
+    @property
+    def mean_colour(self) -> tuple[int, int, int]:
+        """The colour that becomes (about) zero, in 0 to 255."""
+        red, green, blue = (int(value * 255) for value in self.mean)
+        return red, green, blue
+
+    def of(self, canvas: Image.Image) -> torch.Tensor:
+        """float32 [3, size, size]."""
+        return view(canvas, self.size, self.mean, self.std)
+
+
+class Prepared(NamedTuple):
+    """One sample, ready to be put into a batch."""
+
+    key: str
+    encoded: Encoded
+    student_views: list[torch.Tensor]  # [3, S, S] an image
+    teacher_views: list[torch.Tensor]  # [3, T, T] an image
+    patch_valid: list[np.ndarray]  # [N] bool an image
+
+
+class Collator:
+    """Samples to a `Batch`. Both towers see the same square canvas.
+
+    Args:
+        encoder: the student's prompts.
+        student_view: the student's tower; its mean colour pads the canvas.
+        teacher_view: the teacher's tower; None leaves teacher_pixels empty, [I, 3, 0, 0].
+        grid: the student's image tokens.
+        padding_side: "right" to train, "left" to generate.
+        with_answer: append the answer and its labels.
+        pad_token_id: None takes the encoder's.
+    """
+
+    def __init__(
+        self,
+        encoder: PromptEncoder,
+        student_view: TowerView,
+        teacher_view: TowerView | None,
+        grid: PatchGrid,
+        *,
+        padding_side: Literal["right", "left"] = "right",
+        with_answer: bool = True,
+        pad_token_id: int | None = None,
+    ) -> None:
+        if grid.size != encoder.tokens_per_image:
+            raise ConfigError(
+                f"the student's grid has {grid.rows} x {grid.columns} patches, but an image takes "
+                f"{encoder.tokens_per_image} tokens; the two must be equal"
+            )
+        self.encoder = encoder
+        self.student_view = student_view
+        self.teacher_view = teacher_view
+        self.grid = grid
+        self.padding_side = padding_side
+        self.with_answer = with_answer
+        self.pad_token_id = encoder.pad_token_id if pad_token_id is None else pad_token_id
+
+    def __call__(self, samples: Sequence[Sample]) -> Batch:
+        """Raises BadSample (a DataError) for the first sample that cannot be used."""
+        return self.join([self.prepare(sample) for sample in samples])
+
+    def prepare(self, sample: Sample) -> Prepared:
+        """All work that one sample needs. Raises BadSample."""
+        canvases = [square_canvas(image, self.student_view.mean_colour) for image in sample.images]
+        frames = [CanvasFrame(*image.size) for image in sample.images]
+        return Prepared(
+            key=sample.key,
+            encoded=self.encoder.encode(sample, with_answer=self.with_answer),
+            student_views=[self.student_view.of(canvas) for canvas in canvases],
+            teacher_views=[self.teacher_view.of(canvas) for canvas in canvases] if self.teacher_view else [],
+            patch_valid=[coverage([frame.picture], self.grid) > 0 for frame in frames],
+        )
+
+    def join(self, prepared: Sequence[Prepared]) -> Batch:
+        """Pad and stack. Images are numbered through the batch, in the order of the samples."""
+        texts = [p.encoded for p in prepared]
+        owners = [row for row, p in enumerate(prepared) for _ in p.student_views]
+        first = np.cumsum([0, *(len(p.student_views) for p in prepared)])
+        image_index_BL = self._pad([t.image_index for t in texts], -1)
+        image_index_BL = torch.where(image_index_BL >= 0, image_index_BL + torch.tensor(first[:-1])[:, None], -1)
+        dummy = not owners
+        return Batch(
+            input_ids=self._pad([t.input_ids for t in texts], self.pad_token_id),
+            attention_mask=self._pad([[True] * len(t.input_ids) for t in texts], False),
+            labels=self._pad([t.labels for t in texts], IGNORE),
+            question_mask=self._pad([t.question_mask for t in texts], False),
+            image_index=image_index_BL,
+            student_pixels=self._pixels([v for p in prepared for v in p.student_views], self.student_view),
+            teacher_pixels=self._pixels([v for p in prepared for v in p.teacher_views], self.teacher_view, len(owners)),
+            image_weight=torch.zeros(1) if dummy else torch.ones(len(owners)),
+            patch_valid=self._patch_valid([v for p in prepared for v in p.patch_valid]),
+            image_sample=torch.tensor(owners or [0]),
+            keys=tuple(p.key for p in prepared),
+            truncated=sum(t.truncated for t in texts),
+        )
+
+    def _pad(self, rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
+        tensors = [torch.tensor(row) for row in rows]
+        return torch.nn.utils.rnn.pad_sequence(
+            tensors, batch_first=True, padding_value=value, padding_side=self.padding_side
+        )
+
+    def _pixels(self, views: list[torch.Tensor], tower: TowerView | None, images: int = 0) -> torch.Tensor:
+        if tower is None:
+            return torch.zeros(max(images, 1), 3, 0, 0)
+        if not views:  # every rank calls its towers once a micro-batch; a black picture stands in
+            views = [tower.of(Image.new("RGB", (tower.size, tower.size)))]
+        return torch.stack(views)
+
+    def _patch_valid(self, rows: list[np.ndarray]) -> torch.Tensor:
+        return torch.from_numpy(np.stack(rows) if rows else np.zeros((1, self.grid.size), dtype=bool))

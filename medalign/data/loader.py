@@ -1,0 +1,178 @@
+"""Batches for training (endless, by steps) and for evaluation (in order, once)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from medalign.contracts import Batch, Sample
+from medalign.data.collate import Collator, Prepared, TowerView
+from medalign.data.index import ShardIndex
+from medalign.data.plan import GlobalOrder, StepPlan
+from medalign.data.samples import BadSample
+from medalign.errors import ConfigError, DataError, MedAlignError
+
+__all__ = ["JUDGED_AFTER", "Collator", "TowerView", "TrainLoader", "batches"]
+
+log = logging.getLogger("medalign")
+
+JUDGED_AFTER = 100  # samples; fewer bad ones than max_bad_share of so many are always borne
+
+
+class TrainLoader:
+    """This rank's micro-batches, step after step, without end.
+
+    The global batch of a step is fixed by `order` alone; `StepPlan` says which part this rank takes. A sample that
+    cannot be used is replaced by the next sample number that can (the first after the last), and named in
+    `Batch.skipped`. DataError is raised when more than `max_bad_share` of the samples that this rank drew since the
+    start were bad, as soon as that is certain for the first JUDGED_AFTER samples, and at once when a shard is lost.
+
+    Args:
+        global_batch, micro_batch: samples of a step over all ranks, and of one forward pass.
+        start_step: the first step to give.
+        workers: reading processes; 0 reads in this one. The batches are the same.
+    """
+
+    def __init__(
+        self,
+        index: ShardIndex,
+        order: GlobalOrder,
+        collator: Collator,
+        *,
+        global_batch: int,
+        micro_batch: int,
+        rank: int = 0,
+        world: int = 1,
+        start_step: int = 0,
+        workers: int = 0,
+        max_bad_share: float = 0.01,
+    ) -> None:
+        if order.size != len(index):
+            raise ConfigError(f"the order is made for {order.size} samples, the shards hold {len(index)}")
+        self.plan = StepPlan(global_batch, micro_batch, world)
+        self.order = order
+        self.rank = rank
+        self.start_step = start_step
+        self.workers = workers
+        self.max_bad_share = max_bad_share
+        self._reader = _Reader(index, collator)
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        seen = bad = 0
+        micro_batches = iter(self._loader())
+        while True:
+            step = []
+            for _ in range(self.plan.accumulation):
+                batch = next(micro_batches)
+                if isinstance(batch, MedAlignError):
+                    raise batch
+                seen, bad = seen + len(batch.keys), bad + len(batch.skipped)
+                self._judge(seen, bad, batch)
+                step.append(batch)
+            yield step
+
+    def _loader(self) -> Iterable[Batch | MedAlignError]:
+        return DataLoader(
+            self._reader,
+            sampler=_Numbers(self),
+            batch_size=None,
+            collate_fn=_as_is,
+            num_workers=self.workers,
+            generator=torch.Generator(),  # its own, so that loading draws nothing from the trainer's
+        )
+
+    def numbers(self) -> Iterator[list[int]]:
+        """Sample numbers of each micro-batch of this rank, from the first step on."""
+        step = self.start_step
+        while True:
+            for start in self.plan.starts(step, self.rank):
+                yield self.order.take(start, self.plan.micro_batch).tolist()
+            step += 1
+
+    def _judge(self, seen: int, bad: int, batch: Batch) -> None:
+        if bad > self.max_bad_share * max(seen, JUDGED_AFTER):
+            raise DataError(
+                f"{bad} of {seen} samples could not be used, more than data.max_bad_share {self.max_bad_share}; "
+                f"the last were {'; '.join(batch.skipped[-3:])}. Repair or repack the shards, or raise the share"
+            )
+
+
+class _Numbers:
+    """The sampler of the DataLoader: lists of sample numbers, made in the trainer's process."""
+
+    def __init__(self, loader: TrainLoader) -> None:
+        self._source = loader
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return self._source.numbers()
+
+
+class _Reader(Dataset):
+    """Sample numbers to a batch. Errors are given back, not raised: a worker would bury their message."""
+
+    def __init__(self, index: ShardIndex, collator: Collator) -> None:
+        self._index = index
+        self._collator = collator
+
+    def __getitem__(self, numbers: list[int]) -> Batch | MedAlignError:
+        skipped: list[str] = []
+        try:
+            batch = self._collator.join([self._prepare(number, skipped) for number in numbers])
+        except MedAlignError as error:
+            return error
+        return replace(batch, skipped=tuple(skipped))
+
+    def _prepare(self, number: int, skipped: list[str]) -> Prepared:
+        """The sample, or the next one that can be used. Only the one that was drawn is listed."""
+        size = len(self._index)
+        reason = ""
+        for step in range(size):
+            try:
+                prepared = self._collator.prepare(self._index.read((number + step) % size))
+            except BadSample as error:
+                reason = reason or str(error)
+                continue
+            if reason:
+                skipped.append(reason)
+            return prepared
+        raise DataError(f"none of the {size} samples can be used; the first reason: {reason}")
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
+
+
+def batches(
+    index: ShardIndex, collator: Collator, batch_size: int, indices: Sequence[int] | None = None
+) -> Iterator[tuple[tuple[Sample, ...], Batch]]:
+    """Every sample (or those of `indices`) exactly once, in order, with its batch; to generate from, or to score.
+
+    A sample that cannot be used is in no batch: it is logged and named in `skipped` of the batch at hand. Raises
+    DataError if none can be used, or a shard is lost.
+    """
+    numbers = range(len(index)) if indices is None else indices
+    samples: list[Sample] = []
+    prepared: list[Prepared] = []
+    skipped: list[str] = []
+    for number in numbers:
+        try:
+            sample = index.read(number)
+            ready = collator.prepare(sample)
+        except BadSample as error:
+            log.warning("bad sample left out: %s", error)
+            skipped.append(str(error))
+            continue
+        if len(samples) == batch_size:  # given out late, so that no bad sample comes after the last batch
+            yield tuple(samples), replace(collator.join(prepared), skipped=tuple(skipped))
+            samples, prepared, skipped = [], [], []
+        samples.append(sample)
+        prepared.append(ready)
+    if samples:
+        yield tuple(samples), replace(collator.join(prepared), skipped=tuple(skipped))
+    elif len(numbers):
+        raise DataError(f"none of the {len(numbers)} samples can be used; the first reason: {skipped[0]}")

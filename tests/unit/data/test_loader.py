@@ -1,0 +1,218 @@
+"""Batches: geometry, padding, order, workers, resume, and what happens to bad samples."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_data import picture, record
+from tiny_text import encoder
+
+from medalign.contracts import IGNORE, Batch, Sample
+from medalign.data.loader import Collator, TowerView, TrainLoader, batches
+from medalign.data.plan import GlobalOrder
+from medalign.data.shards import Record, ShardIndex, write_shards
+from medalign.errors import ConfigError, DataError
+from medalign.geometry import PatchGrid
+
+STUDENT = TowerView(12, (0.5, 0.4, 0.3), (0.2, 0.2, 0.2))
+TEACHER = TowerView(16, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+
+
+def collator(teacher: TowerView | None = TEACHER, **changes) -> Collator:
+    return Collator(encoder(), STUDENT, teacher, PatchGrid(3, 3), **changes)
+
+
+def sample(key: str, *images: Image.Image, question: str = "is there a nodule ?", answer: str = "yes") -> Sample:
+    return Sample(key, "train/shard-000000.tar", "vqa", question, answer, "closed", images)
+
+
+def loader(folder: Path, **changes) -> TrainLoader:
+    index = ShardIndex.open(folder)
+    settings = {"global_batch": 6, "micro_batch": 3} | changes
+    return TrainLoader(index, GlobalOrder(len(index), 3), collator(), **settings)
+
+
+def assert_same(one: Batch, two: Batch) -> None:
+    for field in fields(Batch):
+        a, b = getattr(one, field.name), getattr(two, field.name)
+        assert torch.equal(a, b) if torch.is_tensor(a) else a == b, field.name
+
+
+def test_collator_fills_every_field() -> None:
+    wide, tall = Image.new("L", (30, 10), 255), Image.new("RGB", (9, 9), (255, 0, 0))
+    got = collator()([sample("a", wide, question="a"), sample("b"), sample("c", tall, wide, answer="lungs clear")])
+    assert got.keys == ("a", "b", "c")
+    assert got.student_pixels.shape == (3, 3, 12, 12)
+    assert got.teacher_pixels.shape == (3, 3, 16, 16)
+    assert got.image_sample.tolist() == [0, 2, 2]
+    assert got.image_weight.tolist() == [1, 1, 1]
+    assert got.input_ids.shape == got.labels.shape == got.image_index.shape == got.attention_mask.shape
+    assert got.attention_mask.sum(1).tolist() == [3 + 9 + 1 + 2 + 2, 3 + 5 + 2 + 2, 3 + 18 + 5 + 2 + 3]
+    assert got.attention_mask.dtype == got.question_mask.dtype == got.patch_valid.dtype == torch.bool
+    assert [(got.image_index == i).sum(1).tolist() for i in range(3)] == [[9, 0, 0], [0, 0, 9], [0, 0, 9]]
+    assert (got.input_ids[~got.attention_mask] == 0).all()
+    assert (got.labels[~got.attention_mask] == IGNORE).all()
+    assert (got.image_index[~got.attention_mask] == -1).all()
+    assert not (got.question_mask & ~got.attention_mask).any()
+    # 30 x 10 on a 3 x 3 grid: only the middle row shows the picture; 9 x 9 fills its canvas
+    assert got.patch_valid[0].tolist() == [False] * 3 + [True] * 3 + [False] * 3
+    assert got.patch_valid[1].all()
+
+
+def test_both_views_show_one_canvas_padded_with_the_students_mean() -> None:
+    got = collator()([sample("a", Image.new("L", (30, 10), 255))])
+    student = got.student_pixels[0] * 0.2 + torch.tensor(STUDENT.mean)[:, None, None]
+    teacher = got.teacher_pixels[0]
+    for seen in (student, teacher):
+        assert torch.allclose(seen[:, 0, 0], torch.tensor(STUDENT.mean), atol=1 / 255)
+        assert torch.allclose(seen[:, seen.shape[1] // 2, 0], torch.ones(3), atol=1e-5)
+    assert got.student_pixels[0, :, 0, 0].abs().max() < 0.05  # the padding is about zero for the student
+
+
+@pytest.mark.parametrize("teacher", [TEACHER, None])
+def test_batch_without_image_gets_a_dummy(teacher: TowerView | None) -> None:
+    got = collator(teacher)([sample("a"), sample("b", question="a")])
+    assert got.student_pixels.shape == (1, 3, 12, 12)
+    assert torch.allclose(got.student_pixels[0, :, 0, 0], -torch.tensor(STUDENT.mean) / 0.2)
+    assert got.teacher_pixels.shape == ((1, 3, 16, 16) if teacher else (1, 3, 0, 0))
+    assert got.image_weight.tolist() == [0]
+    assert got.image_sample.tolist() == [0]
+    assert (got.image_index == -1).all()
+    assert not got.patch_valid.any()
+    assert not got.question_mask.any()
+
+
+def test_left_padding_without_answer() -> None:
+    got = collator(None, padding_side="left", with_answer=False)([sample("a", question="a"), sample("b")])
+    assert got.attention_mask.tolist() == [[False] * 4 + [True] * 6, [True] * 10]
+    assert (got.labels == IGNORE).all()
+    assert got.teacher_pixels.shape[2:] == (0, 0)
+    with pytest.raises(ConfigError, match=r"2 x 2 patches.*9 tokens"):
+        Collator(encoder(), STUDENT, None, PatchGrid(2, 2))
+
+
+def test_workers_change_nothing(shards: Path) -> None:
+    alone, helped = (loader(shards, workers=n) for n in (0, 2))
+    for one, two in islice(zip(alone, helped, strict=True), 5):
+        for a, b in zip(one, two, strict=True):
+            assert_same(a, b)
+
+
+def test_resume_equals_uninterrupted(shards: Path) -> None:
+    before = torch.get_rng_state()
+    whole = list(islice(loader(shards), 9))  # 9 x 6 samples: past the second epoch of 23
+    for one, two in zip(whole[4:], loader(shards, start_step=4), strict=False):
+        for a, b in zip(one, two, strict=True):
+            assert_same(a, b)
+    assert torch.equal(torch.get_rng_state(), before)  # the trainer's own randomness is left alone
+    keys = [key for step in whole for batch in step for key in batch.keys]
+    assert sorted(keys[:23]) == sorted(keys[23:46]) == ShardIndex.open(shards).keys
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_every_world_has_the_same_global_batches(shards: Path, world: int) -> None:
+    ranks = [islice(loader(shards, micro_batch=1, rank=r, world=world), 5) for r in range(world)]
+    steps = [[key for step in ranked for b in step for key in b.keys] for ranked in zip(*ranks, strict=True)]
+    alone = [[key for b in step for key in b.keys] for step in islice(loader(shards, micro_batch=6), 5)]
+    assert steps == alone
+
+
+def test_batch_sizes_that_do_not_fit(shards: Path) -> None:
+    with pytest.raises(ConfigError, match="global batch 6 is not a multiple of micro-batch 4 x 1 ranks"):
+        loader(shards, micro_batch=4)
+    index = ShardIndex.open(shards)
+    with pytest.raises(ConfigError, match="made for 5 samples, the shards hold 23"):
+        TrainLoader(index, GlobalOrder(5, 0), collator(), global_batch=1, micro_batch=1)
+
+
+def damage(folder: Path, *numbers: int) -> None:
+    """Flip a byte inside the pictures of these samples."""
+    for tar in folder.glob("*.tar"):
+        data = bytearray(tar.read_bytes())
+        for number in numbers:
+            at = data.find(picture(number))
+            if at >= 0:
+                data[at + 50] ^= 0xFF
+        tar.write_bytes(bytes(data))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_sample_gets_the_next_one_and_is_named(shards: Path, workers: int) -> None:
+    before = [b for step in islice(loader(shards), 4) for b in step]
+    damage(shards, 3, 4)
+    after = [b for step in islice(loader(shards, workers=workers, max_bad_share=0.1), 4) for b in step]
+    substitute = {"s003": "s005", "s004": "s005"}
+    for old, new in zip(before, after, strict=True):
+        assert new.keys == tuple(substitute.get(key, key) for key in old.keys)
+        assert [s.split(": ")[0] for s in new.skipped] == [
+            f"train/shard-000000.tar/{key}" for key in old.keys if key in substitute
+        ]
+
+
+def test_too_many_bad_samples_stop_the_run(shards: Path) -> None:
+    damage(shards, 1, 2, 3, 4)
+    with pytest.raises(DataError, match=r"2 of \d+ samples .*max_bad_share 0\.01.*checksum"):
+        list(islice(loader(shards), 100))
+    damage(shards, *range(6, 23))
+    gone = [loader(shards, max_bad_share=1.0), loader(shards, max_bad_share=0.0)]
+    assert next(iter(gone[0]))  # the samples without image are left
+    with pytest.raises(DataError, match="max_bad_share"):
+        next(iter(gone[1]))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_shard_lost_while_running_is_named(shards: Path, workers: int) -> None:
+    ready = loader(shards, workers=workers)
+    (shards / "shard-000002.tar").unlink()
+    with pytest.raises(DataError, match=r"^shard .*shard-000002\.tar cannot be read"):
+        list(islice(ready, 10))
+
+
+def test_nothing_to_substitute(tmp_path: Path) -> None:
+    write_shards([record(1), record(2)], tmp_path / "two")
+    damage(tmp_path / "two", 1, 2)
+    with pytest.raises(DataError, match="none of the 2 samples"):
+        next(iter(loader(tmp_path / "two")))
+    index = ShardIndex.open(tmp_path / "two")
+    with pytest.raises(DataError, match="none of the 2 samples"):
+        list(batches(index, collator(), 2))
+
+
+def test_truncation_is_counted(tmp_path: Path) -> None:
+    write_shards([record(1, answer="clear " * 90), record(2)], tmp_path / "out")
+    (batch,) = next(iter(loader(tmp_path / "out", global_batch=2, micro_batch=2)))
+    assert batch.truncated == 1
+    assert batch.input_ids.shape[1] == 64
+
+
+def test_evaluation_sees_every_sample_once_in_order(shards: Path) -> None:
+    index, left = ShardIndex.open(shards), collator(None, padding_side="left", with_answer=False)
+    seen = list(batches(index, left, 4))
+    assert [len(samples) for samples, _ in seen] == [4, 4, 4, 4, 4, 3]
+    assert [s.key for samples, _ in seen for s in samples] == index.keys
+    assert all(tuple(s.key for s in samples) == batch.keys for samples, batch in seen)
+    chosen = list(batches(index, left, 2, np.array([7, 1, 4])))
+    assert [batch.keys for _, batch in chosen] == [("s007", "s001"), ("s004",)]
+    assert list(batches(index, left, 2, [])) == []
+
+
+def test_evaluation_reports_what_it_leaves_out(shards: Path, caplog: pytest.LogCaptureFixture) -> None:
+    damage(shards, 2, 21, 22)
+    seen = list(batches(ShardIndex.open(shards), collator(), 5))
+    assert sum(len(samples) for samples, _ in seen) == 20
+    skipped = [reason.split(":")[0] for _, batch in seen for reason in batch.skipped]
+    assert [name.rsplit("/")[-1] for name in skipped] == ["s002", "s021", "s022"]
+    assert len(caplog.records) == 3
+
+
+def test_jpeg_and_grey_reach_both_towers_as_rgb(tmp_path: Path) -> None:
+    write_shards([Record("j", picture(1, 33, 20, "jpg"), "jpg", record(1).fields)], tmp_path / "out")
+    (got,) = [batch for _, batch in batches(ShardIndex.open(tmp_path / "out"), collator(), 1)]
+    assert got.student_pixels.shape[1] == got.teacher_pixels.shape[1] == 3
+    assert torch.isfinite(got.student_pixels).all()

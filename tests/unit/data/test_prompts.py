@@ -1,0 +1,124 @@
+"""Where the answer is supervised, where the question is, and what is cut when a sample is too long."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from tiny_text import TEMPLATE, WORDS, encoder, tokenizer
+
+from medalign.contracts import IGNORE, Sample
+from medalign.data.prompts import Encoded, PromptEncoder
+from medalign.data.samples import BadSample
+from medalign.errors import ConfigError
+
+GREY = Image.new("RGB", (8, 6))
+
+
+def sample(question: str = "is there a nodule ?", answer: str = "yes", images: int = 1) -> Sample:
+    return Sample("k", "train/shard-000000.tar", "vqa", question, answer, "closed", (GREY,) * images)
+
+
+def words(enc: PromptEncoder, encoded: Encoded, mask: list[bool]) -> str:
+    return " ".join(enc.tokenizer.convert_ids_to_tokens([t for t, m in zip(encoded.input_ids, mask, strict=True) if m]))
+
+
+def test_spans_and_labels() -> None:
+    enc = encoder()
+    got = enc.encode(sample(answer="lungs clear"), with_answer=True)
+    length = len(got.input_ids)
+    assert words(enc, got, [True] * length).split() == [
+        *["<s>", "USER", ":", *["<image>"] * 9, "is", "there", "a", "nodule", "?", "ASSISTANT", ":"],
+        *["lungs", "clear", "</s>"],
+    ]
+    assert words(enc, got, got.question_mask) == "is there a nodule ? ASSISTANT :"
+    assert words(enc, got, [label != IGNORE for label in got.labels]) == "lungs clear </s>"
+    assert all(label in (IGNORE, token) for label, token in zip(got.labels, got.input_ids, strict=True))
+    assert got.image_index == [-1] * 3 + [0] * 9 + [-1] * 10
+    assert not got.truncated
+
+
+def test_without_answer_the_prompt_is_the_same() -> None:
+    enc = encoder()
+    long, short = (enc.encode(sample(), with_answer=flag) for flag in (True, False))
+    assert long.input_ids[: len(short.input_ids)] == short.input_ids
+    assert set(short.labels) == {IGNORE}
+    assert words(enc, short, short.question_mask).endswith("ASSISTANT :")
+
+
+def test_several_images_and_none() -> None:
+    enc = encoder()
+    two = enc.encode(sample(images=2), with_answer=True)
+    assert [two.image_index.count(i) for i in (0, 1)] == [9, 9]
+    assert two.image_index.index(0) < two.image_index.index(1)
+    assert words(enc, two, two.question_mask) == "is there a nodule ? ASSISTANT :"
+    none = enc.encode(sample(images=0), with_answer=True)
+    assert set(none.image_index) == {-1}
+    assert not any(none.question_mask)
+
+
+@settings(max_examples=60, deadline=None)
+@given(limit=st.integers(16, 60), question=st.integers(1, 40), answer=st.integers(1, 40), with_answer=st.booleans())
+def test_length_limit(limit: int, question: int, answer: int, with_answer: bool) -> None:
+    enc = encoder(max_length=limit)
+    given_sample = sample(" ".join(["zone"] * question), " ".join(["clear"] * answer))
+    got = enc.encode(given_sample, with_answer=with_answer)
+    fixed = 3 + 9 + 2  # <s> USER : images ASSISTANT :
+    supervised = [label for label in got.labels if label != IGNORE]
+    kept = words(enc, got, got.question_mask).split().count("zone")
+    assert len(got.input_ids) == min(limit, fixed + question + (answer + 1 if with_answer else 0))
+    assert got.image_index.count(0) == 9
+    assert words(enc, got, got.question_mask).endswith("ASSISTANT :")
+    assert got.truncated == (kept < question or (with_answer and len(supervised) < answer + 1))
+    if with_answer:
+        assert supervised
+        assert kept == question or len(supervised) == 1  # the question is cut only when the answer cannot be
+
+
+def test_limit_too_small_for_the_images() -> None:
+    with pytest.raises(ConfigError, match=r"max_length is 14.*take 14"):
+        encoder(max_length=14)
+    with pytest.raises(ConfigError, match=r"max_length is 20.*2 images of 9"):
+        encoder(max_length=20).encode(sample(images=2), with_answer=True)
+
+
+def test_beginning_of_sequence_comes_once() -> None:
+    for changes in ({}, {"template": "<s>" + TEMPLATE}, {"template": "<s>" + TEMPLATE, "bos": False}):
+        enc = encoder(**changes)
+        assert enc.encode(sample(), with_answer=True).input_ids.count(enc.tokenizer.bos_token_id) == 1
+    enc = encoder(bos=False)
+    assert enc.tokenizer.bos_token_id not in enc.encode(sample(), with_answer=True).input_ids
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (None, "no chat template; add chat_template.jinja"),
+        (TEMPLATE.replace("<image>", "<image><image>"), "2 of them: it is expanded already"),
+        (TEMPLATE.replace("<image>", ""), "it renders none"),
+        ("{{ 'USER: ' + messages[0]['content'] }}", "does not take image and text content"),
+        ("{{ 'USER: <image>' }}", "no question after the image"),
+    ],
+)
+def test_template_that_does_not_fit(template: str | None, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        encoder(template=template)
+
+
+def test_text_that_cannot_be_used() -> None:
+    enc = encoder()
+    name = r"train/shard-000000\.tar/k: "
+    with pytest.raises(BadSample, match=name + "answer '' has no token"):
+        enc.encode(sample(answer=""), with_answer=True)
+    with pytest.raises(BadSample, match=name + "2 image tokens in the prompt for 1 images"):
+        enc.encode(sample(question="what is <image> ?"), with_answer=True)
+    with pytest.raises(BadSample, match=name + "the answer's text holds the image token"):
+        enc.encode(sample(answer="<image>"), with_answer=True)
+    assert enc.encode(sample(answer=""), with_answer=False).input_ids
+
+
+def test_padding_token_falls_back_to_the_end_token() -> None:
+    assert encoder().pad_token_id == 0
+    assert encoder(pad=None).pad_token_id == tokenizer().eos_token_id
+    assert len(set(WORDS)) == len(WORDS)
