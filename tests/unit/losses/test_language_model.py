@@ -1,0 +1,52 @@
+"""The language loss on kept positions against the plain shifted cross-entropy."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from medalign.contracts import IGNORE
+from medalign.losses.language_model import language_model, supervised_tokens
+
+
+def inputs():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 8, 13, generator=generator).requires_grad_()
+    labels = torch.randint(0, 13, (2, 8), generator=generator)
+    labels[0, :3] = IGNORE
+    labels[1, :6] = IGNORE
+    return logits, labels
+
+
+@pytest.mark.parametrize("kept", [list(range(8)), [2, 3, 4, 5, 6], [6, 5, 4, 3, 2, 7]])
+def test_equals_the_shifted_cross_entropy(kept):
+    logits, labels = inputs()
+    term = language_model(logits[:, kept], torch.tensor(kept), labels)
+    expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+    torch.testing.assert_close(term.sum, expected)
+    assert term.count == 7 == supervised_tokens(labels)
+
+
+def test_half_precision_is_widened():
+    logits, labels = inputs()
+    term = language_model(logits.bfloat16(), torch.arange(8), labels)
+    expected = language_model(logits.bfloat16().float(), torch.arange(8), labels)
+    assert term.sum.dtype == torch.float32 and torch.equal(term.sum, expected.sum)
+
+
+@pytest.mark.parametrize("kept", [[], [1, 2]])
+def test_nothing_supervised_is_zero_and_connected(kept):
+    logits, labels = inputs()
+    labels[:] = IGNORE
+    labels[:, 0] = 5  # nothing comes before it
+    term = language_model(logits[:, kept], torch.tensor(kept, dtype=torch.int64), labels)
+    assert term.sum == 0 == term.count
+    (gradient,) = torch.autograd.grad(term.sum, logits)
+    assert (gradient == 0).all()
+
+
+def test_a_supervised_token_without_its_logit_is_an_error():
+    logits, labels = inputs()
+    with pytest.raises(ValueError, match="6 of 7"):
+        language_model(logits[:, 3:], torch.arange(3, 8), labels)
+    with pytest.raises(ValueError, match="logits"):
+        language_model(logits, torch.arange(3, 8), labels)

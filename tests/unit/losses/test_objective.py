@@ -1,0 +1,148 @@
+"""The objective: what counts, what is weighed, and what each term reaches."""
+
+import pytest
+import torch
+
+from medalign.contracts import IGNORE, Batch, StudentOutput, TeacherTargets
+from medalign.kernels import token_similarity
+from medalign.losses import Objective, attention_kl
+from medalign.losses.token_similarity import attention_weights
+
+ONE = {"language": 1.0, "similarity": 1.0, "attention": 1.0}
+TOKENS, LENGTH, WIDTH = 4, 12, 6
+
+
+def batch(weights=(1, 1, 1), questions=(True, True)):
+    """Sample 0 has images 0 and 1, sample 1 has image 2."""
+    images = len(weights)
+    labels = torch.full((2, LENGTH), IGNORE)
+    labels[0, 9:] = torch.tensor([1, 2, 3])
+    labels[1, 10:] = torch.tensor([4, 5])
+    question = torch.zeros(2, LENGTH, dtype=torch.bool)
+    question[:, 8] = torch.tensor(questions)
+    valid = torch.ones(images, TOKENS, dtype=torch.bool)
+    valid[0, 3] = False
+    return Batch(
+        input_ids=torch.zeros(2, LENGTH, dtype=torch.int64),
+        attention_mask=torch.ones(2, LENGTH, dtype=torch.bool),
+        labels=labels,
+        question_mask=question,
+        image_index=torch.full((2, LENGTH), -1),
+        student_pixels=torch.zeros(images, 3, 2, 2),
+        teacher_pixels=torch.zeros(images, 3, 2, 2),
+        image_weight=torch.tensor(weights, dtype=torch.float32),
+        patch_valid=valid,
+        image_sample=torch.tensor([0, 0, 1])[:images],
+    )
+
+
+def values(images=3):
+    generator = torch.Generator().manual_seed(0)
+    leaves = {
+        "logits": torch.randn(2, 4, 7, generator=generator),
+        "tokens": torch.randn(images, TOKENS, WIDTH, generator=generator),
+        "attention": torch.rand(images, TOKENS, generator=generator) / 10,
+    }
+    for leaf in leaves.values():
+        leaf.requires_grad_()
+    output = StudentOutput(kept=torch.arange(8, 12), **leaves)
+    targets = TeacherTargets(
+        features=torch.randn(images, TOKENS, 5, generator=generator),
+        attention=torch.rand(images, TOKENS, generator=generator),
+    )
+    return leaves, output, targets
+
+
+def test_total_is_the_weighted_sum_of_the_terms():
+    _, output, targets = values()
+    scale = {"language": 0.5, "similarity": 0.25, "attention": 2.0}
+    report = Objective(alpha=0.3, beta=0.7)(output, targets, batch(), scale)
+    similarity = token_similarity(output.tokens, targets.features).sum()
+    attention = attention_kl(output.attention, targets.attention).sum()
+    torch.testing.assert_close(report.terms["similarity"].sum, similarity)
+    torch.testing.assert_close(report.terms["attention"].sum, attention)
+    expected = 0.5 * report.terms["language"].sum + 0.3 * 0.25 * similarity + 0.7 * 2 * attention
+    torch.testing.assert_close(report.total, expected)
+
+
+@pytest.mark.parametrize(
+    ("weights", "questions", "counts"),
+    [
+        ((1, 1, 1), (True, True), (5, 3, 3)),
+        ((1, 0, 1), (True, False), (5, 2, 1)),
+        ((0,), (True, True), (5, 0, 0)),
+    ],
+)
+def test_counts_come_from_the_batch_and_agree_with_the_terms(weights, questions, counts):
+    _, output, targets = values(len(weights))
+    objective = Objective(1.0, 1.0)
+    micro_batch = batch(weights, questions)
+    found = objective.counts(micro_batch)
+    report = objective(output, targets, micro_batch, ONE)
+    for name, count in zip(("language", "similarity", "attention"), counts, strict=True):
+        assert found[name] == count == report.terms[name].count
+
+
+def test_images_of_weight_zero_stay_connected_with_zero_gradient():
+    leaves, output, targets = values(1)
+    report = Objective(1.0, 1.0)(output, targets, batch((0,)), ONE)
+    report.total.backward()
+    for name in ("tokens", "attention"):
+        assert (leaves[name].grad == 0).all()
+    assert (leaves["logits"].grad != 0).any()
+
+
+def test_an_image_nobody_asks_about_has_no_attention_loss():
+    leaves, output, targets = values()
+    Objective(1.0, 1.0)(output, targets, batch(questions=(True, False)), ONE).total.backward()
+    assert (leaves["attention"].grad[2] == 0).all() and (leaves["attention"].grad[:2] != 0).any(1).all()
+    assert (leaves["tokens"].grad != 0).any(-1).all()
+
+
+def test_each_term_reaches_its_own_input_alone():
+    for name, reached in (("similarity", "tokens"), ("attention", "attention"), ("language", "logits")):
+        leaves, output, targets = values()
+        Objective(1.0, 1.0)(output, targets, batch(), ONE).terms[name].sum.backward()
+        assert [leaf for leaf, value in leaves.items() if value.grad is not None] == [reached]
+
+
+def test_coefficient_zero_is_reported_without_gradient_or_left_out():
+    leaves, output, targets = values()
+    report = Objective(0.0, 0.0)(output, targets, batch(), ONE)
+    assert set(report.terms) == {"language", "similarity", "attention"}
+    report.total.backward()
+    assert leaves["tokens"].grad is None and not report.terms["similarity"].sum.requires_grad
+    bare = StudentOutput(logits=output.logits, kept=output.kept, tokens=None, attention=None)
+    assert set(Objective(0.0, 0.0)(bare, None, batch(), ONE).terms) == {"language"}
+    with pytest.raises(ValueError, match="similarity has coefficient"):
+        Objective(1.0, 0.0)(bare, targets, batch(), ONE)
+    with pytest.raises(ValueError, match="attention has coefficient .* no teacher targets"):
+        Objective(0.0, 1.0)(output, None, batch(), ONE)
+
+
+def test_padding_can_be_ignored():
+    leaves, output, targets = values()
+    Objective(1.0, 1.0, ignore_padding=True)(output, targets, batch(), ONE).total.backward()
+    for name in ("tokens", "attention"):
+        assert (leaves[name].grad[0, 3] == 0).all()
+        assert (leaves[name].grad[0, :3] != 0).any()
+
+
+def test_pairs_can_be_weighted_by_the_teachers_attention():
+    _, output, targets = values()
+    report = Objective(1.0, 0.0, weighting="teacher_attention", ignore_padding=True)(output, targets, batch(), ONE)
+    mask = batch().patch_valid
+    weight = attention_weights(targets.attention, mask)
+    torch.testing.assert_close(weight.sum(1), mask.sum(1).float())
+    expected = token_similarity(output.tokens, targets.features, mask, weight).sum()
+    torch.testing.assert_close(report.terms["similarity"].sum, expected)
+    assert attention_weights(torch.zeros(1, 3)).tolist() == [[0, 0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [({"alpha": -1.0}, "alpha"), ({"normalise": "l1"}, "normalise"), ({"weighting": "pairs"}, "weighting")],
+)
+def test_bad_settings_are_named(arguments, named):
+    with pytest.raises(ValueError, match=named):
+        Objective(**({"alpha": 1.0, "beta": 1.0} | arguments))
