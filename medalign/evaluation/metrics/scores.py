@@ -1,0 +1,119 @@
+"""The scores of a set of predictions.
+
+| key | what | group |
+| --- | --- | --- |
+| n | predictions | all |
+| closed_n, closed_accuracy | closed questions, share answered right | vqa, closed |
+| closed_majority | what always giving the most common closed answer would score | vqa, closed |
+| open_n, open_recall, open_exact | open questions, recall of words, share of exact answers | vqa, open |
+| report_n, bleu, rouge_l | reports, corpus BLEU (0 to 100), mean ROUGE-L F1 | report |
+| grounding_n, attention_inside, box_area | samples with boxes, mean attention inside, mean area | boxes |
+| pointing_n, pointing_hits | samples with a pointing verdict, share of hits | boxes |
+| pointing_chance | what pointing at random would score, where it is known | boxes |
+
+Shares lie in [0, 1]. Means over samples also have NAME_low and NAME_high, a 95 % bootstrap interval. Counts are
+always there; the scores of a group without samples are left out.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+from medalign.errors import DataError
+from medalign.evaluation.metrics.answers import closed_correct, exact, is_yes_no, open_recall, words
+from medalign.evaluation.metrics.predictions import Prediction
+from medalign.evaluation.metrics.reports import bleu, rouge_l
+
+RESAMPLES = 1000
+Scores = dict[str, float | int]
+
+
+def score(rows: Sequence[Prediction]) -> Scores:
+    """Every score of the table above. Raises DataError for a task or answer type that is none."""
+    groups: dict[str, list[Prediction]] = {"closed": [], "open": [], "report": []}
+    for row in rows:
+        groups[group(row)].append(row)
+    return {
+        "n": len(rows),
+        **_closed(groups["closed"]),
+        **_open(groups["open"]),
+        **_report(groups["report"]),
+        **_grounding(rows),
+    }
+
+
+def group(row: Prediction) -> str:
+    """closed, open or report. A question of unknown type counts as closed where its reference is yes or no."""
+    if row.task == "report":
+        return "report"
+    if row.task == "vqa" and row.answer_type in ("closed", "open"):
+        return row.answer_type
+    if row.task == "vqa" and row.answer_type == "":
+        return "closed" if is_yes_no(row.answer) else "open"
+    raise DataError(
+        f"prediction {row.key!r} has task {row.task!r} and answer_type {row.answer_type!r}; "
+        "tasks are vqa and report, answer types closed, open or empty"
+    )
+
+
+def correctness(row: Prediction) -> float:
+    """How right one prediction is, in [0, 1]: accuracy, recall or ROUGE-L by its group."""
+    measure = {"closed": closed_correct, "open": open_recall, "report": rouge_l}[group(row)]
+    return float(measure(row.prediction, row.answer))
+
+
+def _closed(rows: Sequence[Prediction]) -> Scores:
+    scores: Scores = {"closed_n": len(rows)}
+    if rows:
+        answers = Counter(words(r.answer)[0] if is_yes_no(r.answer) else " ".join(words(r.answer)) for r in rows)
+        scores |= mean("closed_accuracy", [closed_correct(r.prediction, r.answer) for r in rows])
+        scores["closed_majority"] = answers.most_common(1)[0][1] / len(rows)
+    return scores
+
+
+def _open(rows: Sequence[Prediction]) -> Scores:
+    return {
+        "open_n": len(rows),
+        **mean("open_recall", [open_recall(r.prediction, r.answer) for r in rows]),
+        **mean("open_exact", [exact(r.prediction, r.answer) for r in rows]),
+    }
+
+
+def _report(rows: Sequence[Prediction]) -> Scores:
+    scores: Scores = {"report_n": len(rows)}
+    if rows:
+        scores["bleu"] = bleu([r.prediction for r in rows], [r.answer for r in rows])
+    return scores | mean("rouge_l", [rouge_l(r.prediction, r.answer) for r in rows])
+
+
+def _grounding(rows: Sequence[Prediction]) -> Scores:
+    inside = [
+        (r.attention_inside, r.box_area) for r in rows if r.attention_inside is not None and r.box_area is not None
+    ]
+    hits = [r.pointing_hit for r in rows if r.pointing_hit is not None]
+    chances = [r.pointing_chance for r in rows if r.pointing_chance is not None]
+    return {
+        "grounding_n": len(inside),
+        **mean("attention_inside", [a for a, _ in inside]),
+        **({"box_area": float(np.mean([area for _, area in inside]))} if inside else {}),
+        "pointing_n": len(hits),
+        **mean("pointing_hits", hits),
+        **({"pointing_chance": float(np.mean(chances))} if chances else {}),
+    }
+
+
+def mean(name: str, values: Sequence[float | bool]) -> Scores:
+    """The mean of the values with the 2.5 and 97.5 % quantiles of its bootstrap; nothing for no values.
+
+    The resampling starts from a fixed seed: the same predictions give the same interval.
+    """
+    if not values:
+        return {}
+    values_S = np.asarray(values, dtype=np.float64)
+    draw = np.random.default_rng(0)
+    means = [values_S[draw.integers(0, values_S.size, values_S.size)].mean() for _ in range(RESAMPLES)]
+    low, high = np.quantile(means, [0.025, 0.975])
+    return {name: float(values_S.mean()), f"{name}_low": float(low), f"{name}_high": float(high)}

@@ -1,0 +1,172 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from medalign.errors import DataError
+from medalign.evaluation.metrics import Prediction, read_predictions, score, write_predictions
+from medalign.evaluation.metrics.answers import closed_correct, exact, open_recall, words
+from medalign.evaluation.metrics.reports import bleu, rouge_l
+from medalign.evaluation.metrics.scores import mean
+
+
+def vqa(answer: str, prediction: str, answer_type: str = "closed", **fields) -> Prediction:
+    return Prediction("k", "vqa", "question?", answer, answer_type, prediction, **fields)
+
+
+def report(answer: str, prediction: str) -> Prediction:
+    return Prediction("k", "report", "Describe.", answer, "", prediction)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("The left lung.", ["left", "lung"]),
+        ("X-ray, AP view", ["x", "ray", "ap", "view"]),
+        ("about 3.5 cm", ["about", "3.5", "cm"]),
+        ("the patient\u2019s skin", ["patient's", "skin"]),
+        ("A", ["a"]),
+        ("snake_case", ["snake", "case"]),
+        ("Pleuraerguß", ["pleuraerguß"]),
+        ("?!", []),
+    ],
+)
+def test_words(text, expected):
+    assert words(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("reference", "prediction", "right"),
+    [
+        ("Yes", "yes", True),
+        ("No", "There is no effusion.", True),
+        ("Yes", "No, yes", False),
+        ("Yes, bilateral", "Yes.", True),
+        ("No", "normal", False),  # "no" as a part of a word is not an answer
+        ("No", "", False),
+        ("Right side", "the right side!", True),
+        ("Right side", "right", False),
+        ("CT", "ct", True),
+        ("B", "B.", True),
+    ],
+)
+def test_closed_answers(reference, prediction, right):
+    assert closed_correct(prediction, reference) is right
+
+
+@pytest.mark.parametrize(
+    ("reference", "prediction", "recall"),
+    [
+        ("left lower lobe", "In the lower lobe of the left lung.", 1.0),
+        ("left lower lobe", "upper lobe", 1 / 3),
+        ("lobe", "lobe lobe lobe", 1.0),
+        ("left and left", "left", 2 / 3),  # counted as often as the reference has it
+        ("cardiomegaly", "", 0.0),
+        ("?", "", 1.0),
+        ("?", "something", 0.0),
+    ],
+)
+def test_open_recall(reference, prediction, recall):
+    assert open_recall(prediction, reference) == pytest.approx(recall)
+
+
+@given(st.text(), st.text())
+def test_answers_are_bounded_and_right_for_the_reference_itself(a, b):
+    assert 0.0 <= open_recall(a, b) <= 1.0
+    assert open_recall(a, a) == 1.0 and exact(a, a) and closed_correct(a, a)
+    assert exact(a, b) == exact(b, a)
+
+
+def test_reports_by_hand():
+    reference = "there is a small nodule in the left upper lobe"
+    assert bleu([reference], [reference]) == pytest.approx(100.0)
+    assert rouge_l(reference, reference) == pytest.approx(1.0)
+    # longest common subsequence "a nodule in the lobe": 5 of 6 words said, 5 of 10 in the reference
+    assert rouge_l("a big nodule in the lobe", reference) == pytest.approx(2 * (5 / 6) * 0.5 / (5 / 6 + 0.5))
+    # BLEU-2-gram and above by hand: 4 words, matches 4/4, 3/3, 2/2, 1/1, brevity penalty exp(1 - 8/4)
+    assert bleu(["a b c d"], ["a b c d e f g h"]) == pytest.approx(100 * math.exp(-1))
+
+
+def test_scores_count_each_group_and_leave_out_empty_ones():
+    rows = [
+        vqa("yes", "Yes."),
+        vqa("no", "yes"),
+        vqa("no", "no", ""),  # unknown type, yes or no: closed
+        vqa(
+            "left lung",
+            "right lung",
+            "open",
+            attention_inside=0.4,
+            box_area=0.1,
+            pointing_hit=True,
+            pointing_chance=0.2,
+        ),
+        vqa("left lung", "left lung", "", attention_inside=0.2, box_area=0.3, pointing_hit=False, pointing_chance=0.4),
+        report("no finding", "no finding"),
+    ]
+    scores = score(rows)
+    assert [scores[f"{g}n"] for g in ("", "closed_", "open_", "report_", "grounding_", "pointing_")] == [
+        6,
+        3,
+        2,
+        1,
+        2,
+        2,
+    ]
+    assert scores["closed_accuracy"] == pytest.approx(2 / 3)
+    assert scores["closed_majority"] == pytest.approx(2 / 3)
+    assert scores["open_recall"] == pytest.approx(0.75) and scores["open_exact"] == pytest.approx(0.5)
+    assert scores["attention_inside"] == pytest.approx(0.3) and scores["box_area"] == pytest.approx(0.2)
+    assert scores["pointing_hits"] == pytest.approx(0.5) and scores["pointing_chance"] == pytest.approx(0.3)
+    assert scores["rouge_l"] == pytest.approx(1.0)
+    assert score([]) == dict.fromkeys(["n", "closed_n", "open_n", "report_n", "grounding_n", "pointing_n"], 0)
+
+
+@pytest.mark.parametrize(("task", "kind"), [("caption", ""), ("vqa", "CLOSED")])
+def test_unknown_groups_are_named(task, kind):
+    with pytest.raises(DataError, match="'k7'"):
+        score([Prediction("k7", task, "q", "a", kind, "a")])
+
+
+def test_the_interval_holds_the_mean_and_is_reproducible():
+    values = [True] * 70 + [False] * 30
+    first = mean("x", values)
+    assert first == mean("x", values)
+    # a binomial's own 95 % interval: 0.7 +- 1.96 sqrt(0.7 * 0.3 / 100) = 0.61 .. 0.79
+    assert first["x_low"] == pytest.approx(0.61, abs=0.02) and first["x_high"] == pytest.approx(0.79, abs=0.02)
+
+
+def test_predictions_come_back(tmp_path):
+    path = tmp_path / "evaluation" / "predictions.jsonl"
+    rows = [
+        vqa("ja\u2028nein", 'line\nbreak "quoted"'),
+        vqa(
+            "left",
+            "left",
+            "open",
+            attention_inside=0.25,
+            box_area=0.1,
+            pointing_hit=True,
+            pointing_chance=0.2,
+            attention=[0.123456789, 1.0e-7],
+            boxes=[[1.0, 2.0, 3.5, 4.0]],
+            image_size=(640, 480),
+        ),
+    ]
+    write_predictions(path, rows)
+    rows[1].attention = [0.1235, 1.0e-7]
+    assert read_predictions(path) == rows
+    assert [p.name for p in path.parent.iterdir()] == ["predictions.jsonl"]
+
+
+def test_bad_predictions_are_named(tmp_path):
+    path = tmp_path / "predictions.jsonl"
+    with pytest.raises(DataError, match="'k'"):
+        write_predictions(path, [vqa("a", "b", attention_inside=math.nan)])
+    assert not path.exists()
+    path.write_text('{"key": "a"}\n')
+    with pytest.raises(DataError, match="line 1"):
+        read_predictions(path)
