@@ -150,12 +150,26 @@ def _check_record(record: Record, seen: set[str]) -> None:
             raise BadSample(f"image is named {record.image_format} but holds {found}")
         size = decode_image(record.image).size
     check_fields(record.fields, size)
-    if record.mask is not None and (size is None or decode_image(record.mask).size != size):
-        raise BadSample(f"mask differs in size from the image ({size})")
+    if record.mask is not None:
+        _check_mask(record.mask, size)
     try:
         _json_bytes(record.fields)
     except (TypeError, ValueError) as error:
         raise BadSample(f"annotation cannot be written as JSON ({error})") from error
+
+
+def _check_mask(mask: bytes, size: tuple[int, int] | None) -> None:
+    if size is None:
+        raise BadSample("a mask is given, but there is no image")
+    try:
+        kind, width, height = picture_header(mask)
+        decode_image(mask)
+    except BadSample as error:
+        raise BadSample(f"mask: {error}") from error
+    if kind != "png":
+        raise BadSample(f"mask is {kind}; only PNG keeps it exact")
+    if (width, height) != size:
+        raise BadSample(f"mask has {width} x {height} pixels, the image {size[0]} x {size[1]}")
 
 
 def _check_key(key: str, seen: set[str]) -> None:

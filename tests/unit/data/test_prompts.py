@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from tiny_text import TEMPLATE, WORDS, encoder, tokenizer
+from transformers import CLIPImageProcessor, LlavaProcessor
 
 from medalign.contracts import IGNORE, Sample
 from medalign.data.prompts import Encoded, PromptEncoder
@@ -45,6 +46,26 @@ def test_without_answer_the_prompt_is_the_same() -> None:
     assert long.input_ids[: len(short.input_ids)] == short.input_ids
     assert set(short.labels) == {IGNORE}
     assert words(enc, short, short.question_mask).endswith("ASSISTANT :")
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_prompt_equals_the_models_own_processor(bos: bool) -> None:
+    side = {"height": 42, "width": 42}
+    processor = LlavaProcessor(
+        CLIPImageProcessor(size=side, crop_size=side),
+        tokenizer(template=None, bos=bos),
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=TEMPLATE,
+    )
+    image = processor.tokenizer.convert_tokens_to_ids("<image>")
+    enc = PromptEncoder(processor, image_token_id=image, tokens_per_image=9, max_length=64)
+    content = [{"type": "image", "image": GREY}, {"type": "text", "text": "is there a nodule ?"}]
+    theirs = processor.apply_chat_template(
+        [{"role": "user", "content": content}], tokenize=True, add_generation_prompt=True, return_dict=True
+    )
+    assert enc.encode(sample(), with_answer=False).input_ids == theirs["input_ids"][0]
 
 
 def test_several_images_and_none() -> None:

@@ -78,7 +78,10 @@ BAD = {
     "key 'a.b'": Record("a.b", picture(1), "png", record(1).fields),
     "key 'a/b'": Record("a/b", picture(1), "png", record(1).fields),
     "occurs a second time": record(0),
-    "mask differs in size": Record("x", picture(1), "png", record(1).fields, picture(1, 5, 5)),
+    "mask has 5 x 5 pixels, the image 40 x 24": Record("x", picture(1), "png", record(1).fields, picture(1, 5, 5)),
+    "mask: image cannot be decoded": Record("x", picture(1), "png", record(1).fields, picture(1)[:200]),
+    "mask is jpg": Record("x", picture(1), "png", record(1).fields, picture(1, kind="jpg")),
+    "but there is no image": Record("x", None, "png", record(1, boxes=[]).fields, picture(1)),
     "cannot be written as JSON": record(1, extra={1, 2}),
 }
 
