@@ -11,13 +11,11 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from medalign.contracts import Batch, Sample
-from medalign.data.collate import Collator, Prepared, TowerView
+from medalign.data.collate import Collator, Prepared
 from medalign.data.index import ShardIndex
 from medalign.data.plan import GlobalOrder, StepPlan
 from medalign.data.samples import BadSample
 from medalign.errors import ConfigError, DataError, MedAlignError
-
-__all__ = ["JUDGED_AFTER", "Collator", "TowerView", "TrainLoader", "batches"]
 
 log = logging.getLogger("medalign")
 

@@ -36,11 +36,9 @@ from typing import Any, Literal
 
 from webdataset import TarWriter
 
-from medalign.data.index import FORMAT, INDEX_NAME, VERSION, ShardIndex
+from medalign.data.index import FORMAT, INDEX_NAME, VERSION
 from medalign.data.samples import BadSample, check_fields, decode_image, parse_fields, picture_header
 from medalign.errors import ConfigError, DataError
-
-__all__ = ["PackReport", "Record", "Refused", "ShardIndex", "build_index", "write_shards"]
 
 _SHARD_NAME = re.compile(r"shard-\d{6,}\.tar")
 _BAD_KEY = re.compile(r"[./\\\s\x00-\x1f]|^__|^$")

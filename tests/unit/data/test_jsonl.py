@@ -10,8 +10,10 @@ import pytest
 from tiny_data import picture
 from tiny_text import encoder
 
-from medalign.data.loader import Collator, TowerView, batches
-from medalign.data.shards import Record, Refused, ShardIndex
+from medalign.data.collate import Collator, TowerView
+from medalign.data.index import ShardIndex
+from medalign.data.loader import batches
+from medalign.data.shards import Record, Refused
 from medalign.data.sources.jsonl import pack, records, splits
 from medalign.errors import DataError
 from medalign.geometry import PatchGrid

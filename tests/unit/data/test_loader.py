@@ -14,9 +14,11 @@ from tiny_data import picture, record
 from tiny_text import encoder
 
 from medalign.contracts import IGNORE, Batch, Sample
-from medalign.data.loader import Collator, TowerView, TrainLoader, batches
+from medalign.data.collate import Collator, TowerView
+from medalign.data.index import ShardIndex
+from medalign.data.loader import TrainLoader, batches
 from medalign.data.plan import GlobalOrder
-from medalign.data.shards import Record, ShardIndex, write_shards
+from medalign.data.shards import Record, write_shards
 from medalign.errors import ConfigError, DataError
 from medalign.geometry import PatchGrid
 

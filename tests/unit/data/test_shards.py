@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,9 @@ import webdataset
 from PIL import Image
 from tiny_data import picture, record
 
+from medalign.data.index import ShardIndex
 from medalign.data.samples import REPORT_PROMPT, BadSample
-from medalign.data.shards import Record, Refused, ShardIndex, build_index, write_shards
+from medalign.data.shards import Record, Refused, build_index, write_shards
 from medalign.errors import ConfigError, DataError
 
 
@@ -113,6 +115,17 @@ def test_nothing_is_left_after_an_error(tmp_path: Path) -> None:
         write_shards([record(0, answer="")], tmp_path / "out")
     with pytest.raises(ConfigError, match="samples_per_shard is 0"):
         write_shards([record(0)], tmp_path / "out", samples_per_shard=0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_full_disk_leaves_nothing_behind(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(DataError, match=r"out stopped, nothing was written: .*File too large"):
+            write_shards([record(i) for i in range(40)], tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert list(tmp_path.iterdir()) == []
 
 
