@@ -4,9 +4,9 @@
     python tools/benchmark_kernels.py --quick
 
 Every measurement is forward and backward together in a process of its own, so that no path inherits another's
-buffers. Times are medians over repetitions after one unmeasured run, by the wall clock and, on the CPU, by processor
-time: on one thread the latter hardly depends on what else the machine does. Extra memory is the peak over what the inputs take: resident memory of the process on
-the CPU, allocated memory on a GPU.
+buffers. Times are medians over repetitions after one unmeasured run, by the wall clock and by processor time: on one
+CPU thread the latter hardly depends on what else the machine does. Extra memory is the peak over what the inputs
+take: resident memory of the process on the CPU, allocated memory on a GPU.
 """
 
 from __future__ import annotations
