@@ -1,0 +1,163 @@
+"""The scores of several runs as tables: for the page, for the terminal, for JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from medalign.evaluation.runs import RunRecord
+
+
+@dataclass(frozen=True)
+class Column:
+    """One score: where it lies in scores.json, and how it is shown."""
+
+    key: str
+    label: str
+    count: str  # key of the number of samples behind it
+    scale: float = 100.0  # shares are shown in per cent
+    chance: str = ""  # key of what a student that does not look would score
+    chance_label: str = ""
+
+
+COLUMNS = (
+    Column("closed_accuracy", "closed accuracy", "closed_n", chance="closed_majority", chance_label="commonest answer"),
+    Column("open_recall", "open recall", "open_n"),
+    Column("open_exact", "open exact", "open_n"),
+    Column("bleu", "BLEU", "report_n", scale=1.0),
+    Column("rouge_l", "ROUGE-L", "report_n"),
+    Column("attention_inside", "attention inside", "grounding_n", chance="box_area", chance_label="area"),
+    Column("pointing_hits", "pointing hits", "pointing_n", chance="pointing_chance", chance_label="random patch"),
+)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One score of one run, in the units shown; None where the run has no such sample."""
+
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+    chance: float | None = None
+    count: int = 0
+    best: bool = False
+
+    @property
+    def lift(self) -> float | None:
+        """How many times what chance gives."""
+        return self.value / self.chance if self.value is not None and self.chance else None
+
+
+@dataclass(frozen=True)
+class Table:
+    """One data set: columns that some run has a score for, and a row of cells for each run scored on it."""
+
+    name: str
+    columns: list[Column]
+    rows: list[tuple[RunRecord, list[Cell]]]
+
+    def counts(self, column: int) -> str:
+        """The number of samples behind a column: one number, or the range over the runs."""
+        counts = sorted({cells[column].count for _, cells in self.rows if cells[column].value is not None})
+        return f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+
+    def chance(self, column: int) -> float | None:
+        """What chance gives in a column, where the runs agree on it."""
+        values = {round(c.chance, 9) for _, cells in self.rows if (c := cells[column]).chance is not None}
+        return values.pop() if len(values) == 1 else None
+
+
+def score_table(runs: Sequence[RunRecord], name: str) -> Table:
+    """The table of one data set. The best value of a column is marked where there are several and they differ."""
+    scored = [(run, run.evaluations[name].scores) for run in runs if name in run.evaluations]
+    columns = [column for column in COLUMNS if any(column.key in scores for _, scores in scored)]
+    best = {}
+    for column in columns:
+        values = [scores[column.key] for _, scores in scored if column.key in scores]
+        if len(set(values)) > 1:
+            best[column.key] = max(values)
+    rows = [(run, [_cell(scores, column, best.get(column.key)) for column in columns]) for run, scores in scored]
+    return Table(name, columns, rows)
+
+
+def _cell(scores: dict[str, Any], column: Column, best: float | None) -> Cell:
+    def shown(key: str) -> float | None:
+        return scores[key] * column.scale if scores.get(key) is not None else None
+
+    if column.key not in scores:
+        return Cell()
+    return Cell(
+        value=shown(column.key),
+        low=shown(f"{column.key}_low"),
+        high=shown(f"{column.key}_high"),
+        chance=shown(column.chance) if column.chance else None,
+        count=scores.get(column.count, 0),
+        best=scores[column.key] == best,
+    )
+
+
+def as_text(table: Table) -> str:
+    """Aligned columns: per cent (BLEU in points), the best of a column with a star, chance in the last row."""
+    head = [table.name, *(column.label for column in table.columns)]
+    counts = ["", *(f"n {table.counts(i)}" for i in range(len(table.columns)))]
+    lines = [head, counts]
+    for run, cells in table.rows:
+        lines.append([run.title, *("-" if c.value is None else f"{'*' * c.best}{c.value:.1f}" for c in cells)])
+    chances = [table.chance(i) for i in range(len(table.columns))]
+    if any(chance is not None for chance in chances):
+        lines.append(["(chance)", *("" if chance is None else f"{chance:.1f}" for chance in chances)])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    aligned = [
+        "  ".join(
+            [line[0].ljust(widths[0]), *(text.rjust(width) for text, width in zip(line[1:], widths[1:], strict=True))]
+        )
+        for line in lines
+    ]
+    return "\n".join(line.rstrip() for line in aligned)
+
+
+@dataclass(frozen=True)
+class Course:
+    """How a run's training went. None where the run's metrics do not say."""
+
+    run: RunRecord
+    steps: int | None
+    samples_per_second: float | None  # median over the rows, as all speeds
+    tokens_per_second: float | None
+    data_wait_share: float | None
+    peak_gib: float | None
+    skipped: int | None  # bad samples replaced, over the whole run
+    truncated: int | None  # texts cut to the length limit, over the whole run
+    unreadable: int | None  # samples that the evaluations could not read
+
+    @property
+    def known(self) -> bool:
+        return self.steps is not None
+
+
+def course(run: RunRecord) -> Course:
+    """The numbers of a run's training. The counts in its rows are totals since the start, so the last row tells."""
+
+    def values(key: str) -> list[float]:
+        return [row[key] for row in run.rows if row.get(key) is not None]
+
+    def middle(key: str) -> float | None:
+        return median(values(key)) if values(key) else None
+
+    def total(key: str) -> int | None:
+        return int(values(key)[-1]) if values(key) else None
+
+    unread = [e.scores["unreadable"] for e in run.evaluations.values() if "unreadable" in e.scores]
+    return Course(
+        run=run,
+        steps=total("step"),
+        samples_per_second=middle("speed/samples_per_second"),
+        tokens_per_second=middle("speed/tokens_per_second"),
+        data_wait_share=middle("speed/data_wait_share"),
+        peak_gib=max(values("memory/peak_gib"), default=None),
+        skipped=total("data/skipped"),
+        truncated=total("data/truncated"),
+        unreadable=sum(unread) if unread else None,
+    )

@@ -1,0 +1,210 @@
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from medalign.data import phantom
+from medalign.data.index import ShardIndex
+from medalign.errors import ConfigError, DataError
+from medalign.evaluation.curves import SERIES, panels, smoothed
+from medalign.evaluation.metrics import read_predictions, score, write_predictions
+from medalign.evaluation.report import format_table, write_report
+from medalign.evaluation.runs import config_differences, read_runs
+from tests.unit.evaluation.runs_on_disk import make_run
+
+BASE = {"train": {"steps": 0}, "losses": {"alpha": 0.0, "beta": 0.0}, "note": "a < b & c"}
+FULL = {"train": {"steps": 200}, "losses": {"alpha": 1.0, "beta": 0.06}, "note": "a < b & c"}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report")
+    phantom.write(folder / "shards", 1, 6, 0)
+    make_run(folder / "base", folder / "shards" / "val", skill=0.3, aim=0.0, steps=0, config=BASE)
+    make_run(folder / "full", folder / "shards" / "val", skill=0.9, aim=0.6, steps=200, config=FULL)
+    return folder
+
+
+@pytest.fixture
+def runs(made, tmp_path):
+    """Two runs that a test may change, and their shards."""
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+    for path in tmp_path.glob("*/evaluation/val/scores.json"):
+        path.write_text(path.read_text().replace(str(made), str(tmp_path)))
+    return [tmp_path / "base", tmp_path / "full"]
+
+
+class Page(HTMLParser):
+    """Counts tags and checks that they close in order."""
+
+    VOID = ("meta", "img", "br", "path", "use", "rect")
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.counts: dict[str, int] = {}
+        self.feed(text)
+        assert not self.open, self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.counts[tag] = self.counts.get(tag, 0) + 1
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.counts[tag] = self.counts.get(tag, 0) + 1
+
+    def handle_endtag(self, tag):
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+
+def test_the_page_is_whole_and_loads_nothing(runs, tmp_path):
+    write_report(runs, tmp_path / "out" / "report.html", examples=3)
+    text = (tmp_path / "out" / "report.html").read_text()
+    page = Page(text)
+    assert page.counts["img"] == 3 * (1 + 2)  # the image, and an overlay for each run
+    assert page.counts["svg"] == 5  # three losses, their total, the gradient norm
+    assert not page.counts.get("script") and not page.counts.get("link") and "@import" not in text
+    assert set(re.findall(r"(?:src|href)=\"([a-z]+:?)", text)) <= {"data:"}
+    assert not re.search(r"url\((?!#)", text)
+    ids = re.findall(r' id="([^"]*)"', text)
+    assert len(ids) == len(set(ids))
+    assert "without looking" in text and "area" in text
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["report.html", "report.json"]
+
+
+def test_numbers_are_written_as_json(runs, tmp_path):
+    write_report(runs, tmp_path / "report.html", titles=["the base", "the full"], examples=0)
+    data = json.loads((tmp_path / "report.json").read_text())
+    scores = score(read_predictions(runs[1] / "evaluation" / "val" / "predictions.jsonl"))
+    (table,) = data["tables"]
+    assert table["name"] == "val" and [row["run"] for row in table["rows"]] == ["the base", "the full"]
+    # the file keeps every digit of the scores; attention is no part of them
+    assert {key: table["rows"][1][key] for key in scores} == pytest.approx(scores)
+    assert data["training"][0]["steps"] is None and data["training"][1]["steps"] == 200
+    assert data["training"][1]["truncated"] == 2  # the last row's total
+    assert "Where the question looks" not in (tmp_path / "report.html").read_text()
+
+
+def test_missing_shards_are_told_and_leave_the_rest(runs, tmp_path):
+    shutil.rmtree(tmp_path / "shards")
+    write_report(runs, tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text()
+    page = Page(text)
+    assert "could not be read again" in text and str(tmp_path / "shards" / "val") in text
+    assert not page.counts.get("img") and page.counts["svg"] == 5 and page.counts["article"] == 8
+
+
+def test_other_samples_under_the_same_keys_are_noticed(runs, tmp_path):
+    path = runs[0] / "evaluation" / "val" / "predictions.jsonl"
+    rows = read_predictions(path)
+    for row in rows:
+        row.question = "What is this?"
+    write_predictions(path, rows)
+    write_report(runs, tmp_path / "report.html")
+    assert "is not the one that was evaluated" in (tmp_path / "report.html").read_text()
+
+
+def test_text_cannot_become_markup(runs, tmp_path):
+    path = runs[0] / "evaluation" / "val" / "predictions.jsonl"
+    rows = read_predictions(path)
+    for row in rows:
+        row.prediction = "<script>alert(1)</script>"
+    write_predictions(path, rows)
+    write_report(runs, tmp_path / "report.html", titles=["<b>base", "full"])
+    text = (tmp_path / "report.html").read_text()
+    page = Page(text)
+    assert not page.counts.get("script") and "&lt;script&gt;alert(1)" in text and "&lt;b&gt;base" in text
+
+
+def test_predictions_without_attention_still_show_the_image(runs, tmp_path):
+    for run in runs:
+        path = run / "evaluation" / "val" / "predictions.jsonl"
+        rows = read_predictions(path)
+        for row in rows:
+            row.attention = None
+        write_predictions(path, rows)
+    write_report(runs, tmp_path / "report.html", examples=2)
+    assert Page((tmp_path / "report.html").read_text()).counts["img"] == 2
+
+
+def test_the_text_table_is_aligned(runs):
+    lines = format_table(runs).splitlines()
+    assert [line.split()[0] for line in lines] == ["val", "n", "base", "full", "(chance)"]
+    ends = [[match.end() for match in re.finditer(r"\*?\d+\.\d(?!\d)", line)] for line in lines[2:4]]
+    assert ends[0] == ends[1] and len(ends[0]) == 7
+    assert lines[3].count("*") >= 5 and "*" not in lines[2]
+    chance = [float(text) for text in lines[4].split()[1:]]
+    scores = json.loads((runs[0] / "evaluation" / "val" / "scores.json").read_text())
+    assert chance == [round(100 * scores[k], 1) for k in ("closed_majority", "box_area", "pointing_chance")]
+
+
+def test_one_run_has_no_best_and_runs_with_different_data_share_a_report(runs, tmp_path):
+    assert "*" not in format_table(runs[:1])
+    (runs[1] / "evaluation" / "val").rename(runs[1] / "evaluation" / "other")
+    tables = format_table(runs).split("\n\n")
+    assert [table.split()[0] for table in tables] == ["val", "other"]
+    assert "full" not in tables[0] and "base" not in tables[1]
+    write_report(runs, tmp_path / "report.html", examples=1)
+    Page((tmp_path / "report.html").read_text())
+
+
+def test_only_settings_that_differ_are_listed(runs):
+    assert config_differences(read_runs(runs)) == [
+        ("losses.alpha", ["0.0", "1.0"]),
+        ("losses.beta", ["0.0", "0.06"]),
+        ("train.steps", ["0", "200"]),
+    ]
+    (runs[0] / "config.yaml").unlink()
+    assert config_differences(read_runs(runs)) == []
+
+
+def test_titles_tell_runs_apart(runs, tmp_path):
+    shutil.copytree(runs[0], tmp_path / "again" / "base")
+    assert [r.title for r in read_runs([runs[0], tmp_path / "again" / "base"])] == [
+        f"{tmp_path.name}/base",
+        "again/base",
+    ]
+    assert len({r.title for r in read_runs([runs[0], runs[0]])}) == 2
+
+
+def test_bad_folders_are_named(runs, tmp_path):
+    with pytest.raises(DataError, match="nowhere"):
+        write_report([tmp_path / "nowhere"], tmp_path / "report.html")
+    with pytest.raises(DataError, match="medalign evaluate"):
+        write_report([tmp_path / "shards"], tmp_path / "report.html")
+    with pytest.raises(DataError, match="no run"):
+        format_table([])
+    with pytest.raises(ConfigError, match="1 titles for 2 runs"):
+        format_table(runs, titles=["one"])
+    (runs[0] / "evaluation" / "val" / "scores.json").write_text("{")
+    with pytest.raises(DataError, match="scores.json is not JSON"):
+        format_table(runs)
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_curves_take_the_page_s_colours(runs):
+    drawn = panels(read_runs(runs))
+    assert [panel.title for panel in drawn][:2] == ["total loss", "language loss"]
+    for panel in drawn:
+        assert "var(--series-1)" in panel.svg and "var(--series-0)" not in panel.svg  # the base was not trained
+        assert not re.search(r"#0102|DejaVu|<metadata", panel.svg)
+        assert f"var(--series-{SERIES})" not in panel.svg
+
+
+def test_smoothing_keeps_a_constant_and_does_not_lag():
+    assert smoothed(np.full(50, 3.0), 7) == pytest.approx(np.full(50, 3.0))
+    line = np.arange(200.0)
+    assert smoothed(line, 7)[50:150] == pytest.approx(line[50:150], abs=1e-3)
+    assert len(smoothed(np.array([2.0]), 7)) == 1
+
+
+def test_the_shards_of_these_tests_hold_boxes(made):
+    index = ShardIndex.open(made / "shards" / "val")
+    assert any(index.read(i).boxes for i in range(len(index)))
