@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -57,9 +57,8 @@ class TeacherTargets:
     attention: torch.Tensor  # [I, N]; the class token's attention to each patch, mean over heads
 
 
-@dataclass(frozen=True)
-class StudentOutput:
-    """What one forward pass of the student gives the losses."""
+class StudentOutput(NamedTuple):
+    """What one forward pass of the student gives the losses. A tuple, so that ZeRO-3 finds the tensors in it."""
 
     logits: torch.Tensor  # [B, K, V]; logits at the K kept positions alone
     kept: torch.Tensor  # [K] int64; positions (0..L-1) whose logits were kept

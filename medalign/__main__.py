@@ -1,0 +1,295 @@
+"""The `medalign` command. Each subcommand is a function below; `train` reads its settings from a recipe."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from medalign import __version__, distributed
+from medalign.errors import ConfigError, MedAlignError
+
+log = logging.getLogger("medalign")
+
+_EPILOG = """
+a first run, from nothing to a report:
+  medalign phantom --output data --train 2000 --val 200
+  deepspeed --module medalign train phantom --data.train data/train --run.dir runs/first
+  medalign evaluate runs/first --data data/val
+  medalign report runs/first --output report.html
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command. Returns the exit status: 0, or 2 after an error that the user can mend."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    # The deepspeed launcher puts its own option in front; the rank comes from the environment.
+    words = [word for word in words if not word.startswith("--local_rank")]
+    distributed.set_up_logging()
+    try:
+        if words[:1] == ["train"] and not {"-h", "--help"} & set(words):
+            return _train(words[1:])
+        chosen = _parser().parse_args(words)
+        return chosen.command(chosen)
+    except MedAlignError as error:
+        log.error("error: %s", error)
+        return 2
+    except KeyboardInterrupt:
+        log.error("interrupted")
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="medalign",
+        description="Distil a medical CLIP's sight into a medical vision-language model, and measure what it gives.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"medalign {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    for add in (_add_phantom, _add_shards, _add_train, _add_generate, _add_evaluate, _add_report, _add_export):
+        add(commands)
+    return parser
+
+
+def _command(commands, name: str, run, summary: str, description: str) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        name,
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}.\n\n{description}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(command=run)
+    return parser
+
+
+def _add_phantom(commands) -> None:
+    parser = _command(
+        commands,
+        "phantom",
+        _phantom,
+        "write synthetic chest radiographs as shards",
+        "Each study has up to three findings with known boxes, a report and questions. The same seed gives the same\n"
+        "bytes; training and validation never share a study.\n\n"
+        "example: medalign phantom --output data --train 2000 --val 200",
+    )
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="DIR", help="folder to write train/ and val/ into"
+    )
+    parser.add_argument(
+        "--train", type=_count, default=2000, metavar="N", help="training studies (default %(default)s)"
+    )
+    parser.add_argument("--val", type=_count, default=200, metavar="N", help="held-out studies (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the studies (default %(default)s)")
+
+
+def _phantom(chosen: argparse.Namespace) -> int:
+    from medalign.data import phantom
+
+    reports = phantom.write(chosen.output, chosen.train, chosen.val, chosen.seed)
+    _say_packed(chosen.output, reports)
+    return 0
+
+
+def _add_shards(commands) -> None:
+    parser = _command(
+        commands,
+        "shards",
+        _shards,
+        "pack a folder of images and annotations into WebDataset shards",
+        "sources:\n"
+        "  jsonl   a folder with annotations.jsonl (one object a line) and the images it names:\n"
+        "          id, image, task (vqa | report), question, answer, answer_type (closed | open), report,\n"
+        "          boxes ([x0, y0, x1, y1] in pixels), mask, split\n\n"
+        "Each split goes into its own folder with an index. Samples that cannot be used are refused by name.\n\n"
+        "example: medalign shards jsonl --input vqa_rad --output shards/vqa_rad",
+    )
+    parser.add_argument("source", choices=["jsonl"], help="layout of the input")
+    parser.add_argument("--input", type=Path, required=True, metavar="DIR", help="folder to read")
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="DIR", help="folder to write one folder a split into"
+    )
+    parser.add_argument("--samples-per-shard", type=_count, default=1000, metavar="N", help="default %(default)s")
+
+
+def _shards(chosen: argparse.Namespace) -> int:
+    from medalign.data.sources import jsonl
+
+    reports = jsonl.pack(chosen.input, chosen.output, samples_per_shard=chosen.samples_per_shard)
+    _say_packed(chosen.output, reports)
+    return 0 if any(report.written for report in reports.values()) else 2
+
+
+def _say_packed(output: Path, reports) -> None:
+    for split, report in reports.items():
+        log.info("%s: %d samples in %d shards", output / split, report.written, report.shards)
+        for reason in report.refused:
+            log.warning("refused: %s", reason)
+
+
+def _add_train(commands) -> None:
+    from jsonargparse import ArgumentParser
+
+    from medalign.config import add_settings, recipes
+
+    settings = add_settings(ArgumentParser(add_help=False)).format_help().split("\n\n", 1)[-1]
+    _command(
+        commands,
+        "train",
+        _no_recipe,
+        "train a student from a recipe",
+        "usage: medalign train RECIPE [--section.key VALUE ...]\n\n"
+        f"RECIPE is a packaged one ({', '.join(recipes())}) or a path to a YAML file.\n"
+        "Any setting below can be overridden. The same command again goes on from the last checkpoint.\n\n"
+        "on all GPUs of a node:  deepspeed --module medalign train RECIPE ...\n"
+        "under SLURM:            srun python -m medalign train RECIPE ...\n"
+        "on one rank:            medalign train RECIPE ...\n\n" + settings,
+    )
+
+
+def _no_recipe(_chosen: argparse.Namespace) -> int:
+    return _train([])
+
+
+def _train(words: Sequence[str]) -> int:
+    from medalign.config import load, recipes
+
+    if not words or words[0].startswith("-"):
+        raise ConfigError(f"name a recipe first: medalign train RECIPE; packaged are {', '.join(recipes())}")
+    config = load(words[0], words[1:])
+    from medalign.run import train
+
+    train(config)
+    return 0
+
+
+def _add_generate(commands) -> None:
+    parser = _command(
+        commands,
+        "generate",
+        _generate,
+        "answer a question about an image",
+        "Prints the answer. With --overlay, draws where the question looked at the tapped block.\n\n"
+        'example: medalign generate runs/first --image film.png --question "Is there an effusion?" --overlay map.png',
+    )
+    _add_run(parser)
+    parser.add_argument("--image", type=Path, required=True, metavar="FILE", help="PNG or JPEG")
+    parser.add_argument("--question", required=True, metavar="TEXT", help="what to ask")
+    parser.add_argument("--overlay", type=Path, metavar="PNG", help="picture to write")
+
+
+def _generate(chosen: argparse.Namespace) -> int:
+    from medalign.inference import generate
+
+    given = generate(chosen.run, chosen.image, chosen.question, chosen.overlay, chosen.max_new_tokens, chosen.student)
+    sys.stdout.write(given + "\n")
+    return 0
+
+
+def _add_evaluate(commands) -> None:
+    parser = _command(
+        commands,
+        "evaluate",
+        _evaluate,
+        "score a run on held-out shards",
+        "Writes RUN/evaluation/NAME/predictions.jsonl and scores.json and prints the scores: closed accuracy, open\n"
+        "recall, BLEU and ROUGE-L of reports, and for samples with boxes the share of the question's attention\n"
+        "inside them and the pointing game.\n\n"
+        "example: medalign evaluate runs/first --data data/val",
+    )
+    _add_run(parser)
+    parser.add_argument("--data", nargs="+", required=True, metavar="SHARDS", help="folders of shards")
+    parser.add_argument("--name", metavar="NAME", help="name of the evaluation (default: the first folder's name)")
+    parser.add_argument("--batch-size", type=_count, default=32, metavar="N", help="default %(default)s")
+    parser.add_argument("--limit", type=_count, metavar="N", help="score the first N samples alone")
+
+
+def _evaluate(chosen: argparse.Namespace) -> int:
+    from medalign.evaluation.report import format_table
+    from medalign.inference import evaluate
+
+    evaluate(
+        chosen.run,
+        chosen.data,
+        name=chosen.name,
+        batch_size=chosen.batch_size,
+        limit=chosen.limit,
+        max_new_tokens=chosen.max_new_tokens,
+        base=chosen.student,
+    )
+    sys.stdout.write(format_table([chosen.run]) + "\n")
+    return 0
+
+
+def _add_report(commands) -> None:
+    parser = _command(
+        commands,
+        "report",
+        _report,
+        "write an HTML report that compares runs",
+        "Score tables, loss curves and attention overlays in one file that loads nothing from elsewhere. It shows\n"
+        "images and text of the evaluation data: keep it where those may be.\n\n"
+        "example: medalign report runs/language runs/medalign --output report.html",
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of evaluated runs")
+    parser.add_argument("--output", type=Path, required=True, metavar="HTML", help="file to write")
+    parser.add_argument(
+        "--examples", type=_count, default=8, metavar="N", help="questions to picture (default %(default)s)"
+    )
+
+
+def _report(chosen: argparse.Namespace) -> int:
+    from medalign.evaluation.report import format_table, write_report
+
+    write_report(chosen.runs, chosen.output, examples=chosen.examples)
+    sys.stdout.write(f"{format_table(chosen.runs)}\n\nreport: {chosen.output.resolve()}\n")
+    return 0
+
+
+def _add_export(commands) -> None:
+    parser = _command(
+        commands,
+        "export",
+        _export,
+        "write the trained student as safetensors",
+        "An adapter, W and their settings, which `medalign generate` loads; with --merge an ordinary model folder\n"
+        "for transformers (only where W is off: it acts on image tokens alone).\n\n"
+        "example: medalign export runs/first --output student",
+    )
+    _add_run(parser)
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="new folder")
+    parser.add_argument("--merge", action="store_true", help="fold the adapter into the base model's weights")
+
+
+def _export(chosen: argparse.Namespace) -> int:
+    from medalign.checkpoint import export
+
+    source = export.find(chosen.run)
+    if chosen.merge:
+        export.merge(source, chosen.output, chosen.student)
+    else:
+        export.copy(source, chosen.output)
+    log.info("%s", chosen.output)
+    return 0
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run, a checkpoint or an export")
+    parser.add_argument("--student", metavar="DIR", help="the base model's folder, if it has moved since training")
+    parser.add_argument(
+        "--max-new-tokens", type=_count, default=128, metavar="N", help="longest answer (default %(default)s)"
+    )
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

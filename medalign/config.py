@@ -1,0 +1,339 @@
+"""Every setting of a run: dataclasses, read from a recipe (YAML) and dotted overrides.
+
+A recipe is a complete run by name. `medalign train quickstart --train.steps 50` reads the packaged recipe
+`quickstart`, then overrides one key. An unknown or ill-typed key is an error that names it and the nearest key.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Literal, get_type_hints
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
+
+from medalign.errors import ConfigError
+
+
+@dataclass
+class RunConfig:
+    """The run as a whole."""
+
+    dir: str = "runs/default"
+    """Folder of the run: configuration, metrics, checkpoints, export. The same folder again means: go on."""
+    seed: int = 0
+    """Fixes the data order, the start of LoRA and every dropout mask."""
+
+
+@dataclass
+class DataConfig:
+    """Where the samples come from and how they are read."""
+
+    train: list[str] | str = field(default_factory=list)
+    """Folder of shards to train on, or a list of folders."""
+    workers: int = 0
+    """Loader processes for each rank; 0 reads in the trainer itself. The batches are the same for any number."""
+    max_length: int = 1024
+    """Longest sample in tokens, image tokens included. Text beyond it is cut, image tokens never."""
+    max_bad_share: float = 0.01
+    """The run stops when more than this share of the samples cannot be read."""
+
+    @property
+    def folders(self) -> list[str]:
+        """The training folders, one or many."""
+        return [self.train] if isinstance(self.train, str) else self.train
+
+
+@dataclass
+class TeacherConfig:
+    """The frozen medical CLIP."""
+
+    path: str = ""
+    """Folder with open_clip_config.json and open_clip_model.safetensors, or open_clip:ARCHITECTURE/WEIGHTS."""
+    random_weights_seed: int | None = None
+    """A control: forget the trained weights and draw random ones from this seed."""
+
+
+@dataclass
+class LoraConfig:
+    """Low-rank adapters on every linear layer of the student's language model."""
+
+    rank: int = 32
+    """Rank r."""
+    alpha: int = 16
+    """The adapter's output is multiplied by alpha / r."""
+    dropout: float = 0.0
+    """Dropout before the adapter."""
+
+
+@dataclass
+class StudentConfig:
+    """The vision-language model that learns."""
+
+    path: str = ""
+    """Local folder of a LLaVA-class model with tokenizer and processor."""
+    layer: int = 20
+    """The tapped decoder block l, counted from 0: its input is matched in space, its attention distilled."""
+    steering: bool = True
+    """Attach the learnable matrix W to the image tokens that enter block l."""
+    epsilon: float = 1.0
+    """Strength of the steering: X + epsilon X W^T."""
+    query_mixture: bool = False
+    """Attach the query-adaptive mixture of LoRA experts to the query projection of block l."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """The adapters."""
+    train_projector: bool = False
+    """Train the projector between vision tower and language model too."""
+    attention: Literal["auto", "sdpa", "flash_attention_2", "eager"] = "auto"
+    """Attention of every block. auto: flash_attention_2 where flash-attn and a GPU are there, else sdpa."""
+    gradient_checkpointing: bool = False
+    """Recompute blocks in the backward pass (all but the steered and the tapped one) to save memory."""
+
+
+@dataclass
+class LossConfig:
+    """L = L_LM + alpha L_vis + beta L_att."""
+
+    alpha: float = 1.0
+    """Coefficient of the spatial alignment loss; 0 leaves it out."""
+    beta: float = 0.06
+    """Coefficient of the attention loss; 0 leaves it out."""
+    normalise: Literal["sum", "softmax", "official"] = "sum"
+    """How attention becomes a distribution over the image tokens."""
+    weighting: Literal["uniform", "teacher_attention"] = "uniform"
+    """Weights of the token pairs in the spatial loss."""
+    ignore_padding: bool = False
+    """Leave patches that show only canvas padding out of both distillation losses."""
+    impl: Literal["auto", "reference", "chunked"] = "auto"
+    """Implementation of the kernels."""
+
+
+@dataclass
+class TrainConfig:
+    """The optimisation."""
+
+    steps: int = 1000
+    """Optimiser steps of the whole run. 0 writes the untrained student as a run."""
+    batch_size: int = 32
+    """Samples in a step, over all ranks and accumulated micro-batches."""
+    micro_batch_size: int = 4
+    """Samples in one forward pass of one rank."""
+    lr: float = 2e-4
+    """Peak learning rate of the adapters, W and the mixture."""
+    projector_lr: float = 2e-5
+    """Peak learning rate of the projector."""
+    weight_decay: float = 0.0
+    """Weight decay of the adapters and the projector; W never decays."""
+    warmup: float = 0.03
+    """Share of the steps over which the learning rate rises; then it falls as a cosine to 0."""
+    clip: float = 1.0
+    """Largest norm of the gradient; 0 does not clip."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """auto: bf16 on a GPU, fp32 on a CPU."""
+
+
+@dataclass
+class CheckpointConfig:
+    """What is kept on disk."""
+
+    every: int = 500
+    """Steps between two checkpoints; the last step always writes one."""
+    keep: int = 2
+    """Newest checkpoints to keep."""
+
+
+@dataclass
+class EngineConfig:
+    """How the state is spread over the ranks."""
+
+    deepspeed: str = "zero3"
+    """Name of a DeepSpeed configuration in ds_configs/, or a path to one."""
+
+
+@dataclass
+class LogConfig:
+    """What is written down while the run goes on. Only numbers: no image and no text leaves the run's folder."""
+
+    every: int = 10
+    """Steps between two rows of metrics."""
+    wandb: Literal["off", "offline", "online"] = "offline"
+    """Weights & Biases: off, kept in the run's folder, or sent."""
+    project: str = "medalign"
+    """W&B project."""
+    entity: str | None = None
+    """W&B team."""
+
+
+@dataclass
+class Config:
+    """A whole run."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    student: StudentConfig = field(default_factory=StudentConfig)
+    losses: LossConfig = field(default_factory=LossConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    @property
+    def distils(self) -> bool:
+        """Whether the teacher is needed at all."""
+        return self.losses.alpha > 0 or self.losses.beta > 0
+
+
+def recipes() -> list[str]:
+    """Names of the packaged recipes."""
+    return sorted(p.name.removesuffix(".yaml") for p in _recipe_folder().iterdir() if p.name.endswith(".yaml"))
+
+
+def load(recipe: str, overrides: Sequence[str] = ()) -> Config:
+    """The configuration of a packaged recipe or a YAML file, after dotted overrides (`--train.steps 50`).
+
+    `${assets}` in a value is the folder of the packaged models. Raises ConfigError for an unknown recipe, an
+    unknown key, an ill-typed value, or settings that contradict each other.
+    """
+    parser = add_settings(ArgumentParser(exit_on_error=False, default_env=False))
+    text = _read_recipe(recipe).replace("${assets}", str(resources.files("medalign") / "assets"))
+    try:
+        values = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"recipe {recipe} is not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"recipe {recipe} must hold sections such as 'train:', found {type(values).__name__}")
+    known = set(_keys(Config))
+    for key in _flat(values):
+        _require_known(key, known, f"recipe {recipe}")
+    for word in overrides:
+        if word.startswith("--"):
+            _require_known(word[2:].split("=")[0].rstrip("+"), known, "the command line")
+    try:
+        namespace = parser.parse_object(values, defaults=True)
+        namespace = parser.parse_args([*overrides], namespace=namespace)
+        config = _instantiate(Config, namespace)
+    except (ArgumentError, TypeError, ValueError) as error:
+        raise ConfigError(f"recipe {recipe}: {_tidy(str(error))}") from None
+    validate(config)
+    return config
+
+
+def add_settings(parser: ArgumentParser) -> ArgumentParser:
+    """All settings as dotted options of a parser, with their docstrings as help."""
+    for section in fields(Config):
+        kind = get_type_hints(Config)[section.name]
+        parser.add_class_arguments(kind, section.name)
+    return parser
+
+
+def validate(config: Config) -> None:
+    """Raises ConfigError where settings are missing or contradict each other."""
+
+    def require(holds: bool, message: str) -> None:
+        if not holds:
+            raise ConfigError(message)
+
+    train = config.train
+    require(bool(config.student.path), "student.path is not set: name a local model folder with --student.path DIR")
+    require(
+        not config.distils or bool(config.teacher.path),
+        "teacher.path is not set; set it, or set losses.alpha 0 and losses.beta 0",
+    )
+    require(
+        train.steps == 0 or bool(config.data.folders), "data.train is not set: name shard folders with --data.train DIR"
+    )
+    require(train.steps >= 0, f"train.steps is {train.steps}; it must not be negative")
+    require(0 <= train.warmup <= 1, f"train.warmup is {train.warmup}; it is a share of the steps, from 0 to 1")
+    require(train.clip >= 0, f"train.clip is {train.clip}; it must not be negative (0 does not clip)")
+    for key in ("train.batch_size", "train.micro_batch_size", "checkpoint.every", "checkpoint.keep", "log.every"):
+        section, name = key.split(".")
+        value = getattr(getattr(config, section), name)
+        require(value >= 1, f"{key} is {value}; it must be at least 1")
+    for key in ("alpha", "beta"):
+        value = getattr(config.losses, key)
+        require(value >= 0, f"losses.{key} is {value}; it must not be negative")
+    require(
+        config.student.layer >= 1,
+        f"student.layer is {config.student.layer}; the tapped block needs one before it, so at least 1",
+    )
+
+
+def dump(config: Config) -> str:
+    """The resolved configuration as YAML, complete, readable by `load`."""
+    return yaml.safe_dump(_plain(config), sort_keys=False)
+
+
+def read(path: Path) -> Config:
+    """The configuration that a run wrote into its folder."""
+    if not path.is_file():
+        raise ConfigError(f"{path} does not exist: {path.parent} is not the folder of a run")
+    return load(str(path))
+
+
+def _recipe_folder() -> resources.abc.Traversable:
+    return resources.files("medalign") / "recipes"
+
+
+def _read_recipe(recipe: str) -> str:
+    packaged = _recipe_folder() / f"{recipe}.yaml"
+    if re.fullmatch(r"[\w-]+", recipe) and packaged.is_file():
+        return packaged.read_text()
+    if os.path.isfile(recipe):
+        return Path(recipe).read_text()
+    near = difflib.get_close_matches(recipe, recipes(), n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise ConfigError(
+        f"unknown recipe {recipe!r}: {hint}Packaged are {', '.join(recipes())}; a path to a YAML file works too"
+    )
+
+
+def _require_known(key: str, known: set[str], where: str) -> None:
+    if key in known:
+        return
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    same_name = [k for k in sorted(known) if k.split(".")[-1] == key.split(".")[-1]]
+    nearest = (same_name or near or ["one of: " + ", ".join(sorted(known))])[0]
+    raise ConfigError(f"unknown key {key!r} in {where}; the nearest known key is {nearest!r}")
+
+
+def _keys(kind: type, prefix: str = "") -> Iterator[str]:
+    hints = get_type_hints(kind)
+    for item in fields(kind):
+        if is_dataclass(hints[item.name]):
+            yield from _keys(hints[item.name], f"{prefix}{item.name}.")
+        else:
+            yield prefix + item.name
+
+
+def _flat(values: dict, prefix: str = "") -> Iterator[str]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+def _plain(value: object) -> object:
+    if is_dataclass(value):
+        return {item.name: _plain(getattr(value, item.name)) for item in fields(value)}
+    return value
+
+
+def _instantiate(kind: type, values: Namespace) -> Config:
+    hints = get_type_hints(kind)
+    arguments = {}
+    for item in fields(kind):
+        value = values[item.name]
+        arguments[item.name] = _instantiate(hints[item.name], value) if is_dataclass(hints[item.name]) else value
+    return kind(**arguments)
+
+
+def _tidy(message: str) -> str:
+    return " ".join(message.split())

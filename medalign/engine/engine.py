@@ -1,0 +1,114 @@
+"""The only door to DeepSpeed: sharded loading, the engine, gathering, saving."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+if not torch.cuda.is_available():
+    # DeepSpeed looks once, when it is imported; without a GPU it has to be told.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import deepspeed
+from transformers.integrations import HfDeepSpeedConfig
+
+from medalign import distributed
+
+# Calls inside DeepSpeed and transformers that nobody here can change; they would bury a run's own lines.
+warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|deepspeed|transformers")
+
+_TAG = "state"  # DeepSpeed's own folder inside a checkpoint
+
+
+def start(settings: Mapping[str, Any]) -> None:
+    """Open the process group (nccl on GPUs, gloo on CPUs). The launcher's variables must be set."""
+    for name in ("DeepSpeed", "torch.distributed"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(distributed.local_rank())
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=distributed.TIMEOUT, verbose=False)
+
+
+def stop() -> None:
+    """Close the process group."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+@contextlib.contextmanager
+def sharded_loading(settings: Mapping[str, Any]) -> Iterator[None]:
+    """Inside, transformers partitions weights over the ranks while it reads them (ZeRO-3 alone)."""
+    keep_alive = HfDeepSpeedConfig(dict(settings)) if _stage(settings) == 3 else None
+    try:
+        yield
+    finally:
+        del keep_alive
+
+
+class Engine:
+    """A student whose state is spread over the ranks.
+
+    Args:
+        student: the whole module, with everything that learns already attached.
+        groups: parameter groups as torch's AdamW takes them; "name" entries are kept.
+        settings: a complete DeepSpeed configuration.
+    """
+
+    def __init__(self, student: nn.Module, groups: Sequence[dict[str, Any]], settings: Mapping[str, Any]) -> None:
+        optimizer = torch.optim.AdamW(list(groups), betas=(0.9, 0.999), eps=1e-8)
+        self._engine, self.optimizer, _, _ = deepspeed.initialize(
+            model=student, optimizer=optimizer, config=dict(settings), dist_init_required=False
+        )
+        self.accumulation = int(settings["gradient_accumulation_steps"])
+        self.device: torch.device = torch.device(self._engine.device)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._engine(*args, **kwargs)
+
+    @property
+    def student(self) -> nn.Module:
+        return self._engine.module
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add this micro-batch's gradient. The step's gradient is the mean of `loss` over ranks and micro-batches."""
+        self._engine.backward(loss)
+
+    def step(self, rates: Mapping[str, float]) -> float:
+        """Count one micro-batch; after the last of a step, update with these learning rates by group name.
+
+        Returns the norm of the gradient before clipping (of the last update).
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = rates[group["name"]]
+        self._engine.step()
+        return float(self._engine.get_global_grad_norm() or 0.0)
+
+    def gathered(self, parameters: Sequence[tuple[str, nn.Parameter]]) -> dict[str, torch.Tensor]:
+        """Whole parameters by name, on the CPU, on rank 0; an empty dict on the others. Every rank must call it."""
+        whole = {}
+        for name, parameter in parameters:
+            with deepspeed.zero.GatheredParameters([parameter]):
+                if distributed.is_main():
+                    whole[name] = parameter.detach().cpu().clone()
+        return whole
+
+    def save(self, folder: Path) -> None:
+        """Write what learns, with the optimiser's state, into `folder`. Every rank must call it."""
+        self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False, exclude_frozen_parameters=True)
+
+    def load(self, folder: Path) -> None:
+        """Read what `save` wrote, on the same number of ranks."""
+        self._engine.load_checkpoint(str(folder), tag=_TAG, load_module_strict=False)
+
+
+def _stage(settings: Mapping[str, Any]) -> int:
+    return int(settings.get("zero_optimization", {}).get("stage", 0))

@@ -1,0 +1,80 @@
+"""Answers of a trained student, with what its question looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from medalign.contracts import Batch, Sample
+from medalign.data.collate import Collator
+from medalign.data.index import ShardIndex
+from medalign.data.loader import batches
+from medalign.evaluation.grounding import grounding
+from medalign.evaluation.metrics import Prediction
+from medalign.geometry import CanvasFrame
+from medalign.student.model import Student
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer. `attention` is the question's map over its first image, N values, or None without an image."""
+
+    text: str
+    attention: list[float] | None
+
+
+def answer(student: Student, tokenizer: Any, batch: Batch, max_new_tokens: int) -> list[Answer]:
+    """Greedy answers to a left-padded batch of questions."""
+    ids, maps_IN = student.generate(
+        batch,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    texts = [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
+    first: dict[int, list[float]] = {}
+    if maps_IN is not None:
+        for image, sample in enumerate(batch.image_sample.tolist()):
+            first.setdefault(sample, maps_IN[image].tolist())
+    return [Answer(text, first.get(row)) for row, text in enumerate(texts)]
+
+
+def predict(
+    student: Student,
+    tokenizer: Any,
+    index: ShardIndex,
+    collator: Collator,
+    *,
+    batch_size: int,
+    max_new_tokens: int,
+    device: torch.device,
+    numbers: Sequence[int] | None = None,
+) -> Iterator[list[Prediction]]:
+    """Predictions for samples of an index, in order, a batch at a time."""
+    for samples, batch in batches(index, collator, batch_size, numbers):
+        answers = answer(student, tokenizer, batch.to(device), max_new_tokens)
+        yield [_prediction(student, sample, given) for sample, given in zip(samples, answers, strict=True)]
+
+
+def _prediction(student: Student, sample: Sample, given: Answer) -> Prediction:
+    row = Prediction(
+        key=sample.key,
+        task=sample.task,
+        question=sample.question,
+        answer=sample.answer,
+        answer_type=sample.answer_type,
+        prediction=given.text,
+    )
+    if given.attention is None or not sample.boxes:
+        return row
+    frame = CanvasFrame(*sample.images[0].size)
+    ground = grounding(given.attention, sample.boxes, frame, student.anatomy.grid)
+    row.attention_inside, row.box_area = ground.inside, ground.area
+    row.pointing_hit, row.pointing_chance = ground.hit, ground.chance
+    row.attention = given.attention
+    row.boxes, row.image_size = [list(box) for box in sample.boxes], (frame.width, frame.height)
+    return row

@@ -1,0 +1,214 @@
+"""A run: configuration in, a trained student out. The one place where all rooms meet."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from medalign import config as settings
+from medalign import distributed
+from medalign.checkpoint import export, state
+from medalign.checkpoint.state import Progress
+from medalign.config import Config
+from medalign.contracts import Batch, Sample
+from medalign.data.collate import Collator, TowerView
+from medalign.data.index import ShardIndex
+from medalign.data.loader import TrainLoader
+from medalign.data.plan import GlobalOrder
+from medalign.data.prompts import PromptEncoder
+from medalign.engine import engine as deepspeed_engine
+from medalign.engine.engine import Engine
+from medalign.engine.settings import deepspeed_settings, precision
+from medalign.errors import ConfigError
+from medalign.losses.objective import Objective
+from medalign.observability.sinks import ConsoleSink, JsonlSink, Sink, WandbSink
+from medalign.student import loading
+from medalign.student.model import Student, check_causality
+from medalign.teacher.clip import Teacher, load_teacher
+from medalign.teacher.targets import assert_replicated
+from medalign.training import loop, schedule
+from medalign.training.step import Step
+
+log = logging.getLogger("medalign")
+
+
+def train(config: Config) -> Path:
+    """Train, or go on with, the run in `config.run.dir`. Every rank calls it. Returns the run's folder."""
+    distributed.adopt_launcher()
+    distributed.set_up_logging()
+    folder = Path(config.run.dir)
+    ds_settings = deepspeed_settings(config, distributed.world())
+    index = ShardIndex.open(config.data.folders) if config.train.steps else None
+    deepspeed_engine.start(ds_settings)
+    try:
+        _train(config, folder, index, ds_settings)
+    finally:
+        deepspeed_engine.stop()
+    return folder
+
+
+def _train(config: Config, folder: Path, index: ShardIndex | None, ds_settings: dict[str, Any]) -> None:
+    _prepare_folder(config, folder)
+    # The teacher comes first: what is built once ZeRO-3 partitions modules would be partitioned too.
+    teacher = build_teacher(config)
+    with deepspeed_engine.sharded_loading(ds_settings):
+        student = loading.load_student(config.student, precision(config), config.run.seed)
+    student.tap.impl = config.losses.impl
+    student.train()
+    engine = Engine(student, parameter_groups(student, config), ds_settings)
+    if teacher is not None:
+        assert_replicated(teacher)
+
+    processor = loading.load_processor(config.student)
+    collator = build_collator(config, student, processor, teacher)
+    check_causality(student, probe(collator).to(engine.device))
+
+    found = state.latest(folder / "checkpoints")
+    progress = state.load(engine, found) if found else Progress(step=0, samples=0, ranks=distributed.world())
+    if found:
+        log.info("going on from %s", found)
+    sinks = build_sinks(config, folder, progress) if distributed.is_main() else []
+
+    def save(now: Progress) -> None:
+        state.save(engine, folder / "checkpoints", now, config.checkpoint.keep, write_export)
+
+    def write_export(target: Path) -> None:
+        whole = engine.gathered([pair for group in student.trainable().values() for pair in group])
+        if distributed.is_main():
+            export.write(student, whole, config.student, target)
+
+    try:
+        if index is None:
+            save(progress)
+        elif progress.step < config.train.steps:
+            step = Step(engine, teacher, build_objective(config), student.anatomy.grid)
+            batches = iter(build_loader(config, index, collator, progress))
+            progress = loop.train(config, step, batches, progress, sinks, save)
+    finally:
+        for sink in sinks:
+            sink.close()
+    _say_end(config, folder, progress)
+
+
+def build_teacher(config: Config) -> Teacher | None:
+    """The teacher of this rank, frozen; None when nothing is distilled."""
+    if not config.distils or config.train.steps == 0:
+        return None
+    seed = config.teacher.random_weights_seed
+    return load_teacher(config.teacher.path, distributed.device(), precision(config), random_weights_seed=seed)
+
+
+def build_collator(config: Config, student: Student, processor: Any, teacher: Teacher | None) -> Collator:
+    """Samples to batches, for this student and this teacher."""
+    anatomy = student.anatomy
+    eye = loading.eye(processor, anatomy.image_size)
+    view = TowerView(teacher.image_size, teacher.mean, teacher.std) if teacher is not None else None
+    encoder = PromptEncoder(
+        processor,
+        image_token_id=anatomy.image_token_id,
+        tokens_per_image=anatomy.grid.size,
+        max_length=config.data.max_length,
+    )
+    return Collator(encoder, TowerView(eye.size, eye.mean, eye.std), view, anatomy.grid)
+
+
+def build_objective(config: Config) -> Objective:
+    losses = config.losses
+    return Objective(
+        alpha=losses.alpha,
+        beta=losses.beta,
+        normalise=losses.normalise,
+        weighting=losses.weighting,
+        ignore_padding=losses.ignore_padding,
+        impl=losses.impl,
+    )
+
+
+def build_loader(config: Config, index: ShardIndex, collator: Collator, progress: Progress) -> TrainLoader:
+    """The batches of this rank, from the step where the run stands."""
+    return TrainLoader(
+        index,
+        GlobalOrder(len(index), config.run.seed),
+        collator,
+        global_batch=config.train.batch_size,
+        micro_batch=config.train.micro_batch_size,
+        rank=distributed.rank(),
+        world=distributed.world(),
+        start_step=progress.step,
+        workers=config.data.workers,
+        max_bad_share=config.data.max_bad_share,
+    )
+
+
+def build_sinks(config: Config, folder: Path, progress: Progress) -> list[Sink]:
+    """Where the numbers of this run go; rank 0 alone calls it."""
+    whole = {section: vars(getattr(config, section)) for section in vars(config)}
+    log_settings = config.log
+    return [
+        ConsoleSink(config.train.steps, start=progress.step),
+        JsonlSink(folder / "metrics.jsonl", resumed_step=progress.step),
+        WandbSink(
+            log_settings.wandb,
+            folder,
+            project=log_settings.project,
+            entity=log_settings.entity,
+            name=folder.name,
+            config=whole,
+        ),
+    ]
+
+
+def probe(collator: Collator) -> Batch:
+    """A small batch, one grey picture and one question, to try the model on before the first step."""
+    grey = Image.new("RGB", (8, 8), (128, 128, 128))
+    return collator([Sample("probe", "none", "vqa", "Is this study normal?", "yes", "closed", (grey,))])
+
+
+def parameter_groups(student: Student, config: Config) -> list[dict[str, Any]]:
+    """One group a kind of parameter, with its learning rate and weight decay."""
+    peaks, decays = schedule.peaks(config.train), schedule.decays(config.train)
+    return [
+        {"name": name, "params": [p for _, p in named], "lr": peaks[name], "weight_decay": decays[name]}
+        for name, named in student.trainable().items()
+    ]
+
+
+def _prepare_folder(config: Config, folder: Path) -> None:
+    """Write the configuration, or require that a run to go on with has the same where it matters."""
+    path = folder / "config.yaml"
+    if path.is_file():
+        _require_same(settings.read(path), config, path)
+    distributed.barrier()  # every rank has read it
+    if distributed.is_main():
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(settings.dump(config))
+
+
+def _require_same(before: Config, now: Config, path: Path) -> None:
+    for section in ("data", "teacher", "student", "losses", "train"):
+        for key, value in vars(getattr(now, section)).items():
+            old = getattr(getattr(before, section), key)
+            if old != value and f"{section}.{key}" not in _MAY_CHANGE:
+                raise ConfigError(
+                    f"{path} has {section}.{key} = {old}, the command says {value}: a run goes on with the settings "
+                    "it began with; restore them, or name a new folder with --run.dir"
+                )
+
+
+_MAY_CHANGE: Sequence[str] = ("data.workers", "data.train", "train.micro_batch_size", "student.gradient_checkpointing")
+
+
+def _say_end(config: Config, folder: Path, progress: Progress) -> None:
+    log.info(
+        "%s: %d steps, %d samples; %d bad samples replaced, %d cut to %d tokens",
+        folder,
+        progress.step,
+        progress.samples,
+        progress.skipped,
+        progress.truncated,
+        config.data.max_length,
+    )

@@ -1,0 +1,94 @@
+"""A tap on one decoder block: the question's attention, read without materialising anyone else's.
+
+Every block keeps its fast attention. The functions registered with transformers here call that backend for the
+block's output; at the one block that carries a `Tap`, they also hand post-rotary query and key to
+`kernels.attention_map`, which computes the question's rows alone. transformers finds both functions by name in
+`config._attn_implementation`; the mask function must be registered too, or the model would lose its causality
+without a word (`check_causality` in `student.model` makes sure).
+
+Shape suffixes: B samples, H heads, L tokens, D width of a head.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from medalign.kernels import attention_map
+
+BACKENDS = ("sdpa", "flash_attention_2", "eager")
+_PREFIX = "medalign_"
+_ATTRIBUTE = "medalign_tap"
+
+
+@dataclass
+class Tap:
+    """What the tapped block needs for one forward pass, and what it gives back."""
+
+    rows: torch.Tensor | None = None  # [B, L] bool; query positions to average
+    columns: torch.Tensor | None = None  # [B, L] bool; key positions to report
+    valid: torch.Tensor | None = None  # [B, L] bool; False at padding
+    map: torch.Tensor | None = None  # [B, L] float32, after the pass
+    impl: str = "auto"
+
+    @contextmanager
+    def reading(self, rows: torch.Tensor, columns: torch.Tensor, valid: torch.Tensor) -> Iterator[Tap]:
+        """Tap the forward passes inside the context; `map` stays readable after it."""
+        self.rows, self.columns, self.valid, self.map = rows, columns, valid, None
+        try:
+            yield self
+        finally:
+            self.rows = self.columns = self.valid = None
+
+    def read(self, query_BHLD: torch.Tensor, key_BHLD: torch.Tensor, scale: float | None) -> None:
+        # While answering, later passes bring one new token each: the question was read in the first one.
+        if self.rows is None or self.columns is None or query_BHLD.shape[2] != self.rows.shape[1]:
+            return
+        self.map = attention_map(
+            query_BHLD, key_BHLD, self.rows, self.columns, attention_mask=self.valid, scale=scale, impl=self.impl
+        )
+
+
+def attach(attention: nn.Module) -> Tap:
+    """Put a tap on an attention module of a model loaded with `tapped_name(backend)`."""
+    tap = Tap()
+    setattr(attention, _ATTRIBUTE, tap)
+    return tap
+
+
+def tapped_name(backend: str) -> str:
+    """Registers `backend` with taps and returns the name that transformers knows it by."""
+    name = _PREFIX + backend
+
+    def forward(
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        scaling: float | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        tap = getattr(module, _ATTRIBUTE, None)
+        if tap is not None:
+            tap.read(query, key, scaling)
+        return _backend(backend, module)(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+
+    AttentionInterface.register(name, forward)
+    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[backend])
+    return name
+
+
+def _backend(backend: str, module: nn.Module) -> Any:
+    if backend == "eager":  # each model file has its own
+        return sys.modules[type(module).__module__].eager_attention_forward
+    return ALL_ATTENTION_FUNCTIONS[backend]

@@ -1,0 +1,86 @@
+"""The schedule of a run and nothing else: when to step, to write a row, to write a checkpoint."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+import torch
+
+from medalign import distributed
+from medalign.checkpoint.state import Progress
+from medalign.config import Config
+from medalign.contracts import Batch
+from medalign.observability.meters import Throughput, peak_memory_gib
+from medalign.observability.sinks import ConsoleSink, Sink
+from medalign.training.schedule import rates
+from medalign.training.step import Step
+
+log = logging.getLogger("medalign")
+
+
+def train(
+    config: Config,
+    step: Step,
+    batches: Iterator[list[Batch]],
+    progress: Progress,
+    sinks: Sequence[Sink],
+    save: Callable[[Progress], None],
+) -> Progress:
+    """Run from `progress.step` to the last step. `save` is called on every rank.
+
+    Args:
+        batches: for each step from `progress.step` on, this rank's micro-batches.
+        sinks: where rows go; empty on ranks other than 0.
+    """
+    total, device = config.train.steps, step.engine.device
+    speed, row = Throughput(device), {}
+    for number in range(progress.step, total):
+        distributed.seed_step(config.run.seed, number)
+        with speed.waiting():
+            micro_batches = next(batches)
+        now = rates(number, config.train)
+        losses = step(micro_batches, now)
+        done = number + 1
+        progress = _advance(progress, config, done, micro_batches, device)
+        speed.add(sum(len(b.keys) for b in micro_batches), sum(int(b.attention_mask.sum()) for b in micro_batches))
+        if done % config.log.every == 0 or done == total:
+            row = losses | {"optim/lr": now["adapters"]} | speed.reduce() | _state(progress, device)
+            for sink in sinks:
+                sink.log(done, row)
+        _tick(sinks, done)
+        if done % config.checkpoint.every == 0 or done == total:
+            began = time.perf_counter()
+            save(progress)
+            log.info("step %d: checkpoint written in %.1f s", done, time.perf_counter() - began)
+    return progress
+
+
+def _advance(progress: Progress, config: Config, done: int, micro_batches: Sequence[Batch], device: object) -> Progress:
+    for reason in (reason for batch in micro_batches for reason in batch.skipped):
+        log.warning("bad sample replaced: %s", reason)
+    bad = torch.tensor([sum(len(b.skipped) for b in micro_batches), sum(b.truncated for b in micro_batches)])
+    skipped, truncated = distributed.sum_over_ranks({"bad": bad.to(str(device))})["bad"].tolist()
+    return replace(
+        progress,
+        step=done,
+        samples=done * config.train.batch_size,
+        skipped=progress.skipped + int(skipped),
+        truncated=progress.truncated + int(truncated),
+    )
+
+
+def _state(progress: Progress, device: object) -> dict[str, float]:
+    return {
+        "data/skipped": progress.skipped,
+        "data/truncated": progress.truncated,
+        "memory/peak_gib": peak_memory_gib(str(device)),
+    }
+
+
+def _tick(sinks: Sequence[Sink], done: int) -> None:
+    for sink in sinks:
+        if isinstance(sink, ConsoleSink):
+            sink.tick(done)

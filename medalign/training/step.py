@@ -1,0 +1,66 @@
+"""One optimiser step: micro-batches in, one update, the loss of the whole global batch out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from medalign import distributed
+from medalign.contracts import Batch, LossReport, TeacherTargets
+from medalign.engine.engine import Engine
+from medalign.geometry import PatchGrid
+from medalign.losses.objective import Objective
+from medalign.teacher.clip import Teacher
+from medalign.teacher.targets import teacher_targets
+
+
+class Step:
+    """Teacher, student and losses put together.
+
+    Args:
+        engine: the student, sharded.
+        teacher: frozen, on this rank; None when nothing is distilled.
+        objective: the weighted losses.
+        grid: the student's image tokens.
+    """
+
+    def __init__(self, engine: Engine, teacher: Teacher | None, objective: Objective, grid: PatchGrid) -> None:
+        self.engine = engine
+        self.teacher = teacher
+        self.objective = objective
+        self.grid = grid
+
+    def __call__(self, micro_batches: Sequence[Batch], rates: dict[str, float]) -> dict[str, float]:
+        """Update once. Returns the loss terms as means over the global batch, and the gradient's norm."""
+        batches = [batch.to(self.engine.device) for batch in micro_batches]
+        # The counts are known before the first forward pass, so each loss is a mean over the global batch however
+        # it is cut into ranks and micro-batches.
+        totals = distributed.sum_over_ranks(_add([self.objective.counts(batch) for batch in batches]))
+        # The engine takes the mean over ranks and micro-batches; this undoes it.
+        share = distributed.world() * len(batches)
+        scale = {name: share / max(float(total), 1.0) for name, total in totals.items()}
+        reports = []
+        for batch in batches:
+            report = self._forward(batch, scale)
+            self.engine.backward(report.total)
+            norm = self.engine.step(rates)
+            reports.append({name: term.sum.detach() for name, term in report.terms.items()})
+        sums = distributed.sum_over_ranks(_add(reports))
+        means = {name: float(value) / max(float(totals[name]), 1.0) for name, value in sums.items()}
+        total = sum(self.objective.coefficient(name) * mean for name, mean in means.items())
+        return {f"loss/{name}": mean for name, mean in means.items()} | {"loss/total": total, "optim/grad_norm": norm}
+
+    def _forward(self, batch: Batch, scale: dict[str, float]) -> LossReport:
+        targets = self._targets(batch)
+        output = self.engine(batch, tap=targets is not None)
+        return self.objective(output, targets, batch, scale)
+
+    def _targets(self, batch: Batch) -> TeacherTargets | None:
+        if self.teacher is None:
+            return None
+        return teacher_targets(self.teacher, batch.teacher_pixels, self.grid)
+
+
+def _add(rows: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return {name: torch.stack([row[name].float() for row in rows]).sum() for name in rows[0]}

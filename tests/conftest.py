@@ -1,0 +1,28 @@
+"""Fixtures shared by all tests: tiny models on disk, made once."""
+
+from pathlib import Path
+
+import pytest
+
+from tests import tiny
+
+
+@pytest.fixture(scope="session")
+def student_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny LLaVA with tokenizer and processor."""
+    return tiny.save_student(tmp_path_factory.mktemp("models") / "student")
+
+
+@pytest.fixture(scope="session")
+def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny open_clip teacher."""
+    return tiny.save_teacher(tmp_path_factory.mktemp("models") / "teacher")
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Data and golden numbers beside the checkout; tests that need them are skipped where they are absent."""
+    folder = Path(__file__).parents[2] / "shared"
+    if not folder.is_dir():
+        pytest.skip("the folder ../shared with golden numbers and real data is not beside this checkout")
+    return folder

@@ -1,0 +1,143 @@
+"""What the ranks of the distributed tests do. Each function takes settings and returns something JSON can hold."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from medalign import distributed
+from medalign.config import Config, LoraConfig
+from medalign.contracts import Batch
+from medalign.engine import engine as door
+from medalign.engine.engine import Engine
+from medalign.engine.settings import deepspeed_settings
+from medalign.run import build_objective, build_teacher, parameter_groups
+from medalign.student.loading import load_student
+from medalign.student.model import Student
+from medalign.teacher.targets import assert_replicated
+from medalign.training.schedule import peaks
+from medalign.training.step import Step
+from tests import tiny
+
+
+def configure(settings: dict[str, Any]) -> Config:
+    config = Config()
+    config.student.path, config.teacher.path = settings["student"], settings["teacher"]
+    config.student.layer, config.student.lora = 2, LoraConfig(rank=4, alpha=8)
+    config.student.train_projector = True
+    config.losses.alpha, config.losses.beta = settings.get("alpha", 1.0), settings.get("beta", 0.5)
+    config.train.steps, config.train.lr, config.train.projector_lr = 100, 1e-3, 1e-3
+    config.train.batch_size, config.train.micro_batch_size = settings.get("batch", 4), settings["micro"]
+    config.engine.deepspeed = settings.get("engine", "cpu")
+    return config
+
+
+def rows(settings: dict[str, Any], step: int) -> list[Batch]:
+    """The global batch of a step, one sample a batch, uneven in length; None of them padded."""
+    lengths = [(5, 4), (9, 2), (3, 7), (6, 1), (2, 2), (8, 3), (4, 4), (7, 5)][: settings.get("batch", 4)]
+    return [
+        tiny.batch(
+            texts=(lengths[i],),
+            images=i not in settings.get("text_only", []),
+            seed=i if settings.get("same") else 100 * step + i,
+            size=32,
+        )
+        for i in range(len(lengths))
+    ]
+
+
+def join(parts: list[Batch]) -> Batch:
+    """Several batches of one sample as one, padded on the right."""
+    longest = max(part.input_ids.shape[1] for part in parts)
+    fills = {"input_ids": 0, "attention_mask": False, "labels": -100, "question_mask": False, "image_index": -1}
+
+    def pad(name: str, part: Batch) -> torch.Tensor:
+        value = getattr(part, name)
+        return torch.nn.functional.pad(value, (0, longest - value.shape[1]), value=fills[name])
+
+    padded: dict[str, Any] = {name: torch.cat([pad(name, part) for part in parts]) for name in fills}
+    real = [(row, part) for row, part in enumerate(parts) if part.image_weight.sum() > 0]
+    for number, (row, _) in enumerate(real):
+        index = padded["image_index"][row]
+        padded["image_index"][row] = torch.where(index >= 0, number, index)
+    for name in ("student_pixels", "teacher_pixels", "image_weight", "patch_valid"):
+        padded[name] = torch.cat([getattr(part, name) for _, part in real or [(0, parts[0])]])
+    padded["image_sample"] = torch.tensor([row for row, _ in real] or [0])
+    return Batch(**padded, keys=tuple(key for part in parts for key in part.keys))
+
+
+def share(settings: dict[str, Any], step: int) -> list[Batch]:
+    """This rank's micro-batches of a step."""
+    whole = rows(settings, step)
+    mine = len(whole) // distributed.world()
+    local = whole[distributed.rank() * mine :][:mine]
+    micro = settings["micro"]
+    # The teacher of the tests takes 48 pixels, the student 32.
+    batches = [join(local[i : i + micro]) for i in range(0, mine, micro)]
+    return [
+        dataclasses.replace(batch, teacher_pixels=torch.nn.functional.interpolate(batch.teacher_pixels, size=48))
+        for batch in batches
+    ]
+
+
+def digest(tensors: dict[str, torch.Tensor]) -> str:
+    """One hash of many tensors, bit for bit."""
+    total = hashlib.sha256()
+    for name in sorted(tensors):
+        total.update(name.encode())
+        total.update(tensors[name].contiguous().numpy().tobytes())
+    return total.hexdigest()
+
+
+def scenarios(settings: dict[str, Any]) -> dict[str, Any]:
+    """Every named scenario in turn, in one process group: starting ranks costs more than their work."""
+    door.start({})
+    results = {name: train(settings["common"] | own) for name, own in settings["scenarios"].items()}
+    door.stop()
+    return results
+
+
+def train(settings: dict[str, Any]) -> dict[str, Any]:
+    """Some steps under ZeRO. Returns the losses, the frozen weights before and after, and what changed."""
+    config = configure(settings)
+    ds_settings = deepspeed_settings(config, distributed.world())
+    teacher = build_teacher(config)
+    with door.sharded_loading(ds_settings):
+        student = load_student(config.student, torch.float32)
+    student.train()
+    engine = Engine(student, parameter_groups(student, config), ds_settings)
+    if teacher is not None:
+        assert_replicated(teacher)
+    sharded = sum(p.ds_numel > p.ds_tensor.numel() for p in student.parameters() if hasattr(p, "ds_tensor"))
+    before = _everything(engine, student)
+    step = Step(engine, teacher, build_objective(config), student.anatomy.grid)
+    losses = [step(share(settings, number), peaks(config.train)) for number in range(settings["steps"])]
+    after = _everything(engine, student)
+    learning = {name for named in student.trainable().values() for name, _ in named}
+    frozen = {
+        moment: digest({name: value for name, value in state.items() if name not in learning})
+        for moment, state in (("before", before), ("after", after))
+    }
+    return {
+        "losses": losses,
+        "frozen": frozen,
+        "changed": sorted(name for name in before if not torch.equal(before[name], after[name])),
+        "learnt": {name: value.double().norm().item() for name, value in after.items() if name in learning},
+        "sharded": sharded,
+    }
+
+
+def _everything(engine: Engine, student: Student) -> dict[str, torch.Tensor]:
+    return engine.gathered(list(student.named_parameters()))
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[2])
+    result = globals()[sys.argv[1]](json.loads((folder / "settings.json").read_text()))
+    (folder / f"result-{distributed.rank()}.json").write_text(json.dumps(result))

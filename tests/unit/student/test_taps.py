@@ -1,0 +1,173 @@
+"""The student against transformers' own eager attention: map, causality, steering, padding, checkpointing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from medalign.config import LoraConfig, StudentConfig
+from medalign.errors import ConfigError
+from medalign.geometry import gather_images
+from medalign.student import taps
+from medalign.student.loading import load_student
+from medalign.student.model import Student, check_causality, positions
+from tests import tiny
+
+
+def load(folder, **settings) -> Student:
+    defaults = {"path": str(folder), "layer": 2, "lora": LoraConfig(rank=4, alpha=8), "attention": "sdpa"}
+    return load_student(StudentConfig(**(defaults | settings)), torch.float32)
+
+
+def disturb(student: Student) -> None:
+    """Make the adapters and W do something: at the start they are zero."""
+    torch.manual_seed(1)
+    for named in student.trainable().values():
+        for _, parameter in named:
+            torch.nn.init.normal_(parameter, std=0.05)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("steering", [True, False])
+def test_tapped_map_is_the_mean_of_eager_attention(student_folder, side, steering):
+    """fp32, 1e-5: the two sums differ in order alone. The model has grouped-query attention."""
+    student = load(student_folder, steering=steering).eval()
+    disturb(student)
+    batch = tiny.batch(side=side)
+    with torch.no_grad():
+        output = student(batch)
+        eager = load(student_folder, steering=steering, attention="eager").eval()
+        eager.load_state_dict(student.state_dict())
+        eager._begin(batch)
+        weights_BHLL = eager.model(
+            input_ids=batch.input_ids,
+            pixel_values=batch.student_pixels,
+            attention_mask=batch.attention_mask.long(),
+            position_ids=positions(batch.attention_mask),
+            output_attentions=True,
+        ).attentions[2]
+    mean_BLL = weights_BHLL.mean(1)
+    rows = [mean_BLL[b][batch.question_mask[b]].mean(0) for b in range(2)]
+    expected = gather_images(torch.stack(rows), batch.image_index, 2, 16)
+    assert expected.sum() > 0.1
+    torch.testing.assert_close(output.attention, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_padding_side_changes_nothing(student_folder):
+    student = load(student_folder).eval()
+    disturb(student)
+    with torch.no_grad():
+        right, left = student(tiny.batch(side="right")), student(tiny.batch(side="left"))
+    torch.testing.assert_close(right.attention, left.attention, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(right.tokens, left.tokens, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+def test_a_future_token_changes_no_earlier_logit(student_folder, backend):
+    student = load(student_folder, attention=backend)
+    check_causality(student, tiny.batch())
+    check_causality(student, tiny.batch(side="left"))
+
+
+def test_a_backend_without_its_mask_is_caught(student_folder, monkeypatch):
+    """The start-up check must fail when causality is lost, as it is without the mask function."""
+    student = load(student_folder, attention="eager")
+    monkeypatch.setattr(
+        taps,
+        "_backend",
+        lambda *_: (
+            lambda module, q, k, v, mask, **kw: (
+                torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2),
+                None,
+            )
+        ),
+    )
+    with pytest.raises(RuntimeError, match="not causal"):
+        check_causality(student, tiny.batch())
+
+
+def test_gradients_are_equal_with_checkpointing(student_folder):
+    def gradients(checkpointing: bool) -> dict[str, torch.Tensor]:
+        student = load(student_folder, gradient_checkpointing=checkpointing).train()
+        disturb(student)
+        output = student(tiny.batch())
+        (output.logits.square().mean() + output.tokens.square().mean() + output.attention.square().sum()).backward()
+        return {name: p.grad for named in student.trainable().values() for name, p in named}
+
+    plain, recomputed = gradients(False), gradients(True)
+    assert all(value.abs().max() > 0 for name, value in plain.items() if ".layers.2.mlp" not in name)
+    for name, value in plain.items():
+        torch.testing.assert_close(recomputed[name], value, rtol=1e-5, atol=1e-7, msg=name)
+
+
+def test_steering_moves_image_tokens_alone(student_folder):
+    student = load(student_folder).eval()
+    batch = tiny.batch()
+    with torch.no_grad():
+        before = student(batch).tokens
+        torch.nn.init.normal_(student.steering.weight, std=0.1)
+        after = student(batch).tokens
+    torch.testing.assert_close(after, before + before @ student.steering.weight.T)
+
+
+def test_a_batch_without_images_keeps_every_gradient_path(student_folder):
+    """W, the adapters and the projector must get a (zero) gradient, or ZeRO-3 would wait for it."""
+    student = load(student_folder, train_projector=True).train()
+    output = student(tiny.batch(images=False))
+    assert output.attention.shape == (1, 16) and output.attention.abs().max() == 0
+    (output.logits.square().mean() + 0 * output.tokens.sum()).backward()
+    groups = student.trainable()
+    assert set(groups) == {"adapters", "steering", "projector"}
+    assert all(p.grad is not None for named in groups.values() for _, p in named)
+    assert student.steering.weight.grad.abs().max() == 0
+
+
+def test_only_adapters_steering_and_projector_learn(student_folder):
+    student = load(student_folder, train_projector=True)
+    learning = {name for named in student.trainable().values() for name, _ in named}
+    assert all("lora_" in n or n.startswith("steering") or "multi_modal_projector" in n for n in learning)
+    assert not any("vision_tower" in name for name in learning)
+    adapted = {name for name in learning if "lora_A" in name}
+    assert len(adapted) == 3 * 7  # every linear layer of every block of the language model
+
+
+def test_the_layer_must_exist(student_folder):
+    with pytest.raises(ConfigError, match="student.layer is 3.*0 to 2"):
+        load(student_folder, layer=3)
+
+
+def test_a_folder_without_a_model_is_named(tmp_path):
+    with pytest.raises(ConfigError, match="not a model folder"):
+        load(tmp_path)
+
+
+def test_generation_reads_the_question_once(student_folder):
+    student = load(student_folder).eval()
+    disturb(student)
+    batch = tiny.batch(side="left", texts=((5, 0), (9, 0)))
+    ids, attention = student.generate(batch, max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=2)
+    assert ids.shape[0] == 2 and 1 <= ids.shape[1] <= 6
+    with torch.no_grad():
+        forward = student(tiny.batch(side="left", texts=((5, 0), (9, 0)))).attention
+    torch.testing.assert_close(attention, forward, rtol=1e-4, atol=1e-6)
+
+
+def test_steering_changes_generation(student_folder):
+    student = load(student_folder).eval()
+    batch = tiny.batch(side="left", texts=((5, 0), (9, 0)))
+    settings = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": 2}
+    before, _ = student.generate(batch, **settings)
+    torch.manual_seed(0)
+    torch.nn.init.normal_(student.steering.weight, std=3.0)
+    after, _ = student.generate(batch, **settings)
+    assert before.tolist() != after.tolist()
+
+
+def test_query_mixture_learns_and_generates(student_folder):
+    student = load(student_folder, query_mixture=True).train()
+    student(tiny.batch()).logits.square().mean().backward()
+    assert student.mixture.up.grad.abs().max() > 0
+    ids, _ = student.eval().generate(
+        tiny.batch(side="left", texts=((5, 0), (9, 0))), max_new_tokens=4, do_sample=False, pad_token_id=0
+    )
+    assert ids.shape[0] == 2
