@@ -24,7 +24,7 @@ def benchmark():
 
 def test_every_path_of_the_quick_cases_runs(benchmark):
     for case in benchmark.QUICK:
-        make = benchmark.similarity_step if case.kind == "similarity" else benchmark.block_step
+        make = benchmark.similarity_step if case.kind == "similarity" else benchmark.attention_step
         for path in case.paths:
             make(case, path, "cpu")()
 
