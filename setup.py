@@ -12,6 +12,7 @@ setup(
     package_dir={"medalign.ds_configs": "ds_configs"},
     package_data={
         "medalign": ["recipes/*.yaml", "assets/*/*"],
+        "medalign.evaluation": ["report.html.jinja"],
         "medalign.ds_configs": ["*.json"],
     },
     install_requires=[
@@ -21,7 +22,7 @@ setup(
         "transformers>=5.20,<6",
         "peft>=0.21",
         "open_clip_torch>=3.3",
-        "wandb>=0.25",
+        "wandb>=0.31",
         "webdataset>=1.0",
         "safetensors>=0.5",
         "jsonargparse[signatures]>=4.40",

@@ -69,12 +69,13 @@ def _prediction(student: Student, sample: Sample, given: Answer) -> Prediction:
         answer_type=sample.answer_type,
         prediction=given.text,
     )
-    if given.attention is None or not sample.boxes:
+    if given.attention is None:
         return row
     frame = CanvasFrame(*sample.images[0].size)
-    ground = grounding(given.attention, sample.boxes, frame, student.anatomy.grid)
-    row.attention_inside, row.box_area = ground.inside, ground.area
-    row.pointing_hit, row.pointing_chance = ground.hit, ground.chance
-    row.attention = given.attention
-    row.boxes, row.image_size = [list(box) for box in sample.boxes], (frame.width, frame.height)
+    row.attention, row.image_size = given.attention, (frame.width, frame.height)
+    if sample.boxes:
+        ground = grounding(given.attention, sample.boxes, frame, student.anatomy.grid)
+        row.attention_inside, row.box_area = ground.inside, ground.area
+        row.pointing_hit, row.pointing_chance = ground.hit, ground.chance
+        row.boxes = [list(box) for box in sample.boxes]
     return row

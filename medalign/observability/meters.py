@@ -1,43 +1,16 @@
-"""What a run counts between two rows of metrics, summed over the ranks once a row.
-
-Adding costs no synchronisation: values stay on their device until `reduce`. Every rank holds the same names and
-calls `reduce` at the same steps.
-"""
+"""What a run counts between two rows of metrics, summed over the ranks once a row: all call `reduce` together."""
 
 from __future__ import annotations
 
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 
 from medalign.distributed import sum_over_ranks
-
-
-class Meter:
-    """Global means: for each name a sum and the count to divide it by, over steps and ranks."""
-
-    def __init__(self, names: Sequence[str], device: torch.device | str = "cpu") -> None:
-        self._row = {name: i for i, name in enumerate(names)}
-        self._totals = torch.zeros(len(self._row), 2, dtype=torch.float64, device=device)
-
-    def add(self, name: str, total: torch.Tensor | float, count: torch.Tensor | float = 1.0) -> None:
-        """Add a sum and its count (both scalars). A name that the meter was not made with is a KeyError."""
-        row = self._totals[self._row[name]]
-        for place, value in enumerate((total, count)):
-            row[place] += value.detach().to(row.device) if torch.is_tensor(value) else value
-
-    def reduce(self) -> dict[str, float]:
-        """The means over all ranks since the last call; a name without any count is left out."""
-        if not self._row:
-            return {}
-        summed = sum_over_ranks({name: self._totals[row].clone() for name, row in self._row.items()})
-        self._totals.zero_()
-        pairs = {name: value.tolist() for name, value in summed.items()}
-        return {name: pairs[name][0] / pairs[name][1] for name in self._row if pairs[name][1]}
 
 
 class Throughput:

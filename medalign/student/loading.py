@@ -41,11 +41,12 @@ def load_student(config: StudentConfig, dtype: torch.dtype, seed: int = 0) -> St
     Under ZeRO-3 the caller opens the engine's loading context around this, so that no rank ever holds the whole
     model. Raises ConfigError if the folder is missing, the family unknown, or the layer does not exist.
     """
-    torch.manual_seed(seed)  # the same start of LoRA on every rank and in every run of this seed
     model = _load_model(config, dtype)
     parts = anatomy(model)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
+    # Only now, since loading draws more or less by the way it is sharded: the same start of LoRA for this seed.
+    torch.manual_seed(seed)
     adapted = get_peft_model(model, _lora(config, model, parts.decoder), autocast_adapter_dtype=False)
     if config.train_projector:
         for parameter in parts.projector.parameters():

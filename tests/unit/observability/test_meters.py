@@ -1,26 +1,8 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
-from medalign.observability.meters import Meter, Throughput, peak_memory_gib
-
-
-def test_means_are_sums_over_counts_and_start_again():
-    meter = Meter(["loss/language", "loss/attention"])
-    meter.add("loss/language", torch.tensor(6.0, requires_grad=True), torch.tensor(3))
-    meter.add("loss/language", 4.0, 1)
-    assert meter.reduce() == {"loss/language": 2.5}  # no count for the other name: left out, not zero
-    assert meter.reduce() == {}
-
-
-def test_unknown_name_is_an_error():
-    with pytest.raises(KeyError, match="loss/other"):
-        Meter(["loss/total"]).add("loss/other", 1.0)
-
-
-def test_empty_meter():
-    assert Meter([]).reduce() == {}
+from medalign.observability.meters import Throughput, peak_memory_gib
 
 
 class Clock:

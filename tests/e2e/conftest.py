@@ -1,0 +1,53 @@
+"""A small run on phantoms, made once: shards, a recipe for the tiny models, a trained run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.ranks import finish, start
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Phantoms: train/ and val/."""
+    from medalign.data import phantom
+
+    folder = tmp_path_factory.mktemp("phantoms")
+    phantom.write(folder, 16, 6, 0)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def recipe(tmp_path_factory: pytest.TempPathFactory, shards: Path, student_folder: Path, teacher_folder: Path) -> Path:
+    """A recipe of eight small steps on the tiny models."""
+    path = tmp_path_factory.mktemp("recipe") / "tiny.yaml"
+    path.write_text(
+        f"student: {{path: {student_folder}, layer: 2, lora: {{rank: 4, dropout: 0.1}}}}\n"
+        f"teacher: {{path: {teacher_folder}}}\n"
+        f"data: {{train: {shards}/train, max_length: 220}}\n"
+        "train: {steps: 8, batch_size: 4, micro_batch_size: 2, lr: 1.0e-3}\n"
+        "engine: {deepspeed: cpu}\n"
+        "checkpoint: {every: 3, keep: 2}\n"
+        "log: {every: 1}\n"
+    )
+    return path
+
+
+def train(recipe: Path, folder: Path, *overrides: str, world: int = 1) -> list[str]:
+    """Train as a launcher would; what each rank printed."""
+    return finish(start(command(recipe, folder, overrides), world))
+
+
+def command(recipe: Path, folder: Path, overrides: Sequence[str] = ()) -> list[str]:
+    return ["-m", "medalign", "train", str(recipe), "--run.dir", str(folder), *overrides]
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory, recipe: Path) -> Path:
+    """The folder of an uninterrupted run on one rank."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    train(recipe, folder)
+    return folder

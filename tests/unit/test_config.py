@@ -1,0 +1,85 @@
+"""Recipes, overrides and the errors that teach."""
+
+from __future__ import annotations
+
+import pytest
+
+from medalign import config
+from medalign.errors import ConfigError
+
+NEEDED = "student: {path: a}\nteacher: {path: b}\ndata: {train: [c]}\n"
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(NEEDED)
+    return str(path)
+
+
+def test_overrides_win_and_types_are_kept(recipe):
+    words = ["--train.steps", "5", "--losses.alpha=2", "--data.train", "x", "--student.lora.rank", "8"]
+    settings = config.load(recipe, [*words, "--log.wandb", "off", "--teacher.random_weights_seed", "3"])
+    assert settings.train.steps == 5 and settings.losses.alpha == 2.0 and settings.data.folders == ["x"]
+    assert settings.student.lora.rank == 8 and settings.log.wandb == "off"
+    assert settings.teacher.random_weights_seed == 3
+
+
+def test_the_dump_is_complete_and_reads_back(recipe, tmp_path):
+    settings = config.load(recipe, ["--train.lr", "0.5"])
+    path = tmp_path / "config.yaml"
+    path.write_text(config.dump(settings))
+    assert config.read(path) == settings
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--train.stps", "5"], "'train.stps' in the command line; the nearest known key is 'train.steps'"),
+        (["--train.steps", "many"], '"train.steps".*int.*many'),
+        (["--losses.impl", "magic"], "losses.impl.*magic"),
+        (["--losses.alpha", "-1"], "losses.alpha is -1.0"),
+        (["--train.micro_batch_size", "0"], "train.micro_batch_size is 0"),
+        (["stray"], "stray"),
+        (["--student.layer", "0"], "student.layer is 0"),
+    ],
+)
+def test_bad_words_are_named(recipe, words, message):
+    with pytest.raises(ConfigError, match=message):
+        config.load(recipe, words)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("student: {pth: a}", "'student.pth'.*'student.path'"),
+        ("train: {steps: many}", "train.steps"),
+        ("- a", "must hold sections"),
+        ("a: [", "not YAML"),
+        ("student: {path: a}", "teacher.path is not set"),
+        ("teacher: {path: a}", "student.path is not set"),
+        ("student: {path: a}\nteacher: {path: b}", "data.train is not set"),
+    ],
+)
+def test_bad_recipes_are_named(tmp_path, text, message):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        config.load(str(path))
+
+
+def test_an_unknown_recipe_gets_the_nearest_name():
+    with pytest.raises(ConfigError, match="did you mean phantom"):
+        config.load("phantm")
+
+
+def test_no_teacher_is_needed_without_distillation(tmp_path):
+    path = tmp_path / "plain.yaml"
+    path.write_text("student: {path: a}\ndata: {train: c}\nlosses: {alpha: 0, beta: 0}\n")
+    assert not config.load(str(path)).distils
+
+
+@pytest.mark.parametrize("name", config.recipes())
+def test_every_packaged_recipe_is_complete(name):
+    words = ["--student.path", "a", "--teacher.path", "b", "--data.train", "c"]
+    assert config.load(name, words).train.steps > 0

@@ -1,0 +1,47 @@
+"""Which rank am I: launchers and their variables."""
+
+from __future__ import annotations
+
+import pytest
+
+from medalign import distributed
+
+NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.fixture(autouse=True)
+def bare(monkeypatch):
+    """No launcher, and nothing left behind for other tests."""
+    for name in (*NAMES, "SLURM_PROCID", "SLURM_NTASKS"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+
+
+def test_a_bare_start_is_one_rank():
+    distributed.adopt_launcher()
+    assert (distributed.rank(), distributed.world(), distributed.is_main()) == (0, 1, True)
+
+
+def test_srun_variables_are_translated(monkeypatch):
+    slurm = {"PROCID": "3", "NTASKS": "8", "LOCALID": "1", "STEP_NODELIST": "gpu[03-04,9],login", "JOB_ID": "123456"}
+    for name, value in slurm.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    distributed.adopt_launcher()
+    assert (distributed.rank(), distributed.world(), distributed.local_rank()) == (3, 8, 1)
+    import os
+
+    assert os.environ["MASTER_ADDR"] == "gpu03" and os.environ["MASTER_PORT"] == "23456"
+
+
+def test_a_launcher_is_left_alone(monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("SLURM_PROCID", "5")
+    monkeypatch.setenv("SLURM_NTASKS", "9")
+    distributed.adopt_launcher()
+    assert (distributed.rank(), distributed.world()) == (1, 2)
+
+
+@pytest.mark.parametrize(("nodes", "first"), [("a1", "a1"), ("a[1-3]", "a1"), ("n-[007,9],b", "n-007"), ("x,y", "x")])
+def test_first_host(nodes, first):
+    assert distributed.first_host(nodes) == first
