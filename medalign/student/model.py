@@ -145,7 +145,8 @@ class Student(nn.Module):
         if index is None or hidden_BLD.shape[1] != index.shape[1]:
             return hidden
         if self.steering is not None:
-            hidden_BLD = self.steering(hidden_BLD, index >= 0)
+            copies = hidden_BLD.shape[0] // index.shape[0]  # beams of a sample follow one another
+            hidden_BLD = self.steering(hidden_BLD, (index >= 0).repeat_interleave(copies, dim=0))
         self._tokens = hidden_BLD
         return (hidden_BLD, *hidden[1:]) if isinstance(hidden, tuple) else hidden_BLD
 

@@ -53,8 +53,10 @@ class Tap:
         # While answering, later passes bring one new token each: the question was read in the first one.
         if self.rows is None or self.columns is None or query_BHLD.shape[2] != self.rows.shape[1]:
             return
+        copies = query_BHLD.shape[0] // self.rows.shape[0]  # beams of a sample are alike while the question is read
+        query, key = query_BHLD[::copies], key_BHLD[::copies]
         self.map = attention_map(
-            query_BHLD, key_BHLD, self.rows, self.columns, attention_mask=self.valid, scale=scale, impl=self.impl
+            query, key, self.rows, self.columns, attention_mask=self.valid, scale=scale, impl=self.impl
         )
 
 

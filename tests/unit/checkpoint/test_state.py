@@ -1,0 +1,93 @@
+"""A checkpoint is whole or absent, whatever the disk does."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from collections import namedtuple
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from medalign.checkpoint import state
+from medalign.checkpoint.state import Progress
+from medalign.errors import CheckpointError
+
+
+class FakeEngine:
+    """Writes one file, or fails as a full disk does, halfway through it."""
+
+    def __init__(self, full: bool = False) -> None:
+        self.full = full
+        self.student = SimpleNamespace(parameters=lambda: [torch.nn.Parameter(torch.zeros(1000))])
+        self.loaded: list[Path] = []
+
+    def save(self, folder: Path) -> None:
+        (folder / "shard").write_text("half")
+        if self.full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    def load(self, folder: Path) -> None:
+        self.loaded.append(folder)
+
+
+def export(folder: Path) -> None:
+    folder.mkdir()
+    (folder / "medalign.json").write_text("{}")
+
+
+def at(step: int, ranks: int = 1) -> Progress:
+    return Progress(step=step, samples=step * 4, ranks=ranks)
+
+
+def test_save_keeps_the_newest_and_latest_names_the_last(tmp_path):
+    for step in (5, 10, 15):
+        state.save(FakeEngine(), tmp_path, at(step), 2, export)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-000010", "step-000015"]
+    newest = state.latest(tmp_path)
+    assert newest == tmp_path / "step-000015"
+    engine = FakeEngine()
+    assert state.load(engine, newest) == at(15) and engine.loaded == [newest]
+
+
+def test_a_disk_that_fills_up_leaves_the_earlier_one_whole(tmp_path):
+    state.save(FakeEngine(), tmp_path, at(5), 2, export)
+    with pytest.raises(CheckpointError, match="step-000010 could not be written .No space left on device"):
+        state.save(FakeEngine(full=True), tmp_path, at(10), 2, export)
+    assert state.latest(tmp_path) == tmp_path / "step-000005"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-000005"]
+
+
+def test_too_little_space_is_seen_before_writing(tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10, 9, 1000))
+    with pytest.raises(CheckpointError, match=r"no space left for checkpoint step-000005.*MiB more are needed"):
+        state.save(FakeEngine(), tmp_path, at(5), 2, export)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_kill_while_writing_leaves_nothing_that_counts(tmp_path):
+    state.save(FakeEngine(), tmp_path, at(5), 2, export)
+    (tmp_path / ".partial-step-000010").mkdir()
+    assert state.latest(tmp_path) == tmp_path / "step-000005"
+    state.save(FakeEngine(), tmp_path, at(10), 2, export)
+    assert not list(tmp_path.glob(".partial-*"))
+
+
+def test_a_pointer_to_nothing_says_what_to_do(tmp_path):
+    state.save(FakeEngine(), tmp_path, at(5), 2, export)
+    (tmp_path / "latest").write_text("step-000099\n")
+    with pytest.raises(CheckpointError, match="step-000099, which is not there; write step-000005 into"):
+        state.latest(tmp_path)
+
+
+def test_another_number_of_ranks_is_refused(tmp_path):
+    folder = state.save(FakeEngine(), tmp_path, at(5, ranks=4), 2, export)
+    with pytest.raises(CheckpointError, match="written by 4 ranks and there are 1 now"):
+        state.load(FakeEngine(), folder)
+
+
+def test_no_checkpoint_is_none(tmp_path):
+    assert state.latest(tmp_path / "none") is None

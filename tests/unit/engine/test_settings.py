@@ -1,0 +1,63 @@
+"""One DeepSpeed configuration from JSON and settings; disagreement is an error."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from medalign.config import Config
+from medalign.engine.settings import deepspeed_settings
+from medalign.errors import ConfigError
+
+
+@pytest.fixture
+def config() -> Config:
+    settings = Config()
+    settings.train.batch_size, settings.train.micro_batch_size, settings.train.precision = 32, 4, "bf16"
+    return settings
+
+
+@pytest.mark.parametrize(("name", "stage"), [("zero3", 3), ("zero3_offload", 3), ("zero2", 2), ("cpu", 3)])
+def test_packaged_configurations_are_filled_in(config, name, stage):
+    config.engine.deepspeed = name
+    settings = deepspeed_settings(config, 2)
+    assert settings["zero_optimization"]["stage"] == stage
+    assert settings["gradient_accumulation_steps"] == 4 and settings["train_batch_size"] == 32
+    assert settings["bf16"] == {"enabled": True} and settings["gradient_clipping"] == 1.0
+
+
+def test_a_batch_that_cannot_be_cut_names_the_three_numbers(config):
+    with pytest.raises(ConfigError, match="32 .*4 x 3 ranks = 12"):
+        deepspeed_settings(config, 3)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"gradient_clipping": 5.0}, "gradient_clipping = 5.0.*1.0"),
+        ({"bf16": {"enabled": False}}, "bf16.enabled = False"),
+        ({"train_batch_size": 64}, "train_batch_size = 64.*32"),
+        ({"optimizer": {"type": "Adam"}}, "remove 'optimizer'"),
+        ({"fp16": {"enabled": True}}, "remove 'fp16'"),
+    ],
+)
+def test_disagreement_is_an_error(config, tmp_path, values, message):
+    path = tmp_path / "own.json"
+    path.write_text(json.dumps(values))
+    config.engine.deepspeed = str(path)
+    with pytest.raises(ConfigError, match=message):
+        deepspeed_settings(config, 1)
+
+
+def test_auto_and_agreement_pass(config, tmp_path):
+    path = tmp_path / "own.json"
+    path.write_text(json.dumps({"train_batch_size": "auto", "gradient_clipping": 1.0}))
+    config.engine.deepspeed = str(path)
+    assert deepspeed_settings(config, 1)["train_batch_size"] == 32
+
+
+def test_an_unknown_name_lists_the_known_ones(config):
+    config.engine.deepspeed = "zero9"
+    with pytest.raises(ConfigError, match="'zero9' is not known; packaged are cpu, zero2, zero3, zero3_offload"):
+        deepspeed_settings(config, 1)
