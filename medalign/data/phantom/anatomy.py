@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from medalign.data.phantom.contracts import SIDES, Side
 
 ASPECTS = ((104, 128), (88, 120), (112, 112), (96, 96), (120, 104), (128, 96))  # width, height in pixels
-SOFT_TISSUE, AIR, FLUID = 0.58, 0.20, 0.64
+SOFT_TISSUE, AIR, FLUID = 0.60, 0.26, 0.66
 
 
 def soft(signed: np.ndarray) -> np.ndarray:
@@ -117,7 +117,7 @@ def soft_tissue(rng: np.random.Generator, chest: Chest) -> np.ndarray:
     density = (0.06 + (SOFT_TISSUE - 0.06) * trunk).astype(np.float32)
     for field in chest.fields.values():
         density -= (SOFT_TISSUE - AIR) * field
-    return density + 0.07 * smooth_noise(rng, chest.shape, 6)
+    return density + 0.05 * smooth_noise(rng, chest.shape, 6)
 
 
 def vessels(rng: np.random.Generator, chest: Chest) -> np.ndarray:
@@ -139,7 +139,7 @@ def vessels(rng: np.random.Generator, chest: Chest) -> np.ndarray:
         radii, shades = rng.uniform(0.7, 1.6, dots).tolist(), rng.integers(110, 230, dots).tolist()
         for (x, y), r, shade in zip(centres.tolist(), radii, shades, strict=True):
             pen.ellipse((x - r, y - r, x + r, y + r), fill=shade)
-    return np.asarray(canvas.filter(ImageFilter.GaussianBlur(0.7)), dtype=np.float32) * (0.55 / 255)
+    return np.asarray(canvas.filter(ImageFilter.GaussianBlur(0.7)), dtype=np.float32) * (0.30 / 255)
 
 
 def skeleton(rng: np.random.Generator, chest: Chest) -> np.ndarray:
@@ -147,7 +147,7 @@ def skeleton(rng: np.random.Generator, chest: Chest) -> np.ndarray:
     height, width = chest.shape
     reach = np.abs(chest.u - chest.midline)
     cage = soft((0.40 - reach) * (width / 3)) * soft((0.80 - chest.v) * (height / 5))
-    spacing, strength = rng.uniform(0.085, 0.11), rng.uniform(0.06, 0.12)
+    spacing, strength = rng.uniform(0.085, 0.11), rng.uniform(0.04, 0.08)
     behind = (chest.v + 0.35 * (reach - 0.2) - 2.2 * (reach - 0.16) ** 2) / spacing
     front = (chest.v - rng.uniform(0.5, 0.8) * (reach - 0.15)) / (1.15 * spacing) + rng.uniform()
     bands = strength * _bands(behind) + 0.6 * strength * _bands(front)
@@ -183,8 +183,8 @@ def smooth_noise(rng: np.random.Generator, shape: tuple[int, int], cells: int) -
 
 def expose(rng: np.random.Generator, density: np.ndarray) -> Image.Image:
     """Density to a film: exposure, contrast, slight unsharpness, quantum noise."""
-    film = np.clip(density * rng.uniform(0.85, 1.15) + rng.uniform(-0.04, 0.06), 0, 1) ** rng.uniform(0.75, 1.3)
+    film = np.clip(density * rng.uniform(0.9, 1.1) + rng.uniform(-0.02, 0.04), 0, 1) ** rng.uniform(0.85, 1.2)
     grain = rng.standard_normal(density.shape, dtype=np.float32)
-    film = film + rng.uniform(0.012, 0.04) * grain
+    film = film + rng.uniform(0.01, 0.03) * grain
     picture = Image.fromarray((np.clip(film, 0, 1) * 255).astype(np.uint8))
     return picture.filter(ImageFilter.GaussianBlur(rng.uniform(0.2, 0.6)))

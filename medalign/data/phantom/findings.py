@@ -65,23 +65,23 @@ def _distance(chest: Chest, x: float, y: float) -> np.ndarray:
 
 def _nodule(rng: np.random.Generator, chest: Chest, density: np.ndarray, site: Site, large: bool) -> np.ndarray:
     x, y = _centre(rng, chest, site)
-    radius = rng.uniform(5.0, 6.5) if large else rng.uniform(3.5, 4.5)
+    radius = rng.uniform(7.0, 9.0) if large else rng.uniform(5.0, 6.5)
     away = _distance(chest, x, y)
-    density += rng.uniform(0.18, 0.30) * soft((radius - away) / 2)
+    density += rng.uniform(0.26, 0.40) * soft((radius - away) / 2)
     return away <= radius
 
 
 def _consolidation(rng: np.random.Generator, chest: Chest, density: np.ndarray, site: Site, large: bool) -> np.ndarray:
     x, y = _centre(rng, chest, site)
-    spread = 5.5 if large else 3.5
+    spread = 7.0 if large else 5.0
     cloud = np.zeros(chest.shape, dtype=np.float32)
     for _ in range(6):
         dx, dy = rng.normal(0, spread, 2)
         radius = spread * rng.uniform(1.0, 1.6)
         cloud += np.maximum(1 - _distance(chest, x + dx, y + dy) / (1.6 * radius), 0)
     cloud = np.minimum(cloud * 0.9, 1) * chest.fields[site[1]]
-    texture = 0.8 + 0.25 * smooth_noise(rng, chest.shape, 24)
-    density += rng.uniform(0.20, 0.32) * cloud * texture
+    texture = 0.8 + 0.35 * smooth_noise(rng, chest.shape, 24)
+    density += rng.uniform(0.30, 0.42) * cloud * texture
     return _own(cloud > 0.4, round(x), round(y))
 
 
@@ -100,14 +100,14 @@ def _effusion(rng: np.random.Generator, chest: Chest, density: np.ndarray, site:
 def _pneumothorax(rng: np.random.Generator, chest: Chest, density: np.ndarray, site: Site, large: bool) -> np.ndarray:
     """Air without lung markings between the wall and the thin line of the retracted lung."""
     lung, field = chest.lungs[site[1]], chest.fields[site[1]]
-    inset = rng.uniform(0.40, 0.55) if large else rng.uniform(0.26, 0.34)
+    inset = rng.uniform(0.48, 0.60) if large else rng.uniform(0.34, 0.42)
     inner = lung.radius(chest.u, chest.v, inset) - 1
     depth = lung.apex + rng.uniform(0.45, 0.6) * (lung.dome - lung.apex)
     height, width = chest.shape
     lateral = soft((lung.outward * (chest.u - lung.centre) / lung.half_width + 0.5) * 4)
     extent = soft((depth - chest.v) * (height / 6)) * field * lateral
     gap = soft(inner * (lung.half_width * width / 1.5)) * extent
-    density += gap * ((AIR - rng.uniform(0.14, 0.19)) - density)
+    density += gap * ((AIR - rng.uniform(0.19, 0.24)) - density)
     density += 0.16 * extent * np.maximum(1 - np.abs(inner) * (lung.half_width * width / 1.2), 0)
     return gap > 0.5
 
