@@ -131,23 +131,20 @@ def _say_packed(output: Path, reports) -> None:
 
 
 def _add_train(commands) -> None:
-    from jsonargparse import ArgumentParser
+    from medalign.config import describe_settings, recipes
 
-    from medalign.config import add_settings, recipes
-
-    settings = add_settings(ArgumentParser(add_help=False)).format_help().split("\n\n", 1)[-1]
-    _command(
+    parser = _command(
         commands,
         "train",
         _no_recipe,
         "train a student from a recipe",
-        "usage: medalign train RECIPE [--section.key VALUE ...]\n\n"
         f"RECIPE is a packaged one ({', '.join(recipes())}) or a path to a YAML file.\n"
         "Any setting below can be overridden. The same command again goes on from the last checkpoint.\n\n"
         "on all GPUs of a node:  deepspeed --module medalign train RECIPE ...\n"
         "under SLURM:            srun python -m medalign train RECIPE ...\n"
-        "on one rank:            medalign train RECIPE ...\n\n" + settings,
+        "on one rank:            medalign train RECIPE ...\n\n" + describe_settings(),
     )
+    parser.usage = "medalign train RECIPE [--section.key VALUE ...]"
 
 
 def _no_recipe(_chosen: argparse.Namespace) -> int:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal, get_type_hints
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
 from medalign.errors import ConfigError
 
@@ -201,7 +201,7 @@ def load(recipe: str, overrides: Sequence[str] = ()) -> Config:
     `${assets}` in a value is the folder of the packaged models. Raises ConfigError for an unknown recipe, an
     unknown key, an ill-typed value, or settings that contradict each other.
     """
-    parser = add_settings(ArgumentParser(exit_on_error=False, default_env=False))
+    parser = _parser()
     text = _read_recipe(recipe).replace("${assets}", str(resources.files("medalign") / "assets"))
     try:
         values = yaml.safe_load(text) or {}
@@ -225,11 +225,18 @@ def load(recipe: str, overrides: Sequence[str] = ()) -> Config:
     return config
 
 
-def add_settings(parser: ArgumentParser) -> ArgumentParser:
-    """All settings as dotted options of a parser, with their docstrings as help."""
+def describe_settings() -> str:
+    """Every setting with its type, default and meaning, as `medalign train --help` shows it."""
+    text = _parser().format_help().split("\n\n", 1)[-1]
+    # jsonargparse offers a file for each section too; a recipe is the one file here.
+    return re.sub(r"  --[\w.]+ CONFIG\s+Path to a configuration file.\n", "", text)
+
+
+def _parser() -> ArgumentParser:
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)  # the lines under the fields become the help
+    parser = ArgumentParser(exit_on_error=False, default_env=False, add_help=False)
     for section in fields(Config):
-        kind = get_type_hints(Config)[section.name]
-        parser.add_class_arguments(kind, section.name)
+        parser.add_class_arguments(get_type_hints(Config)[section.name], section.name)
     return parser
 
 
