@@ -2,7 +2,8 @@
 
     python tools/train_phantom_student.py --output medalign/assets/phantom_student --seed 0
 
-1. The vision tower learns to restore radiographs and random pictures from noisy copies with missing patches.
+1. The vision tower learns to restore radiographs and random pictures from noisy copies with missing patches, and to
+   outline the plain shapes that are drawn on them.
 2. Tower, projector and language model learn to answer questions about plain shapes, format and exposure
    (`phantom_student/pictures.py`), while the tower goes on restoring.
 3. Beside it the language model reads reports and medical questions of radiographs that it is not shown: it knows the
@@ -33,26 +34,31 @@ from phantom_student.lessons import (
     phantom_texts,
     shape_questions,
 )
-from phantom_student.pictures import Turn
+from phantom_student.pictures import SHAPES, TONES, Turn
 from torch import Tensor, nn
 from tqdm import tqdm
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from medalign.contracts import IGNORE
 from medalign.data.phantom import stream, study
 
+OUTLINES = 4.0  # weight of the shapes' outlines
 CONTEXT = 9  # a token also restores the 3 x 3 patches around it, at 9 x 9 pixels
 
 
 class Restorer(nn.Module):
-    """Linear read-outs of the patch tokens: fine detail of a token's own patch, and its surroundings."""
+    """Linear read-outs of the patch tokens: fine detail of a token's own patch, its surroundings, and plain shapes."""
 
     def __init__(self, width: int):
         super().__init__()
-        self.head = nn.Linear(width, folder.PATCH**2 + CONTEXT**2)
+        self.restore = nn.Linear(width, folder.PATCH**2 + CONTEXT**2)
+        self.outline = nn.Linear(width, len(SHAPES) + len(TONES))
 
-    def forward(self, tokens_BND: Tensor, clean_BSS: Tensor) -> Tensor:
-        """Mean squared error of the restored detail (weighted up) and surroundings."""
-        return F.mse_loss(self.head(tokens_BND), self._target(clean_BSS))
+    def forward(self, tokens_BND: Tensor, clean_BSS: Tensor, cover_BCSS: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean squared error of the restored pixels; cross-entropy of the share of each patch that shapes cover."""
+        share_BNC = F.avg_pool2d(cover_BCSS, folder.PATCH).flatten(2).transpose(1, 2)
+        outlines = F.binary_cross_entropy_with_logits(self.outline(tokens_BND), share_BNC.clamp(0, 1))
+        return F.mse_loss(self.restore(tokens_BND), self._target(clean_BSS)), outlines
 
     @staticmethod
     def _target(clean_BSS: Tensor) -> Tensor:
@@ -108,18 +114,18 @@ def optimise(parameters: list[nn.Parameter], steps: int, rate: float) -> Iterato
         optimiser.step()
 
 
-def train_tower(model, restorer: Restorer, course: Course, seed: int, steps: int, batch: int) -> float:
-    """Step 1: restoration alone. Returns the last mean loss."""
+def train_tower(model, restorer: Restorer, course: Course, seed: int, steps: int, batch: int) -> dict[str, float]:
+    """Step 1: the tower alone. Returns the last mean losses."""
     rng, generator = np.random.default_rng([seed, 1]), torch.Generator().manual_seed(seed)
     losses = Running()
     parameters = [*model.model.vision_tower.parameters(), *restorer.parameters()]
     bar = tqdm(optimise(parameters, steps, 2e-3), "restoration", total=steps, mininterval=5)
     for _, _ in bar:
-        clean = course.pictures(rng, batch)
-        loss = restorer(patch_tokens(model, spoil(clean, generator, 0.35)), clean)
-        loss.backward()
-        bar.set_postfix_str(losses.add(restoration=loss), refresh=False)
-    return losses.value["restoration"]
+        clean, cover = course.pictures(rng, batch)
+        restoration, outlines = restorer(patch_tokens(model, spoil(clean, generator, 0.25)), clean, cover)
+        (restoration + OUTLINES * outlines).backward()
+        bar.set_postfix_str(losses.add(restoration=restoration, outlines=outlines), refresh=False)
+    return losses.value
 
 
 def train_whole(
@@ -133,11 +139,11 @@ def train_whole(
     for _, _ in bar:
         lesson = course.lesson(rng, batch, turns, unrelated)
         tokens = patch_tokens(model, spoil(lesson.clean_BSS, generator, 0.0))
-        restoration = restorer(tokens, lesson.clean_BSS)
+        restoration, outlines = restorer(tokens, lesson.clean_BSS, lesson.cover_BCSS)
         captions = language_loss(model, lesson.ids_BL, lesson.labels_BL, tokens)
         reading = language_loss(model, *course.reading(rng, batch // 4, 4), None)
-        (captions + 0.3 * reading + restoration).backward()
-        bar.set_postfix_str(losses.add(captions=captions, reading=reading, restoration=restoration), refresh=False)
+        (captions + 0.3 * reading + restoration + OUTLINES * outlines).backward()
+        bar.set_postfix_str(losses.add(captions=captions, reading=reading, restoration=restoration, outlines=outlines))
     return losses.value
 
 
@@ -183,6 +189,7 @@ def main(
     width: int = 128,
     blocks: int = 4,
     vocabulary: int = 1500,
+    start: Path | None = None,
 ):
     """Train and save the base student of the phantom test bed.
 
@@ -199,16 +206,21 @@ def main(
         width: hidden width of the language model.
         blocks: decoder blocks of the language model.
         vocabulary: tokens.
+        start: a folder that this tool wrote, to go on from; its own tokenizer and shape are kept.
     """
     began = time.perf_counter()
     torch.manual_seed(seed)
     texts = [text for index in range(300) for text in phantom_texts(study(stream(seed + 1, "pretrain"), index))]
     processor = folder.build_processor(folder.build_tokenizer([*texts, *generic_texts(seed)], vocabulary))
     model = folder.build_model(processor.tokenizer, width, blocks)
+    if start:
+        processor = AutoProcessor.from_pretrained(start)
+        model = AutoModelForImageTextToText.from_pretrained(start)
     sizes = {name: sum(p.numel() for p in module.parameters()) for name, module in model.model.named_children()}
     print(f"vocabulary {len(processor.tokenizer)}, parameters {sizes}")
     course, restorer = Course(seed, studies, processor), Restorer(model.config.vision_config.hidden_size)
-    losses = {"tower_restoration": train_tower(model, restorer, course, seed, tower_steps, batch)}
+    tower = train_tower(model, restorer, course, seed, tower_steps, batch)
+    losses = {f"tower_{name}": value for name, value in tower.items()}
     losses |= train_whole(model, restorer, course, seed, steps, batch, turns, unrelated)
     size = folder.save(model, processor, output)
     record = {

@@ -32,6 +32,7 @@ class Lesson:
     """One batch: pictures and the conversations about them."""
 
     clean_BSS: Tensor
+    cover_BCSS: Tensor  # what each kind and tone of shape covers
     ids_BL: Tensor
     labels_BL: Tensor
 
@@ -51,9 +52,11 @@ class Course:
             self.readings.append((made.report, [(q.question, q.answer) for q in made.questions]))
         self.pool = Pool(np.stack(canvases), frames)
 
-    def pictures(self, rng: np.random.Generator, count: int) -> Tensor:
-        """Clean pictures [B, S, S] with shapes, normalised."""
-        return normalise(np.stack([scene(rng, self.pool)[0] for _ in range(count)]))
+    def pictures(self, rng: np.random.Generator, count: int) -> tuple[Tensor, Tensor]:
+        """Clean pictures [B, S, S], normalised, and the cover of their shapes [B, C, S, S]."""
+        scenes = [scene(rng, self.pool) for _ in range(count)]
+        cover = torch.from_numpy(np.stack([made.cover for made in scenes]))
+        return normalise(np.stack([made.picture for made in scenes])), cover
 
     def medical_turn(self, rng: np.random.Generator) -> Turn:
         """A question or report request about some radiograph, without the radiograph."""
@@ -64,15 +67,14 @@ class Course:
 
     def lesson(self, rng: np.random.Generator, count: int, turns: int, unrelated: float) -> Lesson:
         """Conversations about `count` scenes; a share of them gets one medical turn that has nothing to do with it."""
-        pictures, rows = [], []
-        for _ in range(count):
-            picture, asked = scene(rng, self.pool)
-            asked = asked[:turns]
+        scenes, rows = [scene(rng, self.pool) for _ in range(count)], []
+        for made in scenes:
+            asked = made.turns[:turns]
             if rng.uniform() < unrelated:
                 asked.insert(rng.integers(len(asked) + 1), self.medical_turn(rng))
-            pictures.append(picture)
             rows.append(self.encode(asked, image=True))
-        return Lesson(normalise(np.stack(pictures)), *self.pad(rows))
+        cover = torch.from_numpy(np.stack([made.cover for made in scenes]))
+        return Lesson(normalise(np.stack([made.picture for made in scenes])), cover, *self.pad(rows))
 
     def reading(self, rng: np.random.Generator, count: int, turns: int) -> tuple[Tensor, Tensor]:
         """Text alone: medical conversations in which every word counts."""
@@ -119,9 +121,9 @@ def shape_questions(course: Course, count: int) -> list[tuple[Tensor, Turn]]:
     """Short questions about new scenes."""
     rng, asked = np.random.default_rng([9, 9]), []
     while len(asked) < count:
-        picture, turns = scene(rng, course.pool)
-        short = [turn for turn in turns if not turn[0].startswith("Describe")]
-        asked.append((normalise(picture[None])[0], short[0]))
+        made = scene(rng, course.pool)
+        short = [turn for turn in made.turns if not turn[0].startswith("Describe")]
+        asked.append((normalise(made.picture[None])[0], short[0]))
     return asked
 
 
@@ -132,4 +134,4 @@ def phantom_texts(made: Study) -> list[str]:
 def generic_texts(seed: int) -> list[str]:
     rng = np.random.default_rng([seed, 3])
     blank = Pool(np.zeros((1, folder.IMAGE_SIZE, folder.IMAGE_SIZE), np.uint8), [CanvasFrame(1, 1)])
-    return [f"{question} {answer}" for _ in range(200) for question, answer in scene(rng, blank)[1]]
+    return [f"{question} {answer}" for _ in range(200) for question, answer in scene(rng, blank).turns]
