@@ -1,9 +1,11 @@
 """Fixtures shared by all tests: tiny models on disk, made once."""
 
+import logging
 from pathlib import Path
 
 import pytest
 
+from medalign.distributed import log
 from tests import tiny
 
 
@@ -26,3 +28,11 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip("the folder ../shared with golden numbers and real data is not beside this checkout")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def plain_logger() -> None:
+    """The command sets the project's logger up for a terminal; each test begins without that."""
+    log.handlers[:] = []
+    log.propagate = True
+    log.setLevel(logging.NOTSET)

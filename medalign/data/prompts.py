@@ -2,7 +2,8 @@
 
 The sequence of a sample: the template up to the question, each image as `tokens_per_image` image tokens, the question,
 the template up to where the model speaks, then the answer and the end-of-sequence token. Only the last two are
-supervised. Nothing is found by counting: positions come from token ids.
+supervised. Nothing is found by counting: positions come from token ids. Where the template writes something between
+its prompt and an answer, such as a space, the answer's tokens begin with it: that is how the model knows them.
 """
 
 from __future__ import annotations
@@ -58,6 +59,7 @@ class PromptEncoder:
             raise ConfigError("the student's tokenizer has no eos_token; answers could not end. Set it and save it")
         self._begins_with_bos = self._adds_bos()
         self._probe_template()
+        self._lead = self._before_answer()
 
     @property
     def pad_token_id(self) -> int:
@@ -100,7 +102,8 @@ class PromptEncoder:
         )
 
     def _answer_ids(self, sample: Sample) -> list[int]:
-        ids = self.tokenizer(sample.answer, add_special_tokens=False)["input_ids"] if sample.answer.strip() else []
+        text = self._lead + sample.answer.strip() if sample.answer.strip() else ""
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
         if not ids:
             raise BadSample(f"{sample.shard}/{sample.key}: answer {sample.answer!r} has no token to learn from")
         if self.image_token_id in ids:
@@ -137,10 +140,22 @@ class PromptEncoder:
     def _length(self, prompt: list[int]) -> int:
         return len(prompt) + prompt.count(self.image_token_id) * (self.tokens_per_image - 1)
 
-    def _render(self, images: int, question: str) -> str:
+    def _render(self, images: int, question: str, answer: str | None = None) -> str:
         content = [*({"type": "image"} for _ in range(images)), {"type": "text", "text": question}]
-        turns = [{"role": "user", "content": content}]
-        return self._renderer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        turns: list[dict[str, Any]] = [{"role": "user", "content": content}]
+        if answer is not None:
+            turns.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+        return self._renderer.apply_chat_template(turns, tokenize=False, add_generation_prompt=answer is None)
+
+    def _before_answer(self) -> str:
+        """What the template writes between its generation prompt and an answer: often one space, or nothing."""
+        prompt, answer = self._render(1, _PROBE), "zanswerz"
+        try:
+            whole = self._render(1, _PROBE, answer)
+        except (TemplateError, TypeError) as error:
+            raise ConfigError(f"the chat template does not take an assistant's turn: {error}") from error
+        rest = whole.removeprefix(prompt)
+        return rest[: rest.index(answer)] if rest != whole and answer in rest else ""
 
     def _tokenise(self, text: str) -> list[int]:
         ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -13,6 +13,7 @@ from medalign.contracts import IGNORE, Sample
 from medalign.data.prompts import Encoded, PromptEncoder
 from medalign.data.samples import BadSample
 from medalign.errors import ConfigError
+from tests import tiny
 
 GREY = Image.new("RGB", (8, 6))
 
@@ -143,3 +144,14 @@ def test_padding_token_falls_back_to_the_end_token() -> None:
     assert encoder().pad_token_id == 0
     assert encoder(pad=None).pad_token_id == tokenizer().eos_token_id
     assert len(set(WORDS)) == len(WORDS)
+
+
+def test_an_answer_begins_as_the_template_writes_it() -> None:
+    """A model knows answers as its template writes them: here with a space before, which is part of the first token."""
+    words = tiny.tokenizer()
+    encode = PromptEncoder(words, image_token_id=3, tokens_per_image=2, max_length=200)
+    encoded = encode.encode(sample(question="Is it?", answer="yes"), with_answer=True)
+    supervised = [token for token in encoded.labels if token != IGNORE]
+    assert words.decode(supervised[:-1]) == " yes" and supervised[-1] == words.eos_token_id
+    without = encode.encode(sample(question="Is it?", answer="yes"), with_answer=False)
+    assert encoded.input_ids[: len(without.input_ids)] == without.input_ids
