@@ -84,12 +84,20 @@ def _add_phantom(commands) -> None:
     )
     parser.add_argument("--val", type=_count, default=200, metavar="N", help="held-out studies (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the studies (default %(default)s)")
+    parser.add_argument(
+        "--reports",
+        type=_share,
+        default=1.0,
+        metavar="SHARE",
+        help="share of the studies whose report is a sample too, beside their questions; a report has ten times "
+        "the tokens of an answer and outweighs it in a mean over tokens (default %(default)s)",
+    )
 
 
 def _phantom(chosen: argparse.Namespace) -> int:
     from medalign.data import phantom
 
-    reports = phantom.write(chosen.output, chosen.train, chosen.val, chosen.seed)
+    reports = phantom.write(chosen.output, chosen.train, chosen.val, chosen.seed, chosen.reports)
     _say_packed(chosen.output, reports)
     return 0
 
@@ -285,6 +293,13 @@ def _count(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a share between 0 and 1")
     return value
 
 

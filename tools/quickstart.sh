@@ -25,7 +25,8 @@ else
 fi
 
 if [ ! -f "$out/data/val/index.jsonl" ]; then
-    medalign phantom --output "$out/data" --train "${TRAIN:-2000}" --val "${VAL:-200}" --seed "$seed"
+    medalign phantom --output "$out/data" --train "${TRAIN:-2000}" --val "${VAL:-200}" --seed "$seed" \
+        --reports 0.25
 fi
 
 train() {

@@ -3,7 +3,9 @@
     python tools/repeat_quickstart.py --seeds 0 1 2
 
 Runs tools/quickstart.sh once a seed (a finished seed is not run again) and writes tools/results/quickstart.json. A
-seed fixes the films, the order and the start of the adapters; the base student and the teacher stay the same.
+seed fixes the films, the order and the start of the adapters; the base student and the teacher stay the same. The
+arm "blind" is no model: it gives each question the commonest answer that it has in the training split, which is what
+can be had without looking at the film.
 """
 
 from __future__ import annotations
@@ -15,6 +17,9 @@ import shlex
 import statistics
 import subprocess
 import sys
+import tarfile
+from collections import Counter, defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,12 +38,36 @@ SCORES = (
 )
 
 
+def questions(split: Path) -> Iterator[dict[str, str]]:
+    """The question-answer samples of a folder of shards."""
+    for shard in sorted(split.glob("*.tar")):
+        with tarfile.open(shard) as archive:
+            for member in archive:
+                if member.name.endswith(".json"):
+                    sample = json.load(archive.extractfile(member))  # type: ignore[arg-type]
+                    if sample["task"] == "vqa":
+                        yield sample
+
+
+def blind(data: Path) -> dict[str, float]:
+    """Exact-match scores of the commonest training answer to each question."""
+    seen: dict[str, Counter[str]] = defaultdict(Counter)
+    for sample in questions(data / "train"):
+        seen[sample["question"]][sample["answer"]] += 1
+    right: dict[str, list[bool]] = defaultdict(list)
+    for sample in questions(data / "val"):
+        commonest = seen[sample["question"]].most_common(1)
+        right[sample["answer_type"]].append(bool(commonest) and commonest[0][0] == sample["answer"])
+    return {"closed_accuracy": statistics.mean(right["closed"]), "open_exact": statistics.mean(right["open"])}
+
+
 def run(seed: int, folder: Path) -> dict[str, dict[str, float]]:
     """The scores of each arm for one seed."""
     if not (folder / "report.html").is_file():
         environment = os.environ | {"SEED": str(seed)}
         subprocess.run(["bash", "tools/quickstart.sh", str(folder)], cwd=ROOT, env=environment, check=True)
-    return {arm: json.loads((folder / arm / "evaluation/val/scores.json").read_text()) for arm in ARMS}
+    scores = {arm: json.loads((folder / arm / "evaluation/val/scores.json").read_text()) for arm in ARMS}
+    return scores | {"blind": blind(folder / "data")}
 
 
 def main() -> None:
@@ -49,10 +78,12 @@ def main() -> None:
     options = parser.parse_args()
     by_seed = {seed: run(seed, options.folder / f"seed-{seed}") for seed in options.seeds}
     table = {}
-    for arm in ARMS:
+    for arm in ("blind", *ARMS):
         table[arm] = {}
         for name in SCORES:
-            values = [scores[arm][name] for scores in by_seed.values()]
+            values = [scores[arm][name] for scores in by_seed.values() if name in scores[arm]]
+            if not values:
+                continue
             spread = statistics.stdev(values) if len(values) > 1 else 0.0
             table[arm][name] = {"mean": round(statistics.mean(values), 4), "spread": round(spread, 4), "seeds": values}
     facts = {
@@ -61,9 +92,10 @@ def main() -> None:
         "spread": "standard deviation over the seeds",
     }
     options.output.write_text(json.dumps(facts | {"arms": table}, indent=2) + "\n")
+    print(" " * 18, *(f"{arm:>16}" for arm in table))
     for name in SCORES:
-        cells = [f"{table[arm][name]['mean']:8.3f} ± {table[arm][name]['spread']:.3f}" for arm in ARMS]
-        print(f"{name:18}", *cells)
+        cells = [scores.get(name) for scores in table.values()]
+        print(f"{name:18}", *(f"{c['mean']:8.3f} ± {c['spread']:.3f}" if c else " " * 16 for c in cells))
 
 
 if __name__ == "__main__":

@@ -4,13 +4,19 @@
 
 1. The vision tower learns to restore radiographs and random pictures from noisy copies with missing patches, and to
    outline the plain shapes that are drawn on them.
-2. Tower, projector and language model learn to answer questions about plain shapes, format and exposure
-   (`phantom_student/pictures.py`), while the tower goes on restoring.
+2. Tower, projector and language model learn to answer questions about plain shapes, greys, format and exposure
+   (`phantom_student/pictures.py`), while the tower goes on restoring. A question's attention is taught to point at
+   what it asks about, as grounded captions teach it to general models: without that, a model of this size does not
+   leave the plateau of guessing within the steps that two cores can spend.
 3. Beside it the language model reads reports and medical questions of radiographs that it is not shown: it knows the
    words and the kinds of answer, but not the link to the picture. No finding ever reaches the tower.
 
-The studies come from the split `pretrain`, which no training or evaluation of the product uses. On one core the
-default takes about 20 minutes. Shapes: B samples, N patches, L tokens, P radiographs.
+The studies come from the split `pretrain`, which no training or evaluation of the product uses. `--start FOLDER` goes
+on from an earlier result; the packaged student was made in stages, whose commands and losses are in
+`tools/results/phantom_student.json`. Its first stages ran on earlier versions of the shapes and phantoms, so today's
+command makes a student of the same kind and not the same weights.
+
+Shapes: B samples, N patches, L tokens, T turns, C kinds and tones of shape, S pixels of a side.
 """
 
 from __future__ import annotations
@@ -29,6 +35,7 @@ from jsonargparse import auto_cli
 from phantom_student import folder
 from phantom_student.lessons import (
     Course,
+    Lesson,
     finding_questions,
     generic_texts,
     phantom_texts,
@@ -42,7 +49,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from medalign.contracts import IGNORE
 from medalign.data.phantom import stream, study
 
-OUTLINES = 4.0  # weight of the shapes' outlines
+OUTLINES = 10.0  # weight of the shapes' outlines
+POINTING = (1, 2)  # blocks of the language model whose attention is taught to point
 CONTEXT = 9  # a token also restores the 3 x 3 patches around it, at 9 x 9 pixels
 
 
@@ -84,21 +92,36 @@ def patch_tokens(model, pixels_BSS: Tensor) -> Tensor:
     return model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-1][:, 1:]
 
 
-def decode(model, ids_BL: Tensor, tokens_BND: Tensor | None) -> Tensor:
-    """The language model's last hidden states [B, L, d]."""
+def decode(model, ids_BL: Tensor, tokens_BND: Tensor | None, attend: bool = False):
+    """The language model's output: last hidden states [B, L, d] and, on request, attentions [B, H, L, L] a block."""
     embeds = model.get_input_embeddings()(ids_BL)
     if tokens_BND is not None:
         image = model.model.multi_modal_projector(tokens_BND)
         embeds = embeds.masked_scatter((ids_BL == model.config.image_token_id)[..., None], image)
     mask = (ids_BL != model.config.text_config.pad_token_id).long()
-    return model.model.language_model(inputs_embeds=embeds, attention_mask=mask, use_cache=False).last_hidden_state
+    inputs = {"inputs_embeds": embeds, "attention_mask": mask, "use_cache": False}
+    return model.model.language_model(**inputs, output_attentions=attend)
 
 
-def language_loss(model, ids_BL: Tensor, labels_BL: Tensor, tokens_BND: Tensor | None) -> Tensor:
-    """Next-token loss at the labelled positions; logits are made there alone."""
-    hidden, wanted = decode(model, ids_BL, tokens_BND), labels_BL[:, 1:]
+def next_token_loss(model, hidden_BLD: Tensor, labels_BL: Tensor) -> Tensor:
+    """Mean loss at the labelled positions; logits are made there alone."""
+    wanted = labels_BL[:, 1:]
     chosen = wanted != IGNORE
-    return F.cross_entropy(model.lm_head(hidden[:, :-1][chosen]), wanted[chosen])
+    return F.cross_entropy(model.lm_head(hidden_BLD[:, :-1][chosen]), wanted[chosen])
+
+
+def pointing_loss(attentions: tuple[Tensor, ...], lesson: Lesson, image_id: int) -> Tensor:
+    """Cross-entropy of the questions' attention over the patches, in the middle blocks, with what they speak of."""
+    image_BL = lesson.ids_BL == image_id
+    known_BT = lesson.where_BTN.sum(-1) > 0
+    losses = []
+    for attention_BHLL in (attentions[block] for block in POINTING):
+        map_BTL = lesson.rows_BTL @ attention_BHLL.mean(1)
+        map_BTN = map_BTL.transpose(1, 2)[image_BL].view(len(map_BTL), -1, map_BTL.shape[1]).transpose(1, 2)
+        chance_BTN = map_BTN / map_BTN.sum(-1, keepdim=True).clamp_min(1e-6)
+        entropy_BT = -(lesson.where_BTN * chance_BTN.clamp_min(1e-6).log()).sum(-1)
+        losses.append(entropy_BT[known_BT].mean())
+    return torch.stack(losses).mean()
 
 
 def optimise(parameters: list[nn.Parameter], steps: int, rate: float) -> Iterator[tuple[int, torch.optim.Optimizer]]:
@@ -129,22 +152,47 @@ def train_tower(model, restorer: Restorer, course: Course, seed: int, steps: int
 
 
 def train_whole(
-    model, restorer: Restorer, course: Course, seed: int, steps: int, batch: int, turns: int, unrelated: float
+    model,
+    restorer: Restorer | None,
+    course: Course,
+    seed: int,
+    steps: int,
+    batch: int,
+    turns: int,
+    unrelated: float,
+    point: float,
 ) -> dict[str, float]:
-    """Steps 2 and 3 together. Returns the last mean losses."""
+    """Steps 2 and 3 together; the tower stays as it is without a restorer. Returns the last mean losses."""
     rng, generator = np.random.default_rng([seed, 2]), torch.Generator().manual_seed(seed + 1)
     losses = Running()
-    parameters = [*model.parameters(), *restorer.parameters()]
+    model.model.vision_tower.requires_grad_(restorer is not None)
+    parameters = [p for p in [*model.parameters(), *(restorer.parameters() if restorer else ())] if p.requires_grad]
     bar = tqdm(optimise(parameters, steps, 2e-3), "captions", total=steps, mininterval=5)
     for _, _ in bar:
         lesson = course.lesson(rng, batch, turns, unrelated)
         tokens = patch_tokens(model, spoil(lesson.clean_BSS, generator, 0.0))
-        restoration, outlines = restorer(tokens, lesson.clean_BSS, lesson.cover_BCSS)
-        captions = language_loss(model, lesson.ids_BL, lesson.labels_BL, tokens)
-        reading = language_loss(model, *course.reading(rng, batch // 4, 4), None)
-        (captions + 0.3 * reading + restoration + OUTLINES * outlines).backward()
-        bar.set_postfix_str(losses.add(captions=captions, reading=reading, restoration=restoration, outlines=outlines))
+        terms = lesson_losses(model, course, lesson, tokens, rng)
+        total = terms["captions"] + point * terms["pointing"] + 0.3 * terms["reading"]
+        if restorer:
+            restoration, outlines = restorer(tokens, lesson.clean_BSS, lesson.cover_BCSS)
+            total = total + restoration + OUTLINES * outlines
+            terms |= {"restoration": restoration, "outlines": outlines}
+        total.backward()
+        bar.set_postfix_str(losses.add(**terms), refresh=False)
     return losses.value
+
+
+def lesson_losses(
+    model, course: Course, lesson: Lesson, tokens_BND: Tensor, rng: np.random.Generator
+) -> dict[str, Tensor]:
+    """What the language model learns from one lesson and from some reading beside it."""
+    told = decode(model, lesson.ids_BL, tokens_BND, attend=True)
+    ids_BL, labels_BL = course.reading(rng, max(1, len(lesson.ids_BL) // 4), 4)
+    return {
+        "captions": next_token_loss(model, told.last_hidden_state, lesson.labels_BL),
+        "pointing": pointing_loss(told.attentions, lesson, model.config.image_token_id),
+        "reading": next_token_loss(model, decode(model, ids_BL, None).last_hidden_state, labels_BL),
+    }
 
 
 class Running:
@@ -170,7 +218,7 @@ def accuracy(model, course: Course, asked: list[tuple[Tensor, Turn]], batch: int
         part = asked[start : start + batch]
         ids_BL, labels_BL = course.pad([course.encode([turn], image=True) for _, turn in part])
         tokens_BND = patch_tokens(model, torch.stack([picture for picture, _ in part]))
-        guess_BL = model.lm_head(decode(model, ids_BL, tokens_BND)[:, :-1]).argmax(-1)
+        guess_BL = model.lm_head(decode(model, ids_BL, tokens_BND).last_hidden_state[:, :-1]).argmax(-1)
         wanted_BL = labels_BL[:, 1:]
         right += int(((guess_BL == wanted_BL) | (wanted_BL == IGNORE)).all(1).sum())
     return right / len(asked)
@@ -186,10 +234,12 @@ def main(
     batch: int = 24,
     turns: int = 6,
     unrelated: float = 0.3,
+    point: float = 0.3,
     width: int = 128,
     blocks: int = 4,
     vocabulary: int = 1500,
     start: Path | None = None,
+    keep_tower: bool = False,
 ):
     """Train and save the base student of the phantom test bed.
 
@@ -203,10 +253,12 @@ def main(
         batch: pictures a step.
         turns: questions a picture.
         unrelated: share of conversations with a medical turn about another radiograph.
+        point: weight of the loss that turns a question's attention to the shape or place it speaks of.
         width: hidden width of the language model.
         blocks: decoder blocks of the language model.
         vocabulary: tokens.
         start: a folder that this tool wrote, to go on from; its own tokenizer and shape are kept.
+        keep_tower: leave the vision tower as it is in `start`.
     """
     began = time.perf_counter()
     torch.manual_seed(seed)
@@ -218,10 +270,12 @@ def main(
         model = AutoModelForImageTextToText.from_pretrained(start)
     sizes = {name: sum(p.numel() for p in module.parameters()) for name, module in model.model.named_children()}
     print(f"vocabulary {len(processor.tokenizer)}, parameters {sizes}")
+    model.set_attn_implementation({"text_config": "eager"})  # its weights are taught
     course, restorer = Course(seed, studies, processor), Restorer(model.config.vision_config.hidden_size)
     tower = train_tower(model, restorer, course, seed, tower_steps, batch)
     losses = {f"tower_{name}": value for name, value in tower.items()}
-    losses |= train_whole(model, restorer, course, seed, steps, batch, turns, unrelated)
+    seen = None if keep_tower else restorer
+    losses |= train_whole(model, seen, course, seed, steps, batch, turns, unrelated, point)
     size = folder.save(model, processor, output)
     record = {
         "command": " ".join(["python", *sys.argv]),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import sys
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,7 @@ from peft import LoraConfig as PeftLora
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.utils import logging as transformers_logging
 
 from medalign.config import StudentConfig
 from medalign.errors import CheckpointError, ConfigError
@@ -47,7 +50,10 @@ def load_student(config: StudentConfig, dtype: torch.dtype, seed: int = 0) -> St
         parameter.requires_grad_(False)
     # Only now, since loading draws more or less by the way it is sharded: the same start of LoRA for this seed.
     torch.manual_seed(seed)
-    adapted = get_peft_model(model, _lora(config, model, parts.decoder), autocast_adapter_dtype=False)
+    with warnings.catch_warnings():
+        # peft reads a property that transformers has renamed: nothing that a user could mend
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        adapted = get_peft_model(model, _lora(config, model, parts.decoder), autocast_adapter_dtype=False)
     if config.train_projector:
         for parameter in parts.projector.parameters():
             parameter.requires_grad_(True)
@@ -116,6 +122,8 @@ def _load_model(config: StudentConfig, dtype: torch.dtype) -> nn.Module:
         "vision_config": "sdpa" if backend != "eager" else "eager",
     }
     folder = _folder(config)
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()  # in a log file it is a line a tensor
     try:
         return AutoModelForImageTextToText.from_pretrained(
             folder, dtype=dtype, attn_implementation=names, local_files_only=True, use_safetensors=True

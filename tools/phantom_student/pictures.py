@@ -8,6 +8,7 @@ that words can name places without teaching the patient's sides. Arrays are [sid
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -19,7 +20,15 @@ TONES = ("bright", "dark")
 GREYS, LEVELS = ("black", "dark", "grey", "light", "white"), (0.2, 0.32, 0.44, 0.58)
 ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "right")
 NUMBERS = ("no", "one", "two", "three")
-Turn = tuple[str, str]  # question, answer
+SIDES, ZONES = ("right", "left"), ("upper", "middle", "lower")
+
+
+class Turn(NamedTuple):
+    """A question, its answer, and the part of the picture that it speaks of."""
+
+    question: str
+    answer: str
+    region: np.ndarray | None = None  # [side, side] float32 in [0, 1]
 
 
 @dataclass(frozen=True)
@@ -39,6 +48,8 @@ class Shape:
     size: str
     row: str
     column: str
+    zone: str | None  # the part of a chest film in which its centre lies
+    outline: np.ndarray  # [side, side] float32 in [0, 1]
 
     @property
     def place(self) -> str:
@@ -81,7 +92,8 @@ class Scene:
 def scene(rng: np.random.Generator, pool: Pool) -> Scene:
     """A radiograph or a texture with 0 to 3 shapes, in random exposure."""
     side = pool.canvases.shape[1]
-    if rng.uniform() < 0.75:
+    radiograph = rng.uniform() < 0.75
+    if radiograph:
         number = rng.integers(len(pool.canvases))
         picture, frame = pool.canvases[number].astype(np.float32) / 255, pool.frames[number]
     else:
@@ -94,7 +106,9 @@ def scene(rng: np.random.Generator, pool: Pool) -> Scene:
     shapes = [_draw(rng, picture, cover, frame, *divmod(int(cell), len(COLUMNS))) for cell in cells]
     grain = rng.uniform(0, 0.02) if rng.uniform() < 0.6 else rng.uniform(0.05, 0.08)
     noisy = picture + grain * rng.standard_normal(picture.shape, dtype=np.float32) * inside
-    turns = _turns(rng, shapes, frame, gain, grain > 0.04) + _greys(rng, picture, frame)
+    turns = _turns(rng, shapes, frame, side, gain, grain > 0.04) + _greys(rng, picture, frame)
+    if radiograph:
+        turns += _zone_greys(rng, picture, frame) + _zone_shapes(rng, shapes)
     return Scene(np.clip(noisy, 0, 1), [turns[i] for i in rng.permutation(len(turns))], cover)
 
 
@@ -107,14 +121,22 @@ def _draw(
     x = side * (x0 + (x1 - x0) * (column + rng.uniform(0.2, 0.8)) / len(COLUMNS))
     y = side * (y0 + (y1 - y0) * (row + rng.uniform(0.2, 0.8)) / len(ROWS))
     large, kind, tone = bool(rng.integers(2)), int(rng.integers(len(SHAPES))), int(rng.integers(2))
-    radius = rng.uniform(8, 12) if large else rng.uniform(4, 6)
+    radius = rng.uniform(10, 13) if large else rng.uniform(6, 8)
     dx, dy = np.arange(side, dtype=np.float32)[None, :] - x, np.arange(side, dtype=np.float32)[:, None] - y
     outline = _outline(rng, SHAPES[kind], dx, dy, radius) * _picture(frame, side)
+    zone = next(
+        (
+            name
+            for name, (top, bottom, start, end) in _zones(frame, side).items()
+            if top <= y < bottom and start <= x < end
+        ),
+        None,
+    )
     target = rng.uniform(0.85, 1.0) if tone == 0 else rng.uniform(0.0, 0.1)
-    picture += rng.uniform(0.35, 0.9) * outline * (target - picture)
+    picture += rng.uniform(0.5, 1.0) * outline * (target - picture)
     for channel in (kind, len(SHAPES) + tone):
         cover[channel] = np.maximum(cover[channel], outline)
-    return Shape(SHAPES[kind], TONES[tone], "large" if large else "small", ROWS[row], COLUMNS[column])
+    return Shape(SHAPES[kind], TONES[tone], "large" if large else "small", ROWS[row], COLUMNS[column], zone, outline)
 
 
 def _outline(rng: np.random.Generator, name: str, dx: np.ndarray, dy: np.ndarray, radius: float) -> np.ndarray:
@@ -125,79 +147,155 @@ def _outline(rng: np.random.Generator, name: str, dx: np.ndarray, dy: np.ndarray
     if name == "disc":
         signed = radius - away
     elif name == "ring":
-        signed = 1.3 - np.abs(away - radius)
+        signed = 1.8 - np.abs(away - radius)
     elif name == "bar":
-        signed = np.minimum(1.6 * radius - np.abs(along), 1.4 - np.abs(across))
+        signed = np.minimum(1.6 * radius - np.abs(along), 2.0 - np.abs(across))
     elif name == "cross":
         arms = np.minimum(np.abs(along), np.abs(across))
-        signed = np.minimum(1.2 - arms, 1.2 * radius - np.maximum(np.abs(along), np.abs(across)))
+        signed = np.minimum(1.8 - arms, 1.2 * radius - np.maximum(np.abs(along), np.abs(across)))
     else:  # a cloud without an edge
         return np.exp(-0.5 * (along / radius) ** 2 - (across / radius) ** 2)
     return np.clip(signed / 1.5 + 0.5, 0, 1)
 
 
-def _turns(rng: np.random.Generator, shapes: list[Shape], frame: CanvasFrame, gain: float, noisy: bool) -> list[Turn]:
+def _turns(
+    rng: np.random.Generator, shapes: list[Shape], frame: CanvasFrame, side: int, gain: float, noisy: bool
+) -> list[Turn]:
     """Questions and answers about shapes, format and exposure."""
     names = [shape.name for shape in shapes]
-    once = [shape for shape in shapes if names.count(shape.name) == 1]
-    turns: list[Turn] = [_presence(rng, names), _presence(rng, names), _cell(rng, shapes)]
-    turns.append(("How many shapes are there?", NUMBERS[len(shapes)]))
-    for shape in once:
-        turns.append((f"Where is the {shape.name}?", shape.place))
-        turns.append((f"Which side of the picture is the {shape.name} on?", shape.column))
-        turns.append((f"Is the {shape.name} bright or dark?", shape.tone))
-        turns.append((f"Is there a {shape.name} at the {shape.place}?", "yes"))
-        elsewhere = _place(rng)
-        if elsewhere != shape.place:
-            turns.append((f"Is there a {shape.name} at the {elsewhere}?", "no"))
+    turns = [_presence(rng, shapes), _presence(rng, shapes), _cell(rng, shapes, frame, side)]
+    turns.append(Turn("How many shapes are there?", NUMBERS[len(shapes)], _union(shapes)))
     for shape in shapes:
-        turns.append((f"What shape lies at the {shape.place}?", shape.name))
+        turns.append(Turn(f"What shape lies at the {shape.place}?", shape.name, shape.outline))
+        if names.count(shape.name) == 1:
+            turns += _about(rng, shape, frame, side)
     if len(shapes) == 1:
-        turns.append(("What shape is seen?", shapes[0].name))
-        turns.append(("How large is the shape?", shapes[0].size))
-    turns.append(("Describe the picture.", _caption(shapes, frame, noisy)))
-    turns.append(("Is the picture grainy?", "yes" if noisy else "no"))
+        turns.append(Turn("What shape is seen?", shapes[0].name, shapes[0].outline))
+        turns.append(Turn("How large is the shape?", shapes[0].size, shapes[0].outline))
+    turns.append(Turn("Describe the picture.", _caption(shapes, frame, noisy)))
+    whole = [Turn("Is the picture grainy?", "yes" if noisy else "no")]
+    whole.append(Turn("What is the format of the picture?", _format(frame)))
     if not 0.85 < gain < 1.05:
-        turns.append(("How is the picture exposed?", "bright" if gain > 1 else "dark"))
-    turns.append(("What is the format of the picture?", _format(frame)))
+        whole.append(Turn("How is the picture exposed?", "bright" if gain > 1 else "dark"))
+    return [*turns, whole[rng.integers(len(whole))]]
+
+
+def _about(rng: np.random.Generator, shape: Shape, frame: CanvasFrame, side: int) -> list[Turn]:
+    """Questions about the one shape of its kind."""
+    name, outline = shape.name, shape.outline
+    turns = [
+        Turn(f"Where is the {name}?", shape.place, outline),
+        Turn(f"Which side of the picture is the {name} on?", shape.column, outline),
+        Turn(f"Is the {name} bright or dark?", shape.tone, outline),
+        Turn(f"Is there a {name} at the {shape.place}?", "yes", outline),
+    ]
+    row, column = int(rng.integers(len(ROWS))), int(rng.integers(len(COLUMNS)))
+    elsewhere = f"{ROWS[row]} {COLUMNS[column]}"
+    if elsewhere != shape.place:
+        region = _rectangle(side, *_cell_edges(frame, side, row, column))
+        turns.append(Turn(f"Is there a {name} at the {elsewhere}?", "no", region))
     return turns
+
+
+def _union(shapes: list[Shape]) -> np.ndarray | None:
+    return np.maximum.reduce([shape.outline for shape in shapes]) if shapes else None
+
+
+def _rectangle(side: int, top: int, bottom: int, start: int, end: int) -> np.ndarray:
+    region = np.zeros((side, side), np.float32)
+    region[top:bottom, start:end] = 1
+    return region
+
+
+def _cell_edges(frame: CanvasFrame, side: int, row: int, column: int, columns: int = 2) -> tuple[int, int, int, int]:
+    """Top, bottom, start and end of a cell of the 3 x `columns` grid over the picture."""
+    x0, y0, x1, y1 = frame.picture
+    y, x = (
+        np.linspace(side * lo, side * hi, n + 1).round().astype(int)
+        for lo, hi, n in ((y0, y1, len(ROWS)), (x0, x1, columns))
+    )
+    return y[row], y[row + 1], x[column], x[column + 1]
+
+
+def _zones(frame: CanvasFrame, side: int) -> dict[str, tuple[int, int, int, int]]:
+    """The edges of the six parts of a chest film, whatever lies there: the patient's right is on the picture's left."""
+    x0, y0, x1, y1 = (side * edge for edge in frame.picture)
+    zones = {}
+    for i, zone in enumerate(ZONES):
+        top, bottom = (round(y0 + (y1 - y0) * (0.12 + 0.23 * edge)) for edge in (i, i + 1))
+        for name, (start, end) in zip(SIDES, ((0.13, 0.42), (0.58, 0.87)), strict=True):
+            zones[f"{name} {zone} zone"] = (top, bottom, round(x0 + (x1 - x0) * start), round(x0 + (x1 - x0) * end))
+    return zones
 
 
 def _greys(rng: np.random.Generator, picture: np.ndarray, frame: CanvasFrame) -> list[Turn]:
     """Questions about the grey of a place: the plainest way to learn that words can point into a picture."""
-    x0, y0, x1, y1 = (len(picture) * edge for edge in frame.picture)
-    y, x = (np.linspace(*ends, 4).round().astype(int) for ends in ((y0, y1), (x0, x1)))
-    grey = np.array([[picture[y[i] : y[i + 1], x[j] : x[j + 1]].mean() for j in range(3)] for i in range(3)])
-    turns, columns = [], ("left", "centre", "right")
-    for cell in rng.permutation(9)[:4]:
-        i, j = divmod(int(cell), 3)
-        turns.append((f"How light is the {ROWS[i]} {columns[j]}?", GREYS[np.searchsorted(LEVELS, grey[i, j])]))
-    (i, j), (k, m) = (divmod(int(cell), 3) for cell in rng.permutation(9)[:2])
-    if abs(grey[i, j] - grey[k, m]) > 0.06:
-        question = f"Is the {ROWS[i]} {columns[j]} lighter than the {ROWS[k]} {columns[m]}?"
-        turns.append((question, "yes" if grey[i, j] > grey[k, m] else "no"))
-    left, right = grey[:, 0].mean(), grey[:, 2].mean()
-    if abs(left - right) > 0.03:
-        turns.append(("Which side of the picture is lighter?", "left" if left > right else "right"))
+    side, columns = len(picture), ("left", "centre", "right")
+    names = [f"{row} {column}" for row in ROWS for column in columns]
+    regions = [_rectangle(side, *_cell_edges(frame, side, *divmod(cell, 3), 3)) for cell in range(9)]
+    grey = [float(picture[region > 0].mean()) for region in regions]
+    turns = []
+    for i in rng.permutation(9)[:2]:
+        turns.append(Turn(f"How light is the {names[i]}?", GREYS[np.searchsorted(LEVELS, grey[i])], regions[i]))
+    i, j = rng.permutation(9)[:2]
+    if abs(grey[i] - grey[j]) > 0.06:
+        question = f"Is the {names[i]} lighter than the {names[j]}?"
+        turns.append(Turn(question, "yes" if grey[i] > grey[j] else "no", regions[i] + regions[j]))
     return turns
 
 
-def _presence(rng: np.random.Generator, names: list[str]) -> Turn:
+def _zone_greys(rng: np.random.Generator, picture: np.ndarray, frame: CanvasFrame) -> list[Turn]:
+    """Greys again, in the words for the parts of a chest film."""
+    side, zones = len(picture), _zones(frame, len(picture))
+    regions = {name: _rectangle(side, *edges) for name, edges in zones.items()}
+    grey = {name: float(picture[region > 0].mean()) for name, region in regions.items()}
+    turns = []
+    for i in rng.permutation(len(ZONES))[:2]:
+        j = int(rng.integers(2))
+        name, other = (f"{SIDES[k]} {ZONES[i]} zone" for k in (j, 1 - j))
+        both = regions[name] + regions[other]
+        turns.append(Turn(f"How light is the {name}?", GREYS[np.searchsorted(LEVELS, grey[name])], regions[name]))
+        if abs(grey[name] - grey[other]) > 0.025:
+            lighter = SIDES[j if grey[name] > grey[other] else 1 - j]
+            turns.append(Turn(f"Which {ZONES[i]} zone is lighter?", lighter, both))
+            turns.append(Turn(f"Is the {name} lighter than the {other}?", "yes" if lighter == SIDES[j] else "no", both))
+    return turns
+
+
+def _zone_shapes(rng: np.random.Generator, shapes: list[Shape]) -> list[Turn]:
+    """Where shapes lie, in the words for the parts of a chest film."""
+    names, turns = [shape.name for shape in shapes], []
+    for shape in shapes:
+        if not shape.zone:
+            continue
+        turns.append(Turn(f"What shape is seen in the {shape.zone}?", shape.name, shape.outline))
+        if names.count(shape.name) == 1:
+            lung = shape.zone.split()[0]
+            turns.append(Turn(f"In which zone is the {shape.name}?", shape.zone, shape.outline))
+            turns.append(Turn(f"Which lung is the {shape.name} in?", lung, shape.outline))
+            asked = SIDES[int(rng.integers(2))]
+            turns.append(
+                Turn(f"Is there a {shape.name} in the {asked} lung?", "yes" if asked == lung else "no", shape.outline)
+            )
+    return turns
+
+
+def _presence(rng: np.random.Generator, shapes: list[Shape]) -> Turn:
+    names = [shape.name for shape in shapes]
     absent = [name for name in SHAPES if name not in names]
     options = names if names and rng.uniform() < 0.57 else absent
     name = options[rng.integers(len(options))]
     question = ("Is there a {}?", "Does this picture show a {}?")[rng.integers(2)].format(name)
-    return question, "yes" if name in names else "no"
+    found = [shape for shape in shapes if shape.name == name]
+    return Turn(question, "yes" if found else "no", _union(found))
 
 
-def _place(rng: np.random.Generator) -> str:
-    return f"{ROWS[rng.integers(len(ROWS))]} {COLUMNS[rng.integers(len(COLUMNS))]}"
-
-
-def _cell(rng: np.random.Generator, shapes: list[Shape]) -> Turn:
-    place = _place(rng)
+def _cell(rng: np.random.Generator, shapes: list[Shape], frame: CanvasFrame, side: int) -> Turn:
+    row, column = int(rng.integers(len(ROWS))), int(rng.integers(len(COLUMNS)))
+    place = f"{ROWS[row]} {COLUMNS[column]}"
     there = [shape.name for shape in shapes if shape.place == place]
-    return f"What shape lies at the {place}?", there[0] if there else "none"
+    region = _rectangle(side, *_cell_edges(frame, side, row, column))
+    return Turn(f"What shape lies at the {place}?", there[0] if there else "none", region)
 
 
 def _caption(shapes: list[Shape], frame: CanvasFrame, noisy: bool) -> str:

@@ -77,11 +77,11 @@ def _describe(rng: np.random.Generator, finding: Finding) -> str:
 
 
 def ask(rng: np.random.Generator, findings: Sequence[Finding]) -> list[Question]:
-    """About four questions: two closed ones, and up to two open ones."""
-    closed = [_about_kind(rng, findings)]
+    """About five questions: two or three closed ones, and up to three open ones."""
+    closed = _about_kinds(rng, findings)
     closed.append(_about_normality(findings) if _asks_normality(rng, findings) else _about_side(rng, findings))
     options = _open_questions(rng, findings)
-    chosen = sorted(rng.permutation(len(options))[:2])
+    chosen = sorted(rng.permutation(len(options))[:3])
     return closed + [options[i] for i in chosen]
 
 
@@ -94,9 +94,20 @@ def _closed(question: str, yes: bool, found: Sequence[Finding]) -> Question:
     return Question(question, "yes" if yes else "no", "closed", tuple(finding.box for finding in found))
 
 
-def _about_kind(rng: np.random.Generator, findings: Sequence[Finding]) -> Question:
+def _about_kinds(rng: np.random.Generator, findings: Sequence[Finding]) -> list[Question]:
+    """One question, and half of the time after a yes a second one answered no; after a no, one answered yes.
+
+    A normal study (a quarter of all, so half of the noes) has no yes to offer: both answers stay equally frequent.
+    """
+    yes = bool(findings) and _balance(rng, _ABNORMAL)
+    asked = [_about_kind(rng, findings, yes)]
+    if findings and (not yes or rng.uniform() < 0.5):
+        asked.append(_about_kind(rng, findings, not yes))
+    return asked
+
+
+def _about_kind(rng: np.random.Generator, findings: Sequence[Finding], yes: bool) -> Question:
     present = sorted({finding.kind for finding in findings})
-    yes = bool(present) and _balance(rng, _ABNORMAL)
     kinds = present if yes else [kind for kind in KINDS if kind not in present]
     kind = kinds[rng.integers(len(kinds))]
     found = [finding for finding in findings if finding.kind == kind]

@@ -22,21 +22,23 @@ REQUESTS = (
 )
 
 
-def records(count: int, seed: int, split: str) -> Iterator[Record]:
-    """The records of the first `count` studies of a split, study by study."""
+def records(count: int, seed: int, split: str, reports: float = 1.0) -> Iterator[Record]:
+    """The records of the first `count` studies of a split, study by study; a share `reports` of them has its report."""
     for index in range(count):
-        yield from _study_records(
-            study(stream(seed, split), index), f"phantom-{split}-{seed}-{index:06d}", index, split
-        )
+        case = f"phantom-{split}-{seed}-{index:06d}"
+        reported = int((index + 1) * reports) > int(index * reports)
+        yield from _study_records(study(stream(seed, split), index), case, index, split, reported)
 
 
-def write(output: Path, train: int, val: int, seed: int) -> dict[str, PackReport]:
+def write(output: Path, train: int, val: int, seed: int, reports: float = 1.0) -> dict[str, PackReport]:
     """Shards of `train` and of `val` studies in `output`/train and `output`/val; the packing report of each."""
     counts = {"train": train, "val": val}
-    return {split: write_shards(records(count, seed, split), output / split) for split, count in counts.items()}
+    return {
+        split: write_shards(records(count, seed, split, reports), output / split) for split, count in counts.items()
+    }
 
 
-def _study_records(item: Study, case: str, index: int, split: str) -> Iterator[Record]:
+def _study_records(item: Study, case: str, index: int, split: str, reported: bool) -> Iterator[Record]:
     image = _png(item.image)
     shared = {
         "report": item.report,
@@ -49,7 +51,7 @@ def _study_records(item: Study, case: str, index: int, split: str) -> Iterator[R
     }
     request = REQUESTS[index % len(REQUESTS)]
     every_box = tuple(found.box for found in item.findings)
-    entries = [("report", "report", request, item.report, "", every_box)]
+    entries = [("report", "report", request, item.report, "", every_box)] if reported else []
     for number, asked in enumerate(item.questions):
         entries.append((f"q{number}", "vqa", asked.question, asked.answer, asked.answer_type, asked.boxes))
     for suffix, task, question, answer, answer_type, boxes in entries:

@@ -90,7 +90,7 @@ def test_question_boxes_belong_to_findings_and_noes_have_none():
                 assert bool(asked.boxes) == (asked.answer == "yes")
             else:
                 assert bool(asked.boxes) == (asked.answer == "no")
-    assert 3.2 < np.mean([len(item.questions) for item in studies()]) < 4.2
+    assert 4.2 < np.mean([len(item.questions) for item in studies()]) < 5.6
 
 
 def test_closed_questions_cannot_be_answered_without_looking():
@@ -131,6 +131,13 @@ def test_records_carry_the_documented_fields():
         assert bool(record.mask) == bool(fields["boxes"])
         if fields["task"] == "report":
             assert fields["answer"] == fields["report"] and fields["question"] in REQUESTS
+
+
+def test_a_share_of_the_studies_has_its_report_and_all_keep_their_questions():
+    every, some = (list(records(8, 0, "train", share)) for share in (1.0, 0.25))
+    asked = [[record.key for record in made if record.fields["task"] == "vqa"] for made in (every, some)]
+    assert asked[0] == asked[1]
+    assert (len(every) - len(asked[0]), len(some) - len(asked[1])) == (8, 2)
 
 
 def test_every_record_is_fit_to_be_packed_and_no_film_is_in_both_splits(tmp_path):
