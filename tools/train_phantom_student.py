@@ -36,6 +36,7 @@ from phantom_student import folder
 from phantom_student.lessons import (
     Course,
     Lesson,
+    blind_accuracy,
     finding_questions,
     generic_texts,
     phantom_texts,
@@ -276,6 +277,7 @@ def main(
     losses = {f"tower_{name}": value for name, value in tower.items()}
     seen = None if keep_tower else restorer
     losses |= train_whole(model, seen, course, seed, steps, batch, turns, unrelated, point)
+    findings = finding_questions(seed, 250)
     size = folder.save(model, processor, output)
     record = {
         "command": " ".join(["python", *sys.argv]),
@@ -284,7 +286,8 @@ def main(
         "parameters": sizes,
         "losses": {name: round(value, 4) for name, value in losses.items()},
         "shape_question_accuracy": round(accuracy(model, course, shape_questions(course, 400)), 4),
-        "finding_question_accuracy": round(accuracy(model, course, finding_questions(seed, 250)), 4),
+        "finding_question_accuracy": round(accuracy(model, course, findings), 4),
+        "finding_question_blind": round(blind_accuracy(course, findings), 4),
     }
     results.parent.mkdir(parents=True, exist_ok=True)
     results.write_text(json.dumps(record, indent=2) + "\n")

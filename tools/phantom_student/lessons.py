@@ -5,6 +5,7 @@ Shapes: B samples, L tokens, T turns, N patches, P radiographs, S pixels of a si
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -111,7 +112,8 @@ class Course:
         ids, labels, questions = [self.tokenizer.bos_token_id], [IGNORE], []
         for number, turn in enumerate(turns):
             opening = folder.IMAGE * TOKENS + "\n" if image and number == 0 else ""
-            lead = self.tokenizer.encode(f"USER: {opening}", add_special_tokens=False)
+            # A space belongs to the token of the word after it.
+            lead = self.tokenizer.encode(f"USER: {opening}".rstrip(" "), add_special_tokens=False)
             prompt = self.tokenizer.encode(f"USER: {opening}{turn.question} ASSISTANT:", add_special_tokens=False)
             reply = self.tokenizer.encode(f" {turn.answer}{folder.EOS}", add_special_tokens=False)
             questions.append((len(ids) + len(lead), len(ids) + len(prompt)))
@@ -140,6 +142,16 @@ def finding_questions(seed: int, studies: int) -> list[tuple[Tensor, Turn]]:
         pixels = view(square_canvas(made.image), folder.IMAGE_SIZE, folder.MEAN, folder.STD)
         asked += [(pixels[0], Turn(question.question, question.answer)) for question in made.questions]
     return asked
+
+
+def blind_accuracy(course: Course, asked: list[tuple[Tensor, Turn]]) -> float:
+    """What the commonest answer to each question would score: what can be had without looking."""
+    seen: dict[str, Counter[str]] = defaultdict(Counter)
+    for _, questions in course.readings:
+        for turn in questions:
+            seen[turn.question][turn.answer] += 1
+    commonest = {question: answers.most_common(1)[0][0] for question, answers in seen.items()}
+    return sum(commonest.get(turn.question) == turn.answer for _, turn in asked) / len(asked)
 
 
 def shape_questions(course: Course, count: int) -> list[tuple[Tensor, Turn]]:
