@@ -1,0 +1,107 @@
+"""IU-Xray, the Indiana University chest X-rays (Demner-Fushman et al. 2016), as OpenI gives them out: XML and PNG.
+
+The XML is read by defusedxml, which refuses entities and document types: a report is data, never instructions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from xml.etree.ElementTree import Element, ParseError
+
+from defusedxml import DefusedXmlException, ElementTree
+
+from medalign.data.samples import BadSample
+from medalign.data.shards import Record, Refused
+from medalign.data.sources.files import first_folder, lacking, read_picture, share, share_split
+from medalign.data.sources.reports import SECTIONS, report_text
+from medalign.data.sources.source import Chosen, Item, Setting, Source
+
+REPORTS = "ecgen-radiology"
+_PICTURES = ("NLMCXR_png", "images")
+
+LAYOUT = """\
+ecgen-radiology/1.xml, ...                   the reports (NLMCXR_reports.tgz)
+NLMCXR_png/CXR1_1_IM-0001-3001.png, ...      the images (NLMCXR_png.tgz); the folder may be named images/
+
+Written is one sample a study with its first image, the frontal one in nearly all (--views all: one a picture), in
+train/ and test/: OpenI publishes no split, so a hash of the study's name decides. The usual published split is that
+of the R2Gen form: medalign shards r2gen."""
+
+
+def missing(folder: Path, _chosen: Chosen) -> list[str]:
+    lines = lacking(folder, {REPORTS: "the reports, one XML file a study", "|".join(_PICTURES): "the images as PNG"})
+    if not lines and not any((folder / REPORTS).glob("*.xml")):
+        lines.append(f"{REPORTS}/*.xml: the reports, one XML file a study")
+    return lines
+
+
+def items(folder: Path, chosen: Chosen) -> Iterator[Item | Refused]:
+    paths = sorted((folder / REPORTS).glob("*.xml"), key=lambda path: (len(path.stem), path.stem))
+    for path in paths:
+        try:
+            study = _parse(path)
+        except BadSample as error:
+            yield Refused(f"{REPORTS}/{path.name}", str(error))
+            continue
+        pictures = study.pop("pictures")
+        if not pictures:
+            yield Refused(study["case"], "report names no image")
+        split = share_split(study["case"], chosen["test_share"])
+        for number, picture in enumerate(pictures if chosen["views"] == "all" else pictures[:1]):
+            yield Item(split, f"{study['case']}-{number}", {**study, "picture": picture})
+
+
+def _parse(path: Path) -> dict[str, Any]:
+    """Name, sections, headings and pictures of a study."""
+    try:
+        root = ElementTree.fromstring(path.read_bytes(), forbid_dtd=True)
+    except DefusedXmlException as error:
+        raise BadSample(f"XML has a document type or entities, which are not read ({error})") from error
+    except (OSError, ParseError, ValueError) as error:
+        raise BadSample(f"XML cannot be read ({error})") from error
+    uid = root.find(".//uId")
+    sections = {part.get("Label", "").upper(): _content(part) for part in root.iter("AbstractText")}
+    return {
+        "case": (uid.get("id") if uid is not None else None) or f"CXR{path.stem}",
+        "sections": {name.lower(): sections.get(name, "") for name in ("FINDINGS", "IMPRESSION", "INDICATION")},
+        "labels": [_content(major) for major in root.findall(".//MeSH/major")],
+        "pictures": [f"{image.get('id')}.png" for image in root.iter("parentImage") if image.get("id")],
+    }
+
+
+def _content(element: Element) -> str:
+    return " ".join("".join(element.itertext()).split())
+
+
+def record(folder: Path, item: Item, chosen: Chosen) -> Record:
+    study = item.data
+    fields = {
+        "id": item.key,
+        "task": "report",
+        "question": "",
+        "report": report_text(study["sections"], chosen["sections"]),
+        **study["sections"],
+        "labels": study["labels"],
+        "split": item.split,
+        "case": study["case"],
+        "image": study["picture"],
+    }
+    return Record(item.key, *read_picture(first_folder(folder, *_PICTURES), study["picture"]), fields)
+
+
+SOURCE = Source(
+    "iu-xray",
+    "IU-Xray: chest X-rays with reports, OpenI's XML and PNG",
+    LAYOUT,
+    missing,
+    items,
+    record,
+    (
+        SECTIONS,
+        Setting("views", "a study's first picture, or a sample for each", "first", ("first", "all")),
+        Setting("test-share", "share of the studies that go to test/", 0.2, parse=share),
+    ),
+    "Indiana University Chest X-rays (openi.nlm.nih.gov, NLMCXR_reports.tgz and NLMCXR_png.tgz)",
+)
