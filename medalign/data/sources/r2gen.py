@@ -19,8 +19,8 @@ annotation.json   {"train": [{"id": "CXR2384_IM-0942", "report": "...",
                    "val": [...], "test": [...]}
 images/CXR2384_IM-0942/0.png, 1.png, ...
 
-Written are train/, val/ and test/, one sample a study with its first picture, the frontal one (--views all: one a
-picture, all with the study's report). The reports are the findings, as R2Gen prepared them."""
+Written are train/, val/ and test/, one sample a study with its first picture, as a rule the frontal one (--views
+all: one a picture, all with the study's report). The reports are the findings, as R2Gen prepared them."""
 
 _SPLITS = ("train", "val", "test")
 

@@ -33,7 +33,7 @@ Written are train/, val/ and test/, the published split (by image). A question k
 organs that it or its answer names; all boxes of its image stay in the metadata as regions."""
 
 _SPLITS = (("train", "train.json"), ("val", "validate.json|validation.json"), ("test", "test.json"))
-_VALUE = re.compile(r"(\d+)\s*[:=,\uff1a\t ]\s*(\D.*)|(\D.*?)\s*[:=,\uff1a\t ]\s*(\d+)\s*$")
+_TOKEN = re.compile(r"\d+|[^\W\d_](?:[^\W\d_]|[ -])*")  # a number, or words
 
 
 def missing(folder: Path, _chosen: Chosen) -> list[str]:
@@ -135,11 +135,14 @@ def _mask(folder: Path, place: Path, named: _Named) -> bytes | None:
 
 
 def _grey_values(path: Path) -> list[tuple[int, str]]:
+    """Value and organ of each pair in a line, whichever comes first and whatever stands between."""
     pairs = []
     for line in path.read_text(encoding="utf-8-sig").splitlines():
-        if match := _VALUE.match(line.strip()):
-            value, label, label_first, value_last = match.groups()
-            pairs.append((int(value or value_last), (label or label_first).strip()))
+        tokens = _TOKEN.findall(line)
+        for pair in zip(tokens[::2], tokens[1::2], strict=False):  # a heading alone is no pair
+            value, label = sorted(pair, key=str.isdigit, reverse=True)
+            if value.isdigit() and not label.isdigit():
+                pairs.append((int(value), label.strip()))
     if not pairs:
         raise DataError(f"{path} names no grey value; each line holds one, such as 70:Liver")
     return pairs

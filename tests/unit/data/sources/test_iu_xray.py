@@ -67,6 +67,19 @@ def test_all_views_of_a_study_on_one_side(tmp_path: Path) -> None:
     assert {s.answer for s in train} == {"Normal."}
 
 
+def test_projections_say_which_image_is_frontal(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    for n in (1, 2, 3):
+        write_study(folder, n)
+    rows = ["uid,filename,projection", "1,1_IM-0001-1001.dcm.png,Lateral", "1,1_IM-0001-2001.dcm.png,Frontal"]
+    rows += ["2,2_IM-0001-1001.dcm.png,Frontal", "3,3_IM-0001-2001.dcm.png,Lateral"]
+    (folder / "indiana_projections.csv").write_text("\n".join(rows))
+    account = pack("iu-xray", folder, tmp_path / "out", test_share=0.0)
+    chosen = {s.metadata["case"]: s.metadata["image"] for s in samples(tmp_path / "out" / "train")}
+    assert chosen == {"CXR1": "CXR1_IM-0001-2001.png", "CXR2": "CXR2_IM-0001-1001.png"}
+    assert skipped(account) == {"CXR3": "report names no image, or no frontal one"}
+
+
 def test_what_is_skipped_and_hostile_xml(tmp_path: Path) -> None:
     folder = tmp_path / "in"
     write_study(folder, 1)
@@ -82,7 +95,7 @@ def test_what_is_skipped_and_hostile_xml(tmp_path: Path) -> None:
     assert account.written == 1
     found = skipped(account)
     assert found["CXR2-0"] == "report has no findings or impression"
-    assert found["CXR3"] == "report names no image"
+    assert found["CXR3"] == "report names no image, or no frontal one"
     assert found["CXR4-0"].startswith("image 'CXR4_IM-0001-1001.png' cannot be read")
     assert found["ecgen-radiology/5.xml"].startswith("XML cannot be read")
     for name in ("8.xml", "9.xml"):

@@ -50,7 +50,7 @@ def slake(tmp_path: Path) -> Path:
     )
     write_json(folder / "validate.json", [question(10, "What organ is the largest?", "Liver", image=1)])
     write_json(folder / "test.json", [question(20, "Is there a liver?", "Yes", "CLOSED", image=1)])
-    (folder / "mask.txt").write_text("Abdomen\n70:Liver\n135：Left Kidney\n136 Right Kidney\n", encoding="utf-8")
+    (folder / "mask.txt").write_text("Abdomen\n70:Liver\n135：Left Kidney\nRight Kidney\t136\n", encoding="utf-8")
     for image in (0, 1):
         place = folder / "imgs" / f"xmlab{image}"
         write_picture(place / "source.jpg", image, 40, 24)
