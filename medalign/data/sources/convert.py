@@ -18,13 +18,14 @@ import hashlib
 import hmac
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from medalign import __version__
+from medalign.data.index import INDEX_NAME
 from medalign.data.samples import BadSample
 from medalign.data.shards import PackReport, Record, Refused, join_shards, require_replaceable, write_shards
 from medalign.data.sources import find
@@ -46,6 +47,7 @@ class Part:
     input: Path
     chosen: dict[str, Any]
     hashing: Hashing | None
+    split: str
     items: tuple[Item, ...]
     shards: Path  # folder to write
 
@@ -82,22 +84,23 @@ def convert(
     account = Account(source.name, settings, _hashed(skipped, hashing))
     if not listed:
         raise DataError(f"{input} lists no sample that can be used ({account.summary()})")
-    for split in listed:
-        require_replaceable(output / split)
+    _require_place(output, listed)
     fingerprint = _fingerprint(source, settings, samples_per_shard, hashing, listed)
     try:
         with _work_folder(output / _WORK, fingerprint) as work:
             _clear_remains(output, listed)
-            parts = {
-                split: [
-                    Part(source.name, input, settings, hashing, chunk, work / split / f"part-{number:06d}")
-                    for number, chunk in enumerate(_chunks(items, samples_per_shard))
-                ]
+            parts = [
+                Part(source.name, input, settings, hashing, split, chunk, work / split / f"part-{number:06d}")
                 for split, items in listed.items()
-            }
-            _run([part for some in parts.values() for part in some], workers, progress)
-            for split, some in parts.items():
-                account.add(split, _join(some, output / split, work / f"{split}.joined"))
+                for number, chunk in enumerate(_chunks(items, samples_per_shard))
+            ]
+            _run(parts, workers, progress)
+            for split in listed:
+                mine = [part for part in parts if part.split == split]
+                account.add(split, _join(mine, output / split, work / f"{split}.joined"))
+        for split, report in account.splits.items():
+            if account.written and not report.written:
+                shutil.rmtree(output / split, ignore_errors=True)  # what an earlier conversion had in it
         account.write(output / REPORT_NAME)
         shutil.rmtree(output / _WORK)
     except OSError as error:
@@ -163,6 +166,18 @@ def _check_layout(source: Source, input: Path, settings: Chosen) -> None:
         lines = "\n".join(f"  {line}" for line in missing)
         where = f"\nget the data set under its name: {source.public_name}" if source.public_name else ""
         raise DataError(f"{input} is not a whole folder of {source.title}; it lacks\n{lines}{where}")
+
+
+def _require_place(output: Path, splits: Collection[str]) -> None:
+    """Raises DataError where the splits cannot be put, or would stand beside one of another conversion."""
+    for split in splits:
+        require_replaceable(output / split)
+    for index in sorted(output.glob(f"*/{INDEX_NAME}")):
+        if index.parent.name not in splits:
+            raise DataError(
+                f"{index.parent} is a split that this conversion does not write, and may share samples with what it "
+                "writes; remove it, or name another output"
+            )
 
 
 def _list(source: Source, input: Path, settings: Chosen) -> tuple[dict[str, list[Item]], list[Skipped]]:

@@ -62,7 +62,7 @@ def items(folder: Path, chosen: Chosen) -> Iterator[Item | Refused]:
         if not pictures:
             yield Refused(name, "study has no frontal image")
         for _, dicom in pictures:
-            key = name if chosen["views"] == "frontal" else f"{name}-{dicom[:8]}"
+            key = name if chosen["views"] == "frontal" else f"{name}-{dicom}"
             data = {"patient": f"p{patient}", "study": f"s{study}", "image": dicom, "view": views.get(dicom, "")}
             yield Item(_NAMES[rows[0]["split"]], key, data)
 

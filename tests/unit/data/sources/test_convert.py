@@ -172,6 +172,20 @@ def test_other_files_are_left_alone(tmp_path: Path) -> None:
     assert contents(out) == {"train/thesis.txt": b"precious"}
 
 
+def test_splits_of_an_earlier_conversion_do_not_stay_beside_new_ones(tmp_path: Path) -> None:
+    source, out = write_folder(tmp_path / "in"), tmp_path / "out"
+    convert(JSONL, source, out, workers=1)
+    lines = (source / "annotations.jsonl").read_text()
+    for path in (source / "images").iterdir():
+        if int(path.stem.split("-")[1]) % 4 == 0:
+            path.write_bytes(b"")
+    assert convert(JSONL, source, out, workers=1).splits["test"].written == 0
+    assert not (out / "test").exists()
+    (source / "annotations.jsonl").write_text(lines.replace('"train"', '"all"').replace('"test"', '"all"'))
+    with pytest.raises(DataError, match="out/train is a split that this conversion does not write"):
+        convert(JSONL, source, out, workers=1)
+
+
 def test_nothing_usable(tmp_path: Path) -> None:
     source = write_folder(tmp_path / "in", 4, bad=False)
     for path in (source / "images").iterdir():
@@ -195,6 +209,23 @@ def test_a_killed_process_and_a_failing_one_are_reported() -> None:
         in_processes(die, [1, 2], 2)
     with pytest.raises(DataError, match="job . failed"):
         in_processes(fail, [1, 2], 2)
+
+
+def dawdle(_job: int, report: Callable[[int], object]) -> None:
+    for _ in range(6000):
+        report(1)
+        time.sleep(0.05)
+
+
+def test_an_interrupt_ends_running_jobs_at_once() -> None:
+    def interrupt(done: int) -> None:
+        if done:
+            raise KeyboardInterrupt
+
+    begun = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        in_processes(dawdle, [1, 2], 2, interrupt)
+    assert time.monotonic() - begun < 200  # the jobs alone would take 300 s; the rest is two interpreters' start
 
 
 def test_hashed_names(tmp_path: Path) -> None:
