@@ -95,12 +95,7 @@ def convert(
                 for number, chunk in enumerate(_chunks(items, samples_per_shard))
             ]
             _run(parts, workers, progress)
-            for split in listed:
-                mine = [part for part in parts if part.split == split]
-                account.add(split, _join(mine, output / split, work / f"{split}.joined"))
-        for split, report in account.splits.items():
-            if account.written and not report.written:
-                shutil.rmtree(output / split, ignore_errors=True)  # what an earlier conversion had in it
+            _put_in_place(parts, output, work, account)
         account.write(output / REPORT_NAME)
         shutil.rmtree(output / _WORK)
     except OSError as error:
@@ -118,6 +113,16 @@ def _run(parts: Sequence[Part], workers: int | None, progress: Callable[[int, in
     if progress:
         progress(finished, total)
     in_processes(convert_part, waiting, workers, progress and (lambda done: progress(finished + done, total)))
+
+
+def _put_in_place(parts: Sequence[Part], output: Path, work: Path, account: Account) -> None:
+    """Join the parts of each split in its folder, and enter it in the account."""
+    for split in dict.fromkeys(part.split for part in parts):
+        mine = [part for part in parts if part.split == split]
+        account.add(split, _join(mine, output / split, work / f"{split}.joined"))
+    for split, report in account.splits.items():
+        if account.written and not report.written:
+            shutil.rmtree(output / split, ignore_errors=True)  # what an earlier conversion had in it
 
 
 def convert_part(part: Part, progress: Callable[[int], object]) -> None:
