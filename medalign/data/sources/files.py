@@ -52,12 +52,14 @@ def read_bytes(folder: Path, name: Any, role: str) -> bytes:
 
 
 def as_png_or_jpeg(data: bytes) -> tuple[bytes, Format]:
-    """PNG and JPEG bytes as they came; other formats that Pillow knows (BMP, TIFF, ...) become 8-bit PNG."""
+    """PNG and JPEG bytes as they came; other formats that can be decoded (BMP, TIFF, ...) become 8-bit PNG."""
     try:
         kind = picture_header(data)[0]
     except BadSample:
-        return png(decode_image(data)), "png"
-    return data, "png" if kind == "png" else "jpg"
+        kind = "unknown"
+    if kind in ("png", "jpg"):
+        return data, "png" if kind == "png" else "jpg"
+    return png(decode_image(data)), "png"
 
 
 def png(image: Image.Image) -> bytes:
