@@ -8,6 +8,7 @@ from pathlib import Path
 from medalign.data.shards import Record, Refused
 from medalign.data.sources.files import lacking, read_json_list, read_picture, share, share_split, text
 from medalign.data.sources.source import Chosen, Item, Setting, Source
+from medalign.distributed import log
 
 QUESTIONS = "VQA_RAD Dataset Public.json"
 IMAGES = "VQA_RAD Image Folder"
@@ -26,6 +27,8 @@ def missing(folder: Path, _chosen: Chosen) -> list[str]:
 
 
 def items(folder: Path, chosen: Chosen) -> Iterator[Item | Refused]:
+    if chosen["split"] == "published":
+        log.warning("VQA-RAD's published test split asks about images that train has too; --split image parts them")
     for number, row in enumerate(read_json_list(folder / QUESTIONS)):
         if not isinstance(row, dict) or not text(row.get("image_name")):
             yield Refused(f"{QUESTIONS} entry {number}", "no question with image_name")

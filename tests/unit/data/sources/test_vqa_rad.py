@@ -39,10 +39,11 @@ def vqa_rad(tmp_path: Path) -> Path:
     return folder
 
 
-def test_published_split(vqa_rad: Path, tmp_path: Path) -> None:
+def test_published_split(vqa_rad: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     account = pack("vqa-rad", vqa_rad, tmp_path / "out")
     assert {name: report.written for name, report in account.splits.items()} == {"train": 16, "test": 8}
     assert account.reasons() == {"no question with image_name": 1}
+    assert "--split image parts them" in caplog.text
     train, test = samples(tmp_path / "out" / "train"), samples(tmp_path / "out" / "test")
     assert {s.metadata["case"] for s in test} <= {s.metadata["case"] for s in train}  # what the other split cures
     first = train[1]
@@ -50,11 +51,12 @@ def test_published_split(vqa_rad: Path, tmp_path: Path) -> None:
     assert (first.metadata["organ"], first.metadata["phrase_type"], first.key) == ("CHEST", "freeform", "vqarad-0001")
 
 
-def test_split_by_image_and_case(vqa_rad: Path, tmp_path: Path) -> None:
+def test_split_by_image_and_case(vqa_rad: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     pack("vqa-rad", vqa_rad, tmp_path / "out", split="image", test_share=0.5)
     sides = [samples(tmp_path / "out" / side) for side in ("train", "test")]
     images = [{s.metadata["case"] for s in side} for side in sides]
     assert sum(map(len, sides)) == 24
+    assert caplog.text == ""
     assert images[0].isdisjoint(images[1])
     assert min(map(len, images)) > 0
     last_case = {"synpic5.jpg", "synpic6.jpg", "synpic7.jpg"}
