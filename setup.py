@@ -36,10 +36,20 @@ setup(
         "rouge-score>=0.1.2",
         "ninja>=1.11",
         "psutil>=6",
+        "defusedxml>=0.7",
     ],
     extras_require={
         "cuda": ["flash-attn>=2.7"],
-        "dev": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.9", "mypy>=1.14", "types-PyYAML"],
+        "parquet": ["pyarrow>=18"],
+        "dev": [
+            "pytest>=8",
+            "pytest-timeout>=2.3",
+            "hypothesis>=6.100",
+            "ruff>=0.9",
+            "mypy>=1.14",
+            "types-PyYAML",
+            "pyarrow>=18",
+        ],
     },
     entry_points={"console_scripts": ["medalign=medalign.__main__:main"]},
 )

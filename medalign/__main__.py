@@ -31,6 +31,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if words[:1] == ["train"] and not {"-h", "--help"} & set(words):
             return _train(words[1:])
+        if words[:1] == ["shards"]:
+            from medalign.cli import shards
+
+            return shards.run(words[1:])
         chosen = _parser().parse_args(words)
         return chosen.command(chosen)
     except MedAlignError as error:
@@ -103,32 +107,8 @@ def _phantom(chosen: argparse.Namespace) -> int:
 
 
 def _add_shards(commands) -> None:
-    parser = _command(
-        commands,
-        "shards",
-        _shards,
-        "pack a folder of images and annotations into WebDataset shards",
-        "sources:\n"
-        "  jsonl   a folder with annotations.jsonl (one object a line) and the images it names:\n"
-        "          id, image, task (vqa | report), question, answer, answer_type (closed | open), report,\n"
-        "          boxes ([x0, y0, x1, y1] in pixels), mask, split\n\n"
-        "Each split goes into its own folder with an index. Samples that cannot be used are refused by name.\n\n"
-        "example: medalign shards jsonl --input vqa_rad --output shards/vqa_rad",
-    )
-    parser.add_argument("source", choices=["jsonl"], help="layout of the input")
-    parser.add_argument("--input", type=Path, required=True, metavar="DIR", help="folder to read")
-    parser.add_argument(
-        "--output", type=Path, required=True, metavar="DIR", help="folder to write one folder a split into"
-    )
-    parser.add_argument("--samples-per-shard", type=_count, default=1000, metavar="N", help="default %(default)s")
-
-
-def _shards(chosen: argparse.Namespace) -> int:
-    from medalign.data.sources import jsonl
-
-    reports = jsonl.pack(chosen.input, chosen.output, samples_per_shard=chosen.samples_per_shard)
-    _say_packed(chosen.output, reports)
-    return 0 if any(report.written for report in reports.values()) else 2
+    # Its sources have options of their own: `cli.shards` reads them. Here it stands for the list of commands.
+    commands.add_parser("shards", help="pack a data set into WebDataset shards", add_help=False)
 
 
 def _say_packed(output: Path, reports) -> None:

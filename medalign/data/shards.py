@@ -29,7 +29,7 @@ import re
 import shutil
 import tarfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -79,24 +79,25 @@ def write_shards(
     *,
     samples_per_shard: int = 1000,
     progress: Callable[[int], object] | None = None,
+    allow_empty: bool = False,
 ) -> PackReport:
     """Write the valid records as shards with their index; `progress` is called with the count written so far.
 
     The folder appears whole or not at all: everything goes to a hidden neighbour first. An older shard folder of the
     same name is replaced; a folder that holds anything else is left alone. Raises DataError for that, for no valid
-    record, and where the disk fails.
+    record (unless `allow_empty`: an index without rows is then written), and where the disk fails.
     """
     output = Path(output).absolute()
     if samples_per_shard < 1:
         raise ConfigError(f"samples_per_shard is {samples_per_shard}; at least 1 is needed")
-    _require_replaceable(output)
+    require_replaceable(output)
     partial = output.parent / f".{output.name}.partial-{os.getpid()}"
     try:
         partial.mkdir(parents=True)
         refused: list[str] = []
         valid = _valid_records(records, refused)
         shards = _write_tars(valid, partial, samples_per_shard, progress)
-        if not shards:
+        if not shards and not allow_empty:
             first = "; ".join(refused[:3]) or "there was no record at all"
             raise DataError(f"no valid sample for {output} ({len(refused)} refused): {first}")
         rows = [row for _, shard_rows in shards for row in shard_rows]
@@ -107,6 +108,43 @@ def write_shards(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return PackReport(len(rows), len(shards), tuple(refused))
+
+
+def join_shards(parts: Sequence[Path], output: Path) -> PackReport:
+    """One shard folder from several, their shards and rows in the order of `parts` under new numbers.
+
+    The tars are hard links where the file system has them, else copies; the parts stay as they are. The output
+    appears whole or not at all, as in `write_shards`. Raises DataError for no sample in all parts.
+    """
+    output = Path(output).absolute()
+    require_replaceable(output)
+    partial = output.parent / f".{output.name}.partial-{os.getpid()}"
+    shards: list[tuple[Path, list[dict[str, Any]]]] = []
+    try:
+        partial.mkdir(parents=True)
+        for part in parts:
+            header, *rows = map(json.loads, (part / INDEX_NAME).read_text(encoding="utf-8").splitlines())
+            first = len(shards)
+            for number, shard in enumerate(header["shards"]):
+                path = partial / f"shard-{first + number:06d}.tar"
+                _link(part / shard["name"], path)
+                shards.append((path, [{**row, "shard": first + number} for row in rows if row["shard"] == number]))
+        if not shards:
+            raise DataError(f"no valid sample for {output}")
+        _write_index(partial, shards)
+        _move_into_place(partial, output)
+    except OSError as error:
+        raise DataError(f"packing into {output} stopped, nothing was written: {error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return PackReport(sum(len(rows) for _, rows in shards), len(shards), ())
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # no hard links here; a copy is as good, it only takes longer
+        shutil.copyfile(source, target)
 
 
 def build_index(folder: Path) -> PackReport:
@@ -282,7 +320,8 @@ def _write_index(folder: Path, shards: list[tuple[Path, list[dict[str, Any]]]]) 
     partial.replace(folder / INDEX_NAME)
 
 
-def _require_replaceable(output: Path) -> None:
+def require_replaceable(output: Path) -> None:
+    """Raises DataError where shards cannot be put: a file, or a folder that holds anything but shards."""
     if not output.exists():
         return
     if not output.is_dir():

@@ -1,0 +1,149 @@
+"""`medalign shards SOURCE`: a data set's folder to shards, with the options of its source."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from medalign.data.sources import known
+from medalign.data.sources.account import Account
+from medalign.data.sources.convert import REPORT_NAME, convert
+from medalign.data.sources.hashing import Hashing, own_salt, read_salt
+from medalign.data.sources.source import IDENTIFIERS, Setting, Source
+from medalign.errors import ConfigError
+
+log = logging.getLogger("medalign")
+
+_DESCRIPTION = f"""\
+Pack a data set into WebDataset shards.
+
+Each split goes into its own folder, OUTPUT/SPLIT, with an index. Samples that cannot be used are skipped; they are
+counted by reason, and named in OUTPUT/{REPORT_NAME}. After an interruption the same command goes on where it stopped.
+
+medalign shards SOURCE --help shows what the folder of a source must hold and what is written."""
+
+_EPILOG = """\
+examples:
+  medalign shards jsonl --input my_data --output shards/mine
+  medalign shards slake --input Slake1.0 --output shards/slake --workers 8
+  medalign shards mimic-cxr-jpg --input mimic-cxr-jpg/2.1.0 --output shards/mimic --hash-ids"""
+
+
+def run(words: Sequence[str]) -> int:
+    """Convert as the words say. Returns the exit status: 0, for errors are raised."""
+    chosen = _parser().parse_args(words)
+    source: Source = chosen.known_source
+    account = _convert(source, chosen)
+    for split, report in account.splits.items():
+        log.info("%s: %d samples in %d shards", chosen.output / split, report.written, report.shards)
+    for reason, count in account.reasons().items():
+        log.warning("skipped %d: %s", count, reason)
+    if account.skipped:
+        log.warning("each skipped sample is named in %s", chosen.output / REPORT_NAME)
+    return 0
+
+
+def _convert(source: Source, chosen: argparse.Namespace) -> Account:
+    settings = {name: getattr(chosen, name) for name in source.defaults()}
+    with tqdm(unit=" samples", desc=source.name, disable=None) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        return convert(
+            source,
+            chosen.input,
+            chosen.output,
+            chosen=settings,
+            samples_per_shard=chosen.samples_per_shard,
+            workers=chosen.workers,
+            hashing=_hashing(chosen),
+            progress=show,
+        )
+
+
+def _hashing(chosen: argparse.Namespace) -> Hashing | None:
+    if not chosen.hash_ids:
+        if chosen.salt or chosen.hash_fields:
+            raise ConfigError("--salt and --hash-fields say how to hash; give --hash-ids to hash at all")
+        return None
+    path = chosen.salt or own_salt(chosen.output)
+    log.info("identifiers are hashed with the salt %s; keep it apart from the shards", path)
+    return Hashing(read_salt(path), IDENTIFIERS | set(chosen.hash_fields))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="medalign shards",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    sources = parser.add_subparsers(title="sources", required=True, metavar="SOURCE")
+    for source in known().values():
+        one = sources.add_parser(
+            source.name,
+            help=source.title,
+            description=_teach(source),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        one.set_defaults(known_source=source)
+        _add_common(one)
+        if source.settings:
+            group = one.add_argument_group(f"options of {source.name}")
+            for setting in source.settings:
+                _add_setting(group, setting)
+    return parser
+
+
+def _teach(source: Source) -> str:
+    where = f"Get it under the name: {source.public_name}\n\n" if source.public_name else ""
+    return f"{source.title[0].upper()}{source.title[1:]}.\n\n{where}The folder:\n\n{source.layout}"
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--input", type=Path, required=True, metavar="DIR", help="folder to read")
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="DIR", help="folder to write one folder a split into"
+    )
+    parser.add_argument(
+        "--samples-per-shard", type=_count, default=1000, metavar="N", help="listed samples a shard (default 1000)"
+    )
+    parser.add_argument("--workers", type=_count, metavar="N", help="processes (default: one a core, at most 8)")
+    parser.add_argument(
+        "--hash-ids",
+        action="store_true",
+        help=f"replace keys and the fields {', '.join(sorted(IDENTIFIERS))} by keyed hashes; texts and pictures stay "
+        "as they are, so names in them do too",
+    )
+    parser.add_argument(
+        "--hash-fields", nargs="+", default=[], metavar="FIELD", help="more fields that --hash-ids replaces"
+    )
+    parser.add_argument(
+        "--salt",
+        type=Path,
+        metavar="FILE",
+        help="the key of the hashes, 16 bytes or more (default: OUTPUT.salt, made once, for its owner's eyes alone)",
+    )
+
+
+def _add_setting(group, setting: Setting) -> None:
+    default = " ".join(setting.default) if setting.several and setting.default else setting.default
+    told = setting.help if setting.default is None else f"{setting.help} (default {default})"
+    several = {"nargs": "+"} if setting.several else {}
+    choices = {"choices": setting.choices} if setting.choices else {"metavar": "VALUE"}
+    group.add_argument(
+        f"--{setting.name}", type=setting.parse, default=setting.default, help=told, **several, **choices
+    )
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value

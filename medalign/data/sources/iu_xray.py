@@ -1,0 +1,132 @@
+"""IU-Xray, the Indiana University chest X-rays (Demner-Fushman et al. 2016), as OpenI gives them out: XML and PNG.
+
+The XML is read by defusedxml, which refuses entities and document types: a report is data, never instructions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from xml.etree.ElementTree import Element, ParseError
+
+from defusedxml import DefusedXmlException, ElementTree
+
+from medalign.data.samples import BadSample
+from medalign.data.shards import Record, Refused
+from medalign.data.sources.files import first_folder, lacking, read_csv, read_picture, share, share_split
+from medalign.data.sources.reports import SECTIONS, report_text
+from medalign.data.sources.source import Chosen, Item, Setting, Source
+
+REPORTS = "ecgen-radiology"
+PROJECTIONS = "indiana_projections.csv"
+_PICTURES = ("NLMCXR_png", "images")
+
+LAYOUT = """\
+ecgen-radiology/1.xml, ...                   the reports (NLMCXR_reports.tgz)
+NLMCXR_png/CXR1_1_IM-0001-3001.png, ...      the images (NLMCXR_png.tgz); the folder may be named images/
+
+indiana_projections.csv                      which images are frontal (uid, filename, projection); may be left out: it
+                                             comes with the copy of the data set on Kaggle
+
+Written is one sample a study (--views all: one a picture) with its first frontal image; without the table of
+projections with its first image, frontal or not. OpenI publishes no split, so a hash of the study's name parts train/
+and test/. The usual published split is that of the R2Gen form: medalign shards r2gen."""
+
+
+def missing(folder: Path, _chosen: Chosen) -> list[str]:
+    lines = lacking(folder, {REPORTS: "the reports, one XML file a study", "|".join(_PICTURES): "the images as PNG"})
+    if not lines and not any((folder / REPORTS).glob("*.xml")):
+        lines.append(f"{REPORTS}/*.xml: the reports, one XML file a study")
+    return lines
+
+
+def items(folder: Path, chosen: Chosen) -> Iterator[Item | Refused]:
+    paths = sorted((folder / REPORTS).glob("*.xml"), key=lambda path: (len(path.stem), path.stem))
+    frontal = _frontal(folder / PROJECTIONS)
+    for path in paths:
+        try:
+            study = _parse(path)
+        except BadSample as error:
+            yield Refused(f"{REPORTS}/{path.name}", str(error))
+            continue
+        pictures = study.pop("pictures")
+        if chosen["views"] == "frontal":
+            pictures = _first(study["case"], pictures, frontal)
+        if not pictures:
+            yield Refused(study["case"], "report names no image, or no frontal one")
+        split = share_split(study["case"], chosen["test_share"])
+        for number, picture in enumerate(pictures):
+            yield Item(split, f"{study['case']}-{number}", {**study, "picture": picture})
+
+
+def _frontal(table: Path) -> set[tuple[str, str]] | None:
+    """Study and picture (as in "CXR1", "IM-0001-4001") of the frontal images; None without the table."""
+    if not table.exists():
+        return None
+    rows = read_csv(table, "uid", "filename", "projection")
+    return {(f"CXR{row['uid']}", _number(row["filename"])) for row in rows if row["projection"] == "Frontal"}
+
+
+def _first(case: str, pictures: list[str], frontal: set[tuple[str, str]] | None) -> list[str]:
+    """The study's first frontal picture, or its first where that is not known."""
+    return [name for name in pictures if frontal is None or (case, _number(name)) in frontal][:1]
+
+
+def _number(name: str) -> str:
+    """ "IM-0001-4001" of "CXR1_1_IM-0001-4001.png" and of "1_IM-0001-4001.dcm.png"."""
+    return name.split("_")[-1].split(".")[0]
+
+
+def _parse(path: Path) -> dict[str, Any]:
+    """Name, sections, headings and pictures of a study."""
+    try:
+        root = ElementTree.fromstring(path.read_bytes(), forbid_dtd=True)
+    except DefusedXmlException as error:
+        raise BadSample(f"XML has a document type or entities, which are not read ({error})") from error
+    except (OSError, ParseError, ValueError) as error:
+        raise BadSample(f"XML cannot be read ({error})") from error
+    uid = root.find(".//uId")
+    sections = {part.get("Label", "").upper(): _content(part) for part in root.iter("AbstractText")}
+    return {
+        "case": (uid.get("id") if uid is not None else None) or f"CXR{path.stem}",
+        "sections": {name.lower(): sections.get(name, "") for name in ("FINDINGS", "IMPRESSION", "INDICATION")},
+        "labels": [_content(major) for major in root.findall(".//MeSH/major")],
+        "pictures": [f"{image.get('id')}.png" for image in root.iter("parentImage") if image.get("id")],
+    }
+
+
+def _content(element: Element) -> str:
+    return " ".join("".join(element.itertext()).split())
+
+
+def record(folder: Path, item: Item, chosen: Chosen) -> Record:
+    study = item.data
+    fields = {
+        "id": item.key,
+        "task": "report",
+        "question": "",
+        "report": report_text(study["sections"], chosen["sections"]),
+        **study["sections"],
+        "labels": study["labels"],
+        "split": item.split,
+        "case": study["case"],
+        "image": study["picture"],
+    }
+    return Record(item.key, *read_picture(first_folder(folder, *_PICTURES), study["picture"]), fields)
+
+
+SOURCE = Source(
+    "iu-xray",
+    "IU-Xray: chest X-rays with reports, OpenI's XML and PNG",
+    LAYOUT,
+    missing,
+    items,
+    record,
+    (
+        SECTIONS,
+        Setting("views", "a study's frontal picture, or a sample for each picture", "frontal", ("frontal", "all")),
+        Setting("test-share", "share of the studies that go to test/", 0.2, parse=share),
+    ),
+    "Indiana University Chest X-rays (openi.nlm.nih.gov, NLMCXR_reports.tgz and NLMCXR_png.tgz)",
+)

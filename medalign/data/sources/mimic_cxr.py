@@ -1,0 +1,115 @@
+"""MIMIC-CXR-JPG 2.x (Johnson et al. 2019, PhysioNet): chest X-rays as JPEG, with the reports of MIMIC-CXR."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+from medalign.data.shards import Record, Refused
+from medalign.data.sources.files import lacking, read_bytes, read_csv, read_picture
+from medalign.data.sources.reports import SECTIONS, report_text, split_sections
+from medalign.data.sources.source import Chosen, Item, Setting, Source
+
+SPLIT = "mimic-cxr-2.0.0-split.csv"
+METADATA = "mimic-cxr-2.0.0-metadata.csv"
+
+LAYOUT = """\
+files/p10/p10000032/s50414267/DICOM_ID.jpg             the images (MIMIC-CXR-JPG)
+mimic-cxr-2.0.0-split.csv.gz (or .csv)                 the official split (MIMIC-CXR-JPG; 2.1.0 keeps the name)
+mimic-cxr-2.0.0-metadata.csv.gz (or .csv)              the views (MIMIC-CXR-JPG)
+mimic-cxr-reports/files/p10/p10000032/s50414267.txt    the reports (mimic-cxr-reports.zip of MIMIC-CXR;
+                                                       files/p10/p10000032/s50414267.txt will do as well)
+
+Written are train/, val/ and test/ by the official split ("validate" becomes val), one sample a study with its frontal
+image: PA before AP; studies without one are skipped (--views all: one a picture, all with the study's report). A
+report's findings and impression are found by their headings and kept apart in the metadata. Both data sets need a
+PhysioNet credential, and their terms hold for the shards too."""
+
+_REPORTS = ("mimic-cxr-reports/files", "mimic-cxr-reports", "files")
+_FRONTAL = {"PA": 0, "AP": 1}
+_NAMES = {"train": "train", "validate": "val", "test": "test"}
+
+
+def missing(folder: Path, _chosen: Chosen) -> list[str]:
+    wanted = {
+        "files": "the images, files/p10/...",
+        f"{SPLIT}.gz|{SPLIT}": "the official split",
+        f"{METADATA}.gz|{METADATA}": "the views of the images",
+    }
+    lines = lacking(folder, wanted)
+    if (folder / "files").is_dir() and not _has_reports(folder):
+        lines.append("mimic-cxr-reports/files/p10/.../s*.txt: the reports; unpack mimic-cxr-reports.zip of MIMIC-CXR")
+    return lines
+
+
+def items(folder: Path, chosen: Chosen) -> Iterator[Item | Refused]:
+    """One item a study (or image), in the order of the split's table."""
+    views = {
+        row["dicom_id"]: row["ViewPosition"] for row in read_csv(_table(folder, METADATA), "dicom_id", "ViewPosition")
+    }
+    studies: dict[tuple[str, str], list[dict[str, str]]] = {}
+    for row in read_csv(_table(folder, SPLIT), "dicom_id", "study_id", "subject_id", "split"):
+        studies.setdefault((row["subject_id"], row["study_id"]), []).append(row)
+    for (patient, study), rows in studies.items():
+        name = f"p{patient}-s{study}"
+        if rows[0]["split"] not in _NAMES:
+            yield Refused(name, f"split is {rows[0]['split']!r}; known are train, validate, test")
+            continue
+        pictures = [(_FRONTAL.get(views.get(row["dicom_id"], ""), 2), row["dicom_id"]) for row in rows]
+        if chosen["views"] == "frontal":
+            pictures = sorted(picture for picture in pictures if picture[0] < 2)[:1]
+        if not pictures:
+            yield Refused(name, "study has no frontal image")
+        for _, dicom in pictures:
+            key = name if chosen["views"] == "frontal" else f"{name}-{dicom}"
+            data = {"patient": f"p{patient}", "study": f"s{study}", "image": dicom, "view": views.get(dicom, "")}
+            yield Item(_NAMES[rows[0]["split"]], key, data)
+
+
+def record(folder: Path, item: Item, chosen: Chosen) -> Record:
+    patient, study = item.data["patient"], item.data["study"]
+    place = f"{patient[:3]}/{patient}/{study}"
+    sections = split_sections(_report(folder, place))
+    fields = {
+        "id": item.key,
+        "task": "report",
+        "question": "",
+        "report": report_text(sections, chosen["sections"]),
+        **sections,
+        "split": item.split,
+        "case": study,
+        **item.data,
+    }
+    return Record(item.key, *read_picture(folder / "files", f"{place}/{item.data['image']}.jpg"), fields)
+
+
+def _table(folder: Path, name: str) -> Path:
+    return next(folder / f"{name}{ending}" for ending in (".gz", "") if (folder / f"{name}{ending}").exists())
+
+
+def _has_reports(folder: Path) -> bool:
+    """Whether any patient's folder holds text; p10/ and its like are looked into, not all 65,000 patients."""
+    groups = (group for name in _REPORTS for group in sorted((folder / name).glob("p1[0-9]")))
+    return any(any(patient.glob("s*.txt")) for group in groups for patient in islice(group.iterdir(), 100))
+
+
+def _report(folder: Path, place: str) -> str:
+    names = [f"{name}/{place}.txt" for name in _REPORTS]
+    name = next((name for name in names if (folder / name).exists()), names[0])
+    return read_bytes(folder, name, "report").decode("utf-8", "replace")
+
+
+SOURCE = Source(
+    "mimic-cxr-jpg",
+    "MIMIC-CXR-JPG: chest X-rays with reports",
+    LAYOUT,
+    missing,
+    items,
+    record,
+    (
+        SECTIONS,
+        Setting("views", "a study's frontal picture, or a sample for each picture", "frontal", ("frontal", "all")),
+    ),
+    "MIMIC-CXR-JPG and MIMIC-CXR (physionet.org)",
+)

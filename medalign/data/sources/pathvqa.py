@@ -1,0 +1,108 @@
+"""PathVQA (He et al. 2020): questions about pathology images, from the parquet files that hold pictures and text.
+
+The first release keeps its questions in pickle files, which can run code when they are read; those are refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from medalign.data.samples import BadSample
+from medalign.data.shards import Record, Refused
+from medalign.data.sources.files import as_png_or_jpeg, text, yes_no_type
+from medalign.data.sources.source import Chosen, Item, Source
+from medalign.errors import ConfigError, DataError
+
+LAYOUT = """\
+data/train-00000-of-00007.parquet, ...         columns image ({bytes, path}), question, answer
+data/validation-00000-of-00003.parquet, ...
+data/test-00000-of-00003.parquet, ...
+(the files may lie in the folder itself)
+
+Written are train/, val/ and test/. Yes and no are closed questions, all others open. The pickle files of the first
+release are not read: pickle runs code. Needs pyarrow: pip install 'medalign[parquet]'."""
+
+_SPLITS = {"train": "train", "validation": "val", "val": "val", "test": "test"}
+_COLUMNS = ("image", "question", "answer")
+
+
+def _files(folder: Path) -> list[tuple[str, Path]]:
+    """Split and path of each parquet file, in the order of the splits."""
+    paths = sorted([*folder.glob("*.parquet"), *folder.glob("data/*.parquet")])
+    return [(split, path) for name, split in _SPLITS.items() for path in paths if path.name.split("-")[0] == name]
+
+
+def missing(folder: Path, _chosen: Chosen) -> list[str]:
+    found = {split for split, _ in _files(folder)}
+    lines = [f"data/{split}-*.parquet: the {split} split" for split in ("train", "test") if split not in found]
+    if lines and any(folder.glob("**/*.pkl")):
+        lines.append("(its .pkl files are pickles, which are not read; take the parquet form)")
+    return lines
+
+
+def items(folder: Path, _chosen: Chosen) -> Iterator[Item | Refused]:
+    for split, path in _files(folder):
+        number = 0
+        with _open(path) as file:
+            absent = [name for name in _COLUMNS if name not in file.schema_arrow.names]
+            if absent:
+                raise DataError(f"{path} has no column {absent[0]!r}; its columns are {file.schema_arrow.names}")
+            for group in range(file.num_row_groups):
+                for row in range(file.metadata.row_group(group).num_rows):
+                    place = {"file": str(path.relative_to(folder)), "group": group, "row": row}
+                    part = path.stem.split("-")[1] if "-" in path.stem else "00000"
+                    yield Item(split, f"pathvqa-{split}-{part}-{number:05d}", place)
+                    number += 1
+
+
+def record(folder: Path, item: Item, _chosen: Chosen) -> Record:
+    place = item.data
+    row = _rows(folder / place["file"], place["group"])[place["row"]]
+    image = row["image"]["bytes"] if isinstance(row["image"], dict) else None
+    if not image:
+        raise BadSample("row holds no picture")
+    answer = text(row["answer"])
+    fields = {
+        "id": item.key,
+        "task": "vqa",
+        "question": text(row["question"]),
+        "answer": answer,
+        "answer_type": yes_no_type(answer),
+        "split": item.split,
+        "case": hashlib.sha256(image).hexdigest()[:16],  # the files do not name the pictures
+    }
+    return Record(item.key, *as_png_or_jpeg(image), fields)
+
+
+@lru_cache(maxsize=2)
+def _rows(path: Path, group: int) -> list[dict[str, Any]]:
+    """A row group, which is read whole: a part asks for its rows one after another."""
+    with _open(path) as file:
+        return file.read_row_group(group, columns=list(_COLUMNS)).to_pylist()
+
+
+def _open(path: Path) -> Any:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ConfigError("PathVQA is in parquet files; pip install 'medalign[parquet]'") from error
+    try:
+        return pyarrow.parquet.ParquetFile(path)
+    except (OSError, pyarrow.ArrowInvalid) as error:
+        raise DataError(f"{path} cannot be read ({error}); fetch it again") from error
+
+
+SOURCE = Source(
+    "pathvqa",
+    "PathVQA: questions on pathology, from parquet files",
+    LAYOUT,
+    missing,
+    items,
+    record,
+    public_name="PathVQA (flaviagiammarino/path-vqa on Hugging Face)",
+)

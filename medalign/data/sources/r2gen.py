@@ -1,0 +1,73 @@
+"""IU-Xray (or MIMIC-CXR) in the form of R2Gen (Chen et al. 2020): one annotation.json with the usual split."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from medalign.data.samples import BadSample
+from medalign.data.shards import Record, Refused
+from medalign.data.sources.files import lacking, read_json, read_picture, text
+from medalign.data.sources.source import Chosen, Item, Setting, Source
+from medalign.errors import DataError
+
+ANNOTATION = "annotation.json"
+
+LAYOUT = """\
+annotation.json   {"train": [{"id": "CXR2384_IM-0942", "report": "...",
+                              "image_path": ["CXR2384_IM-0942/0.png", "CXR2384_IM-0942/1.png"]}, ...],
+                   "val": [...], "test": [...]}
+images/CXR2384_IM-0942/0.png, 1.png, ...
+
+Written are train/, val/ and test/, one sample a study with its first picture, as a rule the frontal one (--views
+all: one a picture, all with the study's report). The reports are the findings, as R2Gen prepared them."""
+
+_SPLITS = ("train", "val", "test")
+
+
+def missing(folder: Path, _chosen: Chosen) -> list[str]:
+    return lacking(folder, {ANNOTATION: "reports and image paths by split", "images": "the images"})
+
+
+def items(folder: Path, chosen: Chosen) -> Iterator[Item | Refused]:
+    annotation = read_json(folder / ANNOTATION)
+    if not isinstance(annotation, dict) or not any(name in annotation for name in _SPLITS):
+        raise DataError(f"{folder / ANNOTATION} holds no object with the lists train, val and test")
+    for split in _SPLITS:
+        for number, study in enumerate(annotation.get(split) or []):
+            pictures = study.get("image_path") if isinstance(study, dict) else None
+            if not isinstance(pictures, list) or not pictures or not text(study.get("id")):
+                yield Refused(f"{ANNOTATION} {split} entry {number}", "no study with id and image_path")
+                continue
+            case = text(study["id"])
+            shared = {"case": case, "report": study.get("report")}
+            for view, picture in enumerate(pictures if chosen["views"] == "all" else pictures[:1]):
+                yield Item(split, f"{case}-{view}".replace(".", "_"), {**shared, "picture": picture})
+
+
+def record(folder: Path, item: Item, _chosen: Chosen) -> Record:
+    report = text(item.data["report"])
+    if not report:
+        raise BadSample("report is empty")
+    fields = {
+        "id": item.key,
+        "task": "report",
+        "question": "",
+        "report": report,
+        "split": item.split,
+        "case": item.data["case"],
+        "image": item.data["picture"],
+    }
+    return Record(item.key, *read_picture(folder / "images", item.data["picture"]), fields)
+
+
+SOURCE = Source(
+    "r2gen",
+    "IU-Xray in the form of R2Gen: annotation.json and images",
+    LAYOUT,
+    missing,
+    items,
+    record,
+    (Setting("views", "a study's first picture, or a sample for each", "first", ("first", "all")),),
+    "R2Gen (github.com/zhjohnchan/R2Gen names the archives iu_xray and mimic_cxr)",
+)

@@ -1,0 +1,74 @@
+"""VQA-RAD (Lau et al. 2018): clinicians' questions about head, chest and abdomen images of MedPix."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from medalign.data.shards import Record, Refused
+from medalign.data.sources.files import lacking, read_json_list, read_picture, share, share_split, text
+from medalign.data.sources.source import Chosen, Item, Setting, Source
+from medalign.distributed import log
+
+QUESTIONS = "VQA_RAD Dataset Public.json"
+IMAGES = "VQA_RAD Image Folder"
+
+LAYOUT = """\
+VQA_RAD Dataset Public.json    the questions
+VQA_RAD Image Folder/          synpic100132.jpg, ...
+
+Written are train/ and test/. The published test questions (phrase_type test_freeform, test_para) are about images
+that train has too: 202 of the 203. Their score says how well images are remembered. With --split image every
+question about an image, and about other images of its case, falls on one side."""
+
+
+def missing(folder: Path, _chosen: Chosen) -> list[str]:
+    return lacking(folder, {QUESTIONS: "the questions", IMAGES: "the images"})
+
+
+def items(folder: Path, chosen: Chosen) -> Iterator[Item | Refused]:
+    if chosen["split"] == "published":
+        log.warning("VQA-RAD's published test split asks about images that train has too; --split image parts them")
+    for number, row in enumerate(read_json_list(folder / QUESTIONS)):
+        if not isinstance(row, dict) or not text(row.get("image_name")):
+            yield Refused(f"{QUESTIONS} entry {number}", "no question with image_name")
+            continue
+        # One case has several images in places; its address is the same for them.
+        case = text(row.get("image_case_url")) or row["image_name"]
+        published = "test" if text(row.get("phrase_type")).startswith("test") else "train"
+        split = share_split(case, chosen["test_share"]) if chosen["split"] == "image" else published
+        yield Item(split, f"vqarad-{number:04d}", {**row, "published_split": published})
+
+
+def record(folder: Path, item: Item, _chosen: Chosen) -> Record:
+    row = item.data
+    fields = {
+        "id": item.key,
+        "task": "vqa",
+        "question": text(row.get("question")),
+        "answer": text(row.get("answer")),  # some are numbers
+        "answer_type": text(row.get("answer_type")).lower(),
+        "split": item.split,
+        "published_split": row["published_split"],
+        "case": row["image_name"],
+        "qid": text(row.get("qid")),
+        "organ": text(row.get("image_organ")),
+        "question_type": text(row.get("question_type")),
+        "phrase_type": text(row.get("phrase_type")),
+    }
+    return Record(item.key, *read_picture(folder / IMAGES, row["image_name"]), fields)
+
+
+SOURCE = Source(
+    "vqa-rad",
+    "VQA-RAD: clinicians' questions on radiology",
+    LAYOUT,
+    missing,
+    items,
+    record,
+    (
+        Setting("split", "the published one, or one that parts images and cases", "published", ("published", "image")),
+        Setting("test-share", "share of the cases that --split image tests on", 0.2, parse=share),
+    ),
+    "VQA-RAD (Open Science Framework, osf.io/89kps)",
+)

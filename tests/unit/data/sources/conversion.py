@@ -1,0 +1,41 @@
+"""What the converters' tests share: run one, open what it wrote, write the small files of a data set."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tiny_data import picture
+
+from medalign.contracts import Sample
+from medalign.data.index import ShardIndex
+from medalign.data.sources import find
+from medalign.data.sources.account import Account
+from medalign.data.sources.convert import convert
+
+
+def pack(name: str, folder: Path, output: Path, **chosen: Any) -> Account:
+    """Convert with one process, with the source's settings in `chosen`."""
+    return convert(find(name), folder, output, chosen=chosen, workers=1)
+
+
+def samples(folder: Path) -> list[Sample]:
+    """Every sample of a shard folder, in its order."""
+    index = ShardIndex.open(folder)
+    return [index.read(i) for i in range(len(index))]
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value), encoding="utf-8")
+
+
+def write_picture(path: Path, seed: int, width: int = 40, height: int = 24) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(picture(seed, width, height, "png" if path.suffix == ".png" else "jpg"))
+
+
+def skipped(account: Account) -> dict[str, str]:
+    """Reason of each skipped sample."""
+    return {one.key: one.reason for one in account.skipped}

@@ -1,0 +1,329 @@
+"""Conversions: the same bytes whoever does the work and however often it is interrupted; names hashed on request."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+from conversion import skipped
+from tiny_data import picture
+
+from medalign.__main__ import main
+from medalign.data.index import ShardIndex
+from medalign.data.sources import convert as convert_module
+from medalign.data.sources import find, known
+from medalign.data.sources.account import kind
+from medalign.data.sources.convert import convert
+from medalign.data.sources.hashing import Hashing, own_salt, read_salt
+from medalign.data.sources.pool import in_processes
+from medalign.errors import ConfigError, DataError
+
+JSONL = find("jsonl")
+
+
+def write_folder(path: Path, count: int = 23, bad: bool = True) -> Path:
+    """Questions of two splits; with `bad`, one in seven names a picture that is not there."""
+    (path / "images").mkdir(parents=True)
+    lines = []
+    for i in range(count):
+        name = f"images/{'lost' if bad and i % 7 == 3 else 'scan'}-{i}.png"
+        if "scan" in name:
+            (path / name).write_bytes(picture(i))
+        row = {"id": f"patient-{i}", "image": name, "case": f"case-{i // 2}", "task": "vqa", "question": "clear ?"}
+        lines.append(json.dumps({**row, "answer": "yes", "split": "test" if i % 4 == 0 else "train"}))
+    (path / "annotations.jsonl").write_text("\n".join(lines))
+    return path
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_one_worker_and_two_write_the_same_bytes(tmp_path: Path) -> None:
+    source = write_folder(tmp_path / "in")
+    for workers in (1, 2):
+        seen: list[tuple[int, int]] = []
+        account = convert(
+            JSONL,
+            source,
+            tmp_path / str(workers),
+            samples_per_shard=5,
+            workers=workers,
+            progress=lambda done, total: seen.append((done, total)),  # noqa: B023  # called within this round alone
+        )
+        assert (seen[0], seen[-1]) == ((0, 23), (23, 23))
+        assert account.reasons() == {"image ... cannot be read": 3}
+        assert {n: (r.written, r.shards) for n, r in account.splits.items()} == {"test": (6, 2), "train": (14, 4)}
+    assert contents(tmp_path / "1") == contents(tmp_path / "2")
+    assert ShardIndex.open(tmp_path / "2" / "test").keys == [f"patient-{i}" for i in (0, 4, 8, 12, 16, 20)]
+
+
+def stop_after(count: int) -> Callable[[int, int], None]:
+    def progress(done: int, _total: int) -> None:
+        if done >= count:
+            raise KeyboardInterrupt
+
+    return progress
+
+
+def test_an_interrupted_conversion_goes_on(tmp_path: Path) -> None:
+    source = write_folder(tmp_path / "in")
+    convert(JSONL, source, tmp_path / "whole", samples_per_shard=4, workers=1)
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        convert(JSONL, source, out, samples_per_shard=4, workers=1, progress=stop_after(14))
+    assert [path.name for path in out.iterdir()] == [".conversion"]  # nothing half written where shards are looked for
+    seen: list[tuple[int, int]] = []
+    convert(JSONL, source, out, samples_per_shard=4, workers=1, progress=lambda *step: seen.append(step))
+    assert seen[0] == (10, 23)  # test: parts of 4 and 2; train: the part of 4 that was finished
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("change", ["size", "annotations"])
+def test_another_conversion_begins_afresh(tmp_path: Path, change: str) -> None:
+    source, out = write_folder(tmp_path / "in"), tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        convert(JSONL, source, out, samples_per_shard=4, workers=1, progress=stop_after(14))
+    if change == "annotations":
+        path = source / "annotations.jsonl"
+        path.write_text(path.read_text().replace("clear ?", "clear now ?"))
+    seen: list[tuple[int, int]] = []
+    convert(
+        JSONL,
+        source,
+        out,
+        samples_per_shard=3 if change == "size" else 4,
+        workers=1,
+        progress=lambda *step: seen.append(step),
+    )
+    assert seen[0] == (0, 23)
+
+
+def test_stopped_between_two_splits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, out = write_folder(tmp_path / "in"), tmp_path / "out"
+    convert(JSONL, source, tmp_path / "whole", samples_per_shard=4, workers=1)
+    real = convert_module.join_shards
+    joined: list[str] = []
+
+    def join(parts, output):
+        if output.name == "train" and not joined.count("train"):
+            joined.append("train")
+            raise OSError(28, "No space left on device")
+        joined.append(output.name)
+        return real(parts, output)
+
+    monkeypatch.setattr(convert_module, "join_shards", join)
+    with pytest.raises(DataError, match="No space left on device; the same command goes on"):
+        convert(JSONL, source, out, samples_per_shard=4, workers=1)
+    convert(JSONL, source, out, samples_per_shard=4, workers=1)
+    assert joined == ["test", "train", "train"]  # the split that was in its place was not joined again
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_killed_and_started_again(tmp_path: Path) -> None:
+    source = write_folder(tmp_path / "in", 3000, bad=False)
+    convert(JSONL, source, tmp_path / "whole", samples_per_shard=20, workers=1)
+    command = [sys.executable, "-m", "medalign", "shards", "jsonl", "--input", str(source), "--workers", "2"]
+    command += ["--output", str(tmp_path / "out"), "--samples-per-shard", "20"]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    parts = tmp_path / "out" / ".conversion" / "test"
+    while not (parts / "part-000001.json").exists():
+        assert process.poll() is None, "the command ended before it could be killed"
+        time.sleep(0.002)
+    workers = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert len(workers) >= 2
+    assert psutil.wait_procs(workers, timeout=20)[1] == []  # none lives on to write beside the next command
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".conversion"]
+    (tmp_path / "out" / ".train.partial-77").mkdir()  # as if killed while the split was put together
+    seen: list[tuple[int, int]] = []
+    convert(JSONL, source, tmp_path / "out", samples_per_shard=20, workers=1, progress=lambda *step: seen.append(step))
+    assert 40 <= seen[0][0] < 3000  # two finished parts at least
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert not (tmp_path / "out" / ".train.partial-77").exists()
+
+
+def test_two_conversions_do_not_mix(tmp_path: Path) -> None:
+    source, work = write_folder(tmp_path / "in"), tmp_path / "out" / ".conversion"
+    work.mkdir(parents=True)
+    with (work / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(DataError, match="another conversion is writing to"):
+            convert(JSONL, source, tmp_path / "out", workers=1)
+    assert convert(JSONL, source, tmp_path / "out", workers=1).written == 20
+
+
+def test_other_files_are_left_alone(tmp_path: Path) -> None:
+    source, out = write_folder(tmp_path / "in"), tmp_path / "out"
+    (out / "train").mkdir(parents=True)
+    (out / "train" / "thesis.txt").write_text("precious")
+    with pytest.raises(DataError, match=r"thesis\.txt"):
+        convert(JSONL, source, out, workers=1)
+    assert contents(out) == {"train/thesis.txt": b"precious"}
+
+
+def test_splits_of_an_earlier_conversion_do_not_stay_beside_new_ones(tmp_path: Path) -> None:
+    source, out = write_folder(tmp_path / "in"), tmp_path / "out"
+    convert(JSONL, source, out, workers=1)
+    lines = (source / "annotations.jsonl").read_text()
+    for path in (source / "images").iterdir():
+        if int(path.stem.split("-")[1]) % 4 == 0:
+            path.write_bytes(b"")
+    assert convert(JSONL, source, out, workers=1).splits["test"].written == 0
+    assert not (out / "test").exists()
+    (source / "annotations.jsonl").write_text(lines.replace('"train"', '"all"').replace('"test"', '"all"'))
+    with pytest.raises(DataError, match="out/train is a split that this conversion does not write"):
+        convert(JSONL, source, out, workers=1)
+
+
+def test_nothing_usable(tmp_path: Path) -> None:
+    source = write_folder(tmp_path / "in", 4, bad=False)
+    for path in (source / "images").iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(DataError, match=r"conversion\.json says why: 4 x image cannot be decoded"):
+        convert(JSONL, source, tmp_path / "out", workers=1)
+    assert list(contents(tmp_path / "out")) == ["conversion.json"]
+
+
+def die(_job: int, _report: Callable[[int], object]) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fail(job: int, report: Callable[[int], object]) -> None:
+    report(1)
+    raise DataError(f"job {job} failed")
+
+
+def test_a_killed_process_and_a_failing_one_are_reported() -> None:
+    with pytest.raises(DataError, match="a converting process was killed"):
+        in_processes(die, [1, 2], 2)
+    with pytest.raises(DataError, match="job . failed"):
+        in_processes(fail, [1, 2], 2)
+
+
+def dawdle(_job: int, report: Callable[[int], object]) -> None:
+    for _ in range(6000):
+        report(1)
+        time.sleep(0.05)
+
+
+def test_an_interrupt_ends_running_jobs_at_once() -> None:
+    def interrupt(done: int) -> None:
+        if done:
+            raise KeyboardInterrupt
+
+    begun = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        in_processes(dawdle, [1, 2], 2, interrupt)
+    assert time.monotonic() - begun < 200  # the jobs alone would take 300 s; the rest is two interpreters' start
+
+
+def test_hashed_names(tmp_path: Path) -> None:
+    source = write_folder(tmp_path / "in")
+    hashing = Hashing(b"0123456789abcdef")
+    account = convert(JSONL, source, tmp_path / "out", workers=1, hashing=hashing)
+    plain = convert(JSONL, source, tmp_path / "plain", workers=1)
+    index, known_index = (ShardIndex.open(tmp_path / name / "train") for name in ("out", "plain"))
+    assert index.keys == [hashing.name(key) for key in known_index.keys]
+    assert all(len(key) == 32 for key in index.keys)
+    one, known_one = index.read(0).metadata, known_index.read(0).metadata
+    assert one["case"] == hashing.name(known_one["case"])
+    assert (one["split"], index.read(0).question) == ("train", "clear ?")
+    assert skipped(account) == {hashing.name(key): "image ... cannot be read" for key in skipped(plain)}
+    everything = b"".join(contents(tmp_path / "out").values())
+    for name in (b"patient-", b"case-", b"scan-", b"lost-"):
+        assert name not in everything
+        assert name in b"".join(contents(tmp_path / "plain").values())
+    again = convert(JSONL, source, tmp_path / "other", workers=1, hashing=Hashing(b"another salt, longer"))
+    assert skipped(again).keys().isdisjoint(skipped(account).keys())
+
+
+def test_more_fields_and_lists_are_hashed(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    row = {"id": "a", "image": None, "task": "vqa", "question": "q", "answer": "a", "case": None, "ward": ["b", "c"]}
+    (tmp_path / "in" / "annotations.jsonl").write_text(json.dumps(row))
+    hashing = Hashing(b"0123456789abcdef", frozenset({"id", "case", "ward"}))
+    convert(JSONL, tmp_path / "in", tmp_path / "out", workers=1, hashing=hashing)
+    metadata = ShardIndex.open(tmp_path / "out" / "train").read(0).metadata
+    assert metadata["ward"] == [hashing.name("b"), hashing.name("c")]
+    assert metadata["case"] is None
+
+
+def test_salt_is_made_once_for_its_owner(tmp_path: Path) -> None:
+    path = own_salt(tmp_path / "out")
+    assert path == tmp_path / "out.salt"
+    assert path.stat().st_mode & 0o777 == 0o600
+    salt = read_salt(path)
+    assert len(salt) == 64
+    assert read_salt(own_salt(tmp_path / "out")) == salt
+    (tmp_path / "short").write_text("too short")
+    with pytest.raises(ConfigError, match="has 9 bytes; at least 16"):
+        read_salt(tmp_path / "short")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_salt(tmp_path / "none")
+
+
+def test_command_with_hashes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source = write_folder(tmp_path / "in")
+    command = ["shards", "jsonl", "--input", str(source), "--output", str(tmp_path / "out"), "--workers", "1"]
+    assert main([*command, "--hash-ids"]) == 0
+    keys = ShardIndex.open(tmp_path / "out" / "train").keys
+    hashing = Hashing(read_salt(tmp_path / "out.salt"))
+    assert hashing.name("patient-1") in keys
+    assert main([*command, "--hash-ids", "--salt", str(tmp_path / "out.salt")]) == 0
+    assert ShardIndex.open(tmp_path / "out" / "train").keys == keys
+    report = json.loads((tmp_path / "out" / "conversion.json").read_text())
+    assert report["splits"] == {"test": {"written": 6, "shards": 1}, "train": {"written": 14, "shards": 1}}
+    assert report["skipped"] == {"image ... cannot be read": 3}
+    assert (tmp_path / "out" / "conversion.json").stat().st_mode & 0o777 == 0o600
+    assert main([*command, "--salt", str(tmp_path / "out.salt")]) == 2
+
+
+@pytest.mark.parametrize("name", known())
+def test_every_source_teaches_its_layout(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["shards", name, "--help"])
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    assert find(name).layout in shown
+    assert all(f"--{setting.name}" in shown for setting in find(name).settings)
+
+
+def test_wrong_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place = ["--input", str(tmp_path), "--output", str(tmp_path / "out")]
+    for words in (["shards", "flickr", *place], ["shards", "vqa-rad", *place, "--test-share", "2"]):
+        with pytest.raises(SystemExit) as ended:
+            main(words)
+        assert ended.value.code == 2
+    assert "--test-share" in capsys.readouterr().err
+    assert main(["shards", "slake", *place]) == 2
+    with pytest.raises(ConfigError, match="there is no source 'flickr'; known are jsonl, iu-xray"):
+        find("flickr")
+
+
+@pytest.mark.parametrize(
+    ("reason", "expected"),
+    [
+        ("image 'files/p10/x.jpg' cannot be read: No such file", "image ... cannot be read"),
+        ("image cannot be decoded (image file is truncated (3 bytes))", "image cannot be decoded"),
+        (
+            "box [1, 2, 50.0, 9] lies outside the image of 40 x 24 pixels",
+            "box ... lies outside the image of ... x ... pixels",
+        ),
+        ("answer is empty; task vqa needs it", "answer is empty"),
+        ("key 'a.b' must have 1 to 80 bytes", "key ... must have ... to ... bytes"),
+        ("file annotations.jsonl is damaged", "file ... is damaged"),
+    ],
+)
+def test_kinds_of_reasons_name_nobody(reason: str, expected: str) -> None:
+    assert kind(reason) == expected

@@ -1,0 +1,129 @@
+"""A folder of annotations and pictures becomes shards, split by split; what is wrong is named with its line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from conversion import pack, samples, skipped
+from tiny_data import picture
+from tiny_text import encoder
+
+from medalign.data.collate import Collator, TowerView
+from medalign.data.index import ShardIndex
+from medalign.data.loader import batches
+from medalign.errors import DataError
+from medalign.geometry import PatchGrid
+
+REAL = Path(__file__).resolve().parents[5] / "shared" / "data"
+
+
+def row(i: int, **changes: object) -> dict[str, object]:
+    return {
+        "id": f"q{i}",
+        "image": f"images/{i}.jpg",
+        "task": "vqa",
+        "question": "clear ?",
+        "answer": "yes",
+        "answer_type": "closed",
+        "split": "train" if i % 3 else "test",
+    } | changes
+
+
+def folder(path: Path, *rows: object) -> Path:
+    (path / "images").mkdir(parents=True)
+    for i in range(6):
+        (path / "images" / f"{i}.jpg").write_bytes(picture(i, kind="jpg"))
+    (path / "mask.png").write_bytes(picture(0))
+    lines = [line if isinstance(line, str) else json.dumps(line) for line in rows]
+    (path / "annotations.jsonl").write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_each_split_becomes_a_shard_folder(tmp_path: Path) -> None:
+    source = folder(tmp_path / "in", *(row(i) for i in range(5)), "", row(5, split="", image=None))
+    account = pack("jsonl", source, tmp_path / "out")
+    assert {name: (r.written, r.shards) for name, r in account.splits.items()} == {"test": (2, 1), "train": (4, 1)}
+    assert account.skipped == []
+    assert ShardIndex.open(tmp_path / "out" / "test").keys == ["q0", "q3"]
+    train = samples(tmp_path / "out" / "train")
+    assert [sample.key for sample in train] == ["q1", "q2", "q4", "q5"]
+    assert train[0].metadata == {"id": "q1", "image": "images/1.jpg", "split": "train"}
+    assert train[3].images == ()
+
+
+def test_masks_are_packed(tmp_path: Path) -> None:
+    pack("jsonl", folder(tmp_path / "in", row(1, mask="mask.png")), tmp_path / "out")
+    mask = ShardIndex.open(tmp_path / "out" / "train").read_mask(0)
+    assert mask is not None
+    assert mask.size == (40, 24)
+
+
+def test_bad_lines_are_named(tmp_path: Path) -> None:
+    source = folder(
+        tmp_path / "in",
+        row(1),
+        "{broken",
+        "[1, 2]",
+        row(2, id="none", image="images/none.jpg"),
+        row(4, id="dicom", image="annotations.jsonl"),
+        row(5, id="out", image="../secret.png"),
+        row(5, id=7),
+        {k: v for k, v in row(5, id="no-image").items() if k != "image"},
+        row(5, id="no-mask", mask="nowhere.png"),
+        row(5, id="lone-mask", mask="mask.png", image=None),
+        row(5, split="../../up"),
+        row(5, id="empty", answer=""),
+        row(1),
+        row(0),
+    )
+    account = pack("jsonl", source, tmp_path / "out")
+    assert {name: report.written for name, report in account.splits.items()} == {"train": 1, "test": 1}
+    expected = {
+        "annotations.jsonl line 2": "not JSON",
+        "annotations.jsonl line 3": "a JSON list",
+        "none": "image 'images/none.jpg' cannot be read: No such file",
+        "dicom": "image cannot be decoded",
+        "out": "image '../secret.png' lies outside",
+        "annotations.jsonl line 7": "id is 7",
+        "no-image": "no image is named",
+        "no-mask": "mask 'nowhere.png' cannot be read",
+        "lone-mask": "a mask is given, but there is no image",
+        "annotations.jsonl line 11": "split is '../../up'",
+        "empty": "answer is empty",
+        "q1": "key occurs a second time",
+    }
+    found = skipped(account)
+    assert found.keys() == expected.keys()
+    assert all(found[key].startswith(start) for key, start in expected.items()), found
+
+
+def test_folder_without_annotations(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"lacks\n  annotations\.jsonl: one JSON object a line"):
+        pack("jsonl", tmp_path, tmp_path / "out")
+    with pytest.raises(DataError, match=r"lists no sample that can be used \(1 x not JSON\)"):
+        pack("jsonl", folder(tmp_path / "in", "{"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "counts", "boxes"),
+    [("vqa_rad", {"train": 1467, "test": 330}, 0), ("covid_chestxray", {"train": 92, "test": 19}, 45)],
+)
+def test_real_data(tmp_path: Path, name: str, counts: dict[str, int], boxes: int) -> None:
+    if not (REAL / name).is_dir():
+        pytest.skip(f"the real data set {name} is not beside the repository ({REAL})")
+    account = pack("jsonl", REAL / name, tmp_path)
+    assert {split: report.written for split, report in account.splits.items()} == counts
+    assert account.skipped == []
+    index = ShardIndex.open([tmp_path / split for split in counts])
+    shown = [index.read(i) for i in range(0, len(index), 7)]
+    assert all(s.images[0].size == index.size(7 * i) for i, s in enumerate(shown))
+    assert any(s.images[0].width != s.images[0].height for s in shown)
+    if name == "covid_chestxray":
+        assert sum(bool(index.read(i).boxes) for i in range(len(index))) == boxes
+    view = TowerView(12, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    reader = Collator(encoder(), view, view, PatchGrid(3, 3), padding_side="left", with_answer=False)
+    read = list(batches(index, reader, 4, range(12)))
+    assert sum(len(batch.keys) for _, batch in read) == 12
