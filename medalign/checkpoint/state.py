@@ -14,17 +14,20 @@ format: they are read from the run's own folder alone, never from anywhere else.
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from medalign import distributed
-from medalign.engine.engine import Engine
+from medalign.engine.engine import Engine, to_universal
 from medalign.errors import CheckpointError
 
+log = logging.getLogger("medalign")
 _PARTIAL = ".partial-"
 _SLACK = 1 << 20  # bytes: indices, JSON, file system blocks
 
@@ -94,15 +97,40 @@ def read_progress(folder: Path) -> Progress:
 
 
 def load(engine: Engine, folder: Path) -> Progress:
-    """Restore the engine. Raises CheckpointError if the number of ranks has changed."""
+    """Restore the engine, on any number of ranks; every rank must call it.
+
+    The order of the data does not depend on the ranks, so a run goes on with the batches that it would have had. Its
+    numbers are the same up to the order in which ranks are summed, and to what dropout draws on each rank.
+    """
     progress = read_progress(folder)
-    if progress.ranks != distributed.world():
+    if progress.ranks == distributed.world():
+        engine.load(folder)
+        return progress
+    log.info("the checkpoint is of %d ranks: rewriting it for %d", progress.ranks, distributed.world())
+    rewritten = folder.parent / f"{_PARTIAL}universal-{folder.name}"
+    _rewrite(folder, rewritten)
+    engine.load(rewritten, universal=True)
+    distributed.barrier()
+    if distributed.is_main():
+        shutil.rmtree(rewritten)
+    return replace(progress, ranks=distributed.world())
+
+
+def _rewrite(folder: Path, target: Path) -> None:
+    """Rank 0 writes the universal form, the others wait; all raise CheckpointError if it cannot."""
+    failure = 0
+    if distributed.is_main():
+        shutil.rmtree(target, ignore_errors=True)
+        try:
+            to_universal(folder, target)
+        except OSError as error:
+            failure = error.errno or errno.EIO
+    failure = distributed.main_decides(failure)
+    if failure:
         raise CheckpointError(
-            f"{folder} was written by {progress.ranks} ranks and there are {distributed.world()} now; "
-            f"start with {progress.ranks}, or begin a new run from its export"
+            f"{folder} could not be rewritten for another number of ranks ({os.strerror(failure)}); "
+            "free space, or start with as many ranks as wrote it"
         )
-    engine.load(folder)
-    return progress
 
 
 def _prepare(engine: Engine, root: Path, partial: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import io
 import logging
 import os
 import warnings
@@ -105,9 +107,31 @@ class Engine:
         """Write what learns, with the optimiser's state, into `folder`. Every rank must call it."""
         self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False, exclude_frozen_parameters=True)
 
-    def load(self, folder: Path) -> None:
-        """Read what `save` wrote, on the same number of ranks."""
+    def load(self, folder: Path, *, universal: bool = False) -> None:
+        """Read what `save` wrote on the same number of ranks, or, universal, what `to_universal` made of it."""
+        # DeepSpeed wants this in its settings, before the engine is there; which of the two it will be is known later.
+        self._engine._config.load_universal_checkpoint = universal
         self._engine.load_checkpoint(str(folder), tag=_TAG, load_module_strict=False)
+
+
+def to_universal(source: Path, target: Path) -> None:
+    """Rewrite what `Engine.save` wrote into `source` as DeepSpeed's universal form, which any number of ranks reads.
+
+    One process does it, tensor by tensor, on the CPU; `target` must not exist.
+    """
+    from deepspeed.checkpoint import ds_to_universal
+
+    settings = argparse.Namespace(
+        input_folder=str(source / _TAG),
+        output_folder=str(target / _TAG),
+        num_extract_workers=1,
+        num_merge_workers=1,
+        keep_temp_folder=False,
+        strict=True,
+        inject_missing_state=True,
+    )
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        ds_to_universal.main(settings)
 
 
 def _stage(settings: Mapping[str, Any]) -> int:
