@@ -11,6 +11,7 @@ from medalign.kernels.attention_map import chunked, reference
 from medalign.kernels.validation import describe, require_device, require_features, require_mask
 
 _KNOWN = {"reference": reference.attention_map, "chunked": chunked.attention_map}
+_CONDITIONS: dispatch.Conditions = {}
 
 
 def attention_map(
@@ -43,7 +44,7 @@ def attention_map(
         KernelError: an `impl` that does not exist.
     """
     _validate(query, key, rows, columns, attention_mask)
-    implementation = dispatch.choose("attention_map", impl, query.device, _KNOWN)
+    implementation = dispatch.choose("attention_map", impl, (query, key), _KNOWN, _CONDITIONS)
     valid = torch.ones_like(rows) if attention_mask is None else attention_mask
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     return dispatch.run(implementation, query, key, rows & valid, columns & valid, valid, scale)
