@@ -6,12 +6,13 @@ import math
 
 import torch
 
-from medalign.kernels import dispatch
+from medalign.kernels import dispatch, gpu
 from medalign.kernels.attention_map import chunked, reference, triton
 from medalign.kernels.attention_map.sight import Sight
 from medalign.kernels.validation import describe, require_device, require_features, require_mask
 
 _KNOWN = {"reference": reference.attention_map, "chunked": chunked.attention_map, "triton": triton.attention_map}
+_CONDITIONS: dispatch.Conditions = {"triton": gpu.refusal}
 _OPERATION = "attention_map"
 
 
@@ -53,7 +54,7 @@ def attention_map(
     """
     _validate(query, key, rows, columns, attention_mask)
     _validate_sight(query, softcap, window, cu_seqlens)
-    implementation = dispatch.choose(_OPERATION, impl, query.device, _KNOWN)
+    implementation = dispatch.choose(_OPERATION, impl, (query, key), _KNOWN, _CONDITIONS)
     valid = torch.ones_like(rows) if attention_mask is None else attention_mask
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     sight = Sight(rows & valid, columns & valid, valid, scale, softcap, window, cu_seqlens)

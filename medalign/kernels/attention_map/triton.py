@@ -22,7 +22,6 @@ the pass over the columns must end before; it would save B L floats (12 kB) and 
 from __future__ import annotations
 
 import functools
-import importlib.util
 from typing import Any, NamedTuple
 
 import torch
@@ -31,15 +30,16 @@ from medalign.errors import KernelError
 from medalign.kernels.attention_map.sight import Sight
 from medalign.kernels.validation import describe
 
+WIDEST = 256  # channels of a head: a tile of them is kept in registers
 HEADROOM = 2.0**10  # of score gradients in half precision: they are at most twice this, and small shares stay normal
 
 
 def attention_map(query_BHLD: torch.Tensor, key_BKLD: torch.Tensor, sight: Sight) -> torch.Tensor:
-    """See `medalign.kernels.attention_map`. Raises KernelError for float64 and for heads wider than 256."""
-    if query_BHLD.dtype == torch.float64 or key_BKLD.dtype == torch.float64 or query_BHLD.shape[-1] > 256:
+    """See `medalign.kernels.attention_map`. Raises KernelError for heads wider than 256."""
+    if query_BHLD.shape[-1] > WIDEST:
         raise KernelError(
-            f'attention_map: impl="triton" takes float32, bfloat16 or float16 and heads of at most 256 channels, got '
-            f'query {describe(query_BHLD)} and key {describe(key_BKLD)}; choose impl="chunked"'
+            f'attention_map: impl="triton" takes heads of at most {WIDEST} channels, got query {describe(query_BHLD)}; '
+            'choose impl="chunked"'
         )
     common = torch.promote_types(query_BHLD.dtype, key_BKLD.dtype)
     return _AttentionMap.apply(_by_channel(query_BHLD.to(common)), _by_channel(key_BKLD.to(common)), sight)
@@ -188,14 +188,3 @@ def _kernels() -> dict[str, Any]:
     from medalign.kernels.attention_map import triton_kernels
 
     return vars(triton_kernels)
-
-
-def available(device: torch.device) -> str | None:
-    """Why the kernels cannot run on `device`, and what to do about it; None if they can."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed: pip install triton"
-    from triton import knobs
-
-    if knobs.runtime.interpret or device.type == "cuda":
-        return None
-    return f"the kernels are for CUDA, the tensors on {device}: move them, or set TRITON_INTERPRET=1 before the start"

@@ -9,6 +9,7 @@ from medalign.kernels.token_similarity import chunked, reference
 from medalign.kernels.validation import require_device, require_features, require_mask, require_shape
 
 _KNOWN = {"reference": reference.token_similarity, "chunked": chunked.token_similarity}
+_CONDITIONS: dispatch.Conditions = {}
 
 
 def token_similarity(
@@ -37,7 +38,7 @@ def token_similarity(
         KernelError: an `impl` that does not exist.
     """
     _validate(student, teacher, mask, weight)
-    implementation = dispatch.choose("token_similarity", impl, student.device, _KNOWN)
+    implementation = dispatch.choose("token_similarity", impl, (student, teacher), _KNOWN, _CONDITIONS)
     constants = (None if each is None else each.detach() for each in (teacher, mask, weight))
     return dispatch.run(implementation, student, *constants)
 
