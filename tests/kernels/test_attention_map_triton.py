@@ -5,13 +5,12 @@ import torch
 
 from medalign.errors import KernelError
 from medalign.kernels import attention_map
-from medalign.kernels.attention_map import triton as room
+from medalign.kernels.attention_map import configurations
 from tests.kernels.allocations import LargestTensor
 from tests.kernels.test_attention_map import inputs, map_and_gradients, packed
 
 NEAR = 2e-6  # relative error in norm: sums of some hundred float32 terms, each good to 6e-8
 SIGHTS = ({}, {"scale": 0.7}, {"softcap": 0.9}, {"window": 37}, {"softcap": 0.9, "window": 37})
-WIDE_TILES = room.Blocks(64, 64, 4, 2, 256)  # those of half precision: whole vectors at a time
 
 
 def single(tensors):
@@ -40,7 +39,9 @@ def test_value_and_gradients(length, heads, key_heads, width, sight):
 
 @pytest.mark.parametrize(("length", "width"), [(196, 96), (575, 64), (576, 192)])
 def test_lengths_of_real_images(monkeypatch, length, width):
-    monkeypatch.setattr(room, "configuration", lambda *_: WIDE_TILES._replace(channels=1 << (width - 1).bit_length()))
+    """On the tiles of half precision, which take whole vectors at a time."""
+    tiles = configurations.tiles("sm_90", torch.bfloat16, width)
+    monkeypatch.setattr(configurations, "tiles", lambda *_: tiles)
     tensors, rows, columns, valid = inputs(length, 2, 1, width)
     rows[:, length * 2 // 3 :] = False
     expected = map_and_gradients("reference", tensors, rows, columns, valid)
@@ -96,8 +97,8 @@ def test_the_gradient_reaches_keys_outside_the_columns():
 
 
 def test_vectors_may_lie_in_any_order_of_heads_and_tokens():
-    """A model hands over views of [B, L, H, d], and slices of a wider projection."""
-    tensors, rows, columns, valid = inputs(40)
+    """A model hands over views of [B, L, H, d], and slices of a wider projection; masks may be transposed, too."""
+    tensors, rows, columns, valid = inputs(24, 2, 1, 16)
     tensors = single(tensors)
     expected = map_and_gradients("triton", tensors, rows, columns, valid)
     layouts = (
@@ -107,15 +108,16 @@ def test_vectors_may_lie_in_any_order_of_heads_and_tokens():
     )
     for layout in layouts:
         views = tuple(layout(tensor.detach()).requires_grad_() for tensor in tensors)
-        for one, other in zip(map_and_gradients("triton", views, rows, columns, valid), expected, strict=True):
+        masks = (mask.T.contiguous().T for mask in (rows, columns, valid))
+        for one, other in zip(map_and_gradients("triton", views, *masks), expected, strict=True):
             assert torch.equal(one, other)
 
 
 def test_gradient_of_one_input_alone():
-    (query, key), rows, columns, valid = inputs(40)
+    (query, key), rows, columns, valid = inputs(24, 2, 1)
     query, key = single((query, key))
     both = map_and_gradients("triton", (query, key), rows, columns, valid)[1:]
-    upstream = torch.randn(4, 40, generator=torch.Generator().manual_seed(1), dtype=torch.float64).float()
+    upstream = torch.randn(4, 24, generator=torch.Generator().manual_seed(1), dtype=torch.float64).float()
     pairs = ((query, key.detach()), (query.detach(), key))
     for wanted, pair, expected in zip((query, key), pairs, both, strict=True):
         found = attention_map(*pair, rows, columns, attention_mask=valid, impl="triton")
@@ -141,7 +143,7 @@ def test_half_precision(size):
 
 
 def test_two_runs_are_equal_to_the_bit():
-    tensors, rows, columns, valid = inputs(70, width=33)
+    tensors, rows, columns, valid = inputs(70, 4, 2, 33)
     tensors = single(tensors)
     first, second = (map_and_gradients("triton", tensors, rows, columns, valid, softcap=0.9) for _ in range(2))
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
@@ -163,13 +165,13 @@ def test_the_map_is_a_share(seed):
 
 
 def test_memory_is_linear_in_the_tokens():
-    """No storage beyond the inputs' 32 kB; one sample's [L, L] would be of 1 MB, and the rows' scores of 45 kB."""
-    tensors, rows, columns, valid = inputs(512, heads=2, key_heads=1, width=2, dtype=torch.float32)
-    rows[:] = False
-    rows[:, 490:] = True
+    """No storage beyond the inputs' 64 kB; one sample's [L, L] would be of 1 MB, and its rows' scores of 90 kB."""
+    tensors, rows, columns, valid = inputs(512, heads=2, key_heads=1, width=16, dtype=torch.float32)
+    query, key = (tensor.detach()[:1].requires_grad_() for tensor in tensors)
+    rows[:, :490], rows[:, 490:] = False, True
     with LargestTensor() as seen:
-        attention_map(*tensors, rows, columns, attention_mask=valid, impl="triton").sum().backward()
-    assert seen.elements <= tensors[0].nbytes == 2**15  # the interpreter looks at storages as bytes
+        attention_map(query, key, rows[:1], columns[:1], attention_mask=valid[:1], impl="triton").sum().backward()
+    assert seen.elements <= query.nbytes == 2**16  # the interpreter looks at storages as bytes
 
 
 def test_what_the_kernels_cannot_do_is_refused():

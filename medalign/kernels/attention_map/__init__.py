@@ -57,7 +57,8 @@ def attention_map(
     implementation = dispatch.choose(_OPERATION, impl, (query, key), _KNOWN, _CONDITIONS)
     valid = torch.ones_like(rows) if attention_mask is None else attention_mask
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    sight = Sight(rows & valid, columns & valid, valid, scale, softcap, window, cu_seqlens)
+    rows, columns, valid = ((mask & valid).contiguous() for mask in (rows, columns, valid))
+    sight = Sight(rows, columns, valid, scale, softcap, window, cu_seqlens)
     return dispatch.run(implementation, query, key, sight)
 
 

@@ -9,7 +9,7 @@ import torch
 
 @dataclass(frozen=True)
 class Sight:
-    """B samples, L tokens; `rows` and `columns` hold valid tokens alone.
+    """B samples, L tokens; the masks are contiguous, and `rows` and `columns` hold valid tokens alone.
 
     Key j is seen from row i of the same segment if it is valid, `j <= i` and `i - j < window`. The score
     `s = scale * q k` counts as `softcap * tanh(s / softcap)`. A segment is a sample of the batch; with `cu_seqlens`,

@@ -22,15 +22,18 @@ the pass over the columns must end before; it would save B L floats (12 kB) and 
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from medalign.errors import KernelError
+from medalign.kernels import gpu
+from medalign.kernels.attention_map import configurations
 from medalign.kernels.attention_map.sight import Sight
 from medalign.kernels.validation import describe
 
-WIDEST = 256  # channels of a head: a tile of them is kept in registers
+WIDEST = configurations.WIDTHS[-1]  # channels of a head: the gradients of a tile are kept in registers
+BOUNDARY = 16  # elements, and bytes of an address: where vectors begin, so that loads are wide and binaries few
 HEADROOM = 2.0**10  # of score gradients in half precision: they are at most twice this, and small shares stay normal
 
 
@@ -46,7 +49,17 @@ def attention_map(query_BHLD: torch.Tensor, key_BKLD: torch.Tensor, sight: Sight
 
 
 def _by_channel(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+    """Channels end to end, each vector on a boundary; a copy only where that is not so."""
+    steps = *tensor.stride()[:-1], tensor.data_ptr()
+    if tensor.stride(-1) == 1 and not any(step % BOUNDARY for step in steps):
+        return tensor
+    return _like(tensor).copy_(tensor)
+
+
+def _like(tensor: torch.Tensor) -> torch.Tensor:
+    """Zeros of the same shape, each vector on a boundary."""
+    *shape, width = tensor.shape
+    return tensor.new_zeros(*shape, -(-width // BOUNDARY) * BOUNDARY)[..., :width]
 
 
 class _AttentionMap(torch.autograd.Function):
@@ -67,7 +80,7 @@ class _AttentionMap(torch.autograd.Function):
     def backward(ctx: Any, upstream_BL: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query_BHLD, key_BKLD, log_sum_HT = ctx.saved_tensors
         call = _Call(query_BHLD, key_BKLD, ctx.sight)
-        upstream_BL = upstream_BL.float().masked_fill(~ctx.sight.columns_BL, 0)
+        upstream_BL = upstream_BL.float().contiguous().masked_fill(~ctx.sight.columns_BL, 0)
         largest = upstream_BL.abs().amax()
         largest = torch.where(largest == 0, 1.0, largest)
         shared = {
@@ -77,11 +90,11 @@ class _AttentionMap(torch.autograd.Function):
             "factor": call.share_S * (ctx.sight.scale * largest / HEADROOM),
         }
         wanted = ctx.needs_input_grad[0]
-        query_gradient = torch.zeros_like(query_BHLD) if wanted else query_BHLD  # else not written
+        query_gradient = _like(query_BHLD) if wanted else query_BHLD  # else not written
         call.over_pairs("query_gradient_kernel", **shared, **_gradient(query_gradient), WANTED=wanted)
         if not ctx.needs_input_grad[1]:
             return query_gradient, None, None
-        key_gradient = torch.zeros_like(key_BKLD)
+        key_gradient = _like(key_BKLD)
         call.over_keys("key_gradient_kernel", **shared, **_gradient(key_gradient))
         return query_gradient if wanted else None, key_gradient, None
 
@@ -107,13 +120,13 @@ class _Call:
         self.group = self.heads // self.key_heads
         self.bounds_S = sight.bounds()
         self.share_S, self.before_S = sight.shares(self.heads)
-        self.block_width = max(16, 1 << (query_BHLD.shape[-1] - 1).bit_length())
-        self.blocks = configuration(query_BHLD.dtype, self.block_width)
         self.device = query_BHLD.device
+        width = query_BHLD.shape[-1]
+        self.tiles = configurations.tiles(gpu.architecture(self.device), query_BHLD.dtype, width)
         self.common: dict[str, Any] = {
             "query": query_BHLD,
             "key": key_BKLD,
-            "valid": sight.valid_BL.contiguous().view(torch.uint8),
+            "valid": sight.valid_BL.view(torch.uint8),
             "row_token": sight.rows_BL.flatten().byte().argsort(descending=True, stable=True).int(),
             "row_first": self.before_S.int(),
             "segment_first": self.bounds_S.int(),
@@ -125,61 +138,42 @@ class _Call:
             "window": min(sight.window or self.tokens, self.tokens),
             "scale": float(sight.scale),
             "softcap": float(sight.softcap or 1.0),
-            "GROUP": self.group,
-            "WIDTH": query_BHLD.shape[-1],
-            "CAPPED": sight.softcap is not None,
-            "PRECISION": "tf32x3" if query_BHLD.dtype == torch.float32 else "ieee",
-            "BLOCK_D": self.block_width,
+            **constants(self.tiles, query_BHLD.dtype, width, self.group, capped=sight.softcap is not None),
+            "num_warps": self.tiles.warps,
+            "num_stages": self.tiles.stages,
         }
 
     def over_pairs(self, kernel: str, **arguments: Any) -> None:
         """Launch a kernel over tiles of (row, query head) pairs."""
         pairs_S = self.before_S.diff() * self.group
-        self._launch(kernel, pairs_S, self.tokens * self.group, self.blocks.pairs, arguments)
+        self._launch(kernel, pairs_S, self.tokens * self.group, self.tiles.pairs, arguments)
 
     def over_keys(self, kernel: str, **arguments: Any) -> None:
         """Launch a kernel over tiles of keys."""
-        self._launch(kernel, self.bounds_S.diff(), self.tokens, self.blocks.keys, arguments)
+        self._launch(kernel, self.bounds_S.diff(), self.tokens, self.tiles.keys, arguments)
 
     def _launch(self, kernel: str, items_S: torch.Tensor, most: int, block: int, arguments: dict[str, Any]) -> None:
         tiles_S = (items_S + block - 1) // block
         end_S = tiles_S.cumsum(0)
         bound = most // block + len(tiles_S)
         segment = torch.searchsorted(end_S, torch.arange(bound, device=self.device), right=True)
-        _kernels()[kernel][(bound, self.key_heads)](
-            **self.common,
-            **arguments,
-            tile_segment=segment.int(),
-            tile_first=(end_S - tiles_S).int(),
-            BLOCK_F=self.blocks.pairs,
-            BLOCK_N=self.blocks.keys,
-            CHUNK=self.blocks.channels,
-            num_warps=self.blocks.warps,
-            num_stages=self.blocks.stages,
-        )
+        tables = {"tile_segment": segment.int(), "tile_first": (end_S - tiles_S).int()}
+        with torch.cuda.device_of(self.common["query"]):
+            _kernels()[kernel][(bound, self.key_heads)](**self.common, **arguments, **tables)
 
 
-class Blocks(NamedTuple):
-    """A fixed configuration: pairs and keys of a tile, warps of a program, stages of its loops' pipeline."""
-
-    pairs: int
-    keys: int
-    warps: int
-    stages: int
-    channels: int  # of a head that a product of two tiles takes at a time
-
-
-def configuration(dtype: torch.dtype, width: int) -> Blocks:
-    """For heads padded to `width` channels.
-
-    Half precision: 64 x 64 is the smallest tile that wgmma takes; eight warps keep the gradient of a wide tile in
-    registers. Float32 is multiplied as three TF32 products, whose operands take six times the registers of a half's:
-    small tiles, a few channels at a time.
-    """
-    if dtype == torch.float32:
-        side = 16 if width > 128 else 32
-        return Blocks(side, side, 4 if width <= 64 else 8, 1, min(width, 32))
-    return Blocks(64, 64, 4 if width <= 64 else 8, 2, width)
+def constants(tiles: configurations.Tiles, dtype: torch.dtype, width: int, group: int, capped: bool) -> dict[str, Any]:
+    """What is compiled into every kernel."""
+    return {
+        "GROUP": group,
+        "WIDTH": width,
+        "CAPPED": capped,
+        "PRECISION": "tf32x3" if dtype == torch.float32 else "ieee",  # three TF32 products keep float32's accuracy
+        "BLOCK_D": configurations.padded(width),
+        "BLOCK_F": tiles.pairs,
+        "BLOCK_N": tiles.keys,
+        "CHUNK": tiles.channels,
+    }
 
 
 @functools.cache

@@ -56,7 +56,7 @@ def _products(
         sum_XY = tl.dot(left_XD, tl.trans(right_YD), input_precision=PRECISION)
     else:
         sum_XY = tl.zeros([left_XD.shape[0], right_YD.shape[0]], tl.float32)
-        for first in range(0, BLOCK_D, CHUNK):
+        for first in range(0, WIDTH, CHUNK):
             left_XC = _vectors(left + first, left_offset_X, left_there_X, WIDTH - first, CHUNK)
             right_YC = _vectors(right + first, right_offset_Y, right_there_Y, WIDTH - first, CHUNK)
             sum_XY = tl.dot(left_XC, tl.trans(right_YC), sum_XY, input_precision=PRECISION)
