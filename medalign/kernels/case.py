@@ -6,8 +6,8 @@ and knows nothing else of the kernels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -50,16 +50,27 @@ class Account:
 
 @dataclass(frozen=True)
 class Problem:
-    """Inputs of one size, and the paths that solve it. A path returns the value, differentiable in `leaves`."""
+    """Inputs of one size, and the paths that solve it."""
 
     name: str
     leaves: tuple[torch.Tensor, ...]
-    paths: Mapping[str, Callable[[], torch.Tensor]]
-    expected: Callable[[], torch.Tensor] | None = None  # the specification in float64, where that is affordable
-    exact_leaves: tuple[torch.Tensor, ...] = ()  # the leaves of `expected`
-    upstream: torch.Tensor | None = None  # gradient of the value; ones without it
-    tolerance: float = 0.0  # of value and gradients, in norm, relative to `expected`
-    why: str = ""  # the reason for the tolerance
+    paths: Mapping[str, Callable[[], torch.Tensor]]  # name -> the value, differentiable in `leaves`
+    upstream: torch.Tensor  # gradient of the value, of its shape
+    expected: Callable[[], tuple[torch.Tensor, ...]]  # value and gradients of the leaves, in float64
+    tolerances: tuple[float, float]  # of value and of gradients, relative, in norm
+    why: str  # the reason for them
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One entry of a table of configurations, to be tuned on a GPU."""
+
+    name: str
+    problem: str  # what `step` solves, in words
+    candidates: Sequence[Mapping[str, Any]]
+    use: Callable[[Mapping[str, Any]], None]  # take this candidate from now on, in this process
+    step: Callable[[], object]  # what is timed
+    write: Callable[[Mapping[str, Any], str], None]  # into the table on disk, with the reason
 
 
 @dataclass(frozen=True)
@@ -70,6 +81,5 @@ class KernelCase:
     binaries: Callable[[str], Iterable[Binary]]  # architecture ("sm_90") -> every configuration dispatch can choose
     accounts: Callable[[], Iterable[Account]]
     # device, element type, token counts (None: the case's own for the device) -> problems, made when their turn comes
-    problems: Callable[[torch.device, torch.dtype, list[int] | None], Iterable[Problem]]
-    # file that holds the table of configurations, and candidates to try: see `medalign.benchmark.tuning`
-    tuning: Mapping[str, Any] = field(default_factory=dict)
+    problems: Callable[[torch.device, torch.dtype, Sequence[int] | None], Iterable[Problem]]
+    choices: Callable[[torch.device], Iterable[Choice]]  # the entries for the architecture of the device

@@ -17,6 +17,7 @@ from medalign.errors import KernelError
 from medalign.kernels.case import Binary
 from medalign.kernels.gpu import ARCHITECTURES, interpreting
 
+FAILURES = (triton.TritonError, RuntimeError)  # what compiling and launching a kernel may raise
 TENSOR_CORES = ("wgmma.mma_async", "tcgen05.mma", "mma.sync")
 _CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
@@ -42,7 +43,7 @@ def compile_ahead(binary: Binary, architecture: str) -> Compiled:
     target = GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
     try:
         kernel = triton.compile(source, target, {"num_warps": binary.warps, "num_stages": binary.stages})
-    except (RuntimeError, triton.CompilationError) as error:
+    except FAILURES as error:
         raise KernelError(f"{binary.name} does not compile for {architecture}: {error}") from error
     return _inspect(kernel.asm["cubin"], kernel.asm["ptx"], kernel.metadata.shared)
 

@@ -1,101 +1,166 @@
-"""Token similarity for the benchmark: the binaries dispatch can choose, their cost, problems to measure."""
+"""Token similarity for the benchmark: its cost by count, problems to measure it on, entries to tune."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import functools
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
-from medalign.kernels.case import Binary
-from medalign.kernels.token_similarity import configurations, triton
-from medalign.kernels.token_similarity.configurations import Tile
-from medalign.kernels.token_similarity.reference import SMALLEST_NORM
+from medalign.kernels import gpu
+from medalign.kernels.case import Account, Choice, Cost, KernelCase, Problem
+from medalign.kernels.token_similarity import chunked, configurations, token_similarity, triton
+from medalign.kernels.token_similarity.binaries import binaries
+from medalign.kernels.token_similarity.configurations import FEW, ODD, SINGLE, Tile
 
-# What `triton._teacher` leaves: the teacher in the student's type or in float32.
-_F32, _BF16, _F16 = torch.float32, torch.bfloat16, torch.float16
-PAIRS = ((_BF16, _BF16), (_BF16, _F32), (_F16, _F16), (_F16, _F32), (_F32, _F32))
-_NAMES = {_F32: "fp32", _BF16: "bf16", _F16: "fp16"}
-_SIZES = ("padded", "width", "teacher_width", "height", "sums_by_kind")
-_STRIDES = ("student_by_sample", "student_by_token", "teacher_by_sample", "teacher_by_token")
-_CHANGING = ("tokens", "top")
-_FLOATS = ("inverse_student", "inverse_teacher", "inverse", "clean_weight", "weight", "factor", "along", "share", "undo", "sums")
+TOKENS = (576, 1024, 2304, 4096, 16384)  # a LLaVA image, and images in tiles
+SMALL_TOKENS = (64, 150)  # on the CPU: the interpreter takes a millisecond where a GPU takes a nanosecond
+WIDTHS, SMALL_WIDTHS = (4096, 1024), (96, 40)  # student, teacher
 
 
-def binaries(architecture: str) -> Iterator[Binary]:
-    """Every configuration that a call can lead to on `architecture`; widths that are no multiple of 16 once a kernel."""
-    for student, teacher in PAIRS:
-        yield _prepare(student, teacher)
-        for kind in configurations.kinds("differences", student, teacher):
-            tile = configurations.table()[architecture]["differences"][kind]
-            for gradient in (True, False):
-                yield _differences(student, teacher, tile, gradient, kind)
-    for student in (_BF16, _F16, _F32):
-        for masked in (False, True):
-            yield _gradients(student, configurations.gradients(architecture, student), masked)
-    for odd in (_BF16, _F32):
-        tile = configurations.differences(architecture, odd, odd, tokens=10**6, samples=1)
-        yield _differences(odd, odd, tile, True, "odd width", aligned=False)
-        yield _gradients(odd, configurations.gradients(architecture, odd), True, aligned=False)
+def eager(student_BND: torch.Tensor, teacher_BND: torch.Tensor) -> torch.Tensor:
+    """The released code's form: two N x N matrices, their squared difference, and autograd's copies of them."""
+    student_BND, teacher_BND = F.normalize(student_BND, dim=-1), F.normalize(teacher_BND, dim=-1)
+    difference_BNN = student_BND @ student_BND.transpose(1, 2) - teacher_BND @ teacher_BND.transpose(1, 2)
+    return (difference_BNN**2).mean((1, 2))
 
 
-def _prepare(student: torch.dtype, teacher: torch.dtype) -> Binary:
-    constants = {
-        "SMALLEST": SMALLEST_NORM,
-        "MASKED": True,
-        "WEIGHTED": True,
-        "ROWS": triton.PREPARE_ROWS,
-        "CHANNELS": triton.PREPARE_CHANNELS,
+def accounts() -> Iterator[Account]:
+    for tokens in TOKENS:
+        samples, (width, teacher_width) = samples_of(tokens), WIDTHS
+        shape = samples, tokens, width, teacher_width
+        costs = {"least": least_cost(*shape), "eager": eager_cost(*shape), "triton": triton_cost(*shape)}
+        yield Account(f"B={samples} N={tokens} d={width} b={teacher_width} bf16", costs)
+
+
+def samples_of(tokens: int) -> int:
+    return 4 if tokens <= 2304 else 1
+
+
+def least_cost(samples: int, tokens: int, width: int, teacher_width: int, size: int = 2) -> Cost:
+    """D's upper half, and D times the features; features read once, the gradient written once."""
+    operations = tokens**2 * (3 * width + teacher_width)
+    return Cost(samples * operations, samples * tokens * (2 * width + teacher_width) * size)
+
+
+def eager_cost(samples: int, tokens: int, width: int, teacher_width: int, size: int = 2) -> Cost:
+    """Every operation of autograd on the eager form on its own, reading its operands and writing its result.
+
+    N x N: both similarities written (2), their difference (3), its square (2), the mean (1); backward: the spread mean
+    (1), the square's gradient (3), the product's two factors' gradients read it (2). N x d: length and division
+    (3, teacher's too), the similarity reads its factors (2, teacher's too); backward: two products write and read
+    (4), their sum (3), through the normalisation (6).
+    """
+    operations = 2 * tokens**2 * (3 * width + teacher_width)
+    elements = 14 * tokens**2 + tokens * (18 * width + 5 * teacher_width)
+    return Cost(samples * operations, samples * elements * size)
+
+
+def triton_cost(samples: int, tokens: int, width: int, teacher_width: int, size: int = 2) -> Cost:
+    """Tiles as they are launched on sm_90, padding included; forward and backward.
+
+    Bytes: `prepare` reads the features; each panel reads them for D, is written and read, and the features are read
+    again for the gradient and for the normalisation; the gradient is written, and read and written by the backward
+    pass. Between the tiles of a launch the level-2 cache is taken to hold what they share.
+    """
+    tile = configurations.differences("sm_90", (torch.bfloat16, torch.bfloat16), True, tokens, samples)
+    count, height = triton.panels(tokens)
+    rows, columns = height // tile.rows, count * height // tile.columns
+    tiles = count * (rows * columns - rows * (rows - 1) // 2)
+    operations = 2 * tiles * tile.rows * tile.columns * (width + teacher_width)
+    operations += 2 * (count * height) * tokens * width
+    features = tokens * (width + teacher_width)
+    elements = features + count * (features + 2 * height * count * height + tokens * width) + 4 * tokens * width
+    return Cost(samples * operations, samples * elements * size)
+
+
+def problems(device: torch.device, dtype: torch.dtype, tokens: Sequence[int] | None) -> Iterator[Problem]:
+    on_gpu = device.type == "cuda"
+    for each in tokens or (TOKENS if on_gpu else SMALL_TOKENS):
+        yield problem(device, dtype, each, *(WIDTHS if on_gpu else SMALL_WIDTHS))
+
+
+def problem(device: torch.device, dtype: torch.dtype, tokens: int, width: int, teacher_width: int) -> Problem:
+    samples = samples_of(tokens)
+    generator = torch.Generator(device).manual_seed(0)
+    make = functools.partial(torch.randn, generator=generator, device=device)
+    student = make(samples, tokens, width).to(dtype).requires_grad_()
+    teacher = make(samples, tokens, teacher_width).to(dtype)
+    upstream = torch.linspace(0.5, 2, samples, device=device)
+    compiled = torch.compile(eager, fullgraph=True)
+    paths = {
+        "eager": lambda: eager(student, teacher),
+        "torch.compile": lambda: compiled(student, teacher),
+        "chunked": lambda: token_similarity(student, teacher, impl="chunked"),
     }
-    name = f"prepare {_NAMES[student]}/{_NAMES[teacher]}"
-    return _binary("prepare", name, student, teacher, constants, Tile(0, 0, 0, 4, 3), tensor_cores=False)
+    if triton.available(device, dtype, dtype) is None:
+        paths["triton"] = lambda: token_similarity(student, teacher, impl="triton")
+    name = f"B={samples} N={tokens} d={width} b={teacher_width} {str(dtype).removeprefix('torch.')}"
+    expected = functools.partial(_exact, student, teacher, upstream)
+    return Problem(name, (student,), paths, upstream, expected, *_tolerances(dtype))
 
 
-def _differences(
-    student: torch.dtype, teacher: torch.dtype, tile: Tile, gradient: bool, kind: str, aligned: bool = True
-) -> Binary:
-    constants = {
-        "GRADIENT": gradient,
-        "PRECISION": triton.precision(student),
-        "TEACHER_PRECISION": triton.precision(teacher),
-        "BLOCK": tile.rows,
-        "CHANNELS": tile.depth,
-    }
-    what = f"{kind}{'' if gradient else ', value alone'}"
-    name = f"differences {_NAMES[student]}/{_NAMES[teacher]} ({what})"
-    return _binary("differences", name, student, teacher, constants, tile, aligned)
+def _exact(student: torch.Tensor, teacher: torch.Tensor, upstream: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """By the chunked path in float64, which needs no N x N matrix and is tested against the specification."""
+    wide = student.detach().double().requires_grad_()
+    value = chunked.token_similarity(wide, teacher.double(), None, None)
+    return value.detach(), *torch.autograd.grad(value, wide, upstream.double())
 
 
-def _gradients(student: torch.dtype, tile: Tile, masked: bool, aligned: bool = True) -> Binary:
-    constants = {
-        "MASKED": masked,
-        "PRECISION": triton.precision(student),
-        "ROWS": tile.rows,
-        "CHANNELS": tile.columns,
-        "DEPTH": tile.depth,
-    }
-    name = f"gradients {_NAMES[student]} ({'masked' if masked else 'all tokens'}{'' if aligned else ', odd width'})"
-    return _binary("gradients", name, student, student, constants, tile, aligned)
+def _tolerances(dtype: torch.dtype) -> tuple[tuple[float, float], str]:
+    if dtype == torch.float32:
+        return (1e-5, 1e-4), "sums of thousands of float32 terms, of cosines ten times their difference"
+    rounding = torch.finfo(dtype).eps
+    why = f"D, the gradient and its product with the upstream one are each rounded to {dtype}, {rounding / 2:.0e}"
+    return (1e-4, 3 * rounding), why
 
 
-def _binary(
-    kernel: str,
-    name: str,
-    student: torch.dtype,
-    teacher: torch.dtype,
-    constants: Mapping[str, Any],
-    tile: Tile,
-    aligned: bool = True,
-    tensor_cores: bool = True,
-) -> Binary:
-    from medalign.kernels.token_similarity import triton_kernels
+def choices(device: torch.device) -> Iterator[Choice]:
+    """Entries for the device's architecture, each on a problem that takes it."""
+    architecture = gpu.architecture(device)
+    on_gpu = device.type == "cuda"
+    wide, few = (2304, 576) if on_gpu else (64, 64)
+    width, teacher_width = WIDTHS if on_gpu else SMALL_WIDTHS
+    table = configurations.table()[architecture]
+    for kernel, kind in ((kernel, kind) for kernel, kinds in table.items() for kind in kinds):
+        dtype = torch.float32 if kind.startswith(SINGLE) or not on_gpu else torch.bfloat16
+        tokens, odd = (few if kind == FEW else wide), int("odd" in kind)
+        solved = problem(device, dtype, tokens, width - odd, teacher_width - odd)
+        place = architecture, kernel, kind
+        yield Choice(
+            name=" / ".join(place),
+            problem=solved.name,
+            candidates=_candidates(architecture, kernel, kind, few=not on_gpu),
+            use=functools.partial(_use, place),
+            step=functools.partial(_step, solved),
+            write=functools.partial(configurations.write, place),
+        )
 
-    own = f"*{_NAMES[student]}"
-    types = dict.fromkeys((*_SIZES, *_STRIDES, *_CHANGING), "i32") | dict.fromkeys(_FLOATS, "*fp32")
-    types |= {"student": own, "panel": own, "teacher": f"*{_NAMES[teacher]}", "mask": "*u8", "extent": "*i32"}
-    types["gradient"] = "*fp32" if student == torch.float16 else own
-    function = getattr(triton_kernels, kernel)
-    used = {argument: types[argument] for argument in function.arg_names if argument not in constants}
-    odd = set(_CHANGING) | (set() if aligned else {"width", "teacher_width", *_STRIDES})
-    divisible = tuple(argument for argument in used if argument not in odd)
-    return Binary(name, function, used, constants, tile.warps, tile.stages, divisible, tensor_cores)
+
+def _step(solved: Problem) -> None:
+    torch.autograd.grad(solved.paths["triton"](), solved.leaves, solved.upstream)
+
+
+def _candidates(architecture: str, kernel: str, kind: str, few: bool) -> list[Mapping[str, Any]]:
+    """Tiles whose sides divide the grain and whose operands fit; square ones where mirror images are made."""
+    sides = (64,) if kind in (FEW, ODD) else (32, 64) if kind.startswith(SINGLE) else (64, 128)
+    size = 4 if kind.startswith(SINGLE) else 2
+    tiles = (
+        Tile(rows, columns, depth, warps, stages)
+        for rows, columns, depth, warps, stages in itertools.product(sides, sides, (32, 64), (4, 8), (2, 3, 4))
+        if rows == columns or kernel != "differences"
+    )
+    limit = gpu.ARCHITECTURES[architecture].shared_memory
+    fitting = [tile._asdict() for tile in tiles if tile.shared_memory(size) <= limit]
+    return fitting[:2] if few else fitting
+
+
+def _use(place: tuple[str, str, str], candidate: Mapping[str, Any]) -> None:
+    architecture, kernel, kind = place
+    configurations.table()[architecture][kernel][kind] = Tile(**candidate)
+
+
+CASE = KernelCase("token_similarity", binaries, accounts, problems, choices)

@@ -9,7 +9,7 @@ Counted before it was written, for N tokens, d and b channels, an image, a panel
 
     autograd on the eager form                        2 N^2 (3d + b)    four N x N float32 matrices
     plain recomputation in the backward pass          2 N^2 (3d + 2b)
-    one pass, gradient rows kept on chip              2 N^2 (2d + b)    64 rows x 4096 channels x 4 bytes = 1 MB: no room
+    one pass, gradient rows kept on chip              2 N^2 (2d + b)    64 rows x 4096 x 4 bytes = 1 MB: no room
     one pass, D recomputed for each 256 channels      2 N^2 (d + (d + b) d / 256): 20 times as much at d = 4096
     one pass, D in panels of P rows                   2 N^2 (2d + b)    P N elements written and read once
     the same, upper half of the diagonal squares      N^2 (2 (2d + b) - (d + b) P / N); at N <= P  N^2 (3d + b)
@@ -39,6 +39,7 @@ from medalign.kernels.token_similarity.reference import SMALLEST_NORM
 
 TALLEST_PANEL = 2048  # rows; 16 row tiles x the channel tiles fill a card
 WORKSPACE_ELEMENTS = 2**25  # samples are taken together while their panels stay below this (64 MB in half precision)
+BOUNDARY = 16  # elements; also bytes, of an address
 PREPARE_ROWS, PREPARE_CHANNELS = 8, 512
 
 
@@ -113,7 +114,16 @@ def panels(tokens: int) -> tuple[int, int]:
 
 
 def _by_channel(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+    """A token's channels end to end and, where their number allows it, on a boundary for wide loads."""
+    if tensor.stride(-1) == 1 and (tensor.shape[-1] % BOUNDARY or _aligned(tensor)):
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _aligned(tensor: torch.Tensor) -> bool:
+    """As Triton sees it, which compiles wide loads where addresses and steps are multiples of 16."""
+    steps = tensor.stride(0), tensor.stride(1), tensor.shape[-1], tensor.data_ptr()
+    return not any(step % BOUNDARY for step in steps)
 
 
 def _teacher(teacher: torch.Tensor, student_dtype: torch.dtype) -> torch.Tensor:
@@ -137,9 +147,10 @@ class _Group:
         self.samples, self.tokens, self.width = student_GND.shape
         self.panels, self.height = panels(self.tokens)
         self.padded = self.panels * self.height
-        kind = gpu.architecture(student_GND.device), student_GND.dtype, teacher_GND.dtype
-        self.difference_tile = configurations.differences(*kind, self.tokens, self.samples)
-        self.gradient_tile = configurations.gradients(*kind[:2])
+        architecture, dtypes = gpu.architecture(student_GND.device), (student_GND.dtype, teacher_GND.dtype)
+        aligned = _aligned(student_GND) and _aligned(teacher_GND)
+        self.difference_tile = configurations.differences(architecture, dtypes, aligned, self.tokens, self.samples)
+        self.gradient_tile = configurations.gradients(architecture, dtypes[0], _aligned(student_GND))
         self._count(mask_GN)
 
     def loss(self) -> torch.Tensor:

@@ -92,19 +92,24 @@ def differences(
         tl.where(empty, 0, width), student_by_token, PRECISION, BLOCK, CHANNELS,
     )  # fmt: skip
     difference_RC = student_RC - teacher_RC
-    weight += sample * padded
-    factor += sample * padded
+    weight_R, weight_C = tl.load(weight + sample * padded + row_R), tl.load(weight + sample * padded + column_C)
     panel += sample * height * padded
     sums += sample * (padded // BLOCK) * height
-    _put_tile(
-        difference_RC, student_RC, row_R, column_C, row_R - top, column_block,
-        weight, factor, panel, sums, height, padded, sums_by_kind, GRADIENT,
-    )  # fmt: skip
+    weighted_RC = difference_RC * weight_C[None, :]
+    place_R = sums + column_block * height + row_R - top
+    tl.store(place_R, tl.sum(weighted_RC * difference_RC, 1) * weight_R)
+    if GRADIENT:
+        tl.store(place_R + sums_by_kind, tl.sum(weighted_RC * student_RC, 1))
+        factor_C = tl.load(factor + sample * padded + column_C)
+        _put(panel, difference_RC * factor_C[None, :], row_R - top, column_C, padded)
     if (column_block > row_block) & (column_block < first_block + height // BLOCK):
-        _put_tile(
-            tl.trans(difference_RC), tl.trans(student_RC), column_C, row_R, column_C - top, row_block,
-            weight, factor, panel, sums, height, padded, sums_by_kind, GRADIENT,
-        )  # fmt: skip
+        weighted_RC = difference_RC * weight_R[:, None]
+        place_C = sums + row_block * height + column_C - top
+        tl.store(place_C, tl.sum(weighted_RC * difference_RC, 0) * weight_C)
+        if GRADIENT:
+            tl.store(place_C + sums_by_kind, tl.sum(weighted_RC * student_RC, 0))
+            factor_R = tl.load(factor + sample * padded + row_R)
+            _put(panel, tl.trans(difference_RC * factor_R[:, None]), column_C - top, row_R, padded)
 
 
 @triton.jit
@@ -129,19 +134,9 @@ def _cosines(
 
 
 @triton.jit
-def _put_tile(
-    difference_RC, student_RC, row_R, column_C, place_R, tile,
-    weight, factor, panel, sums, height, padded, sums_by_kind, GRADIENT: tl.constexpr,
-):  # fmt: skip
-    """`tile` numbers the block of columns; `place_R` is the row within the panel."""
-    weighted_RC = difference_RC * tl.load(weight + column_C)[None, :]
-    loss_R = tl.sum(weighted_RC * difference_RC, 1) * tl.load(weight + row_R)
-    tl.store(sums + tile * height + place_R, loss_R)
-    if GRADIENT:
-        tl.store(sums + sums_by_kind + tile * height + place_R, tl.sum(weighted_RC * student_RC, 1))
-        scaled_RC = difference_RC * tl.load(factor + column_C)[None, :]
-        place_RC = panel + place_R.to(tl.int64)[:, None] * padded + column_C[None, :]
-        tl.store(place_RC, scaled_RC.to(panel.dtype.element_ty))
+def _put(panel, value_RC, place_R, column_C, padded):
+    place_RC = panel + place_R.to(tl.int64)[:, None] * padded + column_C[None, :]
+    tl.store(place_RC, value_RC.to(panel.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=CHANGING)
