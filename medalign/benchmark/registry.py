@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from medalign.errors import ConfigError
+from medalign.kernels.attention_map import cases as attention_map
 from medalign.kernels.case import KernelCase
 from medalign.kernels.token_similarity import cases as token_similarity
 
-CASES = (token_similarity.CASE,)
+CASES = (token_similarity.CASE, attention_map.CASE)
 
 
 def chosen(name: str | None) -> tuple[KernelCase, ...]:

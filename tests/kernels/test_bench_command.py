@@ -45,6 +45,11 @@ def test_every_configuration_compiles_well(compiled):
         assert row["complaint"] == "" and row["kernel"] in done.stdout
     products = [row for row in binaries if row["operation"] == "token_similarity" and "prepare" not in row["kernel"]]
     assert len(products) > 10 and all(row["tensor_cores"].startswith(card.tensor_core) for row in products)
+    maps = [row for row in binaries if row["operation"] == "attention_map"]
+    assert len(maps) == 4 * 2 * 3 + 4 + 4 + 1  # kernels x types x widths; float16; a width of 80; no query gradient
+    for row in maps:  # float32 has tiles too small for the newer cards' instructions
+        wanted = "mma.sync" if "fp32" in row["kernel"] else card.tensor_core
+        assert row["tensor_cores"].startswith(wanted), row["kernel"]
 
 
 def test_shared_memory_is_what_dispatch_reckons_with(compiled):
