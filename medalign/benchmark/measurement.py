@@ -110,11 +110,11 @@ def _peak(step: Callable[[], object], device: torch.device) -> float:
     """Megabytes at the peak beyond what the inputs take."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-        before = torch.cuda.memory_allocated(device)
+        allocated = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         step()
         torch.cuda.synchronize(device)
-        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+        return (torch.cuda.max_memory_allocated(device) - allocated) / 2**20
     status = Path("/proc/self/status")
     if not status.exists():
         return float("nan")

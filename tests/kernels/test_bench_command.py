@@ -96,9 +96,9 @@ def test_a_wrong_kernel_is_an_error(monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
-def test_no_gpu_is_said(caplog):
+def test_no_gpu_is_said(capsys):
     assert main([*SMALL, "--device", "cuda"]) == 2
-    assert "no CUDA device is there" in caplog.text
+    assert "no CUDA device is there" in capsys.readouterr().err
 
 
 def test_tuning_writes_the_table(tmp_path, monkeypatch):
@@ -106,6 +106,7 @@ def test_tuning_writes_the_table(tmp_path, monkeypatch):
     before = json.loads(table.read_text())
     monkeypatch.setattr(configurations, "TABLE", table)
     monkeypatch.setattr(cases, "SMALL_WIDTHS", (16, 16))
+    monkeypatch.setattr(cases, "samples_of", lambda tokens: 1)
     configurations.table.cache_clear()
     try:
         assert main(["bench", "kernels", "--tune", "--repeats", "1", "--kernel", "token_similarity"]) == 0

@@ -144,7 +144,7 @@ def _step(solved: Problem) -> None:
     torch.autograd.grad(solved.paths["triton"](), solved.leaves, solved.upstream)
 
 
-def _candidates(architecture: str, kernel: str, kind: str, few: bool) -> list[Mapping[str, Any]]:
+def _candidates(architecture: str, kernel: str, kind: str, few: bool) -> Sequence[Mapping[str, Any]]:
     """Tiles whose sides divide the grain and whose operands fit; square ones where mirror images are made."""
     sides = (64,) if kind in (FEW, ODD) else (32, 64) if kind.startswith(SINGLE) else (64, 128)
     size = 4 if kind.startswith(SINGLE) else 2

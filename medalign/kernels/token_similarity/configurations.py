@@ -32,9 +32,9 @@ class Tile(NamedTuple):
     stages: int
 
     def shared_memory(self, element_size: int) -> int:
-        """Bytes of one program: the operands of every stage, or the result on its way to memory."""
+        """Bytes of one program, at most: the operands of every stage, the result between layouts, and sums."""
         operands = self.stages * (self.rows + self.columns) * self.depth * element_size
-        return max(operands, self.rows * self.columns * 4) + 2048  # barriers, sums across warps
+        return operands + self.rows * self.columns * 4 + 1024
 
 
 @functools.cache

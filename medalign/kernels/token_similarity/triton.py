@@ -43,12 +43,12 @@ BOUNDARY = 16  # elements; also bytes, of an address
 PREPARE_ROWS, PREPARE_CHANNELS = 8, 512
 
 
-def available(device: torch.device, *dtypes: torch.dtype) -> str | None:
-    """Why the kernels cannot run on `device` with such features, and the remedy; None if they can."""
-    refusal = gpu.refusal(device, *dtypes)
+def available(device: torch.device, student: torch.dtype, teacher: torch.dtype) -> str | None:
+    """Why the kernels cannot run on `device` for student and teacher of these types, and the remedy; else None."""
+    refusal = gpu.refusal(device, student, teacher)
     if refusal:
         return refusal
-    needed = configurations.shared_memory(gpu.architecture(device), *dtypes)
+    needed = configurations.shared_memory(gpu.architecture(device), student, teacher)
     there = gpu.shared_memory(device)
     if needed > there:
         return f'a program needs {needed} bytes of shared memory, {device} has {there}; choose impl="chunked"'
