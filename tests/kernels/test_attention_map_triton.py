@@ -26,7 +26,7 @@ def assert_near(found, expected, limit=NEAR):
 
 @pytest.mark.parametrize("sight", SIGHTS)
 @pytest.mark.parametrize(
-    ("length", "heads", "key_heads", "width"), [(1, 2, 1, 64), (17, 6, 2, 80), (60, 3, 3, 5), (129, 4, 1, 33)]
+    ("length", "heads", "key_heads", "width"), [(1, 2, 1, 64), (17, 6, 2, 80), (60, 3, 3, 5), (97, 2, 1, 33)]
 )
 def test_value_and_gradients(length, heads, key_heads, width, sight):
     tensors, rows, columns, valid = inputs(length, heads, key_heads, width)
@@ -50,7 +50,7 @@ def test_lengths_of_real_images(monkeypatch, length, width):
 
 @pytest.mark.parametrize("sight", [{}, {"softcap": 0.9, "window": 9}])
 def test_a_packed_batch_is_the_padded_one(sight):
-    tensors, rows, columns, valid = inputs(50, width=20)
+    tensors, rows, columns, valid = inputs(50, 4, 2, 20)
     ragged, ragged_rows, ragged_columns, ends = packed(tensors, rows, columns, valid)
     upstream = torch.randn(valid.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     expected = attention_map(*tensors, rows, columns, attention_mask=valid, impl="reference", **sight)
@@ -149,11 +149,11 @@ def test_two_runs_are_equal_to_the_bit():
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 def test_the_map_is_a_share(seed):
     """Never negative, at most 1 in sum, 1 over all columns; a common rotation of Q and K changes nothing."""
     generator = torch.Generator().manual_seed(seed)
-    (query, key), *_ = inputs(5 * seed + 3, 4, 2, 5, torch.float32, seed)
+    (query, key), *_ = inputs(9 * seed + 3, 4, 2, 5, torch.float32, seed)
     rows, columns, valid = (torch.rand(4, query.shape[2], generator=generator) < p for p in (0.4, 0.5, 0.8))
     found = attention_map(query, key, rows, columns, attention_mask=valid, impl="triton")
     assert (found >= 0).all() and (found.sum(1) <= 1 + 1e-6).all() and (found[~(columns & valid)] == 0).all()
@@ -167,7 +167,7 @@ def test_the_map_is_a_share(seed):
 def test_memory_is_linear_in_the_tokens():
     """No storage beyond the inputs' 64 kB; one sample's [L, L] would be of 1 MB, and its rows' scores of 90 kB."""
     tensors, rows, columns, valid = inputs(512, heads=2, key_heads=1, width=16, dtype=torch.float32)
-    query, key = (tensor.detach()[:1].requires_grad_() for tensor in tensors)
+    query, key = (tensor.detach()[:1].clone().requires_grad_() for tensor in tensors)
     rows[:, :490], rows[:, 490:] = False, True
     with LargestTensor() as seen:
         attention_map(query, key, rows[:1], columns[:1], attention_mask=valid[:1], impl="triton").sum().backward()
