@@ -5,7 +5,7 @@ import torch
 
 from medalign.errors import KernelError
 from medalign.kernels import attention_map
-from medalign.kernels.attention_map import configurations
+from medalign.kernels.attention_map import configurations, triton_kernels
 from tests.kernels.allocations import LargestTensor
 from tests.kernels.test_attention_map import inputs, map_and_gradients, packed
 
@@ -180,4 +180,18 @@ def test_what_the_kernels_cannot_do_is_refused():
         attention_map(*tensors, rows, columns, impl="triton")
     tensors, rows, columns, _ = inputs(6)
     with pytest.raises(KernelError, match=r"attention_map: impl=.triton. cannot run: torch.float64"):
+        attention_map(*tensors, rows, columns, impl="triton")
+
+
+def test_a_card_with_too_little_shared_memory_is_named(monkeypatch):
+    class Kernel:
+        def __getitem__(self, grid):
+            def launch(**arguments):
+                raise triton_kernels.OutOfResources(131872, 101376, "shared memory")
+
+            return launch
+
+    monkeypatch.setattr(triton_kernels, "log_sum_kernel", Kernel())
+    tensors, rows, columns, _ = inputs(6, width=200, dtype=torch.float32)
+    with pytest.raises(KernelError, match=r"200 channels a head .*Required: 131872.*101376.*choose impl=.chunked"):
         attention_map(*tensors, rows, columns, impl="triton")

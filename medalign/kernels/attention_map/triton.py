@@ -158,8 +158,15 @@ class _Call:
         bound = most // block + len(tiles_S)
         segment = torch.searchsorted(end_S, torch.arange(bound, device=self.device), right=True)
         tables = {"tile_segment": segment.int(), "tile_first": (end_S - tiles_S).int()}
-        with torch.cuda.device_of(self.common["query"]):
-            _kernels()[kernel][(bound, self.key_heads)](**self.common, **arguments, **tables)
+        kernels = _kernels()
+        try:
+            with torch.cuda.device_of(self.common["query"]):
+                kernels[kernel][(bound, self.key_heads)](**self.common, **arguments, **tables)
+        except kernels["OutOfResources"] as error:
+            raise KernelError(
+                f"attention_map: {self.device} has less than a program of {kernel} needs at {self.common['WIDTH']} "
+                f'channels a head ({error}); choose impl="chunked"'
+            ) from error
 
 
 def constants(tiles: configurations.Tiles, dtype: torch.dtype, width: int, group: int, capped: bool) -> dict[str, Any]:

@@ -9,6 +9,9 @@ Suffixes: F pairs of a tile, N keys of a tile, D channels (padded to a power of 
 
 import triton
 import triton.language as tl
+from triton.runtime.errors import OutOfResources
+
+__all__ = ["OutOfResources", "column_kernel", "key_gradient_kernel", "log_sum_kernel", "query_gradient_kernel"]
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 RUN_SIZES = ("length", "tokens", "segments", "window")  # change from batch to batch: one binary for all of them
