@@ -19,7 +19,7 @@ setup(
     install_requires=[
         "torch>=2.6",
         "torchvision>=0.21",
-        'triton>=3.8,<4; platform_system == "Linux"',  # the fused kernels; torch for CUDA brings the same
+        'triton>=3.3; platform_system == "Linux"',  # the fused kernels; torch for CUDA brings the same
         "deepspeed>=0.19.8",
         "transformers>=5.20,<6",
         "peft>=0.21",

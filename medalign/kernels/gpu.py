@@ -73,4 +73,5 @@ def shared_memory(device: torch.device) -> int:
     """Bytes that one program can have on `device`."""
     if device.type != "cuda":
         return ARCHITECTURES[INTERPRETED_AS].shared_memory
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
+    # CUDA keeps 1 KB of a multiprocessor's for each program.
+    return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor - 1024
