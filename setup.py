@@ -13,11 +13,13 @@ setup(
     package_data={
         "medalign": ["recipes/*.yaml", "assets/*/*"],
         "medalign.evaluation": ["report.html.jinja"],
+        "medalign.kernels": ["*/configurations.json"],
         "medalign.ds_configs": ["*.json"],
     },
     install_requires=[
         "torch>=2.6",
         "torchvision>=0.21",
+        'triton>=3.3; platform_system == "Linux"',  # the fused kernels; torch for CUDA brings the same
         "deepspeed>=0.19.8",
         "transformers>=5.20,<6",
         "peft>=0.21",

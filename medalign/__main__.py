@@ -54,7 +54,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"medalign {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for add in (_add_phantom, _add_shards, _add_train, _add_generate, _add_evaluate, _add_report, _add_export):
+    for add in (
+        _add_phantom,
+        _add_shards,
+        _add_train,
+        _add_generate,
+        _add_evaluate,
+        _add_report,
+        _add_export,
+        _add_bench,
+    ):
         add(commands)
     return parser
 
@@ -258,6 +267,49 @@ def _export(chosen: argparse.Namespace) -> int:
     else:
         export.copy(source, chosen.output)
     log.info("%s", chosen.output)
+    return 0
+
+
+def _add_bench(commands) -> None:
+    parser = _command(
+        commands,
+        "bench",
+        _bench,
+        "measure the fused kernels, or compile them for GPUs that are not here",
+        "Without --compile and --tune: correctness, time (median, 20th and 80th percentile) and peak memory of every\n"
+        "path at several sizes, value and gradient together. On the CPU, TRITON_INTERPRET=1 includes the fused\n"
+        "kernels, interpreted: right or wrong, and very slow.\n\n"
+        "example: medalign bench kernels --device cuda --output kernels.json",
+    )
+    parser.add_argument("what", choices=["kernels"], help="what to measure")
+    parser.add_argument("--kernel", metavar="NAME", help="this operation alone (token_similarity, attention_map)")
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile every configuration that can be chosen; registers, spills, shared memory, operations, bytes",
+    )
+    parser.add_argument("--architecture", nargs="+", default=["sm_80", "sm_90", "sm_100"], metavar="SM", help="for it")
+    parser.add_argument("--tune", action="store_true", help="time all candidates and write the configurations' table")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="where to run (default %(default)s)")
+    parser.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], help="default bf16 on cuda, fp32 on cpu")
+    parser.add_argument("--tokens", nargs="+", type=_count, metavar="N", help="sizes (default 576 to 16384 on cuda)")
+    parser.add_argument("--repeats", type=_count, default=20, metavar="N", help="timed runs (default %(default)s)")
+    parser.add_argument("--skip", nargs="+", default=[], metavar="PATH", help="paths to leave out, e.g. torch.compile")
+    parser.add_argument("--output", type=Path, metavar="JSON", help="file to write the figures to as well")
+
+
+def _bench(chosen: argparse.Namespace) -> int:
+    from medalign.benchmark import kernels
+
+    if chosen.compile:
+        tables = kernels.compilation(chosen.kernel, chosen.architecture)
+    elif chosen.tune:
+        tables = kernels.tuning(chosen.kernel, chosen.device, chosen.repeats)
+    else:
+        measured = chosen.dtype, chosen.tokens, max(2, chosen.repeats), chosen.skip
+        tables = kernels.measurement(chosen.kernel, chosen.device, *measured)
+    sys.stdout.write(kernels.present(tables, chosen.output))
+    kernels.complain(tables)
     return 0
 
 

@@ -1,9 +1,13 @@
 """Fixtures shared by all tests: tiny models on disk, made once."""
 
 import logging
+import os
 from pathlib import Path
 
 import pytest
+
+# Before anything imports triton: its kernels then run on the CPU, one program after the other, in NumPy.
+os.environ["TRITON_INTERPRET"] = "1"
 
 from medalign.distributed import log
 from tests import tiny

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -15,6 +16,7 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
+    PreTrainedConfig,
     PreTrainedTokenizerFast,
 )
 
@@ -50,8 +52,19 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def save_student(folder: Path, *, blocks: int = 3, seed: int = 0, image_size: int = 32) -> Path:
-    """A LLaVA of random weights: 8-pixel patches (a 4 x 4 grid), grouped-query attention, width 32."""
+def save_student(
+    folder: Path,
+    *,
+    blocks: int = 3,
+    seed: int = 0,
+    image_size: int = 32,
+    kind: type[PreTrainedConfig] = LlamaConfig,
+    **language: Any,
+) -> Path:
+    """A LLaVA of random weights: 8-pixel patches (a 4 x 4 grid), grouped-query attention, width 32.
+
+    `kind` is the language model's, and `language` its settings beside the common ones.
+    """
     torch.manual_seed(seed)
     words = tokenizer()
     vision = CLIPVisionConfig(
@@ -62,7 +75,7 @@ def save_student(folder: Path, *, blocks: int = 3, seed: int = 0, image_size: in
         image_size=image_size,
         patch_size=8,
     )
-    text = LlamaConfig(
+    text = kind(
         vocab_size=len(words),
         hidden_size=32,
         intermediate_size=64,
@@ -73,6 +86,7 @@ def save_student(folder: Path, *, blocks: int = 3, seed: int = 0, image_size: in
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,
+        **language,
     )
     config = LlavaConfig(vision_config=vision, text_config=text, image_token_id=3, pad_token_id=0)
     model = LlavaForConditionalGeneration(config)

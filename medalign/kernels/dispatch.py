@@ -1,10 +1,15 @@
-"""Which implementation of a kernel runs. A path asked for by name is taken or refused, never replaced."""
+"""Which implementation of a kernel runs. A path asked for by name is taken or refused, never replaced.
+
+An operation lists its implementations by name. One that does not run everywhere comes with a function
+`available(device, *dtypes)`: None where it can run, else the reason with the remedy. "auto" takes the first of
+`PREFERENCE` that can run; on the CPU a fused kernel would only be interpreted, so there "auto" passes over it.
+"""
 
 from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,21 +17,33 @@ import torch
 from medalign.errors import KernelError
 
 AUTO = "auto"
+FUSED = "triton"
 _LOGGER = logging.getLogger(__name__)
 
 Implementations = Mapping[str, Callable[..., torch.Tensor]]
+Conditions = Mapping[str, Callable[..., str | None]]
 
 
-def choose(operation: str, impl: str, device: torch.device, known: Implementations) -> Callable[..., torch.Tensor]:
-    """The implementation of `operation` to run on `device`.
+def choose(
+    operation: str,
+    impl: str,
+    inputs: Sequence[torch.Tensor],
+    known: Implementations,
+    conditions: Conditions,
+) -> Callable[..., torch.Tensor]:
+    """The implementation of `operation` to run on `inputs`, whose first tensor says the device.
 
     `impl` is a name in `known`, or "auto". The choice and its reason are logged once a process.
-    Raises KernelError if `impl` is neither; the message lists what exists.
+    Raises KernelError if `impl` is neither (the message lists what exists), or if its condition refuses.
     """
+    device, dtypes = inputs[0].device, tuple(each.dtype for each in inputs)
     if impl == AUTO:
-        name, reason = _automatic(device)
+        name, reason = _automatic(device, dtypes, conditions)
     elif impl in known:
         name, reason = impl, "asked for by name"
+        refusal = conditions[name](device, *dtypes) if name in conditions else None
+        if refusal:
+            raise KernelError(f'{operation}: impl="{name}" cannot run: {refusal}')
     else:
         available = ", ".join((AUTO, *known))
         raise KernelError(f'{operation}: impl="{impl}" does not exist here; choose one of: {available}')
@@ -34,8 +51,13 @@ def choose(operation: str, impl: str, device: torch.device, known: Implementatio
     return known[name]
 
 
-def _automatic(device: torch.device) -> tuple[str, str]:
-    return "chunked", f"memory linear in the tokens; no device-specific kernel for {device.type}"
+def _automatic(device: torch.device, dtypes: Sequence[torch.dtype], conditions: Conditions) -> tuple[str, str]:
+    if device.type != "cuda" or FUSED not in conditions:
+        return "chunked", f"memory linear in the tokens; no device-specific kernel for {device.type}"
+    refusal = conditions[FUSED](device, *dtypes)
+    if refusal:
+        return "chunked", f"memory linear in the tokens; {FUSED} cannot run: {refusal}"
+    return FUSED, "fused, memory linear in the tokens"
 
 
 @functools.cache

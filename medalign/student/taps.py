@@ -12,7 +12,7 @@ Shape suffixes: B samples, H heads, L tokens, D width of a head.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -49,14 +49,26 @@ class Tap:
         finally:
             self.rows = self.columns = self.valid = None
 
-    def read(self, query_BHLD: torch.Tensor, key_BHLD: torch.Tensor, scale: float | None) -> None:
+    def read(
+        self, query_BHLD: torch.Tensor, key_BHLD: torch.Tensor, scale: float | None, told: Mapping[str, Any]
+    ) -> None:
+        """`told`: what the block tells its backend beside query and key: the softcap, the window, the packing."""
         # While answering, later passes bring one new token each: the question was read in the first one.
         if self.rows is None or self.columns is None or query_BHLD.shape[2] != self.rows.shape[1]:
             return
         copies = query_BHLD.shape[0] // self.rows.shape[0]  # beams of a sample are alike while the question is read
         query, key = query_BHLD[::copies], key_BHLD[::copies]
         self.map = attention_map(
-            query, key, self.rows, self.columns, attention_mask=self.valid, scale=scale, impl=self.impl
+            query,
+            key,
+            self.rows,
+            self.columns,
+            attention_mask=self.valid,
+            scale=scale,
+            softcap=told.get("softcap"),
+            window=told.get("sliding_window"),
+            cu_seqlens=told.get("cu_seq_lens_q"),
+            impl=self.impl,
         )
 
 
@@ -82,7 +94,7 @@ def tapped_name(backend: str) -> str:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         tap = getattr(module, _ATTRIBUTE, None)
         if tap is not None:
-            tap.read(query, key, scaling)
+            tap.read(query, key, scaling, kwargs)
         return _backend(backend, module)(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
 
     AttentionInterface.register(name, forward)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from medalign.contracts import TeacherTargets
@@ -22,6 +24,46 @@ def teacher_targets(teacher: Teacher, pixels: torch.Tensor, grid: PatchGrid) -> 
         features=resample_features(features.float(), teacher.grid, grid),
         attention=resample_map(attention.float(), teacher.grid, grid),
     )
+
+
+class Beside:
+    """The teacher on a CUDA stream of its own, so that it looks while the student begins; without CUDA, in line.
+
+    Args:
+        teacher: on the device of the pixels.
+        grid: the student's.
+        device: where both run.
+    """
+
+    def __init__(self, teacher: Teacher, grid: PatchGrid, device: torch.device) -> None:
+        self.teacher = teacher
+        self.grid = grid
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def look(self, pixels: torch.Tensor) -> Callable[[], TeacherTargets]:
+        """Begin with the pixels [I, 3, T, T]; the function given back hands out the targets, on the caller's stream.
+
+        No host waits: the caller's stream waits for the teacher's from the place where the function is called. The
+        allocator gives memory back to the stream it was taken on, so each tensor that crosses over is recorded on
+        the other stream: otherwise it could be overwritten while the other one still reads it.
+        """
+        if self.stream is None:
+            targets = teacher_targets(self.teacher, pixels, self.grid)
+            return lambda: targets
+        self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
+        with torch.cuda.stream(self.stream):
+            targets = teacher_targets(self.teacher, pixels, self.grid)
+        pixels.record_stream(self.stream)
+
+        def hand_over() -> TeacherTargets:
+            assert self.stream is not None
+            here = torch.cuda.current_stream(self.stream.device)
+            here.wait_stream(self.stream)
+            targets.features.record_stream(here)
+            targets.attention.record_stream(here)
+            return targets
+
+        return hand_over
 
 
 def assert_replicated(teacher: Teacher) -> None:

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 
 from medalign import distributed
-from medalign.contracts import Batch, LossReport, TeacherTargets
+from medalign.contracts import Batch, LossReport
 from medalign.engine.engine import Engine
 from medalign.geometry import PatchGrid
 from medalign.losses.objective import Objective
 from medalign.teacher.clip import Teacher
-from medalign.teacher.targets import teacher_targets
+from medalign.teacher.targets import Beside
 
 
 class Step:
@@ -30,6 +30,7 @@ class Step:
         self.teacher = teacher
         self.objective = objective
         self.grid = grid
+        self.beside = None if teacher is None else Beside(teacher, grid, engine.device)
 
     def __call__(self, micro_batches: Sequence[Batch], rates: dict[str, float]) -> dict[str, float]:
         """Update once. Returns the loss terms as means over the global batch, and the gradient's norm."""
@@ -52,14 +53,9 @@ class Step:
         return {f"loss/{name}": mean for name, mean in means.items()} | {"loss/total": total, "optim/grad_norm": norm}
 
     def _forward(self, batch: Batch, scale: dict[str, float]) -> LossReport:
-        targets = self._targets(batch)
+        targets = self.beside.look(batch.teacher_pixels) if self.beside else None
         output = self.engine(batch, tap=targets is not None)
-        return self.objective(output, targets, batch, scale)
-
-    def _targets(self, batch: Batch) -> TeacherTargets | None:
-        if self.teacher is None:
-            return None
-        return teacher_targets(self.teacher, batch.teacher_pixels, self.grid)
+        return self.objective(output, targets() if targets else None, batch, scale)
 
 
 def _add(rows: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

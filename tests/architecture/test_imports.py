@@ -23,7 +23,7 @@ FLOORS = (
     ("kernels", "data", "observability"),
     ("losses", "teacher", "student"),
     ("engine",),
-    ("checkpoint", "evaluation"),
+    ("checkpoint", "evaluation", "benchmark"),
     ("training", "cluster"),
     ("run", "inference", "cli", "recipes", "__main__"),
 )
@@ -34,7 +34,7 @@ DOORS = {
     "deepspeed": "engine/*",
     "open_clip": "teacher/clip.py",
     "peft": "student/loading.py",
-    "triton": "kernels/*/triton.py",
+    "triton": "kernels/*triton*.py",
     "wandb": "observability/sinks.py",
     "webdataset": "data/shards.py",
 }
@@ -193,7 +193,7 @@ BREACHES = [
     (door_breaches, {"training/loop.py": "import deepspeed.comm as c"}, "engine/*"),
     (door_breaches, {"observability/meters.py": "def f():\n    import wandb"}, "sinks.py"),
     (door_breaches, {"checkpoint/export.py": "from peft import LoraConfig"}, "loading.py"),
-    (door_breaches, {"kernels/dispatch.py": "from triton import language"}, "triton.py"),
+    (door_breaches, {"kernels/dispatch.py": "from triton import language"}, "*triton*.py"),
     (dangers, {"run.py": "print('x')"}, "prints"),
     (dangers, {"run.py": "import pickle\npickle.load(f)"}, "uses pickle.load"),
     (dangers, {"run.py": "from pickle import loads"}, "imports pickle.loads"),

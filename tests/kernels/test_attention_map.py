@@ -31,22 +31,22 @@ def inputs(length, heads=6, key_heads=2, width=5, dtype=torch.float64, seed=0):
     return tensors, rows, columns, valid
 
 
-def map_and_gradients(impl, tensors, rows, columns, valid, scale=None):
-    found = attention_map(*tensors, rows, columns, attention_mask=valid, scale=scale, impl=impl)
+def map_and_gradients(impl, tensors, rows, columns, valid, scale=None, **sight):
+    found = attention_map(*tensors, rows, columns, attention_mask=valid, scale=scale, impl=impl, **sight)
     upstream = torch.randn(found.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     return found.detach(), *torch.autograd.grad(found, tensors, upstream.to(found.dtype))
 
 
 @pytest.mark.parametrize("heads", [(6, 6), (6, 2), (4, 1), (1, 1)])
 @pytest.mark.parametrize("length", [1, 2, 17, 60])
-@pytest.mark.parametrize("scale", [None, 0.7])
-def test_chunked_is_the_reference(length, heads, scale):
+@pytest.mark.parametrize("sight", [{}, {"scale": 0.7}, {"softcap": 0.9}, {"window": 9}, {"softcap": 0.9, "window": 9}])
+def test_chunked_is_the_reference(length, heads, sight):
     tensors, rows, columns, valid = inputs(length, *heads)
     if length == 1:
         rows[:3] = True
         columns[:] = True
-    expected = map_and_gradients("reference", tensors, rows, columns, valid, scale)
-    found = map_and_gradients("chunked", tensors, rows, columns, valid, scale)
+    expected = map_and_gradients("reference", tensors, rows, columns, valid, **sight)
+    found = map_and_gradients("chunked", tensors, rows, columns, valid, **sight)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, **EXACT)
         assert one.isfinite().all()
@@ -62,30 +62,58 @@ def test_chunks_of_few_rows_add_up(monkeypatch, elements):
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-def test_gradcheck(impl):
+@pytest.mark.parametrize("sight", [{}, {"softcap": 0.9, "window": 4}])
+def test_gradcheck(impl, sight):
     (query, key), rows, columns, valid = inputs(9, heads=2, key_heads=1, width=2)
 
     def tapped(query, key):
-        return attention_map(query, key, rows, columns, attention_mask=valid, impl=impl)
+        return attention_map(query, key, rows, columns, attention_mask=valid, impl=impl, **sight)
 
     assert torch.autograd.gradcheck(tapped, (query, key))
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-def test_against_plain_attention_of_the_unpadded_sample(impl):
+@pytest.mark.parametrize(("softcap", "window"), [(None, None), (0.7, None), (None, 7)])
+def test_against_plain_attention_of_the_unpadded_sample(impl, softcap, window):
     """Padding on either side changes nothing, and query heads read the key head of their group."""
     (query, key), rows, columns, valid = inputs(30)
-    found = attention_map(query, key, rows, columns, attention_mask=valid, impl=impl)
+    found = attention_map(query, key, rows, columns, attention_mask=valid, softcap=softcap, window=window, impl=impl)
     for sample in range(3):
         keep = valid[sample]
         length = int(keep.sum())
         shared = key[sample][:, keep].repeat_interleave(3, dim=0)
         scores = query[sample][:, keep] @ shared.transpose(1, 2) / 5**0.5
         hidden = torch.ones(length, length, dtype=torch.bool).triu(1)
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        if window is not None:
+            hidden |= torch.ones(length, length, dtype=torch.bool).tril(-window)
         weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
         expected = weights[:, rows[sample][keep]].mean((0, 1)) * columns[sample][keep]
         torch.testing.assert_close(found[sample][keep], expected, **EXACT)
         assert (found[sample][~keep] == 0).all()
+
+
+def packed(tensors, rows, columns, valid):
+    """The valid tokens of every sample end to end, one empty sequence among them, and where each begins."""
+    lengths = valid.sum(1)
+    ends = torch.cat([torch.zeros(1), lengths.cumsum(0)[[0, 1, 1, 2, 3]]]).to(torch.int32)
+    ragged = tuple(tensor.detach().transpose(1, 2)[valid].transpose(0, 1)[None].requires_grad_() for tensor in tensors)
+    return ragged, rows[valid][None], columns[valid][None], ends
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("sight", [{}, {"softcap": 0.9, "window": 9}])
+def test_a_packed_batch_is_the_padded_one(impl, sight):
+    tensors, rows, columns, valid = inputs(40)
+    ragged, ragged_rows, ragged_columns, ends = packed(tensors, rows, columns, valid)
+    upstream = torch.randn(valid.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    expected = attention_map(*tensors, rows, columns, attention_mask=valid, impl="reference", **sight)
+    found = attention_map(*ragged, ragged_rows, ragged_columns, cu_seqlens=ends, impl=impl, **sight)
+    torch.testing.assert_close(found[0], expected[valid], **EXACT)
+    wanted = torch.autograd.grad(expected, tensors, upstream)
+    for one, other in zip(torch.autograd.grad(found, ragged, upstream[valid][None]), wanted, strict=True):
+        torch.testing.assert_close(one[0].transpose(0, 1), other.transpose(1, 2)[valid], **EXACT)
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
@@ -170,11 +198,10 @@ def test_chunked_holds_scores_of_the_rows_alone(monkeypatch):
     assert seen.elements <= 2**14 < length**2
 
 
-@pytest.mark.parametrize("impl", ["triton", "flash"])
-def test_unknown_implementation(impl):
+def test_unknown_implementation():
     tensors, rows, columns, _ = inputs(6)
     with pytest.raises(KernelError, match="auto, reference, chunked"):
-        attention_map(*tensors, rows, columns, impl=impl)
+        attention_map(*tensors, rows, columns, impl="flash")
 
 
 @pytest.mark.parametrize(
@@ -190,6 +217,12 @@ def test_unknown_implementation(impl):
         ({"rows": None}, "rows"),
         ({"columns": torch.ones(2, 5, dtype=torch.bool)}, "columns"),
         ({"attention_mask": torch.ones(2, 6, dtype=torch.int64)}, "attention_mask must be bool"),
+        ({"softcap": 0.0}, "softcap must be a positive number, got 0.0"),
+        ({"window": 0}, "window must be an integer of at least 1, got 0"),
+        ({"window": 2.5}, "window"),
+        ({"cu_seqlens": [0, 6]}, "cu_seqlens must be an int32 or int64 tensor"),
+        ({"cu_seqlens": torch.tensor([0.0, 6.0])}, "cu_seqlens must be"),
+        ({"cu_seqlens": torch.tensor([0, 6])}, "one sample of packed sequences"),
     ],
 )
 def test_bad_arguments_are_named(arguments, named):
@@ -197,3 +230,10 @@ def test_bad_arguments_are_named(arguments, named):
     good = {"query": torch.zeros(2, 6, 6, 5), "key": torch.zeros(2, 3, 6, 5), "rows": mask, "columns": mask}
     with pytest.raises(ValueError, match=named):
         attention_map(**(good | arguments))
+
+
+@pytest.mark.parametrize("ends", [[0, 5], [1, 6], [0, 4, 2, 6]])
+def test_sequences_that_do_not_fill_the_batch_are_refused(ends):
+    mask = torch.ones(1, 6, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"cu_seqlens must rise from 0 to the query's 6 tokens, got \["):
+        attention_map(torch.zeros(1, 1, 6, 4), torch.zeros(1, 1, 6, 4), mask, mask, cu_seqlens=torch.tensor(ends))

@@ -47,12 +47,12 @@ def tapped(golden, impl):
     return query, key, attention_map(query, key, rows, columns, impl=impl)[:, start:end]
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("impl", (*IMPLEMENTATIONS, "triton"))
 def test_mean_map(golden, impl):
     assert relative(tapped(golden, impl)[2][0].detach(), golden["attn_mean_map"]) < 1e-4
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("impl", (*IMPLEMENTATIONS, "triton"))
 @pytest.mark.parametrize(
     ("normalise", "loss_name", "gradients"),
     [

@@ -6,11 +6,14 @@ import math
 
 import torch
 
-from medalign.kernels import dispatch
-from medalign.kernels.attention_map import chunked, reference
+from medalign.kernels import dispatch, gpu
+from medalign.kernels.attention_map import chunked, reference, triton
+from medalign.kernels.attention_map.sight import Sight
 from medalign.kernels.validation import describe, require_device, require_features, require_mask
 
-_KNOWN = {"reference": reference.attention_map, "chunked": chunked.attention_map}
+_KNOWN = {"reference": reference.attention_map, "chunked": chunked.attention_map, "triton": triton.attention_map}
+_CONDITIONS: dispatch.Conditions = {"triton": gpu.refusal}
+_OPERATION = "attention_map"
 
 
 def attention_map(
@@ -21,6 +24,9 @@ def attention_map(
     *,
     attention_mask: torch.Tensor | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
+    window: int | None = None,
+    cu_seqlens: torch.Tensor | None = None,
     impl: str = "auto",
 ) -> torch.Tensor:
     """The causal softmax of the chosen rows over all valid keys, averaged over heads and rows.
@@ -32,6 +38,10 @@ def attention_map(
         columns: `[B, L]` bool, the tokens whose share is returned. The softmax runs over the others too.
         attention_mask: `[B, L]` bool, False at padding; no padding without it.
         scale: factor on the scores; `1 / sqrt(d)` without it.
+        softcap: scores s become `softcap * tanh(s / softcap)`, as in Gemma 2; unchanged without it.
+        window: a row sees this many tokens, itself the last of them; all before it without it.
+        cu_seqlens: `[S + 1]` integers from 0 to L, for a packed batch: B is 1, and S sequences lie end to end, the
+            s-th from `cu_seqlens[s]` to before `cu_seqlens[s + 1]`. Each one sees itself alone and has its own mean.
         impl: "auto", or an implementation by name.
 
     Returns:
@@ -40,13 +50,16 @@ def attention_map(
 
     Raises:
         ValueError: arguments that do not fit each other.
-        KernelError: an `impl` that does not exist.
+        KernelError: an `impl` that does not exist or cannot run here.
     """
     _validate(query, key, rows, columns, attention_mask)
-    implementation = dispatch.choose("attention_map", impl, query.device, _KNOWN)
+    _validate_sight(query, softcap, window, cu_seqlens)
+    implementation = dispatch.choose(_OPERATION, impl, (query, key), _KNOWN, _CONDITIONS)
     valid = torch.ones_like(rows) if attention_mask is None else attention_mask
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    return dispatch.run(implementation, query, key, rows & valid, columns & valid, valid, scale)
+    rows, columns, valid = ((mask & valid).contiguous() for mask in (rows, columns, valid))
+    sight = Sight(rows, columns, valid, scale, softcap, window, cu_seqlens)
+    return dispatch.run(implementation, query, key, sight)
 
 
 def _validate(
@@ -56,16 +69,43 @@ def _validate(
     columns: torch.Tensor,
     attention_mask: torch.Tensor | None,
 ) -> None:
-    operation = "attention_map"
-    require_features(operation, "query", query, "BHLd")
-    require_features(operation, "key", key, "BHLd")
+    require_features(_OPERATION, "query", query, "BHLd")
+    require_features(_OPERATION, "key", key, "BHLd")
     batch, heads, length, width = query.shape
     if key.shape != (batch, key.shape[1], length, width) or key.shape[1] == 0 or heads % key.shape[1]:
         raise ValueError(
-            f"{operation}: key {describe(key)} does not go with query {describe(query)}: batch, length and width "
+            f"{_OPERATION}: key {describe(key)} does not go with query {describe(query)}: batch, length and width "
             "must be equal and the query heads a multiple of the key heads"
         )
-    require_device(operation, "key", key, query)
+    require_device(_OPERATION, "key", key, query)
     for name, mask in (("rows", rows), ("columns", columns), ("attention_mask", attention_mask)):
         if mask is not None or name != "attention_mask":
-            require_mask(operation, name, mask, (batch, length), query)  # type: ignore[arg-type]
+            require_mask(_OPERATION, name, mask, (batch, length), query)  # type: ignore[arg-type]
+
+
+def _validate_sight(
+    query: torch.Tensor, softcap: float | None, window: int | None, cu_seqlens: torch.Tensor | None
+) -> None:
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"{_OPERATION}: softcap must be a positive number, got {softcap}; leave it out for none")
+    if window is not None and (not isinstance(window, int) or window < 1):
+        raise ValueError(f"{_OPERATION}: window must be an integer of at least 1, got {window}; leave it out for none")
+    if cu_seqlens is None:
+        return
+    batch, _, length, _ = query.shape
+    if not torch.is_tensor(cu_seqlens) or cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.ndim != 1:
+        got = describe(cu_seqlens) if torch.is_tensor(cu_seqlens) else type(cu_seqlens).__name__
+        raise ValueError(f"{_OPERATION}: cu_seqlens must be an int32 or int64 tensor [S + 1], got {got}")
+    if batch != 1 or len(cu_seqlens) < 2:
+        raise ValueError(
+            f"{_OPERATION}: cu_seqlens of {len(cu_seqlens)} entries goes with one sample of packed sequences and has "
+            f"at least 2 entries, got query {describe(query)}"
+        )
+    require_device(_OPERATION, "cu_seqlens", cu_seqlens, query)
+    # On a GPU the content is not looked at: that would make the host wait for the device at every step.
+    if cu_seqlens.device.type == "cpu":
+        steps = cu_seqlens.diff()
+        if cu_seqlens[0] != 0 or cu_seqlens[-1] != length or (steps < 0).any():
+            raise ValueError(
+                f"{_OPERATION}: cu_seqlens must rise from 0 to the query's {length} tokens, got {cu_seqlens.tolist()}"
+            )

@@ -6,6 +6,7 @@ column j (the upstream gradient over heads and rows; 0 outside the columns):
     dS = P * (g - sum_k P_k g_k)        the sum over all keys, not the columns alone
     dQ = scale * dS K,   dK = scale * dS^T Q
 
+A softcap c makes the scores c * tanh(S / c), and dS gets the factor 1 - tanh(S / c)^2.
 The backward pass computes P again. Query heads that share a key head are rows of one product, so K is not repeated.
 
 B samples, K key heads, G query heads to a key head, R chosen rows, L tokens, D channels of a head, F = G * R.
@@ -14,115 +15,115 @@ B samples, K key heads, G query heads to a key head, R chosen rows, L tokens, D 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from medalign.kernels.attention_map.sight import Sight
 from medalign.kernels.validation import compute_dtype
 
 SCORE_ELEMENTS = 2**21  # scores held at a time (8 MB), or one row of every head if that is more
 
 
-def attention_map(
-    query_BHLD: torch.Tensor,
-    key_BKLD: torch.Tensor,
-    rows_BL: torch.Tensor,
-    columns_BL: torch.Tensor,
-    valid_BL: torch.Tensor,
-    scale: float,
-) -> torch.Tensor:
-    """See `medalign.kernels.attention_map`; `rows` and `columns` hold valid tokens alone."""
-    return _AttentionMap.apply(query_BHLD, key_BKLD, rows_BL, columns_BL, valid_BL, scale)
+def attention_map(query_BHLD: torch.Tensor, key_BKLD: torch.Tensor, sight: Sight) -> torch.Tensor:
+    """See `medalign.kernels.attention_map`."""
+    return _AttentionMap.apply(query_BHLD, key_BKLD, sight)
 
 
 class _AttentionMap(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        query_BHLD: torch.Tensor,
-        key_BKLD: torch.Tensor,
-        rows_BL: torch.Tensor,
-        columns_BL: torch.Tensor,
-        valid_BL: torch.Tensor,
-        scale: float,
-    ) -> torch.Tensor:
+    def forward(ctx: Any, query_BHLD: torch.Tensor, key_BKLD: torch.Tensor, sight: Sight) -> torch.Tensor:
         heads = query_BHLD.shape[1]
-        map_BL = query_BHLD.new_zeros(rows_BL.shape, dtype=compute_dtype(query_BHLD, key_BKLD))
-        for sample in _Sample.each(query_BHLD, key_BKLD, rows_BL, valid_BL, scale):
-            row_BL = map_BL[sample.number]
-            for _, _, weights_KFL in sample.chunks():
-                row_BL[: sample.length] += weights_KFL.sum((0, 1))
-            row_BL /= heads * sample.rows_R.numel()
-        ctx.save_for_backward(query_BHLD, key_BKLD, rows_BL, columns_BL, valid_BL)
-        ctx.scale = scale
-        return map_BL.mul_(columns_BL)
+        map_BL = query_BHLD.new_zeros(sight.rows_BL.shape, dtype=compute_dtype(query_BHLD, key_BKLD))
+        for segment in _Segment.each(query_BHLD, key_BKLD, sight):
+            row_L = map_BL[segment.sample, segment.place]
+            for chunk in segment.chunks():
+                row_L += chunk.weights_KFL.sum((0, 1))
+            row_L /= heads * segment.rows_R.numel()
+        ctx.save_for_backward(query_BHLD, key_BKLD)
+        ctx.sight = sight
+        return map_BL.mul_(sight.columns_BL)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream_BL: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        query_BHLD, key_BKLD, rows_BL, columns_BL, valid_BL = ctx.saved_tensors
-        heads = query_BHLD.shape[1]
+        query_BHLD, key_BKLD = ctx.saved_tensors
+        sight, heads = ctx.sight, query_BHLD.shape[1]
         query_gradient = torch.zeros_like(query_BHLD) if ctx.needs_input_grad[0] else None
         key_gradient = torch.zeros_like(key_BKLD) if ctx.needs_input_grad[1] else None
-        for sample in _Sample.each(query_BHLD, key_BKLD, rows_BL, valid_BL, ctx.scale):
-            share = 1 / (heads * sample.rows_R.numel())
-            upstream_L = (upstream_BL[sample.number] * columns_BL[sample.number])[: sample.length] * share
-            sum_KLD = None if key_gradient is None else torch.zeros_like(sample.key_KLD)
-            for rows_R, query_KFD, weights_KFL in sample.chunks():
-                inner_KF1 = (weights_KFL @ upstream_L)[..., None]
-                scores_KFL = weights_KFL.mul_(upstream_L - inner_KF1).mul_(ctx.scale)
+        for segment in _Segment.each(query_BHLD, key_BKLD, sight):
+            sample, place, rows_R = segment.sample, segment.place, segment.rows_R
+            share = 1 / (heads * rows_R.numel())
+            upstream_L = (upstream_BL * sight.columns_BL)[sample, place] * share
+            sum_KLD = None if key_gradient is None else torch.zeros_like(segment.key_KLD)
+            for chunk in segment.chunks():
+                scores_KFL = chunk.scores_gradient(upstream_L).mul_(sight.scale)
                 if sum_KLD is not None:
-                    sum_KLD.baddbmm_(scores_KFL.transpose(1, 2), query_KFD)
+                    sum_KLD.baddbmm_(scores_KFL.transpose(1, 2), chunk.query_KFD)
                 if query_gradient is not None:
-                    rows_gradient = (scores_KFL @ sample.key_KLD).unflatten(1, (-1, rows_R.numel())).flatten(0, 1)
-                    query_gradient[sample.number][:, rows_R] = rows_gradient.to(query_gradient.dtype)
+                    rows_gradient = (scores_KFL @ segment.key_KLD).unflatten(1, (-1, chunk.rows_R.numel()))
+                    where = query_gradient[sample, :, place]
+                    where[:, chunk.rows_R] = rows_gradient.flatten(0, 1).to(where.dtype)
             if key_gradient is not None and sum_KLD is not None:
-                key_gradient[sample.number, :, : sample.length] = sum_KLD
-        return query_gradient, key_gradient, None, None, None, None
+                key_gradient[sample, :, place] = sum_KLD
+        return query_gradient, key_gradient, None
 
 
-class _Sample:
-    """One sample: its chosen rows, and its keys up to the last of them."""
+class _Chunk(NamedTuple):
+    """A few rows of a segment."""
 
-    def __init__(
-        self,
-        number: int,
-        query_HLD: torch.Tensor,
-        key_KLD: torch.Tensor,
-        rows_R: torch.Tensor,
-        valid_L: torch.Tensor,
-        scale: float,
-    ):
-        self.number, self.query_HLD, self.rows_R, self.scale = number, query_HLD, rows_R, scale
-        self.length = int(rows_R[-1]) + 1
-        self.dtype = compute_dtype(query_HLD, key_KLD)
-        self.invalid_L = ~valid_L[: self.length]
-        self.key_KLD = key_KLD[:, : self.length].to(self.dtype).masked_fill(self.invalid_L[:, None], 0)
+    rows_R: torch.Tensor
+    query_KFD: torch.Tensor
+    weights_KFL: torch.Tensor  # probabilities
+    slope_KFL: torch.Tensor | None  # of the softcap
+
+    def scores_gradient(self, upstream_L: torch.Tensor) -> torch.Tensor:
+        """dS, in the place of the probabilities."""
+        inner_KF1 = (self.weights_KFL @ upstream_L)[..., None]
+        gradient_KFL = self.weights_KFL.mul_(upstream_L - inner_KF1)
+        return gradient_KFL if self.slope_KFL is None else gradient_KFL.mul_(self.slope_KFL)
+
+
+class _Segment:
+    """One sample, or one sequence of a packed batch: its chosen rows, and its keys up to the last of them."""
+
+    def __init__(self, sample: int, start: int, rows_R: torch.Tensor, query: torch.Tensor, key: torch.Tensor, s: Sight):
+        self.sample, self.rows_R, self.sight = sample, rows_R, s
+        self.place = slice(start, start + int(rows_R[-1]) + 1)
+        self.dtype = compute_dtype(query, key)
+        self.query_HLD = query[sample, :, self.place]
+        self.invalid_L = ~s.valid_BL[sample, self.place]
+        self.key_KLD = key[sample, :, self.place].to(self.dtype).masked_fill(self.invalid_L[:, None], 0)
 
     @classmethod
-    def each(
-        cls,
-        query_BHLD: torch.Tensor,
-        key_BKLD: torch.Tensor,
-        rows_BL: torch.Tensor,
-        valid_BL: torch.Tensor,
-        scale: float,
-    ) -> Iterator[_Sample]:
-        """The samples that have rows."""
-        for number in range(rows_BL.shape[0]):
-            rows_R = rows_BL[number].nonzero().flatten()
-            if rows_R.numel():
-                yield cls(number, query_BHLD[number], key_BKLD[number], rows_R, valid_BL[number], scale)
+    def each(cls, query_BHLD: torch.Tensor, key_BKLD: torch.Tensor, sight: Sight) -> Iterator[_Segment]:
+        """The segments that have rows."""
+        batch, length = sight.rows_BL.shape
+        ends = [0, length] if sight.cu_seqlens is None else sight.cu_seqlens.tolist()
+        for sample in range(batch):
+            for start, stop in zip(ends[:-1], ends[1:], strict=True):
+                rows_R = sight.rows_BL[sample, start:stop].nonzero().flatten()
+                if rows_R.numel():
+                    yield cls(sample, start, rows_R, query_BHLD, key_BKLD, sight)
 
-    def chunks(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """A few rows at a time: their positions [R], queries [K, G * R, D] and probabilities [K, G * R, length]."""
-        heads, key_heads = self.query_HLD.shape[0], self.key_KLD.shape[0]
-        at_once = max(1, SCORE_ELEMENTS // (heads * self.length))
-        positions_L = torch.arange(self.length, device=self.rows_R.device)
+    def chunks(self) -> Iterator[_Chunk]:
+        heads, length = self.query_HLD.shape[:2]
+        at_once = max(1, SCORE_ELEMENTS // (heads * length))
         for rows_R in self.rows_R.split(at_once):
-            query_KFD = self.query_HLD[:, rows_R].to(self.dtype).unflatten(0, (key_heads, -1)).flatten(1, 2)
-            scores_KFL = (query_KFD @ self.key_KLD.transpose(1, 2)).mul_(self.scale)
-            hidden_RL = self.invalid_L | (positions_L > rows_R[:, None])
-            scores_KGRL = scores_KFL.unflatten(1, (-1, rows_R.numel()))
-            scores_KGRL.masked_fill_(hidden_RL, float("-inf"))
-            yield rows_R, query_KFD, scores_KFL.softmax(-1)
+            query_KFD = self.query_HLD[:, rows_R].to(self.dtype).unflatten(0, (self.key_KLD.shape[0], -1)).flatten(1, 2)
+            scores_KFL = (query_KFD @ self.key_KLD.transpose(1, 2)).mul_(self.sight.scale)
+            slope_KFL = None
+            if (softcap := self.sight.softcap) is not None:
+                scores_KFL = scores_KFL.div_(softcap).tanh_()
+                slope_KFL = 1 - scores_KFL.square()
+                scores_KFL = scores_KFL.mul_(softcap)
+            scores_KFL.unflatten(1, (-1, rows_R.numel())).masked_fill_(self._hidden(rows_R), float("-inf"))
+            yield _Chunk(rows_R, query_KFD, scores_KFL.softmax(-1), slope_KFL)
+
+    def _hidden(self, rows_R: torch.Tensor) -> torch.Tensor:
+        """[R, L]: whether a row does not see a key."""
+        distance_RL = rows_R[:, None] - torch.arange(len(self.invalid_L), device=rows_R.device)
+        hidden_RL = self.invalid_L | (distance_RL < 0)
+        if self.sight.window is not None:
+            hidden_RL |= distance_RL >= self.sight.window
+        return hidden_RL

@@ -1,36 +1,48 @@
 """The specification of the attention map, by plain autograd; the whole [B, H, L, L] and all.
 
-    P_h = softmax(scale * Q_h K_h^T)  over the valid keys j <= i
+    P_h = softmax(scale * Q_h K_h^T)  over the keys that a row sees: valid ones, j <= i, and so on (see `sight`)
     m_j = 1 / (H |R|) * sum_h sum_{i in R} P_h[i, j]   for j in the columns, else 0     (the paper's attention map)
 
-B samples, H query heads, L tokens, D channels of a head.
+B samples, H query heads, L tokens, D channels of a head, S segments.
 """
 
 from __future__ import annotations
 
 import torch
 
+from medalign.kernels.attention_map.sight import Sight
 from medalign.kernels.validation import compute_dtype
 
 
-def attention_map(
-    query_BHLD: torch.Tensor,
-    key_BHLD: torch.Tensor,
-    rows_BL: torch.Tensor,
-    columns_BL: torch.Tensor,
-    valid_BL: torch.Tensor,
-    scale: float,
-) -> torch.Tensor:
-    """See `medalign.kernels.attention_map`; `rows` and `columns` hold valid tokens alone."""
+def attention_map(query_BHLD: torch.Tensor, key_BHLD: torch.Tensor, sight: Sight) -> torch.Tensor:
+    """See `medalign.kernels.attention_map`."""
     dtype = compute_dtype(query_BHLD, key_BHLD)
-    heads, length = query_BHLD.shape[1:3]
-    query_BHLD = query_BHLD.to(dtype).masked_fill(~rows_BL[:, None, :, None], 0)
-    key_BHLD = key_BHLD.to(dtype).masked_fill(~valid_BL[:, None, :, None], 0)
+    heads = query_BHLD.shape[1]
+    query_BHLD = query_BHLD.to(dtype).masked_fill(~sight.rows_BL[:, None, :, None], 0)
+    key_BHLD = key_BHLD.to(dtype).masked_fill(~sight.valid_BL[:, None, :, None], 0)
     key_BHLD = key_BHLD.repeat_interleave(heads // key_BHLD.shape[1], dim=1)
-    causal_LL = torch.ones(length, length, dtype=torch.bool, device=query_BHLD.device).tril()
-    seen_B1LL = (causal_LL & valid_BL[:, None, :])[:, None]
-    scores_BHLL = scale * query_BHLD @ key_BHLD.transpose(2, 3)
+    scores_BHLL = sight.scale * query_BHLD @ key_BHLD.transpose(2, 3)
+    if sight.softcap is not None:
+        scores_BHLL = sight.softcap * (scores_BHLL / sight.softcap).tanh()
+    segment_BL = sight.segments()
+    seen_B1LL = _seen(sight, segment_BL)[:, None]
     weights_BHLL = scores_BHLL.masked_fill(~seen_B1LL, torch.finfo(dtype).min).softmax(-1)
-    chosen_BHLL = weights_BHLL * (rows_BL[:, :, None] & columns_BL[:, None, :])[:, None]
-    terms_B1 = heads * rows_BL.sum(1, keepdim=True).to(dtype).clamp_min(1)
-    return chosen_BHLL.sum((1, 2)) / terms_B1
+    chosen_BHLL = weights_BHLL * (sight.rows_BL[:, :, None] & sight.columns_BL[:, None, :])[:, None]
+    return chosen_BHLL.sum((1, 2)) / _terms(sight, segment_BL, heads).to(dtype)
+
+
+def _seen(sight: Sight, segment_BL: torch.Tensor) -> torch.Tensor:
+    """[B, L, L]: whether row i sees key j."""
+    place_L = torch.arange(segment_BL.shape[1], device=segment_BL.device)
+    distance_LL = place_L[:, None] - place_L
+    near_LL = distance_LL >= 0
+    if sight.window is not None:
+        near_LL &= distance_LL < sight.window
+    return near_LL & sight.valid_BL[:, None, :] & (segment_BL[:, :, None] == segment_BL[:, None, :])
+
+
+def _terms(sight: Sight, segment_BL: torch.Tensor, heads: int) -> torch.Tensor:
+    """[B, L]: heads times rows of the token's segment, at least 1."""
+    rows_S = torch.zeros(int(segment_BL.max()) + 1, dtype=torch.long, device=segment_BL.device)
+    rows_S.index_add_(0, segment_BL.flatten(), sight.rows_BL.flatten().long())
+    return (heads * rows_S).clamp_min(1)[segment_BL]

@@ -5,10 +5,15 @@ from __future__ import annotations
 import torch
 
 from medalign.kernels import dispatch
-from medalign.kernels.token_similarity import chunked, reference
+from medalign.kernels.token_similarity import chunked, reference, triton
 from medalign.kernels.validation import require_device, require_features, require_mask, require_shape
 
-_KNOWN = {"reference": reference.token_similarity, "chunked": chunked.token_similarity}
+_KNOWN = {
+    "reference": reference.token_similarity,
+    "chunked": chunked.token_similarity,
+    "triton": triton.token_similarity,
+}
+_CONDITIONS = {"triton": triton.available}
 
 
 def token_similarity(
@@ -34,10 +39,10 @@ def token_similarity(
 
     Raises:
         ValueError: arguments that do not fit each other.
-        KernelError: an `impl` that does not exist.
+        KernelError: an `impl` that does not exist or cannot run here; the message says why and what to do.
     """
     _validate(student, teacher, mask, weight)
-    implementation = dispatch.choose("token_similarity", impl, student.device, _KNOWN)
+    implementation = dispatch.choose("token_similarity", impl, (student, teacher), _KNOWN, _CONDITIONS)
     constants = (None if each is None else each.detach() for each in (teacher, mask, weight))
     return dispatch.run(implementation, student, *constants)
 

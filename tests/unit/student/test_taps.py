@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import Gemma2Config, MistralConfig
 
 from medalign.config import LoraConfig, StudentConfig
 from medalign.errors import ConfigError
@@ -27,16 +28,14 @@ def disturb(student: Student) -> None:
             torch.nn.init.normal_(parameter, std=0.05)
 
 
-@pytest.mark.parametrize("side", ["right", "left"])
-@pytest.mark.parametrize("steering", [True, False])
-def test_tapped_map_is_the_mean_of_eager_attention(student_folder, side, steering):
+def assert_map_is_the_mean_of_eager_attention(folder, side="right", **settings):
     """fp32, 1e-5: the two sums differ in order alone. The model has grouped-query attention."""
-    student = load(student_folder, steering=steering).eval()
+    student = load(folder, **settings).eval()
     disturb(student)
     batch = tiny.batch(side=side)
     with torch.no_grad():
         output = student(batch)
-        eager = load(student_folder, steering=steering, attention="eager").eval()
+        eager = load(folder, **(settings | {"attention": "eager"})).eval()
         eager.load_state_dict(student.state_dict())
         eager._begin(batch)
         weights_BHLL = eager.model(
@@ -51,6 +50,44 @@ def test_tapped_map_is_the_mean_of_eager_attention(student_folder, side, steerin
     expected = gather_images(torch.stack(rows), batch.image_index, 2, 16)
     assert expected.sum() > 0.1
     torch.testing.assert_close(output.attention, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("steering", [True, False])
+def test_tapped_map_is_the_mean_of_eager_attention(student_folder, side, steering):
+    assert_map_is_the_mean_of_eager_attention(student_folder, side, steering=steering)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize(
+    ("kind", "language", "backend"),
+    [
+        (MistralConfig, {"sliding_window": 11}, "sdpa"),
+        (Gemma2Config, {"sliding_window": 11, "attn_logit_softcapping": 0.5, "head_dim": 8}, "eager"),
+    ],
+)
+def test_the_map_has_the_windows_and_the_softcap_of_the_model(tmp_path, side, kind, language, backend):
+    """Gemma 2 caps every block's scores and slides in every other block; its even block is tapped, with both."""
+    folder = tiny.save_student(tmp_path / "student", kind=kind, **language)
+    assert_map_is_the_mean_of_eager_attention(folder, side, attention=backend)
+    read = taps.Tap.read
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(AssertionError, match="not close"):
+        patch.setattr(taps.Tap, "read", lambda *arguments: read(*arguments[:-1], {}))  # tells it nothing
+        assert_map_is_the_mean_of_eager_attention(folder, side, attention=backend)
+
+
+def test_a_packed_batch_is_read_by_its_sequences():
+    """flash_attention_2 gets its sequences end to end, with the places where they begin, and so does the tap."""
+    draw = torch.Generator().manual_seed(0)
+    query, key = torch.randn(2, 4, 12, 8, generator=draw), torch.randn(2, 2, 12, 8, generator=draw)
+    rows, columns = torch.rand(2, 12, generator=draw) < 0.4, torch.rand(2, 12, generator=draw) < 0.6
+    apart, packed = taps.Tap(), taps.Tap()
+    with apart.reading(rows, columns, torch.ones_like(rows)):
+        apart.read(query, key, 0.3, {})
+    flat = [tensor.transpose(0, 1).flatten(1, 2)[None] for tensor in (query, key)]
+    with packed.reading(rows.view(1, -1), columns.view(1, -1), torch.ones(1, 24, dtype=torch.bool)):
+        packed.read(*flat, 0.3, {"cu_seq_lens_q": torch.tensor([0, 12, 24], dtype=torch.int32)})
+    torch.testing.assert_close(packed.map.view(2, 12), apart.map)
 
 
 def test_padding_side_changes_nothing(student_folder):

@@ -41,6 +41,27 @@ def test_attention_is_the_class_row_of_the_full_matrix(make_folder, pixels, stem
     torch.testing.assert_close(attention, full[:, 0, 1:], rtol=1e-5, atol=1e-7)
 
 
+def test_one_pass_gives_features_and_attention_and_no_full_matrix(folder, pixels):
+    """Each block runs once; beside it the last one's query is formed for the class token alone, 37 scores a head."""
+    teacher = load_teacher(folder)
+    calls, products = [], []
+    for number, block in enumerate(teacher.tower.visual.transformer.resblocks):
+        block.register_forward_hook(lambda *_, number=number: calls.append(number))
+
+    class Scores(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if "softmax" in str(function):
+                products.append(tuple(result.shape))
+            return result
+
+    with Scores():
+        teacher(pixels)
+    assert calls == [0, 1, 2]
+    assert (5, 3, 37) in products  # images, heads, keys: one row of the softmax
+    assert not any(shape[-2:] == (37, 37) for shape in products)
+
+
 def test_attention_of_a_sharp_head_is_not_that_of_a_uniform_one():
     torch.manual_seed(0)
     block = open_clip.transformer.ResidualAttentionBlock(16, 2)

@@ -1,3 +1,4 @@
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ from torch import nn
 from medalign.errors import ConfigError
 from medalign.geometry import PatchGrid, resample_features, resample_map
 from medalign.teacher.clip import load_teacher
-from medalign.teacher.targets import assert_replicated, teacher_targets
+from medalign.teacher.targets import Beside, assert_replicated, teacher_targets
 
 GOLDEN = Path(__file__).parents[3].parent / "shared" / "golden" / "official_losses.npz"
 ROW_STEP, COLUMN_STEP = 7, 5  # the golden file keeps every 7th row and 5th column of the 576 x 576 matrix
@@ -34,6 +35,65 @@ def test_targets_on_the_teachers_own_grid_are_untouched(folder, pixels):
     features, attention = teacher(pixels)
     targets = teacher_targets(teacher, pixels, teacher.grid)
     assert torch.equal(targets.features, features) and torch.equal(targets.attention, attention)
+
+
+def test_without_cuda_the_teacher_looks_in_line(folder, pixels):
+    teacher = load_teacher(folder)
+    beside = Beside(teacher, PatchGrid(4, 4), torch.device("cpu"))
+    assert beside.stream is None
+    expected, found = teacher_targets(teacher, pixels, PatchGrid(4, 4)), beside.look(pixels)()
+    assert torch.equal(found.features, expected.features) and torch.equal(found.attention, expected.attention)
+
+
+class Streams:
+    """CUDA's streams as far as `Beside` uses them; `log` says what happened, in the order of the calls."""
+
+    def __init__(self, patch):
+        self.log, self.now, self.names = [], "student", {}
+        streams = self
+
+        class Stream:
+            def __init__(self, device):
+                self.device, self.name = device, "teacher"
+
+            def wait_stream(self, other):
+                streams.log.append(f"{self.name} waits for {other.name}")
+
+        @contextmanager
+        def use(stream):
+            before, streams.now = streams.now, stream.name
+            yield
+            streams.now = before
+
+        def current(device):
+            stream = Stream(device)
+            stream.name = streams.now
+            return stream
+
+        def record(tensor, stream):
+            streams.log.append(f"{streams.names.get(id(tensor), tuple(tensor.shape))} kept for {stream.name}")
+
+        patch.setattr(torch.cuda, "Stream", Stream)
+        patch.setattr(torch.cuda, "stream", use)
+        patch.setattr(torch.cuda, "current_stream", current)
+        patch.setattr(torch.Tensor, "record_stream", record)
+
+
+def test_the_teachers_stream_waits_for_the_pixels_and_the_students_for_the_targets(monkeypatch, folder, pixels):
+    teacher, streams = load_teacher(folder), Streams(monkeypatch)
+    streams.names[id(pixels)] = "pixels"
+    teacher.register_forward_hook(lambda *_: streams.log.append(f"the teacher looks on {streams.now}"))
+    targets = Beside(teacher, PatchGrid(4, 4), torch.device("cuda", 0)).look(pixels)
+    looking = ["teacher waits for student", "the teacher looks on teacher", "pixels kept for teacher"]
+    assert streams.log == looking and streams.now == "student"
+    found = targets()
+    assert streams.log[3:] == [
+        "student waits for teacher",
+        "(5, 16, 24) kept for student",
+        "(5, 16) kept for student",
+    ]
+    expected = teacher_targets(teacher, pixels, PatchGrid(4, 4))
+    assert torch.equal(found.features, expected.features) and torch.equal(found.attention, expected.attention)
 
 
 def test_a_teacher_outside_zero_passes_and_a_partitioned_one_does_not(folder):

@@ -1,0 +1,28 @@
+"""Rows as text, with aligned columns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def as_table(title: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    """The keys of the first row are the head of the table; numbers are set flush right."""
+    if not rows:
+        return f"{title}\n  nothing"
+    head = list(rows[0])
+    cells = [head, *([_cell(row[name]) for name in head] for row in rows)]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(head))]
+    numeric = [all(isinstance(row[name], (int, float)) for row in rows) for name in head]
+    lines = (
+        "  ".join(
+            cell.rjust(width) if right else cell.ljust(width)
+            for cell, width, right in zip(line, widths, numeric, strict=True)
+        )
+        for line in cells
+    )
+    return "\n".join([title, *(f"  {line.rstrip()}" for line in lines)])
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,77 @@
+"""The GPUs the fused kernels are made for, and whether a device can run them. Imports no Triton."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from typing import NamedTuple
+
+import torch
+
+
+class Architecture(NamedTuple):
+    """One GPU of an architecture by its data sheet: dense products without sparsity; bytes and operations a second."""
+
+    card: str
+    multiprocessors: int
+    shared_memory: int  # bytes, for one program
+    half_operations: float  # bfloat16 and float16 products, float32 sums
+    tf32_operations: float
+    bandwidth: float
+    tensor_core: str  # the instruction, in PTX, that its matrix products are made of
+
+
+ARCHITECTURES = {
+    "sm_80": Architecture("A100 SXM 80 GB", 108, 163 * 1024, 312e12, 156e12, 2.04e12, "mma.sync"),
+    "sm_90": Architecture("H100 SXM", 132, 227 * 1024, 989e12, 495e12, 3.35e12, "wgmma"),
+    "sm_100": Architecture("B200", 148, 227 * 1024, 2250e12, 1125e12, 8.0e12, "tcgen05"),
+}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+INTERPRETED_AS = "sm_90"  # whose configurations the interpreter takes
+
+
+def refusal(device: torch.device, *dtypes: torch.dtype) -> str | None:
+    """Why no Triton kernel can run on `device` with tensors of `dtypes`, and the remedy; None if one can."""
+    if importlib.util.find_spec("triton") is None:
+        return 'triton is not installed; pip install triton, or choose impl="chunked"'
+    for dtype in dtypes:
+        if dtype not in DTYPES:
+            return f'{dtype} is none of float32, bfloat16, float16; convert the input, or choose impl="chunked"'
+    if interpreting():
+        return None
+    if device.type != "cuda":
+        return (
+            f"the tensors are on {device} and the kernels are for CUDA; move them to a GPU, choose "
+            'impl="chunked", or set TRITON_INTERPRET=1 before the start to interpret the kernels (slow, for tests)'
+        )
+    if torch.version.hip:
+        return 'the kernels are configured for NVIDIA GPUs alone; choose impl="chunked"'
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return f'{torch.cuda.get_device_name(device)} is older than sm_80; choose impl="chunked"'
+    return None
+
+
+def interpreting() -> bool:
+    """Whether Triton runs its kernels on the CPU. It reads the variable when it is imported."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+
+
+def architecture(device: torch.device) -> str:
+    """The key into `ARCHITECTURES` (and every table of configurations) for a device that can run the kernels.
+
+    A generation without an entry takes the nearest older one's.
+    """
+    if device.type != "cuda":
+        return INTERPRETED_AS
+    major = torch.cuda.get_device_capability(device)[0]
+    return "sm_80" if major < 9 else "sm_90" if major < 10 else "sm_100"
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes that one program can have on `device`."""
+    if device.type != "cuda":
+        return ARCHITECTURES[INTERPRETED_AS].shared_memory
+    # CUDA keeps 1 KB of a multiprocessor's for each program.
+    return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor - 1024

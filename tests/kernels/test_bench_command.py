@@ -1,0 +1,135 @@
+"""`medalign bench kernels` from end to end: compiled for GPUs that are not here, measured and tuned, interpreted."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from medalign.__main__ import main
+from medalign.benchmark import kernels, registry
+from medalign.errors import ConfigError, KernelError
+from medalign.kernels import gpu
+from medalign.kernels.token_similarity import cases, configurations, token_similarity
+
+# torch.compile builds C++ for minutes on the CPU; what it compiles, the eager form, is among the paths.
+SMALL = ["bench", "kernels", "--kernel", "token_similarity", "--repeats", "2", "--skip", "torch.compile"]
+
+
+@pytest.fixture(scope="module", params=["sm_80", "sm_90", "sm_100"])
+def compiled(request, tmp_path_factory):
+    """The tables for one architecture, by a process of its own: in this one, Triton interprets."""
+    output = tmp_path_factory.mktemp("bench") / "compiled.json"
+    command = [sys.executable, "-m", "medalign", "bench", "kernels", "--compile", "--architecture", request.param]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([*command, "--output", output], capture_output=True, text=True, check=False, env=environment)
+    assert output.exists(), done.stderr
+    binaries, account = json.loads(output.read_text()).values()
+    return request.param, done, binaries, account
+
+
+def test_every_configuration_compiles_well(compiled):
+    architecture, done, binaries, _ = compiled
+    assert done.returncode == 0, done.stderr
+    card = gpu.ARCHITECTURES[architecture]
+    tables = {case.name for case in registry.CASES}
+    assert {row["operation"] for row in binaries} == tables
+    assert len({(row["operation"], row["kernel"]) for row in binaries}) == len(binaries)
+    for row in binaries:
+        name = row["kernel"]
+        assert row["spills"] == 0 and row["stack"] == 0 and 0 < row["registers"] <= 255, name
+        assert row["shared_memory"] <= card.shared_memory, name
+        assert row["complaint"] == "" and row["kernel"] in done.stdout
+    products = [row for row in binaries if row["operation"] == "token_similarity" and "prepare" not in row["kernel"]]
+    assert len(products) > 10 and all(row["tensor_cores"].startswith(card.tensor_core) for row in products)
+    maps = [row for row in binaries if row["operation"] == "attention_map"]
+    assert len(maps) == 4 * 2 * 3 + 4 + 4 + 1  # kernels x types x widths; float16; a width of 80; no query gradient
+    for row in maps:  # float32 has tiles too small for the newer cards' instructions
+        wanted = "mma.sync" if "fp32" in row["kernel"] else card.tensor_core
+        assert row["tensor_cores"].startswith(wanted), row["kernel"]
+
+
+def test_shared_memory_is_what_dispatch_reckons_with(compiled):
+    architecture, _, binaries, _ = compiled
+    for row in binaries:
+        if row["operation"] == "token_similarity":
+            dtype = torch.float32 if "single" in row["kernel"] or "fp32" in row["kernel"] else torch.bfloat16
+            assert row["shared_memory"] <= configurations.shared_memory(architecture, dtype, dtype), row["kernel"]
+
+
+def test_the_account_is_derived_and_says_so(compiled):
+    _, done, _, account = compiled
+    assert "not measured" in done.stdout and "H100 us (derived)" in account[0]
+    rows = {(row["problem"], row["method"]): row for row in account if row["operation"] == "token_similarity"}
+    for problem, method in rows:
+        assert rows[problem, method]["op/least"] >= rows[problem, "least"]["op/least"] == 1
+        assert rows[problem, method]["bytes/least"] >= rows[problem, "least"]["bytes/least"] == 1
+
+
+def test_operations_by_hand():
+    """B = 2 of one tile: 4 x 4 pairs, 3 and 2 channels, two operations each, half of them mirrored."""
+    assert cases.least_cost(2, 4, 3, 2).operations == 2 * 16 * (3 * 3 + 2)
+    assert cases.eager_cost(2, 4, 3, 2).operations == 2 * cases.least_cost(2, 4, 3, 2).operations
+    # 128 tokens: three of four 64 x 64 tiles of D, and the whole product with the features.
+    assert cases.triton_cost(1, 128, 32, 16).operations == 3 * 2 * 64 * 64 * 48 + 2 * 128 * 128 * 32
+
+
+def test_measured_on_the_interpreter(tmp_path, capsys):
+    output = tmp_path / "folder" / "measured.json"
+    assert main([*SMALL, "--tokens", "20", "--output", str(output)]) == 0
+    (rows,) = json.loads(output.read_text()).values()
+    assert [row["path"] for row in rows] == ["eager", "chunked", "triton"]
+    for row in rows:
+        assert row["p20"] <= row["ms"] <= row["p80"] and row["ms"] > 0
+        assert row["value error"] < 1e-5 and row["gradient error"] < 1e-4
+    assert "gradient error" in capsys.readouterr().out
+
+
+def test_a_wrong_kernel_is_an_error(monkeypatch):
+    wrong = lambda *inputs, impl: token_similarity(*inputs, impl=impl) * 1.01  # noqa: E731
+    monkeypatch.setattr(cases, "token_similarity", wrong)
+    with pytest.raises(KernelError, match="chunked is wrong on B=4 N=5.*relative error 1.0e-02 of the value"):
+        kernels.measurement("token_similarity", "cpu", None, [5], 2, ["torch.compile"])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
+def test_no_gpu_is_said(capsys):
+    assert main([*SMALL, "--device", "cuda"]) == 2
+    assert "no CUDA device is there" in capsys.readouterr().err
+
+
+def test_tuning_writes_the_table(tmp_path, monkeypatch):
+    table = shutil.copy(configurations.TABLE, tmp_path / "table.json")
+    before = json.loads(table.read_text())
+    monkeypatch.setattr(configurations, "TABLE", table)
+    monkeypatch.setattr(cases, "SMALL_WIDTHS", (16, 16))
+    monkeypatch.setattr(cases, "samples_of", lambda tokens: 1)
+    configurations.table.cache_clear()
+    try:
+        assert main(["bench", "kernels", "--tune", "--repeats", "1", "--kernel", "token_similarity"]) == 0
+    finally:
+        configurations.table.cache_clear()
+    after = json.loads(table.read_text())
+    assert after["sm_80"] == before["sm_80"]
+    for kinds in after["sm_90"].values():
+        for entry in kinds.values():
+            assert "the fastest of 2 on the interpreter" in entry["reason"]
+
+
+def test_the_table_is_stored_as_tuning_writes_it():
+    assert configurations._one_line_an_entry(json.loads(configurations.TABLE.read_text())) == (
+        configurations.TABLE.read_text()
+    )
+
+
+def test_an_unknown_kernel():
+    with pytest.raises(ConfigError, match="softmax: no such kernel; choose one of token_similarity"):
+        registry.chosen("softmax")
+
+
+def test_an_interpreted_kernel_is_not_compiled():
+    with pytest.raises(KernelError, match="unset TRITON_INTERPRET"):
+        kernels.compilation("token_similarity", ["sm_90"])
