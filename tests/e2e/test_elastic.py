@@ -57,16 +57,10 @@ def test_it_goes_on_on_another_number_of_ranks(recipe, killed, whole, tmp_path, 
     assert "going on from" in output and f"rewriting it for {world}" in output
     resumed, uninterrupted = losses(folder), losses(whole)
     assert len(resumed) == len(uninterrupted) == 7
+    # Weights came over whole: before its first update, the resumed run differs by the order of sums alone.
+    assert resumed[3] == pytest.approx(uninterrupted[3], rel=2e-5)
     # Sums over ranks are taken in another order; Adam turns rounding in near-zero gradients into whole steps: 5e-3.
     for mine, other in zip(resumed, uninterrupted, strict=True):
         assert mine == pytest.approx(other, rel=5e-3, abs=1e-6)
     assert not list((folder / "checkpoints").glob(".partial-*"))
     assert f'"ranks": {world}' in (folder / "checkpoints" / "step-000007" / "progress.json").read_text()
-
-
-def test_the_first_step_after_it_is_the_one_that_would_have_come(recipe, killed, whole, tmp_path):
-    """Weights and moments came over whole: before its first update, the resumed loss differs by rounding alone."""
-    folder = tmp_path / "resumed"
-    shutil.copytree(killed, folder)
-    train(recipe, folder, *CUT, "--train.steps", "5", world=1)
-    assert losses(folder)[3][:4] == pytest.approx(losses(whole)[3][:4], rel=2e-5)
