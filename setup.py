@@ -12,7 +12,7 @@ setup(
     package_dir={"medalign.ds_configs": "ds_configs"},
     package_data={
         "medalign": ["recipes/*.yaml", "assets/*/*"],
-        "medalign.evaluation": ["report.html.jinja"],
+        "medalign.evaluation": ["report.html.jinja", "batch.html.jinja"],
         "medalign.ds_configs": ["*.json"],
     },
     install_requires=[
@@ -36,10 +36,22 @@ setup(
         "rouge-score>=0.1.2",
         "ninja>=1.11",
         "psutil>=6",
+        "fsspec>=2025.3",
     ],
     extras_require={
         "cuda": ["flash-attn>=2.7"],
-        "dev": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.9", "mypy>=1.14", "types-PyYAML"],
+        "remote": ["aiohttp>=3.10", "s3fs>=2025.3"],
+        "dicom": ["pydicom>=3"],
+        "dev": [
+            "pytest>=8",
+            "pytest-timeout>=2.3",
+            "hypothesis>=6.100",
+            "ruff>=0.9",
+            "mypy>=1.14",
+            "types-PyYAML",
+            "aiohttp>=3.10",
+            "pydicom>=3",
+        ],
     },
     entry_points={"console_scripts": ["medalign=medalign.__main__:main"]},
 )

@@ -17,6 +17,7 @@ from tiny_data import picture, record
 from medalign.data.index import ShardIndex
 from medalign.data.samples import REPORT_PROMPT, BadSample
 from medalign.data.shards import Record, Refused, build_index, write_shards
+from medalign.data.storage import Access
 from medalign.errors import ConfigError, DataError
 
 
@@ -184,7 +185,7 @@ def test_open_refuses_what_would_fail_later(tmp_path: Path, shards: Path) -> Non
         with pytest.raises(DataError, match=message):
             ShardIndex.open(shards)
     (shards / "index.jsonl").unlink()
-    with pytest.raises(DataError, match=r"no index\.jsonl.*build_index"):
+    with pytest.raises(DataError, match=r"no index\.jsonl.*medalign shards index"):
         ShardIndex.open(shards)
 
 
@@ -201,13 +202,13 @@ def test_bytes_damaged_after_packing(shards: Path) -> None:
 
 
 def test_a_shard_that_vanishes_or_shrinks_is_no_mere_bad_sample(shards: Path) -> None:
-    index = ShardIndex.open(shards)
+    index = ShardIndex.open(shards, Access(retries=1, pause=0.01))
     (shards / "shard-000002.tar").unlink()
     with pytest.raises(DataError, match=r"shard-000002\.tar cannot be read") as caught:
         index.read(15)
     assert not isinstance(caught.value, BadSample)
     (shards / "shard-000001.tar").write_bytes(b"")
-    with pytest.raises(DataError, match=r"shard-000001\.tar ends before"):
+    with pytest.raises(DataError, match=r"shard-000001\.tar cannot be read after 2 tries: it ends before"):
         index.read(8)
 
 
