@@ -126,6 +126,26 @@ def test_every_world_has_the_same_global_batches(shards: Path, world: int) -> No
     assert steps == alone
 
 
+@pytest.mark.parametrize(("world", "workers"), [(4, 0), (4, 2), (8, 0)])
+def test_ranks_that_do_not_divide_the_batch_take_equal_steps(shards: Path, world: int, workers: int) -> None:
+    ranks = [list(islice(loader(shards, micro_batch=1, rank=r, world=world, workers=workers), 4)) for r in range(world)]
+    assert {len(step) for ranked in ranks for step in ranked} == {-(-6 // world)}
+    steps = [[key for step in ranked for b in step for key in b.keys] for ranked in zip(*ranks, strict=True)]
+    assert steps == [[key for b in step for key in b.keys] for step in islice(loader(shards, micro_batch=6), 4)]
+    empty = [b for ranked in ranks for step in ranked for b in step if not b.keys]
+    assert len(empty) == 4 * (world * -(-6 // world) - 6)
+    for batch in empty:  # runs through both towers and the student, and counts for nothing
+        assert (batch.labels == IGNORE).all()
+        assert batch.image_weight.tolist() == [0]
+        assert not batch.question_mask.any()
+
+
+def test_more_samples_in_a_batch_than_in_the_data(shards: Path) -> None:
+    (batch,) = next(iter(loader(shards, global_batch=60, micro_batch=60)))
+    every = sorted(ShardIndex.open(shards).keys)
+    assert sorted(batch.keys[:23]) == sorted(batch.keys[23:46]) == every
+
+
 def test_batch_sizes_that_do_not_fit(shards: Path) -> None:
     with pytest.raises(ConfigError, match="micro-batch 0 and ranks 1 must be at least 1"):
         loader(shards, micro_batch=0)

@@ -24,7 +24,7 @@ QUICK = Access(retries=4, pause=0.01)
 
 
 class Server(ThreadingHTTPServer):
-    """Serves a folder with byte ranges; of the requests for tars every second fails, `troubles` in all, in four ways."""
+    """Serves a folder with byte ranges; of the requests for tars every second fails, `troubles` in all, four ways."""
 
     daemon_threads = True
     troubles = 0
