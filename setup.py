@@ -12,7 +12,7 @@ setup(
     package_dir={"medalign.ds_configs": "ds_configs"},
     package_data={
         "medalign": ["recipes/*.yaml", "assets/*/*"],
-        "medalign.evaluation": ["report.html.jinja"],
+        "medalign.evaluation": ["report.html.jinja", "batch.html.jinja"],
         "medalign.kernels": ["*/configurations.json"],
         "medalign.ds_configs": ["*.json"],
     },
@@ -39,10 +39,13 @@ setup(
         "ninja>=1.11",
         "psutil>=6",
         "defusedxml>=0.7",
+        "fsspec>=2025.3",
     ],
     extras_require={
         "cuda": ["flash-attn>=2.7"],
+        "dicom": ["pydicom>=3"],
         "parquet": ["pyarrow>=18"],
+        "remote": ["aiohttp>=3.10", "s3fs>=2025.3"],
         "dev": [
             "pytest>=8",
             "pytest-timeout>=2.3",
@@ -50,7 +53,9 @@ setup(
             "ruff>=0.9",
             "mypy>=1.14",
             "types-PyYAML",
+            "aiohttp>=3.10",
             "pyarrow>=18",
+            "pydicom>=3",
         ],
     },
     entry_points={"console_scripts": ["medalign=medalign.__main__:main"]},

@@ -31,6 +31,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if words[:1] == ["train"] and not {"-h", "--help"} & set(words):
             return _train(words[1:])
+        if words[:1] == ["inspect"]:
+            from medalign import inspection
+
+            return inspection.command(words[1:])
+        if words[:2] == ["shards", "index"]:
+            return _index(words[2:])
         if words[:1] == ["shards"]:
             from medalign.cli import shards
 
@@ -57,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     for add in (
         _add_phantom,
         _add_shards,
+        _add_inspect,
         _add_train,
         _add_generate,
         _add_evaluate,
@@ -125,6 +132,29 @@ def _say_packed(output: Path, reports) -> None:
         log.info("%s: %d samples in %d shards", output / split, report.written, report.shards)
         for reason in report.refused:
             log.warning("refused: %s", reason)
+
+
+def _index(words: Sequence[str]) -> int:
+    """`medalign shards index DIR ...`: the index of tars that are there already."""
+    from medalign.data.shards import build_index
+
+    parser = argparse.ArgumentParser(
+        prog="medalign shards index",
+        description="Write index.jsonl beside the tars of each folder, as any WebDataset tool packed them. Tars are "
+        "only read; samples that cannot be used get no row and are named.",
+    )
+    parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="folder of .tar files")
+    written = 0
+    for folder in parser.parse_args(words).folders:
+        report = build_index(folder)
+        _say_packed(folder.parent, {folder.name: report})
+        written += report.written
+    return 0 if written else 2
+
+
+def _add_inspect(commands) -> None:
+    # Settings of the recipe stand among its options: `inspection` reads them. Here it stands for the list of commands.
+    commands.add_parser("inspect", help="show what a recipe will train on: keys of batches, or a batch", add_help=False)
 
 
 def _add_train(commands) -> None:

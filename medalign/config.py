@@ -43,6 +43,19 @@ class DataConfig:
     """Longest sample in tokens, image tokens included. Text beyond it is cut, image tokens never."""
     max_bad_share: float = 0.01
     """The run stops when more than this share of the samples cannot be read."""
+    weights: list[float] = field(default_factory=list)
+    """One weight a folder: how often its samples come. Empty: all folders are one data set, each sample once an epoch.
+    """
+    shuffle_block: int = 65536
+    """Samples shuffled together. A larger data set is read block by block: some whole shards, drawn at random."""
+    length_groups: int = 0
+    """Global batches among which samples are sorted by length and cut again, for less padding; 0 or 1 does not."""
+    retries: int = 5
+    """Tries, after the first, to read from a shard that cannot be read, with growing pauses."""
+    cache_dir: str = ""
+    """Folder for what is read from remote shards; the processes of a node share it."""
+    cache_gib: float = 0.0
+    """Most GiB in cache_dir; 0 keeps nothing."""
 
     @property
     def folders(self) -> list[str]:
@@ -195,8 +208,10 @@ def recipes() -> list[str]:
     return sorted(p.name.removesuffix(".yaml") for p in _recipe_folder().iterdir() if p.name.endswith(".yaml"))
 
 
-def load(recipe: str, overrides: Sequence[str] = ()) -> Config:
+def load(recipe: str, overrides: Sequence[str] = (), *, models: bool = True) -> Config:
     """The configuration of a packaged recipe or a YAML file, after dotted overrides (`--train.steps 50`).
+
+    `models=False` does without the models' paths, for what concerns the data alone.
 
     `${assets}` in a value is the folder of the packaged models. Raises ConfigError for an unknown recipe, an
     unknown key, an ill-typed value, or settings that contradict each other.
@@ -221,7 +236,7 @@ def load(recipe: str, overrides: Sequence[str] = ()) -> Config:
         config = _instantiate(Config, namespace)
     except (ArgumentError, TypeError, ValueError) as error:
         raise ConfigError(f"recipe {recipe}: {_tidy(str(error))}") from None
-    validate(config)
+    validate(config, models=models)
     return config
 
 
@@ -240,7 +255,7 @@ def _parser() -> ArgumentParser:
     return parser
 
 
-def validate(config: Config) -> None:
+def validate(config: Config, *, models: bool = True) -> None:
     """Raises ConfigError where settings are missing or contradict each other."""
 
     def require(holds: bool, message: str) -> None:
@@ -248,9 +263,12 @@ def validate(config: Config) -> None:
             raise ConfigError(message)
 
     train = config.train
-    require(bool(config.student.path), "student.path is not set: name a local model folder with --student.path DIR")
     require(
-        not config.distils or bool(config.teacher.path),
+        not models or bool(config.student.path),
+        "student.path is not set: name a local model folder with --student.path DIR",
+    )
+    require(
+        not models or not config.distils or bool(config.teacher.path),
         "teacher.path is not set; set it, or set losses.alpha 0 and losses.beta 0",
     )
     require(
@@ -263,6 +281,17 @@ def validate(config: Config) -> None:
         section, name = key.split(".")
         value = getattr(getattr(config, section), name)
         require(value >= 1, f"{key} is {value}; it must be at least 1")
+    data = config.data
+    require(
+        not data.weights or len(data.weights) == len(data.folders),
+        f"data.weights holds {len(data.weights)} numbers for {len(data.folders)} folders; give one each",
+    )
+    require(all(w > 0 for w in data.weights), f"data.weights is {data.weights}; each must be above 0")
+    require(data.shuffle_block >= 1, f"data.shuffle_block is {data.shuffle_block}; it must be at least 1")
+    for key in ("length_groups", "retries", "cache_gib", "workers"):
+        value = getattr(data, key)
+        require(value >= 0, f"data.{key} is {value}; it must not be negative")
+    require(not data.cache_gib or bool(data.cache_dir), "data.cache_gib is set; name its folder with --data.cache_dir")
     for key in ("alpha", "beta"):
         value = getattr(config.losses, key)
         require(value >= 0, f"losses.{key} is {value}; it must not be negative")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from medalign import config as settings
@@ -18,8 +19,10 @@ from medalign.contracts import Batch, Sample
 from medalign.data.collate import Collator, TowerView
 from medalign.data.index import ShardIndex
 from medalign.data.loader import TrainLoader
-from medalign.data.plan import GlobalOrder
+from medalign.data.mixing import LengthGroups, Mixture
+from medalign.data.plan import GlobalOrder, Order
 from medalign.data.prompts import PromptEncoder
+from medalign.data.storage import Access
 from medalign.engine import engine as deepspeed_engine
 from medalign.engine.engine import Engine
 from medalign.engine.settings import deepspeed_settings, precision
@@ -27,6 +30,7 @@ from medalign.errors import ConfigError
 from medalign.losses.objective import Objective
 from medalign.observability.sinks import ConsoleSink, JsonlSink, Sink, WandbSink
 from medalign.student import loading
+from medalign.student.families import Anatomy
 from medalign.student.model import Student, check_causality
 from medalign.teacher.clip import Teacher, load_teacher
 from medalign.teacher.targets import assert_replicated
@@ -42,7 +46,7 @@ def train(config: Config) -> Path:
     distributed.set_up_logging()
     folder = Path(config.run.dir)
     ds_settings = deepspeed_settings(config, distributed.world())
-    index = ShardIndex.open(config.data.folders) if config.train.steps else None
+    index = open_index(config) if config.train.steps else None
     deepspeed_engine.start(ds_settings)
     try:
         _train(config, folder, index, ds_settings)
@@ -104,16 +108,20 @@ def build_teacher(config: Config) -> Teacher | None:
 
 def build_collator(config: Config, student: Student, processor: Any, teacher: Teacher | None) -> Collator:
     """Samples to batches, for this student and this teacher."""
-    anatomy = student.anatomy
-    eye = loading.eye(processor, anatomy.image_size)
     view = TowerView(teacher.image_size, teacher.mean, teacher.std) if teacher is not None else None
+    return collator_of(config, student.anatomy, processor, view)
+
+
+def collator_of(config: Config, anatomy: Anatomy, processor: Any, teacher_view: TowerView | None) -> Collator:
+    """Samples to batches, for models of which only the shapes are known."""
+    eye = loading.eye(processor, anatomy.image_size)
     encoder = PromptEncoder(
         processor,
         image_token_id=anatomy.image_token_id,
         tokens_per_image=anatomy.grid.size,
         max_length=config.data.max_length,
     )
-    return Collator(encoder, TowerView(eye.size, eye.mean, eye.std), view, anatomy.grid)
+    return Collator(encoder, TowerView(eye.size, eye.mean, eye.std), teacher_view, anatomy.grid)
 
 
 def build_objective(config: Config) -> Objective:
@@ -128,11 +136,38 @@ def build_objective(config: Config) -> Objective:
     )
 
 
+def open_index(config: Config) -> ShardIndex:
+    """The training folders' index."""
+    data = config.data
+    cache = Path(data.cache_dir) if data.cache_dir else None
+    access = Access(retries=data.retries, cache=cache, cache_bytes=int(data.cache_gib * 2**30))
+    return ShardIndex.open(data.folders, access)
+
+
+def build_order(config: Config, index: ShardIndex) -> Order:
+    """The order of all samples, from the settings alone: the same on every rank."""
+    data, seed = config.data, config.run.seed
+    sizes = [index.shard_sizes(folder) for folder in range(len(data.folders))]
+    order: Order
+    if data.weights:
+        streams = [
+            GlobalOrder(int(shards.sum()), seed, shards=shards, block=data.shuffle_block, stream=number)
+            for number, shards in enumerate(sizes)
+        ]
+        order = Mixture(streams, data.weights, seed)
+    else:
+        order = GlobalOrder(len(index), seed, shards=np.concatenate(sizes), block=data.shuffle_block)
+    if data.length_groups > 1:
+        batch, groups = config.train.batch_size, data.length_groups
+        order = LengthGroups(order, index.lengths, global_batch=batch, groups=groups, seed=seed)
+    return order
+
+
 def build_loader(config: Config, index: ShardIndex, collator: Collator, progress: Progress) -> TrainLoader:
     """The batches of this rank, from the step where the run stands."""
     return TrainLoader(
         index,
-        GlobalOrder(len(index), config.run.seed),
+        build_order(config, index),
         collator,
         global_batch=config.train.batch_size,
         micro_batch=config.train.micro_batch_size,
@@ -140,7 +175,6 @@ def build_loader(config: Config, index: ShardIndex, collator: Collator, progress
         world=distributed.world(),
         start_step=progress.step,
         workers=config.data.workers,
-        max_bad_share=config.data.max_bad_share,
     )
 
 
@@ -199,7 +233,15 @@ def _require_same(before: Config, now: Config, path: Path) -> None:
                 )
 
 
-_MAY_CHANGE: Sequence[str] = ("data.workers", "data.train", "train.micro_batch_size", "student.gradient_checkpointing")
+_MAY_CHANGE: Sequence[str] = (
+    "data.train",
+    "data.workers",
+    "data.retries",
+    "data.cache_dir",
+    "data.cache_gib",
+    "train.micro_batch_size",
+    "student.gradient_checkpointing",
+)
 
 
 def _say_end(config: Config, folder: Path, progress: Progress) -> None:

@@ -6,7 +6,7 @@ Shape suffixes as in `geometry`: I images, N student image tokens, B samples, L 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -88,6 +88,17 @@ class Collator:
     def __call__(self, samples: Sequence[Sample]) -> Batch:
         """Raises BadSample (a DataError) for the first sample that cannot be used."""
         return self.join([self.prepare(sample) for sample in samples])
+
+    @property
+    def pixels(self) -> int:
+        """Pixels a side that a picture needs: the larger tower's."""
+        return max(self.student_view.size, self.teacher_view.size if self.teacher_view else 0)
+
+    def filler(self) -> Batch:
+        """A batch that counts for nothing, for a rank without a sample of its own: text alone, nothing supervised."""
+        sample = Sample("filler", "none", "vqa", "-", "-", "open", ())
+        batch = self.join([self.prepare(sample)])
+        return replace(batch, labels=torch.full_like(batch.labels, IGNORE), keys=(), truncated=0)
 
     def prepare(self, sample: Sample) -> Prepared:
         """All work that one sample needs. Raises BadSample."""

@@ -1,99 +1,86 @@
-"""The index beside the shards: where every sample lies, so that any sample is read by seek, in any order.
-
-`index.jsonl` is text, one JSON object a line. The first line is the header:
-
-    {"format": "medalign-index", "version": 1, "samples": 1797,
-     "shards": [{"name": "shard-000000.tar", "bytes": 2048000, "samples": 1000}, ...]}
-
-Then one row a sample, in the order of the shards (`members` maps the extension to byte offset in the tar, length in
-bytes and CRC-32; `text` holds the characters of question and answer; width and height are 0 without an image):
-
-    {"key": "a", "shard": 0, "task": "vqa", "answer_type": "closed", "width": 512, "height": 384,
-     "text": [31, 3], "members": {"jpg": [512, 20480, 305419896], "json": [21504, 311, 19088743]}}
-"""
+"""All samples of one or several shard folders: where each lies, so that any is read by position, in any order."""
 
 from __future__ import annotations
 
-import json
-import os
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from medalign.contracts import Sample
 from medalign.data.samples import ANSWER_TYPES, TASKS, BadSample, decode_image, parse_fields, to_sample
+from medalign.data.storage import Access, Storage, fetched_folder, is_remote, storage_of
+from medalign.data.table import IMAGE, INDEX_NAME, JSON, MASK, REBUILD, TAR_BLOCK, Table, read_table
 from medalign.errors import DataError
 
-INDEX_NAME = "index.jsonl"
-FORMAT, VERSION = "medalign-index", 1
-REBUILD = "pack the shards again, or rebuild the index with medalign.data.shards.build_index"
-
-_IMAGE, _JSON, _MASK = range(3)
-_KIND = {"jpg": _IMAGE, "jpeg": _IMAGE, "png": _IMAGE, "json": _JSON, "mask.png": _MASK}
-_ROW = np.dtype(
-    [
-        ("shard", np.int32),
-        ("task", np.int8),
-        ("answer_type", np.int8),
-        ("size", np.int32, 2),  # width, height
-        ("text", np.int32, 2),  # characters of question and answer
-        ("offset", np.int64, 3),  # image, JSON, mask; bytes
-        ("length", np.int32, 3),  # bytes; 0 where there is no such member
-        ("checksum", np.uint32, 3),
-    ]
-)
-_OPEN_FILES = 64  # shards kept open by one process
+_GAP = 1 << 16  # bytes read in vain rather than asked for one by one
 
 
 class ShardIndex:
     """All samples of one or several shard folders, numbered from 0 in the order of folders, shards and members.
 
-    About 90 bytes of memory a sample. Safe to fork and to pickle: reading uses positioned reads only, and open files
-    stay behind.
+    Safe to fork and to pickle: reading uses positioned reads only, and open files stay behind.
     """
 
-    def __init__(self, shards: list[Path], rows: np.ndarray, keys: bytes, key_ends: np.ndarray) -> None:
-        self._shards = shards
-        self._rows = rows
-        self._keys = keys
-        self._key_ends = key_ends
+    def __init__(self, folders: Sequence[str], tables: Sequence[Table], access: Access) -> None:
+        self._folders = [folder.rstrip("/") for folder in folders]
+        self._tables = list(tables)
+        self._firsts = np.cumsum([0, *(len(table) for table in tables)])
+        self._storages: list[Storage] = [storage_of(folder, access) for folder in folders]
         self._numbers: dict[str, int] | None = None
-        self._files: dict[int, BinaryIO] = {}
 
     @classmethod
-    def open(cls, paths: str | Path | Sequence[str | Path]) -> ShardIndex:
-        """Read the indexes of the folders and check that every shard is there with its size.
+    def open(cls, paths: str | Path | Sequence[str | Path], access: Access | None = None) -> ShardIndex:
+        """Read the indexes of the folders (or addresses) and check that every local shard is there with its size.
 
         Raises DataError naming the file and the remedy.
         """
-        folders = [Path(p) for p in ([paths] if isinstance(paths, str | Path) else paths)]
+        folders = [str(p) for p in ([paths] if isinstance(paths, str | Path) else paths)]
         if not folders:
             raise DataError("no shard folder is named; give at least one")
-        shards: list[Path] = []
-        tables: list[np.ndarray] = []
-        keys: list[bytes] = []
+        access = access or Access()
+        tables = []
         for folder in folders:
-            table, names, folder_keys = _read_index(folder, first_shard=len(shards))
-            shards += names
-            tables.append(table)
-            keys += folder_keys
-        ends = np.cumsum([len(key) for key in keys], dtype=np.int64)
-        return cls(shards, np.concatenate(tables), b"".join(keys), ends)
+            if is_remote(folder):  # its shards are looked at when they are read
+                tables.append(read_table(fetched_folder(folder, (INDEX_NAME,), access)))
+            else:
+                tables.append(read_table(Path(folder)))
+                _check_shards(Path(folder), tables[-1])
+        return cls(folders, tables, access)
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return int(self._firsts[-1])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_files": {}, "_numbers": None}
+        return {**self.__dict__, "_numbers": None}
+
+    @property
+    def folder_sizes(self) -> list[int]:
+        """Samples of each folder."""
+        return [len(table) for table in self._tables]
+
+    def shard_sizes(self, folder: int) -> np.ndarray:
+        """Samples of each shard of a folder, in the order of the numbers, int64."""
+        return np.array([entry.samples for entry in self._tables[folder].shards], dtype=np.int64)
+
+    def lengths(self, numbers: np.ndarray) -> np.ndarray:
+        """For each sample how long it is beside others, int64: any image outweighs any text; then characters."""
+        lengths = np.empty(len(numbers), dtype=np.int64)
+        owners = np.searchsorted(self._firsts, numbers, side="right") - 1
+        for folder in np.unique(owners):
+            here = owners == folder
+            rows = self._tables[folder].rows[numbers[here] - self._firsts[folder]]
+            has_image = (rows["length"][:, IMAGE] > 0).astype(np.int64)
+            lengths[here] = (has_image << 32) + rows["text"].astype(np.int64).sum(axis=1)
+        return lengths
 
     def key(self, i: int) -> str:
         """Key of sample i."""
-        start = int(self._key_ends[i - 1]) if i else 0
-        return self._keys[start : int(self._key_ends[i])].decode()
+        table, row, _ = self._find_row(i)
+        return table.key(row)
 
     @property
     def keys(self) -> list[str]:
@@ -105,62 +92,77 @@ class ShardIndex:
         if self._numbers is None:
             self._numbers = {self.key(i): i for i in reversed(range(len(self)))}
         if key not in self._numbers:
-            raise DataError(f"no sample has the key {key!r} among the {len(self)} of {self._shards[0].parent}")
+            raise DataError(f"no sample has the key {key!r} among the {len(self)} of {', '.join(self._folders)}")
         return self._numbers[key]
 
     def shard(self, i: int) -> str:
         """Name of the shard of sample i, with its folder: "train/shard-000000.tar"."""
-        path = self._shards[self._rows["shard"][i]]
-        return f"{path.parent.name}/{path.name}"
+        return "/".join(self._place(i).split("/")[-2:])
 
     def task(self, i: int) -> str:
         """Task of sample i."""
-        return TASKS[self._rows["task"][i]]
+        return TASKS[self._row(i)["task"]]
 
     def answer_type(self, i: int) -> str:
         """Answer type of sample i."""
-        return ANSWER_TYPES[self._rows["answer_type"][i]]
+        return ANSWER_TYPES[self._row(i)["answer_type"]]
 
     def size(self, i: int) -> tuple[int, int]:
         """Width and height of the image of sample i, (0, 0) if it has none."""
-        width, height = self._rows["size"][i]
+        width, height = self._row(i)["size"]
         return int(width), int(height)
 
-    def read(self, i: int) -> Sample:
-        """Sample i, decoded. Raises BadSample for this sample's own faults, DataError for the shard's."""
+    def read(self, i: int, at_least: int = 0) -> Sample:
+        """Sample i, decoded; a JPEG far larger than `at_least` pixels at reduced scale (see `decode_image`).
+
+        Raises BadSample for this sample's own faults, DataError for the shard's.
+        """
         with _naming(self.shard(i), self.key(i)):
-            data = self._member(i, _IMAGE)
-            fields = parse_fields(self._member(i, _JSON))
-            return to_sample(self.shard(i), self.key(i), fields, decode_image(data) if data else None)
+            members = self._members(i, (IMAGE, JSON))
+            fields = parse_fields(members[JSON])
+            image = decode_image(members[IMAGE], at_least) if members[IMAGE] else None
+            return to_sample(self.shard(i), self.key(i), fields, image, self.size(i))
 
     def read_mask(self, i: int) -> Image.Image | None:
         """The mask of sample i, as stored, or None. Raises as `read` does."""
         with _naming(self.shard(i), self.key(i)):
-            data = self._member(i, _MASK)
+            data = self._members(i, (MASK,))[MASK]
             return decode_image(data) if data else None
 
-    def _member(self, i: int, kind: int) -> bytes:
-        row = self._rows[i]
-        offset, length = int(row["offset"][kind]), int(row["length"][kind])
-        if not length:
-            return b""
-        path = self._shards[row["shard"]]
-        try:
-            data = os.pread(self._file(int(row["shard"])).fileno(), length, offset)
-        except OSError as error:
-            raise DataError(f"shard {path} cannot be read: {error.strerror}; was it moved or deleted?") from error
-        if len(data) != length:
-            raise DataError(f"shard {path} ends before byte {offset + length}; it was changed since the start")
-        if zlib.crc32(data) != row["checksum"][kind]:
-            raise BadSample("checksum differs from the index; the shard's bytes are damaged")
+    def ahead(self, numbers: Sequence[int]) -> None:
+        """These samples will be read soon: remote storage begins to fetch them."""
+        owners = (np.searchsorted(self._firsts, numbers, side="right") - 1).tolist()
+        for folder in set(owners):
+            mine = [i for i, owner in zip(numbers, owners, strict=True) if owner == folder]
+            ranges = [(self._place(i), *span) for i in mine for span in _spans(self._row(i), (IMAGE, JSON))]
+            self._storages[folder].ahead(ranges)
+
+    def _members(self, i: int, kinds: Sequence[int]) -> dict[int, bytes]:
+        row, storage, place = self._row(i), self._storages[self._find_row(i)[2]], self._place(i)
+        data = dict.fromkeys(kinds, b"")
+        for start, length in _spans(row, kinds):
+            found = storage.read(place, start, length)
+            for kind in kinds:
+                begin, size = int(row["block"][kind]) * TAR_BLOCK - start, int(row["length"][kind])
+                if size and begin >= 0 and begin + size <= length:
+                    data[kind] = found[begin : begin + size]
+        for kind in kinds:
+            if data[kind] and zlib.crc32(data[kind]) != row["checksum"][kind]:
+                raise BadSample("checksum differs from the index; the shard's bytes are damaged")
         return data
 
-    def _file(self, shard: int) -> BinaryIO:
-        file = self._files.pop(shard, None) or open(self._shards[shard], "rb", buffering=0)  # noqa: SIM115
-        self._files[shard] = file  # the most recently used comes last
-        if len(self._files) > _OPEN_FILES:
-            self._files.pop(next(iter(self._files))).close()
-        return file
+    def _find_row(self, i: int) -> tuple[Table, int, int]:
+        """Table, row in it, and number of its folder."""
+        folder = int(np.searchsorted(self._firsts, i, side="right")) - 1 if len(self._tables) > 1 else 0
+        return self._tables[folder], i - int(self._firsts[folder]), folder
+
+    def _row(self, i: int) -> np.void:
+        table, row, _ = self._find_row(i)
+        return table.rows[row]
+
+    def _place(self, i: int) -> str:
+        table, row, folder = self._find_row(i)
+        return f"{self._folders[folder]}/{table.shards[table.rows['shard'][row]].name}"
 
 
 class _naming:
@@ -177,62 +179,28 @@ class _naming:
             raise BadSample(f"{self._name}: {error}") from error
 
 
-def _read_index(folder: Path, first_shard: int) -> tuple[np.ndarray, list[Path], list[bytes]]:
-    path = folder / INDEX_NAME
-    if not path.is_file():
-        found = "has no index.jsonl" if folder.is_dir() else "does not exist"
-        raise DataError(f"shard folder {folder} {found}; {REBUILD}, or correct the path")
-    with path.open("rb") as file:
-        header = _header(path, file.readline())
-        shards = [_checked_shard(folder, entry) for entry in header["shards"]]
-        rows = np.zeros(header["samples"], _ROW)
-        keys: list[bytes] = []
-        for number, line in enumerate(file):
-            try:
-                row = json.loads(line)
-                rows[number] = _pack_row(row, first_shard, len(shards))
-                keys.append(row["key"].encode())
-            except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-                raise DataError(f"{path} line {number + 2} is damaged ({error!r}); {REBUILD}") from error
-    if len(keys) != len(rows):
-        raise DataError(f"{path} holds {len(keys)} rows but its header says {len(rows)}; {REBUILD}")
-    return rows, shards, keys
+def _spans(row: np.void, kinds: Sequence[int]) -> list[tuple[int, int]]:
+    """Offset and length of the reads that bring these members: neighbours in one."""
+    members = sorted(
+        (int(row["block"][kind]) * TAR_BLOCK, int(row["length"][kind])) for kind in kinds if row["length"][kind]
+    )
+    spans: list[tuple[int, int]] = []
+    for offset, length in members:
+        if spans and offset - sum(spans[-1]) <= _GAP:
+            start, _ = spans.pop()
+            spans.append((start, offset + length - start))
+        else:
+            spans.append((offset, length))
+    return spans
 
 
-def _header(path: Path, line: bytes) -> dict[str, Any]:
-    try:
-        header = json.loads(line)
-        known = header["format"] == FORMAT and int(header["samples"]) >= 0 and bool(header["shards"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} does not begin with an index header; {REBUILD}") from error
-    if not known or header.get("version") != VERSION:
-        found = f"{header['format']} version {header.get('version')}"
-        raise DataError(f"{path} is {found}, wanted {FORMAT} version {VERSION}; {REBUILD}")
-    return header
-
-
-def _checked_shard(folder: Path, entry: dict[str, Any]) -> Path:
-    path = folder / entry["name"]
-    if not path.is_file():
-        raise DataError(f"shard {path} is missing though {folder / INDEX_NAME} names it; restore it, or {REBUILD}")
-    if path.stat().st_size != entry["bytes"]:
-        raise DataError(
-            f"shard {path} has {path.stat().st_size} bytes, the index says {entry['bytes']}; "
-            f"it was truncated or replaced: copy it again, or {REBUILD}"
-        )
-    return path
-
-
-def _pack_row(row: dict[str, Any], first_shard: int, shards: int) -> np.ndarray:
-    packed = np.zeros((), _ROW)
-    if not 0 <= row["shard"] < shards:
-        raise ValueError(f"shard {row['shard']} of {shards}")
-    packed["shard"] = first_shard + row["shard"]
-    packed["task"] = TASKS.index(row["task"])
-    packed["answer_type"] = ANSWER_TYPES.index(row["answer_type"])
-    packed["size"] = row["width"], row["height"]
-    packed["text"] = row["text"]
-    for extension, (offset, length, checksum) in row["members"].items():
-        kind = _KIND[extension]
-        packed["offset"][kind], packed["length"][kind], packed["checksum"][kind] = offset, length, checksum
-    return packed
+def _check_shards(folder: Path, table: Table) -> None:
+    for entry in table.shards:
+        path = folder / entry.name
+        if not path.is_file():
+            raise DataError(f"shard {path} is missing though {folder / INDEX_NAME} names it; restore it, or {REBUILD}")
+        if path.stat().st_size != entry.size:
+            raise DataError(
+                f"shard {path} has {path.stat().st_size} bytes, the index says {entry.size}; "
+                f"it was truncated or replaced: copy it again, or {REBUILD}"
+            )

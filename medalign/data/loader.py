@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from medalign.contracts import Batch, Sample
 from medalign.data.collate import Collator, Prepared
 from medalign.data.index import ShardIndex
-from medalign.data.plan import GlobalOrder, StepPlan
+from medalign.data.plan import Order, StepPlan
 from medalign.data.samples import BadSample
 from medalign.errors import ConfigError, DataError, MedAlignError
 
@@ -27,8 +30,7 @@ class TrainLoader:
 
     The global batch of a step is fixed by `order` alone; `StepPlan` says which part this rank takes. A sample that
     cannot be used is replaced by the next sample number that can (the first after the last), and named in
-    `Batch.skipped`. DataError is raised when more than `max_bad_share` of the samples that this rank drew since the
-    start were bad, as soon as that is certain for the first JUDGED_AFTER samples, and at once when a shard is lost.
+    `Batch.skipped`; `judge_bad_share` says when there are too many. DataError is raised when a shard is lost.
 
     Args:
         global_batch, micro_batch: samples of a step over all ranks, and of one forward pass.
@@ -39,7 +41,7 @@ class TrainLoader:
     def __init__(
         self,
         index: ShardIndex,
-        order: GlobalOrder,
+        order: Order,
         collator: Collator,
         *,
         global_batch: int,
@@ -48,7 +50,6 @@ class TrainLoader:
         world: int = 1,
         start_step: int = 0,
         workers: int = 0,
-        max_bad_share: float = 0.01,
     ) -> None:
         if order.size != len(index):
             raise ConfigError(f"the order is made for {order.size} samples, the shards hold {len(index)}")
@@ -57,11 +58,9 @@ class TrainLoader:
         self.rank = rank
         self.start_step = start_step
         self.workers = workers
-        self.max_bad_share = max_bad_share
         self._reader = _Reader(index, collator)
 
     def __iter__(self) -> Iterator[list[Batch]]:
-        seen = bad = 0
         micro_batches = iter(self._loader())
         while True:
             step = []
@@ -69,45 +68,64 @@ class TrainLoader:
                 batch = next(micro_batches)
                 if isinstance(batch, MedAlignError):
                     raise batch
-                seen, bad = seen + len(batch.keys), bad + len(batch.skipped)
-                self._judge(seen, bad, batch)
                 step.append(batch)
             yield step
 
     def _loader(self) -> Iterable[Batch | MedAlignError]:
         return DataLoader(
             self._reader,
-            sampler=_Numbers(self),
+            sampler=_Draws(self),
             batch_size=None,
             collate_fn=_as_is,
             num_workers=self.workers,
             generator=torch.Generator(),  # its own, so that loading draws nothing from the trainer's
         )
 
-    def numbers(self) -> Iterator[list[int]]:
-        """Sample numbers of each micro-batch of this rank, from the first step on."""
-        step = self.start_step
-        while True:
-            for start in self.plan.starts(step, self.rank):
-                yield self.order.take(start, self.plan.micro_batch).tolist()
-            step += 1
-
-    def _judge(self, seen: int, bad: int, batch: Batch) -> None:
-        if bad > self.max_bad_share * max(seen, JUDGED_AFTER):
-            raise DataError(
-                f"{bad} of {seen} samples could not be used, more than data.max_bad_share {self.max_bad_share}; "
-                f"the last were {'; '.join(batch.skipped[-3:])}. Repair or repack the shards, or raise the share"
-            )
+    def draws(self) -> Iterator[Draw]:
+        """What is to be read, micro-batch after micro-batch, each with what the same worker reads after it."""
+        turn = max(self.workers, 1)  # the DataLoader deals micro-batches to its workers in turn
+        numbers = rank_numbers(self.order, self.plan, self.rank, self.start_step)
+        waiting = deque(itertools.islice(numbers, turn))
+        for later in numbers:
+            waiting.append(later)
+            yield Draw(waiting.popleft(), later)
 
 
-class _Numbers:
-    """The sampler of the DataLoader: lists of sample numbers, made in the trainer's process."""
+class Draw(NamedTuple):
+    """Work for one reader."""
+
+    numbers: list[int]  # samples of a micro-batch
+    ahead: list[int]  # samples of the reader's next one
+
+
+def rank_numbers(order: Order, plan: StepPlan, rank: int, start_step: int = 0) -> Iterator[list[int]]:
+    """Sample numbers of each micro-batch of a rank, from the first step on, without end."""
+    for step in itertools.count(start_step):
+        for piece in plan.pieces(step, rank):
+            yield order.at(np.arange(piece.start, piece.stop, dtype=np.int64)).tolist()
+
+
+def judge_bad_share(bad: int, seen: int, most: float, last: Sequence[str] = ()) -> None:
+    """Raises DataError when more than `most` of the samples that all ranks drew since the run began were bad.
+
+    The first JUDGED_AFTER samples are judged as so many. `last` names bad samples of this rank.
+    """
+    if bad > most * max(seen, JUDGED_AFTER):
+        named = f"the last were {'; '.join(last[-3:])}" if last else "the log of the other ranks names them"
+        raise DataError(
+            f"{bad} of {seen} samples could not be used, more than data.max_bad_share {most}; {named}. "
+            "Repair or repack the shards, or raise the share"
+        )
+
+
+class _Draws:
+    """The sampler of the DataLoader: made in the trainer's process, so that workers hold no order."""
 
     def __init__(self, loader: TrainLoader) -> None:
         self._source = loader
 
-    def __iter__(self) -> Iterator[list[int]]:
-        return self._source.numbers()
+    def __iter__(self) -> Iterator[Draw]:
+        return self._source.draws()
 
 
 class _Reader(Dataset):
@@ -117,10 +135,12 @@ class _Reader(Dataset):
         self._index = index
         self._collator = collator
 
-    def __getitem__(self, numbers: list[int]) -> Batch | MedAlignError:
+    def __getitem__(self, draw: Draw) -> Batch | MedAlignError:
         skipped: list[str] = []
         try:
-            batch = self._collator.join([self._prepare(number, skipped) for number in numbers])
+            self._index.ahead([*draw.numbers, *draw.ahead])
+            prepared = [self._prepare(number, skipped) for number in draw.numbers]
+            batch = self._collator.join(prepared) if prepared else self._collator.filler()
         except MedAlignError as error:
             return error
         return replace(batch, skipped=tuple(skipped))
@@ -131,7 +151,8 @@ class _Reader(Dataset):
         reason = ""
         for step in range(size):
             try:
-                prepared = self._collator.prepare(self._index.read((number + step) % size))
+                sample = self._index.read((number + step) % size, self._collator.pixels)
+                prepared = self._collator.prepare(sample)
             except BadSample as error:
                 reason = reason or str(error)
                 continue

@@ -17,6 +17,8 @@ import numpy as np
 from PIL import Image
 
 from medalign.contracts import Sample
+from medalign.data import dicom
+from medalign.data.dicom import is_dicom
 from medalign.errors import DataError
 
 REPORT_PROMPT = "Describe the findings in this image."
@@ -24,6 +26,7 @@ TASKS = ("vqa", "report")
 ANSWER_TYPES = ("closed", "open", "")
 SAMPLE_FIELDS = ("task", "question", "answer", "answer_type", "boxes")  # the rest becomes Sample.metadata
 
+_WINDOW = (0.5, 99.5)  # per cent of the pixels
 _BOX_SLACK = 1.0  # pixels; annotators' tools count the last pixel in or out
 _UNDECODABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 
@@ -32,13 +35,23 @@ class BadSample(DataError):
     """This one sample cannot be used; its neighbours can. The message is the reason, or "shard/key: reason"."""
 
 
-def decode_image(data: bytes) -> Image.Image:
-    """The decoded picture, as stored; more than 8 bits of grey become 8, linearly from darkest to brightest.
+def decode_image(data: bytes, at_least: int = 0) -> Image.Image:
+    """The decoded picture, 8 bits a channel.
+
+    A JPEG whose longer side is twice `at_least` or more is decoded at a half, a quarter or an eighth of its size, so
+    that its longer side is still `at_least` pixels; 0 decodes it as stored. More than 8 bits of grey are windowed:
+    the darkest and the brightest half per cent become black and white. DICOM is shown as its own tags say.
 
     Raises BadSample if the bytes are no picture or end too early.
     """
     try:
+        if is_dicom(data):
+            return dicom.picture(data)
         image = Image.open(io.BytesIO(data))
+        if at_least and image.format in ("JPEG", "MPO"):
+            longer = max(image.size)
+            width, height = (max(1, -(-side * at_least // longer)) for side in image.size)
+            image.draft(None, (width, height))
         image.load()
     except _UNDECODABLE as error:
         raise BadSample(f"image cannot be decoded ({error})") from error
@@ -47,19 +60,24 @@ def decode_image(data: bytes) -> Image.Image:
 
 def _eight_bit(image: Image.Image) -> Image.Image:
     values = np.asarray(image).astype(np.float32)
-    low, high = float(values.min()), float(values.max())
-    return Image.fromarray(np.rint((values - low) * (255 / max(high - low, 1e-6))).astype(np.uint8))
+    low, high = np.percentile(values, _WINDOW)
+    if low == high:  # almost all of one value; what differs from it must stay visible
+        low, high = values.min(), values.max()
+    shown = (values.clip(low, high) - low) * (255 / max(float(high - low), 1e-6))
+    return Image.fromarray(np.rint(shown).astype(np.uint8))
 
 
 def picture_header(data: bytes) -> tuple[str, int, int]:
-    """Format ("png" or "jpg"), width and height of a picture, without decoding its pixels."""
+    """Format ("png", "jpg" or "dcm"), width and height of a picture, without decoding its pixels."""
     try:
+        if is_dicom(data):
+            return "dcm", *dicom.picture_size(data)
         with Image.open(io.BytesIO(data)) as image:
             name, (width, height) = image.format or "unknown", image.size
     except _UNDECODABLE as error:
         raise BadSample(f"image cannot be decoded ({error})") from error
     if name not in ("PNG", "JPEG", "MPO"):
-        raise BadSample(f"image is {name}; only PNG and JPEG are read")
+        raise BadSample(f"image is {name}; only PNG, JPEG and DICOM are read")
     return ("png" if name == "PNG" else "jpg"), width, height
 
 
@@ -108,10 +126,23 @@ def _check_box(box: Any, size: tuple[int, int]) -> None:
         raise BadSample(f"box {box!r} lies outside the image of {size[0]} x {size[1]} pixels")
 
 
-def to_sample(shard: str, key: str, fields: dict[str, Any], image: Image.Image | None) -> Sample:
-    """A checked sample. A report without a question asks the default one; its answer is the report."""
-    check_fields(fields, image.size if image else None)
+def to_sample(
+    shard: str,
+    key: str,
+    fields: dict[str, Any],
+    image: Image.Image | None,
+    stored_size: tuple[int, int] | None = None,
+) -> Sample:
+    """A checked sample. A report without a question asks the default one; its answer is the report.
+
+    Args:
+        stored_size: width and height that boxes refer to, where `image` was decoded smaller; boxes shrink with it.
+    """
+    size = (stored_size or image.size) if image else None
+    check_fields(fields, size)
     report = fields["task"] == "report"
+    across, down = (image.width / size[0], image.height / size[1]) if image and size else (1.0, 1.0)
+    boxes = fields.get("boxes") or []
     return Sample(
         key=key,
         shard=shard,
@@ -120,6 +151,6 @@ def to_sample(shard: str, key: str, fields: dict[str, Any], image: Image.Image |
         answer=(fields["report"] if report else fields["answer"]).strip(),
         answer_type="" if report else fields.get("answer_type") or "",
         images=(image,) if image else (),
-        boxes=tuple((float(x0), float(y0), float(x1), float(y1)) for x0, y0, x1, y1 in fields.get("boxes") or []),
+        boxes=tuple((x0 * across, y0 * down, x1 * across, y1 * down) for x0, y0, x1, y1 in boxes),
         metadata={name: value for name, value in fields.items() if name not in SAMPLE_FIELDS},
     )

@@ -1,6 +1,6 @@
 """WebDataset tars and how they are written: the only door to webdataset.
 
-A shard folder holds `shard-000000.tar`, `shard-000001.tar`, ... and `index.jsonl` (see `index`). Each sample is two
+A shard folder holds `shard-000000.tar`, `shard-000001.tar`, ... and `index.jsonl` (see `table`). Each sample is two
 or three neighbouring members of one tar:
 
     KEY.jpg or KEY.png    the image, as it came (left out for a sample without image)
@@ -36,12 +36,14 @@ from typing import Any, Literal
 
 from webdataset import TarWriter
 
-from medalign.data.index import FORMAT, INDEX_NAME, VERSION
 from medalign.data.samples import BadSample, check_fields, decode_image, parse_fields, picture_header
+from medalign.data.table import FORMAT, INDEX_NAME, LARGE, LONGEST, TABLE_NAME, VERSION, read_table
 from medalign.errors import ConfigError, DataError
 
 _SHARD_NAME = re.compile(r"shard-\d{6,}\.tar")
 _BAD_KEY = re.compile(r"[./\\\s\x00-\x1f]|^__|^$")
+_OURS = (INDEX_NAME, TABLE_NAME)
+_PICTURES = ("jpg", "jpeg", "png", "dcm")
 _LONGEST_KEY = 80  # bytes; tar's plain header holds names of 100
 
 
@@ -283,17 +285,19 @@ def _groups(path: Path) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
 
 def _row(file: io.BufferedReader, key: str, shard: int, members: dict[str, tuple[int, int]]) -> dict[str, Any]:
     data = {}
-    for extension in ("jpg", "jpeg", "png", "json", "mask.png"):
+    for extension in (*_PICTURES, "json", "mask.png"):
         if extension in members:
             offset, length = members[extension]
             file.seek(offset)
             data[extension] = file.read(length)
     if "json" not in data:
         raise BadSample(f"there is no {key}.json beside its other members")
-    images = [extension for extension in data if extension in ("jpg", "jpeg", "png")]
+    images = [extension for extension in data if extension in _PICTURES]
     if len(images) > 1:
         raise BadSample(f"there are several images ({', '.join(images)}); one is read")
     width, height = picture_header(data[images[0]])[1:] if images else (0, 0)
+    if max(width, height) > LONGEST:
+        raise BadSample(f"image has {width} x {height} pixels; at most {LONGEST} a side are read")
     fields = parse_fields(data["json"])
     check_fields(fields, (width, height) if images else None)
     answer = fields["report"] if fields["task"] == "report" else fields["answer"]
@@ -318,6 +322,8 @@ def _write_index(folder: Path, shards: list[tuple[Path, list[dict[str, Any]]]]) 
         for line in (header, *(row for _, rows in shards for row in rows)):
             file.write(json.dumps(line, ensure_ascii=False, separators=(",", ":")) + "\n")
     partial.replace(folder / INDEX_NAME)
+    if total >= LARGE:
+        read_table(folder)  # makes the mapped form too, once for all who open it
 
 
 def require_replaceable(output: Path) -> None:
@@ -326,7 +332,7 @@ def require_replaceable(output: Path) -> None:
         return
     if not output.is_dir():
         raise DataError(f"{output} is a file; name a folder for the shards")
-    foreign = [p.name for p in sorted(output.iterdir()) if p.name != INDEX_NAME and not _SHARD_NAME.fullmatch(p.name)]
+    foreign = [p.name for p in sorted(output.iterdir()) if p.name not in _OURS and not _SHARD_NAME.fullmatch(p.name)]
     if foreign:
         raise DataError(f"{output} holds {foreign[0]!r}, which is no shard; name an empty or a new folder")
 

@@ -27,7 +27,9 @@ def deepspeed_settings(config: Config, world: int) -> dict[str, Any]:
     settings = _read(config.engine.deepspeed)
     plan = StepPlan(config.train.batch_size, config.train.micro_batch_size, world)
     ours: dict[str, Any] = {
-        "train_batch_size": config.train.batch_size,
+        # Where ranks and micro-batches do not divide the batch, this is what DeepSpeed counts; the losses are
+        # divided by what is really there.
+        "train_batch_size": plan.accumulation * config.train.micro_batch_size * world,
         "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
         "gradient_accumulation_steps": plan.accumulation,
         "gradient_clipping": config.train.clip,

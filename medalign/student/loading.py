@@ -15,12 +15,12 @@ import torch
 from peft import LoraConfig as PeftLora
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging as transformers_logging
 
 from medalign.config import StudentConfig
 from medalign.errors import CheckpointError, ConfigError
-from medalign.student.families import anatomy
+from medalign.student.families import Anatomy, anatomy
 from medalign.student.model import Student
 from medalign.student.query_mixture import QueryMixture
 from medalign.student.steering import Steering
@@ -66,6 +66,13 @@ def load_student(config: StudentConfig, dtype: torch.dtype, seed: int = 0) -> St
     if config.gradient_checkpointing:
         _checkpoint_blocks(student)
     return student
+
+
+def load_anatomy(config: StudentConfig) -> Anatomy:
+    """The student's shapes alone: its weights are not read, and the modules hold none."""
+    settings = AutoConfig.from_pretrained(_folder(config), local_files_only=True)
+    with torch.device("meta"):
+        return anatomy(AutoModelForImageTextToText.from_config(settings))
 
 
 def load_processor(config: StudentConfig) -> Any:

@@ -178,7 +178,7 @@ def load_teacher(
     code). With `random_weights_seed` the weights are not read: the control of an untrained teacher, always the
     same one for a seed. Raises ConfigError where the tower is of a kind that is not supported.
     """
-    source = _named_source(str(path)) if str(path).startswith(SCHEME) else _folder_source(Path(path))
+    source = _source(path)
     vision = source.model_config.get("vision_cfg", {})
     if vision.get("timm_model_name") or not isinstance(vision.get("layers", 12), int):
         tower = vision.get("timm_model_name") or "a ResNet"
@@ -195,6 +195,16 @@ def load_teacher(
     if size[0] != size[1]:
         raise ConfigError(f"teacher {path}: it wants images of {size[0]} x {size[1]}; supported: square ones")
     return Teacher(TransformerTower(visual), source.mean, source.std).to(device=device, dtype=dtype)
+
+
+def teacher_eye(path: str | Path) -> tuple[int, Sequence[float], Sequence[float]]:
+    """Pixels a side, mean and standard deviation of a teacher's pictures; its weights are not read."""
+    source = _source(path)
+    return int(source.model_config["vision_cfg"]["image_size"]), source.mean, source.std
+
+
+def _source(path: str | Path) -> _Source:
+    return _named_source(str(path)) if str(path).startswith(SCHEME) else _folder_source(Path(path))
 
 
 def _folder_source(folder: Path) -> _Source:

@@ -13,6 +13,7 @@ from medalign import distributed
 from medalign.checkpoint.state import Progress
 from medalign.config import Config
 from medalign.contracts import Batch
+from medalign.data.loader import judge_bad_share
 from medalign.observability.meters import Throughput, peak_memory_gib
 from medalign.observability.sinks import ConsoleSink, Sink
 from medalign.training.schedule import rates
@@ -59,17 +60,21 @@ def train(
 
 
 def _advance(progress: Progress, config: Config, done: int, micro_batches: Sequence[Batch], device: object) -> Progress:
-    for reason in (reason for batch in micro_batches for reason in batch.skipped):
+    reasons = [reason for batch in micro_batches for reason in batch.skipped]
+    for reason in reasons:
         log.warning("bad sample replaced: %s", reason)
-    bad = torch.tensor([sum(len(b.skipped) for b in micro_batches), sum(b.truncated for b in micro_batches)])
+    bad = torch.tensor([len(reasons), sum(b.truncated for b in micro_batches)])
     skipped, truncated = distributed.sum_over_ranks({"bad": bad.to(str(device))})["bad"].tolist()
-    return replace(
+    progress = replace(
         progress,
         step=done,
         samples=done * config.train.batch_size,
         skipped=progress.skipped + int(skipped),
         truncated=progress.truncated + int(truncated),
     )
+    # Of all ranks together, so that all stop at the same step and none waits for another.
+    judge_bad_share(progress.skipped, progress.samples, config.data.max_bad_share, reasons)
+    return progress
 
 
 def _state(progress: Progress, device: object) -> dict[str, float]:

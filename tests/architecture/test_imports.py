@@ -25,15 +25,17 @@ FLOORS = (
     ("engine",),
     ("checkpoint", "evaluation", "benchmark"),
     ("training", "cluster"),
-    ("run", "inference", "cli", "recipes", "__main__"),
+    ("run", "inference", "inspection", "cli", "recipes", "__main__"),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 # vendor: the files, as patterns under medalign/, that may import it
 DOORS = {
     "deepspeed": "engine/*",
+    "fsspec": "data/storage.py",
     "open_clip": "teacher/clip.py",
     "peft": "student/loading.py",
+    "pydicom": "data/dicom.py",
     "triton": "kernels/*triton*.py",
     "wandb": "observability/sinks.py",
     "webdataset": "data/shards.py",

@@ -42,3 +42,11 @@ def test_gather_images_orders_tokens_by_image():
     index = torch.tensor([[-1, 0, 0, 1, 1], [2, 2, -1, -1, -1]])
     values = torch.arange(10.0).reshape(2, 5)
     assert gather_images(values, index, 3, 2).tolist() == [[1, 2], [3, 4], [5, 6]]
+
+
+def test_a_grey_square_gives_the_pixels_of_its_rgb_form():
+    grey = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 50), dtype=np.uint8))
+    mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.25)
+    one, three = view(square_canvas(grey), 33, mean, std), view(grey.convert("RGB"), 33, mean, std)
+    assert one.shape == (3, 33, 33)
+    assert torch.equal(one, three)

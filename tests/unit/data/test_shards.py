@@ -14,9 +14,12 @@ import webdataset
 from PIL import Image
 from tiny_data import picture, record
 
+from medalign.data import shards as shards_module
+from medalign.data import table
 from medalign.data.index import ShardIndex
 from medalign.data.samples import REPORT_PROMPT, BadSample
 from medalign.data.shards import Record, Refused, build_index, write_shards
+from medalign.data.storage import Access
 from medalign.errors import ConfigError, DataError
 
 
@@ -184,7 +187,7 @@ def test_open_refuses_what_would_fail_later(tmp_path: Path, shards: Path) -> Non
         with pytest.raises(DataError, match=message):
             ShardIndex.open(shards)
     (shards / "index.jsonl").unlink()
-    with pytest.raises(DataError, match=r"no index\.jsonl.*build_index"):
+    with pytest.raises(DataError, match=r"no index\.jsonl.*medalign shards index"):
         ShardIndex.open(shards)
 
 
@@ -201,13 +204,13 @@ def test_bytes_damaged_after_packing(shards: Path) -> None:
 
 
 def test_a_shard_that_vanishes_or_shrinks_is_no_mere_bad_sample(shards: Path) -> None:
-    index = ShardIndex.open(shards)
+    index = ShardIndex.open(shards, Access(retries=1, pause=0.01))
     (shards / "shard-000002.tar").unlink()
     with pytest.raises(DataError, match=r"shard-000002\.tar cannot be read") as caught:
         index.read(15)
     assert not isinstance(caught.value, BadSample)
     (shards / "shard-000001.tar").write_bytes(b"")
-    with pytest.raises(DataError, match=r"shard-000001\.tar ends before"):
+    with pytest.raises(DataError, match=r"shard-000001\.tar cannot be read after 2 tries: it ends before"):
         index.read(8)
 
 
@@ -250,3 +253,69 @@ def test_deep_grey_becomes_eight_bits(tmp_path: Path) -> None:
 
 def _bytes(data: bytes) -> io.BytesIO:
     return io.BytesIO(data)
+
+
+def test_an_index_that_does_not_match_its_shards(shards: Path) -> None:
+    lines = (shards / "index.jsonl").read_text().splitlines()
+    moved = [json.loads(line) for line in lines]
+    moved[2]["members"], moved[3]["members"] = moved[3]["members"], moved[2]["members"]
+    moved[4]["members"]["png"][2] ^= 1
+    (shards / "index.jsonl").write_text("\n".join(map(json.dumps, moved)) + "\n")
+    index = ShardIndex.open(shards)
+    with pytest.raises(BadSample, match="s003: checksum"):
+        index.read(3)
+    for changed, message in (
+        ({"shard": 3}, "not in the order of the shards"),
+        ({"shard": 9}, "line 3 is damaged"),
+        ({"members": {"png": [700, 5, 1]}}, r"line 3 is damaged.*700 is no place"),
+    ):
+        rows = [json.loads(line) for line in lines]
+        rows[2] |= changed
+        (shards / "index.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+        with pytest.raises(DataError, match=message):
+            ShardIndex.open(shards)
+
+
+def test_a_corrupted_and_a_truncated_tar_of_others(tmp_path: Path, shards: Path) -> None:
+    tar = shards / "shard-000001.tar"
+    whole = tar.read_bytes()
+    tar.write_bytes(b"not a tar at all" * 64)
+    with pytest.raises(DataError, match=r"shard-000001\.tar is not a readable tar"):
+        build_index(shards)
+    tar.write_bytes(whole[:700])  # within the first member
+    with pytest.raises(DataError, match=r"shard-000001\.tar is not a readable tar"):
+        build_index(shards)
+
+
+def test_a_large_index_is_mapped_and_made_anew_when_the_text_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(table, "LARGE", 20)
+    monkeypatch.setattr(shards_module, "LARGE", 20)
+    folder = tmp_path / "large"
+    write_shards([record(i) for i in range(30)], folder, samples_per_shard=7)
+    assert (folder / "index.bin").is_file()
+    index = ShardIndex.open(folder)
+    text = table._parse(folder / "index.jsonl")
+    mapped = table.read_table(folder)
+    assert isinstance(mapped.rows, np.memmap)
+    assert np.array_equal(mapped.rows, text.rows)
+    assert index.keys == [f"s{i:03d}" for i in range(30)]
+    copy = pickle.loads(pickle.dumps(index))  # noqa: S301  # bytes made on this line
+    assert len(pickle.dumps(index)) < 2000  # the rows stay in the file
+    assert copy.read(29).question == index.read(29).question
+
+    write_shards([record(i) for i in range(40, 65)], folder, samples_per_shard=7)  # its own name is no foreign file
+    assert ShardIndex.open(folder).keys[0] == "s040"
+    (folder / "index.bin").write_bytes(b"cut")
+    assert ShardIndex.open(folder).read(3).key == "s043"
+    assert table._TableFile(folder / "index.bin").footer()
+
+    (folder / "index.bin").unlink()
+    monkeypatch.setattr(table._TableFile, "build", _no_space)
+    assert ShardIndex.open(folder).key(24) == "s064"
+    assert "every process holds its own copy" in caplog.text
+
+
+def _no_space(*_: object) -> None:
+    raise OSError(28, "No space left on device")

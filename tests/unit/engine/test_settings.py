@@ -27,9 +27,10 @@ def test_packaged_configurations_are_filled_in(config, name, stage):
     assert settings["bf16"] == {"enabled": True} and settings["gradient_clipping"] == 1.0
 
 
-def test_a_batch_that_cannot_be_cut_names_the_three_numbers(config):
-    with pytest.raises(ConfigError, match="32 .*4 x 3 ranks = 12"):
-        deepspeed_settings(config, 3)
+def test_a_batch_that_three_ranks_do_not_divide_is_cut_all_the_same(config):
+    settings = deepspeed_settings(config, 3)  # 32 samples: 10, 11 and 11, in micro-batches of 3 or 4
+    assert settings["gradient_accumulation_steps"] == 3
+    assert settings["train_batch_size"] == 3 * settings["train_micro_batch_size_per_gpu"] * 3
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,235 @@
+"""Bytes of shards by position: from local files, and from http(s), s3 or any other address that fsspec knows.
+
+What fails is tried again with growing pauses: a dropped connection, a server that is busy, a file that is gone for a
+moment. Then it is reported. No address is ever handed to a shell.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol, TypeVar
+
+import fsspec
+
+from medalign.data.cache import RangeCache
+from medalign.errors import ConfigError, DataError
+
+Result = TypeVar("Result")
+log = logging.getLogger("medalign")
+
+_OPEN_FILES = 64  # shards kept open by one process
+_LONGEST_PAUSE = 10.0  # seconds
+_VENDOR_ERRORS = (("aiohttp", "ClientError"), ("botocore.exceptions", "BotoCoreError"))  # not OSErrors
+
+
+class Short(OSError):
+    """Fewer bytes than asked for."""
+
+
+@dataclass(frozen=True)
+class Access:
+    """How shards are reached."""
+
+    retries: int = 5  # tries after the first that failed
+    pause: float = 0.2  # seconds before the second try; doubles with each
+    read_ahead: int = 16  # remote reads under way at a time
+    cache: Path | None = None  # folder for ranges read from afar
+    cache_bytes: int = 0  # most bytes in it
+
+
+class Storage(Protocol):
+    """Where the bytes of shards come from. Safe to fork and to pickle."""
+
+    def read(self, place: str, offset: int, length: int) -> bytes:
+        """`length` bytes of the file from `offset` on. Raises DataError naming the file after the last try."""
+        ...
+
+    def ahead(self, ranges: list[tuple[str, int, int]]) -> None:
+        """These ranges (place, offset, length) will be read soon."""
+        ...
+
+
+def is_remote(place: str | Path) -> bool:
+    """Whether the place is an address rather than a local path. Raises ConfigError for `pipe:`."""
+    text = str(place)
+    if text.startswith("pipe:"):
+        raise ConfigError(f"{text!r}: shards are not read through a shell; give the address itself (s3://, https://)")
+    return "://" in text
+
+
+def storage_of(place: str | Path, access: Access) -> Storage:
+    """The storage that reads this place."""
+    return RemoteStorage(access) if is_remote(place) else LocalStorage(access)
+
+
+class LocalStorage:
+    """Positioned reads from local files."""
+
+    def __init__(self, access: Access) -> None:
+        self._access = access
+        self._files: dict[str, BinaryIO] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_files": {}}
+
+    def read(self, place: str, offset: int, length: int) -> bytes:
+        """As `Storage.read`."""
+        return tried(lambda: self._once(place, offset, length), f"shard {place}", self._access)
+
+    def ahead(self, ranges: list[tuple[str, int, int]]) -> None:
+        """Nothing: the operating system reads ahead."""
+
+    def _once(self, place: str, offset: int, length: int) -> bytes:
+        file = self._files.pop(place, None) or open(place, "rb", buffering=0)  # noqa: SIM115
+        data = os.pread(file.fileno(), length, offset)
+        if len(data) != length:
+            file.close()  # the next try opens what is there then
+            raise Short(f"it ends before byte {offset + length}; it was changed since the start")
+        self._files[place] = file  # the most recently used comes last
+        if len(self._files) > _OPEN_FILES:
+            self._files.pop(next(iter(self._files))).close()
+        return data
+
+
+class RemoteStorage:
+    """Byte ranges over the network, several at a time, kept in a local cache if there is one."""
+
+    def __init__(self, access: Access) -> None:
+        self._access = access
+        self._cache = RangeCache(access.cache, access.cache_bytes) if access.cache and access.cache_bytes else None
+        self._forget()
+
+    def _forget(self) -> None:
+        self._process = os.getpid()
+        self._systems: dict[str, Any] = {}
+        self._pool: ThreadPoolExecutor | None = None
+        self._pending: dict[tuple[str, int, int], Future[bytes]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_access": self._access, "_cache": self._cache}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
+
+    def read(self, place: str, offset: int, length: int) -> bytes:
+        """As `Storage.read`."""
+        self._own_process()
+        pending = self._pending.pop((place, offset, length), None)
+        return pending.result() if pending else self._fetch(place, offset, length)
+
+    def ahead(self, ranges: list[tuple[str, int, int]]) -> None:
+        """Begin to read; what is never asked for is dropped when newer ranges come."""
+        self._own_process()
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(self._access.read_ahead, thread_name_prefix="medalign-read-ahead")
+        wanted = set(ranges)
+        for old in [known for known in self._pending if known not in wanted][: -4 * len(ranges) or None]:
+            self._pending.pop(old).cancel()
+        for one in ranges:
+            if one not in self._pending:
+                self._pending[one] = self._pool.submit(self._fetch, *one)
+
+    def whole(self, place: str) -> bytes:
+        """All bytes of a small file. Raises DataError."""
+        self._own_process()
+        return tried(lambda: self._system(place).cat_file(place), place, self._access)
+
+    def size(self, place: str) -> int:
+        """Bytes of a file. Raises DataError."""
+        self._own_process()
+        return int(tried(lambda: self._system(place).info(place), place, self._access)["size"])
+
+    def _fetch(self, place: str, offset: int, length: int) -> bytes:
+        name = f"{place}:{offset}:{length}"
+        data = self._cache.get(name) if self._cache else None
+        if data is None:
+            data = tried(lambda: self._once(place, offset, length), f"shard {place}", self._access)
+            if self._cache:
+                self._cache.put(name, data)
+        return data
+
+    def _once(self, place: str, offset: int, length: int) -> bytes:
+        data = self._system(place).cat_file(place, start=offset, end=offset + length)
+        if len(data) > length:  # the server does not know ranges and sent the whole file
+            data = data[offset : offset + length]
+        if len(data) != length:
+            raise Short(f"it gave {len(data)} of {length} bytes from byte {offset} on")
+        return data
+
+    def _system(self, place: str) -> Any:
+        scheme = place.partition("://")[0]
+        if scheme not in self._systems:
+            try:
+                kind = fsspec.get_filesystem_class(scheme)
+                # An instance of its own, for those of fsspec's cache may stem from the process that forked this one.
+                self._systems[scheme] = kind(skip_instance_cache=True, **_options(kind, place))
+            except (ImportError, ValueError) as error:
+                raise ConfigError(
+                    f"{place} cannot be read: {error}. pip install 'medalign[remote]' brings it"
+                ) from error
+        return self._systems[scheme]
+
+    def _own_process(self) -> None:
+        if self._process != os.getpid():
+            self._forget()
+
+
+def _options(kind: Any, place: str) -> dict[str, Any]:
+    """What fsspec takes from the address itself, such as the host of an sftp server."""
+    return kind._get_kwargs_from_urls(place)
+
+
+def tried(read: Callable[[], Result], name: str, access: Access) -> Result:
+    """`read()`, again with growing pauses where it fails. Raises DataError naming `name` after the last try."""
+    for attempt in range(access.retries + 1):
+        try:
+            return read()
+        except _errors() as error:
+            reason = _reason(error)
+            if attempt == access.retries:
+                raise DataError(
+                    f"{name} cannot be read after {attempt + 1} tries: {reason}; was it moved, deleted or replaced?"
+                ) from error
+            if attempt == 0:
+                log.warning("%s cannot be read: %s; trying %d more times", name, reason, access.retries)
+            time.sleep(min(access.pause * 2**attempt, _LONGEST_PAUSE))
+    raise AssertionError("unreachable: the last try returns or raises")
+
+
+def _reason(error: BaseException) -> str:
+    return str(getattr(error, "strerror", None) or error or type(error).__name__)
+
+
+def _errors() -> tuple[type[BaseException], ...]:
+    """What counts as a failed read. Vendors' own errors are there only once their package is in use."""
+    found: list[type[BaseException]] = [OSError, TimeoutError]
+    for module, name in _VENDOR_ERRORS:
+        if module in sys.modules:
+            found.append(getattr(importlib.import_module(module), name))
+    return tuple(found)
+
+
+def fetched_folder(address: str, names: tuple[str, ...], access: Access) -> Path:
+    """A local folder with these small files of a remote one, fetched where absent or of another size."""
+    home = access.cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "medalign"
+    folder = home / "index" / hashlib.sha256(address.encode()).hexdigest()[:24]
+    folder.mkdir(parents=True, exist_ok=True)
+    remote = RemoteStorage(access)
+    for name in names:
+        place, target = f"{address.rstrip('/')}/{name}", folder / name
+        if target.is_file() and target.stat().st_size == remote.size(place):
+            continue
+        partial = target.with_name(f".{name}.{os.getpid()}.partial")
+        partial.write_bytes(remote.whole(place))
+        partial.replace(target)
+    return folder

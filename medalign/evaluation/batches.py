@@ -1,0 +1,201 @@
+"""A batch as a person can judge it: what both towers see, what is read, what is learnt; as text, HTML or PNG."""
+
+from __future__ import annotations
+
+import base64
+import io
+import textwrap
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+import jinja2
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from medalign.contracts import IGNORE, Batch
+
+IMAGE, QUESTION, ANSWER, OTHER = "image", "question", "answer", "template"
+# For the terminal an SGR code, for pictures a colour; both on light and dark grounds.
+_SHOWN = {IMAGE: ("34", "#2f6fd0"), QUESTION: ("33", "#9a6b00"), ANSWER: ("1;32", "#12805c"), OTHER: ("2", "#7a8592")}
+_COLUMNS = 28  # characters of one picture in the terminal
+_THUMB, _WIDTH, _LINE = 160, 1100, 16  # pixels, of the PNG
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Neighbouring tokens of one kind."""
+
+    kind: str
+    text: str
+    start: int  # position of the first token
+    tokens: int
+
+    @property
+    def colour(self) -> str:
+        return _SHOWN[self.kind][1]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sample of the batch."""
+
+    key: str
+    pieces: tuple[Piece, ...]
+    length: int  # tokens without padding
+    padded: int  # tokens with padding
+    student: tuple[Image.Image, ...]
+    teacher: tuple[Image.Image, ...]
+
+    @property
+    def supervised(self) -> int:
+        """Tokens that are learnt."""
+        return sum(piece.tokens for piece in self.pieces if piece.kind == ANSWER)
+
+
+@dataclass(frozen=True)
+class BatchView:
+    """A batch, ready to be shown."""
+
+    title: str
+    rows: tuple[Row, ...]
+    skipped: tuple[str, ...]
+
+    @property
+    def padding(self) -> float:
+        """Share of all tokens that is padding."""
+        whole = sum(row.padded for row in self.rows)
+        return 1 - sum(row.length for row in self.rows) / max(whole, 1)
+
+    @property
+    def summary(self) -> str:
+        """One line of counts."""
+        lengths = [row.length for row in self.rows]
+        return (
+            f"{len(self.rows)} samples of {min(lengths)} to {max(lengths)} tokens, {sum(lengths)} in all, "
+            f"{sum(row.supervised for row in self.rows)} learnt; padding {100 * self.padding:.1f} %"
+        )
+
+
+def view_batch(batches: Sequence[Batch], tokenizer: Any, student: Any, teacher: Any | None, title: str) -> BatchView:
+    """The micro-batches of a step as rows. `student` and `teacher` hold the `mean` and `std` of their pixels."""
+    rows: list[Row] = []
+    for batch in batches:
+        for i, key in enumerate(batch.keys):
+            mine = ((batch.image_sample == i) & (batch.image_weight > 0)).nonzero()[:, 0].tolist()
+            rows.append(
+                Row(
+                    key=key,
+                    pieces=tuple(_pieces(batch, i, tokenizer)),
+                    length=int(batch.attention_mask[i].sum()),
+                    padded=batch.input_ids.shape[1],
+                    student=tuple(_picture(batch.student_pixels[n], student) for n in mine),
+                    teacher=tuple(_picture(batch.teacher_pixels[n], teacher) for n in mine) if teacher else (),
+                )
+            )
+    return BatchView(title, tuple(rows), tuple(reason for batch in batches for reason in batch.skipped))
+
+
+def as_text(view: BatchView, colour: bool) -> str:
+    """For the terminal. Without colour there are no pictures, and answers stand between guillemets."""
+    lines = [view.title, view.summary, ""]
+    if colour:
+        lines.insert(2, "  ".join(_sgr(kind, kind) for kind in _SHOWN))
+    for row in view.rows:
+        lines.append(f"{row.key}: {row.length} tokens, {row.supervised} learnt, {row.padded - row.length} padding")
+        if colour:
+            lines += _blocks(row)
+        lines.append("  " + " ".join(_sgr(p.kind, p.text) if colour else _plain(p) for p in row.pieces))
+        lines.append("  " + ", ".join(f"{p.kind} {p.start}-{p.start + p.tokens - 1}" for p in row.pieces))
+        lines.append("")
+    lines += [f"bad sample replaced: {reason}" for reason in view.skipped]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def as_html(view: BatchView) -> str:
+    """One page that loads nothing from elsewhere."""
+    text = (resources.files("medalign.evaluation") / "batch.html.jinja").read_text(encoding="utf-8")
+    template = jinja2.Environment(autoescape=True).from_string(text)
+    colours = {kind: colour for kind, (_, colour) in _SHOWN.items()}
+    return template.render(view=view, colours=colours, data_uri=_data_uri)
+
+
+def as_picture(view: BatchView) -> Image.Image:
+    """The page as one picture."""
+    font = ImageFont.load_default(13)
+    across = max((len(row.student) + len(row.teacher) for row in view.rows), default=0)
+    left = 16 + across * (_THUMB + 8)
+    letters = max(30, (_WIDTH - left) // 7)
+    heights = [max(_THUMB * bool(across), _LINE * (len(list(_wrapped(row, letters))) + 2)) + 12 for row in view.rows]
+    page = Image.new("RGB", (_WIDTH, 56 + sum(heights)), "white")
+    draw = ImageDraw.Draw(page)
+    draw.text((12, 8), view.title, fill="black", font=font)
+    draw.text((12, 28), view.summary, fill="black", font=font)
+    top = 52
+    for row, height in zip(view.rows, heights, strict=True):
+        for n, picture in enumerate((*row.student, *row.teacher)):
+            page.paste(picture.resize((_THUMB, _THUMB)), (12 + n * (_THUMB + 8), top))
+        head = f"{row.key}: {row.length} tokens, {row.supervised} learnt, {row.padded - row.length} padding"
+        draw.text((left, top), head, fill="black", font=font)
+        for n, (kind, line) in enumerate(_wrapped(row, letters), start=1):
+            draw.text((left, top + n * _LINE), line, fill=_SHOWN[kind][1], font=font)
+        top += height
+    return page
+
+
+def _pieces(batch: Batch, i: int, tokenizer: Any) -> Iterator[Piece]:
+    kinds = np.full(batch.input_ids.shape[1], 3)
+    kinds[batch.question_mask[i].numpy()] = 1
+    kinds[batch.labels[i].numpy() != IGNORE] = 2
+    image_index = batch.image_index[i].numpy()
+    kinds[image_index >= 0] = 0
+    names = (IMAGE, QUESTION, ANSWER, OTHER)
+    places = batch.attention_mask[i].nonzero()[:, 0].numpy()
+    change = (np.diff(kinds[places]) != 0) | (np.diff(image_index[places]) != 0)
+    for part in np.split(places, np.flatnonzero(change) + 1):
+        kind = names[kinds[part[0]]]
+        text = f"[image of {len(part)} tokens]" if kind == IMAGE else tokenizer.decode(batch.input_ids[i, part])
+        yield Piece(kind, text, int(part[0]), len(part))
+
+
+def _picture(pixels: torch.Tensor, tower: Any) -> Image.Image:
+    """Normalised pixels [3, S, S] as a picture again."""
+    shown = pixels * torch.tensor(tower.std)[:, None, None] + torch.tensor(tower.mean)[:, None, None]
+    return Image.fromarray((shown.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy())
+
+
+def _sgr(kind: str, text: str) -> str:
+    return f"\x1b[{_SHOWN[kind][0]}m{text}\x1b[0m"
+
+
+def _plain(piece: Piece) -> str:
+    return f"«{piece.text}»" if piece.kind == ANSWER else piece.text
+
+
+def _blocks(row: Row) -> list[str]:
+    """The pictures side by side, two pixels to a character: the student's, then the teacher's."""
+    pictures = [np.asarray(p.resize((_COLUMNS, _COLUMNS)), dtype=np.uint8) for p in (*row.student, *row.teacher)]
+    lines = []
+    for y in range(0, _COLUMNS, 2) if pictures else ():
+        line = ""
+        for pixels in pictures:
+            for above, below in zip(pixels[y], pixels[y + 1], strict=True):
+                fore, back = (";".join(str(int(v)) for v in pixel) for pixel in (above, below))
+                line += f"\x1b[38;2;{fore}m\x1b[48;2;{back}m▀"
+            line += "\x1b[0m  "
+        lines.append("  " + line)
+    return lines
+
+
+def _wrapped(row: Row, letters: int) -> Iterator[tuple[str, str]]:
+    for piece in row.pieces:
+        for line in textwrap.wrap(piece.text, letters) or [""]:
+            yield piece.kind, line
+
+
+def _data_uri(picture: Image.Image) -> str:
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

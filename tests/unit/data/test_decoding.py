@@ -1,0 +1,123 @@
+"""Pictures as a radiologist sees them: reduced decoding of large films, deep grey, DICOM without its names."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pydicom
+import pytest
+import webdataset
+from PIL import Image
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage
+from tiny_data import record
+
+from medalign.data import dicom
+from medalign.data.index import ShardIndex
+from medalign.data.samples import BadSample, decode_image, picture_header
+from medalign.data.shards import Record, build_index, write_shards
+
+
+def smooth(width: int, height: int) -> np.ndarray:
+    y, x = np.mgrid[:height, :width]
+    return np.rint(127 + 60 * np.sin(x / width * 9) + 60 * np.cos(y / height * 7)).astype(np.uint8)
+
+
+def jpeg(width: int, height: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(smooth(width, height)).save(buffer, "JPEG", quality=95)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("size", "at_least", "decoded"),
+    [((1600, 1200), 336, (400, 300)), ((1600, 1200), 900, (1600, 1200)), ((1600, 1200), 0, (1600, 1200))],
+)
+def test_a_film_far_larger_than_needed_is_decoded_smaller(size, at_least, decoded) -> None:
+    image = decode_image(jpeg(*size), at_least)
+    assert image.size == decoded
+    small = np.asarray(image.resize((84, 63)), dtype=float)
+    whole = np.asarray(Image.fromarray(smooth(*size)).resize((84, 63)), dtype=float)
+    assert np.abs(small - whole).max() < 4  # grey levels: JPEG's own error and two ways to shrink a smooth picture
+
+
+def test_boxes_shrink_with_the_picture(tmp_path: Path) -> None:
+    fields = record(1, boxes=[[160, 120, 800, 600]]).fields
+    write_shards([Record("j", jpeg(1600, 1200), "jpg", fields)], tmp_path / "out")
+    index = ShardIndex.open(tmp_path / "out")
+    assert index.read(0).boxes == ((160, 120, 800, 600),)
+    small = index.read(0, at_least=336)
+    assert small.images[0].size == (400, 300)
+    assert small.boxes == ((40, 30, 200, 150),)
+
+
+def test_deep_grey_is_windowed_not_ruled_by_single_pixels() -> None:
+    deep = np.linspace(1000, 3000, 10_000).reshape(100, 100).astype(np.uint16)
+    deep[0, 0] = 65_535  # a marker, as scanners burn them in
+    buffer = io.BytesIO()
+    Image.fromarray(deep).save(buffer, "PNG")
+    grey = np.asarray(decode_image(buffer.getvalue()))
+    assert (grey[0, 0], grey.min(), grey.max()) == (255, 0, 255)
+    assert abs(int(grey[50, 0]) - 127) <= 2  # the middle of the window, not 4 % of the range
+    rare = np.zeros((100, 100), np.uint16)
+    rare[3, 3] = 900
+    buffer = io.BytesIO()
+    Image.fromarray(rare).save(buffer, "PNG")
+    assert np.asarray(decode_image(buffer.getvalue()))[3, 3] == 255
+
+
+def study(values: np.ndarray, **tags: object) -> bytes:
+    meta = FileMetaDataset()
+    meta.MediaStorageSOPClassUID = SecondaryCaptureImageStorage
+    meta.MediaStorageSOPInstanceUID = pydicom.uid.generate_uid()
+    meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    one = Dataset()
+    one.file_meta = meta
+    one.SOPClassUID, one.SOPInstanceUID = meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID
+    one.PatientName, one.PatientID, one.StudyDate = "Doe^Jane", "secret-4711", "20200102"
+    one.Rows, one.Columns = values.shape
+    one.SamplesPerPixel, one.PhotometricInterpretation = 1, "MONOCHROME2"
+    one.BitsAllocated, one.BitsStored, one.HighBit, one.PixelRepresentation = 16, 12, 11, 0
+    one.PixelData = values.astype(np.uint16).tobytes()
+    for name, value in tags.items():
+        setattr(one, name, value)
+    buffer = io.BytesIO()
+    one.save_as(buffer, enforce_file_format=True)
+    return buffer.getvalue()
+
+
+RAMP = np.tile(np.arange(0, 4000, 40), (20, 1))
+
+
+def test_dicom_is_shown_through_its_window() -> None:
+    plain = np.asarray(dicom.picture(study(RAMP)))
+    assert (plain[0, 0], plain[0, -1]) == (0, 255)
+    windowed = np.asarray(dicom.picture(study(RAMP, WindowCenter=1000, WindowWidth=1000)))[0]
+    assert (windowed[:13] == 0).all() and (windowed[38:] == 255).all()  # 500 and below, 1500 and above
+    assert abs(int(windowed[25]) - 128) <= 1
+    inverted = np.asarray(dicom.picture(study(RAMP, PhotometricInterpretation="MONOCHROME1")))
+    assert np.array_equal(inverted, 255 - plain)
+    hounsfield = study(RAMP, RescaleSlope=2, RescaleIntercept=-1000, WindowCenter=[1000, 50], WindowWidth=[2000, 9])
+    assert abs(int(np.asarray(dicom.picture(hounsfield))[0, 25]) - 128) <= 1  # 2 x 1000 - 1000
+
+
+def test_dicom_in_a_tar_is_read_and_its_names_stay_behind(tmp_path: Path) -> None:
+    data = study(RAMP)
+    assert picture_header(data) == ("dcm", 100, 20)
+    with webdataset.TarWriter(str(tmp_path / "a.tar")) as tar:
+        tar.write({"__key__": "d", "dcm": data, "json": record(3, boxes=[]).fields})
+    assert build_index(tmp_path).written == 1
+    sample = ShardIndex.open(tmp_path).read(0)
+    assert (sample.images[0].size, sample.images[0].mode, sample.images[0].info) == ((100, 20), "L", {})
+    png = dicom.to_png(data)
+    assert b"secret" not in png and b"Doe" not in png
+    assert np.array_equal(np.asarray(decode_image(png)), np.asarray(sample.images[0]))
+
+
+def test_damaged_dicom_is_a_bad_sample() -> None:
+    data = study(RAMP)
+    for broken in (data[:400], data[:-900]):
+        with pytest.raises(BadSample, match="image cannot be decoded"):
+            decode_image(broken)

@@ -1,0 +1,132 @@
+"""`medalign inspect`: the same global batches for every number of ranks and workers; a batch that can be looked at."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from medalign.__main__ import main
+from medalign.data.index import ShardIndex
+from medalign.data.plan import GlobalOrder, StepPlan
+from medalign.inspection import global_batches
+
+
+class Keys:
+    """An index of which only the keys are asked."""
+
+    def key(self, number: int) -> str:
+        return f"k{number}"
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    shards=st.lists(st.integers(0, 40), min_size=1, max_size=12).filter(any),
+    batch=st.integers(1, 70),
+    micro=st.integers(1, 8),
+    world=st.sampled_from([1, 2, 3, 8, 64, 512]),
+    workers=st.sampled_from([0, 1, 4]),
+    skip=st.integers(0, 4),
+)
+def test_global_batches_are_the_same_for_every_cut(shards, batch, micro, world, workers, skip) -> None:
+    size = sum(shards)
+    steps = range(skip, skip + 3 + 2 * size // batch)
+    order = GlobalOrder(size, 5, shards=shards, block=50)
+    got = list(global_batches(Keys(), order, StepPlan(batch, micro, world), workers, steps))  # type: ignore[arg-type]
+    positions = order.take(skip * batch, len(steps) * batch).reshape(-1, batch)
+    assert [step for step, _ in got] == list(steps)
+    assert [keys for _, keys in got] == [[f"k{n}" for n in row] for row in positions.tolist()]
+    if skip == 0:  # every sample exactly once an epoch
+        seen = [key for _, keys in got for key in keys]
+        assert len(set(seen[:size])) == len(set(seen[size : 2 * size])) == size
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("phantoms")
+    assert main(["phantom", "--output", str(folder), "--train", "12", "--val", "2"]) == 0
+    return folder / "train"
+
+
+def keys(capsys: pytest.CaptureFixture[str], data: Path, *words: str) -> list[str]:
+    capsys.readouterr()
+    assert main(["inspect", "phantom", "--data.train", str(data), "--keys", *words]) == 0
+    return capsys.readouterr().out.splitlines()
+
+
+def test_keys_on_the_command_line(capsys: pytest.CaptureFixture[str], data: Path) -> None:
+    lines = keys(capsys, data, "--steps", "7")
+    assert [json.loads(line)["step"] for line in lines] == list(range(7))
+    assert all(len(json.loads(line)["keys"]) == 32 for line in lines)
+    assert keys(capsys, data, "--steps", "7", "--world-size", "3", "--workers", "4") == lines
+    assert keys(capsys, data, "--steps", "7", "--world-size", "64", "--skip", "4") == lines[4:]
+    assert keys(capsys, data, "--steps", "7", "--run.seed", "1") != lines
+    index = ShardIndex.open(data)
+    first = GlobalOrder(len(index), 0).take(0, 32)
+    assert json.loads(lines[0])["keys"] == [index.key(n) for n in first]
+
+
+def test_mixtures_and_groups_on_the_command_line(capsys: pytest.CaptureFixture[str], data: Path) -> None:
+    folders = ["--data.train", json.dumps([str(data), str(data.parent / "val")]), "--data.weights", "[1, 3]"]
+    mixed = keys(capsys, data, "--steps", "6", *folders, "--data.length_groups", "3")
+    assert keys(capsys, data, "--steps", "6", *folders, "--data.length_groups", "3", "--world-size", "8") == mixed
+    drawn = [key for line in mixed for key in json.loads(line)["keys"]]
+    held_out = set(ShardIndex.open(data.parent / "val").keys)
+    assert 0.6 < sum(key in held_out for key in drawn) / len(drawn) < 0.9  # three of four, by chance of 192
+
+
+def test_a_recipe_without_models_can_be_listed(capsys: pytest.CaptureFixture[str], data: Path) -> None:
+    assert main(["inspect", "llava_vqa", "--keys", "--steps", "2", "--data.train", str(data)]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2
+
+
+def test_a_batch_is_shown(capsys: pytest.CaptureFixture[str], data: Path, tmp_path: Path, monkeypatch) -> None:
+    words = ["inspect", "phantom", "--data.train", str(data), "--train.batch_size", "3", "--step", "2"]
+    assert main(words) == 0
+    plain = capsys.readouterr().out
+    drawn = GlobalOrder(len(ShardIndex.open(data)), 0).take(6, 3)
+    assert all(f"{ShardIndex.open(data).key(n)}: " in plain for n in drawn)
+    assert "padding" in plain and "«" in plain and "[image of 64 tokens]" in plain and "image 4-67" in plain
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert main(words) == 0
+    coloured = capsys.readouterr().out
+    assert "▀" in coloured and "\x1b[1;32m" in coloured
+    assert main([*words, "--output", str(tmp_path / "batch.html")]) == 0
+    page = (tmp_path / "batch.html").read_text()
+    assert page.count("data:image/png;base64,") == 6  # three samples, two towers
+    assert page.count('class="answer"') >= 3 and "http" not in page
+    assert main([*words, "--output", str(tmp_path / "batch.png")]) == 0
+    with Image.open(tmp_path / "batch.png") as picture:
+        colours = {tuple(colour) for _, colour in picture.convert("RGB").getcolors(1 << 24) or []}
+    assert (0x12, 0x80, 0x5C) in colours  # what is learnt, in its colour
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--keys"], "name a recipe first"),
+        (["phantom", "--keys"], "data.train is not set"),
+        (["phantom", "--data.train", "nowhere", "--keys"], "does not exist"),
+        (["phantom", "--data.train", "DATA", "--keys", "--steps", "3", "--skip", "3"], "raise --steps"),
+        (["phantom", "--data.train", "DATA", "--nothing", "1"], "unknown key 'nothing'"),
+        (["phantom", "--data.train", "DATA", "--output", "x.pdf"], r".html or .png"),
+    ],
+)
+def test_errors_name_the_remedy(words: list[str], message: str, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", *(str(data) if word == "DATA" else word for word in words)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_index_of_tars_of_others(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    for tar in data.glob("*.tar"):
+        (folder / tar.name).write_bytes(tar.read_bytes())
+    assert main(["shards", "index", str(folder)]) == 0
+    assert (folder / "index.jsonl").read_bytes() == (data / "index.jsonl").read_bytes()
+    assert main(["shards", "index", str(tmp_path)]) == 2
+    assert "holds no .tar file" in capsys.readouterr().err

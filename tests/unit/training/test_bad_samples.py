@@ -1,0 +1,27 @@
+"""The loop counts bad samples over the whole run and stops it when they are too many."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from medalign.checkpoint.state import Progress
+from medalign.config import Config
+from medalign.errors import DataError
+from medalign.training.loop import _advance
+from tests import tiny
+
+
+def test_counts_go_on_after_a_resume_and_stop_the_run(caplog: pytest.LogCaptureFixture) -> None:
+    config = Config()
+    config.train.batch_size, config.data.max_bad_share = 50, 0.02
+    good = tiny.batch()
+    bad = replace(good, skipped=("train/shard-000001.tar/k7: checksum differs",), truncated=1)
+    resumed = Progress(step=3, samples=150, ranks=1, skipped=2, truncated=4)
+    now = _advance(resumed, config, 4, [bad, good], "cpu")
+    assert (now.step, now.samples, now.skipped, now.truncated) == (4, 200, 3, 5)
+    now = _advance(now, config, 5, [bad, good], "cpu")
+    now = _advance(now, config, 6, [bad, bad], "cpu")  # 6 of 300 are 2 %, which is borne
+    with pytest.raises(DataError, match=r"8 of 350 .*max_bad_share 0\.02.*shard-000001\.tar/k7.*"):
+        _advance(now, config, 7, [bad, bad], "cpu")

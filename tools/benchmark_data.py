@@ -1,0 +1,227 @@
+"""What reading costs, side by side in one run: our index against the usual pipelines, on one core.
+
+    python tools/benchmark_data.py                        # all parts; tools/results/data_cpu.json
+    python tools/benchmark_data.py --samples 400 --rounds 5
+    python tools/benchmark_data.py --index-samples 1000000
+
+Speed: grey JPEGs of 512 and of 2,500 pixels a side, stored in a webdataset tar and as files, to 336 x 336 pixels,
+with little and with much noise. The ways take turns, so that the machine's moods hit all alike:
+
+    medalign     byte ranges from the index, checksum, grey decoding, reduced scale where the film is far larger
+    webdataset   WebDataset(...).decode("pilrgb"), resized
+    files        torch's Dataset of files through its DataLoader (no workers), opened and converted to RGB, resized
+
+At 512 pixels the result must be equal to the last bit, or the run stops; at 2,500 the largest and mean difference in
+grey levels are written down. Memory and resume: a synthetic index whose rows all point into one real shard.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import io
+import json
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import webdataset
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from medalign.data import table
+from medalign.data.index import ShardIndex
+from medalign.data.plan import GlobalOrder
+from medalign.data.shards import Record, write_shards
+
+SIZE = 336
+RESULT = Path(__file__).parent / "results" / "data_cpu.json"
+
+
+def film(side: int, seed: int, noise: int = 2) -> bytes:
+    """A grey JPEG with soft structure and noise of so many grey levels; the more noise, the more bytes to decode."""
+    draw = np.random.default_rng(seed)
+    coarse = Image.fromarray(draw.integers(0, 256, (24, 24), dtype=np.uint8))
+    soft = np.asarray(coarse.resize((side, side), Image.Resampling.BICUBIC), dtype=np.int16)
+    noisy = (soft + draw.integers(-noise, noise + 1, (side, side))).clip(0, 255).astype(np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(noisy).save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
+
+
+def shrink(image: Image.Image) -> np.ndarray:
+    """[336, 336, 3], or [336, 336, 1] of a grey picture, whose channels are alike: the towers' views spread them."""
+    pixels = np.asarray(image.resize((SIZE, SIZE), Image.Resampling.BICUBIC))
+    return pixels if pixels.ndim == 3 else pixels[..., None]
+
+
+def ours(folder: Path) -> Iterator[np.ndarray]:
+    index = ShardIndex.open(folder / "shards")
+    for number in GlobalOrder(len(index), 0, shuffle=False).epoch(0):
+        yield shrink(index.read(int(number), at_least=SIZE).images[0])
+
+
+def plain_webdataset(folder: Path) -> Iterator[np.ndarray]:
+    urls = sorted(str(path) for path in (folder / "shards").glob("*.tar"))
+    for sample in webdataset.WebDataset(urls, shardshuffle=False).decode("pil"):
+        yield shrink(sample["jpg"].convert("RGB"))
+
+
+class Files(Dataset):
+    def __init__(self, folder: Path) -> None:
+        self.paths = sorted((folder / "files").glob("*.jpg"))
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        return shrink(Image.open(self.paths[i]).convert("RGB"))
+
+
+def files(folder: Path) -> Iterator[np.ndarray]:
+    yield from DataLoader(Files(folder), batch_size=None, collate_fn=lambda x: x)
+
+
+WAYS: dict[str, Callable[[Path], Iterator[np.ndarray]]] = {
+    "medalign": ours,
+    "webdataset": plain_webdataset,
+    "files": files,
+}
+
+
+def speed(side: int, noise: int, samples: int, rounds: int) -> dict[str, object]:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "files").mkdir()
+        fields = {"task": "vqa", "question": "is there a nodule?", "answer": "no"}
+        records = [Record(f"k{i:05d}", film(side, i, noise), "jpg", fields) for i in range(samples)]
+        write_shards(records, folder / "shards", samples_per_shard=100)
+        for record in records:
+            (folder / "files" / f"{record.key}.jpg").write_bytes(record.image or b"")
+        equal = compare(folder, side)
+        seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+        for _ in range(rounds + 1):  # the first round warms the disk's cache and is left out
+            for way, read in WAYS.items():
+                began = time.process_time()
+                assert sum(1 for _ in read(folder)) == samples
+                seconds[way].append(time.process_time() - began)
+    median = {way: statistics.median(times[1:]) / samples for way, times in seconds.items()}
+    return {
+        "side": side,
+        "noise": noise,
+        "bytes_per_pixel": round(sum(len(r.image or b"") for r in records) / samples / side**2, 3),
+        "samples": samples,
+        "rounds": rounds,
+        "times_faster_than": {way: round(median[way] / median["medalign"], 2) for way in WAYS if way != "medalign"},
+        **equal,
+    }
+
+
+def compare(folder: Path, side: int) -> dict[str, object]:
+    """Require the same pixels of all ways; where ours decodes at reduced scale, measure how far they are apart."""
+    apart, largest, count = 0.0, 0, 0
+    for mine, theirs, third in zip(ours(folder), plain_webdataset(folder), files(folder), strict=True):
+        if theirs.shape != (SIZE, SIZE, 3) or not np.array_equal(theirs, third):
+            raise SystemExit("webdataset and files differ; the comparison would not be fair")
+        difference = np.abs(mine.astype(int) - theirs)
+        apart, largest, count = apart + difference.mean(), max(largest, int(difference.max())), count + 1
+    if side < 2 * SIZE and largest:
+        raise SystemExit(f"the pixels differ by up to {largest} at {side} pixels, where they must be equal")
+    return {"pixel_equal": largest == 0, "mean_difference": round(apart / count, 3), "largest_difference": largest}
+
+
+def synthetic(folder: Path, samples: int) -> None:
+    """An index of so many samples in 1,000 shards, all of them links to one real shard of one real sample."""
+    fields = {"task": "vqa", "question": "is there a nodule?", "answer": "no"}
+    write_shards([Record("real", film(336, 0), "jpg", fields)], folder / "one")
+    real = table.read_table(folder / "one")
+    each = samples // 1000
+    entries = []
+    for number in range(1000):
+        os.link(folder / "one" / "shard-000000.tar", folder / f"shard-{number:06d}.tar")
+        entries.append([f"shard-{number:06d}.tar", real.shards[0].size, each])
+    text = folder / table.INDEX_NAME
+    header = {"format": table.FORMAT, "version": table.VERSION, "samples": each * 1000}
+    header["shards"] = [{"name": name, "bytes": size, "samples": count} for name, size, count in entries]
+    text.write_text(json.dumps(header) + "\n")  # the rows are written in their mapped form alone
+    rows = np.repeat(real.rows, each * 1000)
+    rows["shard"] = np.arange(each * 1000) // each
+    keys = b"".join(b"sample-%010d" % i for i in range(each * 1000))
+    with (folder / table.TABLE_NAME).open("wb") as file:
+        rows.tofile(file)
+        file.write(b"\0" * (table._ends_at(len(rows)) - file.tell()))
+        (np.arange(1, len(rows) + 1, dtype=np.int64) * 17).tofile(file)
+        file.write(keys)
+        footer = {"samples": len(rows), "keys": len(keys), "stamp": table._stamp(text), "shards": entries}
+        body = json.dumps(footer).encode()
+        file.write(body + len(body).to_bytes(8, "little") + table._MAGIC)
+
+
+def first_batch(folder: Path, position: int) -> None:
+    """In a process of its own: from the index's folder to a decoded batch at this position, and what it holds."""
+    began = time.perf_counter()
+    index = ShardIndex.open(folder)
+    order = GlobalOrder(len(index), 0, shards=index.shard_sizes(0))
+    read = [index.read(int(number), at_least=SIZE) for number in order.take(position, 32)]
+    seconds = time.perf_counter() - began
+    assert len({sample.key for sample in read}) == 32
+    epoch = order.take(0, len(index)) if position == 10 else None  # touches every block of the order
+    touched = int(sum(int(table_.rows["checksum"].sum()) for table_ in index._tables))  # and every page of the rows
+    assert touched and (epoch is None or len(epoch) == len(index))
+    status = Path("/proc/self/status").read_text().splitlines()
+    own = next(int(line.split()[1]) for line in status if line.startswith("RssAnon"))
+    print(json.dumps({"position": position, "seconds": round(seconds, 3), "own_mib": round(own / 1024)}))
+
+
+def large_index(samples: int) -> dict[str, object]:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        synthetic(folder, samples)
+        shared = (folder / table.TABLE_NAME).stat().st_size
+        found = []
+        for position in (10, 1_000_000 if samples > 1_000_100 else samples // 2) * 2:
+            command = [sys.executable, __file__, "--first-batch", str(folder), str(position)]
+            answer = subprocess.run(command, check=True, capture_output=True, text=True).stdout  # noqa: S603
+            found.append(json.loads(answer))
+    return {"samples": samples, "mapped_mib_shared_by_a_node": round(shared / 2**20), "first_batch": found}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--samples", type=int, default=200, help="pictures of 512 pixels; a fifth of it of 2,500")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--index-samples", type=int, default=10_000_000)
+    parser.add_argument("--output", type=Path, default=RESULT)
+    parser.add_argument("--first-batch", nargs=2, help=argparse.SUPPRESS)
+    chosen = parser.parse_args()
+    if chosen.first_batch:
+        return first_batch(Path(chosen.first_batch[0]), int(chosen.first_batch[1]))
+    torch.set_num_threads(1)
+    result = {
+        "command": shlex.join(["python", "tools/benchmark_data.py", *sys.argv[1:]]),
+        "machine": f"{platform.machine()}, one core, CPU time of the process",
+        "versions": {"pillow": Image.__version__, "webdataset": webdataset.__version__, "torch": torch.__version__},
+        "litdata": "installed, not measured" if importlib.util.find_spec("litdata") else "not installed",
+        "speed": [
+            speed(side, noise, max(chosen.samples * 512 // side, 5), chosen.rounds)
+            for side in (512, 2500)
+            for noise in (2, 6)
+        ],
+        "index": large_index(chosen.index_samples),
+    }
+    chosen.output.write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result, indent=2))
+    return None
+
+
+if __name__ == "__main__":
+    main()
