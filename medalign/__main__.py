@@ -35,8 +35,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from medalign import inspection
 
             return inspection.command(words[1:])
-        if words[:2] == ["shards", "index"]:
-            return _index(words[2:])
         if words[:1] == ["shards"]:
             from medalign.cli import shards
 
@@ -124,7 +122,7 @@ def _phantom(chosen: argparse.Namespace) -> int:
 
 def _add_shards(commands) -> None:
     # Its sources have options of their own: `cli.shards` reads them. Here it stands for the list of commands.
-    commands.add_parser("shards", help="pack a data set into WebDataset shards", add_help=False)
+    commands.add_parser("shards", help="pack a data set into WebDataset shards; index tars of others", add_help=False)
 
 
 def _say_packed(output: Path, reports) -> None:
@@ -132,24 +130,6 @@ def _say_packed(output: Path, reports) -> None:
         log.info("%s: %d samples in %d shards", output / split, report.written, report.shards)
         for reason in report.refused:
             log.warning("refused: %s", reason)
-
-
-def _index(words: Sequence[str]) -> int:
-    """`medalign shards index DIR ...`: the index of tars that are there already."""
-    from medalign.data.shards import build_index
-
-    parser = argparse.ArgumentParser(
-        prog="medalign shards index",
-        description="Write index.jsonl beside the tars of each folder, as any WebDataset tool packed them. Tars are "
-        "only read; samples that cannot be used get no row and are named.",
-    )
-    parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="folder of .tar files")
-    written = 0
-    for folder in parser.parse_args(words).folders:
-        report = build_index(folder)
-        _say_packed(folder.parent, {folder.name: report})
-        written += report.written
-    return 0 if written else 2
 
 
 def _add_inspect(commands) -> None:

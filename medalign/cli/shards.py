@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from medalign.data.shards import build_index
 from medalign.data.sources import known
 from medalign.data.sources.account import Account
 from medalign.data.sources.convert import REPORT_NAME, convert
@@ -36,6 +37,8 @@ examples:
 def run(words: Sequence[str]) -> int:
     """Convert as the words say. Returns the exit status: 0, for errors are raised."""
     chosen = _parser().parse_args(words)
+    if chosen.known_source is None:
+        return _index(chosen.folders)
     source: Source = chosen.known_source
     account = _convert(source, chosen)
     for split, report in account.splits.items():
@@ -45,6 +48,18 @@ def run(words: Sequence[str]) -> int:
     if account.skipped:
         log.warning("each skipped sample is named in %s", chosen.output / REPORT_NAME)
     return 0
+
+
+def _index(folders: Sequence[Path]) -> int:
+    """Write the index of tars that are there already. Returns 2 if no sample could be used."""
+    written = 0
+    for folder in folders:
+        report = build_index(folder)
+        log.info("%s: %d samples in %d shards", folder, report.written, report.shards)
+        for reason in report.refused:
+            log.warning("refused: %s", reason)
+        written += report.written
+    return 0 if written else 2
 
 
 def _convert(source: Source, chosen: argparse.Namespace) -> Account:
@@ -98,6 +113,14 @@ def _parser() -> argparse.ArgumentParser:
             group = one.add_argument_group(f"options of {source.name}")
             for setting in source.settings:
                 _add_setting(group, setting)
+    index = sources.add_parser(
+        "index",
+        help="no data set: write the index of tars that any WebDataset tool packed",
+        description="Write index.jsonl beside the tars of each folder, as any WebDataset tool packed them. Tars are "
+        "only read; samples that cannot be used get no row and are named.",
+    )
+    index.set_defaults(known_source=None)
+    index.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="folder of .tar files")
     return parser
 
 
