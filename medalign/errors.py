@@ -19,3 +19,7 @@ class CheckpointError(MedAlignError):
 
 class KernelError(MedAlignError):
     """A requested kernel implementation cannot run on these inputs or on this machine."""
+
+
+class DivergedError(MedAlignError):
+    """A loss or a gradient is no longer a number."""

@@ -42,6 +42,21 @@ def require_device(operation: str, name: str, tensor: torch.Tensor, like: torch.
         raise ValueError(f"{operation}: {name} is on {tensor.device}, the first argument on {like.device}; move one")
 
 
+def require_numbers(operation: str, result: torch.Tensor, **inputs: torch.Tensor) -> None:
+    """Refuse a result that is not finite, and name the inputs that are not.
+
+    On the CPU alone: to look, the host would have to wait for another device at every step. There the result carries
+    the NaN into the loss, and the trainer stops at it.
+    """
+    if result.device.type != "cpu" or torch.isfinite(result).all():
+        return
+    guilty = [name for name, tensor in inputs.items() if not torch.isfinite(tensor).all()]
+    raise ValueError(
+        f"{operation}: NaN or infinity at tokens that count, in {' and '.join(guilty) or 'no input alone'}; "
+        "leave such tokens out by the mask, or look for the layer that makes them"
+    )
+
+
 def compute_dtype(*tensors: torch.Tensor) -> torch.dtype:
     """float64 if any of the inputs is, else float32: half precision is never summed in."""
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32

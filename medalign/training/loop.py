@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -14,6 +15,7 @@ from medalign.checkpoint.state import Progress
 from medalign.config import Config
 from medalign.contracts import Batch
 from medalign.data.loader import judge_bad_share
+from medalign.errors import DivergedError
 from medalign.observability.meters import Throughput, peak_memory_gib
 from medalign.observability.sinks import ConsoleSink, Sink
 from medalign.training.schedule import rates
@@ -44,6 +46,7 @@ def train(
             micro_batches = next(batches)
         now = rates(number, config.train)
         losses = step(micro_batches, now)
+        _require_numbers(losses, number + 1, micro_batches)
         done = number + 1
         progress = _advance(progress, config, done, micro_batches, device)
         speed.add(sum(len(b.keys) for b in micro_batches), sum(int(b.attention_mask.sum()) for b in micro_batches))
@@ -57,6 +60,17 @@ def train(
             save(progress)
             log.info("step %d: checkpoint written in %.1f s", done, time.perf_counter() - began)
     return progress
+
+
+def _require_numbers(losses: Mapping[str, float], done: int, micro_batches: Sequence[Batch]) -> None:
+    """Stop on all ranks at the first step that is not a number; its weights are never written to a checkpoint."""
+    lost = [f"{name} is {value}" for name, value in losses.items() if not math.isfinite(value)]
+    if lost:
+        keys = ", ".join(key for batch in micro_batches for key in batch.keys)
+        raise DivergedError(
+            f"step {done}: {', '.join(lost)}; the last checkpoint is from before it. Lower train.lr, train with "
+            f"warm-up or clip more, or look at this rank's samples of the step: {keys}"
+        )
 
 
 def _advance(progress: Progress, config: Config, done: int, micro_batches: Sequence[Batch], device: object) -> Progress:

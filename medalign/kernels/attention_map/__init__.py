@@ -9,7 +9,7 @@ import torch
 from medalign.kernels import dispatch, gpu
 from medalign.kernels.attention_map import chunked, reference, triton
 from medalign.kernels.attention_map.sight import Sight
-from medalign.kernels.validation import describe, require_device, require_features, require_mask
+from medalign.kernels.validation import describe, require_device, require_features, require_mask, require_numbers
 
 _KNOWN = {"reference": reference.attention_map, "chunked": chunked.attention_map, "triton": triton.attention_map}
 _CONDITIONS: dispatch.Conditions = {"triton": gpu.refusal}
@@ -49,7 +49,7 @@ def attention_map(
         sample without rows. Differentiable in query and key, over all keys.
 
     Raises:
-        ValueError: arguments that do not fit each other.
+        ValueError: arguments that do not fit each other; on the CPU also NaN at a valid token.
         KernelError: an `impl` that does not exist or cannot run here.
     """
     _validate(query, key, rows, columns, attention_mask)
@@ -59,7 +59,9 @@ def attention_map(
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     rows, columns, valid = ((mask & valid).contiguous() for mask in (rows, columns, valid))
     sight = Sight(rows, columns, valid, scale, softcap, window, cu_seqlens)
-    return dispatch.run(implementation, query, key, sight)
+    found = dispatch.run(implementation, query, key, sight)
+    require_numbers(_OPERATION, found, query=query, key=key)
+    return found
 
 
 def _validate(

@@ -6,7 +6,7 @@ import torch
 
 from medalign.kernels import dispatch
 from medalign.kernels.token_similarity import chunked, reference, triton
-from medalign.kernels.validation import require_device, require_features, require_mask, require_shape
+from medalign.kernels.validation import require_device, require_features, require_mask, require_numbers, require_shape
 
 _KNOWN = {
     "reference": reference.token_similarity,
@@ -38,13 +38,15 @@ def token_similarity(
         A token of norm 0 has cosine 0 with every token and receives no gradient.
 
     Raises:
-        ValueError: arguments that do not fit each other.
+        ValueError: arguments that do not fit each other; on the CPU also NaN at a valid token.
         KernelError: an `impl` that does not exist or cannot run here; the message says why and what to do.
     """
     _validate(student, teacher, mask, weight)
     implementation = dispatch.choose("token_similarity", impl, (student, teacher), _KNOWN, _CONDITIONS)
     constants = (None if each is None else each.detach() for each in (teacher, mask, weight))
-    return dispatch.run(implementation, student, *constants)
+    loss = dispatch.run(implementation, student, *constants)
+    require_numbers("token_similarity", loss, student=student, teacher=teacher)
+    return loss
 
 
 def _validate(

@@ -29,7 +29,8 @@ class FakeEngine:
         if self.full:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    def load(self, folder: Path) -> None:
+    def load(self, folder: Path, *, universal: bool = False) -> None:
+        assert universal == folder.name.startswith(".partial-") and folder.is_dir()
         self.loaded.append(folder)
 
 
@@ -83,10 +84,24 @@ def test_a_pointer_to_nothing_says_what_to_do(tmp_path):
         state.latest(tmp_path)
 
 
-def test_another_number_of_ranks_is_refused(tmp_path):
+def test_for_another_number_of_ranks_it_is_rewritten_aside(tmp_path, monkeypatch):
     folder = state.save(FakeEngine(), tmp_path, at(5, ranks=4), 2, export)
-    with pytest.raises(CheckpointError, match="written by 4 ranks and there are 1 now"):
+    monkeypatch.setattr(state, "to_universal", lambda source, target: shutil.copytree(source, target))
+    engine = FakeEngine()
+    assert state.load(engine, folder) == at(5, ranks=1)
+    assert engine.loaded == [tmp_path / ".partial-universal-step-000005"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-000005"]
+
+
+def test_a_disk_that_fills_up_while_rewriting_leaves_it_whole(tmp_path, monkeypatch):
+    def full(source: Path, target: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    folder = state.save(FakeEngine(), tmp_path, at(5, ranks=4), 2, export)
+    monkeypatch.setattr(state, "to_universal", full)
+    with pytest.raises(CheckpointError, match="step-000005 could not be rewritten .*No space left.*free space"):
         state.load(FakeEngine(), folder)
+    assert state.latest(tmp_path) == folder and state.read_progress(folder).ranks == 4
 
 
 def test_no_checkpoint_is_none(tmp_path):

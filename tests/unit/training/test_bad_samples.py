@@ -8,8 +8,8 @@ import pytest
 
 from medalign.checkpoint.state import Progress
 from medalign.config import Config
-from medalign.errors import DataError
-from medalign.training.loop import _advance
+from medalign.errors import DataError, DivergedError
+from medalign.training.loop import _advance, _require_numbers
 from tests import tiny
 
 
@@ -25,3 +25,10 @@ def test_counts_go_on_after_a_resume_and_stop_the_run(caplog: pytest.LogCaptureF
     now = _advance(now, config, 6, [bad, bad], "cpu")  # 6 of 300 are 2 %, which is borne
     with pytest.raises(DataError, match=r"8 of 350 .*max_bad_share 0\.02.*shard-000001\.tar/k7.*"):
         _advance(now, config, 7, [bad, bad], "cpu")
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_names_the_samples() -> None:
+    batch = tiny.batch()
+    _require_numbers({"loss/language": 1.0, "optim/grad_norm": 2.0}, 7, [batch])
+    with pytest.raises(DivergedError, match=rf"step 7: optim/grad_norm is inf; .*train\.lr.*{batch.keys[0]}"):
+        _require_numbers({"loss/language": 1.0, "optim/grad_norm": float("inf")}, 7, [batch])
