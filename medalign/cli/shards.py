@@ -19,6 +19,8 @@ from medalign.errors import ConfigError
 
 log = logging.getLogger("medalign")
 
+_NAMED = 20  # refused samples that the log names; the report file names all
+
 _DESCRIPTION = f"""\
 Pack a data set into WebDataset shards.
 
@@ -43,10 +45,12 @@ def run(words: Sequence[str]) -> int:
     account = _convert(source, chosen)
     for split, report in account.splits.items():
         log.info("%s: %d samples in %d shards", chosen.output / split, report.written, report.shards)
+    for one in account.skipped[:_NAMED]:
+        log.warning("refused %s: %s", one.key, one.reason)
     for reason, count in account.reasons().items():
-        log.warning("skipped %d: %s", count, reason)
-    if account.skipped:
-        log.warning("each skipped sample is named in %s", chosen.output / REPORT_NAME)
+        log.warning("refused in all %d: %s", count, reason)
+    if len(account.skipped) > _NAMED:
+        log.warning("every refused sample is named in %s", chosen.output / REPORT_NAME)
     return 0
 
 

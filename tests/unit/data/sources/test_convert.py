@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -287,6 +288,20 @@ def test_command_with_hashes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -
     assert report["skipped"] == {"image ... cannot be read": 3}
     assert (tmp_path / "out" / "conversion.json").stat().st_mode & 0o777 == 0o600
     assert main([*command, "--salt", str(tmp_path / "out.salt")]) == 2
+
+
+def test_refused_samples_are_named_but_not_where_they_are_hashed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write_folder(tmp_path / "in")
+    command = ["shards", "jsonl", "--input", str(source), "--workers", "1", "--output"]
+    assert main([*command, str(tmp_path / "named")]) == 0
+    named = re.findall(r"refused (\S+): image 'images/(\S+)' cannot be read", capsys.readouterr().err)
+    assert len(named) == 3
+    assert main([*command, str(tmp_path / "hashed"), "--hash-ids"]) == 0
+    told = capsys.readouterr().err
+    assert "refused in all 3: image ... cannot be read" in told
+    assert not any(key in told or picture in told for key, picture in named)
 
 
 @pytest.mark.parametrize("name", known())
