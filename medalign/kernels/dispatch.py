@@ -1,8 +1,8 @@
 """Which implementation of a kernel runs. A path asked for by name is taken or refused, never replaced.
 
 An operation lists its implementations by name. One that does not run everywhere comes with a function
-`available(device, *dtypes)`: None where it can run, else the reason with the remedy. "auto" takes the first of
-`PREFERENCE` that can run; on the CPU a fused kernel would only be interpreted, so there "auto" passes over it.
+`available(device, *dtypes)`: None where it can run, else the reason with the remedy. "auto" takes the fused kernels on
+CUDA where they can run, and the chunked path elsewhere; on the CPU a fused kernel would only be interpreted.
 """
 
 from __future__ import annotations
