@@ -3,7 +3,8 @@
 #
 #   bash tools/quickstart.sh [FOLDER]      default runs/quickstart; the same folder again goes on where it stopped
 #
-# SEED (0), STEPS (the recipe's), TRAIN and VAL (studies) and RANKS can be set in the environment.
+# SEED (0), STEPS (the recipe's), TRAIN and VAL (studies), RANKS and ARMS ("base language medalign", and "untrained"
+# as a control) can be set in the environment.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source tools/install.sh
@@ -39,8 +40,18 @@ train() {
     medalign evaluate "$out/$name" --data "$out/data/val"
 }
 
-train base --train.steps 0
-train language --losses.alpha 0 --losses.beta 0 --student.steering false
-train medalign
+for arm in ${ARMS:-base language medalign}; do
+    case $arm in
+        base) train base --train.steps 0 ;;
+        language) train language --losses.alpha 0 --losses.beta 0 --student.steering false ;;
+        medalign) train medalign ;;
+        untrained) train untrained --teacher.random_weights_seed 1 ;; # a control: MedAlign from a teacher of noise
+        *) echo "unknown arm $arm: choose from base language untrained medalign" >&2 && exit 2 ;;
+    esac
+done
 
-medalign report "$out/base" "$out/language" "$out/medalign" --output "$out/report.html"
+runs=()
+for arm in base language untrained medalign; do
+    if [ -d "$out/$arm/evaluation" ]; then runs+=("$out/$arm"); fi
+done
+medalign report "${runs[@]}" --output "$out/report.html"

@@ -2,10 +2,10 @@
 
     python tools/repeat_quickstart.py --seeds 0 1 2
 
-Runs tools/quickstart.sh once a seed (a finished seed is not run again) and writes tools/results/quickstart.json. A
+Runs tools/quickstart.sh once a seed (what is finished is not run again) and writes tools/results/quickstart.json. A
 seed fixes the films, the order and the start of the adapters; the base student and the teacher stay the same. The
 arm "blind" is no model: it gives each question the commonest answer that it has in the training split, which is what
-can be had without looking at the film.
+can be had without looking at the film; the arm "untrained" is a control, MedAlign from a teacher of random weights.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-ARMS = ("base", "language", "medalign")
+ARMS = ("base", "language", "untrained", "medalign")
 SCORES = (
     "closed_accuracy",
     "closed_majority",
@@ -61,12 +61,17 @@ def blind(data: Path) -> dict[str, float]:
     return {"closed_accuracy": statistics.mean(right["closed"]), "open_exact": statistics.mean(right["open"])}
 
 
+def scores_file(folder: Path, arm: str) -> Path:
+    return folder / arm / "evaluation/val/scores.json"
+
+
 def run(seed: int, folder: Path) -> dict[str, dict[str, float]]:
     """The scores of each arm for one seed."""
-    if not (folder / "report.html").is_file():
-        environment = os.environ | {"SEED": str(seed)}
+    missing = [arm for arm in ARMS if not scores_file(folder, arm).is_file()]
+    if missing:
+        environment = os.environ | {"SEED": str(seed), "ARMS": " ".join(missing)}
         subprocess.run(["bash", "tools/quickstart.sh", str(folder)], cwd=ROOT, env=environment, check=True)
-    scores = {arm: json.loads((folder / arm / "evaluation/val/scores.json").read_text()) for arm in ARMS}
+    scores = {arm: json.loads(scores_file(folder, arm).read_text()) for arm in ARMS}
     return scores | {"blind": blind(folder / "data")}
 
 
