@@ -54,6 +54,10 @@ setup(
             "mypy>=1.14",
             "types-PyYAML",
             "aiohttp>=3.10",
+            "s3fs>=2025.3",
+            "moto[s3]>=5.1",  # the tests' S3 server; moto[server] would bring every other service's packages
+            "flask>=3",
+            "flask-cors>=5",
             "pyarrow>=18",
             "pydicom>=3",
         ],
