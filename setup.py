@@ -46,6 +46,7 @@ setup(
         "dicom": ["pydicom>=3"],
         "parquet": ["pyarrow>=18"],
         "remote": ["aiohttp>=3.10", "s3fs>=2025.3"],
+        "benchmark": ["litdata>=0.2.76"],  # compared with in tools/benchmark_data.py
         "dev": [
             "pytest>=8",
             "pytest-timeout>=2.3",
@@ -54,6 +55,10 @@ setup(
             "mypy>=1.14",
             "types-PyYAML",
             "aiohttp>=3.10",
+            "s3fs>=2025.3",
+            "moto[s3]>=5.1",  # the tests' S3 server; moto[server] would bring every other service's packages
+            "flask>=3",
+            "flask-cors>=5",
             "pyarrow>=18",
             "pydicom>=3",
         ],

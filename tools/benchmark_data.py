@@ -10,6 +10,8 @@ with little and with much noise. The ways take turns, so that the machine's mood
     medalign     byte ranges from the index, checksum, grey decoding, reduced scale where the film is far larger
     webdataset   WebDataset(...).decode("pilrgb"), resized
     files        torch's Dataset of files through its DataLoader (no workers), opened and converted to RGB, resized
+    litdata      StreamingDataset over its own chunks of the same JPEG bytes, opened and converted to RGB, resized;
+                 only where it is installed (pip install 'medalign[benchmark]'); the result says so where it is not
 
 At 512 pixels the result must be equal to the last bit, or the run stops; at 2,500 the largest and mean difference in
 grey levels are written down. Memory and resume: a synthetic index whose rows all point into one real shard.
@@ -18,6 +20,7 @@ grey levels are written down. Memory and resume: a synthetic index whose rows al
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import importlib.util
 import io
 import json
@@ -44,6 +47,7 @@ from medalign.data.plan import GlobalOrder
 from medalign.data.shards import Record, write_shards
 
 SIZE = 336
+HAS_LITDATA = importlib.util.find_spec("litdata") is not None
 RESULT = Path(__file__).parent / "results" / "data_cpu.json"
 
 
@@ -91,11 +95,30 @@ def files(folder: Path) -> Iterator[np.ndarray]:
     yield from DataLoader(Files(folder), batch_size=None, collate_fn=lambda x: x)
 
 
+def write_chunks(records: list[Record], folder: Path) -> None:
+    """The pictures as litdata packs them, each as its JPEG bytes, since its own picture types decode otherwise."""
+    from litdata.streaming.cache import Cache
+
+    cache = Cache(str(folder), chunk_bytes="64MB")
+    for i, record in enumerate(records):
+        cache[i] = {"jpg": record.image, **record.fields}
+    cache.done()
+    cache.merge()
+
+
+def chunks(folder: Path) -> Iterator[np.ndarray]:
+    os.environ["LITDATA_DISABLE_VERSION_CHECK"] = "1"  # it may ask the net for a newer one
+    from litdata import StreamingDataset
+
+    for sample in StreamingDataset(str(folder / "chunks"), shuffle=False):
+        yield shrink(Image.open(io.BytesIO(sample["jpg"])).convert("RGB"))
+
+
 WAYS: dict[str, Callable[[Path], Iterator[np.ndarray]]] = {
     "medalign": ours,
     "webdataset": plain_webdataset,
     "files": files,
-}
+} | ({"litdata": chunks} if HAS_LITDATA else {})
 
 
 def speed(side: int, noise: int, samples: int, rounds: int) -> dict[str, object]:
@@ -107,6 +130,8 @@ def speed(side: int, noise: int, samples: int, rounds: int) -> dict[str, object]
         write_shards(records, folder / "shards", samples_per_shard=100)
         for record in records:
             (folder / "files" / f"{record.key}.jpg").write_bytes(record.image or b"")
+        if HAS_LITDATA:
+            write_chunks(records, folder / "chunks")
         equal = compare(folder, side)
         seconds: dict[str, list[float]] = {way: [] for way in WAYS}
         for _ in range(rounds + 1):  # the first round warms the disk's cache and is left out
@@ -129,9 +154,9 @@ def speed(side: int, noise: int, samples: int, rounds: int) -> dict[str, object]
 def compare(folder: Path, side: int) -> dict[str, object]:
     """Require the same pixels of all ways; where ours decodes at reduced scale, measure how far they are apart."""
     apart, largest, count = 0.0, 0, 0
-    for mine, theirs, third in zip(ours(folder), plain_webdataset(folder), files(folder), strict=True):
-        if theirs.shape != (SIZE, SIZE, 3) or not np.array_equal(theirs, third):
-            raise SystemExit("webdataset and files differ; the comparison would not be fair")
+    for mine, theirs, *others in zip(*(read(folder) for read in WAYS.values()), strict=True):
+        if theirs.shape != (SIZE, SIZE, 3) or not all(np.array_equal(theirs, other) for other in others):
+            raise SystemExit(f"{', '.join(list(WAYS)[1:])} differ among them; the comparison would not be fair")
         difference = np.abs(mine.astype(int) - theirs)
         apart, largest, count = apart + difference.mean(), max(largest, int(difference.max())), count + 1
     if side < 2 * SIZE and largest:
@@ -206,11 +231,15 @@ def main() -> None:
     if chosen.first_batch:
         return first_batch(Path(chosen.first_batch[0]), int(chosen.first_batch[1]))
     torch.set_num_threads(1)
+    if not HAS_LITDATA:
+        print(
+            "litdata is not installed and is not measured; pip install 'medalign[benchmark]' brings it", file=sys.stderr
+        )
     result = {
         "command": shlex.join(["python", "tools/benchmark_data.py", *sys.argv[1:]]),
         "machine": f"{platform.machine()}, one core, CPU time of the process",
         "versions": {"pillow": Image.__version__, "webdataset": webdataset.__version__, "torch": torch.__version__},
-        "litdata": "installed, not measured" if importlib.util.find_spec("litdata") else "not installed",
+        "litdata": importlib.metadata.version("litdata") if HAS_LITDATA else "not installed, not measured",
         "speed": [
             speed(side, noise, max(chosen.samples * 512 // side, 5), chosen.rounds)
             for side in (512, 2500)

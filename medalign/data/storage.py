@@ -7,10 +7,9 @@ moment. Then it is reported. No address is ever handed to a shell.
 from __future__ import annotations
 
 import hashlib
-import importlib
 import logging
 import os
-import sys
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,9 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, TypeVar
 
-import fsspec
-
 from medalign.data.cache import RangeCache
+from medalign.data.filesystems import failures, open_system, reason_of, remedy_of
 from medalign.errors import ConfigError, DataError
 
 Result = TypeVar("Result")
@@ -28,7 +26,6 @@ log = logging.getLogger("medalign")
 
 _OPEN_FILES = 64  # shards kept open by one process
 _LONGEST_PAUSE = 10.0  # seconds
-_VENDOR_ERRORS = (("aiohttp", "ClientError"), ("botocore.exceptions", "BotoCoreError"))  # not OSErrors
 
 
 class Short(OSError):
@@ -111,6 +108,7 @@ class RemoteStorage:
     def _forget(self) -> None:
         self._process = os.getpid()
         self._systems: dict[str, Any] = {}
+        self._opening = threading.Lock()
         self._pool: ThreadPoolExecutor | None = None
         self._pending: dict[tuple[str, int, int], Future[bytes]] = {}
 
@@ -168,15 +166,9 @@ class RemoteStorage:
 
     def _system(self, place: str) -> Any:
         scheme = place.partition("://")[0]
-        if scheme not in self._systems:
-            try:
-                kind = fsspec.get_filesystem_class(scheme)
-                # An instance of its own, for those of fsspec's cache may stem from the process that forked this one.
-                self._systems[scheme] = kind(skip_instance_cache=True, **_options(kind, place))
-            except (ImportError, ValueError) as error:
-                raise ConfigError(
-                    f"{place} cannot be read: {error}. pip install 'medalign[remote]' brings it"
-                ) from error
+        with self._opening:  # the first reads ahead come all at once, and one client is enough for them
+            if scheme not in self._systems:
+                self._systems[scheme] = open_system(place, self._access.read_ahead)
         return self._systems[scheme]
 
     def _own_process(self) -> None:
@@ -184,39 +176,21 @@ class RemoteStorage:
             self._forget()
 
 
-def _options(kind: Any, place: str) -> dict[str, Any]:
-    """What fsspec takes from the address itself, such as the host of an sftp server."""
-    return kind._get_kwargs_from_urls(place)
-
-
 def tried(read: Callable[[], Result], name: str, access: Access) -> Result:
     """`read()`, again with growing pauses where it fails. Raises DataError naming `name` after the last try."""
     for attempt in range(access.retries + 1):
         try:
             return read()
-        except _errors() as error:
-            reason = _reason(error)
+        except failures() as error:
+            reason = reason_of(error, name)
             if attempt == access.retries:
                 raise DataError(
-                    f"{name} cannot be read after {attempt + 1} tries: {reason}; was it moved, deleted or replaced?"
+                    f"{name} cannot be read after {attempt + 1} tries: {reason}; {remedy_of(error)}"
                 ) from error
             if attempt == 0:
                 log.warning("%s cannot be read: %s; trying %d more times", name, reason, access.retries)
             time.sleep(min(access.pause * 2**attempt, _LONGEST_PAUSE))
     raise AssertionError("unreachable: the last try returns or raises")
-
-
-def _reason(error: BaseException) -> str:
-    return str(getattr(error, "strerror", None) or error or type(error).__name__)
-
-
-def _errors() -> tuple[type[BaseException], ...]:
-    """What counts as a failed read. Vendors' own errors are there only once their package is in use."""
-    found: list[type[BaseException]] = [OSError, TimeoutError]
-    for module, name in _VENDOR_ERRORS:
-        if module in sys.modules:
-            found.append(getattr(importlib.import_module(module), name))
-    return tuple(found)
 
 
 def fetched_folder(address: str, names: tuple[str, ...], access: Access) -> Path:

@@ -32,7 +32,7 @@ FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # vendor: the files, as patterns under medalign/, that may import it
 DOORS = {
     "deepspeed": "engine/*",
-    "fsspec": "data/storage.py",
+    "fsspec": "data/filesystems.py",
     "open_clip": "teacher/clip.py",
     "peft": "student/loading.py",
     "pydicom": "data/dicom.py",

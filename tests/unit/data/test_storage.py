@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import gc
+import multiprocessing
 import pickle
 import re
 import threading
@@ -114,8 +116,8 @@ def test_batches_from_a_bad_network_are_those_from_the_disk(shards: Path, server
     from medalign.data.loader import TrainLoader
     from medalign.data.plan import GlobalOrder
 
-    remote = ShardIndex.open(f"{server.address}/train", QUICK)
-    server.troubles = 8
+    remote = ShardIndex.open(f"{server.address}/train", Access(retries=8, pause=0.01))
+    server.troubles = 8  # even if all of them hit one read, its last try succeeds
     far = TrainLoader(remote, GlobalOrder(23, 3), collator(), global_batch=6, micro_batch=3, workers=workers)
     for one, two in islice(zip(loader(shards), far, strict=False), 5):
         for a, b in zip(one, two, strict=True):
@@ -147,6 +149,27 @@ def test_read_ahead_begins_before_it_is_asked_for(server: Server) -> None:
     assert [remote.read(i).key for i in (1, 2, 3)] == ["s001", "s002", "s003"]
     assert len([name for name, _ in server.log if name.endswith(".tar")]) == 3 >= asked
     assert pickle.loads(pickle.dumps(remote)).read(4).key == "s004"  # noqa: S301  # bytes made on this line
+
+
+class _Lasting(_Handler):
+    protocol_version = "HTTP/1.1"  # connections outlive their request
+
+
+def _read_in_a_child(remote: ShardIndex) -> None:
+    assert remote.read(2).key == "s002"
+    gc.collect()
+
+
+@pytest.mark.timeout(60)  # a parent whose connection was closed by its child waits for five minutes
+def test_a_forked_reader_leaves_its_parents_connections_alone(shards: Path, server: Server) -> None:
+    server.RequestHandlerClass = functools.partial(_Lasting, directory=str(shards.parent))
+    remote = ShardIndex.open(f"{server.address}/train", QUICK)
+    assert remote.read(1).key == "s001"
+    child = multiprocessing.get_context("fork").Process(target=_read_in_a_child, args=(remote,))
+    child.start()
+    child.join()
+    assert child.exitcode == 0
+    assert remote.read(3).key == "s003"
 
 
 def test_the_cache_serves_a_second_epoch_within_its_bound(shards: Path, server: Server, tmp_path: Path) -> None:
