@@ -1,7 +1,7 @@
 """Every setting of a run: dataclasses, read from a recipe (YAML) and dotted overrides.
 
-A recipe is a complete run by name. `medalign train quickstart --train.steps 50` reads the packaged recipe
-`quickstart`, then overrides one key. An unknown or ill-typed key is an error that names it and the nearest key.
+A recipe is a complete run by name. `medalign train phantom --train.steps 50` reads the packaged recipe `phantom`, then
+overrides one key. An unknown or ill-typed key is an error that names it and the nearest key.
 """
 
 from __future__ import annotations
@@ -123,8 +123,8 @@ class LossConfig:
     """Weights of the token pairs in the spatial loss."""
     ignore_padding: bool = False
     """Leave patches that show only canvas padding out of both distillation losses."""
-    impl: Literal["auto", "reference", "chunked"] = "auto"
-    """Implementation of the kernels."""
+    impl: Literal["auto", "reference", "chunked", "triton"] = "auto"
+    """Implementation of the kernels; one asked for by name is taken or refused, never replaced."""
 
 
 @dataclass
@@ -292,6 +292,14 @@ def validate(config: Config, *, models: bool = True) -> None:
         value = getattr(data, key)
         require(value >= 0, f"data.{key} is {value}; it must not be negative")
     require(not data.cache_gib or bool(data.cache_dir), "data.cache_gib is set; name its folder with --data.cache_dir")
+    require(data.max_length >= 1, f"data.max_length is {data.max_length}; it must be at least 1")
+    require(0 <= data.max_bad_share <= 1, f"data.max_bad_share is {data.max_bad_share}; it is a share from 0 to 1")
+    for key in ("lr", "projector_lr"):
+        value = getattr(train, key)
+        require(value is None or value >= 0, f"train.{key} is {value}; it must not be negative")
+    lora = config.student.lora
+    require(lora.rank >= 1, f"student.lora.rank is {lora.rank}; it must be at least 1")
+    require(0 <= lora.dropout < 1, f"student.lora.dropout is {lora.dropout}; it is a share from 0 to below 1")
     for key in ("alpha", "beta"):
         value = getattr(config.losses, key)
         require(value >= 0, f"losses.{key} is {value}; it must not be negative")
@@ -335,8 +343,9 @@ def _require_known(key: str, known: set[str], where: str) -> None:
         return
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     same_name = [k for k in sorted(known) if k.split(".")[-1] == key.split(".")[-1]]
-    nearest = (same_name or near or ["one of: " + ", ".join(sorted(known))])[0]
-    raise ConfigError(f"unknown key {key!r} in {where}; the nearest known key is {nearest!r}")
+    nearest = [*same_name, *near]
+    hint = f"the nearest known key is {nearest[0]!r}" if nearest else "medalign train --help lists the known ones"
+    raise ConfigError(f"unknown key {key!r} in {where}; {hint}")
 
 
 def _keys(kind: type, prefix: str = "") -> Iterator[str]:

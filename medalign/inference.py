@@ -37,6 +37,8 @@ def generate(
         raise ConfigError("--question is empty")
     if not image.is_file():
         raise DataError(f"--image {image} does not exist")
+    if picture is not None:
+        _require_picture(picture)
     sample = Sample(image.stem, "none", "vqa", question, "?", "open", (decode_image(image.read_bytes()),))
     student, tokenizer, collator = open_student(run, base)
     given = answer(student, tokenizer, collator([sample]).to(distributed.device()), max_new_tokens)[0]
@@ -57,6 +59,8 @@ def evaluate(
     base: str | None = None,
 ) -> Path:
     """Score a run on shards. Returns the folder with predictions.jsonl and scores.json."""
+    if name is not None and (name in ("", ".", "..") or Path(name).name != name):
+        raise ConfigError(f"--name {name} must be the plain name of a folder in {run / 'evaluation'}")
     index = ShardIndex.open(list(data))
     student, tokenizer, collator = open_student(run, base)
     numbers = range(len(index) if limit is None else min(limit, len(index)))
@@ -103,6 +107,14 @@ def open_student(run: Path, base: str | None = None) -> tuple[Student, Any, Coll
     view = TowerView(eye.size, eye.mean, eye.std)
     collator = Collator(encoder, view, None, anatomy.grid, padding_side="left", with_answer=False)
     return student, processor.tokenizer, collator
+
+
+def _require_picture(path: Path) -> None:
+    """Raise ConfigError where no picture can be written, before a model is loaded for it."""
+    if path.suffix.lower() not in (".png", ".jpg", ".jpeg"):
+        raise ConfigError(f"--overlay {path}: name a .png or .jpg file")
+    if not path.absolute().parent.is_dir():
+        raise ConfigError(f"--overlay {path}: the folder {path.absolute().parent} does not exist")
 
 
 def _write(folder: Path, rows: Sequence[Prediction], facts: dict[str, Any]) -> None:

@@ -28,6 +28,7 @@ from medalign.engine.engine import Engine
 from medalign.engine.settings import deepspeed_settings, precision
 from medalign.errors import ConfigError
 from medalign.losses.objective import Objective
+from medalign.observability.files import write_text
 from medalign.observability.sinks import ConsoleSink, JsonlSink, Sink, WandbSink
 from medalign.student import loading
 from medalign.student.families import Anatomy
@@ -87,7 +88,8 @@ def _train(config: Config, folder: Path, index: ShardIndex | None, ds_settings: 
 
     try:
         if index is None:
-            save(progress)
+            if not found:
+                save(progress)
         elif progress.step < config.train.steps:
             step = Step(engine, teacher, build_objective(config), student.anatomy.grid)
             batches = iter(build_loader(config, index, collator, progress))
@@ -218,22 +220,25 @@ def _prepare_folder(config: Config, folder: Path) -> None:
         _require_same(settings.read(path), config, path)
     distributed.barrier()  # every rank has read it
     if distributed.is_main():
-        folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(settings.dump(config))
+        write_text(path, settings.dump(config))
 
 
 def _require_same(before: Config, now: Config, path: Path) -> None:
-    for section in ("data", "teacher", "student", "losses", "train"):
+    for section in ("run", "data", "teacher", "student", "losses", "train"):
         for key, value in vars(getattr(now, section)).items():
-            old = getattr(getattr(before, section), key)
-            if old != value and f"{section}.{key}" not in _MAY_CHANGE:
+            old, name = getattr(getattr(before, section), key), f"{section}.{key}"
+            # A model's folder may have moved with everything above it; its own name stays.
+            same = Path(old).name == Path(value).name if name in _MODELS else old == value
+            if not same and name not in _MAY_CHANGE:
                 raise ConfigError(
-                    f"{path} has {section}.{key} = {old}, the command says {value}: a run goes on with the settings "
+                    f"{path} has {name} = {old}, the command says {value}: a run goes on with the settings "
                     "it began with; restore them, or name a new folder with --run.dir"
                 )
 
 
+_MODELS: Sequence[str] = ("student.path", "teacher.path")
 _MAY_CHANGE: Sequence[str] = (
+    "run.dir",
     "data.train",
     "data.workers",
     "data.retries",

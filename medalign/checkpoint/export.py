@@ -104,8 +104,8 @@ def merge(source: Path, output: Path, base: str | None = None) -> None:
 
 
 def _require_new(output: Path) -> None:
-    if output.exists() and any(output.iterdir()):
-        raise CheckpointError(f"{output} is not empty; name a new folder")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise CheckpointError(f"{output} is there already and no empty folder; name a new one")
 
 
 def _safetensors(path: Path) -> dict[str, torch.Tensor]:

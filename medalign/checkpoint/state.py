@@ -5,7 +5,7 @@
       step-000500/
         state/            DeepSpeed's shards: what learns, the optimiser
         export/           the trained student, as `medalign export` gives it
-        progress.json     step, ranks, settings that must not change
+        progress.json     step, samples, ranks, what was skipped and cut
 
 A checkpoint is written under a name that nobody reads (`.partial-...`), flushed to disk, renamed, and only then
 named by `latest`. Whatever kills the run, `latest` names a whole one. DeepSpeed's shards are its own pickle
@@ -22,6 +22,8 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from medalign import distributed
 from medalign.engine.engine import Engine, to_universal
@@ -63,19 +65,30 @@ def save(engine: Engine, root: Path, progress: Progress, keep: int, export: Call
     try:
         engine.save(partial)
         export(partial / "export")
-    except OSError as error:
+        distributed.barrier()
+        if distributed.is_main():
+            (partial / "progress.json").write_text(json.dumps(asdict(progress)) + "\n")
+            _commit(partial, final, root)
+            _prune(root, keep)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        trouble = _disk_trouble(error)
+        if trouble is None:
+            raise
         shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(
-            f"checkpoint {final} could not be written ({error.strerror or error}); "
+            f"checkpoint {final} could not be written ({trouble}); "
             "the earlier ones are whole: free space, then start the same command again"
         ) from error
     distributed.barrier()
-    if distributed.is_main():
-        (partial / "progress.json").write_text(json.dumps(asdict(progress)) + "\n")
-        _commit(partial, final, root)
-        _prune(root, keep)
-    distributed.barrier()
     return final
+
+
+def _disk_trouble(error: Exception) -> str | None:
+    """What a writer that failed has to say; None for an error that is no writer's."""
+    if isinstance(error, RuntimeError):  # torch.save reports the disk so, and nothing else of it
+        writers = ("PytorchStreamWriter", "inline_container")
+        return "torch could not write its file" if any(name in str(error) for name in writers) else None
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 
 def latest(root: Path) -> Path | None:

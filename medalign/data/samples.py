@@ -14,7 +14,7 @@ import zlib
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from medalign.contracts import Sample
 from medalign.data import dicom
@@ -54,8 +54,13 @@ def decode_image(data: bytes, at_least: int = 0) -> Image.Image:
             image.draft(None, (width, height))
         image.load()
     except _UNDECODABLE as error:
-        raise BadSample(f"image cannot be decoded ({error})") from error
+        raise BadSample(f"image cannot be decoded ({_reason(error)})") from error
     return _eight_bit(image) if image.mode.startswith(("I", "F")) else image
+
+
+def _reason(error: Exception) -> str:
+    """Pillow names the object in memory where it knows no format, which differs from run to run."""
+    return "of no known format" if isinstance(error, UnidentifiedImageError) else str(error)
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
@@ -75,7 +80,7 @@ def picture_header(data: bytes) -> tuple[str, int, int]:
         with Image.open(io.BytesIO(data)) as image:
             name, (width, height) = image.format or "unknown", image.size
     except _UNDECODABLE as error:
-        raise BadSample(f"image cannot be decoded ({error})") from error
+        raise BadSample(f"image cannot be decoded ({_reason(error)})") from error
     if name not in ("PNG", "JPEG", "MPO"):
         raise BadSample(f"image is {name}; only PNG, JPEG and DICOM are read")
     return ("png" if name == "PNG" else "jpg"), width, height

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import logging
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from peft import LoraConfig as PeftLora
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging as transformers_logging
@@ -77,7 +79,14 @@ def load_anatomy(config: StudentConfig) -> Anatomy:
 
 def load_processor(config: StudentConfig) -> Any:
     """The student's processor (tokenizer, image settings, chat template)."""
-    return AutoProcessor.from_pretrained(_folder(config), local_files_only=True)
+    folder = _folder(config)
+    try:
+        return AutoProcessor.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"student.path {folder} has no usable processor (tokenizer, image settings, chat template): {reason}"
+        ) from error
 
 
 def eye(processor: Any, image_size: int) -> Eye:
@@ -105,8 +114,10 @@ def set_adapter_state(student: Student, state: dict[str, torch.Tensor]) -> None:
 
 
 def save_adapter_config(student: Student, folder: Path) -> None:
-    """Write peft's adapter_config.json."""
-    _peft(student).peft_config["default"].save_pretrained(str(folder))
+    """Write peft's adapter_config.json, which names the base model's folder without what is above it."""
+    config = copy.copy(_peft(student).peft_config["default"])
+    config.base_model_name_or_path = Path(config.base_model_name_or_path or "").name
+    config.save_pretrained(str(folder))
 
 
 def merged(student: Student) -> Any:
@@ -135,7 +146,7 @@ def _load_model(config: StudentConfig, dtype: torch.dtype) -> nn.Module:
         return AutoModelForImageTextToText.from_pretrained(
             folder, dtype=dtype, attn_implementation=names, local_files_only=True, use_safetensors=True
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError(f"student.path {folder} cannot be loaded: {error}") from error
 
 

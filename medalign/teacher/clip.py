@@ -15,6 +15,7 @@ from typing import Any
 import open_clip
 import torch
 from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
@@ -214,10 +215,17 @@ def _folder_source(folder: Path) -> _Source:
             f"teacher {folder}: no {CONFIG_NAME} there; give a folder with {CONFIG_NAME} and {WEIGHTS_NAME}, "
             f"or {SCHEME}ARCH/WEIGHTS"
         )
-    config = json.loads(config_file.read_text())
+    try:
+        config = json.loads(config_file.read_text())
+        model_config, _ = config["model_cfg"], config["model_cfg"]["vision_cfg"]["image_size"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"teacher {config_file} cannot be used ({type(error).__name__}: {error}); open_clip writes one with "
+            "model_cfg and preprocess_cfg"
+        ) from error
     preprocess = config.get("preprocess_cfg", {})
     mean, std = preprocess.get("mean", OPENAI_MEAN), preprocess.get("std", OPENAI_STD)
-    return _Source(config["model_cfg"], folder / WEIGHTS_NAME, mean, std)
+    return _Source(model_config, folder / WEIGHTS_NAME, mean, std)
 
 
 def _named_source(name: str) -> _Source:
@@ -225,16 +233,15 @@ def _named_source(name: str) -> _Source:
     config = open_clip.get_model_config(architecture)
     if config is None or not weights:
         known = "one of open_clip.list_models()" if config is None else architecture
-        raise ConfigError(f"teacher {name}: expected {SCHEME}ARCH/WEIGHTS with ARCH {known} and WEIGHTS a tag or file")
+        raise ConfigError(f"teacher {name}: expected {SCHEME}ARCH/WEIGHTS with ARCH {known} and WEIGHTS a file")
     if Path(weights).is_file():
         return _Source(config, Path(weights), OPENAI_MEAN, OPENAI_STD)
-    tag = open_clip.get_pretrained_cfg(architecture, weights)
-    if not tag:
-        tags = ", ".join(open_clip.list_pretrained_tags_by_model(architecture))
-        raise ConfigError(f"teacher {name}: {weights} is neither a file nor one of {architecture}'s tags ({tags})")
-    config = {**config, "quick_gelu": tag.get("quick_gelu", config.get("quick_gelu", False))}
-    file = Path(open_clip.download_pretrained(tag))
-    return _Source(config, file, tag.get("mean", OPENAI_MEAN), tag.get("std", OPENAI_STD))
+    if not open_clip.get_pretrained_cfg(architecture, weights):
+        raise ConfigError(f"teacher {name}: there is no weights file {weights}")
+    raise ConfigError(
+        f"teacher {name}: {weights} is a tag that open_clip would fetch from the net, and nothing is fetched here; "
+        f"download it first and name the file: {SCHEME}{architecture}/PATH"
+    )
 
 
 def _load_vision_weights(visual: nn.Module, file: Path) -> None:
@@ -243,7 +250,7 @@ def _load_vision_weights(visual: nn.Module, file: Path) -> None:
         state: dict[str, Any] = (
             load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
         )
-    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+    except (OSError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
         raise CheckpointError(f"teacher weights {file} cannot be read: {error}") from error
     state = state.get("state_dict", state)
     named = {key.removeprefix("module."): value for key, value in state.items()}

@@ -73,6 +73,31 @@ def test_an_unknown_recipe_gets_the_nearest_name():
         config.load("phantm")
 
 
+def test_a_key_like_no_other_points_to_the_help():
+    with pytest.raises(ConfigError, match="unknown key 'zzqq' .*medalign train --help"):
+        config.load("phantom", ["--zzqq", "1"])
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference", "chunked", "triton"])
+def test_every_kernel_can_be_asked_for(impl):
+    assert config.load("phantom", ["--data.train", "c", "--losses.impl", impl]).losses.impl == impl
+
+
+@pytest.mark.parametrize(
+    "word, value",
+    [
+        ("train.lr", "-1"),
+        ("student.lora.rank", "0"),
+        ("student.lora.dropout", "3"),
+        ("data.max_bad_share", "7"),
+        ("data.max_length", "0"),
+    ],
+)
+def test_values_that_mean_nothing_are_refused_by_name(word, value):
+    with pytest.raises(ConfigError, match=word.replace(".", r"\.") + f" is {value}"):
+        config.load("phantom", ["--data.train", "c", f"--{word}", value])
+
+
 def test_no_teacher_is_needed_without_distillation(tmp_path):
     path = tmp_path / "plain.yaml"
     path.write_text("student: {path: a}\ndata: {train: c}\nlosses: {alpha: 0, beta: 0}\n")

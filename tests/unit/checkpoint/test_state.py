@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import resource
 import shutil
 from collections import namedtuple
 from pathlib import Path
@@ -10,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from medalign.checkpoint import state
 from medalign.checkpoint.state import Progress
@@ -51,6 +54,45 @@ def test_save_keeps_the_newest_and_latest_names_the_last(tmp_path):
     assert newest == tmp_path / "step-000015"
     engine = FakeEngine()
     assert state.load(engine, newest) == at(15) and engine.loaded == [newest]
+
+
+@contextlib.contextmanager
+def room(size: int):
+    """No file may grow beyond `size` bytes: what a writer meets on a full disk or at the end of a quota."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("writer", ["torch", "safetensors", "plain"])
+def test_real_writers_without_room_leave_the_earlier_one_whole(tmp_path, writer):
+    state.save(FakeEngine(), tmp_path, at(5), 2, export)
+
+    def write(folder: Path) -> None:
+        folder.mkdir()
+        weights = {"w": torch.zeros(100_000)}
+        if writer == "torch":
+            torch.save(weights, folder / "state.pt")
+        elif writer == "safetensors":
+            save_file(weights, folder / "w.safetensors")
+        else:
+            (folder / "w").write_bytes(bytes(400_000))
+
+    with room(50_000), pytest.raises(CheckpointError, match="step-000010 could not be written .*free space"):
+        state.save(FakeEngine(), tmp_path, at(10), 2, write)
+    assert state.latest(tmp_path) == tmp_path / "step-000005"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-000005"]
+
+
+def test_an_error_that_is_not_the_disks_is_not_called_one(tmp_path):
+    def broken(folder: Path) -> None:
+        raise RuntimeError("a rank is gone")
+
+    with pytest.raises(RuntimeError, match="a rank is gone"):
+        state.save(FakeEngine(), tmp_path, at(5), 2, broken)
 
 
 def test_a_disk_that_fills_up_leaves_the_earlier_one_whole(tmp_path):

@@ -129,14 +129,30 @@ def test_pickled_code_is_refused(tmp_path):
 def test_unsupported_and_missing_teachers_say_what_is_supported(folder, tmp_path):
     with pytest.raises(ConfigError, match=CONFIG_NAME):
         load_teacher(tmp_path / "nowhere")
-    with pytest.raises(ConfigError, match="neither a file nor one of"):
+    with pytest.raises(ConfigError, match="there is no weights file no-such-tag"):
         load_teacher("open_clip:ViT-B-32/no-such-tag")
+    with pytest.raises(ConfigError, match="fetch from the net, and nothing is fetched here"):
+        load_teacher("open_clip:ViT-B-32/laion2b_s34b_b79k")
     with pytest.raises(ConfigError, match="list_models"):
         load_teacher("open_clip:No-Such-Arch/tag")
     config = json.loads((folder / CONFIG_NAME).read_text())
     config["model_cfg"]["vision_cfg"]["timm_model_name"] = "vit_base_patch16_224"
     (folder / CONFIG_NAME).write_text(json.dumps(config))
     with pytest.raises(ConfigError, match="vit_base_patch16_224; supported: open_clip's VisionTransformer"):
+        load_teacher(folder)
+
+
+@pytest.mark.parametrize("text", ["{", "{}", '{"model_cfg": {}}', "[]"])
+def test_a_config_that_is_none_is_refused(folder, text):
+    (folder / CONFIG_NAME).write_text(text)
+    with pytest.raises(ConfigError, match=f"{CONFIG_NAME} cannot be used"):
+        load_teacher(folder)
+
+
+def test_truncated_weights_are_refused(folder):
+    file = folder / WEIGHTS_NAME
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match="cannot be read"):
         load_teacher(folder)
 
 
