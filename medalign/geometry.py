@@ -9,7 +9,6 @@ Shape suffixes: I images, M teacher patches, N student image tokens, B samples, 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,8 +16,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-
-from medalign.errors import ConfigError
 
 Box = Sequence[float]  # x0, y0, x1, y1 in pixels of the stored image
 
@@ -29,17 +26,6 @@ class PatchGrid:
 
     rows: int
     columns: int
-
-    @classmethod
-    def of_patches(cls, count: int, owner: str) -> PatchGrid:
-        """The square grid of `count` patches. Raises ConfigError, naming `owner`, if `count` is not a square."""
-        side = math.isqrt(count)
-        if side * side != count:
-            raise ConfigError(
-                f"{owner} gives {count} image patches, which is not a square grid; "
-                "medalign needs one token per patch of a square image (no pooling, no extra tokens)"
-            )
-        return cls(side, side)
 
     @property
     def size(self) -> int:

@@ -69,19 +69,21 @@ def eager_similarity(student_BND: torch.Tensor, teacher_BND: torch.Tensor) -> to
     return (difference_BNN**2).mean((1, 2))
 
 
-def similarity_step(case: Case, path: str, device: str) -> Callable[[], object]:
+def similarity_step(case: Case, path: str, device: str) -> Callable[[], torch.Tensor]:
     student = torch.randn(case.samples, case.tokens, case.width, device=device, requires_grad=True)
     teacher = torch.randn(case.samples, case.tokens, case.teacher_width, device=device)
 
-    def step() -> None:
+    def step() -> torch.Tensor:
         student.grad = None
-        loss = eager_similarity(student, teacher) if path == "eager" else token_similarity(student, teacher, impl=path)
-        loss.sum().backward()
+        eager = path == "eager"
+        loss = (eager_similarity(student, teacher) if eager else token_similarity(student, teacher, impl=path)).sum()
+        loss.backward()
+        return loss.detach()
 
     return step
 
 
-def attention_step(case: Case, path: str, device: str) -> Callable[[], object]:
+def attention_step(case: Case, path: str, device: str) -> Callable[[], torch.Tensor]:
     """The attention of a decoder block, projections left out: they cost the same whichever way it attends."""
     head_width = case.width // case.heads
 
@@ -106,7 +108,7 @@ def attention_step(case: Case, path: str, device: str) -> Callable[[], object]:
         mapped = attention_map(query, key, rows_BL, columns_BL) if path == "sdpa+map" else None
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True), mapped
 
-    def step() -> None:
+    def step() -> torch.Tensor:
         for each in leaves:
             each.grad = None
         mixed, mapped_BL = attend()
@@ -114,6 +116,7 @@ def attention_step(case: Case, path: str, device: str) -> Callable[[], object]:
         if mapped_BL is not None:
             loss = loss + mapped_BL.square().sum()
         loss.backward()
+        return loss.detach()
 
     return step
 

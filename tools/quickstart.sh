@@ -25,6 +25,12 @@ else
     export OMP_NUM_THREADS=$((cores / ranks > 0 ? cores / ranks : 1))
 fi
 
+mkdir -p "$out"
+if [ "$(cat "$out/seed" 2> /dev/null || echo "$seed")" != "$seed" ]; then
+    echo "$out was begun with SEED=$(cat "$out/seed"); name another folder for SEED=$seed" >&2
+    exit 2
+fi
+echo "$seed" > "$out/seed"
 if [ ! -f "$out/data/val/index.jsonl" ]; then
     medalign phantom --output "$out/data" --train "${TRAIN:-2000}" --val "${VAL:-200}" --seed "$seed" \
         --reports 0.25

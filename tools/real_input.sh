@@ -14,7 +14,8 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 [ -d "$out/vqa" ] || medalign shards jsonl --input "$vqa" --output "$out/vqa"
 [ -d "$out/reports" ] || medalign shards jsonl --input "$reports" --output "$out/reports"
 
-deepspeed --num_accelerators "${RANKS:-2}" --no_local_rank --module medalign train phantom \
+gpus=$(nvidia-smi -L 2> /dev/null | wc -l || true)
+deepspeed --num_accelerators "${RANKS:-$((gpus > 0 ? gpus : 2))}" --no_local_rank --module medalign train phantom \
     --data.train "[$out/vqa/train, $out/reports/train]" --data.max_length 256 \
     --run.dir "$out/run" --train.steps "${STEPS:-300}" --train.batch_size 16 --train.micro_batch_size 8
 
@@ -22,3 +23,4 @@ for name in vqa reports; do
     medalign evaluate "$out/run" --data "$out/$name/test" --name "$name" --max-new-tokens 48
 done
 medalign report "$out/run" --output "$out/report.html"
+python tools/real_input_figures.py "$out"

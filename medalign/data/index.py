@@ -57,11 +57,6 @@ class ShardIndex:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_numbers": None}
 
-    @property
-    def folder_sizes(self) -> list[int]:
-        """Samples of each folder."""
-        return [len(table) for table in self._tables]
-
     def shard_sizes(self, folder: int) -> np.ndarray:
         """Samples of each shard of a folder, in the order of the numbers, int64."""
         return np.array([entry.samples for entry in self._tables[folder].shards], dtype=np.int64)

@@ -26,7 +26,7 @@ def relative(value, expected):
     return float((value.double() - expected.double()).norm() / expected.double().norm())
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("impl", (*IMPLEMENTATIONS, "triton"))
 @pytest.mark.parametrize("name", ["spatial", "spatial_weighted"])
 def test_spatial_loss(golden, name, impl):
     student = golden["spatial_student"][None].requires_grad_()
