@@ -3,8 +3,9 @@
 import pytest
 
 from medalign import config
+from medalign.checkpoint.state import Progress
 from medalign.errors import ConfigError
-from medalign.run import _prepare_folder
+from medalign.run import _prepare_folder, _say_end
 
 WORDS = ["--data.train", "shards", "--student.path", "/one/models/llava", "--teacher.path", "/one/models/clip"]
 
@@ -28,3 +29,10 @@ def test_models_may_move_with_the_folders_above_them(tmp_path):
     assert config.read(tmp_path / "config.yaml").student.path == "/two/llava"
     with pytest.raises(ConfigError, match=r"student\.path"):
         _prepare_folder(begun(tmp_path, "--student.path", "/two/other"), tmp_path)
+
+
+def test_the_end_of_a_run_tells_what_was_replaced_and_cut(tmp_path, caplog):
+    progress = Progress(step=8, samples=32, ranks=1, skipped=3, truncated=5)
+    with caplog.at_level("INFO", logger="medalign"):
+        _say_end(begun(tmp_path), tmp_path, progress)
+    assert "8 steps, 32 samples; 3 bad samples replaced, 5 cut to 160 tokens" in caplog.text
