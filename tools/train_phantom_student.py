@@ -13,8 +13,8 @@
 
 The studies come from the split `pretrain`, which no training or evaluation of the product uses. `--start FOLDER` goes
 on from an earlier result; the packaged student was made in stages, whose commands and losses are in
-`tools/results/phantom_student.json`. Its first stages ran on earlier versions of the shapes and phantoms, so today's
-command makes a student of the same kind and not the same weights.
+`tools/results/phantom_student.json`. Its first stages ran on earlier versions of the shapes and phantoms, so those
+weights cannot be made again from nothing.
 
 Shapes: B samples, N patches, L tokens, T turns, C kinds and tones of shape, S pixels of a side.
 """
