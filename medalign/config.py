@@ -41,6 +41,8 @@ class DataConfig:
     """Loader processes for each rank; 0 reads in the trainer itself. The batches are the same for any number."""
     max_length: int = 1024
     """Longest sample in tokens, image tokens included. Text beyond it is cut, image tokens never."""
+    packing: bool = False
+    """Lay a micro-batch's samples end to end in one row instead of padding them; each still sees itself alone."""
     max_bad_share: float = 0.01
     """The run stops when more than this share of the samples cannot be read."""
     weights: list[float] = field(default_factory=list)

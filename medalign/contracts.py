@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
@@ -28,7 +29,11 @@ class Sample:
 
 @dataclass
 class Batch:
-    """A micro-batch, on one device. I counts the images; where a batch has none, one dummy with weight 0."""
+    """A micro-batch, on one device. I counts the images; where a batch has none, one dummy with weight 0.
+
+    Padded, B rows hold a sample each. Packed, one row (B is 1) holds S samples end to end, each of which sees itself
+    alone, and nothing is padding.
+    """
 
     input_ids: torch.Tensor  # [B, L] int64; each image is N image tokens
     attention_mask: torch.Tensor  # [B, L] bool; False at padding
@@ -39,7 +44,8 @@ class Batch:
     teacher_pixels: torch.Tensor  # [I, 3, T, T] float32
     image_weight: torch.Tensor  # [I] float32; 0 for the dummy, else 1
     patch_valid: torch.Tensor  # [I, N] bool; False where the patch is canvas padding alone
-    image_sample: torch.Tensor  # [I] int64; row in the batch that the image belongs to
+    image_sample: torch.Tensor  # [I] int64; number of the sample that the image belongs to
+    lengths: tuple[int, ...] = ()  # tokens of each sample of a packed batch; empty for a padded one
     keys: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()  # "shard/key: reason" of bad samples replaced in this batch
     truncated: int = 0  # samples whose text was cut to the length limit
@@ -47,6 +53,17 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         tensors = {f.name: getattr(self, f.name) for f in fields(self) if torch.is_tensor(getattr(self, f.name))}
         return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
+
+    def bounds(self) -> torch.Tensor:
+        """[S + 1] int64: where each sample begins among the B * L tokens, and where the last one ends."""
+        rows, length = self.input_ids.shape
+        ends = list(itertools.accumulate(self.lengths or (length,) * rows))
+        return torch.tensor([0, *ends], device=self.input_ids.device)
+
+    def sample_of_token(self) -> torch.Tensor:
+        """[B, L] int64: number of the sample that each token, or the padding beside it, belongs to."""
+        tokens = torch.arange(self.input_ids.numel(), device=self.input_ids.device)
+        return torch.searchsorted(self.bounds()[1:], tokens, right=True).view_as(self.input_ids)
 
 
 @dataclass(frozen=True)

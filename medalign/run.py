@@ -123,7 +123,8 @@ def collator_of(config: Config, anatomy: Anatomy, processor: Any, teacher_view: 
         tokens_per_image=anatomy.grid.size,
         max_length=config.data.max_length,
     )
-    return Collator(encoder, TowerView(eye.size, eye.mean, eye.std), teacher_view, anatomy.grid)
+    view = TowerView(eye.size, eye.mean, eye.std)
+    return Collator(encoder, view, teacher_view, anatomy.grid, packed=config.data.packing)
 
 
 def build_objective(config: Config) -> Objective:
@@ -199,9 +200,10 @@ def build_sinks(config: Config, folder: Path, progress: Progress) -> list[Sink]:
 
 
 def probe(collator: Collator) -> Batch:
-    """A small batch, one grey picture and one question, to try the model on before the first step."""
+    """A small batch, two questions of unlike length about a grey picture, to try the model on before the first step."""
     grey = Image.new("RGB", (8, 8), (128, 128, 128))
-    return collator([Sample("probe", "none", "vqa", "Is this study normal?", "yes", "closed", (grey,))])
+    questions = ("Is this study normal?", "Where is the abnormality?")
+    return collator([Sample("probe", "none", "vqa", question, "yes", "closed", (grey,)) for question in questions])
 
 
 def parameter_groups(student: Student, config: Config) -> list[dict[str, Any]]:
@@ -241,6 +243,7 @@ _MAY_CHANGE: Sequence[str] = (
     "run.dir",
     "data.train",
     "data.workers",
+    "data.packing",
     "data.retries",
     "data.cache_dir",
     "data.cache_gib",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,14 @@ def batch(
         image_sample=torch.arange(count),
         keys=tuple(f"sample-{i}" for i in range(len(rows))),
     )
+
+
+def packed(padded: Batch) -> Batch:
+    """The same samples end to end in one row."""
+    valid = padded.attention_mask
+    rows = ("input_ids", "attention_mask", "labels", "question_mask", "image_index")
+    flat = {name: getattr(padded, name)[valid][None] for name in rows}
+    return replace(padded, lengths=tuple(valid.sum(1).tolist()), **flat)
 
 
 def save_teacher(folder: Path, *, image_size: int = 48, seed: int = 0) -> Path:

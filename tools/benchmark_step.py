@@ -10,6 +10,8 @@ Three ways to take the same step, in turn, so that the machine's moods hit all a
     eager     the same losses in the released code's form: eager attention with the weights of every block kept,
               N x N similarity matrices in autograd
 
+Then `medalign` on micro-batches of phantoms, questions and reports mixed, padded and packed (data.packing).
+
 Writes medians, their ratios, and the command to tools/results/step_cpu.json.
 """
 
@@ -32,13 +34,17 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from medalign import distributed
 from medalign.config import Config, load
 from medalign.contracts import IGNORE, Batch, StudentOutput
+from medalign.data import phantom
+from medalign.data.index import ShardIndex
+from medalign.data.plan import GlobalOrder
 from medalign.engine import engine as door
 from medalign.engine.engine import Engine
 from medalign.engine.settings import deepspeed_settings
 from medalign.geometry import gather_images
-from medalign.run import build_objective, build_teacher, parameter_groups
-from medalign.student.loading import load_student
-from medalign.student.model import Student, positions
+from medalign.run import build_collator, build_objective, build_teacher, parameter_groups
+from medalign.student.loading import load_processor, load_student
+from medalign.student.model import Student
+from medalign.student.packing import layout
 from medalign.training.schedule import peaks
 from medalign.training.step import Step
 
@@ -56,11 +62,10 @@ class EagerStudent(Student):
         output = self.model(
             input_ids=batch.input_ids,
             pixel_values=batch.student_pixels.to(self.dtype),
-            attention_mask=batch.attention_mask.long(),
-            position_ids=positions(batch.attention_mask),
             logits_to_keep=kept,
             output_attentions=True,
             use_cache=False,
+            **layout(batch),
         )
         weights_BLL = output.attentions[self.layer].mean(1)
         rows_BL1 = batch.question_mask[..., None].float()
@@ -165,9 +170,42 @@ def measure(preset: str, samples: int, rounds: int, folder: Path) -> dict:
     }
 
 
+def measure_packing(samples: int, rounds: int, folder: Path) -> dict:
+    """The same micro-batches with padding and without, on the packaged student."""
+    phantom.write(folder, 80, 1, 0)
+    index = ShardIndex.open(folder / "train")
+    step, rates = build("medalign", ASSETS / "phantom_student", samples)
+    config = settings("medalign", ASSETS / "phantom_student", samples)
+    assert isinstance(step.engine.student, Student)
+    collate = build_collator(config, step.engine.student, load_processor(config.student), step.teacher)
+    order, padding = GlobalOrder(len(index), 0), []
+    times: dict[str, list[float]] = {"padded": [], "packed": []}
+    for turn in tqdm(range(rounds + 2), desc="packing"):
+        drawn = [index.read(int(number)) for number in order.take(turn * samples, samples)]
+        losses = []
+        for way in times:
+            collate.packed = way == "packed"
+            batch = collate(drawn)
+            began = time.perf_counter()
+            losses.append(step([batch], dict.fromkeys(rates, 0.0))["loss/total"])
+            if turn > 1:
+                times[way].append(time.perf_counter() - began)
+            if way == "padded":
+                padding.append(1 - float(batch.attention_mask.float().mean()))
+        assert abs(losses[0] - losses[1]) < 1e-3 * abs(losses[0]), "the two ways must agree"
+    medians = {way: statistics.median(values) for way, values in times.items()}
+    return {
+        "samples": samples,
+        "rounds": rounds,
+        "padding_share": round(statistics.mean(padding), 3),
+        "seconds": {way: round(value, 4) for way, value in medians.items()},
+        "packed_to_padded": round(medians["packed"] / medians["padded"], 3),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=["phantom", "wide", "both"], default="both")
+    parser.add_argument("--preset", choices=["phantom", "wide", "packing", "all"], default="all")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, default=ROOT / "tools/results/step_cpu.json")
@@ -177,10 +215,12 @@ def main() -> None:
     door.start({})
     results = {}
     with tempfile.TemporaryDirectory() as scratch:
-        if options.preset in ("phantom", "both"):
+        if options.preset in ("phantom", "all"):
             results["phantom"] = measure("phantom", 16, options.rounds, ASSETS / "phantom_student")
-        if options.preset in ("wide", "both"):
-            results["wide"] = measure("wide", 2, options.rounds, wide_student(Path(scratch)))
+        if options.preset in ("wide", "all"):
+            results["wide"] = measure("wide", 2, options.rounds, wide_student(Path(scratch) / "wide"))
+        if options.preset in ("packing", "all"):
+            results["packing"] = measure_packing(16, options.rounds, Path(scratch) / "phantoms")
     door.stop()
     facts = {
         "command": shlex.join(["python", "tools/benchmark_step.py", *sys.argv[1:]]),

@@ -58,6 +58,7 @@ class Collator:
         grid: the student's image tokens.
         padding_side: "right" to train, "left" to generate.
         with_answer: append the answer and its labels.
+        packed: lay the samples end to end in one row, without padding.
         pad_token_id: None takes the encoder's.
     """
 
@@ -70,6 +71,7 @@ class Collator:
         *,
         padding_side: Literal["right", "left"] = "right",
         with_answer: bool = True,
+        packed: bool = False,
         pad_token_id: int | None = None,
     ) -> None:
         if grid.size != encoder.tokens_per_image:
@@ -83,6 +85,7 @@ class Collator:
         self.grid = grid
         self.padding_side = padding_side
         self.with_answer = with_answer
+        self.packed = packed
         self.pad_token_id = encoder.pad_token_id if pad_token_id is None else pad_token_id
 
     def __call__(self, samples: Sequence[Sample]) -> Batch:
@@ -113,32 +116,35 @@ class Collator:
         )
 
     def join(self, prepared: Sequence[Prepared]) -> Batch:
-        """Pad and stack. Images are numbered through the batch, in the order of the samples."""
+        """Pad and stack, or pack. Images are numbered through the batch, in the order of the samples."""
         texts = [p.encoded for p in prepared]
         owners = [row for row, p in enumerate(prepared) for _ in p.student_views]
-        first = np.cumsum([0, *(len(p.student_views) for p in prepared)])
-        image_index_BL = self._pad([t.image_index for t in texts], -1)
-        image_index_BL = torch.where(image_index_BL >= 0, image_index_BL + torch.tensor(first[:-1])[:, None], -1)
+        first = np.cumsum([0, *(len(p.student_views) for p in prepared)]).tolist()
+        image_index = [[i + n if i >= 0 else -1 for i in t.image_index] for t, n in zip(texts, first, strict=False)]
         dummy = not owners
         return Batch(
-            input_ids=self._pad([t.input_ids for t in texts], self.pad_token_id),
-            attention_mask=self._pad([[True] * len(t.input_ids) for t in texts], False),
-            labels=self._pad([t.labels for t in texts], IGNORE),
-            question_mask=self._pad([t.question_mask for t in texts], False),
-            image_index=image_index_BL,
+            input_ids=self._rows([t.input_ids for t in texts], self.pad_token_id),
+            attention_mask=self._rows([[True] * len(t.input_ids) for t in texts], False),
+            labels=self._rows([t.labels for t in texts], IGNORE),
+            question_mask=self._rows([t.question_mask for t in texts], False),
+            image_index=self._rows(image_index, -1),
             student_pixels=self._pixels([v for p in prepared for v in p.student_views], self.student_view),
             teacher_pixels=self._pixels([v for p in prepared for v in p.teacher_views], self.teacher_view, len(owners)),
             image_weight=torch.zeros(1) if dummy else torch.ones(len(owners)),
             patch_valid=self._patch_valid([v for p in prepared for v in p.patch_valid]),
             image_sample=torch.tensor(owners or [0]),
+            lengths=tuple(len(t.input_ids) for t in texts) if self.packed else (),
             keys=tuple(p.key for p in prepared),
             truncated=sum(t.truncated for t in texts),
         )
 
-    def _pad(self, rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
+    def _rows(self, rows: Sequence[Sequence[int]], padding: int) -> torch.Tensor:
+        """[B, L], or [1, L] of all samples end to end."""
         tensors = [torch.tensor(row) for row in rows]
+        if self.packed:
+            return torch.cat(tensors)[None]
         return torch.nn.utils.rnn.pad_sequence(
-            tensors, batch_first=True, padding_value=value, padding_side=self.padding_side
+            tensors, batch_first=True, padding_value=padding, padding_side=self.padding_side
         )
 
     def _pixels(self, views: list[torch.Tensor], tower: TowerView | None, images: int = 0) -> torch.Tensor:

@@ -30,7 +30,7 @@ class Piece:
 
     kind: str
     text: str
-    start: int  # position of the first token
+    start: int  # position of the first token in its sample
     tokens: int
 
     @property
@@ -83,14 +83,16 @@ def view_batch(batches: Sequence[Batch], tokenizer: Any, student: Any, teacher: 
     """The micro-batches of a step as rows. `student` and `teacher` hold the `mean` and `std` of their pixels."""
     rows: list[Row] = []
     for batch in batches:
+        sample_BL = batch.sample_of_token()
         for i, key in enumerate(batch.keys):
+            places = ((sample_BL == i) & batch.attention_mask).nonzero(as_tuple=True)
             mine = ((batch.image_sample == i) & (batch.image_weight > 0)).nonzero()[:, 0].tolist()
             rows.append(
                 Row(
                     key=key,
-                    pieces=tuple(_pieces(batch, i, tokenizer)),
-                    length=int(batch.attention_mask[i].sum()),
-                    padded=batch.input_ids.shape[1],
+                    pieces=tuple(_pieces(batch, places, tokenizer)),
+                    length=len(places[0]),
+                    padded=int((sample_BL == i).sum()),
                     student=tuple(_picture(batch.student_pixels[n], student) for n in mine),
                     teacher=tuple(_picture(batch.teacher_pixels[n], teacher) for n in mine) if teacher else (),
                 )
@@ -145,18 +147,18 @@ def as_picture(view: BatchView) -> Image.Image:
     return page
 
 
-def _pieces(batch: Batch, i: int, tokenizer: Any) -> Iterator[Piece]:
-    kinds = np.full(batch.input_ids.shape[1], 3)
-    kinds[batch.question_mask[i].numpy()] = 1
-    kinds[batch.labels[i].numpy() != IGNORE] = 2
-    image_index = batch.image_index[i].numpy()
+def _pieces(batch: Batch, places: tuple[torch.Tensor, ...], tokenizer: Any) -> Iterator[Piece]:
+    """The tokens at these rows and positions, those of one sample, cut where their kind changes."""
+    ids, image_index = batch.input_ids[places].numpy(), batch.image_index[places].numpy()
+    kinds = np.full(len(ids), 3)
+    kinds[batch.question_mask[places].numpy()] = 1
+    kinds[batch.labels[places].numpy() != IGNORE] = 2
     kinds[image_index >= 0] = 0
     names = (IMAGE, QUESTION, ANSWER, OTHER)
-    places = batch.attention_mask[i].nonzero()[:, 0].numpy()
-    change = (np.diff(kinds[places]) != 0) | (np.diff(image_index[places]) != 0)
-    for part in np.split(places, np.flatnonzero(change) + 1):
+    change = (np.diff(kinds) != 0) | (np.diff(image_index) != 0)
+    for part in np.split(np.arange(len(ids)), np.flatnonzero(change) + 1):
         kind = names[kinds[part[0]]]
-        text = f"[image of {len(part)} tokens]" if kind == IMAGE else tokenizer.decode(batch.input_ids[i, part])
+        text = f"[image of {len(part)} tokens]" if kind == IMAGE else tokenizer.decode(ids[part])
         yield Piece(kind, text, int(part[0]), len(part))
 
 

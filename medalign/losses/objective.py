@@ -113,5 +113,6 @@ class Objective:
 
 def _asked_about(batch: Batch) -> torch.Tensor:
     """1 for each real image whose sample has a question after it, else 0; [I] float32."""
-    question_B = batch.question_mask.any(1)
-    return batch.image_weight.float() * question_B[batch.image_sample]
+    asking = batch.sample_of_token().flatten(), batch.question_mask.flatten().float()
+    asking_S = torch.zeros(len(batch.bounds()) - 1, device=batch.input_ids.device).index_add_(0, *asking) > 0
+    return batch.image_weight.float() * asking_S[batch.image_sample]

@@ -9,6 +9,7 @@ Shape suffixes: B samples, L tokens, I images, N tokens of an image, D width.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from medalign.contracts import IGNORE, Batch, StudentOutput
 from medalign.errors import ConfigError
 from medalign.geometry import gather_images
 from medalign.student.families import Anatomy
+from medalign.student.packing import layout, samples_apart
 from medalign.student.query_mixture import QueryMixture
 from medalign.student.steering import Steering
 from medalign.student.taps import attach
@@ -65,20 +67,20 @@ class Student(nn.Module):
             mixture.attach(anatomy.attentions[layer].q_proj)
 
     def forward(self, batch: Batch, *, tap: bool = True) -> StudentOutput:
-        """One pass over a right- or left-padded batch; logits are kept where some sample is supervised."""
+        """One pass over a padded (on either side) or packed batch; logits are kept where some sample is supervised."""
         kept = (batch.labels[:, 1:] != IGNORE).any(0).nonzero()[:, 0]
         self._begin(batch)
         has_image = bool((batch.image_index >= 0).any())
         pixels = batch.student_pixels.to(self.dtype)
         self._dummy = None if has_image else pixels
-        with self.tap.reading(self._rows(batch, tap), batch.image_index >= 0, batch.attention_mask):
+        columns = batch.image_index >= 0
+        with samples_apart(batch), self.tap.reading(self._rows(batch, tap), columns, batch.attention_mask):
             output = self.model(
                 input_ids=batch.input_ids,
                 pixel_values=pixels if has_image else None,
-                attention_mask=batch.attention_mask.long(),
-                position_ids=positions(batch.attention_mask),
                 logits_to_keep=kept,
                 use_cache=False,
+                **layout(batch),
             )
         tokens, attention = self._collect(batch) if tap else (None, None)
         return StudentOutput(logits=output.logits, kept=kept, tokens=tokens, attention=attention)
@@ -120,7 +122,7 @@ class Student(nn.Module):
     def _begin(self, batch: Batch) -> None:
         self._image_index, self._tokens, self._dummy_tokens = batch.image_index, None, None
         if self.mixture is not None:
-            self.mixture.begin(batch.question_mask)
+            self.mixture.begin(batch.question_mask, batch.bounds() if batch.lengths else None)
 
     def _rows(self, batch: Batch, tap: bool) -> torch.Tensor:
         return batch.question_mask if tap else torch.zeros_like(batch.question_mask)
@@ -165,30 +167,31 @@ class Student(nn.Module):
         )
 
 
-def positions(attention_mask_BL: torch.Tensor) -> torch.Tensor:
-    """Position ids [B, L] that count valid tokens, whichever side the padding is on."""
-    return (attention_mask_BL.long().cumsum(-1) - 1).clamp(min=0)
-
-
 @torch.no_grad()
 def check_causality(student: Student, batch: Batch) -> None:
-    """Changes the last token of each sample and requires that no logit before it moves.
+    """Changes the last token of each sample and requires that no logit before it moves, in its sample or another.
 
-    Raises RuntimeError otherwise: the attention backend ignores the causal mask. Every rank must call it.
+    Raises RuntimeError otherwise: the attention backend ignores the causal mask, or the borders between the samples
+    of a packed batch. Every rank must call it.
     """
     was_training = student.training
     student.eval()
-    last = batch.attention_mask.long().cumsum(-1).argmax(-1)
-    rows = torch.arange(len(last), device=last.device)
-    labels = torch.where(batch.attention_mask, batch.input_ids, IGNORE)
-    before = Batch(**{**vars(batch), "labels": labels})
+    last_BL = _last_tokens(batch)
     one, other = [token for token in (10, 11, 12) if token != student.anatomy.image_token_id][:2]
-    changed = batch.input_ids.clone()
-    changed[rows, last] = torch.where(changed[rows, last] == one, other, one)
-    after = Batch(**{**vars(batch), "labels": labels, "input_ids": changed})
-    first, second = student(before, tap=False), student(after, tap=False)
-    earlier = batch.attention_mask[:, first.kept] & (first.kept[None] < last[:, None])
+    changed = torch.where(batch.input_ids == one, other, one).where(last_BL, batch.input_ids)
+    before = replace(batch, labels=torch.where(batch.attention_mask, batch.input_ids, IGNORE))
+    first, second = student(before, tap=False), student(replace(before, input_ids=changed), tap=False)
+    earlier = (batch.attention_mask & ~last_BL)[:, first.kept]
     moved = (first.logits - second.logits).abs().amax(-1)[earlier]
     student.train(was_training)
     if moved.numel() and moved.max() > 0:
         raise RuntimeError(f"a future token changed an earlier logit by {moved.max():.2e}: attention is not causal")
+
+
+def _last_tokens(batch: Batch) -> torch.Tensor:
+    """[B, L] bool: the last valid token of each sample."""
+    valid = batch.attention_mask.flatten()
+    places = torch.arange(len(valid), device=valid.device) * valid
+    last_S = places.new_zeros(len(batch.bounds()) - 1)
+    last_S.scatter_reduce_(0, batch.sample_of_token().flatten(), places, "amax")
+    return torch.zeros_like(valid).index_fill_(0, last_S, True).view_as(batch.attention_mask)

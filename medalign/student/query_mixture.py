@@ -33,7 +33,8 @@ class QueryMixture(nn.Module):
         self.up = nn.Parameter(torch.zeros(experts, width_out, rank))
         self.scaling = alpha / rank
         self._question_BL: torch.Tensor | None = None
-        self._gates_BE: torch.Tensor | None = None
+        self._bounds: torch.Tensor | None = None
+        self._gates_BLE: torch.Tensor | None = None  # one decision a row, for the tokens that generation adds
 
     def forward(self, hidden_BLD: torch.Tensor, gates_BE: torch.Tensor | None = None) -> torch.Tensor:
         """What to add to the projection of `hidden_BLD`: [B, L, O].
@@ -41,30 +42,37 @@ class QueryMixture(nn.Module):
         Without `gates_BE` the router decides, from the question that `begin` announced, and the decision holds for
         passes of another length: the single tokens of generation.
         """
-        if gates_BE is None:
-            gates_BE = self._decide(hidden_BLD)
+        gates_BLE = self._decide(hidden_BLD) if gates_BE is None else gates_BE[:, None]
         dtype = self.down.dtype
         inner_BLER = torch.einsum("bld,erd->bler", hidden_BLD.to(dtype), self.down)
-        weighted_BLER = inner_BLER * (self.scaling * gates_BE).to(dtype)[:, None, :, None]
+        weighted_BLER = inner_BLER * (self.scaling * gates_BLE).to(dtype)[..., None]
         return torch.einsum("bler,eor->blo", weighted_BLER, self.up).to(hidden_BLD.dtype)
 
-    def begin(self, question_mask_BL: torch.Tensor) -> None:
+    def begin(self, question_mask_BL: torch.Tensor, bounds: torch.Tensor | None = None) -> None:
         """Announce a new batch: `question_mask_BL` is True at question tokens. The last one of a sample decides.
 
-        A sample without question tokens is decided by its first token.
+        A sample without question tokens is decided by its first token. `bounds` [S + 1] says where the samples of a
+        packed batch begin, and where the last one ends.
         """
-        self._question_BL, self._gates_BE = question_mask_BL, None
+        self._question_BL, self._bounds, self._gates_BLE = question_mask_BL, bounds, None
 
     def attach(self, projection: nn.Module) -> None:
         """Add the mixture to the output of `projection`, from now on, wherever a batch has begun."""
         projection.register_forward_hook(self._add_to)
 
-    def route(self, hidden_BLD: torch.Tensor, question_mask_BL: torch.Tensor) -> torch.Tensor:
-        """Shares of the experts [B, E], float32, from the last question token of each sample."""
-        places_L = torch.arange(question_mask_BL.shape[1], device=question_mask_BL.device)
-        last_B = (question_mask_BL * places_L).amax(1)
-        chosen_BD = hidden_BLD[torch.arange(len(last_B), device=last_B.device), last_B]
-        return self.router(chosen_BD.to(self.router.weight.dtype)).float().softmax(-1)
+    def route(
+        self, hidden_BLD: torch.Tensor, question_mask_BL: torch.Tensor, bounds: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Shares of the experts at each token [B, L, E], float32, from the last question token of its sample."""
+        rows, length = question_mask_BL.shape
+        tokens_T = torch.arange(rows * length, device=hidden_BLD.device)
+        bounds = tokens_T.new_tensor(range(0, rows * length + 1, length)) if bounds is None else bounds
+        sample_T = torch.searchsorted(bounds[1:], tokens_T, right=True)
+        asked_T = tokens_T * question_mask_BL.flatten()
+        last_S = bounds[:-1].scatter_reduce(0, sample_T, asked_T, "amax")  # at least where the sample begins
+        chosen_SD = hidden_BLD.flatten(0, 1)[last_S]
+        gates_SE = self.router(chosen_SD.to(self.router.weight.dtype)).float().softmax(-1)
+        return gates_SE[sample_T].unflatten(0, (rows, length))
 
     def _decide(self, hidden_BLD: torch.Tensor) -> torch.Tensor:
         question_BL = self._question_BL
@@ -73,15 +81,15 @@ class QueryMixture(nn.Module):
         if hidden_BLD.shape[1] == question_BL.shape[1]:
             # Decided anew whenever the whole sequence passes, so that gradient checkpointing can pass it twice.
             copies = hidden_BLD.shape[0] // question_BL.shape[0]  # beams of a sample follow one another
-            gates_BE = self.route(hidden_BLD, question_BL.repeat_interleave(copies, dim=0))
-            self._gates_BE = gates_BE.detach()
-            return gates_BE
-        if self._gates_BE is None or self._gates_BE.shape[0] != hidden_BLD.shape[0]:
+            gates_BLE = self.route(hidden_BLD, question_BL.repeat_interleave(copies, dim=0), self._bounds)
+            self._gates_BLE = gates_BLE[:, -1:].detach()
+            return gates_BLE
+        if self._gates_BLE is None or self._gates_BLE.shape[0] != hidden_BLD.shape[0]:
             raise RuntimeError(
                 f"QueryMixture: {tuple(hidden_BLD.shape)} tokens came before the whole sequence of "
                 f"{tuple(question_BL.shape)} that begin() announced"
             )
-        return self._gates_BE
+        return self._gates_BLE
 
     def _add_to(self, _projection: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
         return output if self._question_BL is None else output + self(inputs[0])

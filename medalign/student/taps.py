@@ -24,6 +24,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from medalign.kernels import attention_map
+from medalign.student import packing
 
 BACKENDS = ("sdpa", "flash_attention_2", "eager")
 _PREFIX = "medalign_"
@@ -95,14 +96,17 @@ def tapped_name(backend: str) -> str:
         tap = getattr(module, _ATTRIBUTE, None)
         if tap is not None:
             tap.read(query, key, scaling, kwargs)
+        if backend != "sdpa":
+            kwargs.pop("sample_lengths", None)
         return _backend(backend, module)(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
 
     AttentionInterface.register(name, forward)
-    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[backend])
+    mask = packing.sdpa_mask if backend == "sdpa" else ALL_MASK_ATTENTION_FUNCTIONS[backend]
+    AttentionMaskInterface.register(name, mask)
     return name
 
 
 def _backend(backend: str, module: nn.Module) -> Any:
     if backend == "eager":  # each model file has its own
         return sys.modules[type(module).__module__].eager_attention_forward
-    return ALL_ATTENTION_FUNCTIONS[backend]
+    return packing.sdpa if backend == "sdpa" else ALL_ATTENTION_FUNCTIONS[backend]

@@ -21,6 +21,7 @@ TWO_RANKS = {
     "halves": {"micro": 2},
     "mixed": {"micro": 2, "text_only": [2, 3]},
     "text": {"micro": 2, "text_only": [0, 1, 2, 3]},
+    "packed": {"micro": 2, "packed": True, "text_only": [2, 3]},
 }
 
 
@@ -76,6 +77,11 @@ def test_every_rank_reports_the_global_loss(two):
 def test_a_rank_without_an_image_does_not_hang(one, two):
     """Rank 1 has text alone in its micro-batch; one rank with all four samples gives the same result."""
     assert_same(one["mixed"], two[0]["mixed"])
+
+
+def test_packed_batches_equal_padded_ones(one, two):
+    """Two ranks with their samples end to end, one of them without an image, and one rank with padding."""
+    assert_same(one["mixed"], two[0]["packed"])
 
 
 def test_no_rank_with_an_image(two):

@@ -80,6 +80,8 @@ def share(settings: dict[str, Any], step: int) -> list[Batch]:
     micro = settings["micro"]
     # The teacher of the tests takes 48 pixels, the student 32.
     batches = [join(local[i : i + micro]) for i in range(0, mine, micro)]
+    if settings.get("packed"):
+        batches = [tiny.packed(batch) for batch in batches]
     return [
         dataclasses.replace(batch, teacher_pixels=torch.nn.functional.interpolate(batch.teacher_pixels, size=48))
         for batch in batches

@@ -105,6 +105,17 @@ def test_a_batch_is_shown(capsys: pytest.CaptureFixture[str], data: Path, tmp_pa
     assert (0x12, 0x80, 0x5C) in colours  # what is learnt, in its colour
 
 
+def test_a_packed_batch_is_shown_sample_by_sample(capsys: pytest.CaptureFixture[str], data: Path) -> None:
+    words = ["inspect", "phantom", "--data.train", str(data), "--train.batch_size", "5"]
+    assert main(words) == 0
+    padded = capsys.readouterr().out.splitlines()
+    assert main([*words, "--data.packing", "true"]) == 0
+    packed = capsys.readouterr().out.splitlines()
+    without = [line.rsplit(", ", 1)[0] if line.endswith(" padding") else line for line in padded[2:]]
+    assert [line.removesuffix(", 0 padding") for line in packed[2:]] == without
+    assert not padded[1].endswith("padding 0.0 %") and packed[1].endswith("padding 0.0 %")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

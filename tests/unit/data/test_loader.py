@@ -100,6 +100,25 @@ def test_left_padding_without_answer() -> None:
         Collator(encoder(), STUDENT, None, PatchGrid(2, 2))
 
 
+def test_packed_samples_lie_end_to_end() -> None:
+    """The tokens of a padded batch without the padding; spans and images stay with their samples."""
+    wide, tall = Image.new("L", (30, 10), 255), Image.new("RGB", (9, 9), (255, 0, 0))
+    samples = [sample("a", wide, question="a"), sample("b"), sample("c", tall, wide, answer="lungs clear")]
+    padded, packed = collator()(samples), collator(packed=True)(samples)
+    valid = padded.attention_mask
+    assert packed.lengths == tuple(valid.sum(1).tolist())
+    for name in ("input_ids", "attention_mask", "labels", "question_mask", "image_index"):
+        assert torch.equal(getattr(packed, name), getattr(padded, name)[valid][None]), name
+    for name in ("student_pixels", "teacher_pixels", "image_weight", "patch_valid", "image_sample", "keys"):
+        a, b = getattr(packed, name), getattr(padded, name)
+        assert torch.equal(a, b) if torch.is_tensor(a) else a == b, name
+    owners = torch.arange(3).repeat_interleave(torch.tensor(packed.lengths))[None]
+    assert torch.equal(packed.sample_of_token(), owners)
+    assert torch.equal(padded.sample_of_token(), torch.arange(3)[:, None].expand_as(valid))
+    filler = collator(packed=True).filler()
+    assert (filler.labels == IGNORE).all() and filler.lengths == (filler.input_ids.shape[1],)
+
+
 def test_workers_change_nothing(shards: Path) -> None:
     alone, helped = (loader(shards, workers=n) for n in (0, 2))
     for one, two in islice(zip(alone, helped, strict=True), 5):

@@ -50,6 +50,16 @@ def test_beams_share_the_decision_of_their_sample():
     torch.testing.assert_close(beams, whole.repeat_interleave(3, dim=0))
 
 
+def test_each_sample_of_a_packed_batch_has_its_own_decision():
+    """The third sample asks nothing: its first token decides, and no token of its neighbours."""
+    mixture, hidden, question = inputs()
+    hidden, question = torch.cat([hidden, torch.randn(1, 8, 6)]), torch.cat([question, torch.zeros(1, 8).bool()])
+    mixture.begin(question)
+    apart = mixture(hidden)
+    mixture.begin(question.view(1, -1), torch.tensor([0, 8, 16, 24]))
+    torch.testing.assert_close(mixture(hidden.view(1, 24, 6)).view(3, 8, 10), apart)
+
+
 def test_attached_to_a_projection_it_adds_to_its_output():
     mixture, hidden, question = inputs()
     projection = nn.Linear(6, 10)

@@ -11,7 +11,8 @@ from medalign.errors import ConfigError
 from medalign.geometry import gather_images
 from medalign.student import taps
 from medalign.student.loading import load_student
-from medalign.student.model import Student, check_causality, positions
+from medalign.student.model import Student, check_causality
+from medalign.student.packing import layout
 from tests import tiny
 
 
@@ -41,9 +42,8 @@ def assert_map_is_the_mean_of_eager_attention(folder, side="right", **settings):
         weights_BHLL = eager.model(
             input_ids=batch.input_ids,
             pixel_values=batch.student_pixels,
-            attention_mask=batch.attention_mask.long(),
-            position_ids=positions(batch.attention_mask),
             output_attentions=True,
+            **layout(batch),
         ).attentions[2]
     mean_BLL = weights_BHLL.mean(1)
     rows = [mean_BLL[b][batch.question_mask[b]].mean(0) for b in range(2)]
