@@ -175,12 +175,19 @@ def _add_generate(commands) -> None:
         commands,
         "generate",
         _generate,
-        "answer a question about an image",
-        "Prints the answer. With --overlay, draws where the question looked at the tapped block.\n\n"
+        "answer a question about an image, or several",
+        "Prints the answer. With --overlay, draws where in the first image the question looked at the tapped block.\n\n"
         'example: medalign generate runs/first --image film.png --question "Is there an effusion?" --overlay map.png',
     )
     _add_run(parser)
-    parser.add_argument("--image", type=Path, required=True, metavar="FILE", help="PNG or JPEG")
+    parser.add_argument(
+        "--image",
+        type=Path,
+        required=True,
+        action="append",
+        metavar="FILE",
+        help="PNG, JPEG or DICOM; give it again for each further image, in their order",
+    )
     parser.add_argument("--question", required=True, metavar="TEXT", help="what to ask")
     parser.add_argument("--overlay", type=Path, metavar="PNG", help="picture to write")
 

@@ -18,7 +18,7 @@ from medalign.contracts import Sample
 from medalign.data.collate import Collator, TowerView
 from medalign.data.index import ShardIndex
 from medalign.data.prompts import PromptEncoder
-from medalign.data.samples import decode_image
+from medalign.data.samples import decode_image, naming
 from medalign.errors import ConfigError, DataError
 from medalign.evaluation.generate import answer, predict
 from medalign.evaluation.metrics import Prediction, score, write_predictions
@@ -30,20 +30,30 @@ log = logging.getLogger("medalign")
 
 
 def generate(
-    run: Path, image: Path, question: str, picture: Path | None, max_new_tokens: int, base: str | None = None
+    run: Path,
+    images: Sequence[Path],
+    question: str,
+    picture: Path | None,
+    max_new_tokens: int,
+    base: str | None = None,
 ) -> str:
-    """The answer to one question; draws the question's attention into `picture` if it is named."""
+    """The answer to one question; draws its attention to the first image into `picture` if that is named."""
     if not question.strip():
         raise ConfigError("--question is empty")
-    if not image.is_file():
-        raise DataError(f"--image {image} does not exist")
+    for image in images:
+        if not image.is_file():
+            raise DataError(f"--image {image} does not exist")
     if picture is not None:
         _require_picture(picture)
-    sample = Sample(image.stem, "none", "vqa", question, "?", "open", (decode_image(image.read_bytes()),))
-    student, tokenizer, collator = open_student(run, base)
+    pictures = []
+    for image in images:
+        with naming(f"--image {image}"):
+            pictures.append(decode_image(image.read_bytes()))
+    sample = Sample(images[0].stem, "none", "vqa", question, "?", "open", tuple(pictures))
+    student, tokenizer, collator = open_student(run, base, len(pictures))
     given = answer(student, tokenizer, collator([sample]).to(distributed.device()), max_new_tokens)[0]
     if picture is not None and given.attention is not None:
-        overlay(sample.images[0], given.attention, student.anatomy.grid).save(picture)
+        overlay(pictures[0], given.attention, student.anatomy.grid).save(picture)
         log.info("overlay: %s", picture)
     return given.text
 
@@ -62,7 +72,7 @@ def evaluate(
     if name is not None and (name in ("", ".", "..") or Path(name).name != name):
         raise ConfigError(f"--name {name} must be the plain name of a folder in {run / 'evaluation'}")
     index = ShardIndex.open(list(data))
-    student, tokenizer, collator = open_student(run, base)
+    student, tokenizer, collator = open_student(run, base, index.most_images)
     numbers = range(len(index) if limit is None else min(limit, len(index)))
     rows: list[Prediction] = []
     with tqdm(total=len(numbers), unit="sample", desc="evaluate", disable=None) as bar:
@@ -89,8 +99,11 @@ def evaluate(
     return folder
 
 
-def open_student(run: Path, base: str | None = None) -> tuple[Student, Any, Collator]:
-    """The trained student of a run, its tokenizer, and a collator for questions without answers."""
+def open_student(run: Path, base: str | None = None, most_images: int = 1) -> tuple[Student, Any, Collator]:
+    """The trained student of a run, its tokenizer, and a collator for questions without answers.
+
+    A question has the room that it has by default beside one image, and each of `most_images` after that its own.
+    """
     source = export.find(run)
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     student = export.read(source, dtype, distributed.device(), base)
@@ -102,7 +115,8 @@ def open_student(run: Path, base: str | None = None) -> tuple[Student, Any, Coll
         processor,
         image_token_id=anatomy.image_token_id,
         tokens_per_image=anatomy.grid.size,
-        max_length=DataConfig().max_length,
+        max_length=DataConfig().max_length + (most_images - 1) * anatomy.grid.size,
+        most_images=most_images,
     )
     view = TowerView(eye.size, eye.mean, eye.std)
     collator = Collator(encoder, view, None, anatomy.grid, padding_side="left", with_answer=False)

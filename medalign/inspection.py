@@ -98,7 +98,8 @@ def look(config: Config, step: int) -> BatchView:
     processor = loading.load_processor(config.student)
     eye = teacher_eye(config.teacher.path) if config.distils else None
     teacher = TowerView(*eye) if eye else None
-    collator = run.collator_of(config, loading.load_anatomy(config.student), processor, teacher)
+    anatomy = loading.load_anatomy(config.student)
+    collator = run.collator_of(config, anatomy, processor, teacher, index.most_images)
     loader = TrainLoader(
         index,
         run.build_order(config, index),

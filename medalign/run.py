@@ -69,7 +69,7 @@ def _train(config: Config, folder: Path, index: ShardIndex | None, ds_settings: 
         assert_replicated(teacher)
 
     processor = loading.load_processor(config.student)
-    collator = build_collator(config, student, processor, teacher)
+    collator = build_collator(config, student, processor, teacher, index.most_images if index else 1)
     check_causality(student, probe(collator).to(engine.device))
 
     found = state.latest(folder / "checkpoints")
@@ -108,20 +108,25 @@ def build_teacher(config: Config) -> Teacher | None:
     return load_teacher(config.teacher.path, distributed.device(), precision(config), random_weights_seed=seed)
 
 
-def build_collator(config: Config, student: Student, processor: Any, teacher: Teacher | None) -> Collator:
+def build_collator(
+    config: Config, student: Student, processor: Any, teacher: Teacher | None, most_images: int
+) -> Collator:
     """Samples to batches, for this student and this teacher."""
     view = TowerView(teacher.image_size, teacher.mean, teacher.std) if teacher is not None else None
-    return collator_of(config, student.anatomy, processor, view)
+    return collator_of(config, student.anatomy, processor, view, most_images)
 
 
-def collator_of(config: Config, anatomy: Anatomy, processor: Any, teacher_view: TowerView | None) -> Collator:
-    """Samples to batches, for models of which only the shapes are known."""
+def collator_of(
+    config: Config, anatomy: Anatomy, processor: Any, teacher_view: TowerView | None, most_images: int
+) -> Collator:
+    """Samples of up to `most_images` images to batches, for models of which only the shapes are known."""
     eye = loading.eye(processor, anatomy.image_size)
     encoder = PromptEncoder(
         processor,
         image_token_id=anatomy.image_token_id,
         tokens_per_image=anatomy.grid.size,
         max_length=config.data.max_length,
+        most_images=most_images,
     )
     view = TowerView(eye.size, eye.mean, eye.std)
     return Collator(encoder, view, teacher_view, anatomy.grid, packed=config.data.packing)

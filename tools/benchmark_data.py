@@ -41,10 +41,11 @@ import webdataset
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from medalign.data import table
+from medalign.data import listing, table
 from medalign.data.index import ShardIndex
 from medalign.data.plan import GlobalOrder
-from medalign.data.shards import Record, write_shards
+from medalign.data.records import Picture, Record
+from medalign.data.shards import write_shards
 
 SIZE = 336
 HAS_LITDATA = importlib.util.find_spec("litdata") is not None
@@ -101,7 +102,7 @@ def write_chunks(records: list[Record], folder: Path) -> None:
 
     cache = Cache(str(folder), chunk_bytes="64MB")
     for i, record in enumerate(records):
-        cache[i] = {"jpg": record.image, **record.fields}
+        cache[i] = {"jpg": record.images[0].data, **record.fields}
     cache.done()
     cache.merge()
 
@@ -126,10 +127,10 @@ def speed(side: int, noise: int, samples: int, rounds: int) -> dict[str, object]
         folder = Path(name)
         (folder / "files").mkdir()
         fields = {"task": "vqa", "question": "is there a nodule?", "answer": "no"}
-        records = [Record(f"k{i:05d}", film(side, i, noise), "jpg", fields) for i in range(samples)]
+        records = [Record(f"k{i:05d}", (Picture(film(side, i, noise), "jpg"),), fields) for i in range(samples)]
         write_shards(records, folder / "shards", samples_per_shard=100)
         for record in records:
-            (folder / "files" / f"{record.key}.jpg").write_bytes(record.image or b"")
+            (folder / "files" / f"{record.key}.jpg").write_bytes(record.images[0].data)
         if HAS_LITDATA:
             write_chunks(records, folder / "chunks")
         equal = compare(folder, side)
@@ -143,7 +144,7 @@ def speed(side: int, noise: int, samples: int, rounds: int) -> dict[str, object]
     return {
         "side": side,
         "noise": noise,
-        "bytes_per_pixel": round(sum(len(r.image or b"") for r in records) / samples / side**2, 3),
+        "bytes_per_pixel": round(sum(len(r.images[0].data) for r in records) / samples / side**2, 3),
         "samples": samples,
         "rounds": rounds,
         "times_faster_than": {way: round(median[way] / median["medalign"], 2) for way in WAYS if way != "medalign"},
@@ -167,15 +168,15 @@ def compare(folder: Path, side: int) -> dict[str, object]:
 def synthetic(folder: Path, samples: int) -> None:
     """An index of so many samples in 1,000 shards, all of them links to one real shard of one real sample."""
     fields = {"task": "vqa", "question": "is there a nodule?", "answer": "no"}
-    write_shards([Record("real", film(336, 0), "jpg", fields)], folder / "one")
+    write_shards([Record("real", (Picture(film(336, 0), "jpg"),), fields)], folder / "one")
     real = table.read_table(folder / "one")
     each = samples // 1000
     entries = []
     for number in range(1000):
         os.link(folder / "one" / "shard-000000.tar", folder / f"shard-{number:06d}.tar")
         entries.append([f"shard-{number:06d}.tar", real.shards[0].size, each])
-    text = folder / table.INDEX_NAME
-    header = {"format": table.FORMAT, "version": table.VERSION, "samples": each * 1000}
+    text = folder / listing.INDEX_NAME
+    header = {"format": listing.FORMAT, "version": listing.VERSION, "samples": each * 1000}
     header["shards"] = [{"name": name, "bytes": size, "samples": count} for name, size, count in entries]
     text.write_text(json.dumps(header) + "\n")  # the rows are written in their mapped form alone
     rows = np.repeat(real.rows, each * 1000)
@@ -186,7 +187,9 @@ def synthetic(folder: Path, samples: int) -> None:
         file.write(b"\0" * (table._ends_at(len(rows)) - file.tell()))
         (np.arange(1, len(rows) + 1, dtype=np.int64) * 17).tofile(file)
         file.write(keys)
-        footer = {"samples": len(rows), "keys": len(keys), "stamp": table._stamp(text), "shards": entries}
+        file.write(b"\0" * (table._further_at(len(rows), len(keys)) - file.tell()))  # and no further images
+        packed = listing.Packed(keys=len(keys), further=0, most_images=1)
+        footer = {"samples": len(rows), **packed._asdict(), "stamp": table._stamp(text), "shards": entries}
         body = json.dumps(footer).encode()
         file.write(body + len(body).to_bytes(8, "little") + table._MAGIC)
 

@@ -177,7 +177,7 @@ def measure_packing(samples: int, rounds: int, folder: Path) -> dict:
     step, rates = build("medalign", ASSETS / "phantom_student", samples)
     config = settings("medalign", ASSETS / "phantom_student", samples)
     assert isinstance(step.engine.student, Student)
-    collate = build_collator(config, step.engine.student, load_processor(config.student), step.teacher)
+    collate = build_collator(config, step.engine.student, load_processor(config.student), step.teacher, 1)
     order, padding = GlobalOrder(len(index), 0), []
     times: dict[str, list[float]] = {"padded": [], "packed": []}
     for turn in tqdm(range(rounds + 2), desc="packing"):

@@ -11,9 +11,19 @@ import numpy as np
 from PIL import Image
 
 from medalign.contracts import Sample
-from medalign.data.samples import ANSWER_TYPES, TASKS, BadSample, decode_image, parse_fields, to_sample
+from medalign.data.listing import IMAGE, INDEX_NAME, JSON, MASK, REBUILD
+from medalign.data.samples import (
+    ANSWER_TYPES,
+    TASKS,
+    BadSample,
+    decode_image,
+    image_name,
+    naming,
+    parse_fields,
+    to_sample,
+)
 from medalign.data.storage import Access, Storage, fetched_folder, is_remote, storage_of
-from medalign.data.table import IMAGE, INDEX_NAME, JSON, MASK, REBUILD, TAR_BLOCK, Table, read_table
+from medalign.data.table import Member, Table, read_table
 from medalign.errors import DataError
 
 _GAP = 1 << 16  # bytes read in vain rather than asked for one by one
@@ -62,15 +72,20 @@ class ShardIndex:
         return np.array([entry.samples for entry in self._tables[folder].shards], dtype=np.int64)
 
     def lengths(self, numbers: np.ndarray) -> np.ndarray:
-        """For each sample how long it is beside others, int64: any image outweighs any text; then characters."""
+        """For each sample how long it is beside others, int64: an image outweighs any text; then characters."""
         lengths = np.empty(len(numbers), dtype=np.int64)
         owners = np.searchsorted(self._firsts, numbers, side="right") - 1
         for folder in np.unique(owners):
             here = owners == folder
-            rows = self._tables[folder].rows[numbers[here] - self._firsts[folder]]
-            has_image = (rows["length"][:, IMAGE] > 0).astype(np.int64)
-            lengths[here] = (has_image << 32) + rows["text"].astype(np.int64).sum(axis=1)
+            table, rows = self._tables[folder], numbers[here] - self._firsts[folder]
+            characters = table.rows[rows]["text"].astype(np.int64).sum(axis=1)
+            lengths[here] = (table.images(rows) << 32) + characters
         return lengths
+
+    @property
+    def most_images(self) -> int:
+        """Images of the sample that has most, at least 1."""
+        return max(table.most_images for table in self._tables)
 
     def key(self, i: int) -> str:
         """Key of sample i."""
@@ -103,7 +118,7 @@ class ShardIndex:
         return ANSWER_TYPES[self._row(i)["answer_type"]]
 
     def size(self, i: int) -> tuple[int, int]:
-        """Width and height of the image of sample i, (0, 0) if it has none."""
+        """Width and height of the first image of sample i, (0, 0) if it has none."""
         width, height = self._row(i)["size"]
         return int(width), int(height)
 
@@ -112,39 +127,51 @@ class ShardIndex:
 
         Raises BadSample for this sample's own faults, DataError for the shard's.
         """
-        with _naming(self.shard(i), self.key(i)):
-            members = self._members(i, (IMAGE, JSON))
-            fields = parse_fields(members[JSON])
-            image = decode_image(members[IMAGE], at_least) if members[IMAGE] else None
-            return to_sample(self.shard(i), self.key(i), fields, image, self.size(i))
+        with self._naming(i):
+            found = self._contents(i, (IMAGE, JSON))
+            fields = parse_fields(found[JSON][0])
+            images = []
+            for number, data in enumerate(found[IMAGE]):
+                with naming(image_name(number, len(found[IMAGE]))):
+                    images.append(decode_image(data, at_least))
+            return to_sample(self.shard(i), self.key(i), fields, images, self.size(i))
 
     def read_mask(self, i: int) -> Image.Image | None:
-        """The mask of sample i, as stored, or None. Raises as `read` does."""
-        with _naming(self.shard(i), self.key(i)):
-            data = self._members(i, (MASK,))[MASK]
-            return decode_image(data) if data else None
+        """The mask of the first image of sample i, as stored, or None. Raises as `read` does."""
+        with self._naming(i):
+            found = self._contents(i, (MASK,))[MASK]
+            return decode_image(found[0]) if found else None
 
     def ahead(self, numbers: Sequence[int]) -> None:
         """These samples will be read soon: remote storage begins to fetch them."""
         owners = (np.searchsorted(self._firsts, numbers, side="right") - 1).tolist()
         for folder in set(owners):
             mine = [i for i, owner in zip(numbers, owners, strict=True) if owner == folder]
-            ranges = [(self._place(i), *span) for i in mine for span in _spans(self._row(i), (IMAGE, JSON))]
+            ranges = [(self._place(i), *span) for i in mine for span in _spans(self._members(i, (IMAGE, JSON)))]
             self._storages[folder].ahead(ranges)
 
-    def _members(self, i: int, kinds: Sequence[int]) -> dict[int, bytes]:
-        row, storage, place = self._row(i), self._storages[self._find_row(i)[2]], self._place(i)
-        data = dict.fromkeys(kinds, b"")
-        for start, length in _spans(row, kinds):
-            found = storage.read(place, start, length)
-            for kind in kinds:
-                begin, size = int(row["block"][kind]) * TAR_BLOCK - start, int(row["length"][kind])
-                if size and begin >= 0 and begin + size <= length:
-                    data[kind] = found[begin : begin + size]
-        for kind in kinds:
-            if data[kind] and zlib.crc32(data[kind]) != row["checksum"][kind]:
-                raise BadSample("checksum differs from the index; the shard's bytes are damaged")
-        return data
+    def _contents(self, i: int, kinds: Sequence[int]) -> dict[int, list[bytes]]:
+        """The bytes of the members of sample i that are of these kinds, by kind, images in their order."""
+        members, storage, place = self._members(i, kinds), self._storages[self._find_row(i)[2]], self._place(i)
+        images = sum(member.kind == IMAGE for member in members)
+        reads = [(start, storage.read(place, start, length)) for start, length in _spans(members)]
+        contents: dict[int, list[bytes]] = {kind: [] for kind in kinds}
+        for kind, offset, length, checksum in members:
+            start, read = next((start, read) for start, read in reads if start <= offset <= start + len(read))
+            data = read[offset - start : offset - start + length]
+            with naming(image_name(len(contents[kind]), images) if kind == IMAGE else ""):
+                if zlib.crc32(data) != checksum:
+                    raise BadSample("checksum differs from the index; the shard's bytes are damaged")
+            contents[kind].append(data)
+        return contents
+
+    def _members(self, i: int, kinds: Sequence[int]) -> list[Member]:
+        table, row, _ = self._find_row(i)
+        return table.members(row, kinds)
+
+    def _naming(self, i: int) -> naming:
+        """Puts shard and key before the reason of a BadSample raised inside."""
+        return naming(f"{self.shard(i)}/{self.key(i)}")
 
     def _find_row(self, i: int) -> tuple[Table, int, int]:
         """Table, row in it, and number of its folder."""
@@ -160,27 +187,10 @@ class ShardIndex:
         return f"{self._folders[folder]}/{table.shards[table.rows['shard'][row]].name}"
 
 
-class _naming:
-    """Puts shard and key before the reason of a BadSample raised inside."""
-
-    def __init__(self, shard: str, key: str) -> None:
-        self._name = f"{shard}/{key}"
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type | None, error: BaseException | None, traceback: object) -> None:
-        if isinstance(error, BadSample):
-            raise BadSample(f"{self._name}: {error}") from error
-
-
-def _spans(row: np.void, kinds: Sequence[int]) -> list[tuple[int, int]]:
+def _spans(members: Sequence[Member]) -> list[tuple[int, int]]:
     """Offset and length of the reads that bring these members: neighbours in one."""
-    members = sorted(
-        (int(row["block"][kind]) * TAR_BLOCK, int(row["length"][kind])) for kind in kinds if row["length"][kind]
-    )
     spans: list[tuple[int, int]] = []
-    for offset, length in members:
+    for offset, length in sorted((member.offset, member.length) for member in members):
         if spans and offset - sum(spans[-1]) <= _GAP:
             start, _ = spans.pop()
             spans.append((start, offset + length - start))

@@ -39,11 +39,14 @@ class PromptEncoder:
         image_token_id: the id that stands for an image.
         tokens_per_image: N, image tokens of one image.
         max_length: longest sequence, image tokens included.
+        most_images: images of the sample that has most; max_length must hold them.
 
     Raises ConfigError where template, image token and length limit do not fit together.
     """
 
-    def __init__(self, processor: Any, *, image_token_id: int, tokens_per_image: int, max_length: int) -> None:
+    def __init__(
+        self, processor: Any, *, image_token_id: int, tokens_per_image: int, max_length: int, most_images: int = 1
+    ) -> None:
         self.tokenizer: Any = getattr(processor, "tokenizer", processor)
         self.image_token_id = image_token_id
         self.tokens_per_image = tokens_per_image
@@ -59,6 +62,7 @@ class PromptEncoder:
             raise ConfigError("the student's tokenizer has no eos_token; answers could not end. Set it and save it")
         self._begins_with_bos = self._adds_bos()
         self._probe_template()
+        self._probe_images(most_images)
         self._lead = self._before_answer()
 
     @property
@@ -183,9 +187,19 @@ class PromptEncoder:
             )
         if _PROBE not in text or ids[-1] == self.image_token_id:
             raise ConfigError(f"the chat template puts no question after the image: {text[:200]!r}")
-        empty = self._length(self._tokenise(self._render(1, "")))
-        if empty >= self.max_length:
+
+    def _probe_images(self, images: int) -> None:
+        """Require that the template writes so many images, and that they leave room for text."""
+        ids = self._tokenise(self._render(images, ""))
+        found, empty = ids.count(self.image_token_id), self._length(ids)
+        if found != images:
             raise ConfigError(
-                f"data.max_length is {self.max_length}, but the template and one image of {self.tokens_per_image} "
-                f"tokens take {empty}; raise it to more than {empty}"
+                f"the chat template renders {found} image tokens for a sample of {images} images; mend it, or pack "
+                "samples of one image"
+            )
+        if empty >= self.max_length:
+            shown = "one image" if images == 1 else f"the {images} images of the largest sample, each"
+            raise ConfigError(
+                f"data.max_length is {self.max_length}, but the template and {shown} of {self.tokens_per_image} "
+                f"tokens, take {empty}; raise it to more than {empty}"
             )

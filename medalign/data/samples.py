@@ -11,6 +11,7 @@ import json
 import math
 import struct
 import zlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,25 @@ _UNDECODABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.e
 
 class BadSample(DataError):
     """This one sample cannot be used; its neighbours can. The message is the reason, or "shard/key: reason"."""
+
+
+class naming:
+    """Puts what it is about, if anything, before the reason of a BadSample raised inside."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: object) -> None:
+        if self._what and isinstance(error, BadSample):
+            raise BadSample(f"{self._what}: {error}") from error
+
+
+def image_name(number: int, images: int) -> str:
+    """ "image 2 of 3" for number 1 of three images; "" for an only image, which needs no name."""
+    return f"image {number + 1} of {images}" if images > 1 else ""
 
 
 def decode_image(data: bytes, at_least: int = 0) -> Image.Image:
@@ -135,18 +155,20 @@ def to_sample(
     shard: str,
     key: str,
     fields: dict[str, Any],
-    image: Image.Image | None,
+    images: Sequence[Image.Image],
     stored_size: tuple[int, int] | None = None,
 ) -> Sample:
     """A checked sample. A report without a question asks the default one; its answer is the report.
 
     Args:
-        stored_size: width and height that boxes refer to, where `image` was decoded smaller; boxes shrink with it.
+        images: in their order; boxes are those of the first.
+        stored_size: width and height that boxes refer to, where the first was decoded smaller; boxes shrink with it.
     """
-    size = (stored_size or image.size) if image else None
+    first = images[0] if images else None
+    size = (stored_size or first.size) if first else None
     check_fields(fields, size)
     report = fields["task"] == "report"
-    across, down = (image.width / size[0], image.height / size[1]) if image and size else (1.0, 1.0)
+    across, down = (first.width / size[0], first.height / size[1]) if first and size else (1.0, 1.0)
     boxes = fields.get("boxes") or []
     return Sample(
         key=key,
@@ -155,7 +177,7 @@ def to_sample(
         question=(fields.get("question") or "").strip() or REPORT_PROMPT,
         answer=(fields["report"] if report else fields["answer"]).strip(),
         answer_type="" if report else fields.get("answer_type") or "",
-        images=(image,) if image else (),
+        images=tuple(images),
         boxes=tuple((x0 * across, y0 * down, x1 * across, y1 * down) for x0, y0, x1, y1 in boxes),
         metadata={name: value for name, value in fields.items() if name not in SAMPLE_FIELDS},
     )

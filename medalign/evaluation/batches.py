@@ -21,6 +21,7 @@ IMAGE, QUESTION, ANSWER, OTHER = "image", "question", "answer", "template"
 # For the terminal an SGR code, for pictures a colour; both on light and dark grounds.
 _SHOWN = {IMAGE: ("34", "#2f6fd0"), QUESTION: ("33", "#9a6b00"), ANSWER: ("1;32", "#12805c"), OTHER: ("2", "#7a8592")}
 _COLUMNS = 28  # characters of one picture in the terminal
+_ACROSS = 4  # pictures of a sample side by side, before the next line of them
 _THUMB, _WIDTH, _LINE = 160, 1100, 16  # pixels, of the PNG
 
 
@@ -48,6 +49,12 @@ class Row:
     padded: int  # tokens with padding
     student: tuple[Image.Image, ...]
     teacher: tuple[Image.Image, ...]
+
+    @property
+    def lines(self) -> list[tuple[Image.Image, ...]]:
+        """The pictures, line by line: the student's, then the teacher's."""
+        pictures = (*self.student, *self.teacher)
+        return [pictures[start : start + _ACROSS] for start in range(0, len(pictures), _ACROSS)]
 
     @property
     def supervised(self) -> int:
@@ -127,22 +134,27 @@ def as_html(view: BatchView) -> str:
 def as_picture(view: BatchView) -> Image.Image:
     """The page as one picture."""
     font = ImageFont.load_default(13)
-    across = max((len(row.student) + len(row.teacher) for row in view.rows), default=0)
+    across = max((len(line) for row in view.rows for line in row.lines), default=0)
     left = 16 + across * (_THUMB + 8)
     letters = max(30, (_WIDTH - left) // 7)
-    heights = [max(_THUMB * bool(across), _LINE * (len(list(_wrapped(row, letters))) + 2)) + 12 for row in view.rows]
+    texts = [list(_wrapped(row, letters)) for row in view.rows]
+    heights = [
+        max(_THUMB * bool(across), (_THUMB + 8) * len(row.lines) - 8, _LINE * (len(text) + 2)) + 12
+        for row, text in zip(view.rows, texts, strict=True)
+    ]
     page = Image.new("RGB", (_WIDTH, 56 + sum(heights)), "white")
     draw = ImageDraw.Draw(page)
     draw.text((12, 8), view.title, fill="black", font=font)
     draw.text((12, 28), view.summary, fill="black", font=font)
     top = 52
-    for row, height in zip(view.rows, heights, strict=True):
-        for n, picture in enumerate((*row.student, *row.teacher)):
-            page.paste(picture.resize((_THUMB, _THUMB)), (12 + n * (_THUMB + 8), top))
+    for row, text, height in zip(view.rows, texts, heights, strict=True):
+        for down, line in enumerate(row.lines):
+            for n, picture in enumerate(line):
+                page.paste(picture.resize((_THUMB, _THUMB)), (12 + n * (_THUMB + 8), top + down * (_THUMB + 8)))
         head = f"{row.key}: {row.length} tokens, {row.supervised} learnt, {row.padded - row.length} padding"
         draw.text((left, top), head, fill="black", font=font)
-        for n, (kind, line) in enumerate(_wrapped(row, letters), start=1):
-            draw.text((left, top + n * _LINE), line, fill=_SHOWN[kind][1], font=font)
+        for n, (kind, words) in enumerate(text, start=1):
+            draw.text((left, top + n * _LINE), words, fill=_SHOWN[kind][1], font=font)
         top += height
     return page
 
@@ -177,17 +189,18 @@ def _plain(piece: Piece) -> str:
 
 
 def _blocks(row: Row) -> list[str]:
-    """The pictures side by side, two pixels to a character: the student's, then the teacher's."""
-    pictures = [np.asarray(p.resize((_COLUMNS, _COLUMNS)), dtype=np.uint8) for p in (*row.student, *row.teacher)]
+    """The pictures side by side, two pixels to a character."""
     lines = []
-    for y in range(0, _COLUMNS, 2) if pictures else ():
-        line = ""
-        for pixels in pictures:
-            for above, below in zip(pixels[y], pixels[y + 1], strict=True):
-                fore, back = (";".join(str(int(v)) for v in pixel) for pixel in (above, below))
-                line += f"\x1b[38;2;{fore}m\x1b[48;2;{back}m▀"
-            line += "\x1b[0m  "
-        lines.append("  " + line)
+    for pictures in row.lines:
+        shown = [np.asarray(p.resize((_COLUMNS, _COLUMNS)), dtype=np.uint8) for p in pictures]
+        for y in range(0, _COLUMNS, 2):
+            line = ""
+            for pixels in shown:
+                for above, below in zip(pixels[y], pixels[y + 1], strict=True):
+                    fore, back = (";".join(str(int(v)) for v in pixel) for pixel in (above, below))
+                    line += f"\x1b[38;2;{fore}m\x1b[48;2;{back}m▀"
+                line += "\x1b[0m  "
+            lines.append("  " + line)
     return lines
 
 

@@ -34,7 +34,8 @@ class Example:
     """One question with its reference and every run's answer."""
 
     asked: Prediction
-    picture: str  # data URI of the image with its boxes; "" where there is none
+    picture: str  # data URI of the first image with its boxes; "" where there is none
+    images: int  # of the sample; 0 where they could not be read
     answers: list[Answered]
 
 
@@ -57,13 +58,13 @@ def examples(runs: Sequence[RunRecord], name: str, count: int) -> Examples:
     keys = _spread(_candidates([evaluation for _, evaluation in scored]), count)
     first = scored[0][1]
     problem = ""
-    pictures: dict[str, Image.Image] = {}
+    pictures: dict[str, tuple[Image.Image, int]] = {}
     try:
         if keys:
             pictures = _pictures(first, keys)
     except (DataError, OSError) as error:
         problem = f"The pictures could not be read again: {error}"
-    return Examples(name, [_example(scored, key, pictures.get(key)) for key in keys], problem)
+    return Examples(name, [_example(scored, key, *pictures.get(key, (None, 0))) for key in keys], problem)
 
 
 def _candidates(evaluations: Sequence[Evaluation]) -> list[str]:
@@ -79,7 +80,8 @@ def _spread(keys: Sequence[str], count: int) -> list[str]:
     return [keys[(2 * i + 1) * len(keys) // (2 * count)] for i in range(count)]
 
 
-def _pictures(evaluation: Evaluation, keys: Sequence[str]) -> dict[str, Image.Image]:
+def _pictures(evaluation: Evaluation, keys: Sequence[str]) -> dict[str, tuple[Image.Image, int]]:
+    """The first image of each sample that has one, to which boxes and attention belong, and how many there are."""
     if not evaluation.data:
         raise DataError(f"{evaluation.folder / 'scores.json'} does not name the shards")
     index = ShardIndex.open(evaluation.data)
@@ -91,11 +93,13 @@ def _pictures(evaluation: Evaluation, keys: Sequence[str]) -> dict[str, Image.Im
         ):
             raise DataError(f"sample {key!r} of {', '.join(evaluation.data)} is not the one that was evaluated")
         if sample.images:
-            found[key] = sample.images[0]
+            found[key] = sample.images[0], len(sample.images)
     return found
 
 
-def _example(scored: Sequence[tuple[RunRecord, Evaluation]], key: str, image: Image.Image | None) -> Example:
+def _example(
+    scored: Sequence[tuple[RunRecord, Evaluation]], key: str, image: Image.Image | None, images: int
+) -> Example:
     asked = scored[0][1].predictions[key]
     answers = []
     for run, evaluation in scored:
@@ -103,7 +107,7 @@ def _example(scored: Sequence[tuple[RunRecord, Evaluation]], key: str, image: Im
         if image is not None and row.attention and grid is not None and len(row.attention) == grid.size:
             picture = _uri(overlay(image, row.attention, grid, row.boxes))
         answers.append(Answered(run, row, correctness(row), picture))
-    return Example(asked, _uri(plain(image, asked.boxes)) if image is not None else "", answers)
+    return Example(asked, _uri(plain(image, asked.boxes)) if image is not None else "", images, answers)
 
 
 def _uri(picture: Image.Image) -> str:

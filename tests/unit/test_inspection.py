@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -12,7 +14,9 @@ from PIL import Image
 
 from medalign.__main__ import main
 from medalign.data.index import ShardIndex
+from medalign.data.phantom.records import records
 from medalign.data.plan import GlobalOrder, StepPlan
+from medalign.data.shards import write_shards
 from medalign.inspection import global_batches
 
 
@@ -114,6 +118,30 @@ def test_a_packed_batch_is_shown_sample_by_sample(capsys: pytest.CaptureFixture[
     without = [line.rsplit(", ", 1)[0] if line.endswith(" padding") else line for line in padded[2:]]
     assert [line.removesuffix(", 0 padding") for line in packed[2:]] == without
     assert not padded[1].endswith("padding 0.0 %") and packed[1].endswith("padding 0.0 %")
+
+
+def test_all_images_of_a_sample_are_shown(data: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    first, *others = [record for record in records(3, 0, "train") if record.fields["task"] == "report"]
+    both = tuple(record.images[0] for record in others)
+    write_shards([replace(first, images=first.images + both)], tmp_path / "three")
+    short = ["inspect", "phantom", "--data.train", str(tmp_path / "three"), "--train.batch_size", "1"]
+    words = [*short, "--data.max_length", "400"]
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert main(words) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("[image of 64 tokens]") == 3
+    assert shown.count("▀") == 6 * 28 * 14  # characters of the six pictures: three images, two towers
+    assert max(line.count("▀") for line in shown.splitlines()) == 4 * 28
+    assert main([*words, "--output", str(tmp_path / "batch.html")]) == 0
+    assert (tmp_path / "batch.html").read_text().count("data:image/png;base64,") == 6
+    assert main([*words, "--output", str(tmp_path / "batch.png")]) == 0
+    with Image.open(tmp_path / "batch.png") as picture:
+        assert picture.height > 2 * 160  # two lines of pictures
+        page = np.asarray(picture.convert("L"))
+    thumbs = [page[52 + y : 212 + y, 12 + x : 172 + x] for y in (0, 168) for x in range(0, 4 * 168, 168)]
+    assert [thumb.std() > 10 for thumb in thumbs] == [True] * 6 + [False] * 2
+    assert main(short) == 2
+    assert "the 3 images of the largest sample, each of 64 tokens, take 201; raise it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ from PIL import Image
 
 from medalign.data.phantom.contracts import Box, Study
 from medalign.data.phantom.studies import stream, study
-from medalign.data.shards import PackReport, Record, write_shards
+from medalign.data.records import Picture, Record
+from medalign.data.shards import PackReport, write_shards
 
 REQUESTS = (
     "Write a report of this chest radiograph.",
@@ -39,7 +40,7 @@ def write(output: Path, train: int, val: int, seed: int, reports: float = 1.0) -
 
 
 def _study_records(item: Study, case: str, index: int, split: str, reported: bool) -> Iterator[Record]:
-    image = _png(item.image)
+    film = Picture(_png(item.image), "png")
     shared = {
         "report": item.report,
         "split": split,
@@ -65,7 +66,7 @@ def _study_records(item: Study, case: str, index: int, split: str, reported: boo
             "boxes": [list(box) for box in boxes],
             **shared,
         }
-        yield Record(key=key, image=image, image_format="png", fields=fields, mask=_mask(item, boxes))
+        yield Record(key=key, images=(film,), fields=fields, mask=_mask(item, boxes))
 
 
 def _mask(item: Study, boxes: Sequence[Box]) -> bytes | None:

@@ -25,9 +25,10 @@ from pathlib import Path
 from typing import Any
 
 from medalign import __version__
-from medalign.data.index import INDEX_NAME
+from medalign.data.listing import INDEX_NAME
+from medalign.data.records import Record, Refused
 from medalign.data.samples import BadSample
-from medalign.data.shards import PackReport, Record, Refused, join_shards, require_replaceable, write_shards
+from medalign.data.shards import PackReport, join_shards, require_replaceable, write_shards
 from medalign.data.sources import find
 from medalign.data.sources.account import Account, Skipped, kind
 from medalign.data.sources.hashing import Hashing

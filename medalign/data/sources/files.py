@@ -9,14 +9,14 @@ import io
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from PIL import Image
 
-from medalign.data.samples import BadSample, decode_image, picture_header
+from medalign.data.members import MOST_IMAGES
+from medalign.data.records import Picture
+from medalign.data.samples import BadSample, decode_image, image_name, naming, picture_header
 from medalign.errors import DataError
-
-Format = Literal["png", "jpg"]
 
 
 def lacking(folder: Path, wanted: Mapping[str, str]) -> list[str]:
@@ -33,8 +33,20 @@ def first_folder(folder: Path, *names: str) -> Path:
     return next((folder / name for name in names if (folder / name).is_dir()), folder / names[0])
 
 
-def read_picture(folder: Path, name: Any) -> tuple[bytes, Format]:
-    """A picture's bytes and format, as in `as_png_or_jpeg`; `name` is relative to the folder and stays inside it."""
+def read_pictures(folder: Path, names: Any) -> tuple[Picture, ...]:
+    """The pictures of one name, or of a list of names in its order, as in `read_picture`. Raises BadSample."""
+    listed = names if isinstance(names, list) else [names]
+    if len(listed) > MOST_IMAGES:
+        raise BadSample(f"image names {len(listed)} pictures; at most {MOST_IMAGES} are read")
+    found = []
+    for number, name in enumerate(listed):
+        with naming(image_name(number, len(listed))):
+            found.append(read_picture(folder, name))
+    return tuple(found)
+
+
+def read_picture(folder: Path, name: Any) -> Picture:
+    """A picture, as in `as_png_or_jpeg`; `name` is relative to the folder and stays inside it. Raises BadSample."""
     return as_png_or_jpeg(read_bytes(folder, name, "image"))
 
 
@@ -51,15 +63,15 @@ def read_bytes(folder: Path, name: Any, role: str) -> bytes:
         raise BadSample(f"{role} {name!r} cannot be read: {error.strerror}") from error
 
 
-def as_png_or_jpeg(data: bytes) -> tuple[bytes, Format]:
+def as_png_or_jpeg(data: bytes) -> Picture:
     """PNG and JPEG bytes as they came; other formats that can be decoded (BMP, TIFF, ...) become 8-bit PNG."""
     try:
         kind = picture_header(data)[0]
     except BadSample:
         kind = "unknown"
     if kind in ("png", "jpg"):
-        return data, "png" if kind == "png" else "jpg"
-    return png(decode_image(data)), "png"
+        return Picture(data, "png" if kind == "png" else "jpg")
+    return Picture(png(decode_image(data)), "png")
 
 
 def png(image: Image.Image) -> bytes:

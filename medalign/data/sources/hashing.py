@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from medalign.data.shards import Record
+from medalign.data.records import Record
 from medalign.data.sources.source import IDENTIFIERS
 from medalign.errors import ConfigError
 

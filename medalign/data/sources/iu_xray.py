@@ -5,17 +5,17 @@ The XML is read by defusedxml, which refuses entities and document types: a repo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from xml.etree.ElementTree import Element, ParseError
 
 from defusedxml import DefusedXmlException, ElementTree
 
+from medalign.data.records import Record, Refused
 from medalign.data.samples import BadSample
-from medalign.data.shards import Record, Refused
-from medalign.data.sources.files import first_folder, lacking, read_csv, read_picture, share, share_split
-from medalign.data.sources.reports import SECTIONS, report_text
+from medalign.data.sources.files import first_folder, lacking, read_csv, read_pictures, share, share_split
+from medalign.data.sources.reports import SECTIONS, VIEWS, report_text
 from medalign.data.sources.source import Chosen, Item, Setting, Source
 
 REPORTS = "ecgen-radiology"
@@ -29,9 +29,10 @@ NLMCXR_png/CXR1_1_IM-0001-3001.png, ...      the images (NLMCXR_png.tgz); the fo
 indiana_projections.csv                      which images are frontal (uid, filename, projection); may be left out: it
                                              comes with the copy of the data set on Kaggle
 
-Written is one sample a study (--views all: one a picture) with its first frontal image; without the table of
-projections with its first image, frontal or not. OpenI publishes no split, so a hash of the study's name parts train/
-and test/. The usual published split is that of the R2Gen form: medalign shards r2gen."""
+Written is one sample a study with its first frontal image (--views study: with all its images, the frontal ones first;
+--views all: one sample an image); without the table of projections the first image counts as frontal. OpenI publishes
+no split, so a hash of the study's name parts train/ and test/. The usual published split is that of the R2Gen form:
+medalign shards r2gen."""
 
 
 def missing(folder: Path, _chosen: Chosen) -> list[str]:
@@ -50,14 +51,12 @@ def items(folder: Path, chosen: Chosen) -> Iterator[Item | Refused]:
         except BadSample as error:
             yield Refused(f"{REPORTS}/{path.name}", str(error))
             continue
-        pictures = study.pop("pictures")
-        if chosen["views"] == "frontal":
-            pictures = _first(study["case"], pictures, frontal)
-        if not pictures:
+        samples = _samples(study["case"], study.pop("pictures"), frontal, chosen["views"])
+        if not samples:
             yield Refused(study["case"], "report names no image, or no frontal one")
         split = share_split(study["case"], chosen["test_share"])
-        for number, picture in enumerate(pictures):
-            yield Item(split, f"{study['case']}-{number}", {**study, "picture": picture})
+        for number, image in enumerate(samples):
+            yield Item(split, f"{study['case']}-{number}", {**study, "image": image})
 
 
 def _frontal(table: Path) -> set[tuple[str, str]] | None:
@@ -68,9 +67,14 @@ def _frontal(table: Path) -> set[tuple[str, str]] | None:
     return {(f"CXR{row['uid']}", _number(row["filename"])) for row in rows if row["projection"] == "Frontal"}
 
 
-def _first(case: str, pictures: list[str], frontal: set[tuple[str, str]] | None) -> list[str]:
-    """The study's first frontal picture, or its first where that is not known."""
-    return [name for name in pictures if frontal is None or (case, _number(name)) in frontal][:1]
+def _samples(case: str, pictures: list[str], frontal: set[tuple[str, str]] | None, views: str) -> Sequence[Any]:
+    """A study's samples: of each the picture, or for views "study" the list of pictures."""
+    if views == "all":
+        return pictures
+    first = [name for name in pictures if frontal is None or (case, _number(name)) in frontal]
+    if views == "frontal":
+        return first[:1]
+    return [first + [name for name in pictures if name not in first]] if pictures else []
 
 
 def _number(name: str) -> str:
@@ -111,9 +115,9 @@ def record(folder: Path, item: Item, chosen: Chosen) -> Record:
         "labels": study["labels"],
         "split": item.split,
         "case": study["case"],
-        "image": study["picture"],
+        "image": study["image"],
     }
-    return Record(item.key, *read_picture(first_folder(folder, *_PICTURES), study["picture"]), fields)
+    return Record(item.key, read_pictures(first_folder(folder, *_PICTURES), study["image"]), fields)
 
 
 SOURCE = Source(
@@ -125,7 +129,7 @@ SOURCE = Source(
     record,
     (
         SECTIONS,
-        Setting("views", "a study's frontal picture, or a sample for each picture", "frontal", ("frontal", "all")),
+        VIEWS,
         Setting("test-share", "share of the studies that go to test/", 0.2, parse=share),
     ),
     "Indiana University Chest X-rays (openi.nlm.nih.gov, NLMCXR_reports.tgz and NLMCXR_png.tgz)",

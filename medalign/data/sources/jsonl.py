@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from medalign.data.records import Record, Refused
 from medalign.data.samples import BadSample
-from medalign.data.shards import Record, Refused
-from medalign.data.sources.files import lacking, read_bytes, read_picture
+from medalign.data.sources.files import lacking, read_bytes, read_pictures
 from medalign.data.sources.source import Chosen, Item, Source
 
 ANNOTATIONS = "annotations.jsonl"
@@ -21,14 +21,14 @@ the pictures and masks that it names, by paths relative to the folder
 
 fields of a line:
   id           the sample's key, unique
-  image        path of a picture; null for a question without image
+  image        path of a picture, or a list of paths in order; null for a question without image
   task         "vqa" or "report"
   question     what is asked; needed for vqa
   answer       needed for vqa
   answer_type  "closed", "open" or ""
   report       the text to be written; needed for report
-  boxes        [[x0, y0, x1, y1], ...] in pixels; may be left out
-  mask         path of a PNG of the image's size; may be left out or ""
+  boxes        [[x0, y0, x1, y1], ...] in pixels of the (first) image; may be left out
+  mask         path of a PNG of the (first) image's size; may be left out or ""
   split        its own shard folder; "train" where it is left out
 Other fields are kept as the sample's metadata."""
 
@@ -71,9 +71,8 @@ def record(folder: Path, item: Item, _chosen: Chosen) -> Record:
     if "image" not in row:
         raise BadSample("no image is named; write null for a question without image")
     mask = read_bytes(folder, row["mask"], "mask") if row.get("mask") else None
-    if row["image"] is None:
-        return Record(item.key, None, "png", row, mask)
-    return Record(item.key, *read_picture(folder, row["image"]), row, mask)
+    pictures = () if row["image"] is None else read_pictures(folder, row["image"])
+    return Record(item.key, pictures, row, mask)
 
 
 SOURCE = Source("jsonl", "images with a list of annotations", LAYOUT, missing, items, record)

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from medalign.data.records import Record, Refused
 from medalign.data.samples import BadSample
-from medalign.data.shards import Record, Refused
-from medalign.data.sources.files import first_folder, read_json_list, read_picture, share, share_split, text
+from medalign.data.sources.files import first_folder, read_json_list, read_pictures, share, share_split, text
 from medalign.data.sources.source import Chosen, Item, Setting, Source
 from medalign.errors import DataError
 
@@ -18,8 +18,9 @@ NAME.json         [{"id": "1", "image": "a.jpg", "conversations": [{"from": "hum
 images/a.jpg      the images; without a folder images/, paths start at the folder itself
 
 Each question with the answer that follows it is one sample, about the same image; later ones do not show the earlier
-turns. Entries without "image" are questions without image. One JSON file goes to train/ (--test-share: a share of its
-images to test/); several go to folders of their names, as in train.json, test.json. "domain" and "answer_type" are
+turns. "image" may be a list of images, all of which come before the question. Entries without "image" are questions
+without image. One JSON file goes to train/ (--test-share: a share of its images to test/, where an entry of several
+goes by the first); several go to folders of their names, as in train.json, test.json. "domain" and "answer_type" are
 kept."""
 
 _IMAGE_TOKENS = ("<image>", "<im_start>", "<im_end>")
@@ -51,12 +52,16 @@ def items(folder: Path, chosen: Chosen) -> Iterator[Item | Refused]:
             except BadSample as error:
                 yield Refused(place, str(error))
                 continue
-            case = text(row.get("image")) or text(row.get("id")) or place
+            case = _first_image(row.get("image")) or text(row.get("id")) or place
             split = path.stem if len(files) > 1 else share_split(case, chosen["test_share"])
             shared = {name: row.get(name) for name in ("id", "image", "domain", "answer_type")}
             for turn, (question, answer) in enumerate(turns):
                 data = {**shared, "turn": turn, "question": question, "answer": answer, "case": case}
                 yield Item(split, f"{'_'.join(path.stem.replace('.', '_').split())[-40:]}-{number:07d}-{turn}", data)
+
+
+def _first_image(image: Any) -> str:
+    return text(image[0] if isinstance(image, list) and image else image)
 
 
 def _turns(row: Any) -> list[tuple[str, str]]:
@@ -71,7 +76,7 @@ def _turns(row: Any) -> list[tuple[str, str]]:
 
 
 def _without_tokens(value: Any) -> str:
-    """What is said, its line breaks kept, without the places of the image: the chat template puts the image."""
+    """What is said, its line breaks kept, without the places of the images: the chat template puts those."""
     said = value if isinstance(value, str) else text(value)
     for token in _IMAGE_TOKENS:
         said = said.replace(token, "")
@@ -94,10 +99,8 @@ def record(folder: Path, item: Item, _chosen: Chosen) -> Record:
         "turn": row["turn"],
         **({"domain": [name for name, holds in domain.items() if holds]} if isinstance(domain, dict) else {}),
     }
-    if not row["image"]:
-        return Record(item.key, None, "png", fields)
-    images = first_folder(folder, "images", ".")
-    return Record(item.key, *read_picture(images, row["image"]), fields)
+    pictures = read_pictures(first_folder(folder, "images", "."), row["image"]) if row["image"] else ()
+    return Record(item.key, pictures, fields)
 
 
 SOURCE = Source(

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
-from medalign.data.shards import Record, Refused
-from medalign.data.sources.files import lacking, read_bytes, read_csv, read_picture
-from medalign.data.sources.reports import SECTIONS, report_text, split_sections
-from medalign.data.sources.source import Chosen, Item, Setting, Source
+from medalign.data.records import Record, Refused
+from medalign.data.sources.files import lacking, read_bytes, read_csv, read_pictures
+from medalign.data.sources.reports import SECTIONS, VIEWS, report_text, split_sections
+from medalign.data.sources.source import Chosen, Item, Source
 
 SPLIT = "mimic-cxr-2.0.0-split.csv"
 METADATA = "mimic-cxr-2.0.0-metadata.csv"
@@ -22,9 +23,10 @@ mimic-cxr-reports/files/p10/p10000032/s50414267.txt    the reports (mimic-cxr-re
                                                        files/p10/p10000032/s50414267.txt will do as well)
 
 Written are train/, val/ and test/ by the official split ("validate" becomes val), one sample a study with its frontal
-image: PA before AP; studies without one are skipped (--views all: one a picture, all with the study's report). A
-report's findings and impression are found by their headings and kept apart in the metadata. Both data sets need a
-PhysioNet credential, and their terms hold for the shards too."""
+image: PA before AP; studies without one are skipped (--views study: with all its images, PA, then AP, then others;
+--views all: one sample an image, all with the study's report). A report's findings and impression are found by their
+headings and kept apart in the metadata. Both data sets need a PhysioNet credential, and their terms hold for the
+shards too."""
 
 _REPORTS = ("mimic-cxr-reports/files", "mimic-cxr-reports", "files")
 _FRONTAL = {"PA": 0, "AP": 1}
@@ -56,15 +58,23 @@ def items(folder: Path, chosen: Chosen) -> Iterator[Item | Refused]:
         if rows[0]["split"] not in _NAMES:
             yield Refused(name, f"split is {rows[0]['split']!r}; known are train, validate, test")
             continue
-        pictures = [(_FRONTAL.get(views.get(row["dicom_id"], ""), 2), row["dicom_id"]) for row in rows]
-        if chosen["views"] == "frontal":
-            pictures = sorted(picture for picture in pictures if picture[0] < 2)[:1]
-        if not pictures:
+        samples = _samples({row["dicom_id"]: views.get(row["dicom_id"], "") for row in rows}, chosen["views"])
+        if not samples:
             yield Refused(name, "study has no frontal image")
-        for _, dicom in pictures:
-            key = name if chosen["views"] == "frontal" else f"{name}-{dicom}"
-            data = {"patient": f"p{patient}", "study": f"s{study}", "image": dicom, "view": views.get(dicom, "")}
+        for image, view in samples:
+            key = f"{name}-{image}" if chosen["views"] == "all" else name
+            data = {"patient": f"p{patient}", "study": f"s{study}", "image": image, "view": view}
             yield Item(_NAMES[rows[0]["split"]], key, data)
+
+
+def _samples(pictures: dict[str, str], views: str) -> Sequence[tuple[Any, Any]]:
+    """Image and view of each sample of a study with these pictures and views; for "study" a list of each."""
+    if views == "all":
+        return list(pictures.items())
+    ordered = sorted(pictures.items(), key=lambda picture: (_FRONTAL.get(picture[1], 2), picture[0]))
+    if views == "frontal":
+        return [(image, view) for image, view in ordered if view in _FRONTAL][:1]
+    return [([image for image, _ in ordered], [view for _, view in ordered])]
 
 
 def record(folder: Path, item: Item, chosen: Chosen) -> Record:
@@ -81,7 +91,9 @@ def record(folder: Path, item: Item, chosen: Chosen) -> Record:
         "case": study,
         **item.data,
     }
-    return Record(item.key, *read_picture(folder / "files", f"{place}/{item.data['image']}.jpg"), fields)
+    image = item.data["image"]
+    names = [f"{place}/{one}.jpg" for one in image] if isinstance(image, list) else f"{place}/{image}.jpg"
+    return Record(item.key, read_pictures(folder / "files", names), fields)
 
 
 def _table(folder: Path, name: str) -> Path:
@@ -109,7 +121,7 @@ SOURCE = Source(
     record,
     (
         SECTIONS,
-        Setting("views", "a study's frontal picture, or a sample for each picture", "frontal", ("frontal", "all")),
+        VIEWS,
     ),
     "MIMIC-CXR-JPG and MIMIC-CXR (physionet.org)",
 )

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from medalign.data.records import Record, Refused
 from medalign.data.samples import BadSample
-from medalign.data.shards import Record, Refused
 from medalign.data.sources.files import read_json_list, read_picture, share, share_split, text
 from medalign.data.sources.source import Chosen, Item, Setting, Source
 
@@ -66,7 +66,7 @@ def record(folder: Path, item: Item, _chosen: Chosen) -> Record:
         "question_type": text(row.get("question_type")),
         "modality": text(row.get("modality_type") or row.get("modality")),  # one file names it so
     }
-    return Record(item.key, *read_picture(_root(folder), row["image_path"]), fields)
+    return Record(item.key, (read_picture(_root(folder), row["image_path"]),), fields)
 
 
 def _options(row: dict[str, Any]) -> list[str]:

@@ -11,8 +11,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from medalign.data.records import Record, Refused
 from medalign.data.samples import BadSample
-from medalign.data.shards import Record, Refused
 from medalign.data.sources.files import as_png_or_jpeg, text, yes_no_type
 from medalign.data.sources.source import Chosen, Item, Source
 from medalign.errors import ConfigError, DataError
@@ -75,7 +75,7 @@ def record(folder: Path, item: Item, _chosen: Chosen) -> Record:
         "split": item.split,
         "case": hashlib.sha256(image).hexdigest()[:16],  # the files do not name the pictures
     }
-    return Record(item.key, *as_png_or_jpeg(image), fields)
+    return Record(item.key, (as_png_or_jpeg(image),), fields)
 
 
 @lru_cache(maxsize=2)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from medalign.data.records import Record, Refused
 from medalign.data.samples import BadSample
-from medalign.data.shards import Record, Refused
-from medalign.data.sources.files import lacking, read_json, read_picture, text
+from medalign.data.sources.files import lacking, read_json, read_pictures, text
 from medalign.data.sources.source import Chosen, Item, Setting, Source
 from medalign.errors import DataError
 
@@ -20,7 +20,8 @@ annotation.json   {"train": [{"id": "CXR2384_IM-0942", "report": "...",
 images/CXR2384_IM-0942/0.png, 1.png, ...
 
 Written are train/, val/ and test/, one sample a study with its first picture, as a rule the frontal one (--views
-all: one a picture, all with the study's report). The reports are the findings, as R2Gen prepared them."""
+study: with all its pictures, as this form of IU-Xray is used in the literature; --views all: one sample a picture, all
+with the study's report). The reports are the findings, as R2Gen prepared them."""
 
 _SPLITS = ("train", "val", "test")
 
@@ -41,8 +42,9 @@ def items(folder: Path, chosen: Chosen) -> Iterator[Item | Refused]:
                 continue
             case = text(study["id"])
             shared = {"case": case, "report": study.get("report")}
-            for view, picture in enumerate(pictures if chosen["views"] == "all" else pictures[:1]):
-                yield Item(split, f"{case}-{view}".replace(".", "_"), {**shared, "picture": picture})
+            samples = {"first": pictures[:1], "study": [pictures], "all": pictures}[chosen["views"]]
+            for number, image in enumerate(samples):
+                yield Item(split, f"{case}-{number}".replace(".", "_"), {**shared, "image": image})
 
 
 def record(folder: Path, item: Item, _chosen: Chosen) -> Record:
@@ -56,9 +58,9 @@ def record(folder: Path, item: Item, _chosen: Chosen) -> Record:
         "report": report,
         "split": item.split,
         "case": item.data["case"],
-        "image": item.data["picture"],
+        "image": item.data["image"],
     }
-    return Record(item.key, *read_picture(folder / "images", item.data["picture"]), fields)
+    return Record(item.key, read_pictures(folder / "images", item.data["image"]), fields)
 
 
 SOURCE = Source(
@@ -68,6 +70,13 @@ SOURCE = Source(
     missing,
     items,
     record,
-    (Setting("views", "a study's first picture, or a sample for each", "first", ("first", "all")),),
+    (
+        Setting(
+            "views",
+            "a study's first picture, all of them in one sample, or a sample for each",
+            "first",
+            ("first", "study", "all"),
+        ),
+    ),
     "R2Gen (github.com/zhjohnchan/R2Gen names the archives iu_xray and mimic_cxr)",
 )

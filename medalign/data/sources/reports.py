@@ -1,4 +1,4 @@
-"""Free-text radiology reports: their sections, and which of them a model shall write."""
+"""Free-text radiology reports: their sections, and what of a study a model shall see and write."""
 
 from __future__ import annotations
 
@@ -10,6 +10,12 @@ from medalign.data.samples import BadSample
 from medalign.data.sources.source import Setting
 
 SECTIONS = Setting("sections", "what the report to be written consists of", "both", ("findings", "impression", "both"))
+VIEWS = Setting(
+    "views",
+    "a study's frontal picture, all its pictures in one sample, or a sample for each",
+    "frontal",
+    ("frontal", "study", "all"),
+)
 
 # A heading: a line that begins with capitals and a colon. The words of a sentence before a colon are not in capitals.
 _HEADING = re.compile(r"^[ \t]*([A-Z][A-Z0-9 ,&/()\-]{2,60}?)[ \t]*:", re.MULTILINE)

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from medalign.data.records import Record, Refused
 from medalign.data.samples import BadSample, decode_image, picture_header
-from medalign.data.shards import Record, Refused
 from medalign.data.sources.files import lacking, png, read_bytes, read_json, read_json_list, read_picture, text
 from medalign.data.sources.source import Chosen, Item, Setting, Source
 from medalign.errors import DataError
@@ -58,9 +58,9 @@ def items(folder: Path, chosen: Chosen) -> Iterator[Item | Refused]:
 
 def record(folder: Path, item: Item, _chosen: Chosen) -> Record:
     row = item.data
-    image, image_format = read_picture(folder / "imgs", row["img_name"])
+    picture = read_picture(folder / "imgs", row["img_name"])
     place = folder / "imgs" / Path(row["img_name"]).parent
-    size = picture_header(image)[1:]
+    size = picture_header(picture.data)[1:]
     regions = [(label, box) for label, given in _boxes(place) if (box := _inside(given, size))]
     question, answer = text(row.get("question")), text(row.get("answer"))
     named = _Named(f"{question} {answer}")
@@ -77,7 +77,7 @@ def record(folder: Path, item: Item, _chosen: Chosen) -> Record:
         "case": Path(row["img_name"]).parts[0],
         **{name: row.get(name) for name in ("qid", "modality", "location", "content_type", "base_type", "triple")},
     }
-    return Record(item.key, image, image_format, fields, _mask(folder, place, named))
+    return Record(item.key, (picture,), fields, _mask(folder, place, named))
 
 
 class _Named:

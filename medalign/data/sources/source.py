@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from medalign.data.shards import Record, Refused
+from medalign.data.records import Record, Refused
 
 Chosen = Mapping[str, Any]  # the source's settings by name, underscores for hyphens
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from medalign.data.shards import Record, Refused
+from medalign.data.records import Record, Refused
 from medalign.data.sources.files import lacking, read_json_list, read_picture, share, share_split, text
 from medalign.data.sources.source import Chosen, Item, Setting, Source
 from medalign.distributed import log
@@ -56,7 +56,7 @@ def record(folder: Path, item: Item, _chosen: Chosen) -> Record:
         "question_type": text(row.get("question_type")),
         "phrase_type": text(row.get("phrase_type")),
     }
-    return Record(item.key, *read_picture(folder / IMAGES, row["image_name"]), fields)
+    return Record(item.key, (read_picture(folder / IMAGES, row["image_name"]),), fields)
 
 
 SOURCE = Source(

@@ -27,9 +27,9 @@ class Prediction:
     box_area: float | None = None  # the boxes' share of the picture: what attention without aim gives
     pointing_hit: bool | None = None  # does the strongest patch point at a box
     pointing_chance: float | None = None  # share of the patches that would be hits
-    attention: list[float] | None = None  # the question's map on the student's grid, row-major
-    boxes: list[list[float]] = field(default_factory=list)  # x0, y0, x1, y1 in pixels of the image
-    image_size: tuple[int, int] | None = None  # width, height
+    attention: list[float] | None = None  # the question's map of the first image on the student's grid, row-major
+    boxes: list[list[float]] = field(default_factory=list)  # x0, y0, x1, y1 in pixels of the first image
+    image_size: tuple[int, int] | None = None  # width, height of the first image
 
 
 def write_predictions(path: Path, rows: Iterable[Prediction]) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from tiny_data import record
 
-from medalign.data.shards import Record, write_shards
+from medalign.data.records import Record
+from medalign.data.shards import write_shards
 
 
 @pytest.fixture
@@ -15,6 +16,6 @@ def shards(tmp_path: Path) -> Path:
     """23 samples in 4 shards; every fifth is a sample without image."""
     records = [record(i) for i in range(23)]
     for i in range(0, 23, 5):
-        records[i] = Record(records[i].key, None, "png", {**records[i].fields, "boxes": []})
+        records[i] = Record(records[i].key, (), {**records[i].fields, "boxes": []})
     write_shards(records, tmp_path / "train", samples_per_shard=7)
     return tmp_path / "train"

@@ -12,12 +12,13 @@ import webdataset
 from PIL import Image
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage
-from tiny_data import record
+from tiny_data import images, record
 
 from medalign.data import dicom
 from medalign.data.index import ShardIndex
+from medalign.data.records import Record
 from medalign.data.samples import BadSample, decode_image, picture_header
-from medalign.data.shards import Record, build_index, write_shards
+from medalign.data.shards import build_index, write_shards
 
 
 def smooth(width: int, height: int) -> np.ndarray:
@@ -45,7 +46,7 @@ def test_a_film_far_larger_than_needed_is_decoded_smaller(size, at_least, decode
 
 def test_boxes_shrink_with_the_picture(tmp_path: Path) -> None:
     fields = record(1, boxes=[[160, 120, 800, 600]]).fields
-    write_shards([Record("j", jpeg(1600, 1200), "jpg", fields)], tmp_path / "out")
+    write_shards([Record("j", images(jpeg(1600, 1200)), fields)], tmp_path / "out")
     index = ShardIndex.open(tmp_path / "out")
     assert index.read(0).boxes == ((160, 120, 800, 600),)
     small = index.read(0, at_least=336)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_data import picture, record
+from tiny_data import images, picture, record
 from tiny_text import encoder
 
 from medalign.contracts import IGNORE, Batch, Sample
@@ -18,7 +18,8 @@ from medalign.data.collate import Collator, TowerView
 from medalign.data.index import ShardIndex
 from medalign.data.loader import TrainLoader, batches, judge_bad_share
 from medalign.data.plan import GlobalOrder
-from medalign.data.shards import Record, write_shards
+from medalign.data.records import Record
+from medalign.data.shards import write_shards
 from medalign.data.storage import Access
 from medalign.errors import ConfigError, DataError
 from medalign.geometry import PatchGrid
@@ -254,7 +255,7 @@ def test_evaluation_reports_what_it_leaves_out(shards: Path, caplog: pytest.LogC
 
 
 def test_jpeg_and_grey_reach_both_towers_as_rgb(tmp_path: Path) -> None:
-    write_shards([Record("j", picture(1, 33, 20, "jpg"), "jpg", record(1).fields)], tmp_path / "out")
+    write_shards([Record("j", images(picture(1, 33, 20, "jpg")), record(1).fields)], tmp_path / "out")
     (got,) = [batch for _, batch in batches(ShardIndex.open(tmp_path / "out"), collator(), 1)]
     assert got.student_pixels.shape[1] == got.teacher_pixels.shape[1] == 3
     assert torch.isfinite(got.student_pixels).all()

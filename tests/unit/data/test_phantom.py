@@ -144,5 +144,5 @@ def test_every_record_is_fit_to_be_packed_and_no_film_is_in_both_splits(tmp_path
     reports = write(tmp_path, train=6, val=4, seed=1)
     assert set(reports) == {"train", "val"} and not any(report.refused for report in reports.values())
     assert reports["train"].written == len(list(records(6, 1, "train")))
-    films = [{record.image for record in records(6, 1, split)} for split in ("train", "val")]
+    films = [{record.images for record in records(6, 1, split)} for split in ("train", "val")]
     assert not films[0] & films[1]

@@ -21,10 +21,10 @@ from werkzeug.serving import make_server
 
 from medalign.data import storage
 from medalign.data.index import ShardIndex, _spans
+from medalign.data.listing import IMAGE, JSON
 from medalign.data.loader import TrainLoader
 from medalign.data.plan import GlobalOrder
 from medalign.data.storage import Access
-from medalign.data.table import IMAGE, JSON
 from medalign.errors import ConfigError, DataError
 
 QUICK = Access(retries=4, pause=0.01)
@@ -141,7 +141,7 @@ def test_a_bucket_gives_the_same_samples_by_ranges(shards: Path, s3: Server, buc
     wanted = [
         (local.shard(i).rpartition("/")[2], f"bytes={start}-{start + length - 1}")
         for i in range(len(local))
-        for start, length in _spans(local._row(i), (IMAGE, JSON))
+        for start, length in _spans(local._members(i, (IMAGE, JSON)))
     ]
     assert s3.tars() == [Asked("GET", name, span) for name, span in wanted]
     assert len(wanted) == 23  # one request a sample, none for a whole shard

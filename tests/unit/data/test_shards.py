@@ -12,21 +12,24 @@ import numpy as np
 import pytest
 import webdataset
 from PIL import Image
-from tiny_data import picture, record
+from tiny_data import images, picture, record
 
 from medalign.data import shards as shards_module
 from medalign.data import table
 from medalign.data.index import ShardIndex
+from medalign.data.records import Picture, Record, Refused
 from medalign.data.samples import REPORT_PROMPT, BadSample
-from medalign.data.shards import Record, Refused, build_index, write_shards
+from medalign.data.shards import build_index, write_shards
 from medalign.data.storage import Access
 from medalign.errors import ConfigError, DataError
 
 
 def test_round_trip(tmp_path: Path) -> None:
     mask = picture(99)
-    report = Record("r1", picture(5, 30, 50, "jpg"), "jpg", {"task": "report", "report": " Clear lungs. ", "case": "7"})
-    with_mask = Record("m1", picture(1), "png", {**record(1).fields, "answer_type": "open"}, mask)
+    report = Record(
+        "r1", images(picture(5, 30, 50, "jpg")), {"task": "report", "report": " Clear lungs. ", "case": "7"}
+    )
+    with_mask = Record("m1", images(picture(1)), {**record(1).fields, "answer_type": "open"}, mask)
     result = write_shards([record(0), report, with_mask], tmp_path / "out", samples_per_shard=2)
     assert (result.written, result.shards, result.refused) == (3, 2, ())
 
@@ -67,9 +70,9 @@ def test_bytes_depend_on_the_records_alone(tmp_path: Path) -> None:
 
 
 BAD = {
-    "image cannot be decoded": Record("x", picture(1, kind="jpg")[:-400], "jpg", record(1).fields),
-    "image cannot be decoded ": Record("x", b"no picture", "jpg", record(1).fields),
-    "named jpg but holds png": Record("x", picture(1), "jpg", record(1).fields),
+    "image cannot be decoded": Record("x", images(picture(1, kind="jpg")[:-400]), record(1).fields),
+    "image cannot be decoded ": Record("x", images(b"no picture"), record(1).fields),
+    "named jpg but holds png": Record("x", (Picture(picture(1), "jpg"),), record(1).fields),
     "answer is empty": record(1, answer=""),
     "answer is '  '": record(1, answer="  "),
     "question is empty": record(1, question=""),
@@ -80,13 +83,13 @@ BAD = {
     "outside the image of 40 x 24": record(1, boxes=[[5, 5, 50, 9]]),
     "not four numbers": record(1, boxes=[[5, 5, 9]]),
     "not four numbers ": record(1, boxes=[[5, 5, 9, float("nan")]]),
-    "key 'a.b'": Record("a.b", picture(1), "png", record(1).fields),
-    "key 'a/b'": Record("a/b", picture(1), "png", record(1).fields),
+    "key 'a.b'": Record("a.b", images(picture(1)), record(1).fields),
+    "key 'a/b'": Record("a/b", images(picture(1)), record(1).fields),
     "occurs a second time": record(0),
-    "mask has 5 x 5 pixels, the image 40 x 24": Record("x", picture(1), "png", record(1).fields, picture(1, 5, 5)),
-    "mask: image cannot be decoded": Record("x", picture(1), "png", record(1).fields, picture(1)[:200]),
-    "mask is jpg": Record("x", picture(1), "png", record(1).fields, picture(1, kind="jpg")),
-    "but there is no image": Record("x", None, "png", record(1, boxes=[]).fields, picture(1)),
+    "mask has 5 x 5 pixels, the image 40 x 24": Record("x", images(picture(1)), record(1).fields, picture(1, 5, 5)),
+    "mask: image cannot be decoded": Record("x", images(picture(1)), record(1).fields, picture(1)[:200]),
+    "mask is jpg": Record("x", images(picture(1)), record(1).fields, picture(1, kind="jpg")),
+    "but there is no image": Record("x", (), record(1, boxes=[]).fields, picture(1)),
     "cannot be written as JSON": record(1, extra={1, 2}),
 }
 
@@ -246,7 +249,7 @@ def test_deep_grey_becomes_eight_bits(tmp_path: Path) -> None:
     deep = np.linspace(1000, 5000, 40 * 24).reshape(24, 40).astype(np.uint16)
     buffer = _bytes(b"")
     Image.fromarray(deep).save(buffer, "PNG")
-    write_shards([Record("d", buffer.getvalue(), "png", record(1).fields)], tmp_path / "out")
+    write_shards([Record("d", images(buffer.getvalue()), record(1).fields)], tmp_path / "out")
     image = ShardIndex.open(tmp_path / "out").read(0).images[0]
     assert (image.mode, np.asarray(image).min(), np.asarray(image).max()) == ("L", 0, 255)
 

@@ -16,9 +16,12 @@ from pathlib import Path
 import fsspec
 import pytest
 from test_loader import assert_same, loader
+from tiny_data import images, picture, record
 
 from medalign.data.cache import RangeCache
 from medalign.data.index import ShardIndex
+from medalign.data.records import Record
+from medalign.data.shards import write_shards
 from medalign.data.storage import Access
 from medalign.errors import ConfigError, DataError
 
@@ -100,6 +103,17 @@ def test_http_gives_the_same_samples(shards: Path, server: Server, ranges: bool)
     tars = [wanted for name, wanted in server.log if name.endswith(".tar")]
     assert len(tars) == 23  # one request a sample: image and annotation lie side by side
     assert all(tars)
+
+
+def test_all_images_of_a_sample_come_in_one_request(shards: Path, server: Server) -> None:
+    fields = record(0, boxes=[]).fields
+    several = [Record(f"k{n}", images(*(picture(seed) for seed in range(n))), fields) for n in (3, 0, 12)]
+    write_shards(several, shards.parent / "several")
+    remote = ShardIndex.open(f"{server.address}/several", QUICK)
+    remote.ahead([0, 1, 2])
+    same_samples(remote, ShardIndex.open(shards.parent / "several"))
+    assert [len(remote.read(i).images) for i in range(3)] == [3, 0, 12]
+    assert len([name for name, _ in server.log if name.endswith(".tar")]) == 6  # three samples, ahead and again
 
 
 def test_dropped_connections_are_tried_again(shards: Path, server: Server) -> None:

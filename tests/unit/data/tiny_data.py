@@ -7,7 +7,7 @@ import io
 import numpy as np
 from PIL import Image
 
-from medalign.data.shards import Record
+from medalign.data.records import Picture, Record
 
 
 def picture(seed: int, width: int = 40, height: int = 24, kind: str = "png") -> bytes:
@@ -15,6 +15,11 @@ def picture(seed: int, width: int = 40, height: int = 24, kind: str = "png") -> 
     buffer = io.BytesIO()
     Image.fromarray(values).save(buffer, "PNG" if kind == "png" else "JPEG")
     return buffer.getvalue()
+
+
+def images(*encoded: bytes) -> tuple[Picture, ...]:
+    """As they stand in a record, each named after what it holds."""
+    return tuple(Picture(data, "png" if data.startswith(b"\x89PNG") else "jpg") for data in encoded)
 
 
 def record(i: int, **changes: object) -> Record:
@@ -28,4 +33,4 @@ def record(i: int, **changes: object) -> Record:
         "split": "train",
         "case": f"c{i}",
     }
-    return Record(f"s{i:03d}", picture(i), "png", {**fields, **changes})
+    return Record(f"s{i:03d}", images(picture(i)), {**fields, **changes})

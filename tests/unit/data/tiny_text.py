@@ -55,7 +55,12 @@ def tokenizer(template: str | None = TEMPLATE, bos: bool = True, pad: str | None
     return outer
 
 
-def encoder(max_length: int = 64, tokens_per_image: int = 9, **changes: object) -> PromptEncoder:
+def encoder(max_length: int = 64, tokens_per_image: int = 9, most_images: int = 1, **changes: object) -> PromptEncoder:
     text = tokenizer(**changes)
-    image = text.convert_tokens_to_ids("<image>")
-    return PromptEncoder(text, image_token_id=image, tokens_per_image=tokens_per_image, max_length=max_length)
+    return PromptEncoder(
+        text,
+        image_token_id=text.convert_tokens_to_ids("<image>"),
+        tokens_per_image=tokens_per_image,
+        max_length=max_length,
+        most_images=most_images,
+    )

@@ -80,6 +80,22 @@ def test_projections_say_which_image_is_frontal(tmp_path: Path) -> None:
     assert skipped(account) == {"CXR3": "report names no image, or no frontal one"}
 
 
+def test_a_study_becomes_one_sample_of_all_its_pictures(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    for n, views in ((1, 3), (2, 1), (3, 0)):
+        write_study(folder, n, views=views)
+    plain = pack("iu-xray", folder, tmp_path / "plain", test_share=0.0, views="study")
+    assert [[image.width for image in s.images] for s in samples(tmp_path / "plain" / "train")] == [[30, 31, 32], [30]]
+    assert list(skipped(plain)) == ["CXR3"]
+    rows = ["uid,filename,projection", "1,1_IM-0001-1001.dcm.png,Lateral", "1,1_IM-0001-2001.dcm.png,Frontal"]
+    (folder / "indiana_projections.csv").write_text("\n".join([*rows, "2,2_IM-0001-1001.dcm.png,Lateral"]))
+    pack("iu-xray", folder, tmp_path / "out", test_share=0.0, views="study")
+    first, second = samples(tmp_path / "out" / "train")
+    assert (first.key, [image.width for image in first.images]) == ("CXR1-0", [31, 30, 32])  # the frontal one first
+    assert first.metadata["image"] == [f"CXR1_IM-0001-{view}001.png" for view in (2, 1, 3)]
+    assert [image.width for image in second.images] == [30]
+
+
 def test_what_is_skipped_and_hostile_xml(tmp_path: Path) -> None:
     folder = tmp_path / "in"
     write_study(folder, 1)
@@ -142,6 +158,11 @@ def test_r2gen(tmp_path: Path) -> None:
     every = pack("r2gen", folder, tmp_path / "all", views="all")
     assert every.splits["train"].written == 4
     assert [s.images[0].width for s in samples(tmp_path / "all" / "train")] == [20, 21, 20, 21]
+    pack("r2gen", folder, tmp_path / "study", views="study")
+    both = samples(tmp_path / "study" / "train")
+    assert [s.key for s in both] == ["CXR1_IM-0001-0", "CXR2_IM-0002-0"]
+    assert [[image.width for image in s.images] for s in both] == [[20, 21]] * 2
+    assert both[0].metadata["image"] == ["CXR1_IM-0001/0.png", "CXR1_IM-0001/1.png"]
     write_json(folder / "annotation.json", [])
     with pytest.raises(DataError, match="lists train, val and test"):
         pack("r2gen", folder, tmp_path / "none")

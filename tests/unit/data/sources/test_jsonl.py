@@ -60,6 +60,34 @@ def test_masks_are_packed(tmp_path: Path) -> None:
     assert mask.size == (40, 24)
 
 
+def test_a_list_of_images_is_one_sample(tmp_path: Path) -> None:
+    three = [f"images/{i}.jpg" for i in (2, 0, 1)]
+    source = folder(
+        tmp_path / "in",
+        row(1, image=three, boxes=[[1, 2, 9, 12]], mask="mask.png"),
+        row(2, image=three[:1]),
+        row(4, image=[]),
+        row(5, image=[*three[:2], "images/none.jpg"]),
+        row(7, image=three * 30),
+        row(8, image=[*three, None]),
+    )
+    for i in range(6):
+        (source / "images" / f"{i}.jpg").write_bytes(picture(i, 40 + i, 24, "jpg"))
+    (source / "mask.png").write_bytes(picture(0, 42, 24))
+    account = pack("jsonl", source, tmp_path / "out")
+    several, one, none = samples(tmp_path / "out" / "train")
+    assert [image.width for image in several.images] == [42, 40, 41]
+    assert several.metadata["image"] == three
+    assert several.boxes == ((1, 2, 9, 12),)
+    assert ([image.width for image in one.images], none.images) == ([42], ())
+    assert skipped(account) == {
+        "q5": "image 3 of 3: image 'images/none.jpg' cannot be read: No such file or directory",
+        "q7": "image names 90 pictures; at most 64 are read",
+        "q8": "image 4 of 4: image is None; a path relative to the folder is needed",
+    }
+    assert "image ... of ... image ... cannot be read" in account.reasons()
+
+
 def test_bad_lines_are_named(tmp_path: Path) -> None:
     source = folder(
         tmp_path / "in",

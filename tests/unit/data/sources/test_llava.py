@@ -47,6 +47,23 @@ def test_turns_become_samples(tmp_path: Path) -> None:
     }
 
 
+def test_several_images_before_one_question(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    for name in "abc":
+        write_picture(folder / "images" / f"{name}.jpg", ord(name), 30 + ord(name) - ord("a"))
+    told = talk("<image>\n<image>\nWhat has changed from <image>?", "It grew.")
+    lists = [["b.jpg", "a.jpg"], ["b.jpg", "c.jpg"], "b.jpg", ["a.jpg"], []]
+    rows = [{"id": str(i), "image": names, "conversations": told} for i, names in enumerate(lists)]
+    write_json(folder / "all.json", rows)
+    account = pack("llava", folder, tmp_path / "out", test_share=0.5)
+    assert account.written == 5
+    by_side = {side: {s.metadata["id"]: s for s in samples(tmp_path / "out" / side)} for side in account.splits}
+    first = next(found["0"] for found in by_side.values() if "0" in found)
+    assert first.question == "What has changed from ?"
+    assert ([image.width for image in first.images], first.metadata["image"]) == ([31, 30], ["b.jpg", "a.jpg"])
+    assert any({"0", "1", "2"} <= found.keys() for found in by_side.values())  # one first image, one side
+
+
 def test_files_are_splits(tmp_path: Path) -> None:
     folder = tmp_path / "in"
     write_picture(folder / "a.png", 1)  # without images/, paths start at the folder

@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 from conversion import pack, samples, skipped, write_picture
 
+from medalign.data.sources import find
+from medalign.data.sources.convert import convert
+from medalign.data.sources.hashing import Hashing
 from medalign.data.sources.reports import split_sections
 from medalign.errors import DataError
 
@@ -91,6 +94,22 @@ def test_findings_alone_and_every_view(mimic: Path, tmp_path: Path) -> None:
     assert skipped(account)[f"p10000032-s53189527-{dicom(3)}"] == "report has no findings"
     assert {s.metadata["view"] for s in samples(tmp_path / "out" / "train")} == {"LATERAL", "AP", "PA"}
     assert not (tmp_path / "out" / "val").exists()
+
+
+def test_all_views_of_a_study_in_one_sample(mimic: Path, tmp_path: Path) -> None:
+    hashing = Hashing(b"0123456789abcdef")
+    convert(find("mimic-cxr-jpg"), mimic, tmp_path / "hashed", chosen={"views": "study"}, workers=1, hashing=hashing)
+    account = pack("mimic-cxr-jpg", mimic, tmp_path / "out", views="study")
+    assert {name: report.written for name, report in account.splits.items()} == {"train": 2, "val": 1, "test": 2}
+    first = samples(tmp_path / "out" / "train")[0]
+    assert first.key == "p10000032-s50414267"
+    assert [image.width for image in first.images] == [32, 31, 30]
+    assert first.metadata["view"] == ["PA", "AP", "LATERAL"]
+    assert first.metadata["image"] == [dicom(2), dicom(1), dicom(0)]
+    assert samples(tmp_path / "out" / "test")[1].metadata["view"] == ["LATERAL"]  # a study without a frontal image
+    hashed = samples(tmp_path / "hashed" / "train")[0].metadata
+    assert hashed["image"] == [hashing.name(dicom(i)) for i in (2, 1, 0)]
+    assert hashed["view"] == ["PA", "AP", "LATERAL"]
 
 
 def test_reports_beside_the_images(mimic: Path, tmp_path: Path) -> None:
