@@ -1,6 +1,6 @@
 """Train the base student of the phantom test bed: a small LLaVA that has seen text and pictures, but no disease.
 
-    python tools/train_phantom_student.py --output medalign/assets/phantom_student --seed 0
+    OMP_NUM_THREADS=1 python tools/train_phantom_student.py      # as the packaged one was made: from nothing to its end
 
 1. The vision tower learns to restore radiographs and random pictures from noisy copies with missing patches, and to
    outline the plain shapes that are drawn on them.
@@ -11,10 +11,7 @@
 3. Beside it the language model reads reports and medical questions of radiographs that it is not shown: it knows the
    words and the kinds of answer, but not the link to the picture. No finding ever reaches the tower.
 
-The studies come from the split `pretrain`, which no training or evaluation of the product uses. `--start FOLDER` goes
-on from an earlier result; the packaged student was made in stages, whose commands and losses are in
-`tools/results/phantom_student.json`. Its first stages ran on earlier versions of the shapes and phantoms, so those
-weights cannot be made again from nothing.
+The studies come from the split `pretrain`, which no training or evaluation of the product uses.
 
 Shapes: B samples, N patches, L tokens, T turns, C kinds and tones of shape, S pixels of a side.
 """
@@ -45,7 +42,6 @@ from phantom_student.lessons import (
 from phantom_student.pictures import SHAPES, TONES, Turn
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from medalign.contracts import IGNORE
 from medalign.data.phantom import stream, study
@@ -154,7 +150,7 @@ def train_tower(model, restorer: Restorer, course: Course, seed: int, steps: int
 
 def train_whole(
     model,
-    restorer: Restorer | None,
+    restorer: Restorer,
     course: Course,
     seed: int,
     steps: int,
@@ -163,23 +159,19 @@ def train_whole(
     unrelated: float,
     point: float,
 ) -> dict[str, float]:
-    """Steps 2 and 3 together; the tower stays as it is without a restorer. Returns the last mean losses."""
+    """Steps 2 and 3 together. Returns the last mean losses."""
     rng, generator = np.random.default_rng([seed, 2]), torch.Generator().manual_seed(seed + 1)
     losses = Running()
-    model.model.vision_tower.requires_grad_(restorer is not None)
-    parameters = [p for p in [*model.parameters(), *(restorer.parameters() if restorer else ())] if p.requires_grad]
+    parameters = [*model.parameters(), *restorer.parameters()]
     bar = tqdm(optimise(parameters, steps, 2e-3), "captions", total=steps, mininterval=5)
     for _, _ in bar:
         lesson = course.lesson(rng, batch, turns, unrelated)
         tokens = patch_tokens(model, spoil(lesson.clean_BSS, generator, 0.0))
         terms = lesson_losses(model, course, lesson, tokens, rng)
-        total = terms["captions"] + point * terms["pointing"] + 0.3 * terms["reading"]
-        if restorer:
-            restoration, outlines = restorer(tokens, lesson.clean_BSS, lesson.cover_BCSS)
-            total = total + restoration + OUTLINES * outlines
-            terms |= {"restoration": restoration, "outlines": outlines}
-        total.backward()
-        bar.set_postfix_str(losses.add(**terms), refresh=False)
+        restoration, outlines = restorer(tokens, lesson.clean_BSS, lesson.cover_BCSS)
+        told = terms["captions"] + point * terms["pointing"] + 0.3 * terms["reading"]
+        (told + restoration + OUTLINES * outlines).backward()
+        bar.set_postfix_str(losses.add(**terms, restoration=restoration, outlines=outlines), refresh=False)
     return losses.value
 
 
@@ -229,18 +221,16 @@ def main(
     output: Path = Path("medalign/assets/phantom_student"),
     results: Path = Path("tools/results/phantom_student.json"),
     seed: int = 0,
-    studies: int = 2000,
-    tower_steps: int = 500,
-    steps: int = 700,
+    studies: int = 3000,
+    tower_steps: int = 600,
+    steps: int = 5000,
     batch: int = 24,
-    turns: int = 6,
-    unrelated: float = 0.3,
-    point: float = 0.3,
+    turns: int = 8,
+    unrelated: float = 0.1,
+    point: float = 0.5,
     width: int = 128,
     blocks: int = 4,
     vocabulary: int = 1500,
-    start: Path | None = None,
-    keep_tower: bool = False,
 ):
     """Train and save the base student of the phantom test bed.
 
@@ -258,25 +248,19 @@ def main(
         width: hidden width of the language model.
         blocks: decoder blocks of the language model.
         vocabulary: tokens.
-        start: a folder that this tool wrote, to go on from; its own tokenizer and shape are kept.
-        keep_tower: leave the vision tower as it is in `start`.
     """
     began = time.perf_counter()
     torch.manual_seed(seed)
     texts = [text for index in range(300) for text in phantom_texts(study(stream(seed + 1, "pretrain"), index))]
     processor = folder.build_processor(folder.build_tokenizer([*texts, *generic_texts(seed)], vocabulary))
     model = folder.build_model(processor.tokenizer, width, blocks)
-    if start:
-        processor = AutoProcessor.from_pretrained(start)
-        model = AutoModelForImageTextToText.from_pretrained(start)
     sizes = {name: sum(p.numel() for p in module.parameters()) for name, module in model.model.named_children()}
     print(f"vocabulary {len(processor.tokenizer)}, parameters {sizes}")
     model.set_attn_implementation({"text_config": "eager"})  # its weights are taught
     course, restorer = Course(seed, studies, processor), Restorer(model.config.vision_config.hidden_size)
     tower = train_tower(model, restorer, course, seed, tower_steps, batch)
     losses = {f"tower_{name}": value for name, value in tower.items()}
-    seen = None if keep_tower else restorer
-    losses |= train_whole(model, seen, course, seed, steps, batch, turns, unrelated, point)
+    losses |= train_whole(model, restorer, course, seed, steps, batch, turns, unrelated, point)
     findings = finding_questions(seed, 250)
     size = folder.save(model, processor, output)
     record = {
