@@ -26,6 +26,7 @@ log = logging.getLogger("medalign")
 
 _OPEN_FILES = 64  # shards kept open by one process
 _LONGEST_PAUSE = 10.0  # seconds
+_BEGINNING = 4096  # bytes of a remote file that are compared with its copy
 
 
 class Short(OSError):
@@ -142,10 +143,16 @@ class RemoteStorage:
         self._own_process()
         return tried(lambda: self._system(place).cat_file(place), place, self._access)
 
-    def size(self, place: str) -> int:
-        """Bytes of a file. Raises DataError."""
+    def size(self, place: str) -> int | None:
+        """Bytes of a file, None where the server does not say. Raises DataError."""
         self._own_process()
-        return int(tried(lambda: self._system(place).info(place), place, self._access)["size"])
+        size = tried(lambda: self._system(place).info(place), place, self._access)["size"]
+        return None if size is None else int(size)
+
+    def beginning(self, place: str, length: int) -> bytes:
+        """The first bytes of a file as it is now, past any cache; fewer where it is shorter. Raises DataError."""
+        self._own_process()
+        return tried(lambda: self._system(place).cat_file(place, start=0, end=length), place, self._access)[:length]
 
     def _fetch(self, place: str, offset: int, length: int) -> bytes:
         name = f"{place}:{offset}:{length}"
@@ -194,16 +201,25 @@ def tried(read: Callable[[], Result], name: str, access: Access) -> Result:
 
 
 def fetched_folder(address: str, names: tuple[str, ...], access: Access) -> Path:
-    """A local folder with these small files of a remote one, fetched where absent or of another size."""
+    """A local folder with these small files of a remote one, fetched where absent, or other in size or beginning."""
     home = access.cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "medalign"
     folder = home / "index" / hashlib.sha256(address.encode()).hexdigest()[:24]
     folder.mkdir(parents=True, exist_ok=True)
     remote = RemoteStorage(access)
     for name in names:
         place, target = f"{address.rstrip('/')}/{name}", folder / name
-        if target.is_file() and target.stat().st_size == remote.size(place):
+        if target.is_file() and _is_copy(target, remote, place):
             continue
         partial = target.with_name(f".{name}.{os.getpid()}.partial")
         partial.write_bytes(remote.whole(place))
         partial.replace(target)
     return folder
+
+
+def _is_copy(local: Path, remote: RemoteStorage, place: str) -> bool:
+    """By size and first bytes, where an index carries the checksum of the rest."""
+    if local.stat().st_size != remote.size(place):
+        return False
+    with local.open("rb") as file:
+        beginning = file.read(_BEGINNING)
+    return remote.beginning(place, len(beginning)) == beginning

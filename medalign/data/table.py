@@ -2,8 +2,11 @@
 
 `index.jsonl` is text, one JSON object a line. The first line is the header:
 
-    {"format": "medalign-index", "version": 1, "samples": 1797,
+    {"format": "medalign-index", "version": 1, "checksum": "12345678", "samples": 1797,
      "shards": [{"name": "shard-000000.tar", "bytes": 2048000, "samples": 1000}, ...]}
+
+`checksum` is the CRC-32 of all that follows the line, in eight hexadecimal digits; it may be left out. It comes early,
+so that the first bytes of two files tell whether they are the same.
 
 Then one row a sample, in the order of the shards (`members` maps the extension to byte offset in the tar, length in
 bytes and CRC-32; `text` holds the characters of question and answer; width and height are 0 without an image):
@@ -59,6 +62,7 @@ ROW = np.dtype(
 )
 _MAGIC = b"medalign-index-table-1\n"
 _CHUNK = 10_000  # rows packed at a time
+_BLOCK = 1 << 20  # bytes checked at a time
 
 
 @dataclass(frozen=True)
@@ -233,7 +237,23 @@ def _fill(
     for entry, samples in zip(entries, found.tolist(), strict=True):
         if entry.samples != samples:
             raise DataError(f"{path} holds {samples} rows of {entry.name}, its header says {entry.samples}; {REBUILD}")
+    _check_rows(path, lines, header)
     return end
+
+
+def _check_rows(path: Path, lines: BinaryIO, header: dict[str, Any]) -> None:
+    if "checksum" not in header:
+        return
+    lines.seek(0)
+    lines.readline()
+    found = 0
+    while block := lines.read(_BLOCK):
+        found = zlib.crc32(block, found)
+    if f"{found:08x}" != header["checksum"]:
+        raise DataError(
+            f"the rows of {path} have the checksum {found:08x}, its header says {header['checksum']}: it is damaged; "
+            f"copy it again (remove it, if it is itself the copy of a remote one), or {REBUILD}"
+        )
 
 
 def _chunks(path: Path, lines: BinaryIO, shards: int) -> Iterator[tuple[int, np.ndarray, list[bytes]]]:

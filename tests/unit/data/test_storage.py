@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import gc
+import json
 import multiprocessing
 import pickle
 import re
 import threading
+import zlib
 from collections.abc import Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from itertools import islice
@@ -17,6 +19,7 @@ import fsspec
 import pytest
 from test_loader import assert_same, loader
 
+from medalign.data import storage
 from medalign.data.cache import RangeCache
 from medalign.data.index import ShardIndex
 from medalign.data.storage import Access
@@ -92,6 +95,15 @@ def same_samples(one: ShardIndex, two: ShardIndex) -> None:
         assert [image.tobytes() for image in a.images] == [image.tobytes() for image in b.images]
 
 
+def rename_last(folder: Path) -> None:
+    """Write the index anew: its last key is another one of the same length, its size as before."""
+    path = folder / "index.jsonl"
+    first, rest = path.read_bytes().split(b"\n", 1)
+    renamed = rest.replace(b"s022", b"t022")
+    checksum = {"checksum": f"{zlib.crc32(renamed):08x}"} if b"checksum" in first else {}
+    path.write_bytes(json.dumps(json.loads(first) | checksum, separators=(",", ":")).encode() + b"\n" + renamed)
+
+
 @pytest.mark.parametrize("ranges", [True, False])
 def test_http_gives_the_same_samples(shards: Path, server: Server, ranges: bool) -> None:
     server.ranges = ranges
@@ -100,6 +112,48 @@ def test_http_gives_the_same_samples(shards: Path, server: Server, ranges: bool)
     tars = [wanted for name, wanted in server.log if name.endswith(".tar")]
     assert len(tars) == 23  # one request a sample: image and annotation lie side by side
     assert all(tars)
+
+
+def test_an_index_is_fetched_again_only_where_it_changed(shards: Path, server: Server) -> None:
+    def asked() -> list[str | None]:
+        found = [wanted for name, wanted in server.log if name == "index.jsonl"]
+        server.log.clear()
+        return found
+
+    size = (shards / "index.jsonl").stat().st_size
+    beginning = f"bytes=0-{size - 1}"  # the whole file is shorter than what is compared
+    first = ShardIndex.open(f"{server.address}/train", QUICK)
+    assert asked() == [None]
+    assert ShardIndex.open(f"{server.address}/train", QUICK).keys == first.keys
+    assert asked() == [beginning]
+    rename_last(shards)
+    assert (shards / "index.jsonl").stat().st_size == size
+    assert ShardIndex.open(f"{server.address}/train", QUICK).keys == [*first.keys[:-1], "t022"]
+    assert asked() == [beginning, None]
+
+
+def test_only_the_beginning_of_a_long_index_is_compared(
+    shards: Path, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "_BEGINNING", 100)
+    ShardIndex.open(f"{server.address}/train", QUICK)
+    rename_last(shards)
+    assert ShardIndex.open(f"{server.address}/train", QUICK).keys[-1] == "t022"  # by the checksum in the header
+    asked = [wanted for name, wanted in server.log if name == "index.jsonl"]
+    assert asked == [None, "bytes=0-99", None]
+
+
+def test_an_index_without_checksum_is_fetched_by_its_size(
+    shards: Path, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "_BEGINNING", 100)
+    path = shards / "index.jsonl"
+    path.write_bytes(re.sub(rb'"checksum":"[0-9a-f]{8}",', b"", path.read_bytes()))
+    old = ShardIndex.open(f"{server.address}/train", QUICK)
+    same_samples(old, ShardIndex.open(shards))
+    path.write_bytes(path.read_bytes() + b"\n")
+    with pytest.raises(DataError, match="line 25 is damaged"):
+        ShardIndex.open(f"{server.address}/train", QUICK)
 
 
 def test_dropped_connections_are_tried_again(shards: Path, server: Server) -> None:
