@@ -133,10 +133,16 @@ class ShardIndex:
             self._storages[folder].ahead(ranges)
 
     def _members(self, i: int, kinds: Sequence[int]) -> dict[int, bytes]:
+        try:
+            return self._read_members(i, kinds)
+        except BadSample:  # a cache may hold what its disk damaged, or bytes of an earlier shard of this name
+            return self._read_members(i, kinds, anew=True)
+
+    def _read_members(self, i: int, kinds: Sequence[int], anew: bool = False) -> dict[int, bytes]:
         row, storage, place = self._row(i), self._storages[self._find_row(i)[2]], self._place(i)
         data = dict.fromkeys(kinds, b"")
         for start, length in _spans(row, kinds):
-            found = storage.read(place, start, length)
+            found = storage.read(place, start, length, anew)
             for kind in kinds:
                 begin, size = int(row["block"][kind]) * TAR_BLOCK - start, int(row["length"][kind])
                 if size and begin >= 0 and begin + size <= length:

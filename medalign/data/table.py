@@ -25,6 +25,7 @@ import itertools
 import json
 import logging
 import os
+import uuid
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -173,7 +174,7 @@ class _TableFile:
 
     def build(self, text: Path, stamp: dict[str, int]) -> None:
         """Make the file from the text, without holding it in memory; it appears whole or not at all."""
-        partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
+        partial = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex}.partial")  # of whatever node
         try:
             with text.open("rb") as lines, partial.open("w+b") as file:
                 header = _header(text, lines.readline())

@@ -335,5 +335,22 @@ def test_rows_that_the_header_was_not_written_for(shards: Path, monkeypatch: pyt
     assert (shards / "index.bin").exists() == large
 
 
+def test_two_nodes_may_make_the_mapped_form_at_once(
+    shards: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(table, "LARGE", 20)
+    fill = table._fill
+
+    def slow(*arguments):
+        monkeypatch.setattr(table, "_fill", fill)
+        table.read_table(shards)  # another node's process of the same number, meanwhile
+        return fill(*arguments)
+
+    monkeypatch.setattr(table, "_fill", slow)
+    assert isinstance(table.read_table(shards).rows, np.memmap)
+    assert not caplog.records
+    assert not list(shards.glob(".*"))
+
+
 def _no_space(*_: object) -> None:
     raise OSError(28, "No space left on device")
