@@ -28,6 +28,7 @@ import json
 import os
 import re
 import shutil
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -193,14 +194,23 @@ def _members(record: Record) -> dict[str, Any]:
 def _write_index(folder: Path, shards: list[tuple[Path, list[dict[str, Any]]]]) -> None:
     listing = [{"name": path.name, "bytes": path.stat().st_size, "samples": len(rows)} for path, rows in shards]
     total = sum(len(rows) for _, rows in shards)
-    header = {"format": FORMAT, "version": VERSION, "samples": total, "shards": listing}
+    header = {"format": FORMAT, "version": VERSION, "checksum": "0" * 8, "samples": total, "shards": listing}
     partial = folder / f".{INDEX_NAME}.partial"
-    with partial.open("w", encoding="utf-8") as file:
-        for line in (header, *(row for _, rows in shards for row in rows)):
-            file.write(json.dumps(line, ensure_ascii=False, separators=(",", ":")) + "\n")
+    checksum = 0
+    with partial.open("wb") as file:
+        file.write(_line(header))  # holds the place until the checksum is known
+        for line in (_line(row) for _, rows in shards for row in rows):
+            checksum = zlib.crc32(line, checksum)
+            file.write(line)
+        file.seek(0)
+        file.write(_line({**header, "checksum": f"{checksum:08x}"}))
     partial.replace(folder / INDEX_NAME)
     if total >= LARGE:
         read_table(folder)  # makes the mapped form too, once for all who open it
+
+
+def _line(content: dict[str, Any]) -> bytes:
+    return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
 
 
 def require_replaceable(output: Path) -> None:
