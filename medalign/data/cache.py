@@ -1,4 +1,4 @@
-"""Byte ranges kept in a local folder, bounded in bytes, shared by the processes of a node."""
+"""What the processes of a node share on its disk: byte ranges in a bounded folder, and turns at making a file."""
 
 from __future__ import annotations
 
@@ -7,13 +7,27 @@ import hashlib
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 log = logging.getLogger("medalign")
 
 _LOCK, _TOTAL, _PARTIAL = ".lock", ".bytes", ".partial"
 _LOWER = 0.9  # share of the bound that is left after making room
+
+
+@contextmanager
+def in_turn(folder: Path) -> Iterator[None]:
+    """Inside is one process at a time for this folder; where the file system knows no locks, any number."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_UN)  # to close it is not enough: a child forked meanwhile has it open too
+        os.close(handle)
 
 
 class RangeCache:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, TypeVar
 
-from medalign.data.cache import RangeCache
+from medalign.data.cache import RangeCache, in_turn
 from medalign.data.filesystems import failures, open_system, reason_of, remedy_of
 from medalign.errors import ConfigError, DataError
 
@@ -142,10 +142,15 @@ class RemoteStorage:
             if one not in self._pending:
                 self._pending[one] = self._pool.submit(self._fetch, *one)
 
-    def whole(self, place: str) -> bytes:
-        """All bytes of a small file. Raises DataError."""
+    def copy(self, place: str, target: Path) -> None:
+        """The file, piece by piece, to a local one, whole or not at all. Raises DataError, or the disk's OSError."""
         self._own_process()
-        return tried(lambda: self._system(place).cat_file(place), place, self._access)
+        partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")  # of whatever node
+        try:
+            tried(lambda: self._system(place).get_file(place, str(partial)), place, self._access)
+            partial.replace(target)
+        finally:
+            partial.unlink(missing_ok=True)
 
     def size(self, place: str) -> int | None:
         """Bytes of a file, None where the server does not say. Raises DataError."""
@@ -211,26 +216,17 @@ def fetched_folder(address: str, names: tuple[str, ...], access: Access) -> Path
     remote = RemoteStorage(access)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name in names:
-            place, target = f"{address.rstrip('/')}/{name}", folder / name
-            if not target.is_file() or not _is_copy(target, remote, place):
-                _write(target, remote.whole(place))
+        with in_turn(folder):
+            for name in names:
+                place, target = f"{address.rstrip('/')}/{name}", folder / name
+                if not target.is_file() or not _is_copy(target, remote, place):
+                    remote.copy(place, target)
     except OSError as error:
         raise DataError(
             f"the index of {address} cannot be kept in {folder}: {error.strerror or error}; "
             "name a folder with room by data.cache_dir or XDG_CACHE_HOME"
         ) from error
     return folder
-
-
-def _write(target: Path, data: bytes) -> None:
-    """Whole or not at all, whoever else does the same on this node or another."""
-    partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
-    try:
-        partial.write_bytes(data)
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _is_copy(local: Path, remote: RemoteStorage, place: str) -> bool:

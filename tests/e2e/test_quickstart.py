@@ -19,7 +19,9 @@ def test_quickstart(tmp_path: Path) -> None:
     command = ["bash", "tools/quickstart.sh", str(folder)]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | few, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    scores = {arm: json.loads((folder / arm / "evaluation/val/scores.json").read_text()) for arm in ("base", "medalign")}
+    scores = {
+        arm: json.loads((folder / arm / "evaluation/val/scores.json").read_text()) for arm in ("base", "medalign")
+    }
     assert scores["base"]["n"] == scores["medalign"]["n"] > 5
     rows = [json.loads(line) for line in (folder / "medalign/metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["step"] == 2 and rows[-1]["loss/similarity"] > 0 and rows[-1]["loss/attention"] > 0

@@ -25,7 +25,7 @@ from test_loader import assert_same, loader
 from tiny_data import images, picture, record
 
 from medalign.data import storage
-from medalign.data.cache import RangeCache
+from medalign.data.cache import RangeCache, in_turn
 from medalign.data.index import ShardIndex
 from medalign.data.records import Record
 from medalign.data.shards import write_shards
@@ -372,18 +372,35 @@ def test_an_index_that_cannot_be_kept_is_named_with_the_folder(
 
 
 def test_nodes_that_fetch_one_index_into_one_home_do_not_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    target, whole = tmp_path / "index.jsonl", b"x" * 100
-    write_bytes = Path.write_bytes
+    memory, target, whole = fsspec.filesystem("memory"), tmp_path / "index.jsonl", b"x" * 100
+    memory.pipe("/nodes/index.jsonl", whole)
+    remote, get_file = storage.RemoteStorage(QUICK), type(memory).get_file
 
-    def slow(path: Path, data: bytes) -> int:
-        monkeypatch.setattr(Path, "write_bytes", write_bytes)
-        storage._write(target, whole)  # another node's process of the same number, meanwhile
-        return write_bytes(path, data)
+    def slow(*arguments: object) -> None:
+        monkeypatch.setattr(type(memory), "get_file", get_file)
+        remote.copy("memory://nodes/index.jsonl", target)  # another node's process of the same number, meanwhile
+        get_file(*arguments)
 
-    monkeypatch.setattr(Path, "write_bytes", slow)
-    storage._write(target, whole)
+    monkeypatch.setattr(type(memory), "get_file", slow)
+    remote.copy("memory://nodes/index.jsonl", target)
     assert target.read_bytes() == whole
     assert list(tmp_path.iterdir()) == [target]
+
+
+def test_the_processes_of_a_node_take_turns(tmp_path: Path) -> None:
+    """What one makes for all (a fetched index, its mapped form) the others wait for."""
+    inside = multiprocessing.get_context("fork").Event()
+
+    def enter() -> None:
+        with in_turn(tmp_path):
+            inside.set()
+
+    other = multiprocessing.get_context("fork").Process(target=enter)
+    with in_turn(tmp_path):
+        other.start()
+        assert not inside.wait(0.5)
+    assert inside.wait(20)
+    other.join()
 
 
 def test_an_index_of_unknown_size_is_fetched_again(shards: Path, server: Server) -> None:
