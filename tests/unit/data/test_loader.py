@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import tarfile
 from dataclasses import fields
 from itertools import islice
 from pathlib import Path
@@ -13,12 +15,13 @@ from PIL import Image
 from tiny_data import images, picture, record
 from tiny_text import encoder
 
+from medalign.__main__ import main
 from medalign.contracts import IGNORE, Batch, Sample
 from medalign.data.collate import Collator, TowerView
 from medalign.data.index import ShardIndex
 from medalign.data.loader import TrainLoader, batches, judge_bad_share
 from medalign.data.plan import GlobalOrder
-from medalign.data.records import Record
+from medalign.data.records import Record, json_bytes
 from medalign.data.shards import write_shards
 from medalign.data.storage import Access
 from medalign.errors import ConfigError, DataError
@@ -164,6 +167,19 @@ def test_more_samples_in_a_batch_than_in_the_data(shards: Path) -> None:
     (batch,) = next(iter(loader(shards, global_batch=60, micro_batch=60)))
     every = sorted(ShardIndex.open(shards).keys)
     assert sorted(batch.keys[:23]) == sorted(batch.keys[23:46]) == every
+
+
+def test_keys_in_folders_make_a_batch(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "theirs.tar", "w") as tar:
+        for number, name in enumerate(("./train/0001", "train/0002", "val/0001")):
+            for ending, data in (("png", picture(number)), ("json", json_bytes(record(number).fields))):
+                info = tarfile.TarInfo(f"{name}.{ending}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    assert main(["shards", "index", str(tmp_path)]) == 0
+    (batch,) = next(iter(loader(tmp_path, global_batch=3, micro_batch=3)))
+    assert sorted(batch.keys) == ["train/0001", "train/0002", "val/0001"]
+    assert batch.student_pixels.shape == (3, 3, 12, 12)
 
 
 def test_batch_sizes_that_do_not_fit(shards: Path) -> None:
