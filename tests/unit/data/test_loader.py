@@ -17,7 +17,7 @@ from tiny_text import encoder
 
 from medalign.__main__ import main
 from medalign.contracts import IGNORE, Batch, Sample
-from medalign.data.collate import Collator, TowerView
+from medalign.data.collate import Collator, Prepared, TowerView
 from medalign.data.index import ShardIndex
 from medalign.data.loader import TrainLoader, batches, judge_bad_share
 from medalign.data.plan import GlobalOrder
@@ -180,6 +180,27 @@ def test_keys_in_folders_make_a_batch(tmp_path: Path) -> None:
     (batch,) = next(iter(loader(tmp_path, global_batch=3, micro_batch=3)))
     assert sorted(batch.keys) == ["train/0001", "train/0002", "val/0001"]
     assert batch.student_pixels.shape == (3, 3, 12, 12)
+
+
+@pytest.mark.parametrize("side", [400, 90])
+def test_large_jpegs_are_decoded_no_larger_than_the_towers_need(tmp_path: Path, side: int) -> None:
+    seen: list[tuple[int, int]] = []
+
+    class Watching(Collator):
+        def prepare(self, sample: Sample) -> Prepared:
+            seen.extend(image.size for image in sample.images)
+            return super().prepare(sample)
+
+    pictures = images(picture(1, side, side // 2, "jpg"), picture(2, side, side // 2))
+    records = [Record(f"k{n}", (one,), record(1, boxes=[]).fields) for n, one in enumerate(pictures)]
+    write_shards(records, tmp_path / "out")
+    index = ShardIndex.open(tmp_path / "out")
+    watching = Watching(encoder(), STUDENT, TEACHER, PatchGrid(3, 3))
+    next(iter(TrainLoader(index, GlobalOrder(2, 0, shuffle=False), watching, global_batch=2, micro_batch=2)))
+    (jpeg, png), most = seen, 16  # pixels a side of the larger tower
+    assert png == (side, side // 2)
+    assert most <= jpeg[0] < 2 * most or jpeg[0] == -(-side // 8)  # an eighth is the least that JPEG offers
+    assert jpeg[0] < side
 
 
 def test_batch_sizes_that_do_not_fit(shards: Path) -> None:
