@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +24,7 @@ class IndexFile:
     def __init__(self, folder: Path) -> None:
         self.shards: list[dict[str, Any]] = []  # as the header lists them
         self.samples = 0
+        self._checksum = 0  # of the rows, CRC-32
         self._folder = folder
         self._rows = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  # closed where the block ends
 
@@ -39,13 +41,20 @@ class IndexFile:
     def add(self, path: Path, rows: Iterable[dict[str, Any]]) -> None:
         """A shard and the rows of its samples."""
         before = self.samples
-        for row in rows:
-            self._rows.write(_line(row))
+        for line in map(_line, rows):
+            self._rows.write(line)
+            self._checksum = zlib.crc32(line, self._checksum)
             self.samples += 1
         self.shards.append({"name": path.name, "bytes": path.stat().st_size, "samples": self.samples - before})
 
     def _put_in_place(self) -> None:
-        header = {"format": FORMAT, "version": VERSION, "samples": self.samples, "shards": self.shards}
+        header = {
+            "format": FORMAT,
+            "version": VERSION,
+            "checksum": f"{self._checksum:08x}",
+            "samples": self.samples,
+            "shards": self.shards,
+        }
         partial = self._folder / f".{INDEX_NAME}.partial"
         with partial.open("wb") as file:
             file.write(_line(header))

@@ -22,6 +22,7 @@ from medalign.errors import ConfigError, DataError, MedAlignError
 
 log = logging.getLogger("medalign")
 
+REPLACED_WITHIN = 10_000  # samples from a bad one on; beyond them the data are lost rather than one sample
 JUDGED_AFTER = 100  # samples; fewer bad ones than max_bad_share of so many are always borne
 
 
@@ -30,7 +31,8 @@ class TrainLoader:
 
     The global batch of a step is fixed by `order` alone; `StepPlan` says which part this rank takes. A sample that
     cannot be used is replaced by the next sample number that can (the first after the last), and named in
-    `Batch.skipped`; `judge_bad_share` says when there are too many. DataError is raised when a shard is lost.
+    `Batch.skipped`; `judge_bad_share` says when there are too many. DataError is raised when a shard is lost, or where
+    REPLACED_WITHIN samples in a row cannot be used.
 
     Args:
         global_batch, micro_batch: samples of a step over all ranks, and of one forward pass.
@@ -153,8 +155,9 @@ class _Reader(Dataset):
     def _prepare(self, number: int, skipped: list[str]) -> Prepared:
         """The sample, or the next one that can be used. Only the one that was drawn is listed."""
         size = len(self._index)
+        sought = min(size, REPLACED_WITHIN)
         reason = ""
-        for step in range(size):
+        for step in range(sought):
             try:
                 sample = self._index.read((number + step) % size, self._collator.pixels)
                 prepared = self._collator.prepare(sample)
@@ -164,7 +167,7 @@ class _Reader(Dataset):
             if reason:
                 skipped.append(reason)
             return prepared
-        raise DataError(f"none of the {size} samples can be used; the first reason: {reason}")
+        raise DataError(f"none of the {sought} samples from number {number} on can be used; the first reason: {reason}")
 
 
 def _as_is(batch: Any) -> Any:

@@ -12,6 +12,7 @@ import logging
 import os
 import shutil
 import tempfile
+import uuid
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -187,7 +188,7 @@ class _TableFile:
 
     def build(self, text: Path, stamp: dict[str, int]) -> None:
         """Make the file from the text, without holding it in memory; it appears whole or not at all."""
-        partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
+        partial = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex}.partial")  # of whatever node
         try:
             with (
                 text.open("rb") as lines,

@@ -16,7 +16,7 @@ from medalign.config import Config, LoraConfig
 from medalign.contracts import Batch
 from medalign.engine import engine as door
 from medalign.engine.engine import Engine
-from medalign.engine.settings import deepspeed_settings
+from medalign.engine.settings import deepspeed_settings, precision
 from medalign.run import build_objective, build_teacher, parameter_groups
 from medalign.student.loading import load_student
 from medalign.student.model import Student
@@ -34,6 +34,7 @@ def configure(settings: dict[str, Any]) -> Config:
     config.losses.alpha, config.losses.beta = settings.get("alpha", 1.0), settings.get("beta", 0.5)
     config.train.steps, config.train.lr, config.train.projector_lr = 100, 1e-3, 1e-3
     config.train.batch_size, config.train.micro_batch_size = settings.get("batch", 4), settings["micro"]
+    config.train.precision = settings.get("precision", "fp32")
     config.engine.deepspeed = settings.get("engine", "cpu")
     return config
 
@@ -93,7 +94,7 @@ def digest(tensors: dict[str, torch.Tensor]) -> str:
     total = hashlib.sha256()
     for name in sorted(tensors):
         total.update(name.encode())
-        total.update(tensors[name].contiguous().numpy().tobytes())
+        total.update(tensors[name].flatten().view(torch.uint8).numpy().tobytes())  # NumPy has no bf16
     return total.hexdigest()
 
 
@@ -111,7 +112,7 @@ def train(settings: dict[str, Any]) -> dict[str, Any]:
     ds_settings = deepspeed_settings(config, distributed.world())
     teacher = build_teacher(config)
     with door.sharded_loading(ds_settings):
-        student = load_student(config.student, torch.float32)
+        student = load_student(config.student, precision(config))
     student.train()
     engine = Engine(student, parameter_groups(student, config), ds_settings)
     if teacher is not None:

@@ -17,6 +17,7 @@ from tiny_text import encoder
 
 from medalign.__main__ import main
 from medalign.contracts import IGNORE, Batch, Sample
+from medalign.data import loader as loading
 from medalign.data.collate import Collator, Prepared, TowerView
 from medalign.data.index import ShardIndex
 from medalign.data.loader import TrainLoader, batches, judge_bad_share
@@ -262,6 +263,16 @@ def test_nothing_to_substitute(tmp_path: Path) -> None:
     index = ShardIndex.open(tmp_path / "two")
     with pytest.raises(DataError, match="none of the 2 samples"):
         list(batches(index, collator(), 2))
+
+
+def test_lost_data_are_not_searched_to_their_end(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "REPLACED_WITHIN", 3)
+    damage(shards, 6, 7, 11, 12, 13)
+    order = GlobalOrder(23, 0, shuffle=False)
+    steps = iter(TrainLoader(ShardIndex.open(shards), order, collator(), global_batch=9, micro_batch=3))
+    assert next(steps)[2].keys == ("s008", "s008", "s008")
+    with pytest.raises(DataError, match=r"none of the 3 samples from number 11 on .*s011: checksum"):
+        next(steps)
 
 
 def test_truncation_is_counted(tmp_path: Path) -> None:

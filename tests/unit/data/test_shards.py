@@ -372,6 +372,7 @@ def test_an_index_that_does_not_match_its_shards(shards: Path) -> None:
     moved = [json.loads(line) for line in lines]
     moved[2]["members"], moved[3]["members"] = moved[3]["members"], moved[2]["members"]
     moved[4]["members"]["png"][2] ^= 1
+    del moved[0]["checksum"]  # it would tell at once
     (shards / "index.jsonl").write_text("\n".join(map(json.dumps, moved)) + "\n")
     index = ShardIndex.open(shards)
     with pytest.raises(BadSample, match="s003: checksum"):
@@ -427,6 +428,40 @@ def test_a_large_index_is_mapped_and_made_anew_when_the_text_changes(
     monkeypatch.setattr(table._TableFile, "build", _no_space)
     assert ShardIndex.open(folder).key(24) == "s064"
     assert "every process holds its own copy" in caplog.text
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_rows_that_the_header_was_not_written_for(shards: Path, monkeypatch: pytest.MonkeyPatch, large: bool) -> None:
+    if large:
+        monkeypatch.setattr(table, "LARGE", 20)
+    path = shards / "index.jsonl"
+    written = path.read_bytes()
+    path.write_bytes(written.replace(b'"width":40', b'"width":41', 1))
+    with pytest.raises(
+        DataError, match=r"rows of .*index\.jsonl have the checksum \w{8}, its header says \w{8}.*remove"
+    ):
+        ShardIndex.open(shards)
+    assert not (shards / "index.bin").exists()
+    path.write_bytes(written)
+    assert ShardIndex.open(shards).size(1) == (40, 24)
+    assert (shards / "index.bin").exists() == large
+
+
+def test_two_nodes_may_make_the_mapped_form_at_once(
+    shards: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(table, "LARGE", 20)
+    pack = table.pack
+
+    def slow(*arguments):
+        monkeypatch.setattr(table, "pack", pack)
+        table.read_table(shards)  # another node's process of the same number, meanwhile
+        return pack(*arguments)
+
+    monkeypatch.setattr(table, "pack", slow)
+    assert isinstance(table.read_table(shards).rows, np.memmap)
+    assert not caplog.records
+    assert not list(shards.glob(".*"))
 
 
 def _no_space(*_: object) -> None:
