@@ -183,6 +183,19 @@ def test_keys_in_folders_make_a_batch(tmp_path: Path) -> None:
     assert batch.student_pixels.shape == (3, 3, 12, 12)
 
 
+def test_equal_keys_in_two_folders_stay_two_samples(tmp_path: Path) -> None:
+    for name, answer in (("one", "yes"), ("two", "no")):
+        write_shards([record(i, answer=answer) for i in range(4)], tmp_path / name)
+    index = ShardIndex.open([tmp_path / "one", tmp_path / "two"])
+    order = GlobalOrder(8, 0)
+    (batch,) = next(iter(TrainLoader(index, order, collator(), global_batch=8, micro_batch=8)))
+    assert sorted(batch.keys) == sorted(2 * [f"s{i:03d}" for i in range(4)])
+    text = encoder().tokenizer
+    learnt = [text.decode(ids[labels != IGNORE]) for ids, labels in zip(batch.input_ids, batch.labels, strict=True)]
+    answers = ["yes" if number < 4 else "no" for number in order.take(0, 8)]
+    assert [words.split()[0] for words in learnt] == answers
+
+
 @pytest.mark.parametrize("side", [400, 90])
 def test_large_jpegs_are_decoded_no_larger_than_the_towers_need(tmp_path: Path, side: int) -> None:
     seen: list[tuple[int, int]] = []
