@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from medalign import __version__, distributed
+from medalign.cli.values import count, share
 from medalign.errors import ConfigError, MedAlignError
 
 log = logging.getLogger("medalign")
@@ -97,14 +98,12 @@ def _add_phantom(commands) -> None:
     parser.add_argument(
         "--output", type=Path, required=True, metavar="DIR", help="folder to write train/ and val/ into"
     )
-    parser.add_argument(
-        "--train", type=_count, default=2000, metavar="N", help="training studies (default %(default)s)"
-    )
-    parser.add_argument("--val", type=_count, default=200, metavar="N", help="held-out studies (default %(default)s)")
+    parser.add_argument("--train", type=count, default=2000, metavar="N", help="training studies (default %(default)s)")
+    parser.add_argument("--val", type=count, default=200, metavar="N", help="held-out studies (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the studies (default %(default)s)")
     parser.add_argument(
         "--reports",
-        type=_share,
+        type=share,
         default=1.0,
         metavar="SHARE",
         help="share of the studies whose report is a sample too, beside their questions; a report has ten times "
@@ -214,8 +213,8 @@ def _add_evaluate(commands) -> None:
     _add_run(parser)
     parser.add_argument("--data", nargs="+", required=True, metavar="SHARDS", help="folders of shards")
     parser.add_argument("--name", metavar="NAME", help="name of the evaluation (default: the first folder's name)")
-    parser.add_argument("--batch-size", type=_count, default=32, metavar="N", help="default %(default)s")
-    parser.add_argument("--limit", type=_count, metavar="N", help="score the first N samples alone")
+    parser.add_argument("--batch-size", type=count, default=32, metavar="N", help="default %(default)s")
+    parser.add_argument("--limit", type=count, metavar="N", help="score the first N samples alone")
 
 
 def _evaluate(chosen: argparse.Namespace) -> int:
@@ -248,7 +247,7 @@ def _add_report(commands) -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of evaluated runs")
     parser.add_argument("--output", type=Path, required=True, metavar="HTML", help="file to write")
     parser.add_argument(
-        "--examples", type=_count, default=8, metavar="N", help="questions to picture (default %(default)s)"
+        "--examples", type=count, default=8, metavar="N", help="questions to picture (default %(default)s)"
     )
 
 
@@ -309,8 +308,8 @@ def _add_bench(commands) -> None:
     parser.add_argument("--tune", action="store_true", help="time all candidates and write the configurations' table")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="where to run (default %(default)s)")
     parser.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], help="default bf16 on cuda, fp32 on cpu")
-    parser.add_argument("--tokens", nargs="+", type=_count, metavar="N", help="sizes (default 576 to 16384 on cuda)")
-    parser.add_argument("--repeats", type=_count, default=20, metavar="N", help="timed runs (default %(default)s)")
+    parser.add_argument("--tokens", nargs="+", type=count, metavar="N", help="sizes (default 576 to 16384 on cuda)")
+    parser.add_argument("--repeats", type=count, default=20, metavar="N", help="timed runs (default %(default)s)")
     parser.add_argument("--skip", nargs="+", default=[], metavar="PATH", help="paths to leave out, e.g. torch.compile")
     parser.add_argument("--output", type=Path, metavar="JSON", help="file to write the figures to as well")
 
@@ -334,22 +333,8 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run, a checkpoint or an export")
     parser.add_argument("--student", metavar="DIR", help="the base model's folder, if it has moved since training")
     parser.add_argument(
-        "--max-new-tokens", type=_count, default=128, metavar="N", help="longest answer (default %(default)s)"
+        "--max-new-tokens", type=count, default=128, metavar="N", help="longest answer (default %(default)s)"
     )
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
-
-
-def _share(text: str) -> float:
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a share between 0 and 1")
-    return value
 
 
 if __name__ == "__main__":

@@ -84,13 +84,8 @@ class TrainLoader:
         )
 
     def draws(self) -> Iterator[Draw]:
-        """What is to be read, micro-batch after micro-batch, each with what the same worker reads after it."""
-        turn = max(self.workers, 1)  # the DataLoader deals micro-batches to its workers in turn
-        numbers = rank_numbers(self.order, self.plan, self.rank, self.start_step)
-        waiting = deque(itertools.islice(numbers, turn))
-        for later in numbers:
-            waiting.append(later)
-            yield Draw(waiting.popleft(), later)
+        """What this rank reads, as in `rank_draws`."""
+        return rank_draws(self.order, self.plan, self.rank, self.start_step, self.workers)
 
 
 class Draw(NamedTuple):
@@ -98,6 +93,16 @@ class Draw(NamedTuple):
 
     numbers: list[int]  # samples of a micro-batch
     ahead: list[int]  # samples of the reader's next one
+
+
+def rank_draws(order: Order, plan: StepPlan, rank: int, start_step: int, workers: int) -> Iterator[Draw]:
+    """What a rank reads, micro-batch after micro-batch, each with what the same worker reads after it."""
+    turn = max(workers, 1)  # the DataLoader deals micro-batches to its workers in turn
+    numbers = rank_numbers(order, plan, rank, start_step)
+    waiting = deque(itertools.islice(numbers, turn))
+    for later in numbers:
+        waiting.append(later)
+        yield Draw(waiting.popleft(), later)
 
 
 def rank_numbers(order: Order, plan: StepPlan, rank: int, start_step: int = 0) -> Iterator[list[int]]:

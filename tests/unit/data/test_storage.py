@@ -21,12 +21,14 @@ from pathlib import Path
 
 import fsspec
 import pytest
-from test_loader import assert_same, loader
+from test_loader import assert_same, collator, loader
 from tiny_data import images, picture, record
 
 from medalign.data import storage
 from medalign.data.cache import RangeCache, in_turn
 from medalign.data.index import ShardIndex
+from medalign.data.loader import TrainLoader
+from medalign.data.plan import GlobalOrder
 from medalign.data.records import Record
 from medalign.data.shards import write_shards
 from medalign.data.storage import Access
@@ -47,6 +49,11 @@ class Server(ThreadingHTTPServer):
     def __init__(self, folder: Path) -> None:
         self.log: list[tuple[str, str | None]] = []  # path and range of each answered request
         super().__init__(("127.0.0.1", 0), functools.partial(_Handler, directory=str(folder)))
+
+    @property
+    def tars(self) -> int:
+        """Answered requests for tars."""
+        return len([name for name, _ in self.log if name.endswith(".tar")])
 
     @property
     def address(self) -> str:
@@ -191,11 +198,6 @@ def test_dropped_connections_are_tried_again(shards: Path, server: Server) -> No
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_from_a_bad_network_are_those_from_the_disk(shards: Path, server: Server, workers: int) -> None:
-    from test_loader import collator
-
-    from medalign.data.loader import TrainLoader
-    from medalign.data.plan import GlobalOrder
-
     remote = ShardIndex.open(f"{server.address}/train", Access(retries=8, pause=0.01))
     server.troubles = 8  # even if all of them hit one read, its last try succeeds
     far = TrainLoader(remote, GlobalOrder(23, 3), collator(), global_batch=6, micro_batch=3, workers=workers)
@@ -225,10 +227,25 @@ def test_a_shard_that_comes_back_in_time_is_read(shards: Path) -> None:
 def test_read_ahead_begins_before_it_is_asked_for(server: Server) -> None:
     remote = ShardIndex.open(f"{server.address}/train", QUICK)
     remote.ahead([1, 2, 3])
-    asked = len([name for name, _ in server.log if name.endswith(".tar")])
+    deadline = time.monotonic() + 30
+    while server.tars < 3:
+        assert time.monotonic() < deadline, "nothing was asked for before it was read"
+        time.sleep(0.005)
     assert [remote.read(i).key for i in (1, 2, 3)] == ["s001", "s002", "s003"]
-    assert len([name for name, _ in server.log if name.endswith(".tar")]) == 3 >= asked
+    assert server.tars == 3  # what came ahead is not fetched again
     assert pickle.loads(pickle.dumps(remote)).read(4).key == "s004"  # noqa: S301  # bytes made on this line
+
+
+def test_the_next_micro_batch_is_read_ahead(server: Server) -> None:
+    """What the same worker reads next is under way before the batch at hand is given out."""
+    remote = ShardIndex.open(f"{server.address}/train", QUICK)
+    far = TrainLoader(remote, GlobalOrder(23, 3), collator(), global_batch=6, micro_batch=3)
+    next(iter(far))
+    deadline = time.monotonic() + 30
+    while server.tars < 9:  # two micro-batches, and the one after them
+        assert time.monotonic() < deadline, f"{server.tars} requests"
+        time.sleep(0.005)
+    assert server.tars == 9
 
 
 class _Lasting(_Handler):
