@@ -73,9 +73,9 @@ def _prediction(student: Student, sample: Sample, given: Answer) -> Prediction:
         return row
     frame = CanvasFrame(*sample.images[0].size)
     row.attention, row.image_size = given.attention, (frame.width, frame.height)
-    if sample.boxes:
-        ground = grounding(given.attention, sample.boxes, frame, student.anatomy.grid)
+    row.boxes = [list(box) for box in sample.boxes]
+    ground = grounding(given.attention, sample.boxes, frame, student.anatomy.grid)
+    if ground is not None:
         row.attention_inside, row.box_area = ground.inside, ground.area
         row.pointing_hit, row.pointing_chance = ground.hit, ground.chance
-        row.boxes = [list(box) for box in sample.boxes]
     return row

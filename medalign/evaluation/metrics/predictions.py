@@ -15,7 +15,7 @@ ATTENTION_DIGITS = 4  # significant digits that the file keeps of an attention v
 
 @dataclass
 class Prediction:
-    """What a run answered to one sample. The grounding fields are None where the sample has no box."""
+    """What a run answered to one sample. The grounding fields are None where no box covers the image."""
 
     key: str
     task: str  # "vqa" or "report"

@@ -123,7 +123,15 @@ def test_scores_count_each_group_and_leave_out_empty_ones():
     assert scores["attention_inside"] == pytest.approx(0.3) and scores["box_area"] == pytest.approx(0.2)
     assert scores["pointing_hits"] == pytest.approx(0.5) and scores["pointing_chance"] == pytest.approx(0.3)
     assert scores["rouge_l"] == pytest.approx(1.0)
-    assert score([]) == dict.fromkeys(["n", "closed_n", "open_n", "report_n", "grounding_n", "pointing_n"], 0)
+    assert set(score([]).values()) == {0}
+    assert set(score([])) == {"n", "closed_n", "open_n", "report_n", "grounding_n", "pointing_n", "ungrounded"}
+
+
+def test_a_box_beside_the_picture_is_counted_and_lowers_no_score():
+    seen = vqa("yes", "yes", attention=[1.0], boxes=[[0, 0, 2, 2]], attention_inside=0.4, box_area=0.1)
+    beside = vqa("yes", "yes", attention=[1.0], boxes=[[9, 9, 10, 10]])
+    scores = score([seen, beside, vqa("yes", "yes")])
+    assert (scores["ungrounded"], scores["grounding_n"], scores["attention_inside"]) == (1, 1, 0.4)
 
 
 @pytest.mark.parametrize(("task", "kind"), [("caption", ""), ("vqa", "CLOSED")])
