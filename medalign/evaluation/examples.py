@@ -6,6 +6,8 @@ import base64
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from pathlib import PurePath
 
 from PIL import Image
 
@@ -84,10 +86,12 @@ def _pictures(evaluation: Evaluation, keys: Sequence[str]) -> dict[str, tuple[Im
     """The first image of each sample that has one, to which boxes and attention belong, and how many there are."""
     if not evaluation.data:
         raise DataError(f"{evaluation.folder / 'scores.json'} does not name the shards")
-    index = ShardIndex.open(evaluation.data)
+    opened = cache(ShardIndex.open)
     found = {}
     for key in keys:
-        sample, row = index.read(index.find(key)), evaluation.predictions[key]
+        row = evaluation.predictions[key]
+        index = opened(evaluation.data[row.folder])
+        sample = index.read(_number(index, row))
         if sample.question != row.question or (
             row.image_size and sample.images and sample.images[0].size != row.image_size
         ):
@@ -95,6 +99,17 @@ def _pictures(evaluation: Evaluation, keys: Sequence[str]) -> dict[str, tuple[Im
         if sample.images:
             found[key] = sample.images[0], len(sample.images)
     return found
+
+
+def _number(index: ShardIndex, row: Prediction) -> int:
+    """The sample that was evaluated. Tars that others packed may hold a key in several shards."""
+
+    def of_shard(i: int) -> bool:
+        return row.shard in ("", PurePath(index.shard(i)).name)
+
+    first = index.find(row.key)
+    others = (i for i in range(first, len(index)) if index.key(i) == row.key and of_shard(i))
+    return next(others, first)
 
 
 def _example(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any
 
 import torch
@@ -24,6 +25,15 @@ class Answer:
 
     text: str
     attention: list[float] | None
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """A batch of predictions, and what has happened on the way to it."""
+
+    rows: list[Prediction]
+    unreadable: tuple[str, ...]  # "shard/key: reason" of samples that were left out
+    cut: int  # questions cut to the length limit
 
 
 def answer(student: Student, tokenizer: Any, batch: Batch, max_new_tokens: int) -> list[Answer]:
@@ -53,11 +63,12 @@ def predict(
     max_new_tokens: int,
     device: torch.device,
     numbers: Sequence[int] | None = None,
-) -> Iterator[list[Prediction]]:
+) -> Iterator[Predicted]:
     """Predictions for samples of an index, in order, a batch at a time."""
     for samples, batch in batches(index, collator, batch_size, numbers):
         answers = answer(student, tokenizer, batch.to(device), max_new_tokens)
-        yield [_prediction(student, sample, given) for sample, given in zip(samples, answers, strict=True)]
+        rows = [_prediction(student, sample, given) for sample, given in zip(samples, answers, strict=True)]
+        yield Predicted(rows, batch.skipped, batch.truncated)
 
 
 def _prediction(student: Student, sample: Sample, given: Answer) -> Prediction:
@@ -68,6 +79,7 @@ def _prediction(student: Student, sample: Sample, given: Answer) -> Prediction:
         answer=sample.answer,
         answer_type=sample.answer_type,
         prediction=given.text,
+        shard=PurePath(sample.shard).name,
     )
     if given.attention is None:
         return row
