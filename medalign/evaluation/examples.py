@@ -7,7 +7,6 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import PurePath
 
 from PIL import Image
 
@@ -91,7 +90,7 @@ def _pictures(evaluation: Evaluation, keys: Sequence[str]) -> dict[str, tuple[Im
     for key in keys:
         row = evaluation.predictions[key]
         index = opened(evaluation.data[row.folder])
-        sample = index.read(_number(index, row))
+        sample = index.read(index.find(row.key))
         if sample.question != row.question or (
             row.image_size and sample.images and sample.images[0].size != row.image_size
         ):
@@ -99,17 +98,6 @@ def _pictures(evaluation: Evaluation, keys: Sequence[str]) -> dict[str, tuple[Im
         if sample.images:
             found[key] = sample.images[0], len(sample.images)
     return found
-
-
-def _number(index: ShardIndex, row: Prediction) -> int:
-    """The sample that was evaluated. Tars that others packed may hold a key in several shards."""
-
-    def of_shard(i: int) -> bool:
-        return row.shard in ("", PurePath(index.shard(i)).name)
-
-    first = index.find(row.key)
-    others = (i for i in range(first, len(index)) if index.key(i) == row.key and of_shard(i))
-    return next(others, first)
 
 
 def _example(

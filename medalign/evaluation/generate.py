@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import PurePath
 from typing import Any
 
 import torch
@@ -79,7 +78,6 @@ def _prediction(student: Student, sample: Sample, given: Answer) -> Prediction:
         answer=sample.answer,
         answer_type=sample.answer_type,
         prediction=given.text,
-        shard=PurePath(sample.shard).name,
     )
     if given.attention is None:
         return row

@@ -38,14 +38,11 @@ class Evaluation:
 
     @cached_property
     def predictions(self) -> dict[str, Prediction]:
-        """Predictions by key, in order; empty where the file is missing. A key that comes twice names its shard too."""
+        """Predictions by key, in order; none without the file. A key that comes twice names its folder too."""
         path = self.folder / "predictions.jsonl"
         rows = read_predictions(path) if path.is_file() else []
         times = Counter(row.key for row in rows)
-        return {row.key if times[row.key] == 1 else f"{self._shard_of(row)}/{row.key}": row for row in rows}
-
-    def _shard_of(self, row: Prediction) -> str:
-        return f"{self.data[row.folder] if self.data else row.folder}/{row.shard}"
+        return {row.key if times[row.key] == 1 else f"{self.data[row.folder]}/{row.key}": row for row in rows}
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,7 @@ class Prediction:
     attention: list[float] | None = None  # the question's map of the first image on the student's grid, row-major
     boxes: list[list[float]] = field(default_factory=list)  # x0, y0, x1, y1 in pixels of the first image
     image_size: tuple[int, int] | None = None  # width, height of the first image
-    folder: int = 0  # position of its shard folder among those that were evaluated
-    shard: str = ""  # file name of its shard
+    folder: int = 0  # position of its shard folder among those that were evaluated; a key is unique within one
 
 
 def write_predictions(path: Path, rows: Iterable[Prediction]) -> None:

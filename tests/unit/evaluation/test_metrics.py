@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medalign.errors import DataError
-from medalign.evaluation.metrics import Prediction, read_predictions, score, write_predictions
+from medalign.evaluation.metrics import Prediction, read_predictions, score, unfinished, write_predictions
 from medalign.evaluation.metrics.answers import closed_correct, exact, open_recall, words
 from medalign.evaluation.metrics.reports import bleu, rouge_l
 from medalign.evaluation.metrics.scores import mean
@@ -171,11 +171,27 @@ def test_predictions_come_back(tmp_path):
     assert [p.name for p in path.parent.iterdir()] == ["predictions.jsonl"]
 
 
+def test_predictions_survive_what_ends_them(tmp_path):
+    path = tmp_path / "predictions.jsonl"
+    write_predictions(path, [vqa("old", "old")])
+
+    def rows():
+        yield vqa("a", "b")
+        assert len(read_predictions(unfinished(path))) == 1  # on disk before the next one is made
+        yield vqa("c", "d")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_predictions(path, rows())
+    assert [row.answer for row in read_predictions(unfinished(path))] == ["a", "c"]
+    assert [row.answer for row in read_predictions(path)] == ["old"]
+
+
 def test_bad_predictions_are_named(tmp_path):
     path = tmp_path / "predictions.jsonl"
     with pytest.raises(DataError, match="'k'"):
         write_predictions(path, [vqa("a", "b", attention_inside=math.nan)])
-    assert not path.exists()
+    assert not list(tmp_path.iterdir())
     path.write_text('{"key": "a"}\n')
     with pytest.raises(DataError, match="line 1"):
         read_predictions(path)
