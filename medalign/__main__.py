@@ -179,13 +179,14 @@ def _add_generate(commands) -> None:
         'example: medalign generate runs/first --image film.png --question "Is there an effusion?" --overlay map.png',
     )
     _add_run(parser)
+    _add_asking(parser)
     parser.add_argument(
         "--image",
         type=Path,
         required=True,
         action="append",
         metavar="FILE",
-        help="PNG, JPEG or DICOM; give it again for each further image, in their order",
+        help="PNG, JPEG, DICOM or what else Pillow reads; give it again for each further image, in their order",
     )
     parser.add_argument("--question", required=True, metavar="TEXT", help="what to ask")
     parser.add_argument("--overlay", type=Path, metavar="PNG", help="picture to write")
@@ -194,7 +195,15 @@ def _add_generate(commands) -> None:
 def _generate(chosen: argparse.Namespace) -> int:
     from medalign.inference import generate
 
-    given = generate(chosen.run, chosen.image, chosen.question, chosen.overlay, chosen.max_new_tokens, chosen.student)
+    given = generate(
+        chosen.run,
+        chosen.image,
+        chosen.question,
+        chosen.overlay,
+        max_new_tokens=chosen.max_new_tokens,
+        max_length=chosen.max_length,
+        base=chosen.student,
+    )
     sys.stdout.write(given + "\n")
     return 0
 
@@ -207,30 +216,43 @@ def _add_evaluate(commands) -> None:
         "score a run on held-out shards",
         "Writes RUN/evaluation/NAME/predictions.jsonl and scores.json and prints the scores: closed accuracy, open\n"
         "recall, BLEU and ROUGE-L of reports, and for samples with boxes the share of the question's attention\n"
-        "inside them and the pointing game.\n\n"
+        "inside them and the pointing game. Of a checkpoint RUN/checkpoints/step-N, NAME begins with step-N.\n\n"
         "example: medalign evaluate runs/first --data data/val",
     )
     _add_run(parser)
+    _add_asking(parser)
     parser.add_argument("--data", nargs="+", required=True, metavar="SHARDS", help="folders of shards")
     parser.add_argument("--name", metavar="NAME", help="name of the evaluation (default: the first folder's name)")
     parser.add_argument("--batch-size", type=count, default=32, metavar="N", help="default %(default)s")
     parser.add_argument("--limit", type=count, metavar="N", help="score the first N samples alone")
+    parser.add_argument(
+        "--max-bad-share",
+        type=share,
+        default=0.01,
+        metavar="SHARE",
+        help="stop when more of the samples cannot be read; fewer than 100 count as 100 (default %(default)s)",
+    )
 
 
 def _evaluate(chosen: argparse.Namespace) -> int:
-    from medalign.evaluation.report import format_table
+    from medalign.evaluation.report import format_evaluation
     from medalign.inference import evaluate
 
-    evaluate(
+    folder = evaluate(
         chosen.run,
         chosen.data,
         name=chosen.name,
         batch_size=chosen.batch_size,
         limit=chosen.limit,
         max_new_tokens=chosen.max_new_tokens,
+        max_length=chosen.max_length,
+        max_bad_share=chosen.max_bad_share,
         base=chosen.student,
     )
-    sys.stdout.write(format_table([chosen.run]) + "\n")
+    sys.stdout.write(format_evaluation(folder) + "\n")
+    others = len(list(folder.parent.glob("*/scores.json"))) - 1
+    beside = f"; {others} more in {folder.parent}, medalign report shows all" if others else ""
+    log.info("predictions and scores: %s%s", folder, beside)
     return 0
 
 
@@ -332,6 +354,15 @@ def _bench(chosen: argparse.Namespace) -> int:
 def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run, a checkpoint or an export")
     parser.add_argument("--student", metavar="DIR", help="the base model's folder, if it has moved since training")
+
+
+def _add_asking(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--max-length",
+        type=count,
+        metavar="N",
+        help="longest question in tokens, its first image included; text beyond it is cut (default: as in training)",
+    )
     parser.add_argument(
         "--max-new-tokens", type=count, default=128, metavar="N", help="longest answer (default %(default)s)"
     )

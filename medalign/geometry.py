@@ -125,19 +125,27 @@ def resample_map(map_IM: torch.Tensor, source: PatchGrid, target: PatchGrid) -> 
     return resample_features(map_IM[..., None], source, target)[..., 0]
 
 
-def coverage(unit_boxes: Sequence[tuple[float, float, float, float]], grid: PatchGrid, fineness: int = 8) -> np.ndarray:
-    """The share of each patch that the union of the boxes covers, [N] in [0, 1].
+def coverage(unit_boxes: Sequence[tuple[float, float, float, float]], grid: PatchGrid) -> np.ndarray:
+    """The share of each patch that the union of the boxes covers, [N] in [0, 1]; exact, however small a box is.
 
-    Boxes are fractions of the canvas. The union is exact to 1 / fineness of a patch's side.
+    Boxes are fractions of the canvas; what lies beyond it covers nothing.
     """
-    rows, columns = grid.rows * fineness, grid.columns * fineness
-    y = (np.arange(rows) + 0.5) / rows
-    x = (np.arange(columns) + 0.5) / columns
-    inside = np.zeros((rows, columns), dtype=bool)
-    for x0, y0, x1, y1 in unit_boxes:
-        inside |= ((y >= y0) & (y < y1))[:, None] & ((x >= x0) & (x < x1))[None, :]
-    blocks = inside.reshape(grid.rows, fineness, grid.columns, fineness)
-    return blocks.mean(axis=(1, 3), dtype=np.float64).reshape(-1)
+    scale = (grid.columns, grid.rows, grid.columns, grid.rows)
+    # In patches, and rounded: an edge that should fall between two patches must not miss that by a rounding error.
+    boxes = (np.asarray(unit_boxes, dtype=np.float64).reshape(-1, 4) * scale).round(9)
+    # The edges of boxes and patches cut the canvas into cells, none of which is partly inside.
+    x, y = _cuts(boxes[:, ::2], grid.columns), _cuts(boxes[:, 1::2], grid.rows)
+    inside = np.zeros((len(y) - 1, len(x) - 1), dtype=bool)
+    for x0, y0, x1, y1 in boxes:
+        inside |= ((y[:-1] >= y0) & (y[1:] <= y1))[:, None] & ((x[:-1] >= x0) & (x[1:] <= x1))[None, :]
+    areas = inside * np.diff(y)[:, None] * np.diff(x)[None, :]
+    rows = np.add.reduceat(areas, np.searchsorted(y, np.arange(grid.rows)), axis=0)
+    return np.add.reduceat(rows, np.searchsorted(x, np.arange(grid.columns)), axis=1).reshape(-1)
+
+
+def _cuts(edges: np.ndarray, patches: int) -> np.ndarray:
+    """Where one side of the canvas is cut, ascending, in patches."""
+    return np.unique(np.concatenate([np.arange(patches + 1.0), edges.clip(0, patches).ravel()]))
 
 
 def gather_images(values: torch.Tensor, image_index_BL: torch.Tensor, images: int, tokens: int) -> torch.Tensor:

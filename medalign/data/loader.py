@@ -112,15 +112,18 @@ def rank_numbers(order: Order, plan: StepPlan, rank: int, start_step: int = 0) -
             yield order.at(np.arange(piece.start, piece.stop, dtype=np.int64)).tolist()
 
 
-def judge_bad_share(bad: int, seen: int, most: float, last: Sequence[str] = ()) -> None:
+def judge_bad_share(
+    bad: int, seen: int, most: float, last: Sequence[str] = (), setting: str = "data.max_bad_share"
+) -> None:
     """Raises DataError when more than `most` of the samples that all ranks drew since the run began were bad.
 
-    The first JUDGED_AFTER samples are judged as so many. `last` names bad samples of this rank.
+    The first JUDGED_AFTER samples are judged as so many. `last` names bad samples of this rank,
+    `setting` what the user calls `most`.
     """
     if bad > most * max(seen, JUDGED_AFTER):
         named = f"the last were {'; '.join(last[-3:])}" if last else "the log of the other ranks names them"
         raise DataError(
-            f"{bad} of {seen} samples could not be used, more than data.max_bad_share {most}; {named}. "
+            f"{bad} of {seen} samples could not be used, more than {setting} {most}; {named}. "
             "Repair or repack the shards, or raise the share"
         )
 

@@ -1,6 +1,7 @@
 """The canvas, the grids and the way between them."""
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -35,6 +36,13 @@ def test_coverage_counts_overlapping_boxes_once():
     share = coverage([(0, 0, 0.5, 0.5), (0, 0, 0.5, 0.5)], PatchGrid(2, 2))
     assert share.tolist() == [1, 0, 0, 0]
     assert coverage([(0, 0, 0.25, 0.5)], PatchGrid(2, 2)).tolist() == [0.5, 0, 0, 0]
+
+
+def test_coverage_is_exact_for_slivers_and_clean_at_patch_edges():
+    share = coverage([(0.3, -1, 0.3001, 2)], PatchGrid(1, 10))
+    assert share.tolist() == pytest.approx([0, 0, 0, 0.001, 0, 0, 0, 0, 0, 0], abs=1e-9)
+    assert share[2] == 0  # 0.3 x 10 is not quite 3 in floating point
+    assert coverage([], PatchGrid(2, 3)).tolist() == [0] * 6
 
 
 def test_resampling_keeps_a_constant_and_a_ramp():
