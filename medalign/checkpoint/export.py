@@ -50,14 +50,21 @@ def find(run: Path) -> Path:
 
 
 def settings(folder: Path) -> StudentConfig:
-    """The student's settings as they were trained."""
-    values = json.loads((folder / "medalign.json").read_text())
-    if values.get("format") != _FORMAT:
+    """The student's settings as they were trained. Raises CheckpointError if their file is damaged or newer."""
+    path = folder / "medalign.json"
+    try:
+        values = json.loads(path.read_text())
+        if values["format"] != _FORMAT:
+            raise CheckpointError(
+                f"{path} has format {values['format']}, this version of medalign reads {_FORMAT}; "
+                "use the version that wrote it"
+            )
+        student = values["student"]
+        return StudentConfig(**{**student, "lora": LoraConfig(**student["lora"])})
+    except (OSError, ValueError, TypeError, LookupError) as error:
         raise CheckpointError(
-            f"{folder / 'medalign.json'} has format {values.get('format')}, this version reads {_FORMAT}"
-        )
-    student = values["student"]
-    return StudentConfig(**{**student, "lora": LoraConfig(**student["lora"])})
+            f"{path} cannot be read ({error}): it is damaged, or of a newer version; export the run again"
+        ) from error
 
 
 def read(folder: Path, dtype: torch.dtype, device: torch.device, base: str | None = None) -> Student:
