@@ -22,6 +22,7 @@ from medalign.contracts import Batch
 from medalign.engine import engine as door
 from medalign.engine.engine import Engine
 from medalign.errors import DataError
+from medalign.losses.objective import Objective
 from medalign.student.model import Student
 from medalign.training import loop
 from medalign.training.step import Step
@@ -38,13 +39,15 @@ def troubles(settings: dict[str, Any]) -> dict[str, Any]:
     config = configure(settings | MICRO)
     config.train.steps, config.checkpoint.every = 3, 1
     engine, student, step = build(config)
+    # On the CPU the kernels of distillation refuse what is no number before the loss can be one.
+    language = Step(engine, None, Objective(0.0, 0.0), student.anatomy.grid)
     results = {
         "together": raised(lambda: _together(1)),
         "latest": _latest(folder / "seen"),
         "lost shard": _loop(config, step, _lost_shard),
         "export": _exported(config, engine, student, folder / "export"),
         "checkpoints": _checkpoints(engine, folder / "checkpoints"),
-        "diverged": _loop(config, step, _not_a_number),  # the last: nothing of the student is left
+        "diverged": _loop(config, language, _not_a_number),  # the last: nothing of the student is left
     }
     door.stop()
     return results
