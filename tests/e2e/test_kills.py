@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
 
+from medalign.__main__ import main
 from tests.distributed.ranks import TIMEOUT, start
-from tests.e2e.conftest import command, kill_at, losses, train
+from tests.e2e.conftest import command, losses, train
 
 # Two ranks with a loader process each, samples grouped by length, 1.7 epochs.
 TWO = ("--data.workers", "1", "--data.length_groups", "2", "--train.steps", "10", "--train.micro_batch_size", "1")
@@ -25,49 +27,61 @@ def few(tmp_path_factory) -> Path:
     return folder / "train"
 
 
-def test_two_ranks_killed_twice_go_on_exactly(recipe, few, tmp_path):
+def die_while_saving(recipe: Path, folder: Path, moment: str, step: str, *words: str) -> None:
+    """Rank 0 kills itself at that moment; the other one is killed, wherever it is."""
+    processes = start(["-m", "tests.e2e.dying", moment, step, *command(recipe, folder, words)[2:]], 2)
+    try:
+        processes[0].wait(timeout=TIMEOUT)
+    finally:
+        for process in processes:
+            process.kill()
+        output = processes[0].communicate()[0]
+        processes[1].communicate()
+    assert processes[0].returncode == -signal.SIGKILL, output
+
+
+def test_killed_twice_while_it_saves_a_run_goes_on_exactly(recipe, few, tmp_path):
+    """First step 6 is written and not renamed, so step 3 is gone on from; then step 9 is renamed and not the latest."""
     words = (*TWO, "--data.train", str(few))
     train(recipe, tmp_path / "whole", *words, world=2)
     folder = tmp_path / "killed"
-    for step in (4, 8):
-        kill_at(recipe, folder, step, *words, world=2)
-    output = train(recipe, folder, *words, world=2)[0]
-    assert "going on from" in output
-    assert len(losses(folder)) == 10 and losses(folder) == losses(tmp_path / "whole")
-
-
-def test_kills_while_a_checkpoint_is_written_lose_nothing(recipe, trained, tmp_path):
-    """Step 6 is written and not renamed, then renamed and not named by `latest`; both times step 3 is gone on from."""
-    folder = tmp_path / "killed"
     checkpoints = folder / "checkpoints"
-    for moment, left in (("rename", ".partial-step-000006"), ("pointer", "step-000006")):
-        (process,) = start(["-m", "tests.e2e.dying", moment, "000006", *command(recipe, folder)[2:]], 1)
-        output, _ = process.communicate(timeout=TIMEOUT)
-        assert process.returncode == -9, output
-        assert (checkpoints / "latest").read_text().strip() == "step-000003"
+    for moment, step, left, latest in (
+        ("rename", "000006", ".partial-step-000006", "step-000003"),
+        ("pointer", "000009", "step-000009", "step-000006"),
+    ):
+        die_while_saving(recipe, folder, moment, step, *words)
+        assert (checkpoints / "latest").read_text().strip() == latest
         assert (checkpoints / left / "progress.json").is_file()
-    train(recipe, folder)
-    assert losses(folder) == losses(trained)
-    assert sorted(path.name for path in checkpoints.iterdir()) == ["latest", "step-000006", "step-000008"]
+    output = train(recipe, folder, *words, world=2)[0]
+    assert f"going on from {checkpoints / 'step-000006'}" in output
+    assert len(losses(folder)) == 10 and losses(folder) == losses(tmp_path / "whole")
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["latest", "step-000009", "step-000010"]
 
 
-def refused(recipe: Path, folder: Path, *words: str) -> str:
-    """What a run says that ends with status 2, without a traceback."""
-    (process,) = start(command(recipe, folder, words), 1)
-    output, _ = process.communicate(timeout=TIMEOUT)
-    assert process.returncode == 2 and "Traceback" not in output, output
-    return output
+@pytest.fixture
+def refused(recipe, monkeypatch, capsys):
+    """What a run of one rank, in this process, says that ends with status 2."""
+
+    def run(folder: Path, *words: str) -> str:
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+            monkeypatch.setenv(name, "")
+            monkeypatch.delenv(name)
+        assert main(command(recipe, folder, words)[2:]) == 2
+        return capsys.readouterr().err
+
+    return run
 
 
-def test_a_failed_first_start_leaves_its_folder_free(recipe, tmp_path):
-    assert "not a model folder" in refused(recipe, tmp_path, "--student.path", "/nowhere", "--train.lr", "0.5")
+def test_a_failed_first_start_leaves_its_folder_free(refused, tmp_path):
+    assert "not a model folder" in refused(tmp_path, "--student.path", "/nowhere", "--train.lr", "0.5")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["lock"]
 
 
-def test_a_run_goes_on_with_its_own_stage_and_data_alone(recipe, trained, few, tmp_path):
+def test_a_run_goes_on_with_its_own_stage_and_data_alone(refused, trained, few, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(trained, folder)
     settings = (folder / "config.yaml").read_text()
-    assert "step-000008 is of ZeRO stage 3" in refused(recipe, folder, "--engine.deepspeed", "zero2")
-    assert "data.train is not what" in refused(recipe, folder, "--data.train", str(few))
+    assert "step-000008 is of ZeRO stage 3" in refused(folder, "--engine.deepspeed", "zero2")
+    assert "data.train is not what" in refused(folder, "--data.train", str(few))
     assert (folder / "config.yaml").read_text() == settings
