@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from medalign import config
 from medalign.__main__ import main
 from tests.distributed.ranks import TIMEOUT, start
 from tests.e2e.conftest import command, losses, train
@@ -73,9 +74,15 @@ def refused(recipe, monkeypatch, capsys):
     return run
 
 
-def test_a_failed_first_start_leaves_its_folder_free(refused, tmp_path):
-    assert "not a model folder" in refused(tmp_path, "--student.path", "/nowhere", "--train.lr", "0.5")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["lock"]
+def test_a_failed_first_start_leaves_its_folder_free(refused, recipe, tmp_path):
+    """Settings count from the first checkpoint on: those of a run that never had one bind nobody."""
+    (tmp_path / "old").mkdir()
+    old = config.dump(config.load(str(recipe), ["--train.lr", "0.1"]))
+    (tmp_path / "old" / "config.yaml").write_text(old)
+    assert "not a model folder" in refused(tmp_path / "old", "--student.path", "/nowhere")
+    assert (tmp_path / "old" / "config.yaml").read_text() == old
+    assert "not a model folder" in refused(tmp_path / "new", "--student.path", "/nowhere", "--train.lr", "0.5")
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["lock"]
 
 
 def test_a_run_goes_on_with_its_own_stage_and_data_alone(refused, trained, few, tmp_path):
