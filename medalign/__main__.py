@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from medalign import __version__, distributed
-from medalign.errors import ConfigError, MedAlignError
+from medalign.errors import ConfigError, MedAlignError, plain
 
 log = logging.getLogger("medalign")
 
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         log.error("error: %s", error)
         return 2
     except OSError as error:  # a file that cannot be read or written, and that nothing above knew better
-        log.error("error: %s", f"{error.filename}: {error.strerror}" if error.filename else error)
+        log.error("error: %s", plain(error))
         return 2
     except KeyboardInterrupt:
         log.error("interrupted")

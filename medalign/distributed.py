@@ -116,7 +116,7 @@ def together() -> Iterator[None]:
     except MedAlignError as error:
         fault = error
     except OSError as error:
-        fault = MedAlignError(str(error))
+        fault = MedAlignError(errors.plain(error))
         fault.__cause__ = error
     raise_together(fault)
 

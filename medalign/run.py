@@ -61,19 +61,14 @@ def _train(config: Config, folder: Path, ds_settings: dict[str, Any]) -> None:
     with distributed.together():
         index = open_index(config) if config.train.steps else None
     found = state.latest(folder / "checkpoints")
-    progress = Progress(
-        step=0,
-        samples=0,
-        ranks=distributed.world(),
-        stage=deepspeed_engine.stage(ds_settings),
-        data=index.fingerprint() if index else (),
-    )
+    stage, data = deepspeed_engine.stage(ds_settings), index.fingerprint() if index else ()
+    progress = Progress(step=0, samples=0, ranks=distributed.world(), stage=stage, data=data)
     if found:
         with distributed.together():
             _require_same_run(config, progress, found, folder / "config.yaml")
     engine, teacher, student, collator = _build(config, ds_settings, index)
     if found:
-        progress = replace(state.load(engine, found), stage=progress.stage, data=progress.data)
+        progress = replace(state.load(engine, found), stage=stage, data=data)
         log.info("going on from %s", found)
     with distributed.together():
         sinks = _begin_to_write(config, folder, progress) if distributed.is_main() else []
@@ -246,14 +241,17 @@ def _begin_to_write(config: Config, folder: Path, progress: Progress) -> list[Si
 
 def _require_same_run(config: Config, now: Progress, found: Path, path: Path) -> None:
     """Raises ConfigError where `found` is a checkpoint of other settings, another ZeRO stage or other data."""
+    engine = ""
     if path.is_file():
-        _require_same(settings.read(path), config, path)
+        written = settings.read(path)
+        _require_same(written, config, path)
+        engine = f" {written.engine.deepspeed}"
     before = state.read_progress(found)
     if before.stage not in (None, now.stage):
         raise ConfigError(
             f"{found} is of ZeRO stage {before.stage}, engine.deepspeed {config.engine.deepspeed} is of stage "
-            f"{now.stage}: a run goes on with the stage it began with; restore --engine.deepspeed, or name a new "
-            "folder with --run.dir"
+            f"{now.stage}: a run goes on with the stage it began with; restore --engine.deepspeed{engine}, or name a "
+            "new folder with --run.dir"
         )
     if not before.data:
         log.warning("%s does not say what data it was trained on: whether data.train is the same is not checked", found)
