@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from medalign import __version__, distributed
+from medalign.cli.values import count, share
 from medalign.errors import ConfigError, MedAlignError, plain
 
 log = logging.getLogger("medalign")
@@ -100,14 +101,12 @@ def _add_phantom(commands) -> None:
     parser.add_argument(
         "--output", type=Path, required=True, metavar="DIR", help="folder to write train/ and val/ into"
     )
-    parser.add_argument(
-        "--train", type=_count, default=2000, metavar="N", help="training studies (default %(default)s)"
-    )
-    parser.add_argument("--val", type=_count, default=200, metavar="N", help="held-out studies (default %(default)s)")
+    parser.add_argument("--train", type=count, default=2000, metavar="N", help="training studies (default %(default)s)")
+    parser.add_argument("--val", type=count, default=200, metavar="N", help="held-out studies (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the studies (default %(default)s)")
     parser.add_argument(
         "--reports",
-        type=_share,
+        type=share,
         default=1.0,
         metavar="SHARE",
         help="share of the studies whose report is a sample too, beside their questions; a report has ten times "
@@ -183,13 +182,14 @@ def _add_generate(commands) -> None:
         'example: medalign generate runs/first --image film.png --question "Is there an effusion?" --overlay map.png',
     )
     _add_run(parser)
+    _add_asking(parser)
     parser.add_argument(
         "--image",
         type=Path,
         required=True,
         action="append",
         metavar="FILE",
-        help="PNG, JPEG or DICOM; give it again for each further image, in their order",
+        help="PNG, JPEG, DICOM or what else Pillow reads; give it again for each further image, in their order",
     )
     parser.add_argument("--question", required=True, metavar="TEXT", help="what to ask")
     parser.add_argument("--overlay", type=Path, metavar="PNG", help="picture to write")
@@ -198,7 +198,15 @@ def _add_generate(commands) -> None:
 def _generate(chosen: argparse.Namespace) -> int:
     from medalign.inference import generate
 
-    given = generate(chosen.run, chosen.image, chosen.question, chosen.overlay, chosen.max_new_tokens, chosen.student)
+    given = generate(
+        chosen.run,
+        chosen.image,
+        chosen.question,
+        chosen.overlay,
+        max_new_tokens=chosen.max_new_tokens,
+        max_length=chosen.max_length,
+        base=chosen.student,
+    )
     sys.stdout.write(given + "\n")
     return 0
 
@@ -211,30 +219,43 @@ def _add_evaluate(commands) -> None:
         "score a run on held-out shards",
         "Writes RUN/evaluation/NAME/predictions.jsonl and scores.json and prints the scores: closed accuracy, open\n"
         "recall, BLEU and ROUGE-L of reports, and for samples with boxes the share of the question's attention\n"
-        "inside them and the pointing game.\n\n"
+        "inside them and the pointing game. Of a checkpoint RUN/checkpoints/step-N, NAME begins with step-N.\n\n"
         "example: medalign evaluate runs/first --data data/val",
     )
     _add_run(parser)
+    _add_asking(parser)
     parser.add_argument("--data", nargs="+", required=True, metavar="SHARDS", help="folders of shards")
     parser.add_argument("--name", metavar="NAME", help="name of the evaluation (default: the first folder's name)")
-    parser.add_argument("--batch-size", type=_count, default=32, metavar="N", help="default %(default)s")
-    parser.add_argument("--limit", type=_count, metavar="N", help="score the first N samples alone")
+    parser.add_argument("--batch-size", type=count, default=32, metavar="N", help="default %(default)s")
+    parser.add_argument("--limit", type=count, metavar="N", help="score the first N samples alone")
+    parser.add_argument(
+        "--max-bad-share",
+        type=share,
+        default=0.01,
+        metavar="SHARE",
+        help="stop when more of the samples cannot be read; fewer than 100 count as 100 (default %(default)s)",
+    )
 
 
 def _evaluate(chosen: argparse.Namespace) -> int:
-    from medalign.evaluation.report import format_table
+    from medalign.evaluation.report import format_evaluation
     from medalign.inference import evaluate
 
-    evaluate(
+    folder = evaluate(
         chosen.run,
         chosen.data,
         name=chosen.name,
         batch_size=chosen.batch_size,
         limit=chosen.limit,
         max_new_tokens=chosen.max_new_tokens,
+        max_length=chosen.max_length,
+        max_bad_share=chosen.max_bad_share,
         base=chosen.student,
     )
-    sys.stdout.write(format_table([chosen.run]) + "\n")
+    sys.stdout.write(format_evaluation(folder) + "\n")
+    others = len(list(folder.parent.glob("*/scores.json"))) - 1
+    beside = f"; {others} more in {folder.parent}, medalign report shows all" if others else ""
+    log.info("predictions and scores: %s%s", folder, beside)
     return 0
 
 
@@ -251,7 +272,7 @@ def _add_report(commands) -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of evaluated runs")
     parser.add_argument("--output", type=Path, required=True, metavar="HTML", help="file to write")
     parser.add_argument(
-        "--examples", type=_count, default=8, metavar="N", help="questions to picture (default %(default)s)"
+        "--examples", type=count, default=8, metavar="N", help="questions to picture (default %(default)s)"
     )
 
 
@@ -312,8 +333,8 @@ def _add_bench(commands) -> None:
     parser.add_argument("--tune", action="store_true", help="time all candidates and write the configurations' table")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="where to run (default %(default)s)")
     parser.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], help="default bf16 on cuda, fp32 on cpu")
-    parser.add_argument("--tokens", nargs="+", type=_count, metavar="N", help="sizes (default 576 to 16384 on cuda)")
-    parser.add_argument("--repeats", type=_count, default=20, metavar="N", help="timed runs (default %(default)s)")
+    parser.add_argument("--tokens", nargs="+", type=count, metavar="N", help="sizes (default 576 to 16384 on cuda)")
+    parser.add_argument("--repeats", type=count, default=20, metavar="N", help="timed runs (default %(default)s)")
     parser.add_argument("--skip", nargs="+", default=[], metavar="PATH", help="paths to leave out, e.g. torch.compile")
     parser.add_argument("--output", type=Path, metavar="JSON", help="file to write the figures to as well")
 
@@ -336,23 +357,18 @@ def _bench(chosen: argparse.Namespace) -> int:
 def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run, a checkpoint or an export")
     parser.add_argument("--student", metavar="DIR", help="the base model's folder, if it has moved since training")
+
+
+def _add_asking(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--max-new-tokens", type=_count, default=128, metavar="N", help="longest answer (default %(default)s)"
+        "--max-length",
+        type=count,
+        metavar="N",
+        help="longest question in tokens, its first image included; text beyond it is cut (default: as in training)",
     )
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
-
-
-def _share(text: str) -> float:
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a share between 0 and 1")
-    return value
+    parser.add_argument(
+        "--max-new-tokens", type=count, default=128, metavar="N", help="longest answer (default %(default)s)"
+    )
 
 
 if __name__ == "__main__":

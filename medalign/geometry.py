@@ -80,10 +80,33 @@ def square_canvas(image: Image.Image, fill: tuple[int, int, int] = (0, 0, 0)) ->
     return canvas
 
 
+def resize(image: Image.Image, size: int) -> np.ndarray:
+    """To size x size, bicubic, by Pillow; uint8 [S, S, 3], of a grey image [S, S]."""
+    if image.mode == "L" and image.width == image.height != size:
+        return _resize_grey(image, size)
+    return np.array(image.resize((size, size), Image.Resampling.BICUBIC))
+
+
+def _resize_grey(image: Image.Image, size: int) -> np.ndarray:
+    """The very pixels of `image.resize` for a square grey image, in three quarters of the time.
+
+    Pillow resizes each row, then each column of the outcome (of what is not square it may take the columns first), and
+    four bands beside each other in less time than one after another. So the quarters of the rows become the bands of
+    one picture, and then each four columns the bands of another.
+    """
+    side = image.width
+    quarter, pixels = -(-side // 4), -(-size // 4)
+    strips = [image.crop((0, quarter * i, side, quarter * (i + 1))) for i in range(4)]
+    narrow = Image.merge("CMYK", strips).resize((size, quarter), Image.Resampling.BICUBIC)
+    rows = np.zeros((4 * quarter, 4 * pixels), np.uint8)
+    rows.reshape(4, quarter, -1)[:, :, :size] = np.asarray(narrow).transpose(2, 0, 1)
+    columns = Image.frombuffer("CMYK", (pixels, side), rows[:side], "raw", "CMYK", 0, 1)
+    return np.asarray(columns.resize((pixels, size), Image.Resampling.BICUBIC)).reshape(size, -1)[:, :size]
+
+
 def view(canvas: Image.Image, size: int, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
     """The canvas (RGB, or grey alike in all three) as a tower wants it: size x size, normalised; float32 [3, S, S]."""
-    resized = canvas if canvas.size == (size, size) else canvas.resize((size, size), Image.Resampling.BICUBIC)
-    values = torch.from_numpy(np.array(resized, dtype=np.float32))
+    values = torch.from_numpy(resize(canvas, size).astype(np.float32))
     pixels = (values.permute(2, 0, 1) if values.ndim == 3 else values[None]) / 255
     return (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
 
@@ -102,19 +125,27 @@ def resample_map(map_IM: torch.Tensor, source: PatchGrid, target: PatchGrid) -> 
     return resample_features(map_IM[..., None], source, target)[..., 0]
 
 
-def coverage(unit_boxes: Sequence[tuple[float, float, float, float]], grid: PatchGrid, fineness: int = 8) -> np.ndarray:
-    """The share of each patch that the union of the boxes covers, [N] in [0, 1].
+def coverage(unit_boxes: Sequence[tuple[float, float, float, float]], grid: PatchGrid) -> np.ndarray:
+    """The share of each patch that the union of the boxes covers, [N] in [0, 1]; exact, however small a box is.
 
-    Boxes are fractions of the canvas. The union is exact to 1 / fineness of a patch's side.
+    Boxes are fractions of the canvas; what lies beyond it covers nothing.
     """
-    rows, columns = grid.rows * fineness, grid.columns * fineness
-    y = (np.arange(rows) + 0.5) / rows
-    x = (np.arange(columns) + 0.5) / columns
-    inside = np.zeros((rows, columns), dtype=bool)
-    for x0, y0, x1, y1 in unit_boxes:
-        inside |= ((y >= y0) & (y < y1))[:, None] & ((x >= x0) & (x < x1))[None, :]
-    blocks = inside.reshape(grid.rows, fineness, grid.columns, fineness)
-    return blocks.mean(axis=(1, 3), dtype=np.float64).reshape(-1)
+    scale = (grid.columns, grid.rows, grid.columns, grid.rows)
+    # In patches, and rounded: an edge that should fall between two patches must not miss that by a rounding error.
+    boxes = (np.asarray(unit_boxes, dtype=np.float64).reshape(-1, 4) * scale).round(9)
+    # The edges of boxes and patches cut the canvas into cells, none of which is partly inside.
+    x, y = _cuts(boxes[:, ::2], grid.columns), _cuts(boxes[:, 1::2], grid.rows)
+    inside = np.zeros((len(y) - 1, len(x) - 1), dtype=bool)
+    for x0, y0, x1, y1 in boxes:
+        inside |= ((y[:-1] >= y0) & (y[1:] <= y1))[:, None] & ((x[:-1] >= x0) & (x[1:] <= x1))[None, :]
+    areas = inside * np.diff(y)[:, None] * np.diff(x)[None, :]
+    rows = np.add.reduceat(areas, np.searchsorted(y, np.arange(grid.rows)), axis=0)
+    return np.add.reduceat(rows, np.searchsorted(x, np.arange(grid.columns)), axis=1).reshape(-1)
+
+
+def _cuts(edges: np.ndarray, patches: int) -> np.ndarray:
+    """Where one side of the canvas is cut, ascending, in patches."""
+    return np.unique(np.concatenate([np.arange(patches + 1.0), edges.clip(0, patches).ravel()]))
 
 
 def gather_images(values: torch.Tensor, image_index_BL: torch.Tensor, images: int, tokens: int) -> torch.Tensor:

@@ -4,25 +4,32 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
-from pathlib import Path
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 from tqdm import tqdm
 
 from medalign import distributed
 from medalign.checkpoint import export
-from medalign.config import DataConfig
 from medalign.contracts import Sample
 from medalign.data.collate import Collator, TowerView
 from medalign.data.index import ShardIndex
+from medalign.data.loader import judge_bad_share
 from medalign.data.prompts import PromptEncoder
 from medalign.data.samples import decode_image, naming
+from medalign.data.storage import is_remote
 from medalign.errors import ConfigError, DataError
-from medalign.evaluation.generate import answer, predict
-from medalign.evaluation.metrics import Prediction, score, write_predictions
+from medalign.evaluation.generate import Predicted, answer, predict
+from medalign.evaluation.metrics import Prediction, score, unfinished, write_predictions
 from medalign.evaluation.pictures import overlay
+from medalign.evaluation.runs import home_of
+from medalign.observability.files import write_text
 from medalign.student import loading
 from medalign.student.model import Student
 
@@ -35,6 +42,7 @@ def generate(
     question: str,
     picture: Path | None,
     max_new_tokens: int,
+    max_length: int | None = None,
     base: str | None = None,
 ) -> str:
     """The answer to one question; draws its attention to the first image into `picture` if that is named."""
@@ -50,8 +58,11 @@ def generate(
         with naming(f"--image {image}"):
             pictures.append(decode_image(image.read_bytes()))
     sample = Sample(images[0].stem, "none", "vqa", question, "?", "open", tuple(pictures))
-    student, tokenizer, collator = open_student(run, base, len(pictures))
-    given = answer(student, tokenizer, collator([sample]).to(distributed.device()), max_new_tokens)[0]
+    student, tokenizer, collator = open_student(run, base, len(pictures), max_length)
+    batch = collator([sample]).to(distributed.device())
+    if batch.truncated:
+        log.warning("the question is cut to %d tokens; --max-length raises the limit", collator.encoder.max_length)
+    given = answer(student, tokenizer, batch, max_new_tokens)[0]
     if picture is not None and given.attention is not None:
         overlay(pictures[0], given.attention, student.anatomy.grid).save(picture)
         log.info("overlay: %s", picture)
@@ -66,43 +77,112 @@ def evaluate(
     batch_size: int = 32,
     limit: int | None = None,
     max_new_tokens: int = 128,
+    max_length: int | None = None,
+    max_bad_share: float = 0.01,
     base: str | None = None,
 ) -> Path:
-    """Score a run on shards. Returns the folder with predictions.jsonl and scores.json."""
-    if name is not None and (name in ("", ".", "..") or Path(name).name != name):
-        raise ConfigError(f"--name {name} must be the plain name of a folder in {run / 'evaluation'}")
-    index = ShardIndex.open(list(data))
-    student, tokenizer, collator = open_student(run, base, index.most_images)
-    numbers = range(len(index) if limit is None else min(limit, len(index)))
-    rows: list[Prediction] = []
-    with tqdm(total=len(numbers), unit="sample", desc="evaluate", disable=None) as bar:
-        for answered in predict(
-            student,
-            tokenizer,
-            index,
-            collator,
-            batch_size=batch_size,
-            max_new_tokens=max_new_tokens,
-            device=distributed.device(),
-            numbers=numbers,
-        ):
-            rows.extend(answered)
-            bar.update(len(answered))
-    folder = run / "evaluation" / (name or Path(data[0]).name)
-    grid = student.anatomy.grid
+    """Score a run on shards. Returns the folder with predictions.jsonl and scores.json.
+
+    Raises DataError when more than `max_bad_share` of the samples cannot be read. Whatever ends it early, the
+    predictions so far stay in the folder, in a hidden file that the log names.
+    """
+    folder = _evaluation_folder(run, data, name)
+    indexes = [ShardIndex.open(place) for place in data]
+    student, tokenizer, collator = open_student(run, base, max(i.most_images for i in indexes), max_length)
+    ask = partial(
+        predict,
+        student,
+        tokenizer,
+        collator=collator,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        device=distributed.device(),
+    )
+    tally = _Tally(max_bad_share)
+    _write_predictions(folder / "predictions.jsonl", _rows(ask, indexes, limit, tally))
+    grid, longest = student.anatomy.grid, collator.encoder.max_length
+    if tally.cut:
+        log.warning("%d questions were cut to %d tokens; --max-length raises the limit", tally.cut, longest)
     facts = {
         "name": folder.name,
-        "data": [str(Path(path).resolve()) for path in data],
+        "data": [place if is_remote(place) else str(Path(place).resolve()) for place in data],
         "grid": [grid.rows, grid.columns],
+        "unreadable": tally.unreadable,
+        "truncated": tally.cut,
+        "max_length": longest,
     }
-    _write(folder, rows, facts | {"unreadable": len(numbers) - len(rows)})
+    write_text(folder / "scores.json", json.dumps(score(tally.rows) | facts, indent=2) + "\n")
     return folder
 
 
-def open_student(run: Path, base: str | None = None, most_images: int = 1) -> tuple[Student, Any, Collator]:
+@dataclass
+class _Tally:
+    """What an evaluation has seen so far."""
+
+    max_bad_share: float
+    rows: list[Prediction] = field(default_factory=list)
+    unreadable: int = 0
+    cut: int = 0
+
+    def add(self, predicted: Predicted) -> None:
+        """Raises DataError when too many samples could not be read."""
+        self.rows += predicted.rows
+        self.cut += predicted.cut
+        self.unreadable += len(predicted.unreadable)
+        seen = len(self.rows) + self.unreadable
+        judge_bad_share(self.unreadable, seen, self.max_bad_share, predicted.unreadable, "--max-bad-share")
+
+
+def _evaluation_folder(run: Path, data: Sequence[str], name: str | None) -> Path:
+    """Where an evaluation is written: by default it is called as the first folder of shards."""
+    home, prefix = home_of(run)
+    said = f"--name {name!r}"
+    if name is None:
+        name, said = _name_of(data[0]), f"--data {data[0]} names no evaluation: --name"
+    if name in ("", ".", "..") or Path(name).name != name:
+        raise ConfigError(f"{said} must be the plain name of a folder in {home / 'evaluation'}")
+    return home / "evaluation" / (prefix + name)
+
+
+def _name_of(place: str) -> str:
+    if not is_remote(place):
+        return Path(os.path.abspath(place)).name
+    address = urlsplit(place)
+    return PurePosixPath(address.path).name or address.netloc
+
+
+def _rows(
+    ask: Callable[..., Iterator[Predicted]], indexes: Sequence[ShardIndex], limit: int | None, tally: _Tally
+) -> Iterator[Prediction]:
+    """The predictions for all samples, or for the first `limit`, folder by folder; `tally` counts along."""
+    left = sum(map(len, indexes)) if limit is None else min(limit, sum(map(len, indexes)))
+    with tqdm(total=left, unit="sample", desc="evaluate", disable=None) as bar:
+        for number, index in enumerate(indexes):
+            numbers = range(min(left, len(index)))
+            left -= len(numbers)
+            for predicted in ask(index=index, numbers=numbers):
+                for row in predicted.rows:
+                    row.folder = number
+                    yield row
+                bar.update(len(predicted.rows) + len(predicted.unreadable))
+                tally.add(predicted)
+
+
+def _write_predictions(path: Path, rows: Iterator[Prediction]) -> None:
+    try:
+        write_predictions(path, rows)
+    finally:
+        if unfinished(path).is_file():
+            log.error("the evaluation ended early; its predictions so far are in %s", unfinished(path))
+
+
+def open_student(
+    run: Path, base: str | None = None, most_images: int = 1, max_length: int | None = None
+) -> tuple[Student, Any, Collator]:
     """The trained student of a run, its tokenizer, and a collator for questions without answers.
 
-    A question has the room that it has by default beside one image, and each of `most_images` after that its own.
+    A question and one image have `max_length` tokens, by default those of the training, and each of `most_images`
+    after that its own.
     """
     source = export.find(run)
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
@@ -115,8 +195,9 @@ def open_student(run: Path, base: str | None = None, most_images: int = 1) -> tu
         processor,
         image_token_id=anatomy.image_token_id,
         tokens_per_image=anatomy.grid.size,
-        max_length=DataConfig().max_length + (most_images - 1) * anatomy.grid.size,
+        max_length=(max_length or export.max_length(source)) + (most_images - 1) * anatomy.grid.size,
         most_images=most_images,
+        setting="--max-length",
     )
     view = TowerView(eye.size, eye.mean, eye.std)
     collator = Collator(encoder, view, None, anatomy.grid, padding_side="left", with_answer=False)
@@ -129,11 +210,3 @@ def _require_picture(path: Path) -> None:
         raise ConfigError(f"--overlay {path}: name a .png or .jpg file")
     if not path.absolute().parent.is_dir():
         raise ConfigError(f"--overlay {path}: the folder {path.absolute().parent} does not exist")
-
-
-def _write(folder: Path, rows: Sequence[Prediction], facts: dict[str, Any]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    write_predictions(folder / "predictions.jsonl", rows)
-    partial = folder / ".scores.json"
-    partial.write_text(json.dumps(score(rows) | facts, indent=2) + "\n")
-    partial.replace(folder / "scores.json")

@@ -6,15 +6,16 @@ import argparse
 import json
 import os
 import sys
-from collections import deque
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 from medalign import run
+from medalign.cli.values import count, whole
 from medalign.config import Config, load, recipes
 from medalign.data.collate import TowerView
 from medalign.data.index import ShardIndex
-from medalign.data.loader import TrainLoader, rank_numbers
+from medalign.data.loader import TrainLoader, rank_draws
 from medalign.data.plan import Order, StepPlan
 from medalign.errors import ConfigError
 from medalign.evaluation.batches import BatchView, as_html, as_picture, as_text, view_batch
@@ -22,14 +23,16 @@ from medalign.observability.files import write_text
 from medalign.student import loading
 from medalign.teacher.clip import teacher_eye
 
-_AHEAD = 2  # micro-batches that a worker reads before they are asked for, as the DataLoader has it
+_LISTING = ("steps", "skip", "world_size", "workers")  # options of --keys alone
+_SHOWING = ("step", "output")  # options of a batch that is shown
+_PICTURE, _PAGE = (".png",), (".html", ".htm")
 
 _DESCRIPTION = """\
 Show what a recipe will train on.
 
 With --keys: one JSON line a step, {"step": ..., "keys": [...]}, the sample keys of the global batch in order. Nothing
-is decoded. Each rank's and each worker's part is computed by itself and put together again, so that the lines are the
-same for every --world-size and --workers.
+is decoded. Each rank's part is drawn by the loader of a training and put together again, so that the lines are the same
+for every --world-size and --workers.
 
 Without --keys: one global batch, decoded, as the towers see it: pictures, text with what is learnt in colour, spans,
 lengths and padding; in the terminal, or in a page or picture. It shows images and texts of the data: keep it where
@@ -53,43 +56,39 @@ def command(words: Sequence[str]) -> int:
     if not words or words[0].startswith("-"):
         raise ConfigError(f"name a recipe first: medalign inspect RECIPE; packaged are {', '.join(recipes())}")
     chosen, overrides = parser.parse_known_args(words[1:])
+    _check_options(chosen)
     config = load(words[0], overrides, models=not chosen.keys)
     if not config.data.folders:
         raise ConfigError("data.train is not set: name shard folders with --data.train DIR")
     if chosen.keys:
         _print_keys(config, chosen)
     else:
-        _show(look(config, chosen.step), chosen.output)
+        _show(look(config, chosen.step or 0), chosen.output)
     return 0
+
+
+def _check_options(chosen: argparse.Namespace) -> None:
+    """Raises ConfigError for an option that would say nothing beside the others."""
+    foreign = _SHOWING if chosen.keys else _LISTING
+    given = [f"--{name.replace('_', '-')}" for name in foreign if getattr(chosen, name) is not None]
+    if given and chosen.keys:
+        raise ConfigError(
+            f"{given[0]} is for a batch that is shown, and --keys lists keys alone; leave one of them out"
+        )
+    if given:
+        raise ConfigError(f"{given[0]} is for a list of keys; add --keys, or leave it out (--step says which batch)")
+    if chosen.output and chosen.output.suffix.lower() not in _PICTURE + _PAGE:
+        raise ConfigError(f"--output {chosen.output}: name a file that ends in .html or .png")
 
 
 def global_batches(
     index: ShardIndex, order: Order, plan: StepPlan, workers: int, steps: range
 ) -> Iterator[tuple[int, list[str]]]:
-    """Step and sample keys of each global batch, put together from what the workers of every rank would read."""
-    ranks = [_Rank(index, order, plan, rank, steps.start, workers) for rank in range(plan.world)]
+    """Step and sample keys of each global batch, put together from what every rank's loader draws for its workers."""
+    ranks = [rank_draws(order, plan, rank, steps.start, workers) for rank in range(plan.world)]
     for step in steps:
-        yield step, [key for rank in ranks for key in rank.step()]
-
-
-class _Rank:
-    """One rank of a training: its micro-batches are dealt to its workers in turn, and collected in turn."""
-
-    def __init__(self, index: ShardIndex, order: Order, plan: StepPlan, rank: int, start: int, workers: int) -> None:
-        self._index = index
-        self._draws = rank_numbers(order, plan, rank, start)
-        self._micro_batches = plan.accumulation
-        self._workers: list[deque[list[str]]] = [deque() for _ in range(max(workers, 1))]
-        self._dealt = self._collected = 0
-
-    def step(self) -> Iterator[str]:
-        for _ in range(self._micro_batches):
-            while self._dealt < self._collected + _AHEAD * len(self._workers):
-                read = [self._index.key(number) for number in next(self._draws)]
-                self._workers[self._dealt % len(self._workers)].append(read)
-                self._dealt += 1
-            yield from self._workers[self._collected % len(self._workers)].popleft()
-            self._collected += 1
+        draws = [draw for rank in ranks for draw in islice(rank, plan.accumulation)]
+        yield step, [index.key(number) for draw in draws for number in draw.numbers]
 
 
 def look(config: Config, step: int) -> BatchView:
@@ -115,29 +114,33 @@ def look(config: Config, step: int) -> BatchView:
 
 
 def _print_keys(config: Config, chosen: argparse.Namespace) -> None:
-    if chosen.skip >= chosen.steps:
+    skip, steps = chosen.skip or 0, 1 if chosen.steps is None else chosen.steps
+    if skip >= steps:
         raise ConfigError(
-            f"--skip {chosen.skip} leaves none of the {chosen.steps} steps; the lines are those of the steps from "
-            "--skip up to --steps: raise --steps"
+            f"--skip {skip} leaves none of the {steps} steps; the lines are those of the steps from --skip up to "
+            "--steps: raise --steps"
         )
     index = run.open_index(config)
     world = chosen.world_size or 1
     workers = config.data.workers if chosen.workers is None else chosen.workers
     plan = StepPlan(config.train.batch_size, config.train.micro_batch_size, world)
     order = run.build_order(config, index)
-    for step, keys in global_batches(index, order, plan, workers, range(chosen.skip, chosen.steps)):
+    for step, keys in global_batches(index, order, plan, workers, range(skip, steps)):
         sys.stdout.write(json.dumps({"step": step, "keys": keys}, ensure_ascii=False) + "\n")
 
 
 def _show(view: BatchView, output: Path | None) -> None:
     if output is None:
         sys.stdout.write(as_text(view, colour=_wants_colour()))
-    elif output.suffix.lower() == ".png":
-        as_picture(view).save(output)
-    elif output.suffix.lower() in (".html", ".htm"):
-        write_text(output, as_html(view))
-    else:
-        raise ConfigError(f"--output {output}: name a file that ends in .html or .png")
+        return
+    try:
+        if output.suffix.lower() in _PICTURE:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            as_picture(view).save(output)
+        else:
+            write_text(output, as_html(view))
+    except OSError as error:
+        raise ConfigError(f"--output {output} cannot be written: {error.strerror or error}") from error
 
 
 def _wants_colour() -> bool:
@@ -157,17 +160,10 @@ def _parser() -> argparse.ArgumentParser:
         add_help=False,
     )
     parser.add_argument("--keys", action="store_true", help="list the keys of global batches, decode nothing")
-    parser.add_argument("--steps", type=_whole, default=1, metavar="N", help="with --keys: up to step N (default 1)")
-    parser.add_argument("--skip", type=_whole, default=0, metavar="S", help="with --keys: from step S on (default 0)")
-    parser.add_argument("--world-size", type=_whole, metavar="W", help="with --keys: ranks to compute (default 1)")
-    parser.add_argument("--workers", type=_whole, metavar="K", help="with --keys: loader workers of each rank")
-    parser.add_argument("--step", type=_whole, default=0, metavar="S", help="without --keys: the step (default 0)")
+    parser.add_argument("--steps", type=whole, metavar="N", help="with --keys: up to step N (default 1)")
+    parser.add_argument("--skip", type=whole, metavar="S", help="with --keys: from step S on (default 0)")
+    parser.add_argument("--world-size", type=count, metavar="W", help="with --keys: ranks to compute (default 1)")
+    parser.add_argument("--workers", type=whole, metavar="K", help="with --keys: loader workers of each rank")
+    parser.add_argument("--step", type=whole, metavar="S", help="without --keys: the step (default 0)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="without --keys: a .html page or a .png picture")
     return parser
-
-
-def _whole(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is negative")
-    return value

@@ -79,7 +79,7 @@ def _train(config: Config, folder: Path, ds_settings: dict[str, Any]) -> None:
     def write_export(target: Path) -> None:
         whole = engine.gathered([pair for group in student.trainable().values() for pair in group])
         if distributed.is_main():
-            export.write(student, whole, config.student, target)
+            export.write(student, whole, config.student, config.data.max_length, target)
 
     try:
         if index is None:

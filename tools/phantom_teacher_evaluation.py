@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -34,54 +34,112 @@ ABSENT = {
 }
 
 
+class Films(NamedTuple):
+    """Films of one stream, as the teacher wants them."""
+
+    items: list[Study]
+    pixels: torch.Tensor  # [n, 3, T, T]
+
+    def showing(self, kind: str) -> np.ndarray:
+        """Which films have a finding of this kind, [n] bool."""
+        return np.array([any(found.kind == kind for found in item.findings) for item in self.items])
+
+
+def films(teacher: Teacher, count: int, seed: int, split: str) -> Films:
+    """The first `count` films of a split's stream."""
+    items = [study(stream(seed, split), index) for index in range(count)]
+    pixels = [view(square_canvas(i.image), teacher.image_size, teacher.mean, teacher.std) for i in items]
+    return Films(items, torch.stack(pixels))
+
+
 @torch.no_grad()
-def evaluate(folder: Path, tokenize: Tokenize, count: int, seed: int) -> dict[str, Any]:
-    """Zero-shot accuracy and the share of attention inside the boxes, on `count` films of the test stream."""
+def evaluate(folder: Path, tokenize: Tokenize, count: int, calibration: int, seed: int) -> dict[str, Any]:
+    """Zero-shot accuracy and the share of attention inside the boxes, on `count` films of the test stream.
+
+    Thresholds are chosen on `calibration` films of the val stream, which neither training nor the test shares.
+    """
     teacher = load_teacher(folder)
-    items = [study(stream(seed, "test"), index) for index in range(count)]
-    pixels = torch.stack([view(square_canvas(i.image), teacher.image_size, teacher.mean, teacher.std) for i in items])
+    test, held_out = films(teacher, count, seed, "test"), films(teacher, calibration, seed, "val")
     untrained = load_teacher(folder, random_weights_seed=seed)
     return {
         "films": count,
-        "zero_shot": _zero_shot(folder, tokenize, items, pixels),
-        "attention": _attention(teacher, items, pixels),
-        "attention_untrained": _attention(untrained, items, pixels)["all"],
+        "calibration_films": calibration,
+        "zero_shot": zero_shot(folder, tokenize, test, held_out),
+        "attention": attention(teacher, test),
+        "attention_untrained": attention(untrained, test)["all"],
         "weights_bytes": (folder / WEIGHTS_NAME).stat().st_size,
     }
 
 
-def _zero_shot(folder: Path, tokenize: Tokenize, items: list[Study], pixels: torch.Tensor) -> dict[str, Any]:
-    """Present against absent by the nearer mean prompt; `chance` is the accuracy of the commoner answer."""
+@torch.no_grad()
+def zero_shot(folder: Path, tokenize: Tokenize, test: Films, held_out: Films) -> dict[str, Any]:
+    """Present against absent by the nearer mean prompt; `chance` is the accuracy of the commoner answer.
+
+    `calibrated_...` decide at the threshold that is best on `held_out` instead of at equal scores: how much the
+    prompts of a finding resemble films at large differs from one finding to the next.
+    """
     model = build_clip(json.loads((folder / CONFIG_NAME).read_text())["model_cfg"]).eval()
     model.load_state_dict(load_file(folder / WEIGHTS_NAME))
-    images = torch.cat([model.encode_image(chunk, normalize=True) for chunk in pixels.split(100)])
+    images, others = (
+        torch.cat([model.encode_image(chunk, normalize=True) for chunk in part.pixels.split(100)])
+        for part in (test, held_out)
+    )
 
-    def score(prompts: list[str]) -> torch.Tensor:
+    def score(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         return images @ model.encode_text(tokenize(prompts), normalize=True).T
+
+    def margin(images: torch.Tensor, kind: str) -> np.ndarray:
+        # The log of the mean over prompts: a film fits a finding's prompts at one place, not on average.
+        scale = model.logit_scale.exp()
+        present = (scale * score(images, PRESENT[kind])).logsumexp(1) - np.log(len(PRESENT[kind]))
+        absent = (scale * score(images, ABSENT[kind])).logsumexp(1) - np.log(len(ABSENT[kind]))
+        return (present - absent).numpy()
 
     result: dict[str, Any] = {}
     for kind in KINDS:
-        truth = np.array([any(found.kind == kind for found in item.findings) for item in items])
-        # The log of the mean over prompts: a film fits a finding's prompts at one place, not on average.
-        scale = model.logit_scale.exp()
-        present = (scale * score(PRESENT[kind])).logsumexp(1) - np.log(len(PRESENT[kind]))
-        absent = (scale * score(ABSENT[kind])).logsumexp(1) - np.log(len(ABSENT[kind]))
-        margin = (present - absent).numpy()
+        truth, margins = test.showing(kind), margin(images, kind)
+        threshold = best_threshold(margin(others, kind), held_out.showing(kind))
         result[kind] = {
-            "accuracy": float(((margin > 0) == truth).mean()),
             "chance": float(max(truth.mean(), 1 - truth.mean())),
-            "balanced_accuracy": float(0.5 * ((margin > 0)[truth].mean() + (margin <= 0)[~truth].mean())),
-            "auc": _auc(margin, truth),
+            **_decided(margins > 0, truth),
+            "threshold": threshold,
+            **{f"calibrated_{name}": value for name, value in _decided(margins > threshold, truth).items()},
+            "auc": _auc(margins, truth),
         }
-    names = ("accuracy", "chance", "balanced_accuracy", "auc")
+    names = [name for name in result[KINDS[0]] if name != "threshold"]
     result["mean"] = {name: float(np.mean([result[kind][name] for kind in KINDS])) for name in names}
     for kind in ("nodule", "consolidation"):
-        chosen = [i for i, item in enumerate(items) if sum(found.kind == kind for found in item.findings) == 1]
-        places = [next(f.place for f in items[i].findings if f.kind == kind) for i in chosen]
-        nearest = score([f"There is a small {kind} in the {place}." for place in PLACES])[chosen].argmax(1)
-        hits = [PLACES[guess] == place for guess, place in zip(nearest.tolist(), places, strict=True)]
-        result[f"{kind}_place"] = {"accuracy": float(np.mean(hits)), "chance": 1 / len(PLACES)}
+        nearest = score(images, [f"There is a small {kind} in the {place}." for place in PLACES]).argmax(1)
+        result[f"{kind}_place"] = _placed(kind, nearest, test.items)
     return result
+
+
+def best_threshold(margins: np.ndarray, truth: np.ndarray) -> float:
+    """The threshold of most accuracy, halfway between two neighbouring margins."""
+    order = margins.argsort()
+    ordered = margins[order]
+    # Right answers when the i lowest are called absent: the absent ones among these, the present ones among the rest.
+    right = (
+        np.concatenate([[0], np.cumsum(~truth[order])]) + truth.sum() - np.concatenate([[0], np.cumsum(truth[order])])
+    )
+    ends = np.concatenate([[ordered[0] - 1], ordered, [ordered[-1] + 1]])
+    best = int(right.argmax())
+    return float((ends[best] + ends[best + 1]) / 2)
+
+
+def _decided(called: np.ndarray, truth: np.ndarray) -> dict[str, float]:
+    return {
+        "accuracy": float((called == truth).mean()),
+        "balanced_accuracy": float(0.5 * (called[truth].mean() + (~called)[~truth].mean())),
+    }
+
+
+def _placed(kind: str, nearest: torch.Tensor, items: list[Study]) -> dict[str, float]:
+    """How often the nearest prompt names the place, on films with one finding of the kind."""
+    chosen = [i for i, item in enumerate(items) if sum(found.kind == kind for found in item.findings) == 1]
+    places = [next(f.place for f in items[i].findings if f.kind == kind) for i in chosen]
+    hits = [PLACES[guess] == place for guess, place in zip(nearest[chosen].tolist(), places, strict=True)]
+    return {"accuracy": float(np.mean(hits)), "chance": 1 / len(PLACES)}
 
 
 def _auc(score: np.ndarray, truth: np.ndarray) -> float:
@@ -90,13 +148,13 @@ def _auc(score: np.ndarray, truth: np.ndarray) -> float:
     return float((ranks[truth].sum() - positives * (positives + 1) / 2) / (positives * (~truth).sum()))
 
 
-def _attention(teacher: Teacher, items: list[Study], pixels: torch.Tensor) -> dict[str, Any]:
+@torch.no_grad()
+def attention(teacher: Teacher, test: Films) -> dict[str, Any]:
     """Share of the class token's attention inside the boxes, the boxes' share of the film, and how often the most
     attended patch touches a box. By kind: films with findings of that kind alone."""
-    chunks = [teacher(chunk)[1] for chunk in pixels.split(100)]
-    maps = torch.cat(chunks).numpy()
+    maps = torch.cat([teacher(chunk)[1] for chunk in test.pixels.split(100)]).numpy()
     rows: dict[str, list[tuple[float, float, bool]]] = {kind: [] for kind in ("all", *KINDS)}
-    for item, weight in zip(items, maps, strict=True):
+    for item, weight in zip(test.items, maps, strict=True):
         if not item.findings:
             continue
         frame = CanvasFrame(*item.image.size)

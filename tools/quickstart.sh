@@ -61,3 +61,4 @@ for arm in base language untrained medalign; do
     if [ -d "$out/$arm/evaluation" ]; then runs+=("$out/$arm"); fi
 done
 medalign report "${runs[@]}" --output "$out/report.html"
+echo "done in $((SECONDS / 60)) min $((SECONDS % 60)) s"

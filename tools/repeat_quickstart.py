@@ -35,6 +35,7 @@ SCORES = (
     "box_area",
     "pointing_hits",
     "pointing_chance",
+    "data_wait_share",
 )
 
 
@@ -65,13 +66,20 @@ def scores_file(folder: Path, arm: str) -> Path:
     return folder / arm / "evaluation/val/scores.json"
 
 
+def waiting(run: Path) -> dict[str, float]:
+    """The share of the time, over all logged steps of a run, that its ranks waited for data; none if it had no step."""
+    rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    shares = [row["speed/data_wait_share"] for row in rows]
+    return {"data_wait_share": statistics.mean(shares)} if shares else {}
+
+
 def run(seed: int, folder: Path) -> dict[str, dict[str, float]]:
     """The scores of each arm for one seed."""
     missing = [arm for arm in ARMS if not scores_file(folder, arm).is_file()]
     if missing:
         environment = os.environ | {"SEED": str(seed), "ARMS": " ".join(missing)}
         subprocess.run(["bash", "tools/quickstart.sh", str(folder)], cwd=ROOT, env=environment, check=True)
-    scores = {arm: json.loads(scores_file(folder, arm).read_text()) for arm in ARMS}
+    scores = {arm: json.loads(scores_file(folder, arm).read_text()) | waiting(folder / arm) for arm in ARMS}
     return scores | {"blind": blind(folder / "data")}
 
 

@@ -213,15 +213,20 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "medalign/assets/phantom_teacher")
     parser.add_argument("--results", type=Path, default=ROOT / "tools/results/phantom_teacher.json")
     parser.add_argument("--held-out", type=int, default=1000, help="films of the test stream to evaluate on")
-    parser.add_argument("--evaluate-only", action="store_true")
+    parser.add_argument("--calibration", type=int, default=1000, help="films of the val stream to set thresholds on")
+    parser.add_argument("--evaluate-only", action="store_true", help="evaluate the saved weights, train nothing")
     options = parser.parse_args()
     started = time.monotonic()
-    if not options.evaluate_only:
-        train(options)
-    tokenizer = Tokenizer.from_file(str(options.output / "tokenizer.json"))
-    results = evaluate(options.output, lambda texts: tokenize(tokenizer, texts), options.held_out, options.seed)
     command = shlex.join(["python", "tools/train_phantom_teacher.py", *sys.argv[1:]])
-    results = {"command": command, "seconds": round(time.monotonic() - started), **results}
+    if options.evaluate_only:
+        training = json.loads(options.results.read_text())["training"] if options.results.is_file() else None
+    else:
+        train(options)
+        training = {"command": command, "seconds": round(time.monotonic() - started)}
+    tokenizer = Tokenizer.from_file(str(options.output / "tokenizer.json"))
+    counts = options.held_out, options.calibration
+    results = evaluate(options.output, lambda texts: tokenize(tokenizer, texts), *counts, options.seed)
+    results = {"training": training, "evaluated_by": command, **results}
     options.results.parent.mkdir(parents=True, exist_ok=True)
     options.results.write_text(json.dumps(results, indent=2) + "\n")
     print(json.dumps(results, indent=2))

@@ -2,7 +2,7 @@
 
 adapter_model.safetensors, adapter_config.json   LoRA, as peft reads it
 medalign.safetensors                             W, the query mixture, the projector where it was trained
-medalign.json                                    the student's settings: base model, layer, epsilon, ...
+medalign.json                                    the student's settings: base model, layer, epsilon, longest sample
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from medalign.config import LoraConfig, StudentConfig
+from medalign.config import DataConfig, LoraConfig, StudentConfig
 from medalign.errors import CheckpointError, ConfigError
 from medalign.student import loading
 from medalign.student.model import Student
@@ -25,8 +26,13 @@ from medalign.student.model import Student
 _FORMAT = 1
 
 
-def write(student: Student, whole: Mapping[str, torch.Tensor], config: StudentConfig, folder: Path) -> None:
-    """Write an export. `whole` holds everything that learns, gathered, by its name in the student."""
+def write(
+    student: Student, whole: Mapping[str, torch.Tensor], config: StudentConfig, max_length: int, folder: Path
+) -> None:
+    """Write an export. `whole` holds everything that learns, gathered, by its name in the student.
+
+    `max_length` is the longest sample that it was trained on, in tokens.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     adapters = loading.adapter_state(student, whole)
     groups = {name: group for group, named in student.trainable().items() for name, _ in named}
@@ -34,7 +40,8 @@ def write(student: Student, whole: Mapping[str, torch.Tensor], config: StudentCo
     save_file({name: value.contiguous() for name, value in adapters.items()}, folder / "adapter_model.safetensors")
     save_file(others, folder / "medalign.safetensors")
     loading.save_adapter_config(student, folder)
-    (folder / "medalign.json").write_text(json.dumps({"format": _FORMAT, "student": asdict(config)}, indent=2) + "\n")
+    values = {"format": _FORMAT, "student": asdict(config), "max_length": max_length}
+    (folder / "medalign.json").write_text(json.dumps(values, indent=2) + "\n")
 
 
 def find(run: Path) -> Path:
@@ -51,20 +58,16 @@ def find(run: Path) -> Path:
 
 def settings(folder: Path) -> StudentConfig:
     """The student's settings as they were trained. Raises CheckpointError if their file is damaged or newer."""
-    path = folder / "medalign.json"
     try:
-        values = json.loads(path.read_text())
-        if values["format"] != _FORMAT:
-            raise CheckpointError(
-                f"{path} has format {values['format']}, this version of medalign reads {_FORMAT}; "
-                "use the version that wrote it"
-            )
-        student = values["student"]
+        student = _values(folder)["student"]
         return StudentConfig(**{**student, "lora": LoraConfig(**student["lora"])})
-    except (OSError, ValueError, TypeError, LookupError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read ({error}): it is damaged, or of a newer version; export the run again"
-        ) from error
+    except (TypeError, KeyError) as error:
+        raise _unreadable(folder, error) from error
+
+
+def max_length(folder: Path) -> int:
+    """The longest sample that the student was trained on, in tokens; the default where the export does not say."""
+    return int(_values(folder).get("max_length", DataConfig().max_length))
 
 
 def read(folder: Path, dtype: torch.dtype, device: torch.device, base: str | None = None) -> Student:
@@ -108,6 +111,27 @@ def merge(source: Path, output: Path, base: str | None = None) -> None:
     processor = loading.load_processor(config)
     loading.merged(student).save_pretrained(output)
     processor.save_pretrained(output)
+
+
+def _values(folder: Path) -> dict[str, Any]:
+    path = folder / "medalign.json"
+    try:
+        values = json.loads(path.read_text())
+        found = values["format"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise _unreadable(folder, error) from error
+    if found != _FORMAT:
+        raise CheckpointError(
+            f"{path} has format {found}, this version of medalign reads {_FORMAT}; use the version that wrote it"
+        )
+    return values
+
+
+def _unreadable(folder: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{folder / 'medalign.json'} cannot be read ({error}): it is damaged, or of a newer version; "
+        "export the run again"
+    )
 
 
 def _require_new(output: Path) -> None:

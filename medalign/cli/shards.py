@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from medalign.cli.values import count, plainly
 from medalign.data.shards import build_index
 from medalign.data.sources import known
 from medalign.data.sources.account import Account
@@ -47,8 +48,8 @@ def run(words: Sequence[str]) -> int:
         log.info("%s: %d samples in %d shards", chosen.output / split, report.written, report.shards)
     for one in account.skipped[:_NAMED]:
         log.warning("refused %s: %s", one.key, one.reason)
-    for reason, count in account.reasons().items():
-        log.warning("refused in all %d: %s", count, reason)
+    for reason, times in account.reasons().items():
+        log.warning("refused in all %d: %s", times, reason)
     if len(account.skipped) > _NAMED:
         log.warning("every refused sample is named in %s", chosen.output / REPORT_NAME)
     return 0
@@ -121,8 +122,8 @@ def _parser() -> argparse.ArgumentParser:
         "index",
         help="no data set: write the index of tars that any WebDataset tool packed",
         description="Write index.jsonl beside the tars of each folder, as any WebDataset tool packed them: KEY.json, "
-        "KEY.jpg or KEY.png, and KEY.1.jpg, KEY.2.png, ... for a sample's further images. Tars are only read; samples "
-        "that cannot be used get no row and are named.",
+        "KEY.jpg or KEY.png, and KEY.1.jpg, KEY.2.png, ... for a sample's further images; KEY may be a path, as in "
+        "train/0001.jpg. Tars are only read; samples that cannot be used get no row and are named.",
     )
     index.set_defaults(known_source=None)
     index.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="folder of .tar files")
@@ -140,9 +141,9 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         "--output", type=Path, required=True, metavar="DIR", help="folder to write one folder a split into"
     )
     parser.add_argument(
-        "--samples-per-shard", type=_count, default=1000, metavar="N", help="listed samples a shard (default 1000)"
+        "--samples-per-shard", type=count, default=1000, metavar="N", help="listed samples a shard (default 1000)"
     )
-    parser.add_argument("--workers", type=_count, metavar="N", help="processes (default: one a core, at most 8)")
+    parser.add_argument("--workers", type=count, metavar="N", help="processes (default: one a core, at most 8)")
     parser.add_argument(
         "--hash-ids",
         action="store_true",
@@ -166,12 +167,5 @@ def _add_setting(group, setting: Setting) -> None:
     several = {"nargs": "+"} if setting.several else {}
     choices = {"choices": setting.choices} if setting.choices else {"metavar": "VALUE"}
     group.add_argument(
-        f"--{setting.name}", type=setting.parse, default=setting.default, help=told, **several, **choices
+        f"--{setting.name}", type=plainly(setting.parse), default=setting.default, help=told, **several, **choices
     )
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value

@@ -156,9 +156,15 @@ class ShardIndex:
 
     def _contents(self, i: int, kinds: Sequence[int]) -> dict[int, list[bytes]]:
         """The bytes of the members of sample i that are of these kinds, by kind, images in their order."""
+        try:
+            return self._read_contents(i, kinds)
+        except BadSample:  # a cache may hold what its disk damaged, or bytes of an earlier shard of this name
+            return self._read_contents(i, kinds, anew=True)
+
+    def _read_contents(self, i: int, kinds: Sequence[int], anew: bool = False) -> dict[int, list[bytes]]:
         members, storage, place = self._members(i, kinds), self._storages[self._find_row(i)[2]], self._place(i)
         images = sum(member.kind == IMAGE for member in members)
-        reads = [(start, storage.read(place, start, length)) for start, length in _spans(members)]
+        reads = [(start, storage.read(place, start, length, anew)) for start, length in _spans(members)]
         contents: dict[int, list[bytes]] = {kind: [] for kind in kinds}
         for kind, offset, length, checksum in members:
             start, read = next((start, read) for start, read in reads if start <= offset <= start + len(read))

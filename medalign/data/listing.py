@@ -2,8 +2,11 @@
 
 One JSON object a line. The first line is the header:
 
-    {"format": "medalign-index", "version": 1, "samples": 1797,
+    {"format": "medalign-index", "version": 1, "checksum": "12345678", "samples": 1797,
      "shards": [{"name": "shard-000000.tar", "bytes": 2048000, "samples": 1000}, ...]}
+
+`checksum` is the CRC-32 of all that follows the line, in eight hexadecimal digits; it may be left out. It comes early,
+so that the first bytes of two files tell whether they are the same.
 
 Then one row a sample, in the order of the shards (`members` maps the extension to byte offset in the tar, length in
 bytes and CRC-32; `text` holds the characters of question and answer; width and height are those of the first image, 0
@@ -19,6 +22,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,6 +63,7 @@ FURTHER = np.dtype(
     ]
 )
 _CHUNK = 10_000  # rows packed at a time
+_BLOCK = 1 << 20  # bytes checked at a time
 _NOWHERE = (0, 0, 0)  # block, length and checksum of a member that is not there
 
 
@@ -130,6 +135,7 @@ def pack(path: Path, lines: IO[bytes], header: dict[str, Any], room: Room) -> Pa
         further += len(others)
         most_images = max(most_images, 1 + int(np.bincount(others["row"] - first).max(initial=0)))
     _require_counts(path, header, count, found)
+    _require_checksum(path, lines, header)
     return Packed(key_end, further, most_images)
 
 
@@ -141,6 +147,22 @@ def _require_counts(path: Path, header: dict[str, Any], count: int, found: np.nd
     for entry, samples in zip(entries(header), found.tolist(), strict=True):
         if entry.samples != samples:
             raise DataError(f"{path} holds {samples} rows of {entry.name}, its header says {entry.samples}; {REBUILD}")
+
+
+def _require_checksum(path: Path, lines: IO[bytes], header: dict[str, Any]) -> None:
+    """Raises DataError where the rows are not those that the header was written for."""
+    if "checksum" not in header:
+        return
+    lines.seek(0)
+    lines.readline()
+    found = 0
+    while block := lines.read(_BLOCK):
+        found = zlib.crc32(block, found)
+    if f"{found:08x}" != header["checksum"]:
+        raise DataError(
+            f"the rows of {path} have the checksum {found:08x}, its header says {header['checksum']}: it is damaged; "
+            f"copy it again (remove it, if it is itself the copy of a remote one), or {REBUILD}"
+        )
 
 
 def _chunks(path: Path, lines: IO[bytes], shards: int) -> Iterator[tuple[int, np.ndarray, list[bytes], np.ndarray]]:

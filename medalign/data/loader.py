@@ -22,6 +22,7 @@ from medalign.errors import ConfigError, DataError, MedAlignError
 
 log = logging.getLogger("medalign")
 
+REPLACED_WITHIN = 10_000  # samples from a bad one on; beyond them the data are lost rather than one sample
 JUDGED_AFTER = 100  # samples; fewer bad ones than max_bad_share of so many are always borne
 
 
@@ -30,7 +31,8 @@ class TrainLoader:
 
     The global batch of a step is fixed by `order` alone; `StepPlan` says which part this rank takes. A sample that
     cannot be used is replaced by the next sample number that can (the first after the last), and named in
-    `Batch.skipped`; `judge_bad_share` says when there are too many. DataError is raised when a shard is lost.
+    `Batch.skipped`; `judge_bad_share` says when there are too many. DataError is raised when a shard is lost, or where
+    REPLACED_WITHIN samples in a row cannot be used.
 
     Args:
         global_batch, micro_batch: samples of a step over all ranks, and of one forward pass.
@@ -82,13 +84,8 @@ class TrainLoader:
         )
 
     def draws(self) -> Iterator[Draw]:
-        """What is to be read, micro-batch after micro-batch, each with what the same worker reads after it."""
-        turn = max(self.workers, 1)  # the DataLoader deals micro-batches to its workers in turn
-        numbers = rank_numbers(self.order, self.plan, self.rank, self.start_step)
-        waiting = deque(itertools.islice(numbers, turn))
-        for later in numbers:
-            waiting.append(later)
-            yield Draw(waiting.popleft(), later)
+        """What this rank reads, as in `rank_draws`."""
+        return rank_draws(self.order, self.plan, self.rank, self.start_step, self.workers)
 
 
 class Draw(NamedTuple):
@@ -98,6 +95,16 @@ class Draw(NamedTuple):
     ahead: list[int]  # samples of the reader's next one
 
 
+def rank_draws(order: Order, plan: StepPlan, rank: int, start_step: int, workers: int) -> Iterator[Draw]:
+    """What a rank reads, micro-batch after micro-batch, each with what the same worker reads after it."""
+    turn = max(workers, 1)  # the DataLoader deals micro-batches to its workers in turn
+    numbers = rank_numbers(order, plan, rank, start_step)
+    waiting = deque(itertools.islice(numbers, turn))
+    for later in numbers:
+        waiting.append(later)
+        yield Draw(waiting.popleft(), later)
+
+
 def rank_numbers(order: Order, plan: StepPlan, rank: int, start_step: int = 0) -> Iterator[list[int]]:
     """Sample numbers of each micro-batch of a rank, from the first step on, without end."""
     for step in itertools.count(start_step):
@@ -105,15 +112,18 @@ def rank_numbers(order: Order, plan: StepPlan, rank: int, start_step: int = 0) -
             yield order.at(np.arange(piece.start, piece.stop, dtype=np.int64)).tolist()
 
 
-def judge_bad_share(bad: int, seen: int, most: float, last: Sequence[str] = ()) -> None:
+def judge_bad_share(
+    bad: int, seen: int, most: float, last: Sequence[str] = (), setting: str = "data.max_bad_share"
+) -> None:
     """Raises DataError when more than `most` of the samples that all ranks drew since the run began were bad.
 
-    The first JUDGED_AFTER samples are judged as so many. `last` names bad samples of this rank.
+    The first JUDGED_AFTER samples are judged as so many. `last` names bad samples of this rank,
+    `setting` what the user calls `most`.
     """
     if bad > most * max(seen, JUDGED_AFTER):
         named = f"the last were {'; '.join(last[-3:])}" if last else "the log of the other ranks names them"
         raise DataError(
-            f"{bad} of {seen} samples could not be used, more than data.max_bad_share {most}; {named}. "
+            f"{bad} of {seen} samples could not be used, more than {setting} {most}; {named}. "
             "Repair or repack the shards, or raise the share"
         )
 
@@ -148,8 +158,9 @@ class _Reader(Dataset):
     def _prepare(self, number: int, skipped: list[str]) -> Prepared:
         """The sample, or the next one that can be used. Only the one that was drawn is listed."""
         size = len(self._index)
+        sought = min(size, REPLACED_WITHIN)
         reason = ""
-        for step in range(size):
+        for step in range(sought):
             try:
                 sample = self._index.read((number + step) % size, self._collator.pixels)
                 prepared = self._collator.prepare(sample)
@@ -159,7 +170,7 @@ class _Reader(Dataset):
             if reason:
                 skipped.append(reason)
             return prepared
-        raise DataError(f"none of the {size} samples can be used; the first reason: {reason}")
+        raise DataError(f"none of the {sought} samples from number {number} on can be used; the first reason: {reason}")
 
 
 def _as_is(batch: Any) -> Any:

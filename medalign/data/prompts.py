@@ -40,17 +40,26 @@ class PromptEncoder:
         tokens_per_image: N, image tokens of one image.
         max_length: longest sequence, image tokens included.
         most_images: images of the sample that has most; max_length must hold them.
+        setting: what the user calls max_length, for errors.
 
     Raises ConfigError where template, image token and length limit do not fit together.
     """
 
     def __init__(
-        self, processor: Any, *, image_token_id: int, tokens_per_image: int, max_length: int, most_images: int = 1
+        self,
+        processor: Any,
+        *,
+        image_token_id: int,
+        tokens_per_image: int,
+        max_length: int,
+        most_images: int = 1,
+        setting: str = "data.max_length",
     ) -> None:
         self.tokenizer: Any = getattr(processor, "tokenizer", processor)
         self.image_token_id = image_token_id
         self.tokens_per_image = tokens_per_image
         self.max_length = max_length
+        self._setting = setting
         owners = (processor, self.tokenizer)
         self._renderer: Any = next((o for o in owners if getattr(o, "chat_template", None)), None)
         if self._renderer is None:
@@ -107,7 +116,7 @@ class PromptEncoder:
 
     def _answer_ids(self, sample: Sample) -> list[int]:
         text = self._lead + sample.answer.strip() if sample.answer.strip() else ""
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+        ids = self._ids(text) if text else []
         if not ids:
             raise BadSample(f"{sample.shard}/{sample.key}: answer {sample.answer!r} has no token to learn from")
         if self.image_token_id in ids:
@@ -128,7 +137,7 @@ class PromptEncoder:
         best = self._prompt_ids(sample, "")
         if self._length(best) > room:
             raise ConfigError(
-                f"data.max_length is {self.max_length}, but the template and {len(sample.images)} images of "
+                f"{self._setting} is {self.max_length}, but the template and {len(sample.images)} images of "
                 f"{self.tokens_per_image} tokens take {self._length(best)} ({sample.shard}/{sample.key}); raise it"
             )
         fits, longest = 0, len(sample.question)
@@ -162,9 +171,13 @@ class PromptEncoder:
         return rest[: rest.index(answer)] if rest != whole and answer in rest else ""
 
     def _tokenise(self, text: str) -> list[int]:
-        ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        ids = self._ids(text)
         bos = self.tokenizer.bos_token_id
         return [bos, *ids] if self._begins_with_bos and ids[:1] != [bos] else ids
+
+    def _ids(self, text: str) -> list[int]:
+        # Not verbose: it would warn of texts that are too long for the model, which are cut here.
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def _adds_bos(self) -> bool:
         """Whether the tokenizer begins every text with BOS; a template that writes it itself is left alone."""
@@ -200,6 +213,6 @@ class PromptEncoder:
         if empty >= self.max_length:
             shown = "one image" if images == 1 else f"the {images} images of the largest sample, each"
             raise ConfigError(
-                f"data.max_length is {self.max_length}, but the template and {shown} of {self.tokens_per_image} "
+                f"{self._setting} is {self.max_length}, but the template and {shown} of {self.tokens_per_image} "
                 f"tokens, take {empty}; raise it to more than {empty}"
             )

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Container
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
+
 from medalign.data.listing import LONGEST
 from medalign.data.members import MOST_IMAGES
 from medalign.data.samples import BadSample, check_fields, decode_image, image_name, naming, picture_header
 
-_BAD_KEY = re.compile(r"[./\\\s\x00-\x1f]|^__|^$")
+_BAD_NAME = re.compile(r"[./\\\s\x00-\x1f\ud800-\udfff]|^__|^$")
+_BAD_FOLDER = re.compile(r"[\\\s\x00-\x1f\ud800-\udfff]|^\.{0,2}$")
 _LONGEST_KEY = 80  # bytes; tar's plain header holds names of 100
+_LONGEST_PATH = 255  # bytes, of a key in the tars of others
+_RECENT = 1 << 16  # keys that are held one by one before they are sorted
 
 
 @dataclass(frozen=True)
@@ -63,10 +69,53 @@ def check_record(record: Record, seen: Container[str]) -> None:
 
 def check_key(key: str, seen: Container[str]) -> None:
     """Raises BadSample for a key that cannot be a member's name, or is taken."""
-    if _BAD_KEY.search(key) or len(key.encode()) > _LONGEST_KEY:
+    if _BAD_NAME.search(key) or len(key.encode()) > _LONGEST_KEY:
         raise BadSample(f"key {key!r} must have 1 to {_LONGEST_KEY} bytes, without '.', '/', '\\', white space")
+    _check_free(key, seen)
+
+
+def check_path_key(key: str, seen: Container[str]) -> None:
+    """As `check_key` for the tars of others, whose keys may stand in folders: "train/0001"."""
+    *folders, name = key.split("/")
+    bad = _BAD_NAME.search(name) or any(_BAD_FOLDER.search(folder) for folder in folders)
+    if bad or len(key.encode()) > _LONGEST_PATH:
+        raise BadSample(
+            f"key {key!r} must have 1 to {_LONGEST_PATH} bytes, without '\\', white space or a folder '', '.', '..'"
+        )
+    _check_free(key, seen)
+
+
+def _check_free(key: str, seen: Container[str]) -> None:
     if key in seen:
         raise BadSample("key occurs a second time; keys must be unique")
+
+
+class KeySet(Container[str]):
+    """Keys that are taken, 8 bytes each: of ten million a set of texts would take a gigabyte.
+
+    A key is known by a hash of 64 bits: among ten million keys the odds are 3 in a million that any two share one, and
+    the second is then called taken.
+    """
+
+    def __init__(self) -> None:
+        self._sorted = np.zeros(0, np.uint64)
+        self._recent: set[int] = set()
+
+    def add(self, key: str) -> None:
+        self._recent.add(_hash(key))
+        if len(self._recent) > max(_RECENT, len(self._sorted) // 16):
+            recent = np.fromiter(self._recent, np.uint64, len(self._recent))
+            self._sorted = np.sort(np.concatenate([self._sorted, recent]))
+            self._recent.clear()
+
+    def __contains__(self, key: object) -> bool:
+        number = _hash(str(key))
+        place = int(self._sorted.searchsorted(np.uint64(number)))
+        return number in self._recent or (place < len(self._sorted) and int(self._sorted[place]) == number)
+
+
+def _hash(key: str) -> int:
+    return int.from_bytes(hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
 
 
 def checked_header(data: bytes) -> tuple[str, tuple[int, int]]:

@@ -8,8 +8,9 @@ few neighbouring members of one tar:
     KEY.json              the annotation, one JSON object
     KEY.mask.png          optional; same size as the (first) image, not zero inside the region
 
-KEY is unique in its folder, at most 80 bytes, without '.', '/', '\\' or white space. The images' numbers leave no gap;
-in tars of others the first may be named KEY.0.jpg as well. Fields of the annotation:
+KEY is unique in its folder, at most 80 bytes, without '.', '/', '\\' or white space. The images' numbers leave no gap.
+In tars of others the first may be named KEY.0.jpg as well, and KEY may be a path, as in train/0001.jpg, up to 255 bytes
+long. Fields of the annotation:
 
     task         "vqa" or "report"
     question     what is asked; needed for vqa; for report "" asks the default prompt
@@ -30,16 +31,18 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from webdataset import TarWriter
 
-from medalign.data.listing import FORMAT, INDEX_NAME, VERSION
+from medalign.data.index_file import IndexFile
+from medalign.data.listing import INDEX_NAME
 from medalign.data.members import ANNOTATION, MASK_PNG, image_member
-from medalign.data.records import Record, Refused, check_record, json_bytes
+from medalign.data.records import KeySet, Record, Refused, check_record, json_bytes
 from medalign.data.samples import BadSample
-from medalign.data.table import LARGE, TABLE_NAME, read_table
+from medalign.data.table import TABLE_NAME
 from medalign.data.tars import rows_of_tar
 from medalign.errors import ConfigError, DataError
 
@@ -79,18 +82,17 @@ def write_shards(
         partial.mkdir(parents=True)
         refused: list[str] = []
         valid = _valid_records(records, refused)
-        shards = _write_tars(valid, partial, samples_per_shard, progress)
-        if not shards and not allow_empty:
-            first = "; ".join(refused[:3]) or "there was no record at all"
-            raise DataError(f"no valid sample for {output} ({len(refused)} refused): {first}")
-        rows = [row for _, shard_rows in shards for row in shard_rows]
-        _write_index(partial, shards)
+        with IndexFile(partial) as index:
+            _write_tars(valid, partial, samples_per_shard, progress, index)
+            if not index.samples and not allow_empty:
+                first = "; ".join(refused[:3]) or "there was no record at all"
+                raise DataError(f"no valid sample for {output} ({len(refused)} refused): {first}")
         _move_into_place(partial, output)
     except OSError as error:
         raise DataError(f"packing into {output} stopped, nothing was written: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return PackReport(len(rows), len(shards), tuple(refused))
+    return PackReport(index.samples, len(index.shards), tuple(refused))
 
 
 def join_shards(parts: Sequence[Path], output: Path) -> PackReport:
@@ -102,25 +104,29 @@ def join_shards(parts: Sequence[Path], output: Path) -> PackReport:
     output = Path(output).absolute()
     require_replaceable(output)
     partial = output.parent / f".{output.name}.partial-{os.getpid()}"
-    shards: list[tuple[Path, list[dict[str, Any]]]] = []
     try:
         partial.mkdir(parents=True)
-        for part in parts:
-            header, *rows = map(json.loads, (part / INDEX_NAME).read_text(encoding="utf-8").splitlines())
-            first = len(shards)
-            for number, shard in enumerate(header["shards"]):
-                path = partial / f"shard-{first + number:06d}.tar"
-                _link(part / shard["name"], path)
-                shards.append((path, [{**row, "shard": first + number} for row in rows if row["shard"] == number]))
-        if not shards:
-            raise DataError(f"no valid sample for {output}")
-        _write_index(partial, shards)
+        with IndexFile(partial) as index:
+            for part in parts:
+                _add_part(part, partial, index)
+            if not index.shards:
+                raise DataError(f"no valid sample for {output}")
         _move_into_place(partial, output)
     except OSError as error:
         raise DataError(f"packing into {output} stopped, nothing was written: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return PackReport(sum(len(rows) for _, rows in shards), len(shards), ())
+    return PackReport(index.samples, len(index.shards), ())
+
+
+def _add_part(part: Path, output: Path, index: IndexFile) -> None:
+    """Link the part's shards under the next numbers, and add their rows."""
+    with (part / INDEX_NAME).open(encoding="utf-8") as lines:
+        for shard in json.loads(next(lines))["shards"]:
+            number = len(index.shards)
+            path = output / f"shard-{number:06d}.tar"
+            _link(part / shard["name"], path)
+            index.add(path, ({**json.loads(row), "shard": number} for row in islice(lines, shard["samples"])))
 
 
 def _link(source: Path, target: Path) -> None:
@@ -139,14 +145,15 @@ def build_index(folder: Path) -> PackReport:
     if not paths:
         raise DataError(f"{folder} holds no .tar file; name a folder of WebDataset shards")
     refused: list[str] = []
-    seen: set[str] = set()
-    shards = [(path, list(rows_of_tar(path, number, seen, refused))) for number, path in enumerate(paths)]
-    _write_index(Path(folder), shards)
-    return PackReport(sum(len(rows) for _, rows in shards), len(shards), tuple(refused))
+    seen = KeySet()
+    with IndexFile(Path(folder)) as index:
+        for number, path in enumerate(paths):
+            index.add(path, rows_of_tar(path, number, seen, refused))
+    return PackReport(index.samples, len(index.shards), tuple(refused))
 
 
 def _valid_records(records: Iterable[Record | Refused], refused: list[str]) -> Iterator[Record]:
-    seen: set[str] = set()
+    seen = KeySet()
     for record in records:
         if isinstance(record, Refused):
             refused.append(f"{record.name}: {record.reason}")
@@ -161,13 +168,17 @@ def _valid_records(records: Iterable[Record | Refused], refused: list[str]) -> I
 
 
 def _write_tars(
-    records: Iterator[Record], folder: Path, samples_per_shard: int, progress: Callable[[int], object] | None
-) -> list[tuple[Path, list[dict[str, Any]]]]:
-    shards: list[tuple[Path, list[dict[str, Any]]]] = []
+    records: Iterator[Record],
+    folder: Path,
+    samples_per_shard: int,
+    progress: Callable[[int], object] | None,
+    index: IndexFile,
+) -> None:
     written = 0
     pending = next(records, None)
     while pending is not None:
-        path = folder / f"shard-{len(shards):06d}.tar"
+        number = len(index.shards)
+        path = folder / f"shard-{number:06d}.tar"
         with path.open("wb") as file, TarWriter(file, encoder=False, mtime=0, user="", group="", compress=False) as tar:
             for _ in range(samples_per_shard):
                 tar.write(_members(pending))
@@ -177,8 +188,7 @@ def _write_tars(
                 pending = next(records, None)
                 if pending is None:
                     break
-        shards.append((path, list(rows_of_tar(path, len(shards), set(), []))))
-    return shards
+        index.add(path, rows_of_tar(path, number, KeySet(), []))
 
 
 def _members(record: Record) -> dict[str, Any]:
@@ -188,19 +198,6 @@ def _members(record: Record) -> dict[str, Any]:
     if record.mask is not None:
         members[MASK_PNG] = record.mask
     return members
-
-
-def _write_index(folder: Path, shards: list[tuple[Path, list[dict[str, Any]]]]) -> None:
-    listing = [{"name": path.name, "bytes": path.stat().st_size, "samples": len(rows)} for path, rows in shards]
-    total = sum(len(rows) for _, rows in shards)
-    header = {"format": FORMAT, "version": VERSION, "samples": total, "shards": listing}
-    partial = folder / f".{INDEX_NAME}.partial"
-    with partial.open("w", encoding="utf-8") as file:
-        for line in (header, *(row for _, rows in shards for row in rows)):
-            file.write(json.dumps(line, ensure_ascii=False, separators=(",", ":")) + "\n")
-    partial.replace(folder / INDEX_NAME)
-    if total >= LARGE:
-        read_table(folder)  # makes the mapped form too, once for all who open it
 
 
 def require_replaceable(output: Path) -> None:

@@ -11,13 +11,14 @@ import logging
 import os
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, TypeVar
 
-from medalign.data.cache import RangeCache
+from medalign.data.cache import RangeCache, in_turn
 from medalign.data.filesystems import failures, open_system, reason_of, remedy_of
 from medalign.errors import ConfigError, DataError
 
@@ -26,6 +27,7 @@ log = logging.getLogger("medalign")
 
 _OPEN_FILES = 64  # shards kept open by one process
 _LONGEST_PAUSE = 10.0  # seconds
+_BEGINNING = 4096  # bytes of a remote file that are compared with its copy
 
 
 class Short(OSError):
@@ -46,8 +48,11 @@ class Access:
 class Storage(Protocol):
     """Where the bytes of shards come from. Safe to fork and to pickle."""
 
-    def read(self, place: str, offset: int, length: int) -> bytes:
-        """`length` bytes of the file from `offset` on. Raises DataError naming the file after the last try."""
+    def read(self, place: str, offset: int, length: int, anew: bool = False) -> bytes:
+        """`length` bytes of the file from `offset` on, past any cache if `anew`.
+
+        Raises DataError naming the file after the last try.
+        """
         ...
 
     def ahead(self, ranges: list[tuple[str, int, int]]) -> None:
@@ -78,7 +83,7 @@ class LocalStorage:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_files": {}}
 
-    def read(self, place: str, offset: int, length: int) -> bytes:
+    def read(self, place: str, offset: int, length: int, anew: bool = False) -> bytes:
         """As `Storage.read`."""
         return tried(lambda: self._once(place, offset, length), f"shard {place}", self._access)
 
@@ -119,11 +124,11 @@ class RemoteStorage:
         self.__dict__.update(state)
         self._forget()
 
-    def read(self, place: str, offset: int, length: int) -> bytes:
+    def read(self, place: str, offset: int, length: int, anew: bool = False) -> bytes:
         """As `Storage.read`."""
         self._own_process()
         pending = self._pending.pop((place, offset, length), None)
-        return pending.result() if pending else self._fetch(place, offset, length)
+        return pending.result() if pending and not anew else self._fetch(place, offset, length, anew)
 
     def ahead(self, ranges: list[tuple[str, int, int]]) -> None:
         """Begin to read; what is never asked for is dropped when newer ranges come."""
@@ -137,20 +142,31 @@ class RemoteStorage:
             if one not in self._pending:
                 self._pending[one] = self._pool.submit(self._fetch, *one)
 
-    def whole(self, place: str) -> bytes:
-        """All bytes of a small file. Raises DataError."""
+    def copy(self, place: str, target: Path) -> None:
+        """The file, piece by piece, to a local one, whole or not at all. Raises DataError, or the disk's OSError."""
         self._own_process()
-        return tried(lambda: self._system(place).cat_file(place), place, self._access)
+        partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")  # of whatever node
+        try:
+            tried(lambda: self._system(place).get_file(place, str(partial)), place, self._access)
+            partial.replace(target)
+        finally:
+            partial.unlink(missing_ok=True)
 
-    def size(self, place: str) -> int:
-        """Bytes of a file. Raises DataError."""
+    def size(self, place: str) -> int | None:
+        """Bytes of a file, None where the server does not say. Raises DataError."""
         self._own_process()
-        return int(tried(lambda: self._system(place).info(place), place, self._access)["size"])
+        size = tried(lambda: self._system(place).info(place), place, self._access)["size"]
+        return None if size is None else int(size)
 
-    def _fetch(self, place: str, offset: int, length: int) -> bytes:
+    def beginning(self, place: str, length: int) -> bytes:
+        """The first bytes of a file as it is now, past any cache; fewer where it is shorter. Raises DataError."""
+        self._own_process()
+        return tried(lambda: self._system(place).cat_file(place, start=0, end=length), place, self._access)[:length]
+
+    def _fetch(self, place: str, offset: int, length: int, anew: bool = False) -> bytes:
         name = f"{place}:{offset}:{length}"
-        data = self._cache.get(name) if self._cache else None
-        if data is None:
+        data = self._cache.get(name) if self._cache and not anew else None
+        if data is None or len(data) != length:
             data = tried(lambda: self._once(place, offset, length), f"shard {place}", self._access)
             if self._cache:
                 self._cache.put(name, data)
@@ -194,16 +210,29 @@ def tried(read: Callable[[], Result], name: str, access: Access) -> Result:
 
 
 def fetched_folder(address: str, names: tuple[str, ...], access: Access) -> Path:
-    """A local folder with these small files of a remote one, fetched where absent or of another size."""
+    """A local folder with these small files of a remote one, fetched where absent, or other in size or beginning."""
     home = access.cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "medalign"
     folder = home / "index" / hashlib.sha256(address.encode()).hexdigest()[:24]
-    folder.mkdir(parents=True, exist_ok=True)
     remote = RemoteStorage(access)
-    for name in names:
-        place, target = f"{address.rstrip('/')}/{name}", folder / name
-        if target.is_file() and target.stat().st_size == remote.size(place):
-            continue
-        partial = target.with_name(f".{name}.{os.getpid()}.partial")
-        partial.write_bytes(remote.whole(place))
-        partial.replace(target)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with in_turn(folder):
+            for name in names:
+                place, target = f"{address.rstrip('/')}/{name}", folder / name
+                if not target.is_file() or not _is_copy(target, remote, place):
+                    remote.copy(place, target)
+    except OSError as error:
+        raise DataError(
+            f"the index of {address} cannot be kept in {folder}: {error.strerror or error}; "
+            "name a folder with room by data.cache_dir or XDG_CACHE_HOME"
+        ) from error
     return folder
+
+
+def _is_copy(local: Path, remote: RemoteStorage, place: str) -> bool:
+    """By size and first bytes, where an index carries the checksum of the rest."""
+    if local.stat().st_size != remote.size(place):
+        return False
+    with local.open("rb") as file:
+        beginning = file.read(_BEGINNING)
+    return remote.beginning(place, len(beginning)) == beginning

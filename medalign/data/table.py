@@ -12,6 +12,7 @@ import logging
 import os
 import shutil
 import tempfile
+import uuid
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from medalign.data.cache import in_turn
 from medalign.data.listing import (
     FURTHER,
     IMAGE,
@@ -130,8 +132,7 @@ def read_table(folder: Path) -> Table:
         header = read_header(path, file.readline())
     if header["samples"] >= LARGE:
         mapped, stamp = _TableFile(folder / TABLE_NAME), _stamp(path)
-        footer = mapped.footer()
-        if (footer and footer["stamp"] == stamp) or _build(mapped, path, stamp):
+        if mapped.is_of(stamp) or _build(mapped, path, stamp):
             return mapped.open()
     return _parse(path)
 
@@ -139,7 +140,9 @@ def read_table(folder: Path) -> Table:
 def _build(target: _TableFile, path: Path, stamp: dict[str, int]) -> bool:
     """Write index.bin from the text; False where the folder takes no file."""
     try:
-        target.build(path, stamp)
+        with in_turn(path.parent):
+            if not target.is_of(stamp):  # another rank may have made it meanwhile
+                target.build(path, stamp)
     except OSError as error:
         log.warning(
             "%s cannot be written (%s): every process holds its own copy of the index; let `medalign shards index` "
@@ -177,6 +180,11 @@ class _TableFile:
         further_at = _further_at(footer["samples"], footer["keys"])
         return footer if further_at + FURTHER.itemsize * footer["further"] == end - length else None
 
+    def is_of(self, stamp: dict[str, int]) -> bool:
+        """Whether it is whole and was made from the text of this stamp."""
+        footer = self.footer()
+        return footer is not None and footer["stamp"] == stamp
+
     def open(self) -> Table:
         """The table, mapped. Raises DataError if the file is damaged."""
         footer = self.footer()
@@ -200,7 +208,7 @@ class _TableFile:
 
     def build(self, text: Path, stamp: dict[str, int]) -> None:
         """Make the file from the text, without holding it in memory; it appears whole or not at all."""
-        partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
+        partial = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex}.partial")  # of whatever node
         try:
             with (
                 text.open("rb") as lines,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import tarfile
 import zlib
 from collections.abc import Iterator
@@ -10,14 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from medalign.data.members import ANNOTATION, MASK_PNG, image_members
-from medalign.data.records import check_key, checked_header
+from medalign.data.records import KeySet, check_path_key, checked_header
 from medalign.data.samples import BadSample, check_fields, image_name, naming, parse_fields
 from medalign.errors import DataError
+
+_MEMBER = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)
 
 Place = tuple[int, int]  # offset and length in the tar, bytes
 
 
-def rows_of_tar(path: Path, shard: int, seen: set[str], refused: list[str]) -> Iterator[dict[str, Any]]:
+def rows_of_tar(path: Path, shard: int, seen: KeySet, refused: list[str]) -> Iterator[dict[str, Any]]:
     """A row for each sample that keeps the schema, in order; of images the headers alone are read.
 
     Args:
@@ -30,7 +33,7 @@ def rows_of_tar(path: Path, shard: int, seen: set[str], refused: list[str]) -> I
     with path.open("rb") as file:
         for key, members in _groups(path):
             try:
-                check_key(key, seen)
+                check_path_key(key, seen)
                 yield _row(file, key, shard, members)
                 seen.add(key)
             except BadSample as error:
@@ -38,15 +41,19 @@ def rows_of_tar(path: Path, shard: int, seen: set[str], refused: list[str]) -> I
 
 
 def _groups(path: Path) -> Iterator[tuple[str, dict[str, Place]]]:
-    """Key, and places by extension, of each run of members with one key."""
+    """Key, and places by extension, of each run of members with one key.
+
+    As webdataset has it, the key ends at the first point of the base name, and what has no such point is no member.
+    """
     key: str | None = None
     members: dict[str, Place] = {}
     try:
         with tarfile.open(path, "r:") as tar:
             for info in tar:
-                if not info.isfile():
+                match = _MEMBER.fullmatch(info.name.removeprefix("./"))
+                if not info.isfile() or match is None:
                     continue
-                name, _, extension = info.name.removeprefix("./").partition(".")
+                name, extension = match.groups()
                 if name != key:
                     if key is not None:
                         yield key, members

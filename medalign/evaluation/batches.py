@@ -57,6 +57,11 @@ class Row:
         return [pictures[start : start + _ACROSS] for start in range(0, len(pictures), _ACROSS)]
 
     @property
+    def spans(self) -> str:
+        """Kind, first and last position of each piece."""
+        return ", ".join(f"{piece.kind} {piece.start}-{piece.start + piece.tokens - 1}" for piece in self.pieces)
+
+    @property
     def supervised(self) -> int:
         """Tokens that are learnt."""
         return sum(piece.tokens for piece in self.pieces if piece.kind == ANSWER)
@@ -117,7 +122,7 @@ def as_text(view: BatchView, colour: bool) -> str:
         if colour:
             lines += _blocks(row)
         lines.append("  " + " ".join(_sgr(p.kind, p.text) if colour else _plain(p) for p in row.pieces))
-        lines.append("  " + ", ".join(f"{p.kind} {p.start}-{p.start + p.tokens - 1}" for p in row.pieces))
+        lines.append(f"  {row.spans}")
         lines.append("")
     lines += [f"bad sample replaced: {reason}" for reason in view.skipped]
     return "\n".join(lines).rstrip() + "\n"
@@ -208,6 +213,8 @@ def _wrapped(row: Row, letters: int) -> Iterator[tuple[str, str]]:
     for piece in row.pieces:
         for line in textwrap.wrap(piece.text, letters) or [""]:
             yield piece.kind, line
+    for line in textwrap.wrap(row.spans, letters):
+        yield OTHER, line
 
 
 def _data_uri(picture: Image.Image) -> str:

@@ -6,6 +6,7 @@ import base64
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from PIL import Image
 
@@ -84,10 +85,12 @@ def _pictures(evaluation: Evaluation, keys: Sequence[str]) -> dict[str, tuple[Im
     """The first image of each sample that has one, to which boxes and attention belong, and how many there are."""
     if not evaluation.data:
         raise DataError(f"{evaluation.folder / 'scores.json'} does not name the shards")
-    index = ShardIndex.open(evaluation.data)
+    opened = cache(ShardIndex.open)
     found = {}
     for key in keys:
-        sample, row = index.read(index.find(key)), evaluation.predictions[key]
+        row = evaluation.predictions[key]
+        index = opened(evaluation.data[row.folder])
+        sample = index.read(index.find(row.key))
         if sample.question != row.question or (
             row.image_size and sample.images and sample.images[0].size != row.image_size
         ):

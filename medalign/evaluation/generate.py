@@ -26,6 +26,15 @@ class Answer:
     attention: list[float] | None
 
 
+@dataclass(frozen=True)
+class Predicted:
+    """A batch of predictions, and what has happened on the way to it."""
+
+    rows: list[Prediction]
+    unreadable: tuple[str, ...]  # "shard/key: reason" of samples that were left out
+    cut: int  # questions cut to the length limit
+
+
 def answer(student: Student, tokenizer: Any, batch: Batch, max_new_tokens: int) -> list[Answer]:
     """Greedy answers to a left-padded batch of questions."""
     ids, maps_IN = student.generate(
@@ -53,11 +62,12 @@ def predict(
     max_new_tokens: int,
     device: torch.device,
     numbers: Sequence[int] | None = None,
-) -> Iterator[list[Prediction]]:
+) -> Iterator[Predicted]:
     """Predictions for samples of an index, in order, a batch at a time."""
     for samples, batch in batches(index, collator, batch_size, numbers):
         answers = answer(student, tokenizer, batch.to(device), max_new_tokens)
-        yield [_prediction(student, sample, given) for sample, given in zip(samples, answers, strict=True)]
+        rows = [_prediction(student, sample, given) for sample, given in zip(samples, answers, strict=True)]
+        yield Predicted(rows, batch.skipped, batch.truncated)
 
 
 def _prediction(student: Student, sample: Sample, given: Answer) -> Prediction:
@@ -73,9 +83,9 @@ def _prediction(student: Student, sample: Sample, given: Answer) -> Prediction:
         return row
     frame = CanvasFrame(*sample.images[0].size)
     row.attention, row.image_size = given.attention, (frame.width, frame.height)
-    if sample.boxes:
-        ground = grounding(given.attention, sample.boxes, frame, student.anatomy.grid)
+    row.boxes = [list(box) for box in sample.boxes]
+    ground = grounding(given.attention, sample.boxes, frame, student.anatomy.grid)
+    if ground is not None:
         row.attention_inside, row.box_area = ground.inside, ground.area
         row.pointing_hit, row.pointing_chance = ground.hit, ground.chance
-        row.boxes = [list(box) for box in sample.boxes]
     return row

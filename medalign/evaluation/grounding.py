@@ -16,8 +16,6 @@ import torch
 
 from medalign.geometry import Box, CanvasFrame, PatchGrid, coverage
 
-RASTER = 1024  # steps to the canvas's side, at least, when areas are measured
-
 
 @dataclass(frozen=True)
 class Grounding:
@@ -34,24 +32,25 @@ def grounding(
     boxes: Sequence[Box],
     frame: CanvasFrame,
     grid: PatchGrid,
-) -> Grounding:
+) -> Grounding | None:
     """Compare a question's attention, N values of any positive scale, with boxes in image pixels.
+
+    None where no box covers any of the picture: there is nothing to look at, and no score would be fair.
 
     The boxes count as their union, cut to the picture; a patch that is partly inside counts in proportion. A patch
     is a hit where its centre lies in a box, or where it holds the centre of a box (which may be smaller than a
     patch, and lie between centres). The strongest patch is the first one of largest attention among those that
     show some of the picture.
 
-    Raises ValueError for a map of another size, values that are negative or not finite, and boxes that cover nothing.
+    Raises ValueError for a map of another size, and values that are negative or not finite.
     """
     attention_N = _checked(attention_N, grid)
     cut = [_cut(box, frame) for box in boxes]
     unit_boxes = [frame.to_unit(box) for box in cut if box[0] < box[2] and box[1] < box[3]]
-    fineness = -(-RASTER // min(grid.rows, grid.columns))
-    picture_N = coverage([frame.picture], grid, fineness)
-    boxes_N = np.minimum(coverage(unit_boxes, grid, fineness), picture_N)
+    picture_N = coverage([frame.picture], grid)
+    boxes_N = np.minimum(coverage(unit_boxes, grid), picture_N)
     if not boxes_N.any():
-        raise ValueError(f"no box covers any of the picture of {frame.width} x {frame.height}: {list(boxes)}")
+        return None
     visible_N = picture_N > 0
     hits_N = _hits(unit_boxes, grid) & visible_N
     total = float((attention_N * picture_N).sum())

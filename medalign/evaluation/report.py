@@ -11,10 +11,11 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
+from medalign.errors import ConfigError
 from medalign.evaluation.curves import SERIES, panels
 from medalign.evaluation.examples import examples as choose_examples
-from medalign.evaluation.runs import config_differences, evaluation_names, read_runs
-from medalign.evaluation.tables import Course, Table, as_text, course, score_table
+from medalign.evaluation.runs import config_differences, evaluation_names, read_evaluation, read_runs
+from medalign.evaluation.tables import Course, Table, as_text, course, remarks, score_table
 from medalign.observability.files import write_text
 
 TEMPLATE = "report.html.jinja"
@@ -29,7 +30,7 @@ def write_report(runs: Sequence[Path], output: Path, *, titles: Sequence[str] | 
         examples: questions to picture from each data set; 0 for none.
 
     Pictures are read again from the shards; where those are gone, the page says so and has none. Raises DataError
-    for a folder that holds no evaluation.
+    for a folder that holds no evaluation, ConfigError where `output` cannot be written.
     """
     records = read_runs(runs, titles)
     names = evaluation_names(records)
@@ -45,14 +46,24 @@ def write_report(runs: Sequence[Path], output: Path, *, titles: Sequence[str] | 
         differences=config_differences(records),
     )
     output = Path(output)
-    write_text(output.with_suffix(".json"), json.dumps(as_data(tables, courses), indent=2, ensure_ascii=False) + "\n")
-    write_text(output, page)
+    data = json.dumps(as_data(tables, courses), indent=2, ensure_ascii=False) + "\n"
+    try:
+        write_text(output.with_suffix(".json"), data)
+        write_text(output, page)
+    except OSError as error:
+        raise ConfigError(f"--output {output} cannot be written ({error.strerror}); name another file") from error
 
 
 def format_table(runs: Sequence[Path], titles: Sequence[str] | None = None) -> str:
     """The score tables as text with aligned columns, one for each data set."""
     records = read_runs(runs, titles)
     return "\n\n".join(as_text(score_table(records, name)) for name in evaluation_names(records))
+
+
+def format_evaluation(folder: Path) -> str:
+    """The table of one evaluation, below it what the table does not tell."""
+    record = read_evaluation(folder)
+    return "\n".join([as_text(score_table([record], folder.name)), *remarks(record.evaluations[folder.name].scores)])
 
 
 def as_data(tables: Sequence[Table], courses: Sequence[Course]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,10 +26,6 @@ class Evaluation:
     scores: dict[str, Any]
 
     @property
-    def name(self) -> str:
-        return self.folder.name
-
-    @property
     def data(self) -> list[str]:
         """The shard folders that were evaluated."""
         return list(self.scores.get("data", []))
@@ -41,9 +38,11 @@ class Evaluation:
 
     @cached_property
     def predictions(self) -> dict[str, Prediction]:
-        """Predictions by key, in order; empty where the file is missing."""
+        """Predictions by key, in order; none without the file. A key that comes twice names its folder too."""
         path = self.folder / "predictions.jsonl"
-        return {row.key: row for row in read_predictions(path)} if path.is_file() else {}
+        rows = read_predictions(path) if path.is_file() else []
+        times = Counter(row.key for row in rows)
+        return {row.key if times[row.key] == 1 else f"{self.data[row.folder]}/{row.key}": row for row in rows}
 
 
 @dataclass(frozen=True)
@@ -70,6 +69,25 @@ def read_runs(paths: Sequence[Path], titles: Sequence[str] | None = None) -> lis
     return [_read_run(path, title) for path, title in zip(paths, titles or _titles(paths), strict=True)]
 
 
+def read_evaluation(folder: Path) -> RunRecord:
+    """One evaluation alone, as a run that has no other."""
+    evaluation = Evaluation(folder, _read_scores(folder / "scores.json"))
+    run = folder.absolute().parents[1]
+    return RunRecord(run, run.name, config={}, rows=[], evaluations={folder.name: evaluation})
+
+
+def home_of(path: Path) -> tuple[Path, str]:
+    """The folder whose evaluation/ belongs to a run, a checkpoint or an export, and what its names there begin with.
+
+    Those of a checkpoint begin with its step and lie in its run's folder, for a checkpoint is deleted when it is old.
+    """
+    whole = path.resolve()
+    for folder in (whole, whole.parent):
+        if folder.parent.name == "checkpoints" and folder.name.startswith("step-"):
+            return folder.parents[1], f"{folder.name}-"
+    return path, ""
+
+
 def evaluation_names(runs: Sequence[RunRecord]) -> list[str]:
     """Every data set that some run was scored on, in the order of first appearance."""
     return list(dict.fromkeys(name for run in runs for name in run.evaluations))
@@ -87,16 +105,20 @@ def config_differences(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]
 def _read_run(path: Path, title: str) -> RunRecord:
     if not path.is_dir():
         raise DataError(f"run folder {path} does not exist")
-    scores = sorted(path.glob("evaluation/*/scores.json"))
+    home, prefix = home_of(path)
+    scores = sorted(home.glob(f"evaluation/{prefix}*/scores.json"))
     if not scores:
-        raise DataError(f"run {path} has no evaluation/*/scores.json; evaluate it first (medalign evaluate)")
-    metrics = path / "metrics.jsonl"
+        lacks = f"{home}/evaluation/{prefix}*/scores.json" if prefix else "evaluation/*/scores.json"
+        raise DataError(f"run {path} has no {lacks}; evaluate it first (medalign evaluate)")
+    metrics = home / "metrics.jsonl"
     return RunRecord(
         path=path,
         title=title,
-        config=_read_config(path / "config.yaml"),
+        config=_read_config(home / "config.yaml"),
         rows=read_rows(metrics) if metrics.is_file() else [],
-        evaluations={file.parent.name: Evaluation(file.parent, _read_scores(file)) for file in scores},
+        evaluations={
+            file.parent.name.removeprefix(prefix): Evaluation(file.parent, _read_scores(file)) for file in scores
+        },
     )
 
 

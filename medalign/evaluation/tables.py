@@ -118,6 +118,17 @@ def as_text(table: Table) -> str:
     return "\n".join(line.rstrip() for line in aligned)
 
 
+def remarks(scores: dict[str, Any]) -> list[str]:
+    """What a row of the table does not tell: the samples that its scores leave out."""
+    unreadable, beside = (scores.get(key, 0) for key in ("unreadable", "ungrounded"))
+    lines = []
+    if unreadable:
+        lines.append(f"{unreadable} of {scores['n'] + unreadable} samples could not be read and are in no score")
+    if beside:
+        lines.append(f"{beside} samples have boxes beside their picture alone; no score of the attention counts them")
+    return lines
+
+
 @dataclass(frozen=True)
 class Course:
     """How a run's training went. None where the run's metrics do not say."""

@@ -34,9 +34,14 @@ class Anatomy:
 def anatomy(model: Any) -> Anatomy:
     """The anatomy of a transformers model. Raises ConfigError for a family that is not supported."""
     kind = getattr(model.config, "model_type", type(model).__name__)
+    require_family(kind)
+    return FAMILIES[kind](model)
+
+
+def require_family(kind: str) -> None:
+    """Raises ConfigError for a model type that is not supported."""
     if kind not in FAMILIES:
         raise ConfigError(f"student model type {kind!r} is not supported; supported: {', '.join(sorted(FAMILIES))}")
-    return FAMILIES[kind](model)
 
 
 def _llava(model: Any) -> Anatomy:

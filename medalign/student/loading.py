@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from medalign.config import StudentConfig
 from medalign.errors import CheckpointError, ConfigError
-from medalign.student.families import Anatomy, anatomy
+from medalign.student.families import Anatomy, anatomy, require_family
 from medalign.student.model import Student
 from medalign.student.query_mixture import QueryMixture
 from medalign.student.steering import Steering
@@ -71,10 +71,16 @@ def load_student(config: StudentConfig, dtype: torch.dtype, seed: int = 0) -> St
 
 
 def load_anatomy(config: StudentConfig) -> Anatomy:
-    """The student's shapes alone: its weights are not read, and the modules hold none."""
-    settings = AutoConfig.from_pretrained(_folder(config), local_files_only=True)
-    with torch.device("meta"):
-        return anatomy(AutoModelForImageTextToText.from_config(settings))
+    """The student's shapes alone: its weights are not read, and the modules hold none. Raises ConfigError."""
+    folder = _folder(config)
+    try:
+        settings = AutoConfig.from_pretrained(folder, local_files_only=True)
+        require_family(settings.model_type)
+        with torch.device("meta"):
+            return anatomy(AutoModelForImageTextToText.from_config(settings))
+    except (OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(f"student.path {folder} is no model that can be read: {reason}") from error
 
 
 def load_processor(config: StudentConfig) -> Any:

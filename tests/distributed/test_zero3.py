@@ -19,6 +19,7 @@ ONE_RANK = {
     # No image and no distillation: W and projector get gradient zero, and what moves them is decay.
     "decay": {"micro": 4, "engine": "zero2", "steered": True, "weight_decay": 0.5, "text_only": [0, 1, 2, 3]},
     "falling": {"micro": 4, "steps": 12, "same": True},
+    "bf16": {"micro": 4, "steps": 12, "same": True, "precision": "bf16"},
 }
 TWO_RANKS = {
     "halves": {"micro": 2},
@@ -110,6 +111,16 @@ def test_w_never_decays(one):
     assert not _moved(result, "steering") and _moved(result, "multi_modal_projector")
 
 
-def test_losses_fall(one):
-    losses = one["falling"]["losses"]
+@pytest.mark.parametrize("run", ["falling", "bf16"])
+def test_losses_fall(one, run):
+    losses = one[run]["losses"]
     assert losses[-1]["loss/total"] < losses[0]["loss/total"]
+
+
+def test_bf16_begins_with_the_losses_of_fp32(one):
+    """bf16 keeps 8 bits, 0.4 % a rounding, and a dozen of them lie between the pixels and each loss."""
+    bf16, fp32 = (one[run]["losses"][0] for run in ("bf16", "falling"))
+    for name in ("loss/language", "loss/similarity", "loss/attention"):
+        assert bf16[name] == pytest.approx(fp32[name], rel=0.05), name
+        assert bf16[name] != fp32[name], "nothing was rounded: this was no bf16 run"
+    assert one["bf16"]["frozen"]["before"] == one["bf16"]["frozen"]["after"]

@@ -16,7 +16,7 @@ from medalign.config import Config, LoraConfig
 from medalign.contracts import Batch
 from medalign.engine import engine as door
 from medalign.engine.engine import Engine
-from medalign.engine.settings import deepspeed_settings
+from medalign.engine.settings import deepspeed_settings, precision
 from medalign.run import build_objective, build_teacher, parameter_groups
 from medalign.student.loading import load_student
 from medalign.student.model import Student
@@ -36,6 +36,7 @@ def configure(settings: dict[str, Any]) -> Config:
     config.train.projector_lr = settings.get("projector_lr", 1e-3)
     config.train.weight_decay = settings.get("weight_decay", 0.0)
     config.train.batch_size, config.train.micro_batch_size = settings.get("batch", 4), settings["micro"]
+    config.train.precision = settings.get("precision", "fp32")
     config.engine.deepspeed = settings.get("engine", "cpu")
     return config
 
@@ -95,7 +96,7 @@ def digest(tensors: dict[str, torch.Tensor]) -> str:
     total = hashlib.sha256()
     for name in sorted(tensors):
         total.update(name.encode())
-        total.update(tensors[name].contiguous().numpy().tobytes())
+        total.update(tensors[name].flatten().view(torch.uint8).numpy().tobytes())  # NumPy has no bf16
     return total.hexdigest()
 
 
@@ -112,7 +113,7 @@ def build(config: Config, *, steered: bool = False) -> tuple[Engine, Student, St
     ds_settings = deepspeed_settings(config, distributed.world())
     teacher = build_teacher(config)
     with door.sharded_loading(ds_settings):
-        student = load_student(config.student, torch.float32)
+        student = load_student(config.student, precision(config))
     if steered:
         torch.nn.init.normal_(student.steering.weight, std=0.1)
     student.train()

@@ -1,10 +1,22 @@
 """The canvas, the grids and the way between them."""
 
 import numpy as np
+import pytest
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
-from medalign.geometry import CanvasFrame, PatchGrid, coverage, gather_images, resample_map, square_canvas, view
+from medalign.geometry import (
+    CanvasFrame,
+    PatchGrid,
+    coverage,
+    gather_images,
+    resample_map,
+    resize,
+    square_canvas,
+    view,
+)
 
 
 def test_canvas_centres_the_image_and_keeps_its_pixels():
@@ -24,6 +36,13 @@ def test_coverage_counts_overlapping_boxes_once():
     share = coverage([(0, 0, 0.5, 0.5), (0, 0, 0.5, 0.5)], PatchGrid(2, 2))
     assert share.tolist() == [1, 0, 0, 0]
     assert coverage([(0, 0, 0.25, 0.5)], PatchGrid(2, 2)).tolist() == [0.5, 0, 0, 0]
+
+
+def test_coverage_is_exact_for_slivers_and_clean_at_patch_edges():
+    share = coverage([(0.3, -1, 0.3001, 2)], PatchGrid(1, 10))
+    assert share.tolist() == pytest.approx([0, 0, 0, 0.001, 0, 0, 0, 0, 0, 0], abs=1e-9)
+    assert share[2] == 0  # 0.3 x 10 is not quite 3 in floating point
+    assert coverage([], PatchGrid(2, 3)).tolist() == [0] * 6
 
 
 def test_resampling_keeps_a_constant_and_a_ramp():
@@ -50,3 +69,14 @@ def test_a_grey_square_gives_the_pixels_of_its_rgb_form():
     one, three = view(square_canvas(grey), 33, mean, std), view(grey.convert("RGB"), 33, mean, std)
     assert one.shape == (3, 33, 33)
     assert torch.equal(one, three)
+
+
+@settings(deadline=None)
+@example(512, 512, 336, "L")
+@example(625, 625, 518, "L")  # neither divides by four
+@given(st.integers(1, 90), st.integers(1, 90), st.integers(1, 70), st.sampled_from(["L", "RGB"]))
+def test_resizing_gives_the_pixels_of_pillow(width: int, height: int, size: int, mode: str) -> None:
+    noise = np.random.default_rng(width + 100 * height).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    for image in (Image.fromarray(noise).convert(mode), Image.fromarray(noise).convert(mode).resize((width, width))):
+        expected = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
+        assert np.array_equal(resize(image, size), expected)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import html
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from medalign.__main__ import main
+from medalign.config import load
 from medalign.data.index import ShardIndex
 from medalign.data.phantom.records import records
 from medalign.data.plan import GlobalOrder, StepPlan
@@ -27,26 +30,22 @@ class Keys:
         return f"k{number}"
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=10, deadline=None)
 @given(
-    shards=st.lists(st.integers(0, 40), min_size=1, max_size=12).filter(any),
+    size=st.integers(1, 300),
     batch=st.integers(1, 70),
     micro=st.integers(1, 8),
     world=st.sampled_from([1, 2, 3, 8, 64, 512]),
     workers=st.sampled_from([0, 1, 4]),
     skip=st.integers(0, 4),
 )
-def test_global_batches_are_the_same_for_every_cut(shards, batch, micro, world, workers, skip) -> None:
-    size = sum(shards)
-    steps = range(skip, skip + 3 + 2 * size // batch)
-    order = GlobalOrder(size, 5, shards=shards, block=50)
+def test_what_is_listed_is_what_the_loaders_draw(size, batch, micro, world, workers, skip) -> None:
+    """That the loaders' draws are the same for every cut is proved in data/test_draws.py."""
+    order, steps = GlobalOrder(size, 5), range(skip, skip + 3)
     got = list(global_batches(Keys(), order, StepPlan(batch, micro, world), workers, steps))  # type: ignore[arg-type]
     positions = order.take(skip * batch, len(steps) * batch).reshape(-1, batch)
     assert [step for step, _ in got] == list(steps)
     assert [keys for _, keys in got] == [[f"k{n}" for n in row] for row in positions.tolist()]
-    if skip == 0:  # every sample exactly once an epoch
-        seen = [key for _, keys in got for key in keys]
-        assert len(set(seen[:size])) == len(set(seen[size : 2 * size])) == size
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +108,51 @@ def test_a_batch_is_shown(capsys: pytest.CaptureFixture[str], data: Path, tmp_pa
     assert (0x12, 0x80, 0x5C) in colours  # what is learnt, in its colour
 
 
+def test_every_form_tells_the_spans(data: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    drawn: list[str] = []
+    real = ImageDraw.ImageDraw.text
+
+    def text(self, place, words, **how):
+        drawn.append(words)
+        return real(self, place, words, **how)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", text)
+    words = ["inspect", "phantom", "--data.train", str(data), "--train.batch_size", "2"]
+    assert main(words) == 0
+    spans = [line.strip() for line in capsys.readouterr().out.splitlines() if line.startswith("  template 0-")]
+    assert main([*words, "--output", str(tmp_path / "new" / "deep" / "batch.png")]) == 0
+    assert main([*words, "--output", str(tmp_path / "newer" / "batch.html")]) == 0
+    page = html.unescape((tmp_path / "newer" / "batch.html").read_text())
+    assert len(spans) == 2
+    for line in spans:
+        assert line in " ".join(drawn)
+        assert line.replace("-", "\N{EN DASH}") in page
+
+
+@pytest.mark.parametrize("ending", ["html", "png"])
+def test_an_output_that_cannot_be_written(data: Path, tmp_path: Path, ending: str, capsys) -> None:
+    (tmp_path / "file").write_text("precious")
+    words = ["inspect", "phantom", "--data.train", str(data), "--train.batch_size", "1", "--output"]
+    assert main([*words, str(tmp_path / "file" / f"batch.{ending}")]) == 2
+    assert f"file/batch.{ending} cannot be written: " in capsys.readouterr().err
+
+
+def test_a_student_of_another_family(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    packaged = Path(load("phantom", ["--data.train", str(data)], models=False).student.path)
+    for name, settings_ in (("llama", {"model_type": "llama"}), ("none", {}), ("vit", {"model_type": "vit"})):
+        shutil.copytree(packaged, tmp_path / name)
+        (tmp_path / name / "config.json").write_text(json.dumps(settings_))
+    (tmp_path / "vit" / "config.json").write_text("{broken")
+    words = ["inspect", "phantom", "--data.train", str(data), "--student.path"]
+    for name, message in (
+        ("llama", "student model type 'llama' is not supported; supported: llava"),
+        ("none", "is no model that can be read: Unrecognized model"),
+        ("vit", "student.path"),
+    ):
+        assert main([*words, str(tmp_path / name)]) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_a_packed_batch_is_shown_sample_by_sample(capsys: pytest.CaptureFixture[str], data: Path) -> None:
     words = ["inspect", "phantom", "--data.train", str(data), "--train.batch_size", "5"]
     assert main(words) == 0
@@ -153,10 +197,30 @@ def test_all_images_of_a_sample_are_shown(data: Path, tmp_path: Path, capsys, mo
         (["phantom", "--data.train", "DATA", "--keys", "--steps", "3", "--skip", "3"], "raise --steps"),
         (["phantom", "--data.train", "DATA", "--nothing", "1"], "unknown key 'nothing'"),
         (["phantom", "--data.train", "DATA", "--output", "x.pdf"], r".html or .png"),
+        (["phantom", "--data.train", "DATA", "--skip", "0"], "--skip is for a list of keys; add --keys"),
+        (["phantom", "--data.train", "DATA", "--world-size", "2"], "--world-size is for a list of keys; add --keys"),
+        (["phantom", "--data.train", "DATA", "--workers", "0"], "--workers is for a list of keys; add --keys"),
+        (["phantom", "--data.train", "DATA", "--steps", "1"], "--steps is for a list of keys; add --keys"),
+        (["phantom", "--data.train", "DATA", "--keys", "--output", "x.png"], "--output is for a batch that is shown"),
+        (["phantom", "--data.train", "DATA", "--keys", "--step", "1"], "--step is for a batch that is shown"),
     ],
 )
 def test_errors_name_the_remedy(words: list[str], message: str, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", *(str(data) if word == "DATA" else word for word in words)]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--keys", "--world-size", "0"], "argument --world-size: '0' is not a whole number of at least 1"),
+        (["--keys", "--steps", "many"], "argument --steps: 'many' is not a whole number of at least 0"),
+        (["--step", "-1"], "argument --step: '-1' is not a whole number of at least 0"),
+    ],
+)
+def test_numbers_that_cannot_be(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["inspect", "phantom", *words])
     assert message in capsys.readouterr().err
 
 

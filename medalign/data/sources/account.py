@@ -68,5 +68,6 @@ class Account:
         }
         partial = path.with_name(f".{path.name}.partial")
         partial.touch(mode=0o600)
-        partial.write_text(json.dumps(value, ensure_ascii=False, indent=1, default=str) + "\n", encoding="utf-8")
+        text = json.dumps(value, ensure_ascii=False, indent=1, default=str) + "\n"
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")  # names may hold halves of characters
         partial.replace(path)

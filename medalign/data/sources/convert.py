@@ -38,6 +38,7 @@ from medalign.errors import DataError
 
 REPORT_NAME = "conversion.json"
 _WORK = ".conversion"
+_LOCK, _FINGERPRINT = ".lock", ".fingerprint"  # in it, beside the splits, whose names begin with no point
 
 
 @dataclass(frozen=True)
@@ -176,6 +177,9 @@ def _check_layout(source: Source, input: Path, settings: Chosen) -> None:
 
 def _require_place(output: Path, splits: Collection[str]) -> None:
     """Raises DataError where the splits cannot be put, or would stand beside one of another conversion."""
+    there = next(path for path in (output, *output.parents) if path.exists())
+    if not there.is_dir():
+        raise DataError(f"{there} is a file, so no folder can be made at {output}; name another output")
     for split in splits:
         require_replaceable(output / split)
     for index in sorted(output.glob(f"*/{INDEX_NAME}")):
@@ -240,17 +244,17 @@ def _fingerprint(
 def _work_folder(path: Path, fingerprint: str) -> Iterator[Path]:
     """The folder of this conversion's parts, cleared if another conversion left it, and locked while in use."""
     path.mkdir(parents=True, exist_ok=True)
-    with (path / "lock").open("w") as lock:
+    with (path / _LOCK).open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise DataError(f"another conversion is writing to {path.parent}; wait for it to end") from error
-        known = path / "fingerprint"
+        known = path / _FINGERPRINT
         if not known.exists() or known.read_text(encoding="utf-8") != fingerprint:
             for old in path.iterdir():
                 if old.is_dir():
                     shutil.rmtree(old)
-                elif old.name != "lock":
+                elif old.name != _LOCK:
                     old.unlink()
             known.write_text(fingerprint, encoding="utf-8")
         yield path

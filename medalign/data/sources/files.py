@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import io
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from medalign.data.members import MOST_IMAGES
 from medalign.data.records import Picture
 from medalign.data.samples import BadSample, decode_image, image_name, naming, picture_header
 from medalign.errors import DataError
+
+_PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA")
 
 
 def lacking(folder: Path, wanted: Mapping[str, str]) -> list[str]:
@@ -54,13 +57,13 @@ def read_bytes(folder: Path, name: Any, role: str) -> bytes:
     """A file's bytes. Raises BadSample for a name that is no text, leads out of the folder or cannot be read."""
     if not isinstance(name, str) or not name:
         raise BadSample(f"{role} is {name!r}; a path relative to the folder is needed")
-    path = (folder / name).resolve()
-    if not path.is_relative_to(folder.resolve()):
-        raise BadSample(f"{role} {name!r} lies outside the folder")
     try:
+        path = (folder / name).resolve()
+        if not path.is_relative_to(folder.resolve()):
+            raise BadSample(f"{role} {name!r} lies outside the folder")
         return path.read_bytes()
-    except OSError as error:
-        raise BadSample(f"{role} {name!r} cannot be read: {error.strerror}") from error
+    except (OSError, RuntimeError, ValueError) as error:  # a loop of links, and a NUL or half a character in the name
+        raise BadSample(f"{role} {name!r} cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
 def as_png_or_jpeg(data: bytes) -> Picture:
@@ -75,9 +78,12 @@ def as_png_or_jpeg(data: bytes) -> Picture:
 
 
 def png(image: Image.Image) -> bytes:
-    """The picture as PNG."""
+    """The picture as PNG; colours that PNG does not have (CMYK, LAB, ...) become RGB. Raises BadSample."""
     buffer = io.BytesIO()
-    image.save(buffer, "PNG")
+    try:
+        (image if image.mode in _PNG_MODES else image.convert("RGB")).save(buffer, "PNG")
+    except (OSError, ValueError) as error:
+        raise BadSample(f"image of mode {image.mode} cannot be written as PNG ({error})") from error
     return buffer.getvalue()
 
 
@@ -129,12 +135,15 @@ def share_split(case: str, test_share: float) -> str:
 
 def unit_hash(name: str) -> float:
     """A number in [0, 1) that belongs to the name."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big") / 2**56
+    return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()[:7], "big") / 2**56
 
 
 def share(value: str) -> float:
-    """A share in [0, 1], for settings."""
-    number = float(value)
+    """A share in [0, 1], for settings. Raises ValueError that says so."""
+    try:
+        number = float(value)
+    except ValueError:
+        number = math.nan
     if not 0 <= number <= 1:
-        raise ValueError(f"{value} is not between 0 and 1")
+        raise ValueError(f"{value!r} is not a number from 0 to 1")
     return number

@@ -31,7 +31,7 @@ class Hashing:
 
     def name(self, value: str) -> str:
         """32 hexadecimal digits."""
-        return hmac.new(self.salt, value.encode(), hashlib.sha256).hexdigest()[:32]
+        return hmac.new(self.salt, value.encode("utf-8", "surrogatepass"), hashlib.sha256).hexdigest()[:32]
 
     def record(self, record: Record) -> Record:
         """The record with key and identifying fields hashed; empty values stay empty."""
@@ -58,10 +58,10 @@ def read_salt(path: Path) -> bytes:
 def own_salt(output: Path) -> Path:
     """`OUTPUT.salt` beside the output, made if it is not there yet, so that a second run gives the same hashes."""
     path = output.absolute().with_name(output.absolute().name + ".salt")
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
             file.write(secrets.token_hex(32) + "\n")
-    except FileExistsError:
-        pass
+    except (FileExistsError, NotADirectoryError):
+        pass  # where no folder can be, reading it says so
     return path

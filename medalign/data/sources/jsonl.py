@@ -25,11 +25,11 @@ fields of a line:
   task         "vqa" or "report"
   question     what is asked; needed for vqa
   answer       needed for vqa
-  answer_type  "closed", "open" or ""
+  answer_type  "closed", "open" or "", in letters of any size
   report       the text to be written; needed for report
   boxes        [[x0, y0, x1, y1], ...] in pixels of the (first) image; may be left out
   mask         path of a PNG of the (first) image's size; may be left out or ""
-  split        its own shard folder; "train" where it is left out
+  split        its own shard folder, named by letters, digits, "_" and "-"; "train" where it is left out or ""
 Other fields are kept as the sample's metadata."""
 
 
@@ -46,7 +46,7 @@ def items(folder: Path, _chosen: Chosen) -> Iterator[Item | Refused]:
             place = f"{ANNOTATIONS} line {number}"
             try:
                 row = _parse(line)
-                yield Item(row.get("split") or DEFAULT_SPLIT, row["id"], row)
+                yield Item(row.get("split") or DEFAULT_SPLIT, row["id"], _folded(row))
             except BadSample as error:
                 yield Refused(place, str(error))
 
@@ -58,12 +58,18 @@ def _parse(line: bytes) -> dict[str, Any]:
         raise BadSample(f"not JSON ({error})") from error
     if not isinstance(row, dict):
         raise BadSample(f"a JSON {type(row).__name__}, not an object")
-    split = row.get("split") or DEFAULT_SPLIT
-    if not isinstance(split, str) or not split.strip(".") or "/" in split or "\\" in split:
+    split = row.get("split")
+    if split is not None and not isinstance(split, str):
         raise BadSample(f"split is {split!r}; it names a folder, such as 'train'")
     if not isinstance(row.get("id"), str) or not row["id"]:
         raise BadSample(f"id is {row.get('id')!r}; each line needs a text that is its own")
     return row
+
+
+def _folded(row: dict[str, Any]) -> dict[str, Any]:
+    """With its answer type in small letters: many write CLOSED or Open."""
+    given = row.get("answer_type")
+    return {**row, "answer_type": given.strip().lower()} if isinstance(given, str) else row
 
 
 def record(folder: Path, item: Item, _chosen: Chosen) -> Record:

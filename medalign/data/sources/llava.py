@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,8 @@ images/a.jpg      the images; without a folder images/, paths start at the folde
 Each question with the answer that follows it is one sample, about the same image; later ones do not show the earlier
 turns. "image" may be a list of images, all of which come before the question. Entries without "image" are questions
 without image. One JSON file goes to train/ (--test-share: a share of its images to test/, where an entry of several
-goes by the first); several go to folders of their names, as in train.json, test.json. "domain" and "answer_type" are
-kept."""
+goes by the first); several go to folders of their names, as in train.json, test.json, with "_" for points and spaces.
+"domain" and "answer_type" are kept."""
 
 _IMAGE_TOKENS = ("<image>", "<im_start>", "<im_end>")
 
@@ -53,11 +54,16 @@ def items(folder: Path, chosen: Chosen) -> Iterator[Item | Refused]:
                 yield Refused(place, str(error))
                 continue
             case = _first_image(row.get("image")) or text(row.get("id")) or place
-            split = path.stem if len(files) > 1 else share_split(case, chosen["test_share"])
+            split = _split_of(path) if len(files) > 1 else share_split(case, chosen["test_share"])
             shared = {name: row.get(name) for name in ("id", "image", "domain", "answer_type")}
             for turn, (question, answer) in enumerate(turns):
                 data = {**shared, "turn": turn, "question": question, "answer": answer, "case": case}
                 yield Item(split, f"{'_'.join(path.stem.replace('.', '_').split())[-40:]}-{number:07d}-{turn}", data)
+
+
+def _split_of(path: Path) -> str:
+    """A folder's name from the file's: "train_v1_2" of "train v1.2.json"."""
+    return re.sub(r"^-|[^\w-]+", "_", path.stem[-40:])
 
 
 def _first_image(image: Any) -> str:

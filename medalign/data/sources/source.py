@@ -6,17 +6,22 @@ cut into parts that processes convert on their own, and a part that is done need
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from medalign.data.records import Record, Refused
+from medalign.data.samples import BadSample
 
 Chosen = Mapping[str, Any]  # the source's settings by name, underscores for hyphens
 
 # Fields that tell who or where: these are hashed on request. Converters name their fields so.
 IDENTIFIERS = frozenset({"id", "case", "patient", "study", "image", "mask", "qid"})
+
+_SPLIT = re.compile(r"\w[\w-]*")
+_LONGEST_SPLIT = 200  # bytes; file systems hold names of 255, and the hidden neighbours' are longer
 
 
 @dataclass(frozen=True)
@@ -33,11 +38,19 @@ class Setting:
 
 @dataclass(frozen=True)
 class Item:
-    """One sample to be, as the listing knows it."""
+    """One sample to be, as the listing knows it. Raises BadSample for a split that names no folder."""
 
     split: str
     key: str  # unique in the data set
     data: dict[str, Any]  # JSON values: all that `record` needs beside the folder
+
+    def __post_init__(self) -> None:
+        # Points would let a split's folder meet the conversion's own files, or hide it.
+        if not _SPLIT.fullmatch(self.split) or len(self.split.encode()) > _LONGEST_SPLIT:
+            raise BadSample(
+                f"split is {self.split!r}; it names a folder, such as 'train': letters, digits, '_' and '-' alone, at "
+                f"most {_LONGEST_SPLIT} bytes"
+            )
 
 
 @dataclass(frozen=True)

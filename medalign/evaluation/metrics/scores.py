@@ -8,6 +8,7 @@
 | open_n, open_recall, open_exact | open questions, recall of words, share of exact answers | vqa, open |
 | report_n, bleu, rouge_l | reports, corpus BLEU (0 to 100), mean ROUGE-L F1 | report |
 | grounding_n, attention_inside, box_area | samples with boxes, mean attention inside, mean area | boxes |
+| ungrounded | samples whose boxes all lie beside the picture, which no score counts | boxes |
 | pointing_n, pointing_hits | samples with a pointing verdict, share of hits | boxes |
 | pointing_chance | what pointing at random would score, where it is known | boxes |
 
@@ -99,6 +100,7 @@ def _grounding(rows: Sequence[Prediction]) -> Scores:
         "grounding_n": len(inside),
         **mean("attention_inside", [a for a, _ in inside]),
         **({"box_area": float(np.mean([area for _, area in inside]))} if inside else {}),
+        "ungrounded": sum(bool(r.boxes) and r.attention is not None and r.attention_inside is None for r in rows),
         "pointing_n": len(hits),
         **mean("pointing_hits", hits),
         **({"pointing_chance": float(np.mean(chances))} if chances else {}),

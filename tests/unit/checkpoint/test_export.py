@@ -43,7 +43,7 @@ def student(settings) -> Student:
 def exported(settings, student, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("export")
     whole = {name: p.detach() for named in student.trainable().values() for name, p in named}
-    export.write(student, whole, settings, folder)
+    export.write(student, whole, settings, 160, folder)
     return folder
 
 

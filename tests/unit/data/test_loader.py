@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import tarfile
 from dataclasses import fields
 from itertools import islice
 from pathlib import Path
@@ -13,12 +15,14 @@ from PIL import Image
 from tiny_data import images, picture, record
 from tiny_text import encoder
 
+from medalign.__main__ import main
 from medalign.contracts import IGNORE, Batch, Sample
-from medalign.data.collate import Collator, TowerView
+from medalign.data import loader as loading
+from medalign.data.collate import Collator, Prepared, TowerView
 from medalign.data.index import ShardIndex
 from medalign.data.loader import TrainLoader, batches, judge_bad_share
 from medalign.data.plan import GlobalOrder
-from medalign.data.records import Record
+from medalign.data.records import Record, json_bytes
 from medalign.data.shards import write_shards
 from medalign.data.storage import Access
 from medalign.errors import ConfigError, DataError
@@ -166,6 +170,53 @@ def test_more_samples_in_a_batch_than_in_the_data(shards: Path) -> None:
     assert sorted(batch.keys[:23]) == sorted(batch.keys[23:46]) == every
 
 
+def test_keys_in_folders_make_a_batch(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "theirs.tar", "w") as tar:
+        for number, name in enumerate(("./train/0001", "train/0002", "val/0001")):
+            for ending, data in (("png", picture(number)), ("json", json_bytes(record(number).fields))):
+                info = tarfile.TarInfo(f"{name}.{ending}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    assert main(["shards", "index", str(tmp_path)]) == 0
+    (batch,) = next(iter(loader(tmp_path, global_batch=3, micro_batch=3)))
+    assert sorted(batch.keys) == ["train/0001", "train/0002", "val/0001"]
+    assert batch.student_pixels.shape == (3, 3, 12, 12)
+
+
+def test_equal_keys_in_two_folders_stay_two_samples(tmp_path: Path) -> None:
+    for name, answer in (("one", "yes"), ("two", "no")):
+        write_shards([record(i, answer=answer) for i in range(4)], tmp_path / name)
+    index = ShardIndex.open([tmp_path / "one", tmp_path / "two"])
+    order = GlobalOrder(8, 0)
+    (batch,) = next(iter(TrainLoader(index, order, collator(), global_batch=8, micro_batch=8)))
+    assert sorted(batch.keys) == sorted(2 * [f"s{i:03d}" for i in range(4)])
+    text = encoder().tokenizer
+    learnt = [text.decode(ids[labels != IGNORE]) for ids, labels in zip(batch.input_ids, batch.labels, strict=True)]
+    answers = ["yes" if number < 4 else "no" for number in order.take(0, 8)]
+    assert [words.split()[0] for words in learnt] == answers
+
+
+@pytest.mark.parametrize("side", [400, 90])
+def test_large_jpegs_are_decoded_no_larger_than_the_towers_need(tmp_path: Path, side: int) -> None:
+    seen: list[tuple[int, int]] = []
+
+    class Watching(Collator):
+        def prepare(self, sample: Sample) -> Prepared:
+            seen.extend(image.size for image in sample.images)
+            return super().prepare(sample)
+
+    pictures = images(picture(1, side, side // 2, "jpg"), picture(2, side, side // 2))
+    records = [Record(f"k{n}", (one,), record(1, boxes=[]).fields) for n, one in enumerate(pictures)]
+    write_shards(records, tmp_path / "out")
+    index = ShardIndex.open(tmp_path / "out")
+    watching = Watching(encoder(), STUDENT, TEACHER, PatchGrid(3, 3))
+    next(iter(TrainLoader(index, GlobalOrder(2, 0, shuffle=False), watching, global_batch=2, micro_batch=2)))
+    (jpeg, png), most = seen, 16  # pixels a side of the larger tower
+    assert png == (side, side // 2)
+    assert most <= jpeg[0] < 2 * most or jpeg[0] == -(-side // 8)  # an eighth is the least that JPEG offers
+    assert jpeg[0] < side
+
+
 def test_batch_sizes_that_do_not_fit(shards: Path) -> None:
     with pytest.raises(ConfigError, match="micro-batch 0 and ranks 1 must be at least 1"):
         loader(shards, micro_batch=0)
@@ -225,6 +276,16 @@ def test_nothing_to_substitute(tmp_path: Path) -> None:
     index = ShardIndex.open(tmp_path / "two")
     with pytest.raises(DataError, match="none of the 2 samples"):
         list(batches(index, collator(), 2))
+
+
+def test_lost_data_are_not_searched_to_their_end(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "REPLACED_WITHIN", 3)
+    damage(shards, 6, 7, 11, 12, 13)
+    order = GlobalOrder(23, 0, shuffle=False)
+    steps = iter(TrainLoader(ShardIndex.open(shards), order, collator(), global_batch=9, micro_batch=3))
+    assert next(steps)[2].keys == ("s008", "s008", "s008")
+    with pytest.raises(DataError, match=r"none of the 3 samples from number 11 on .*s011: checksum"):
+        next(steps)
 
 
 def test_truncation_is_counted(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
+from medalign.__main__ import main
 from medalign.data.phantom import KINDS, SPLITS, Study, stream, study
 from medalign.data.phantom.records import REQUESTS, records, write
 
@@ -146,3 +147,15 @@ def test_every_record_is_fit_to_be_packed_and_no_film_is_in_both_splits(tmp_path
     assert reports["train"].written == len(list(records(6, 1, "train")))
     films = [{record.images for record in records(6, 1, split)} for split in ("train", "val")]
     assert not films[0] & films[1]
+
+
+def test_numbers_that_cannot_be(capsys):
+    for words, message in (
+        (["--train", "many"], "argument --train: 'many' is not a whole number of at least 1"),
+        (["--val", "0"], "argument --val: '0' is not a whole number of at least 1"),
+        (["--reports", "2"], "'2' is not a number from 0 to 1"),
+        (["--reports", "half"], "'half' is not a number from 0 to 1"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["phantom", "--output", "x", *words])
+        assert message in capsys.readouterr().err

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from tiny_text import TEMPLATE, WORDS, encoder, tokenizer
-from transformers import CLIPImageProcessor, LlavaProcessor
+from transformers import CLIPImageProcessor, LlavaProcessor, tokenization_utils_base
 
 from medalign.contracts import IGNORE, Sample
 from medalign.data.prompts import Encoded, PromptEncoder
@@ -96,6 +96,17 @@ def test_length_limit(limit: int, question: int, answer: int, with_answer: bool)
     if with_answer:
         assert supervised
         assert kept == question or len(supervised) == 1  # the question is cut only when the answer cannot be
+
+
+def test_a_text_longer_than_the_model_takes_is_cut_without_its_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    enc = PromptEncoder(tiny.tokenizer(), image_token_id=3, tokens_per_image=16, max_length=100)
+    enc.tokenizer.model_max_length = 100
+    warned: list[str] = []
+    monkeypatch.setattr(tokenization_utils_base.logger, "warning", lambda text, *_: warned.append(text))
+    got = enc.encode(sample("why ? " * 1000, "because " * 1000), with_answer=True)
+    assert got.truncated and len(got.input_ids) == 100 and not warned
+    enc.tokenizer("why ? " * 1000)
+    assert "indexing errors" in warned[0]  # what is silent above is not silent elsewhere
 
 
 def test_limit_too_small_for_the_images() -> None:

@@ -16,7 +16,7 @@ import pytest
 import requests
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
 from test_loader import assert_same, collator, loader
-from test_storage import same_samples
+from test_storage import rename_last, same_samples
 from werkzeug.serving import make_server
 
 from medalign.data import storage
@@ -241,4 +241,12 @@ def test_with_the_cache_a_second_reading_asks_for_no_shard(s3: Server, bucket: s
     s3.asked.clear()
     again = ShardIndex.open(bucket, access)
     assert [again.read(i).answer for i in range(len(again))] == read
-    assert s3.asked == [Asked("HEAD", "index.jsonl", None)]  # has it changed?
+    last = (tmp_path / "train" / "index.jsonl").stat().st_size - 1  # it is shorter than what is compared
+    assert s3.asked == [Asked("HEAD", "index.jsonl", None), Asked("GET", "index.jsonl", f"bytes=0-{last}")]  # changed?
+
+
+def test_a_rewritten_index_of_the_same_size_is_noticed(shards: Path, s3: Server, bucket: str) -> None:
+    assert ShardIndex.open(bucket, QUICK).keys[-1] == "s022"
+    rename_last(shards)
+    boto3.client("s3").upload_file(shards / "index.jsonl", "films", "chest/train/index.jsonl")
+    assert ShardIndex.open(bucket, QUICK).keys[-1] == "t022"

@@ -19,8 +19,7 @@ from PIL import Image
 from test_loader import collator
 from tiny_data import images, picture, record
 
-from medalign.data import listing, table
-from medalign.data import shards as shards_module
+from medalign.data import index_file, listing, table
 from medalign.data.index import ShardIndex
 from medalign.data.listing import IMAGE, JSON, MASK
 from medalign.data.loader import batches
@@ -223,7 +222,7 @@ def test_damaged_rows(tmp_path: Path) -> None:
 def mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ShardIndex:
     """Nine samples of 0, 1 and 2 images in turn, their index mapped from its file."""
     monkeypatch.setattr(table, "LARGE", 3)
-    monkeypatch.setattr(shards_module, "LARGE", 3)
+    monkeypatch.setattr(index_file, "LARGE", 3)
     return pack(tmp_path / "mapped", *(several(f"k{i}", *films(i % 3, i)) for i in range(9)))
 
 

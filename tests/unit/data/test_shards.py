@@ -6,20 +6,25 @@ import io
 import json
 import pickle
 import resource
+import tarfile
+import tracemalloc
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
 import webdataset
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from tiny_data import images, picture, record
 
-from medalign.data import shards as shards_module
-from medalign.data import table
+from medalign.data import index_file, table
+from medalign.data import records as records_module
 from medalign.data.index import ShardIndex
-from medalign.data.records import Picture, Record, Refused
-from medalign.data.samples import REPORT_PROMPT, BadSample
-from medalign.data.shards import build_index, write_shards
+from medalign.data.records import KeySet, Picture, Record, Refused, json_bytes
+from medalign.data.samples import REPORT_PROMPT, BadSample, decode_image
+from medalign.data.shards import build_index, join_shards, write_shards
 from medalign.data.storage import Access
 from medalign.errors import ConfigError, DataError
 
@@ -237,6 +242,111 @@ def test_index_rebuilt_for_tars_of_others(tmp_path: Path, shards: Path) -> None:
         build_index(tmp_path)
 
 
+def members(path: Path, *names: str) -> None:
+    """A tar of samples of these keys, and of a file that belongs to none."""
+    with tarfile.open(path, "w") as tar:
+        for number, name in enumerate(names):
+            for ending, data in (("png", picture(number)), ("json", json_bytes(record(number).fields))):
+                for member, content in (
+                    (f"{name}.{ending}", data),
+                    (f"notes/{ending}", b"no sample"),
+                    (".hidden", b""),
+                ):
+                    info = tarfile.TarInfo(member)
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+
+
+def test_keys_in_folders_in_tars_of_others(tmp_path: Path) -> None:
+    given = [
+        "set/0001",
+        "./train/a",
+        "set.v1/b",
+        "a",
+        "other/a",
+        "set/0001",
+        "../up",
+        "/root",
+        "a//b",
+        "a b/c",
+        "a/__b",
+    ]
+    members(tmp_path / "a.tar", *given)
+    members(tmp_path / "b.tar", "set/0002", "train/a", f"{'long/' * 20}x", f"{'longer/' * 40}x")
+    result = build_index(tmp_path)
+    keys = ["set/0001", "train/a", "set.v1/b", "a", "other/a", "set/0002", f"{'long/' * 20}x"]
+    index = ShardIndex.open(tmp_path)
+    assert index.keys == keys
+    twice, up, *others, again, longer = result.refused
+    assert twice == "a.tar/set/0001: key occurs a second time; keys must be unique"
+    assert again == "b.tar/train/a: key occurs a second time; keys must be unique"
+    assert up.startswith("a.tar/../up: key '../up' must have 1 to 255 bytes, without")
+    assert [line.split(": ")[0] for line in others] == [f"a.tar/{key}" for key in ("/root", "a//b", "a b/c", "a/__b")]
+    assert longer.startswith("b.tar/longer/")
+    urls = [str(tmp_path / name) for name in ("a.tar", "b.tar")]
+    theirs = [s["__key__"].removeprefix("./") for s in webdataset.WebDataset(urls, shardshuffle=False) if "png" in s]
+    assert [key for key in theirs if key in keys] == [
+        "set/0001",
+        *keys[1:5],
+        "set/0001",
+        "set/0002",
+        *keys[1:2],
+        keys[6],
+    ]
+    assert index.read(index.find("train/a")).images[0].tobytes() == decode_image(picture(1)).tobytes()
+
+
+def test_refusals_and_damage_of_keys_in_folders_are_named(tmp_path: Path) -> None:
+    members(tmp_path / "a.tar", "set/0001")
+    build_index(tmp_path)
+    data = bytearray((tmp_path / "a.tar").read_bytes())
+    data[data.find(picture(0)) + 60] ^= 0xFF
+    (tmp_path / "a.tar").write_bytes(bytes(data))
+    with pytest.raises(BadSample, match=rf"^{tmp_path.name}/a\.tar/set/0001: checksum"):
+        ShardIndex.open(tmp_path).read(0)
+
+
+@given(keys=st.lists(st.text(max_size=3), max_size=60), recent=st.integers(0, 5))
+def test_taken_keys(keys: list[str], recent: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(records_module, "_RECENT", recent)
+        taken, expected = KeySet(), set()
+        for key in keys:
+            assert (key in taken) == (key in expected)
+            taken.add(key)
+            expected.add(key)
+
+
+def test_packing_and_joining_hold_no_rows(tmp_path: Path) -> None:
+    """The memory for many rows stays below what a tenth of them would take as dictionaries."""
+    count, place = 40_000, [512, 20480, 305419896]
+    row = {"task": "vqa", "answer_type": "", "width": 512, "height": 384, "text": [31, 3], "members": {"json": place}}
+    part, out = tmp_path / "part", tmp_path / "out"
+    part.mkdir()
+    (part / "shard-000000.tar").write_bytes(b"")
+    tracemalloc.start()
+    with index_file.IndexFile(part) as index:
+        index.add(part / "shard-000000.tar", ({"key": f"k{i:07d}", "shard": 0, **row} for i in range(count)))
+    report = join_shards([part, part], out)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert (report.written, report.shards) == (2 * count, 2)
+    assert peak < 4_000_000
+    header, *rows = (out / "index.jsonl").read_text().splitlines()
+    assert json.loads(header)["samples"] == len(rows) == 2 * count
+    assert json.loads(rows[-1]) == {"key": f"k{count - 1:07d}", "shard": 1, **row}
+    assert sorted(path.name for path in out.iterdir()) == ["index.jsonl", "shard-000000.tar", "shard-000001.tar"]
+
+
+def test_an_index_that_cannot_be_finished_leaves_the_older_one(shards: Path) -> None:
+    before = (shards / "index.jsonl").read_bytes()
+    (shards / "shard-000003.tar").write_bytes(b"not a tar at all" * 64)
+    with pytest.raises(DataError, match="is not a readable tar"):
+        build_index(shards)
+    assert (shards / "index.jsonl").read_bytes() == before
+    assert len(list(shards.iterdir())) == 5
+
+
 def test_truncated_picture_in_a_tar_of_others_is_found_when_read(tmp_path: Path) -> None:
     with webdataset.TarWriter(str(tmp_path / "a.tar")) as tar:
         tar.write({"__key__": "cut", "jpg": picture(3, 90, 90, "jpg")[:-2000], "json": record(3).fields})
@@ -263,6 +373,7 @@ def test_an_index_that_does_not_match_its_shards(shards: Path) -> None:
     moved = [json.loads(line) for line in lines]
     moved[2]["members"], moved[3]["members"] = moved[3]["members"], moved[2]["members"]
     moved[4]["members"]["png"][2] ^= 1
+    del moved[0]["checksum"]  # it would tell at once
     (shards / "index.jsonl").write_text("\n".join(map(json.dumps, moved)) + "\n")
     index = ShardIndex.open(shards)
     with pytest.raises(BadSample, match="s003: checksum"):
@@ -294,7 +405,7 @@ def test_a_large_index_is_mapped_and_made_anew_when_the_text_changes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(table, "LARGE", 20)
-    monkeypatch.setattr(shards_module, "LARGE", 20)
+    monkeypatch.setattr(index_file, "LARGE", 20)
     folder = tmp_path / "large"
     write_shards([record(i) for i in range(30)], folder, samples_per_shard=7)
     assert (folder / "index.bin").is_file()
@@ -318,6 +429,41 @@ def test_a_large_index_is_mapped_and_made_anew_when_the_text_changes(
     monkeypatch.setattr(table._TableFile, "build", _no_space)
     assert ShardIndex.open(folder).key(24) == "s064"
     assert "every process holds its own copy" in caplog.text
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_rows_that_the_header_was_not_written_for(shards: Path, monkeypatch: pytest.MonkeyPatch, large: bool) -> None:
+    if large:
+        monkeypatch.setattr(table, "LARGE", 20)
+    path = shards / "index.jsonl"
+    written = path.read_bytes()
+    path.write_bytes(written.replace(b'"width":40', b'"width":41', 1))
+    with pytest.raises(
+        DataError, match=r"rows of .*index\.jsonl have the checksum \w{8}, its header says \w{8}.*remove"
+    ):
+        ShardIndex.open(shards)
+    assert not (shards / "index.bin").exists()
+    path.write_bytes(written)
+    assert ShardIndex.open(shards).size(1) == (40, 24)
+    assert (shards / "index.bin").exists() == large
+
+
+def test_two_nodes_may_make_the_mapped_form_at_once(
+    shards: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(table, "LARGE", 20)
+    monkeypatch.setattr(table, "in_turn", lambda _: nullcontext())  # the lock of one node is unknown to the other
+    pack = table.pack
+
+    def slow(*arguments):
+        monkeypatch.setattr(table, "pack", pack)
+        table.read_table(shards)  # another node's process of the same number, meanwhile
+        return pack(*arguments)
+
+    monkeypatch.setattr(table, "pack", slow)
+    assert isinstance(table.read_table(shards).rows, np.memmap)
+    assert not caplog.records
+    assert not list(shards.glob(".*"))
 
 
 def _no_space(*_: object) -> None:

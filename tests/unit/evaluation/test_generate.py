@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
+from PIL import Image
 
-from medalign.evaluation.generate import answer
+from medalign.contracts import Sample
+from medalign.evaluation import generate
+from medalign.evaluation.generate import Answer, answer
+from medalign.geometry import PatchGrid
 from tests import tiny
 
 
@@ -23,3 +29,18 @@ def test_an_answer_comes_with_the_map_of_its_first_image() -> None:
     batch.image_sample = torch.tensor([0, 0, 2])
     maps = [given.attention for given in answer(Fixed(), tiny.tokenizer(), batch, 2)]  # type: ignore[arg-type]
     assert maps == [[0.0] * 16, None, [2.0] * 16]
+
+
+@pytest.mark.parametrize(
+    ("box", "grounded"),
+    [
+        ((10.0, 10.0, 12.0, 12.0), True),  # two pixels of 3000
+        ((3000.0, 10.0, 3001.0, 20.0), False),  # in the pixel beyond the edge that shards let pass
+    ],
+)
+def test_a_box_of_any_size_is_no_reason_to_stop(box: tuple[float, ...], grounded: bool) -> None:
+    student = SimpleNamespace(anatomy=SimpleNamespace(grid=PatchGrid(4, 4)))
+    film = Image.new("L", (3000, 2400))
+    sample = Sample("k", "none", "vqa", "q", "yes", "closed", (film,), (box,))  # type: ignore[arg-type]
+    row = generate._prediction(student, sample, Answer("yes", [1.0] * 16))  # type: ignore[arg-type]
+    assert (row.attention_inside is not None) is grounded and row.boxes == [list(box)]

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medalign.errors import DataError
-from medalign.evaluation.metrics import Prediction, read_predictions, score, write_predictions
+from medalign.evaluation.metrics import Prediction, read_predictions, score, unfinished, write_predictions
 from medalign.evaluation.metrics.answers import closed_correct, exact, open_recall, words
 from medalign.evaluation.metrics.reports import bleu, rouge_l
 from medalign.evaluation.metrics.scores import mean
@@ -123,7 +123,15 @@ def test_scores_count_each_group_and_leave_out_empty_ones():
     assert scores["attention_inside"] == pytest.approx(0.3) and scores["box_area"] == pytest.approx(0.2)
     assert scores["pointing_hits"] == pytest.approx(0.5) and scores["pointing_chance"] == pytest.approx(0.3)
     assert scores["rouge_l"] == pytest.approx(1.0)
-    assert score([]) == dict.fromkeys(["n", "closed_n", "open_n", "report_n", "grounding_n", "pointing_n"], 0)
+    assert set(score([]).values()) == {0}
+    assert set(score([])) == {"n", "closed_n", "open_n", "report_n", "grounding_n", "pointing_n", "ungrounded"}
+
+
+def test_a_box_beside_the_picture_is_counted_and_lowers_no_score():
+    seen = vqa("yes", "yes", attention=[1.0], boxes=[[0, 0, 2, 2]], attention_inside=0.4, box_area=0.1)
+    beside = vqa("yes", "yes", attention=[1.0], boxes=[[9, 9, 10, 10]])
+    scores = score([seen, beside, vqa("yes", "yes")])
+    assert (scores["ungrounded"], scores["grounding_n"], scores["attention_inside"]) == (1, 1, 0.4)
 
 
 @pytest.mark.parametrize(("task", "kind"), [("caption", ""), ("vqa", "CLOSED")])
@@ -163,11 +171,27 @@ def test_predictions_come_back(tmp_path):
     assert [p.name for p in path.parent.iterdir()] == ["predictions.jsonl"]
 
 
+def test_predictions_survive_what_ends_them(tmp_path):
+    path = tmp_path / "predictions.jsonl"
+    write_predictions(path, [vqa("old", "old")])
+
+    def rows():
+        yield vqa("a", "b")
+        assert len(read_predictions(unfinished(path))) == 1  # on disk before the next one is made
+        yield vqa("c", "d")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_predictions(path, rows())
+    assert [row.answer for row in read_predictions(unfinished(path))] == ["a", "c"]
+    assert [row.answer for row in read_predictions(path)] == ["old"]
+
+
 def test_bad_predictions_are_named(tmp_path):
     path = tmp_path / "predictions.jsonl"
     with pytest.raises(DataError, match="'k'"):
         write_predictions(path, [vqa("a", "b", attention_inside=math.nan)])
-    assert not path.exists()
+    assert not list(tmp_path.iterdir())
     path.write_text('{"key": "a"}\n')
     with pytest.raises(DataError, match="line 1"):
         read_predictions(path)

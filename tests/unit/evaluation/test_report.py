@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import tarfile
 from html.parser import HTMLParser
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 
 from medalign.data import phantom
 from medalign.data.index import ShardIndex
+from medalign.data.shards import build_index
 from medalign.errors import ConfigError, DataError
 from medalign.evaluation.curves import SERIES, panels, smoothed
 from medalign.evaluation.metrics import read_predictions, score, write_predictions
@@ -109,6 +111,25 @@ def test_other_samples_under_the_same_keys_are_noticed(runs, tmp_path):
     write_predictions(path, rows)
     write_report(runs, tmp_path / "report.html")
     assert "is not the one that was evaluated" in (tmp_path / "report.html").read_text()
+
+
+def test_keys_in_folders_name_no_files(made, tmp_path):
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    (source,) = (made / "shards" / "val").glob("*.tar")
+    with tarfile.open(source) as old, tarfile.open(theirs / "a.tar", "w") as new:
+        for member in old:
+            content = old.extractfile(member)
+            member.name = f"set/part.1/{member.name}"
+            new.addfile(member, content)
+    assert build_index(theirs).refused == ()
+    before = {path for path in tmp_path.rglob("*") if path.is_dir()}
+    make_run(tmp_path / "run", theirs, skill=0.9, aim=0.6, steps=0, config=BASE)
+    write_report([tmp_path / "run"], tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text()
+    assert Page(text).counts["img"] >= 8 and "<code>set/part.1/" in text
+    made_folders = {path for path in tmp_path.rglob("*") if path.is_dir()} - before
+    assert {path.name for path in made_folders} == {"run", "evaluation", "theirs"}
 
 
 def test_text_cannot_become_markup(runs, tmp_path):

@@ -9,7 +9,15 @@ from torch import nn
 
 from medalign.errors import CheckpointError, ConfigError
 from medalign.geometry import PatchGrid
-from medalign.teacher.clip import CONFIG_NAME, WEIGHTS_NAME, ConvStem, build_clip, class_attention, load_teacher
+from medalign.teacher.clip import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    ConvStem,
+    build_clip,
+    class_attention,
+    load_teacher,
+    teacher_eye,
+)
 
 
 def test_a_teacher_tells_how_it_wants_its_images(folder):
@@ -142,7 +150,41 @@ def test_unsupported_and_missing_teachers_say_what_is_supported(folder, tmp_path
         load_teacher(folder)
 
 
-@pytest.mark.parametrize("text", ["{", "{}", '{"model_cfg": {}}', "[]"])
+@pytest.mark.parametrize(
+    ("section", "changes", "message"),
+    [
+        ("vision_cfg", {"image_size": 63}, "image size 63 is not a multiple of its patch size 8: .* cover 56 of 63"),
+        ("vision_cfg", {"image_size": [48, 64]}, r"vision_cfg.image_size is \[48, 64\]; supported: squares"),
+        ("vision_cfg", {"image_size": "48"}, "vision_cfg.image_size is '48'"),
+        ("vision_cfg", {"image_size": []}, r"vision_cfg.image_size is \[\]"),
+        ("vision_cfg", {"head_widht": 8}, "unknown key 'head_widht' in model_cfg.vision_cfg; did you mean head_width"),
+        ("vision_cfg", {"width": "24"}, "cannot build model_cfg"),
+        ("preprocess_cfg", {"mean": [0.5]}, r"preprocess_cfg.mean is \[0.5\]; it must be three numbers"),
+        ("preprocess_cfg", {"mean": 0.5}, "preprocess_cfg.mean is 0.5"),
+        ("preprocess_cfg", {"std": [0.2, 0.2, 0]}, "preprocess_cfg.std is .* above 0"),
+    ],
+)
+def test_a_config_that_cannot_be_used_is_refused_by_file_and_key(folder, section, changes, message):
+    file = folder / CONFIG_NAME
+    config = json.loads(file.read_text())
+    (config["model_cfg"][section] if section == "vision_cfg" else config[section]).update(changes)
+    file.write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=f"{CONFIG_NAME}: .*{message}"):
+        load_teacher(folder)
+    if "cannot build" not in message:  # all but this is seen without building the tower
+        with pytest.raises(ConfigError, match=message):
+            teacher_eye(folder)
+
+
+@pytest.mark.parametrize("pool", ["avg", "none"])
+def test_a_tower_trained_without_its_class_token_is_refused(make_folder, pool):
+    """open_clip pools the patches then: nothing ever taught the class token where to look in the last block."""
+    vision = {"image_size": 48, "patch_size": 8, "width": 24, "head_width": 8, "layers": 3, "pool_type": pool}
+    with pytest.raises(ConfigError, match=f"{CONFIG_NAME}: .*pool_type is '{pool}': its class token"):
+        load_teacher(make_folder(vision_cfg=vision))
+
+
+@pytest.mark.parametrize("text", ["{", "{}", '{"model_cfg": {}}', "[]", '{"model_cfg": {"vision_cfg": [1]}}'])
 def test_a_config_that_is_none_is_refused(folder, text):
     (folder / CONFIG_NAME).write_text(text)
     with pytest.raises(ConfigError, match=f"{CONFIG_NAME} cannot be used"):

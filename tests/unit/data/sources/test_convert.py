@@ -157,7 +157,7 @@ def test_killed_and_started_again(tmp_path: Path) -> None:
 def test_two_conversions_do_not_mix(tmp_path: Path) -> None:
     source, work = write_folder(tmp_path / "in"), tmp_path / "out" / ".conversion"
     work.mkdir(parents=True)
-    with (work / "lock").open("w") as lock:
+    with (work / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(DataError, match="another conversion is writing to"):
             convert(JSONL, source, tmp_path / "out", workers=1)
@@ -185,6 +185,38 @@ def test_splits_of_an_earlier_conversion_do_not_stay_beside_new_ones(tmp_path: P
     (source / "annotations.jsonl").write_text(lines.replace('"train"', '"all"').replace('"test"', '"all"'))
     with pytest.raises(DataError, match="out/train is a split that this conversion does not write"):
         convert(JSONL, source, out, workers=1)
+
+
+@pytest.mark.parametrize("words", [[], ["--hash-ids"]])
+@pytest.mark.parametrize("below", ["", "a", "a/b"])
+def test_an_output_where_no_folder_can_be(
+    tmp_path: Path, below: str, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, file = write_folder(tmp_path / "in"), tmp_path / "film.png"
+    file.write_bytes(b"precious")
+    assert main(["shards", "jsonl", "--input", str(source), "--output", str(file / below), *words]) == 2
+    told = capsys.readouterr().err
+    assert f"{file} is a file" in told or "the salt" in told
+    assert "goes on" not in told
+    assert file.read_bytes() == b"precious"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["jsonl", "--workers", "none"], "argument --workers: 'none' is not a whole number of at least 1"),
+        (
+            ["jsonl", "--samples-per-shard", "0"],
+            "argument --samples-per-shard: '0' is not a whole number of at least 1",
+        ),
+        (["llava", "--test-share", "half"], "argument --test-share: 'half' is not a number from 0 to 1"),
+        (["llava", "--test-share", "1.5"], "argument --test-share: '1.5' is not a number from 0 to 1"),
+    ],
+)
+def test_numbers_that_cannot_be(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["shards", *words])
+    assert message in capsys.readouterr().err
 
 
 def test_nothing_usable(tmp_path: Path) -> None:

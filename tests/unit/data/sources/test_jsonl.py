@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conversion import pack, samples, skipped
+from PIL import Image
 from tiny_data import picture
 from tiny_text import encoder
 
@@ -125,6 +127,77 @@ def test_bad_lines_are_named(tmp_path: Path) -> None:
     found = skipped(account)
     assert found.keys() == expected.keys()
     assert all(found[key].startswith(start) for key, start in expected.items()), found
+
+
+@pytest.mark.parametrize("mode", ["CMYK", "LAB", "YCbCr", "RGBX"])
+def test_colours_that_png_does_not_have_become_rgb(tmp_path: Path, mode: str) -> None:
+    source = folder(tmp_path / "in", row(1, image="a.tiff"), row(2))
+    Image.linear_gradient("L").resize((40, 24)).convert("RGB").convert(mode if mode != "LAB" else "RGB").save(
+        source / "a.tiff"
+    )
+    if mode == "LAB":
+        values = np.full((24, 40, 3), 128, np.uint8)
+        Image.fromarray(values, "LAB").save(source / "a.tiff")
+    account = pack("jsonl", source, tmp_path / "out")
+    assert account.skipped == []
+    image = samples(tmp_path / "out" / "train")[0].images[0]
+    assert (image.mode, image.size) == ("RGB", (40, 24))
+
+
+def test_a_picture_that_cannot_be_written_is_refused_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = folder(tmp_path / "in", row(1, image="a.bmp"), row(2))
+    Image.new("L", (40, 24)).save(source / "a.bmp")
+
+    def fail(*_: object) -> None:
+        raise OSError("encoder error -2")
+
+    monkeypatch.setattr(Image.Image, "save", fail)
+    account = pack("jsonl", source, tmp_path / "out")
+    assert skipped(account) == {"q1": "image of mode L cannot be written as PNG (encoder error -2)"}
+
+
+@pytest.mark.parametrize(
+    "split", [".train", "a b", "a/b", "a.joined", "-x", " ", "lock\0", "a\n", "\ud800", 0, ["a"], "x" * 201]
+)
+def test_splits_that_name_no_folder_are_refused(tmp_path: Path, split: object) -> None:
+    account = pack("jsonl", folder(tmp_path / "in", row(1), row(2, split=split)), tmp_path / "out")
+    ((place, reason),) = skipped(account).items()
+    assert place == "annotations.jsonl line 2"
+    assert reason.startswith(f"split is {split!r}; it names a folder")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["conversion.json", "train"]
+
+
+def test_a_split_may_be_named_as_the_conversions_own_files(tmp_path: Path) -> None:
+    rows = (row(1, split="lock"), row(2, split="fingerprint"), row(4, split="été-2"), row(5, split=None))
+    account = pack("jsonl", folder(tmp_path / "in", *rows), tmp_path / "out")
+    assert sorted(account.splits) == ["fingerprint", "lock", "train", "été-2"]
+
+
+def test_names_that_no_file_can_have(tmp_path: Path) -> None:
+    source = folder(
+        tmp_path / "in",
+        row(1),
+        row(2, image="images/\0.png"),
+        row(4, mask="\0"),
+        row(5, image="images/\ud800.png"),
+        row(5, id="\ud800"),
+        row(8, image="loop/a.png"),
+    )
+    (source / "loop").symlink_to("loop")
+    account = pack("jsonl", source, tmp_path / "out")
+    assert account.written == 1
+    found = skipped(account)
+    assert found["q2"] == "image 'images/\\x00.png' cannot be read: embedded null byte"
+    assert found["q4"] == "mask '\\x00' cannot be read: embedded null byte"
+    assert "cannot be read" in found["q5"] and "cannot be read" in found["q8"]
+    assert found["\ud800"].startswith("key '\\ud800' must have")
+
+
+def test_answer_types_in_capitals(tmp_path: Path) -> None:
+    rows = (row(1, answer_type="CLOSED"), row(2, answer_type=" Open "), row(4, answer_type=None), row(5, answer_type=3))
+    account = pack("jsonl", folder(tmp_path / "in", *rows), tmp_path / "out")
+    assert [sample.answer_type for sample in samples(tmp_path / "out" / "train")] == ["closed", "open", ""]
+    assert skipped(account) == {"q5": "answer_type is 3; known are 'closed', 'open' and ''"}
 
 
 def test_folder_without_annotations(tmp_path: Path) -> None:

@@ -78,6 +78,14 @@ def test_files_are_splits(tmp_path: Path) -> None:
     assert samples(tmp_path / "out" / "test")[0].answer_type == "closed"
 
 
+def test_file_names_become_names_of_folders(tmp_path: Path) -> None:
+    for name in ("train v1.2", "-test", ".val"):
+        write_json(tmp_path / "in" / f"{name}.json", [{**ROWS[0], "image": None}])
+    account = pack("llava", tmp_path / "in", tmp_path / "out")
+    assert sorted(account.splits) == ["_test", "_val", "train_v1_2"]
+    assert account.skipped == []
+
+
 def test_missing_pieces(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"a \.json file with the conversations"):
         pack("llava", tmp_path, tmp_path / "out")

@@ -1,0 +1,168 @@
+"""Evaluation as it goes wrong: damaged shards, long questions, odd names and addresses, equal keys."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from medalign.__main__ import main
+from medalign.checkpoint import export
+from medalign.config import DataConfig
+from medalign.data.index import ShardIndex
+from medalign.data.phantom.records import records
+from medalign.data.records import Record
+from medalign.data.shards import write_shards
+from medalign.evaluation.metrics import read_predictions
+from medalign.inference import open_student
+
+QUICK = ["--max-new-tokens", "2"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, trained: Path) -> Path:
+    """A copy of the trained run, for these evaluations alone."""
+    return shutil.copytree(trained, tmp_path_factory.mktemp("runs") / "evaluated")
+
+
+@pytest.fixture
+def damaged(tmp_path: Path, shards: Path) -> Path:
+    """The held-out shards with two samples whose pictures' bytes have changed."""
+    folder = shutil.copytree(shards / "val", tmp_path / "damaged")
+    for i in (1, 3):
+        index = ShardIndex.open(folder)
+        (member,) = index._members(i, (0,))
+        with open(index._place(i), "r+b") as file:
+            file.seek(member.offset)
+            file.write(b"broken")
+    return folder
+
+
+def scores(run: Path, name: str) -> dict:
+    return json.loads((run / "evaluation" / name / "scores.json").read_text())
+
+
+def test_too_many_unreadable_samples_end_it_and_the_answers_stay(run, damaged, capsys):
+    words = ["evaluate", str(run), "--data", str(damaged), "--batch-size", "3", *QUICK]
+    assert main(words) == 2
+    told = capsys.readouterr()
+    assert "2 of 5 samples could not be used, more than --max-bad-share 0.01" in told.err
+    folder = run / "evaluation" / "damaged"
+    kept = folder / ".predictions.jsonl.unfinished"
+    assert str(kept) in told.err and not (folder / "scores.json").exists()
+    keys = ShardIndex.open(damaged).keys
+    assert [row.key for row in read_predictions(kept)] == [keys[0], keys[2], keys[4]]
+    assert main([*words, "--max-bad-share", "0.02"]) == 0
+    assert f"2 of {len(keys)} samples could not be read and are in no score" in capsys.readouterr().out
+    assert scores(run, "damaged")["unreadable"] == 2 and not kept.exists()
+
+
+def test_the_table_is_that_of_this_evaluation_alone(run, shards, capsys):
+    for name in ("one", "two"):
+        assert main(["evaluate", str(run), "--data", str(shards / "val"), "--name", name, "--limit", "3", *QUICK]) == 0
+    told = capsys.readouterr()
+    (_, table) = told.out.split("two")
+    assert "one" not in table and str(run / "evaluation" / "two") in told.err and "medalign report" in told.err
+
+
+def test_a_checkpoint_is_evaluated_into_its_run_s_folder(run, shards, tmp_path, capsys):
+    checkpoint = next(run.glob("checkpoints/step-*"))
+    assert main(["evaluate", str(checkpoint), "--data", str(shards / "val"), "--limit", "3", *QUICK]) == 0
+    assert not (checkpoint / "evaluation").exists()
+    name = f"{checkpoint.name}-val"
+    assert scores(run, name)["name"] == name
+    capsys.readouterr()
+    assert main(["report", str(run), "--output", str(tmp_path / "run.html")]) == 0
+    assert name in capsys.readouterr().out
+    assert main(["report", str(checkpoint), "--output", str(tmp_path / "checkpoint.html")]) == 0
+    table = capsys.readouterr().out
+    assert table.startswith("val") and checkpoint.name in table
+
+
+def test_the_length_limit_is_the_run_s(run, tmp_path):
+    folder = export.find(run)
+    assert json.loads((folder / "medalign.json").read_text())["max_length"] == 220
+    assert open_student(run)[2].encoder.max_length == 220
+    assert open_student(run, most_images=3)[2].encoder.max_length == 220 + 2 * 16
+    old = shutil.copytree(folder, tmp_path / "old")
+    values = json.loads((old / "medalign.json").read_text())
+    del values["max_length"]
+    (old / "medalign.json").write_text(json.dumps(values))
+    assert open_student(old)[2].encoder.max_length == DataConfig().max_length
+
+
+def test_questions_that_are_cut_are_counted(run, shards, capsys):
+    words = ["evaluate", str(run), "--data", str(shards / "val"), "--name", "cut", "--limit", "4", *QUICK]
+    assert main([*words, "--max-length", "48"]) == 0
+    assert "4 questions were cut to 48 tokens; --max-length raises the limit" in capsys.readouterr().err
+    assert (scores(run, "cut")["truncated"], scores(run, "cut")["max_length"]) == (4, 48)
+    assert main(words) == 0 and scores(run, "cut")["truncated"] == 0
+    capsys.readouterr()
+    assert main([*words, "--max-length", "20"]) == 2
+    assert "--max-length is 20, but the template and" in capsys.readouterr().err
+
+
+def test_generate_says_that_it_cut_the_question(run, shards, tmp_path, capsys):
+    ShardIndex.open(shards / "val").read(0).images[0].save(tmp_path / "film.png")
+    words = ["generate", str(run), "--image", str(tmp_path / "film.png"), "--question", "Is there? " * 600, *QUICK]
+    assert main(words) == 0
+    assert "the question is cut to 220 tokens; --max-length raises the limit" in capsys.readouterr().err
+
+
+def test_data_where_one_stands_is_named_after_its_folder(run, shards, monkeypatch, capsys):
+    monkeypatch.chdir(shards / "val")
+    assert main(["evaluate", str(run), "--data", ".", "--limit", "2", *QUICK]) == 0
+    assert scores(run, "val")["data"] == [str(shards / "val")]
+    assert not (run / "evaluation" / "scores.json").exists()
+    assert main(["evaluate", str(run), "--data", "/", *QUICK]) == 2
+    assert "--data / names no evaluation: --name must be" in capsys.readouterr().err
+
+
+def test_remote_data_keeps_its_address_and_its_pictures(run, shards, tmp_path, capsys):
+    store = fsspec.filesystem("memory")
+    store.put(str(shards / "val") + "/", "/films/remote", recursive=True)
+    assert main(["evaluate", str(run), "--data", "memory://films/remote/", *QUICK]) == 0
+    assert scores(run, "remote")["data"] == ["memory://films/remote/"]
+    alone = shutil.copytree(run / "evaluation" / "remote", tmp_path / "run" / "evaluation" / "remote")
+    assert main(["report", str(alone.parents[1]), "--output", str(tmp_path / "report.html")]) == 0
+    page = (tmp_path / "report.html").read_text()
+    assert "data:image/" in page and "could not be read again" not in page
+
+
+def other(split: str) -> Iterator[Record]:
+    """Studies of another seed under the keys of the first seed's."""
+    for record, twin in zip(records(3, 7, split), records(3, 0, split), strict=False):
+        yield Record(twin.key, record.images, record.fields | {"id": twin.fields["id"]}, record.mask)
+
+
+def test_equal_keys_in_two_folders_are_two_samples(run, shards, tmp_path):
+    assert write_shards(other("val"), tmp_path / "other").refused == ()
+    folders = [shards / "val", tmp_path / "other"]
+    assert main(["evaluate", str(run), "--data", *map(str, folders), "--name", "both", *QUICK]) == 0
+    rows = read_predictions(run / "evaluation" / "both" / "predictions.jsonl")
+    first, second = (len(ShardIndex.open(folder)) for folder in folders)
+    assert [row.folder for row in rows] == [0] * first + [1] * second
+    assert len({row.key for row in rows}) < len(rows)
+    alone = shutil.copytree(run / "evaluation" / "both", tmp_path / "run" / "evaluation" / "both")
+    assert main(["report", str(alone.parents[1]), "--output", str(tmp_path / "r.html"), "--examples", "999"]) == 0
+    page = (tmp_path / "r.html").read_text()
+    assert page.count("<article") == sum(bool(row.boxes) for row in rows)
+    assert page.count("<img") == 2 * page.count("<article") and "could not be read again" not in page
+
+
+@pytest.mark.parametrize("place", ["/proc/x/r.html", "FILE/r.html"])
+def test_a_report_that_cannot_be_written_says_so(run, shards, tmp_path, place, capsys):
+    assert main(["evaluate", str(run), "--data", str(shards / "val"), "--limit", "2", *QUICK]) == 0
+    (tmp_path / "FILE").touch()
+    output = tmp_path / place
+    assert main(["report", str(run), "--output", str(output)]) == 2
+    assert f"--output {output} cannot be written" in capsys.readouterr().err
+
+
+def test_export_offers_nothing_that_it_does_not_do(run, tmp_path):
+    with pytest.raises(SystemExit):
+        main(["export", str(run), "--output", str(tmp_path / "out"), "--max-new-tokens", "4"])

@@ -1,0 +1,104 @@
+"""A run goes on from any position at once: nothing before it is replayed, in the order or in the loader."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from test_loader import collator
+from tiny_data import record
+
+from medalign.data import mixing, plan
+from medalign.data.index import ShardIndex
+from medalign.data.loader import TrainLoader
+from medalign.data.mixing import ROUND, LengthGroups, Mixture
+from medalign.data.plan import GlobalOrder, Order
+from medalign.data.shards import write_shards
+from medalign.data.storage import Access
+from medalign.data.table import Table, read_table
+
+SAMPLES, SHARD, BATCH = 1_000_000, 1000, 32
+
+
+def plain() -> Order:
+    return GlobalOrder(SAMPLES, 3, shards=[SHARD] * (SAMPLES // SHARD))
+
+
+def mixture() -> Order:
+    sizes = (SAMPLES // 4, 3 * SAMPLES // 4)
+    return Mixture([GlobalOrder(n, 3, shards=[SHARD] * (n // SHARD), stream=d) for d, n in enumerate(sizes)], [1, 2], 3)
+
+
+def grouped() -> Order:
+    return LengthGroups(plain(), lambda numbers: numbers % 97, global_batch=BATCH, groups=8, seed=3)
+
+
+@pytest.mark.parametrize(
+    ("make", "most"),
+    [
+        # the order of the shards and one block; where the stretch runs over an edge, two of each
+        (plain, 4),
+        # two rounds of the mixture at most, and as above for each of two data sets
+        (mixture, 2 + 2 * 4),
+        # two windows at most, each with the turn of its batches
+        (grouped, 2 + 4),
+    ],
+)
+@pytest.mark.parametrize("start", [0, 320, 10**9, 10**12])
+def test_far_positions_cost_no_more(
+    make: Callable[[], Order], most: int, start: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shuffled: list[int] = []
+    real = plan.generator
+
+    class Counting:
+        def __init__(self, *words: int) -> None:
+            self.real = real(*words)
+
+        def permutation(self, things):
+            shuffled.append(things if isinstance(things, int) else len(things))
+            return self.real.permutation(things)
+
+    for module in (plan, mixing):
+        monkeypatch.setattr(module, "generator", Counting)
+    numbers = make().at(np.arange(start, start + BATCH, dtype=np.int64))
+    assert len(set(numbers.tolist())) == BATCH
+    assert 1 <= len(shuffled) <= most
+    assert max(shuffled) <= max(plan.BLOCK + SHARD, ROUND)
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> ShardIndex:
+    """A million samples, all of them in truth the seven of one shard."""
+    folder = tmp_path_factory.mktemp("large") / "seven"
+    write_shards([record(i) for i in range(7)], folder)
+    small = read_table(folder)
+    rows = np.resize(small.rows, SAMPLES)
+    lengths = np.resize(np.diff(small.key_ends, prepend=0), SAMPLES)
+    keys = np.resize(small.keys, int(lengths.sum()))
+    table = Table(small.shards, rows, np.cumsum(lengths), keys, small.further, small.most_images)
+    return ShardIndex([str(folder)], [table], Access())
+
+
+@pytest.mark.parametrize("make", [plain, mixture, grouped])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_first_batch_comes_as_fast_at_a_far_step(
+    large: ShardIndex, make: Callable[[], Order], workers: int
+) -> None:
+    def seconds(step: int) -> float:
+        begun = time.perf_counter()
+        order = make()
+        ready = TrainLoader(
+            large, order, collator(), global_batch=BATCH, micro_batch=8, start_step=step, workers=workers
+        )
+        batches = next(iter(ready))
+        taken = time.perf_counter() - begun
+        drawn = order.at(np.arange(step * BATCH, (step + 1) * BATCH, dtype=np.int64))
+        assert [key for batch in batches for key in batch.keys] == [large.key(n) for n in drawn]
+        return taken
+
+    near, far = (min(seconds(step) for _ in range(3)) for step in (10, 1_000_003))
+    assert far < 2
+    assert far < 4 * near + 0.2  # the least of three, for a machine that is busy with other things
