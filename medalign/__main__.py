@@ -10,7 +10,7 @@ from pathlib import Path
 
 from medalign import __version__, distributed
 from medalign.cli.values import count, share
-from medalign.errors import ConfigError, MedAlignError
+from medalign.errors import ConfigError, MedAlignError, plain
 
 log = logging.getLogger("medalign")
 
@@ -44,6 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return chosen.command(chosen)
     except MedAlignError as error:
         log.error("error: %s", error)
+        return 2
+    except OSError as error:  # a file that cannot be read or written, and that nothing above knew better
+        log.error("error: %s", plain(error))
         return 2
     except KeyboardInterrupt:
         log.error("interrupted")
@@ -147,7 +150,7 @@ def _add_train(commands) -> None:
         f"RECIPE is a packaged one ({', '.join(recipes())}) or a path to a YAML file.\n"
         "Any setting below can be overridden. The same command again goes on from the last checkpoint.\n\n"
         "on all GPUs of a node:  deepspeed --module medalign train RECIPE ...\n"
-        "under SLURM:            srun python -m medalign train RECIPE ...\n"
+        "under SLURM:            srun --kill-on-bad-exit=1 python -m medalign train RECIPE ...\n"
         "on one rank:            medalign train RECIPE ...\n\n" + describe_settings(),
     )
     parser.usage = "medalign train RECIPE [--section.key VALUE ...]"

@@ -28,7 +28,7 @@ class RunConfig:
     dir: str = "runs/default"
     """Folder of the run: configuration, metrics, checkpoints, export. The same folder again means: go on."""
     seed: int = 0
-    """Fixes the data order, the start of LoRA and every dropout mask."""
+    """Fixes the data order, the start of LoRA and every dropout mask. From 0 to 2^32 - 1."""
 
 
 @dataclass
@@ -183,6 +183,8 @@ class LogConfig:
     """W&B project."""
     entity: str | None = None
     """W&B team."""
+    name: str | None = None
+    """Name of the run in W&B. By default its random id: a folder's name may tell of patients."""
 
 
 @dataclass
@@ -234,10 +236,13 @@ def load(recipe: str, overrides: Sequence[str] = (), *, models: bool = True) -> 
             _require_known(word[2:].split("=")[0].rstrip("+"), known, "the command line")
     try:
         namespace = parser.parse_object(values, defaults=True)
+    except (ArgumentError, TypeError, ValueError) as error:
+        raise ConfigError(f"recipe {recipe}: {_tidy(str(error))}") from None
+    try:
         namespace = parser.parse_args([*overrides], namespace=namespace)
         config = _instantiate(Config, namespace)
     except (ArgumentError, TypeError, ValueError) as error:
-        raise ConfigError(f"recipe {recipe}: {_tidy(str(error))}") from None
+        raise ConfigError(f"the command line: {_tidy(str(error))}") from None
     validate(config, models=models)
     return config
 
@@ -276,6 +281,8 @@ def validate(config: Config, *, models: bool = True) -> None:
     require(
         train.steps == 0 or bool(config.data.folders), "data.train is not set: name shard folders with --data.train DIR"
     )
+    # Beyond this, the seeds of single steps (`distributed.seed_step`) would be no 64-bit numbers.
+    require(0 <= config.run.seed < 2**32, f"run.seed is {config.run.seed}; it must be from 0 to {2**32 - 1}")
     require(train.steps >= 0, f"train.steps is {train.steps}; it must not be negative")
     require(0 <= train.warmup <= 1, f"train.warmup is {train.warmup}; it is a share of the steps, from 0 to 1")
     require(train.clip >= 0, f"train.clip is {train.clip}; it must not be negative (0 does not clip)")
@@ -332,7 +339,10 @@ def _read_recipe(recipe: str) -> str:
     if re.fullmatch(r"[\w-]+", recipe) and packaged.is_file():
         return packaged.read_text()
     if os.path.isfile(recipe):
-        return Path(recipe).read_text()
+        try:
+            return Path(recipe).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"recipe {recipe} is not text (UTF-8); name a YAML file") from error
     near = difflib.get_close_matches(recipe, recipes(), n=1)
     hint = f"did you mean {near[0]}? " if near else ""
     raise ConfigError(

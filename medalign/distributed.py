@@ -6,11 +6,15 @@ import logging
 import os
 import re
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+
+from medalign import errors
+from medalign.errors import ConfigError, MedAlignError
 
 log = logging.getLogger("medalign")
 
@@ -40,9 +44,14 @@ def adopt_launcher() -> None:
     """Fill in RANK, WORLD_SIZE, LOCAL_RANK and the master's address where the launcher did not.
 
     The deepspeed launcher and torchrun set them. `srun` sets SLURM's own names, which are translated. A bare
-    start is one rank on a free local port.
+    start is one rank on a free local port. Raises ConfigError in a batch script of several tasks without `srun`.
     """
     if "RANK" not in os.environ and "SLURM_PROCID" in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
+        if "SLURM_STEP_NODELIST" not in os.environ:
+            raise ConfigError(
+                f"this SLURM job has {os.environ['SLURM_NTASKS']} tasks, but srun did not start this one "
+                "(SLURM_STEP_NODELIST is not set): start it with srun --kill-on-bad-exit=1 python -m medalign train ..."
+            )
         os.environ["RANK"] = os.environ["SLURM_PROCID"]
         os.environ["WORLD_SIZE"] = os.environ["SLURM_NTASKS"]
         os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
@@ -80,23 +89,67 @@ def sum_over_ranks(values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor
     """Scalars summed over all ranks, in one reduction. Every rank passes the same names."""
     names = sorted(values)
     stacked = torch.stack([values[name].detach().double() for name in names])
-    if dist.is_initialized() and dist.get_world_size() > 1:
+    if _several():
         dist.all_reduce(stacked)
     return {name: stacked[i].float() for i, name in enumerate(names)}
 
 
 def barrier() -> None:
-    if dist.is_initialized() and dist.get_world_size() > 1:
+    if _several():
         dist.barrier()
 
 
-def main_decides(value: int) -> int:
-    """Rank 0's value on every rank, so that all take the same branch."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return value
-    shared = torch.tensor([value], dtype=torch.int64, device=device())
-    dist.broadcast(shared, 0)
-    return int(shared.item())
+def main_says(text: str) -> str:
+    """Rank 0's text on every rank, so that all take the same branch."""
+    return _said_by(0, text) if _several() else text
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """What one rank raises inside (a MedAlignError, or an OSError), all raise at the end. Every rank must enter.
+
+    A rank that raises must not leave another one waiting for it inside.
+    """
+    fault: MedAlignError | None = None
+    try:
+        yield
+    except MedAlignError as error:
+        fault = error
+    except OSError as error:
+        fault = MedAlignError(errors.plain(error))
+        fault.__cause__ = error
+    raise_together(fault)
+
+
+def raise_together(fault: MedAlignError | None) -> None:
+    """Raise the fault of the first rank that has one, on every rank. Every rank must call it."""
+    if not _several():
+        if fault is not None:
+            raise fault
+        return
+    speaker = torch.tensor([dist.get_world_size() if fault is None else dist.get_rank()], device=device())
+    dist.all_reduce(speaker, dist.ReduceOp.MIN)
+    first = int(speaker.item())
+    if first == dist.get_world_size():
+        return
+    kind, _, text = _said_by(first, f"{type(fault).__name__}:{fault}").partition(":")
+    raise getattr(errors, kind, MedAlignError)(text if first == 0 else f"rank {first}: {text}") from fault
+
+
+def _said_by(speaker: int, text: str) -> str:
+    """The text of one rank, on every rank."""
+    words = torch.tensor(list(text.encode()), dtype=torch.uint8, device=device())
+    length = torch.tensor([len(words)], device=device())
+    dist.broadcast(length, speaker)
+    if dist.get_rank() != speaker:
+        words = torch.empty(int(length.item()), dtype=torch.uint8, device=device())
+    if len(words):
+        dist.broadcast(words, speaker)
+    return bytes(words.tolist()).decode()
+
+
+def _several() -> bool:
+    return dist.is_initialized() and dist.get_world_size() > 1
 
 
 TIMEOUT = timedelta(minutes=30)  # a rank that waits longer than this for another one gives up

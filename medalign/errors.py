@@ -23,3 +23,8 @@ class KernelError(MedAlignError):
 
 class DivergedError(MedAlignError):
     """A loss or a gradient is no longer a number."""
+
+
+def plain(error: OSError) -> str:
+    """The file and what the system says of it, without its number."""
+    return f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from PIL import Image
 
 from medalign import config as settings
 from medalign import distributed
-from medalign.checkpoint import export, state
+from medalign.checkpoint import export, lock, state
 from medalign.checkpoint.state import Progress
 from medalign.config import Config
 from medalign.contracts import Batch, Sample
@@ -47,36 +48,30 @@ def train(config: Config) -> Path:
     distributed.set_up_logging()
     folder = Path(config.run.dir)
     ds_settings = deepspeed_settings(config, distributed.world())
-    index = open_index(config) if config.train.steps else None
     deepspeed_engine.start(ds_settings)
     try:
-        _train(config, folder, index, ds_settings)
+        with lock.held(folder):
+            _train(config, folder, ds_settings)
     finally:
         deepspeed_engine.stop()
     return folder
 
 
-def _train(config: Config, folder: Path, index: ShardIndex | None, ds_settings: dict[str, Any]) -> None:
-    _prepare_folder(config, folder)
-    # The teacher comes first: what is built once ZeRO-3 partitions modules would be partitioned too.
-    teacher = build_teacher(config)
-    with deepspeed_engine.sharded_loading(ds_settings):
-        student = loading.load_student(config.student, precision(config), config.run.seed)
-    student.tap.impl = config.losses.impl
-    student.train()
-    engine = Engine(student, parameter_groups(student, config), ds_settings)
-    if teacher is not None:
-        assert_replicated(teacher)
-
-    processor = loading.load_processor(config.student)
-    collator = build_collator(config, student, processor, teacher, index.most_images if index else 1)
-    check_causality(student, probe(collator).to(engine.device))
-
+def _train(config: Config, folder: Path, ds_settings: dict[str, Any]) -> None:
+    with distributed.together():
+        index = open_index(config) if config.train.steps else None
     found = state.latest(folder / "checkpoints")
-    progress = state.load(engine, found) if found else Progress(step=0, samples=0, ranks=distributed.world())
+    stage, data = deepspeed_engine.stage(ds_settings), index.fingerprint() if index else ()
+    progress = Progress(step=0, samples=0, ranks=distributed.world(), stage=stage, data=data)
     if found:
+        with distributed.together():
+            _require_same_run(config, progress, found, folder / "config.yaml")
+    engine, teacher, student, collator = _build(config, ds_settings, index)
+    if found:
+        progress = replace(state.load(engine, found), stage=stage, data=data)
         log.info("going on from %s", found)
-    sinks = build_sinks(config, folder, progress) if distributed.is_main() else []
+    with distributed.together():
+        sinks = _begin_to_write(config, folder, progress) if distributed.is_main() else []
 
     def save(now: Progress) -> None:
         state.save(engine, folder / "checkpoints", now, config.checkpoint.keep, write_export)
@@ -98,6 +93,24 @@ def _train(config: Config, folder: Path, index: ShardIndex | None, ds_settings: 
         for sink in sinks:
             sink.close()
     _say_end(config, folder, progress)
+
+
+def _build(
+    config: Config, ds_settings: dict[str, Any], index: ShardIndex | None
+) -> tuple[Engine, Teacher | None, Student, Collator]:
+    # The teacher comes first: what is built once ZeRO-3 partitions modules would be partitioned too.
+    teacher = build_teacher(config)
+    with deepspeed_engine.sharded_loading(ds_settings):
+        student = loading.load_student(config.student, precision(config), config.run.seed)
+    student.tap.impl = config.losses.impl
+    student.train()
+    engine = Engine(student, parameter_groups(student, config), ds_settings)
+    if teacher is not None:
+        assert_replicated(teacher)
+    processor = loading.load_processor(config.student)
+    collator = build_collator(config, student, processor, teacher, index.most_images if index else 1)
+    check_causality(student, probe(collator).to(engine.device))
+    return engine, teacher, student, collator
 
 
 def build_teacher(config: Config) -> Teacher | None:
@@ -198,7 +211,7 @@ def build_sinks(config: Config, folder: Path, progress: Progress) -> list[Sink]:
             folder,
             project=log_settings.project,
             entity=log_settings.entity,
-            name=folder.name,
+            name=log_settings.name,
             config=whole,
         ),
     ]
@@ -220,14 +233,34 @@ def parameter_groups(student: Student, config: Config) -> list[dict[str, Any]]:
     ]
 
 
-def _prepare_folder(config: Config, folder: Path) -> None:
-    """Write the configuration, or require that a run to go on with has the same where it matters."""
-    path = folder / "config.yaml"
+def _begin_to_write(config: Config, folder: Path, progress: Progress) -> list[Sink]:
+    """Only now, when nothing can refuse the run any more, are its settings written down."""
+    write_text(folder / "config.yaml", settings.dump(config))
+    return build_sinks(config, folder, progress)
+
+
+def _require_same_run(config: Config, now: Progress, found: Path, path: Path) -> None:
+    """Raises ConfigError where `found` is a checkpoint of other settings, another ZeRO stage or other data."""
+    engine = ""
     if path.is_file():
-        _require_same(settings.read(path), config, path)
-    distributed.barrier()  # every rank has read it
-    if distributed.is_main():
-        write_text(path, settings.dump(config))
+        written = settings.read(path)
+        _require_same(written, config, path)
+        engine = f" {written.engine.deepspeed}"
+    before = state.read_progress(found)
+    if before.stage not in (None, now.stage):
+        raise ConfigError(
+            f"{found} is of ZeRO stage {before.stage}, engine.deepspeed {config.engine.deepspeed} is of stage "
+            f"{now.stage}: a run goes on with the stage it began with; restore --engine.deepspeed{engine}, or name a "
+            "new folder with --run.dir"
+        )
+    if not before.data:
+        log.warning("%s does not say what data it was trained on: whether data.train is the same is not checked", found)
+    elif before.data != now.data:
+        raise ConfigError(
+            f"data.train is not what {found} was trained on: {'; '.join(before.data)} then, {'; '.join(now.data)} "
+            "now. A run goes on with the same shards, folders in the same order; restore them, or name a new folder "
+            "with --run.dir"
+        )
 
 
 def _require_same(before: Config, now: Config, path: Path) -> None:

@@ -57,9 +57,12 @@ def find(run: Path) -> Path:
 
 
 def settings(folder: Path) -> StudentConfig:
-    """The student's settings as they were trained."""
-    student = _values(folder)["student"]
-    return StudentConfig(**{**student, "lora": LoraConfig(**student["lora"])})
+    """The student's settings as they were trained. Raises CheckpointError if their file is damaged or newer."""
+    try:
+        student = _values(folder)["student"]
+        return StudentConfig(**{**student, "lora": LoraConfig(**student["lora"])})
+    except (TypeError, KeyError) as error:
+        raise _unreadable(folder, error) from error
 
 
 def max_length(folder: Path) -> int:
@@ -111,12 +114,24 @@ def merge(source: Path, output: Path, base: str | None = None) -> None:
 
 
 def _values(folder: Path) -> dict[str, Any]:
-    values = json.loads((folder / "medalign.json").read_text())
-    if values.get("format") != _FORMAT:
+    path = folder / "medalign.json"
+    try:
+        values = json.loads(path.read_text())
+        found = values["format"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise _unreadable(folder, error) from error
+    if found != _FORMAT:
         raise CheckpointError(
-            f"{folder / 'medalign.json'} has format {values.get('format')}, this version reads {_FORMAT}"
+            f"{path} has format {found}, this version of medalign reads {_FORMAT}; use the version that wrote it"
         )
     return values
+
+
+def _unreadable(folder: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{folder / 'medalign.json'} cannot be read ({error}): it is damaged, or of a newer version; "
+        "export the run again"
+    )
 
 
 def _require_new(output: Path) -> None:

@@ -14,12 +14,13 @@ format: they are read from the run's own folder alone, never from anywhere else.
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import os
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -43,6 +44,8 @@ class Progress:
     ranks: int
     skipped: int = 0
     truncated: int = 0
+    stage: int | None = None  # of ZeRO; None where it was not written down
+    data: tuple[str, ...] = ()  # fingerprint of each training folder; empty where it was not written down
 
 
 def bytes_needed(engine: Engine) -> int:
@@ -57,30 +60,50 @@ def save(engine: Engine, root: Path, progress: Progress, keep: int, export: Call
     Args:
         export: writes the trained student into a folder; called on every rank.
 
-    Raises CheckpointError if the disk is full; then the checkpoints that were there are untouched.
+    Raises CheckpointError, on every rank, if the disk of one is full; then the checkpoints that were there are
+    untouched.
     """
     final = root / f"step-{progress.step:06d}"
     partial = root / f"{_PARTIAL}{final.name}"
-    _prepare(engine, root, partial)
+
+    def commit() -> None:
+        (partial / "progress.json").write_text(json.dumps(asdict(progress)) + "\n")
+        _commit(partial, final, root)
+
+    failed = f"checkpoint {final} could not be written"
+    remedy = "the earlier ones are whole: free space, then start the same command again"
     try:
-        engine.save(partial)
-        export(partial / "export")
-        distributed.barrier()
+        for act in (
+            _on_main(lambda: _prepare(engine, root, partial)),
+            lambda: engine.save(partial),
+            lambda: export(partial / "export"),
+            _on_main(commit),
+        ):
+            with distributed.together(), _disk(failed, remedy):  # at its end, every rank has written its part
+                act()
+    except CheckpointError:
         if distributed.is_main():
-            (partial / "progress.json").write_text(json.dumps(asdict(progress)) + "\n")
-            _commit(partial, final, root)
-            _prune(root, keep)
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+    if distributed.is_main():
+        _prune(root, final, keep)
+    return final
+
+
+def _on_main(act: Callable[[], None]) -> Callable[[], None]:
+    return act if distributed.is_main() else lambda: None
+
+
+@contextmanager
+def _disk(failed: str, remedy: str) -> Iterator[None]:
+    """What a writer raises inside, as a CheckpointError."""
+    try:
+        yield
     except (OSError, SafetensorError, RuntimeError) as error:
         trouble = _disk_trouble(error)
         if trouble is None:
             raise
-        shutil.rmtree(partial, ignore_errors=True)
-        raise CheckpointError(
-            f"checkpoint {final} could not be written ({trouble}); "
-            "the earlier ones are whole: free space, then start the same command again"
-        ) from error
-    distributed.barrier()
-    return final
+        raise CheckpointError(f"{failed} ({trouble}); {remedy}") from error
 
 
 def _disk_trouble(error: Exception) -> str | None:
@@ -92,21 +115,40 @@ def _disk_trouble(error: Exception) -> str | None:
 
 
 def latest(root: Path) -> Path | None:
-    """The newest whole checkpoint, or None. Raises CheckpointError if `latest` names one that is gone."""
-    pointer = root / "latest"
+    """The newest whole checkpoint as rank 0 sees it, or None. Every rank must call it.
+
+    Raises CheckpointError if `latest` names one that is gone.
+    """
+    name = ""
+    with distributed.together():
+        if distributed.is_main():
+            name = _named(root / "latest")
+    name = distributed.main_says(name)
+    return root / name if name else None
+
+
+def _named(pointer: Path) -> str:
     if not pointer.is_file():
-        return None
-    folder = root / pointer.read_text().strip()
-    if not (folder / "progress.json").is_file():
+        return ""
+    root, name = pointer.parent, pointer.read_text().strip()
+    if not (root / name / "progress.json").is_file():
         others = sorted(path.name for path in root.glob("step-*") if (path / "progress.json").is_file())
         remedy = f"write {others[-1]} into {pointer}" if others else f"remove {root} to start anew"
-        raise CheckpointError(f"{pointer} names {folder.name}, which is not there; {remedy}")
-    return folder
+        raise CheckpointError(f"{pointer} names {name}, which is not there; {remedy}")
+    return name
 
 
 def read_progress(folder: Path) -> Progress:
-    """Where the run stood when the checkpoint was written."""
-    return Progress(**json.loads((folder / "progress.json").read_text()))
+    """Where the run stood when the checkpoint was written. Raises CheckpointError if its file is damaged."""
+    path = folder / "progress.json"
+    try:
+        values = json.loads(path.read_text())
+        return Progress(**{**values, "data": tuple(values.get("data", ()))})
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({error}): it is damaged or of another version; "
+            f"write the name of an earlier checkpoint into {folder.parent / 'latest'}"
+        ) from error
 
 
 def load(engine: Engine, folder: Path) -> Progress:
@@ -125,42 +167,33 @@ def load(engine: Engine, folder: Path) -> Progress:
     engine.load(rewritten, universal=True)
     distributed.barrier()
     if distributed.is_main():
-        shutil.rmtree(rewritten)
+        shutil.rmtree(rewritten, ignore_errors=True)  # what stays, the next checkpoint clears away
     return replace(progress, ranks=distributed.world())
 
 
 def _rewrite(folder: Path, target: Path) -> None:
     """Rank 0 writes the universal form, the others wait; all raise CheckpointError if it cannot."""
-    failure = 0
-    if distributed.is_main():
+
+    def write() -> None:
         shutil.rmtree(target, ignore_errors=True)
-        try:
-            to_universal(folder, target)
-        except OSError as error:
-            failure = error.errno or errno.EIO
-    failure = distributed.main_decides(failure)
-    if failure:
-        raise CheckpointError(
-            f"{folder} could not be rewritten for another number of ranks ({os.strerror(failure)}); "
-            "free space, or start with as many ranks as wrote it"
-        )
+        to_universal(folder, target)
+
+    failed = f"{folder} could not be rewritten for another number of ranks"
+    with distributed.together(), _disk(failed, "free space, or start with as many ranks as wrote it"):
+        _on_main(write)()
 
 
 def _prepare(engine: Engine, root: Path, partial: Path) -> None:
-    missing = 0
-    if distributed.is_main():
-        root.mkdir(parents=True, exist_ok=True)
-        for stale in root.glob(f"{_PARTIAL}*"):
-            shutil.rmtree(stale)
-        missing = max(0, bytes_needed(engine) - shutil.disk_usage(root).free)
-        if not missing:
-            partial.mkdir()
-    missing = distributed.main_decides(missing)  # all ranks stop together, none waits for the others
-    if missing:
+    root.mkdir(parents=True, exist_ok=True)
+    for stale in root.glob(f"{_PARTIAL}*"):
+        shutil.rmtree(stale)
+    missing = bytes_needed(engine) - shutil.disk_usage(root).free
+    if missing > 0:
         raise CheckpointError(
             f"no space left for checkpoint {partial.name.removeprefix(_PARTIAL)} in {root}: "
             f"{missing / 2**20:.1f} MiB more are needed; free space, then start the same command again"
         )
+    partial.mkdir()
 
 
 def _commit(partial: Path, final: Path, root: Path) -> None:
@@ -184,7 +217,19 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
-def _prune(root: Path, keep: int) -> None:
-    whole = sorted(root.glob("step-*"), key=lambda path: int(path.name.split("-")[1]))
-    for old in whole[:-keep]:
-        shutil.rmtree(old)
+def _prune(root: Path, newest: Path, keep: int) -> None:
+    """Remove all but the `keep` newest up to `newest`, which `latest` names.
+
+    Those beyond it go too: they are of a way that the run left when `latest` was set back.
+    """
+    whole = {int(path.name[5:]): path for path in root.iterdir() if re.fullmatch(r"step-\d+", path.name)}
+    last = int(newest.name[5:])
+    kept = sorted(step for step in whole if step <= last)[-keep:]
+    for step, path in whole.items():
+        if step in kept:
+            continue
+        if step > last:
+            log.warning("%s is removed: the run went back to before it, and is at step %d again", path, last)
+        shutil.rmtree(path, ignore_errors=True)
+        if path.exists():
+            log.warning("%s is no longer needed and cannot be removed", path)

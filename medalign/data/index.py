@@ -82,6 +82,10 @@ class ShardIndex:
             lengths[here] = (table.images(rows) << 32) + characters
         return lengths
 
+    def fingerprint(self) -> tuple[str, ...]:
+        """What each folder holds, in short, wherever the folders lie."""
+        return tuple(table.fingerprint() for table in self._tables)
+
     @property
     def most_images(self) -> int:
         """Images of the sample that has most, at least 1."""

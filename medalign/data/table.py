@@ -83,6 +83,19 @@ class Table:
         start = int(self.key_ends[i - 1]) if i else 0
         return self.keys[start : int(self.key_ends[i])].tobytes().decode()
 
+    def fingerprint(self) -> str:
+        """What the folder holds, in short. Other samples, or the same in another order or packing, give another text.
+
+        The CRC-32 is over names and sizes of the shards, all keys, and the checksums of all members.
+        """
+        listed = [[entry.name, entry.size, entry.samples] for entry in self.shards]
+        checksum = zlib.crc32(json.dumps(listed).encode())
+        for column in (self.keys, self.rows["checksum"], self.further["checksum"]):
+            for first in range(0, len(column), LARGE):
+                checksum = zlib.crc32(column[first : first + LARGE].tobytes(), checksum)
+        size = sum(entry.size for entry in self.shards)
+        return f"{len(self)} samples in {len(self.shards)} shards of {size} bytes, CRC-32 {checksum:08x}"
+
     def members(self, i: int, kinds: Sequence[int]) -> list[Member]:
         """The members of row i that are of these kinds, kind by kind; images in their order."""
         row = self.rows[i]

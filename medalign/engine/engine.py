@@ -8,7 +8,7 @@ import io
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ def stop() -> None:
 @contextlib.contextmanager
 def sharded_loading(settings: Mapping[str, Any]) -> Iterator[None]:
     """Inside, transformers partitions weights over the ranks while it reads them (ZeRO-3 alone)."""
-    keep_alive = HfDeepSpeedConfig(dict(settings)) if _stage(settings) == 3 else None
+    keep_alive = HfDeepSpeedConfig(dict(settings)) if stage(settings) == 3 else None
     try:
         yield
     finally:
@@ -104,8 +104,13 @@ class Engine:
         return whole
 
     def save(self, folder: Path) -> None:
-        """Write what learns, with the optimiser's state, into `folder`. Every rank must call it."""
-        self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False, exclude_frozen_parameters=True)
+        """Write what learns, with the optimiser's state, into `folder`. Every rank must call it.
+
+        A rank whose disk fails goes through DeepSpeed's barriers with the others and raises at the end.
+        """
+        writer = self._engine.checkpoint_engine
+        with _raised_late((writer, "makedirs"), (writer, "save"), (self._engine, "_copy_recovery_script")):
+            self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False, exclude_frozen_parameters=True)
 
     def load(self, folder: Path, *, universal: bool = False) -> None:
         """Read what `save` wrote on the same number of ranks, or, universal, what `to_universal` made of it."""
@@ -134,5 +139,29 @@ def to_universal(source: Path, target: Path) -> None:
         ds_to_universal.main(settings)
 
 
-def _stage(settings: Mapping[str, Any]) -> int:
+def stage(settings: Mapping[str, Any]) -> int:
+    """The ZeRO stage of a DeepSpeed configuration."""
     return int(settings.get("zero_optimization", {}).get("stage", 0))
+
+
+@contextlib.contextmanager
+def _raised_late(*methods: tuple[Any, str]) -> Iterator[None]:
+    """Inside, these methods of these objects keep what a writer raises; the first of it is raised at the end."""
+    failures: list[Exception] = []
+
+    def late(method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return method(*args, **kwargs)
+            except (OSError, RuntimeError) as error:
+                failures.append(error)
+
+        return call
+
+    with contextlib.ExitStack() as undo:
+        for owner, name in methods:
+            setattr(owner, name, late(getattr(owner, name)))
+            undo.callback(delattr, owner, name)
+        yield
+    if failures:
+        raise failures[0]

@@ -11,6 +11,7 @@ SECRET_WORDS = frozenset(
     {"token", "key", "apikey", "secret", "password", "passwd", "credential", "credentials", "auth"}
 )
 PLACE_WORDS = frozenset({"data", "dir", "path", "file", "folder", "folders", "output"})
+FILE_SUFFIXES = (".json", ".yaml", ".yml")  # of the files that settings may name
 HIDDEN = "<path>"
 
 
@@ -20,7 +21,7 @@ def public_config(config: Mapping[str, Any]) -> dict[str, Any]:
     A key with a word such as token, key, secret or password in it (`hub_token`, not `tokenizer` or `max_tokens`)
     is dropped with its value. What names a place on disk becomes "<path>": a Path, any text under a key with a
     word such as data, dir, path or file in it, and text that is absolute, has several slashes, starts with a dot
-    or a tilde, or exists. Elsewhere `organisation/model`, a model's name on a hub, stays.
+    or a tilde, ends as a settings file does, or exists. Elsewhere `organisation/model`, a model's name on a hub, stays.
     """
     return _public(config, False)
 
@@ -40,7 +41,7 @@ def _public(value: Any, is_place: bool) -> Any:
 
 
 def _looks_like_place(text: str) -> bool:
-    several = text.count("/") > 1 or text.count("\\") > 1
+    several = text.count("/") > 1 or text.count("\\") > 1 or text.lower().endswith(FILE_SUFFIXES)
     return several or text.startswith(("/", "./", "../", "~", "\\")) or ("/" in text and Path(text).exists())
 
 

@@ -174,11 +174,12 @@ class WandbSink:
         if mode == "off":
             return
         run_dir.mkdir(parents=True, exist_ok=True)
+        identity = _run_id(run_dir / "wandb_run_id")
         arguments: dict[str, Any] = {
             "project": project,
             "entity": entity,
-            "name": name,
-            "id": _run_id(run_dir / "wandb_run_id"),
+            "name": name or identity,
+            "id": identity,
             "dir": str(run_dir),
             "config": public_config(config or {}),
             "reinit": "create_new",

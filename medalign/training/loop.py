@@ -15,7 +15,7 @@ from medalign.checkpoint.state import Progress
 from medalign.config import Config
 from medalign.contracts import Batch
 from medalign.data.loader import judge_bad_share
-from medalign.errors import DivergedError
+from medalign.errors import DivergedError, MedAlignError
 from medalign.observability.meters import Throughput, peak_memory_gib
 from medalign.observability.sinks import ConsoleSink, Sink
 from medalign.training.schedule import rates
@@ -43,9 +43,9 @@ def train(
     for number in range(progress.step, total):
         distributed.seed_step(config.run.seed, number)
         with speed.waiting():
-            micro_batches = next(batches)
+            micro_batches, fault = _next(batches)
         now = rates(number, config.train)
-        losses = step(micro_batches, now)
+        losses = step(micro_batches, now, fault)
         _require_numbers(losses, number + 1, micro_batches)
         done = number + 1
         progress = _advance(progress, config, done, micro_batches, device)
@@ -60,6 +60,14 @@ def train(
             save(progress)
             log.info("step %d: checkpoint written in %.1f s", done, time.perf_counter() - began)
     return progress
+
+
+def _next(batches: Iterator[list[Batch]]) -> tuple[list[Batch], MedAlignError | None]:
+    """This rank's micro-batches, or why there are none: the step tells the other ranks, which would wait for it."""
+    try:
+        return next(batches), None
+    except MedAlignError as error:
+        return [], error
 
 
 def _require_numbers(losses: Mapping[str, float], done: int, micro_batches: Sequence[Batch]) -> None:

@@ -9,10 +9,13 @@ import torch
 from medalign import distributed
 from medalign.contracts import Batch, LossReport
 from medalign.engine.engine import Engine
+from medalign.errors import MedAlignError
 from medalign.geometry import PatchGrid
 from medalign.losses.objective import Objective
 from medalign.teacher.clip import Teacher
 from medalign.teacher.targets import Beside
+
+_FAULTS = "faults"  # ranks without micro-batches, counted beside the terms
 
 
 class Step:
@@ -32,15 +35,18 @@ class Step:
         self.grid = grid
         self.beside = None if teacher is None else Beside(teacher, grid, engine.device)
 
-    def __call__(self, micro_batches: Sequence[Batch], rates: dict[str, float]) -> dict[str, float]:
-        """Update once. Returns the loss terms as means over the global batch, and the gradient's norm."""
+    def __call__(
+        self, micro_batches: Sequence[Batch], rates: dict[str, float], fault: MedAlignError | None = None
+    ) -> dict[str, float]:
+        """Update once. Returns the loss terms as means over the global batch, and the gradient's norm.
+
+        `fault` says why this rank has no micro-batches; every rank raises it, before the first forward pass.
+        """
         batches = [batch.to(self.engine.device) for batch in micro_batches]
-        # The counts are known before the first forward pass, so each loss is a mean over the global batch however
-        # it is cut into ranks and micro-batches.
-        totals = distributed.sum_over_ranks(_add([self.objective.counts(batch) for batch in batches]))
+        totals = self._totals(batches, fault)
         # The engine takes the mean over ranks and micro-batches; this undoes it.
         share = distributed.world() * len(batches)
-        scale = {name: share / max(float(total), 1.0) for name, total in totals.items()}
+        scale = {name: share / max(total, 1.0) for name, total in totals.items()}
         reports = []
         for batch in batches:
             report = self._forward(batch, scale)
@@ -48,9 +54,24 @@ class Step:
             norm = self.engine.step(rates)
             reports.append({name: term.sum.detach() for name, term in report.terms.items()})
         sums = distributed.sum_over_ranks(_add(reports))
-        means = {name: float(value) / max(float(totals[name]), 1.0) for name, value in sums.items()}
+        means = {name: float(value) / max(totals[name], 1.0) for name, value in sums.items()}
         total = sum(self.objective.coefficient(name) * mean for name, mean in means.items())
         return {f"loss/{name}": mean for name, mean in means.items()} | {"loss/total": total, "optim/grad_norm": norm}
+
+    def _totals(self, batches: Sequence[Batch], fault: MedAlignError | None) -> dict[str, float]:
+        """The count of every term over the global batch; raises where a rank has a fault instead of batches.
+
+        The counts are known before the first forward pass, so each loss is a mean over the global batch however it is
+        cut into ranks and micro-batches.
+        """
+        none = torch.zeros((), device=self.engine.device)
+        counts = [self.objective.counts(batch) for batch in batches]
+        row = _add(counts) if counts else dict.fromkeys(self.objective.coefficients, none)
+        sums = distributed.sum_over_ranks(row | {_FAULTS: none + (fault is not None)})
+        totals = dict(zip(sums, torch.stack(list(sums.values())).tolist(), strict=True))  # one wait for the device
+        if totals.pop(_FAULTS):
+            distributed.raise_together(fault)
+        return totals
 
     def _forward(self, batch: Batch, scale: dict[str, float]) -> LossReport:
         targets = self.beside.look(batch.teacher_pixels) if self.beside else None

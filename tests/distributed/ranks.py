@@ -54,9 +54,9 @@ def finish(processes: list[subprocess.Popen]) -> list[str]:
     return outputs
 
 
-def run_worker(worker: str, settings: dict[str, Any], world: int, folder: Path) -> list[Any]:
-    """Calls function `worker` of `tests.distributed.workers` on each rank; returns what each returned (JSON)."""
+def run_worker(worker: str, settings: dict[str, Any], world: int, folder: Path, module: str = "workers") -> list[Any]:
+    """Calls function `worker` of a module beside this one on each rank; returns what each returned (JSON)."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "settings.json").write_text(json.dumps(settings))
-    finish(start(["-m", "tests.distributed.workers", worker, str(folder)], world))
+    finish(start(["-m", f"tests.distributed.{module}", worker, str(folder)], world))
     return [json.loads((folder / f"result-{rank}.json").read_text()) for rank in range(world)]

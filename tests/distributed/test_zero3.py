@@ -15,6 +15,9 @@ ONE_RANK = {
     "accumulated": {"micro": 1},
     "zero2": {"micro": 4, "engine": "zero2"},
     "mixed": {"micro": 4, "text_only": [2, 3]},
+    "still projector": {"micro": 4, "projector_lr": 0.0, "weight_decay": 0.5},
+    # No image and no distillation: W and projector get gradient zero, and what moves them is decay.
+    "decay": {"micro": 4, "engine": "zero2", "steered": True, "weight_decay": 0.5, "text_only": [0, 1, 2, 3]},
     "falling": {"micro": 4, "steps": 12, "same": True},
     "bf16": {"micro": 4, "steps": 12, "same": True, "precision": "bf16"},
 }
@@ -89,6 +92,23 @@ def test_no_rank_with_an_image(two):
     result = two[0]["text"]
     assert result["losses"][0]["loss/similarity"] == 0 == result["losses"][0]["loss/attention"]
     assert "steering.weight" not in result["changed"]
+
+
+def _moved(result: dict[str, Any], part: str) -> bool:
+    return any(part in name for name in result["changed"])
+
+
+def test_a_projector_of_rate_zero_stays_to_the_bit(one):
+    result = one["still projector"]
+    assert not _moved(result, "multi_modal_projector")
+    assert _moved(result, "lora_") and _moved(result, "steering")
+    assert _moved(one["whole"], "multi_modal_projector")
+
+
+def test_w_never_decays(one):
+    """The projector, of gradient zero too, does: so the decay was there."""
+    result = one["decay"]
+    assert not _moved(result, "steering") and _moved(result, "multi_modal_projector")
 
 
 @pytest.mark.parametrize("run", ["falling", "bf16"])

@@ -32,7 +32,9 @@ def configure(settings: dict[str, Any]) -> Config:
     config.student.layer, config.student.lora = 2, LoraConfig(rank=4, alpha=8)
     config.student.train_projector = True
     config.losses.alpha, config.losses.beta = settings.get("alpha", 1.0), settings.get("beta", 0.5)
-    config.train.steps, config.train.lr, config.train.projector_lr = 100, 1e-3, 1e-3
+    config.train.steps, config.train.lr = 100, 1e-3
+    config.train.projector_lr = settings.get("projector_lr", 1e-3)
+    config.train.weight_decay = settings.get("weight_decay", 0.0)
     config.train.batch_size, config.train.micro_batch_size = settings.get("batch", 4), settings["micro"]
     config.train.precision = settings.get("precision", "fp32")
     config.engine.deepspeed = settings.get("engine", "cpu")
@@ -106,20 +108,27 @@ def scenarios(settings: dict[str, Any]) -> dict[str, Any]:
     return results
 
 
-def train(settings: dict[str, Any]) -> dict[str, Any]:
-    """Some steps under ZeRO. Returns the losses, the frozen weights before and after, and what changed."""
-    config = configure(settings)
+def build(config: Config, *, steered: bool = False) -> tuple[Engine, Student, Step]:
+    """As a run does it. `steered` starts from a W that is not zero (where ZeRO does not partition it)."""
     ds_settings = deepspeed_settings(config, distributed.world())
     teacher = build_teacher(config)
     with door.sharded_loading(ds_settings):
         student = load_student(config.student, precision(config))
+    if steered:
+        torch.nn.init.normal_(student.steering.weight, std=0.1)
     student.train()
     engine = Engine(student, parameter_groups(student, config), ds_settings)
     if teacher is not None:
         assert_replicated(teacher)
+    return engine, student, Step(engine, teacher, build_objective(config), student.anatomy.grid)
+
+
+def train(settings: dict[str, Any]) -> dict[str, Any]:
+    """Some steps under ZeRO. Returns the losses, the frozen weights before and after, and what changed."""
+    config = configure(settings)
+    engine, student, step = build(config, steered=settings.get("steered", False))
     sharded = sum(p.ds_numel > p.ds_tensor.numel() for p in student.parameters() if hasattr(p, "ds_tensor"))
     before = _everything(engine, student)
-    step = Step(engine, teacher, build_objective(config), student.anatomy.grid)
     losses = [step(share(settings, number), peaks(config.train)) for number in range(settings["steps"])]
     after = _everything(engine, student)
     learning = {name for named in student.trainable().values() for name, _ in named}
@@ -140,7 +149,12 @@ def _everything(engine: Engine, student: Student) -> dict[str, torch.Tensor]:
     return engine.gathered(list(student.named_parameters()))
 
 
-if __name__ == "__main__":
+def main(functions: dict[str, Any]) -> None:
+    """The function that the command line names, with the settings of the folder that it names."""
     folder = Path(sys.argv[2])
-    result = globals()[sys.argv[1]](json.loads((folder / "settings.json").read_text()))
+    result = functions[sys.argv[1]](json.loads((folder / "settings.json").read_text()))
     (folder / f"result-{distributed.rank()}.json").write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main(globals())

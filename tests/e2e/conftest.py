@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import signal
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from tests.distributed.ranks import finish, start
+from medalign.observability.sinks import read_rows
+from tests.distributed.ranks import TIMEOUT, finish, start
+
+EXACT = ("loss/total", "loss/language", "loss/similarity", "loss/attention", "optim/grad_norm", "optim/lr")
 
 
 @pytest.fixture(scope="session")
@@ -43,6 +48,26 @@ def train(recipe: Path, folder: Path, *overrides: str, world: int = 1) -> list[s
 
 def command(recipe: Path, folder: Path, overrides: Sequence[str] = ()) -> list[str]:
     return ["-m", "medalign", "train", str(recipe), "--run.dir", str(folder), *overrides]
+
+
+def kill_at(recipe: Path, folder: Path, step: int, *overrides: str, world: int = 1) -> None:
+    """Starts a run and kills it, without warning, once it has written the row of `step`."""
+    processes = start(command(recipe, folder, overrides), world)
+    rows = folder / "metrics.jsonl"
+    deadline = time.monotonic() + TIMEOUT
+    try:
+        while not (rows.is_file() and rows.read_text().count("\n") >= step):
+            assert all(p.poll() is None for p in processes) and time.monotonic() < deadline, "ended before the kill"
+            time.sleep(0.01)
+    finally:
+        for process in processes:
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+
+
+def losses(folder: Path) -> list[tuple]:
+    """What every step must have in common with that of another run to be the same to the bit."""
+    return [(row["step"], *(row[name] for name in EXACT)) for row in read_rows(folder / "metrics.jsonl")]
 
 
 @pytest.fixture(scope="session")

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import shutil
-import signal
-import time
 from pathlib import Path
 
 import pytest
 
 from medalign.observability.sinks import read_rows
-from tests.distributed.ranks import TIMEOUT, start
-from tests.e2e.conftest import command, train
+from tests.e2e.conftest import kill_at, train
 
 # Six samples a step can be cut for one, two and three ranks; no dropout, for its draws belong to a rank.
 CUT = ("--train.batch_size", "6", "--train.micro_batch_size", "1", "--train.steps", "7", "--student.lora.dropout", "0")
@@ -26,17 +23,7 @@ def losses(folder: Path) -> list[list[float]]:
 def killed(recipe, tmp_path_factory) -> Path:
     """A run of two ranks that was killed, without warning, after step 4; its checkpoint is that of step 3."""
     folder = tmp_path_factory.mktemp("elastic") / "killed"
-    processes = start(command(recipe, folder, CUT), 2)
-    rows = folder / "metrics.jsonl"
-    deadline = time.monotonic() + TIMEOUT
-    try:
-        while not (rows.is_file() and rows.read_text().count("\n") >= 4):
-            assert all(p.poll() is None for p in processes) and time.monotonic() < deadline, "ended before the kill"
-            time.sleep(0.01)
-    finally:
-        for process in processes:
-            process.send_signal(signal.SIGKILL)
-            process.communicate()
+    kill_at(recipe, folder, 4, *CUT, world=2)
     assert (folder / "checkpoints" / "latest").read_text().strip() == "step-000003"
     return folder
 

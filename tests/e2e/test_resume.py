@@ -2,33 +2,7 @@
 
 from __future__ import annotations
 
-import signal
-import time
-from pathlib import Path
-
-from medalign.observability.sinks import read_rows
-from tests.distributed.ranks import TIMEOUT, start
-from tests.e2e.conftest import command, train
-
-EXACT = ("loss/total", "loss/language", "loss/similarity", "loss/attention", "optim/grad_norm", "optim/lr")
-
-
-def losses(folder: Path) -> list[tuple]:
-    return [(row["step"], *(row[name] for name in EXACT)) for row in read_rows(folder / "metrics.jsonl")]
-
-
-def kill_at(recipe: Path, folder: Path, step: int) -> None:
-    """Starts a run and kills it, without warning, once it has written the row of `step`."""
-    (process,) = start(command(recipe, folder), 1)
-    rows = folder / "metrics.jsonl"
-    deadline = time.monotonic() + TIMEOUT
-    try:
-        while not (rows.is_file() and rows.read_text().count("\n") >= step):
-            assert process.poll() is None and time.monotonic() < deadline, "the run ended before it could be killed"
-            time.sleep(0.01)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+from tests.e2e.conftest import kill_at, losses, train
 
 
 def test_a_killed_run_goes_on_exactly(recipe, trained, tmp_path):

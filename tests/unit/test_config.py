@@ -36,7 +36,9 @@ def test_the_dump_is_complete_and_reads_back(recipe, tmp_path):
     ("words", "message"),
     [
         (["--train.stps", "5"], "'train.stps' in the command line; the nearest known key is 'train.steps'"),
-        (["--train.steps", "many"], '"train.steps".*int.*many'),
+        (["--train.steps", "many"], '^the command line: .*"train.steps".*int.*many'),
+        (["--run.seed", "-1"], "run.seed is -1; it must be from 0 to 4294967295"),
+        (["--run.seed", "4294967296"], "run.seed is 4294967296"),
         (["--losses.impl", "magic"], "losses.impl.*magic"),
         (["--losses.alpha", "-1"], "losses.alpha is -1.0"),
         (["--train.micro_batch_size", "0"], "train.micro_batch_size is 0"),
@@ -53,7 +55,7 @@ def test_bad_words_are_named(recipe, words, message):
     ("text", "message"),
     [
         ("student: {pth: a}", "'student.pth'.*'student.path'"),
-        ("train: {steps: many}", "train.steps"),
+        ("train: {steps: many}", "^recipe .*bad.yaml: .*train.steps"),
         ("- a", "must hold sections"),
         ("a: [", "not YAML"),
         ("student: {path: a}", "teacher.path is not set"),
@@ -65,6 +67,13 @@ def test_bad_recipes_are_named(tmp_path, text, message):
     path = tmp_path / "bad.yaml"
     path.write_text(text)
     with pytest.raises(ConfigError, match=message):
+        config.load(str(path))
+
+
+def test_a_recipe_that_is_no_text_is_named(tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"\xff\xfe\x00\x81")
+    with pytest.raises(ConfigError, match=r"recipe .*model\.safetensors is not text"):
         config.load(str(path))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from medalign import distributed
+from medalign.errors import ConfigError, DataError, MedAlignError
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -12,7 +13,7 @@ NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 @pytest.fixture(autouse=True)
 def bare(monkeypatch):
     """No launcher, and nothing left behind for other tests."""
-    for name in (*NAMES, "SLURM_PROCID", "SLURM_NTASKS"):
+    for name in (*NAMES, "SLURM_PROCID", "SLURM_NTASKS", "SLURM_STEP_NODELIST"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
 
@@ -31,6 +32,24 @@ def test_srun_variables_are_translated(monkeypatch):
     import os
 
     assert os.environ["MASTER_ADDR"] == "gpu03" and os.environ["MASTER_PORT"] == "23456"
+
+
+def test_a_batch_script_of_several_tasks_without_srun_is_told_so(monkeypatch):
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    monkeypatch.setenv("SLURM_NTASKS", "8")
+    with pytest.raises(
+        ConfigError, match="has 8 tasks, but srun did not .*srun --kill-on-bad-exit=1 python -m medalign"
+    ):
+        distributed.adopt_launcher()
+
+
+def test_one_rank_alone_raises_its_own_error():
+    with pytest.raises(DataError, match="lost"), distributed.together():
+        raise DataError("lost")
+    with pytest.raises(MedAlignError, match="^/nowhere: No such file"), distributed.together():
+        open("/nowhere")  # noqa: SIM115
+    with distributed.together():
+        pass
 
 
 def test_a_launcher_is_left_alone(monkeypatch):

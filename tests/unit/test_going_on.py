@@ -1,34 +1,69 @@
 """What a run may change when it goes on, and what it may not."""
 
+import json
+from dataclasses import asdict, replace
+
 import pytest
 
 from medalign import config
 from medalign.checkpoint.state import Progress
 from medalign.errors import ConfigError
-from medalign.run import _prepare_folder, _say_end
+from medalign.run import _require_same_run, _say_end
 
 WORDS = ["--data.train", "shards", "--student.path", "/one/models/llava", "--teacher.path", "/one/models/clip"]
+STANDS = Progress(step=3, samples=12, ranks=1, stage=3, data=("8 samples in 1 shards of 512 bytes, CRC-32 0000abcd",))
 
 
 def begun(folder, *words):
     return config.load("phantom", [*WORDS, "--run.dir", str(folder), *words])
 
 
+@pytest.fixture
+def goes_on(tmp_path):
+    """Goes on from a checkpoint with other words, or from another progress.json."""
+    (tmp_path / "config.yaml").write_text(config.dump(begun(tmp_path)))
+    checkpoint = tmp_path / "checkpoints" / "step-000003"
+    checkpoint.mkdir(parents=True)
+
+    def go(*words, before=STANDS, now=STANDS):
+        (checkpoint / "progress.json").write_text(json.dumps(asdict(before)))
+        _require_same_run(begun(tmp_path, *words), now, checkpoint, tmp_path / "config.yaml")
+
+    return go
+
+
 @pytest.mark.parametrize("word, value", [("run.seed", "5"), ("train.lr", "0.5"), ("student.layer", "3")])
-def test_what_shapes_the_run_must_stay(tmp_path, word, value):
-    _prepare_folder(begun(tmp_path), tmp_path)
-    written = (tmp_path / "config.yaml").read_text()
+def test_what_shapes_the_run_must_stay(goes_on, word, value):
     with pytest.raises(ConfigError, match=rf"config\.yaml has {word} = .*the command says {value}.*--run\.dir"):
-        _prepare_folder(begun(tmp_path, f"--{word}", value), tmp_path)
-    assert (tmp_path / "config.yaml").read_text() == written
+        goes_on(f"--{word}", value)
 
 
-def test_models_may_move_with_the_folders_above_them(tmp_path):
-    _prepare_folder(begun(tmp_path), tmp_path)
-    _prepare_folder(begun(tmp_path, "--student.path", "/two/llava", "--train.micro_batch_size", "8"), tmp_path)
-    assert config.read(tmp_path / "config.yaml").student.path == "/two/llava"
+def test_models_may_move_with_the_folders_above_them(goes_on):
+    goes_on("--student.path", "/two/llava", "--train.micro_batch_size", "8")
     with pytest.raises(ConfigError, match=r"student\.path"):
-        _prepare_folder(begun(tmp_path, "--student.path", "/two/other"), tmp_path)
+        goes_on("--student.path", "/two/other")
+
+
+def test_shards_may_move_but_not_change(goes_on):
+    goes_on("--data.train", "elsewhere")
+    other = replace(STANDS, data=("7 samples in 1 shards of 512 bytes, CRC-32 0000abcd",))
+    with pytest.raises(
+        ConfigError, match=r"data\.train is not what .*step-000003 was trained on: 8 samples.*7 samples"
+    ):
+        goes_on(now=other)
+
+
+def test_an_old_checkpoint_goes_on_with_a_warning(goes_on, caplog):
+    goes_on(before=replace(STANDS, data=(), stage=None))
+    assert "step-000003 does not say what data it was trained on" in caplog.text
+
+
+def test_another_zero_stage_is_refused(goes_on):
+    with pytest.raises(
+        ConfigError,
+        match=r"step-000003 is of ZeRO stage 3, engine\.deepspeed zero2 is of stage 2.*restore --engine\.deepspeed cpu",
+    ):
+        goes_on("--engine.deepspeed", "zero2", now=replace(STANDS, stage=2))
 
 
 def test_the_end_of_a_run_tells_what_was_replaced_and_cut(tmp_path, caplog):

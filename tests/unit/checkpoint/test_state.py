@@ -146,5 +146,54 @@ def test_a_disk_that_fills_up_while_rewriting_leaves_it_whole(tmp_path, monkeypa
     assert state.latest(tmp_path) == folder and state.read_progress(folder).ranks == 4
 
 
+@pytest.mark.parametrize("keep", [1, 2])
+def test_what_latest_names_is_never_removed(tmp_path, keep):
+    """`latest` is set back from 600 to 300: 400 is the newest then, and 600 is of a way that was left."""
+    for step in (300, 600):
+        state.save(FakeEngine(), tmp_path, at(step), 2, export)
+    (tmp_path / "latest").write_text("step-000300\n")
+    state.save(FakeEngine(), tmp_path, at(400), keep, export)
+    assert state.latest(tmp_path) == tmp_path / "step-000400"
+    left = ["step-000400"] if keep == 1 else ["step-000300", "step-000400"]
+    assert sorted(path.name for path in tmp_path.glob("step-*")) == left
+
+
+def test_foreign_names_beside_checkpoints_are_left_alone(tmp_path):
+    (tmp_path / "step-best").mkdir(parents=True)
+    state.save(FakeEngine(), tmp_path, at(5), 1, export)
+    assert (tmp_path / "step-best").is_dir()
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"step": 5, "of_the_future": 1}'])
+def test_a_damaged_progress_is_named(tmp_path, text):
+    folder = state.save(FakeEngine(), tmp_path, at(5), 1, export)
+    (folder / "progress.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"step-000005/progress\.json cannot be read"):
+        state.read_progress(folder)
+
+
+def test_an_older_progress_is_read(tmp_path):
+    folder = state.save(FakeEngine(), tmp_path, at(5), 1, export)
+    (folder / "progress.json").write_text('{"step": 5, "samples": 20, "ranks": 1, "skipped": 0, "truncated": 0}')
+    assert state.read_progress(folder) == at(5)
+
+
+def test_torch_without_room_while_rewriting_is_named(tmp_path, monkeypatch):
+    def full(source: Path, target: Path) -> None:
+        target.mkdir()
+        torch.save({"w": torch.zeros(100_000)}, target / "state.pt")
+
+    folder = state.save(FakeEngine(), tmp_path, at(5, ranks=4), 2, export)
+    monkeypatch.setattr(state, "to_universal", full)
+    with room(50_000), pytest.raises(CheckpointError, match="step-000005 could not be rewritten .*free space"):
+        state.load(FakeEngine(), folder)
+
+
+def test_a_root_that_cannot_be_made_is_a_clear_error(tmp_path):
+    (tmp_path / "checkpoints").write_text("a file")
+    with pytest.raises(CheckpointError, match="step-000005 could not be written .File exists"):
+        state.save(FakeEngine(), tmp_path / "checkpoints", at(5), 1, export)
+
+
 def test_no_checkpoint_is_none(tmp_path):
     assert state.latest(tmp_path / "none") is None

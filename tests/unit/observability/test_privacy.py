@@ -24,3 +24,9 @@ def test_secrets_and_places_stay_at_home(tmp_path, monkeypatch):
         "note": ["<path>"] * 5,
         "none": None,
     }
+
+
+def test_a_users_engine_file_stays_at_home():
+    """A packaged name is told; a file's name, which holds what its owner likes, is not."""
+    assert public_config({"engine": {"deepspeed": "zero3"}}) == {"engine": {"deepspeed": "zero3"}}
+    assert public_config({"engine": {"deepspeed": "doe_cluster.json"}}) == {"engine": {"deepspeed": "<path>"}}

@@ -15,8 +15,11 @@ import numpy as np
 import pytest
 from wandb.proto import wandb_internal_pb2
 
+from medalign import config
+from medalign.checkpoint.state import Progress
 from medalign.distributed import log
 from medalign.observability.sinks import WandbSink
+from medalign.run import build_sinks
 
 BLOCK, HEADER = 32768, 7  # LevelDB log framing; the file starts with a header of the same size
 
@@ -106,6 +109,20 @@ def test_a_resumed_run_keeps_its_id_and_its_steps(at_home):
     runs = [next(r.run for r in records(path) if r.HasField("run")) for path in offline_files(at_home)]
     assert {run.run_id for run in runs} == {(at_home / "wandb_run_id").read_text().strip()}
     assert sorted(row["_step"] for path in offline_files(at_home) for row in history(path)) == [10, 20]
+
+
+def test_a_run_is_named_by_its_id_unless_it_is_given_a_name(at_home):
+    """Through the run's own wiring: neither the folder's name nor that of the user's engine file is told."""
+    folder = at_home / "ward_of_doctor_doe"
+    words = ["--data.train", "c", "--run.dir", str(folder), "--engine.deepspeed", "doe_cluster.json"]
+    for name in (None, "trial"):
+        settings = config.load("phantom", [*words, *(["--log.name", name] if name else [])])
+        for sink in build_sinks(settings, folder, Progress(step=0, samples=0, ranks=1)):
+            sink.close()
+    found = [list(records(path)) for path in offline_files(folder)]
+    assert not any("doe" in str(record) for run in found for record in run)
+    names = {record.run.display_name for run in found for record in run if record.HasField("run")}
+    assert names == {"trial", (folder / "wandb_run_id").read_text().strip()}
 
 
 @pytest.mark.parametrize("key", [None, "0" * 40])

@@ -1,0 +1,75 @@
+"""What befalls one of two ranks ends both with the same clear error, and leaves what was good."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from medalign.checkpoint import export
+from tests import tiny
+from tests.distributed.ranks import run_worker
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("troubles")
+
+
+@pytest.fixture(scope="module")
+def ranks(folder, student_folder, teacher_folder) -> list[dict[str, Any]]:
+    settings = {"student": str(student_folder), "teacher": str(teacher_folder), "folder": str(folder)}
+    return run_worker("troubles", settings, 2, folder / "ranks", module="troubled")
+
+
+def both(ranks: list[dict[str, Any]], *path: str) -> Any:
+    """What both ranks have there, which must be the same."""
+    one, other = ranks
+    for name in path:
+        one, other = one[name], other[name]
+    assert one == other
+    return one
+
+
+def test_all_raise_the_error_of_one(ranks):
+    assert both(ranks, "together") == "DataError: rank 1: naïve: a shard is lost"
+
+
+def test_rank_0_says_which_checkpoint_is_the_latest(ranks):
+    assert both(ranks, "latest") == "/step-000005"
+
+
+def test_a_shard_that_one_rank_loses_ends_all(ranks):
+    """Before the second step, so that step 1 is the last checkpoint."""
+    found = both(ranks, "lost shard")
+    assert found == {"raised": "DataError: rank 1: train/shard-000001.tar is gone", "saved": [1]}
+
+
+def test_a_loss_that_is_no_number_ends_all_and_is_never_saved(ranks):
+    for rank in ranks:
+        assert rank["diverged"]["saved"] == [1]
+        assert rank["diverged"]["raised"].startswith("DivergedError: step 2: loss/language is nan")
+
+
+@pytest.mark.parametrize("trouble", ["rank 0 full", "rank 1 full", "export full", "no folder"])
+def test_a_disk_that_fails_one_rank_ends_all(ranks, trouble):
+    said = both(ranks, "checkpoints", trouble)
+    assert re.fullmatch(r"CheckpointError: (rank 1: )?checkpoint .*step-000002 could not be written \(.+\); .*", said)
+
+
+def test_troubles_leave_the_earlier_checkpoint_and_an_engine_that_saves_again(ranks):
+    assert both(ranks, "checkpoints", "left") == ["file", "latest", "step-000001"]
+    assert both(ranks, "checkpoints", "after") == "step-000002"
+
+
+def test_an_export_holds_what_the_sharded_student_learnt(ranks, folder):
+    assert ranks[0]["export"] == {"names": [], "differ": [], "still": []}
+    student = export.read(folder / "export", torch.float32, torch.device("cpu"))
+    with torch.no_grad():
+        logits = student(tiny.batch(), tap=False).logits
+    in_memory = load_file(folder / "export" / "in_memory.safetensors")["logits"]
+    torch.testing.assert_close(logits, in_memory, rtol=1e-6, atol=1e-6)

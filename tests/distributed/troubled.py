@@ -1,0 +1,172 @@
+"""What two ranks do when one of them meets trouble; all in one process group, with one engine."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import itertools
+import resource
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from medalign import distributed
+from medalign.checkpoint import export, state
+from medalign.checkpoint.state import Progress
+from medalign.config import Config
+from medalign.contracts import Batch
+from medalign.engine import engine as door
+from medalign.engine.engine import Engine
+from medalign.errors import DataError
+from medalign.losses.objective import Objective
+from medalign.student.model import Student
+from medalign.training import loop
+from medalign.training.step import Step
+from tests import tiny
+from tests.distributed.workers import build, configure, main, share
+
+MICRO = {"micro": 2}
+
+
+def troubles(settings: dict[str, Any]) -> dict[str, Any]:
+    """Each trouble in turn: what this rank raised, and what was left."""
+    door.start({})
+    folder = Path(settings["folder"])
+    config = configure(settings | MICRO)
+    config.train.steps, config.checkpoint.every = 3, 1
+    engine, student, step = build(config)
+    # On the CPU the kernels of distillation refuse what is no number before the loss can be one.
+    language = Step(engine, None, Objective(0.0, 0.0), student.anatomy.grid)
+    results = {
+        "together": raised(lambda: _together(1)),
+        "latest": _latest(folder / "seen"),
+        "lost shard": _loop(config, step, _lost_shard),
+        "export": _exported(config, engine, student, folder / "export"),
+        "checkpoints": _checkpoints(engine, folder / "checkpoints"),
+        "diverged": _loop(config, language, _not_a_number),  # the last: nothing of the student is left
+    }
+    door.stop()
+    return results
+
+
+def raised(act: Callable[[], object]) -> str:
+    try:
+        act()
+    except Exception as error:  # noqa: BLE001 (whatever it is, the test compares it)
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+def _together(troubled: int) -> None:
+    with distributed.together():
+        if distributed.rank() == troubled:
+            raise DataError("naïve: a shard is lost")
+
+
+def _latest(root: Path) -> str:
+    """Rank 1 sees another folder, without any checkpoint."""
+    mine = root / str(distributed.rank())
+    if distributed.is_main():
+        (mine / "step-000005").mkdir(parents=True)
+        (mine / "step-000005" / "progress.json").write_text("{}")
+        (mine / "latest").write_text("step-000005\n")
+    return str(state.latest(mine)).removeprefix(str(mine))
+
+
+def _loop(config: Config, step: Step, batches: Callable[[], Iterator[list[Batch]]]) -> dict[str, Any]:
+    saved: list[int] = []
+    begun = Progress(step=0, samples=0, ranks=2)
+    said = raised(lambda: loop.train(config, step, batches(), begun, [], lambda now: saved.append(now.step)))
+    return {"raised": said, "saved": saved}
+
+
+def _lost_shard() -> Iterator[list[Batch]]:
+    yield share(MICRO, 0)
+    if distributed.rank() == 1:
+        raise DataError("train/shard-000001.tar is gone")
+    yield from (share(MICRO, step) for step in itertools.count(1))
+
+
+def _not_a_number() -> Iterator[list[Batch]]:
+    """From the second step on, a picture of rank 1 is not one."""
+    yield share(MICRO, 0)
+    for step in itertools.count(1):
+        batches = share(MICRO, step)
+        if distributed.rank() == 1:
+            nan = torch.full_like(batches[0].student_pixels, torch.nan)
+            batches = [dataclasses.replace(batches[0], student_pixels=nan), *batches[1:]]
+        yield batches
+
+
+def _exported(config: Config, engine: Engine, student: Student, folder: Path) -> dict[str, Any]:
+    """After some training: the exported values against those of the sharded student, whose logits are kept too."""
+    whole = engine.gathered([pair for group in student.trainable().values() for pair in group])
+    engine.student.eval()
+    with torch.no_grad():
+        logits = engine(tiny.batch(), tap=False).logits
+    engine.student.train()
+    if not distributed.is_main():
+        return {}
+    export.write(student, whole, config.student, config.data.max_length, folder)
+    save_file({"logits": logits}, folder / "in_memory.safetensors")
+    found = load_file(folder / "adapter_model.safetensors") | load_file(folder / "medalign.safetensors")
+    ours = {_exported_name(name): value for name, value in whole.items()}
+    return {
+        "names": sorted(set(found) ^ set(ours)),
+        "differ": [name for name, value in ours.items() if not torch.equal(found[name], value)],
+        "still": [name for name, value in ours.items() if not value.abs().max() > 0],
+    }
+
+
+def _exported_name(name: str) -> str:
+    return name.removeprefix("model.").replace(".default.", ".") if "lora_" in name else name
+
+
+def _checkpoints(engine: Engine, root: Path) -> dict[str, Any]:
+    """One checkpoint, then troubles of every kind, then another checkpoint."""
+
+    def save(step: int, export: Callable[[Path], None], root: Path = root) -> Path:
+        return state.save(engine, root, Progress(step=step, samples=0, ranks=2), 1, export)
+
+    def full(target: Path) -> None:
+        if distributed.is_main():
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    def mkdir_on_main(target: Path) -> None:
+        if distributed.is_main():
+            target.mkdir()
+
+    save(1, mkdir_on_main)
+    results: dict[str, Any] = {}
+    for name, troubled in (("rank 0 full", 0), ("rank 1 full", 1)):
+        with room(20_000, troubled):
+            results[name] = raised(lambda: save(2, mkdir_on_main))
+    results["export full"] = raised(lambda: save(2, full))
+    if distributed.is_main():
+        (root / "file").write_text("")
+    results["no folder"] = raised(lambda: save(2, mkdir_on_main, root / "file"))
+    distributed.barrier()
+    results["left"] = sorted(path.name for path in root.iterdir())
+    distributed.barrier()
+    results["after"] = save(2, mkdir_on_main).name
+    return results
+
+
+@contextlib.contextmanager
+def room(size: int, rank: int) -> Iterator[None]:
+    """No file of this rank may grow beyond `size` bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if distributed.rank() == rank:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+if __name__ == "__main__":
+    main(globals())
