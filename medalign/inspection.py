@@ -21,7 +21,7 @@ from medalign.errors import ConfigError
 from medalign.evaluation.batches import BatchView, as_html, as_picture, as_text, view_batch
 from medalign.observability.files import write_text
 from medalign.student import loading
-from medalign.teacher.clip import teacher_eye
+from medalign.teacher.source import teacher_eye
 
 _LISTING = ("steps", "skip", "world_size", "workers")  # options of --keys alone
 _SHOWING = ("step", "output")  # options of a batch that is shown

@@ -22,7 +22,8 @@ from transformers import (
 )
 
 from medalign.contracts import IGNORE, Batch
-from medalign.teacher.clip import CONFIG_NAME, WEIGHTS_NAME, build_clip
+from medalign.teacher.clip import build_clip
+from medalign.teacher.source import CONFIG_NAME, WEIGHTS_NAME
 
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 from medalign.data.phantom import KINDS, Study, stream, study
 from medalign.geometry import CanvasFrame, coverage, square_canvas, view
-from medalign.teacher.clip import CONFIG_NAME, WEIGHTS_NAME, Teacher, build_clip, load_teacher
+from medalign.teacher.clip import Teacher, build_clip, load_teacher
+from medalign.teacher.source import CONFIG_NAME, WEIGHTS_NAME
 
 Tokenize = Callable[[list[str]], torch.Tensor]
 PLACES = [f"{side} {zone} zone" for side in ("right", "left") for zone in ("upper", "middle", "lower")]

@@ -34,7 +34,8 @@ from tqdm import tqdm
 from medalign.data.phantom import KINDS, Finding, stream, study
 from medalign.data.phantom.contracts import SIDES, ZONES
 from medalign.geometry import CanvasFrame, PatchGrid, square_canvas, view
-from medalign.teacher.clip import CONFIG_NAME, WEIGHTS_NAME, build_clip
+from medalign.teacher.clip import build_clip
+from medalign.teacher.source import CONFIG_NAME, WEIGHTS_NAME
 
 ROOT = Path(__file__).resolve().parents[1]
 IMAGE_SIZE, CONTEXT, EMBEDDING = 96, 48, 64

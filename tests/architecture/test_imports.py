@@ -33,7 +33,7 @@ FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 DOORS = {
     "deepspeed": "engine/*",
     "fsspec": "data/filesystems.py",
-    "open_clip": "teacher/clip.py",
+    "open_clip": "teacher/*",
     "peft": "student/loading.py",
     "pydicom": "data/dicom.py",
     "triton": "kernels/*triton*.py",

@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from medalign.teacher.clip import CONFIG_NAME, WEIGHTS_NAME, build_clip
+from medalign.teacher.clip import build_clip
+from medalign.teacher.source import CONFIG_NAME, WEIGHTS_NAME
 
 MODEL = {
     "embed_dim": 16,

@@ -9,15 +9,8 @@ from torch import nn
 
 from medalign.errors import CheckpointError, ConfigError
 from medalign.geometry import PatchGrid
-from medalign.teacher.clip import (
-    CONFIG_NAME,
-    WEIGHTS_NAME,
-    ConvStem,
-    build_clip,
-    class_attention,
-    load_teacher,
-    teacher_eye,
-)
+from medalign.teacher.clip import ConvStem, build_clip, class_attention, load_teacher
+from medalign.teacher.source import CONFIG_NAME, WEIGHTS_NAME, teacher_eye
 
 
 def test_a_teacher_tells_how_it_wants_its_images(folder):
