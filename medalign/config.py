@@ -108,7 +108,7 @@ class StudentConfig:
     attention: Literal["auto", "sdpa", "flash_attention_2", "eager"] = "auto"
     """Attention of every block. auto: flash_attention_2 where flash-attn and a GPU are there, else sdpa."""
     gradient_checkpointing: bool = False
-    """Recompute blocks in the backward pass (all but the steered and the tapped one) to save memory."""
+    """Recompute blocks in the backward pass, all but the tapped one, to save memory."""
 
 
 @dataclass

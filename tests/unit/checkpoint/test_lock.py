@@ -47,8 +47,9 @@ def test_a_second_training_is_refused_until_the_first_is_killed(tmp_path):
 
 
 def test_it_is_free_after_its_end(tmp_path):
-    _try(tmp_path / "new" / "run")
-    _try(tmp_path / "new" / "run")
+    for _ in range(2):
+        _try(tmp_path / "new" / "run")
+    assert (tmp_path / "new" / "run" / "lock").is_file()
 
 
 def test_a_file_system_without_locks_is_said_and_borne(tmp_path, monkeypatch, caplog):
