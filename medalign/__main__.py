@@ -192,7 +192,7 @@ def _add_generate(commands) -> None:
         help="PNG, JPEG, DICOM or what else Pillow reads; give it again for each further image, in their order",
     )
     parser.add_argument("--question", required=True, metavar="TEXT", help="what to ask")
-    parser.add_argument("--overlay", type=Path, metavar="PNG", help="picture to write")
+    parser.add_argument("--overlay", type=Path, metavar="FILE", help="picture to write, .png or .jpg")
 
 
 def _generate(chosen: argparse.Namespace) -> int:
@@ -225,7 +225,7 @@ def _add_evaluate(commands) -> None:
     _add_run(parser)
     _add_asking(parser)
     parser.add_argument("--data", nargs="+", required=True, metavar="SHARDS", help="folders of shards")
-    parser.add_argument("--name", metavar="NAME", help="name of the evaluation (default: the first folder's name)")
+    parser.add_argument("--name", metavar="NAME", help="default: the first folder's; an older one is replaced")
     parser.add_argument("--batch-size", type=count, default=32, metavar="N", help="default %(default)s")
     parser.add_argument("--limit", type=count, metavar="N", help="score the first N samples alone")
     parser.add_argument(
@@ -329,7 +329,8 @@ def _add_bench(commands) -> None:
         action="store_true",
         help="compile every configuration that can be chosen; registers, spills, shared memory, operations, bytes",
     )
-    parser.add_argument("--architecture", nargs="+", default=["sm_80", "sm_90", "sm_100"], metavar="SM", help="for it")
+    cards = ["sm_80", "sm_90", "sm_100"]
+    parser.add_argument("--architecture", nargs="+", default=cards, metavar="SM", help="with --compile")
     parser.add_argument("--tune", action="store_true", help="time all candidates and write the configurations' table")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="where to run (default %(default)s)")
     parser.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], help="default bf16 on cuda, fp32 on cpu")

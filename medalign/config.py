@@ -40,11 +40,11 @@ class DataConfig:
     workers: int = 0
     """Loader processes for each rank; 0 reads in the trainer itself. The batches are the same for any number."""
     max_length: int = 1024
-    """Longest sample in tokens, image tokens included. Text beyond it is cut, image tokens never."""
+    """Longest sample in tokens; it must hold all images of the largest one. Text beyond it is cut, images never."""
     packing: bool = False
     """Lay a micro-batch's samples end to end in one row instead of padding them; each still sees itself alone."""
     max_bad_share: float = 0.01
-    """The run stops when more than this share of the samples cannot be read."""
+    """The run stops when more than this share of the samples cannot be read; fewer than 100 count as 100."""
     weights: list[float] = field(default_factory=list)
     """One weight a folder: how often its samples come. Empty: all folders are one data set, each sample once an epoch.
     """
@@ -55,7 +55,7 @@ class DataConfig:
     retries: int = 5
     """Tries, after the first, to read from a shard that cannot be read, with growing pauses."""
     cache_dir: str = ""
-    """Folder for what is read from remote shards; the processes of a node share it."""
+    """Folder for what is read from remote shards, shared by a node. Empty: ~/.cache/medalign, for indexes alone."""
     cache_gib: float = 0.0
     """Most GiB in cache_dir; 0 keeps nothing."""
 
@@ -70,7 +70,7 @@ class TeacherConfig:
     """The frozen medical CLIP."""
 
     path: str = ""
-    """Folder with open_clip_config.json and open_clip_model.safetensors, or open_clip:ARCHITECTURE/WEIGHTS."""
+    """Folder with open_clip_config.json and open_clip_model.safetensors, or open_clip:ARCHITECTURE/FILE."""
     random_weights_seed: int | None = None
     """A control: forget the trained weights and draw random ones from this seed."""
 
@@ -120,13 +120,14 @@ class LossConfig:
     beta: float = 0.06
     """Coefficient of the attention loss; 0 leaves it out."""
     normalise: Literal["sum", "softmax", "official"] = "sum"
-    """How attention becomes a distribution over the image tokens."""
+    """How attention becomes a distribution: divided by its sum; softmax of its values; by its L2 norm, as the released
+    code does (official; the loss may then be negative)."""
     weighting: Literal["uniform", "teacher_attention"] = "uniform"
-    """Weights of the token pairs in the spatial loss."""
+    """Weights of the token pairs in the spatial loss: all alike, or by the teacher's attention to both."""
     ignore_padding: bool = False
     """Leave patches that show only canvas padding out of both distillation losses."""
     impl: Literal["auto", "reference", "chunked", "triton"] = "auto"
-    """Implementation of the kernels; one asked for by name is taken or refused, never replaced."""
+    """Implementation of the kernels. auto: triton on a GPU if it can run, else chunked. A name is taken or refused."""
 
 
 @dataclass
@@ -173,7 +174,7 @@ class EngineConfig:
 
 @dataclass
 class LogConfig:
-    """What is written down while the run goes on. Only numbers: no image and no text leaves the run's folder."""
+    """What is written down while the run goes on: numbers, and settings without paths; no image or text of the data."""
 
     every: int = 10
     """Steps between two rows of metrics."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -26,6 +27,8 @@ from medalign.teacher.source import teacher_eye
 _LISTING = ("steps", "skip", "world_size", "workers")  # options of --keys alone
 _SHOWING = ("step", "output")  # options of a batch that is shown
 _PICTURE, _PAGE = (".png",), (".html", ".htm")
+
+log = logging.getLogger("medalign")
 
 _DESCRIPTION = """\
 Show what a recipe will train on.
@@ -141,6 +144,7 @@ def _show(view: BatchView, output: Path | None) -> None:
             write_text(output, as_html(view))
     except OSError as error:
         raise ConfigError(f"--output {output} cannot be written: {error.strerror or error}") from error
+    log.info("batch: %s", output)
 
 
 def _wants_colour() -> bool:

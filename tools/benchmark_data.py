@@ -12,7 +12,7 @@ with little and with much noise. The ways take turns, so that the machine's mood
     webdataset   WebDataset(...).decode("pilrgb"), resized
     files        torch's Dataset of files through its DataLoader (no workers), opened and converted to RGB, resized
     litdata      StreamingDataset over its own chunks of the same JPEG bytes, opened and converted to RGB, resized;
-                 only where it is installed (pip install 'medalign[benchmark]'); the result says so where it is not
+                 only where it is installed (pip install litdata); the result says so where it is not
 
 At 512 pixels the result must be equal to the last bit, or the run stops; at 2,500 the largest and mean difference in
 grey levels are written down. `at_most` is what no way could surpass that reads these bytes with this decoder: the times
@@ -260,9 +260,7 @@ def main() -> None:
         return first_batch(Path(chosen.first_batch[0]), int(chosen.first_batch[1]))
     torch.set_num_threads(1)
     if not HAS_LITDATA:
-        print(
-            "litdata is not installed and is not measured; pip install 'medalign[benchmark]' brings it", file=sys.stderr
-        )
+        print("litdata is not installed and is not measured; pip install litdata brings it", file=sys.stderr)
     result = {
         "command": shlex.join(["python", "tools/benchmark_data.py", *sys.argv[1:]]),
         "machine": f"{platform.machine()}, one core, CPU time of the process",

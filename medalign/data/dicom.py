@@ -1,6 +1,6 @@
 """DICOM pictures as a radiologist's screen shows them; of all tags, only those that say how to show pixels are used.
 
-The only file that imports pydicom (`pip install 'medalign[dicom]'`).
+The only file that imports pydicom, which is optional.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def _read(data: bytes, header_only: bool = False) -> Any:
         import pydicom
         from pydicom.errors import InvalidDicomError
     except ImportError as error:
-        raise DicomError("pydicom is not installed; pip install 'medalign[dicom]'") from error
+        raise DicomError("pydicom is not installed; pip install pydicom") from error
     try:
         study = pydicom.dcmread(io.BytesIO(data), stop_before_pixels=header_only)
         _ = study.Columns, study.Rows

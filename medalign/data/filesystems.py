@@ -59,7 +59,9 @@ def open_system(place: str, connections: int) -> Any:
         # No instance of fsspec's cache, for it may stem from the process that forked this one.
         system = kind(skip_instance_cache=True, **options)
     except (ImportError, ValueError) as error:
-        raise ConfigError(f"{place} cannot be read: {error}. pip install 'medalign[remote]' brings it") from error
+        raise ConfigError(
+            f"{place} cannot be read: {error}; https needs pip install aiohttp, s3 pip install s3fs"
+        ) from error
     _made[id(system)] = system
     if is_s3:
         system.retries = 1

@@ -1,7 +1,7 @@
 """WebDataset tars and how they are written: the only door to webdataset.
 
-A shard folder holds `shard-000000.tar`, `shard-000001.tar`, ... and `index.jsonl` (see `listing`). Each sample is a
-few neighbouring members of one tar:
+A shard folder holds `shard-000000.tar`, `shard-000001.tar`, ... and `index.jsonl` (see `listing`; a large one also
+`index.bin`, see `table`). Each sample is a few neighbouring members of one tar:
 
     KEY.jpg or KEY.png    the image, as it came (left out for a sample without image)
     KEY.1.jpg, KEY.2.png  further images of the sample, in the order of their numbers; up to 64 images in all

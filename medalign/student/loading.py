@@ -162,12 +162,12 @@ def choose_attention(wanted: str) -> str:
     if wanted == "flash_attention_2" and not usable:
         raise ConfigError(
             "student.attention is flash_attention_2, which needs an NVIDIA GPU and the flash-attn package "
-            "(pip install 'medalign[cuda]'); or choose sdpa"
+            "(pip install flash-attn --no-build-isolation); or choose sdpa"
         )
     if wanted != "auto":
         return wanted
     if torch.cuda.is_available() and not usable:
-        log.info("attention: sdpa, because flash-attn is not installed (pip install 'medalign[cuda]')")
+        log.info("attention: sdpa, because flash-attn is not installed (pip install flash-attn --no-build-isolation)")
     return "flash_attention_2" if usable else "sdpa"
 
 

@@ -161,9 +161,9 @@ def load_teacher(
 ) -> Teacher:
     """A frozen teacher from a local folder in the layout of open_clip's hub models, or from `open_clip:ARCH/WEIGHTS`.
 
-    WEIGHTS is a pretrained tag that open_clip knows, or a file (safetensors, or a torch file without pickled
-    code). With `random_weights_seed` the weights are not read: the control of an untrained teacher, always the
-    same one for a seed. Raises ConfigError where the tower is of a kind that is not supported.
+    WEIGHTS is a file (safetensors, or a torch file without pickled code), no tag: nothing is fetched. With
+    `random_weights_seed` the weights are not read: the control of an untrained teacher, always the same one for a seed.
+    Raises ConfigError where the tower is of a kind that is not supported.
     """
     source = find(path)
     with torch.random.fork_rng(devices=[]):

@@ -1,4 +1,4 @@
-"""A real SLURM on this machine runs the batch script with two tasks."""
+"""A local SLURM runs the batch script with two tasks."""
 
 from __future__ import annotations
 

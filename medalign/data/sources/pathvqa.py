@@ -24,7 +24,7 @@ data/test-00000-of-00003.parquet, ...
 (the files may lie in the folder itself)
 
 Written are train/, val/ and test/. Yes and no are closed questions, all others open. The pickle files of the first
-release are not read: pickle runs code. Needs pyarrow: pip install 'medalign[parquet]'."""
+release are not read: pickle runs code. Needs pyarrow (pip install pyarrow)."""
 
 _SPLITS = {"train": "train", "validation": "val", "val": "val", "test": "test"}
 _COLUMNS = ("image", "question", "answer")
@@ -90,7 +90,7 @@ def _open(path: Path) -> Any:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise ConfigError("PathVQA is in parquet files; pip install 'medalign[parquet]'") from error
+        raise ConfigError("PathVQA is in parquet files; pip install pyarrow") from error
     try:
         return pyarrow.parquet.ParquetFile(path)
     except (OSError, pyarrow.ArrowInvalid) as error:

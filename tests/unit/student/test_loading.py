@@ -9,7 +9,7 @@ import torch
 from medalign.errors import ConfigError
 from medalign.student.loading import choose_attention
 
-LOG_LINE = "attention: sdpa, because flash-attn is not installed (pip install 'medalign[cuda]')"
+LOG_LINE = "attention: sdpa, because flash-attn is not installed (pip install flash-attn --no-build-isolation)"
 
 
 @pytest.fixture
