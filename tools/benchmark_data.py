@@ -158,7 +158,7 @@ def speed(side: int, noise: int, samples: int, rounds: int) -> dict[str, object]
 
 def read_codes(record: Record) -> Image.Image:
     """The picture at an eighth of the scale: all Huffman codes are read, one value of 64 is made a pixel."""
-    image = Image.open(io.BytesIO(record.image or b""))
+    image = Image.open(io.BytesIO(record.images[0].data))
     image.draft(None, (image.width // 8, image.height // 8))
     image.load()
     return image

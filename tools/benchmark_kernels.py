@@ -148,7 +148,8 @@ def measure(case: Case, path: str, device: str, repeats: int, threads: int) -> d
     if on_gpu:
         torch.cuda.synchronize()
     peak = torch.cuda.max_memory_allocated() / MEGABYTE if on_gpu else resident("VmHWM")
-    wall, processor = [], []
+    wall: list[float] = []
+    processor: list[float] = []
     while len(wall) < repeats or (len(wall) < 10 * repeats and sum(wall) < SHORT):
         start, busy = time.perf_counter(), time.process_time()
         step()

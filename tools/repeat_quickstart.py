@@ -21,6 +21,7 @@ import tarfile
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 ARMS = ("base", "language", "untrained", "medalign")
@@ -90,7 +91,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "tools/results/quickstart.json")
     options = parser.parse_args()
     by_seed = {seed: run(seed, options.folder / f"seed-{seed}") for seed in options.seeds}
-    table = {}
+    table: dict[str, dict[str, Any]] = {}
     for arm in ("blind", *ARMS):
         table[arm] = {}
         for name in SCORES:

@@ -257,7 +257,7 @@ def main(
     sizes = {name: sum(p.numel() for p in module.parameters()) for name, module in model.model.named_children()}
     print(f"vocabulary {len(processor.tokenizer)}, parameters {sizes}")
     model.set_attn_implementation({"text_config": "eager"})  # its weights are taught
-    course, restorer = Course(seed, studies, processor), Restorer(model.config.vision_config.hidden_size)
+    course, restorer = Course(seed, studies, processor), Restorer(folder.TOWER_WIDTH)
     tower = train_tower(model, restorer, course, seed, tower_steps, batch)
     losses = {f"tower_{name}": value for name, value in tower.items()}
     losses |= train_whole(model, restorer, course, seed, steps, batch, turns, unrelated, point)

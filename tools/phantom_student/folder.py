@@ -17,6 +17,7 @@ from transformers import (
 )
 
 IMAGE_SIZE, PATCH = 96, 12
+TOWER_WIDTH = 128
 MEAN, STD = [0.4] * 3, [0.25] * 3
 PAD, BOS, EOS, IMAGE = "<pad>", "<s>", "</s>", "<image>"
 MAX_TOKENS = 1024
@@ -115,7 +116,7 @@ def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
 def build_model(tokenizer: PreTrainedTokenizerFast, width: int, blocks: int) -> LlavaForConditionalGeneration:
     """A LLaVA with random weights: CLIP tower of 3 blocks, two-layer projector, Llama of `blocks` blocks."""
     vision = CLIPVisionConfig(
-        hidden_size=128,
+        hidden_size=TOWER_WIDTH,
         intermediate_size=384,
         num_hidden_layers=3,
         num_attention_heads=4,
@@ -139,7 +140,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, width: int, blocks: int) -> 
     config = LlavaConfig(
         vision_config=vision,
         text_config=text,
-        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
+        image_token_index=tokenizer.get_vocab()[IMAGE],
         image_seq_length=(IMAGE_SIZE // PATCH) ** 2,
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",

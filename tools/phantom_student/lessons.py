@@ -156,7 +156,8 @@ def blind_accuracy(course: Course, asked: list[tuple[Tensor, Turn]]) -> float:
 
 def shape_questions(course: Course, count: int) -> list[tuple[Tensor, Turn]]:
     """Short questions about new scenes."""
-    rng, asked = np.random.default_rng([9, 9]), []
+    rng = np.random.default_rng([9, 9])
+    asked: list[tuple[Tensor, Turn]] = []
     while len(asked) < count:
         made = scene(rng, course.pool)
         short = [turn for turn in made.turns if not turn.question.startswith("Describe")]
