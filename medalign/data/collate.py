@@ -119,8 +119,10 @@ class Collator:
         """Pad and stack, or pack. Images are numbered through the batch, in the order of the samples."""
         texts = [p.encoded for p in prepared]
         owners = [row for row, p in enumerate(prepared) for _ in p.student_views]
-        first = np.cumsum([0, *(len(p.student_views) for p in prepared)]).tolist()
-        image_index = [[i + n if i >= 0 else -1 for i in t.image_index] for t, n in zip(texts, first, strict=False)]
+        image_index, before = [], 0
+        for p in prepared:
+            image_index.append([i + before if i >= 0 else -1 for i in p.encoded.image_index])
+            before += len(p.student_views)
         dummy = not owners
         return Batch(
             input_ids=self._rows([t.input_ids for t in texts], self.pad_token_id),
