@@ -6,104 +6,38 @@ and counted), so what is documented in `shards` is what the trainer sees.
 
 from __future__ import annotations
 
-import io
 import json
 import math
-import struct
-import zlib
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from medalign.contracts import Sample
-from medalign.data import dicom
-from medalign.data.dicom import is_dicom
-from medalign.errors import DataError
+from medalign.data.bad_sample import BadSample, image_name, naming
+from medalign.data.decode import decode_image, picture_header
+
+__all__ = [
+    "ANSWER_TYPES",
+    "REPORT_PROMPT",
+    "SAMPLE_FIELDS",
+    "TASKS",
+    "BadSample",
+    "check_fields",
+    "decode_image",
+    "image_name",
+    "naming",
+    "parse_fields",
+    "picture_header",
+    "to_sample",
+]
 
 REPORT_PROMPT = "Describe the findings in this image."
 TASKS = ("vqa", "report")
 ANSWER_TYPES = ("closed", "open", "")
 SAMPLE_FIELDS = ("task", "question", "answer", "answer_type", "boxes")  # the rest becomes Sample.metadata
 
-_WINDOW = (0.5, 99.5)  # per cent of the pixels
 _BOX_SLACK = 1.0  # pixels; annotators' tools count the last pixel in or out
-_UNDECODABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
-
-
-class BadSample(DataError):
-    """This one sample cannot be used; its neighbours can. The message is the reason, or "shard/key: reason"."""
-
-
-class naming:
-    """Puts what it is about, if anything, before the reason of a BadSample raised inside."""
-
-    def __init__(self, what: str) -> None:
-        self._what = what
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type | None, error: BaseException | None, traceback: object) -> None:
-        if self._what and isinstance(error, BadSample):
-            raise BadSample(f"{self._what}: {error}") from error
-
-
-def image_name(number: int, images: int) -> str:
-    """ "image 2 of 3" for number 1 of three images; "" for an only image, which needs no name."""
-    return f"image {number + 1} of {images}" if images > 1 else ""
-
-
-def decode_image(data: bytes, at_least: int = 0) -> Image.Image:
-    """The decoded picture, 8 bits a channel.
-
-    A JPEG whose longer side is twice `at_least` or more is decoded at a half, a quarter or an eighth of its size, so
-    that its longer side is still `at_least` pixels; 0 decodes it as stored. More than 8 bits of grey are windowed:
-    the darkest and the brightest half per cent become black and white. DICOM is shown as its own tags say.
-
-    Raises BadSample if the bytes are no picture or end too early.
-    """
-    try:
-        if is_dicom(data):
-            return dicom.picture(data)
-        image = Image.open(io.BytesIO(data))
-        if at_least and image.format in ("JPEG", "MPO"):
-            longer = max(image.size)
-            width, height = (max(1, -(-side * at_least // longer)) for side in image.size)
-            image.draft(None, (width, height))
-        image.load()
-    except _UNDECODABLE as error:
-        raise BadSample(f"image cannot be decoded ({_reason(error)})") from error
-    return _eight_bit(image) if image.mode.startswith(("I", "F")) else image
-
-
-def _reason(error: Exception) -> str:
-    """Pillow names the object in memory where it knows no format, which differs from run to run."""
-    return "of no known format" if isinstance(error, UnidentifiedImageError) else str(error)
-
-
-def _eight_bit(image: Image.Image) -> Image.Image:
-    values = np.asarray(image).astype(np.float32)
-    low, high = np.percentile(values, _WINDOW)
-    if low == high:  # almost all of one value; what differs from it must stay visible
-        low, high = values.min(), values.max()
-    shown = (values.clip(low, high) - low) * (255 / max(float(high - low), 1e-6))
-    return Image.fromarray(np.rint(shown).astype(np.uint8))
-
-
-def picture_header(data: bytes) -> tuple[str, int, int]:
-    """Format ("png", "jpg" or "dcm"), width and height of a picture, without decoding its pixels."""
-    try:
-        if is_dicom(data):
-            return "dcm", *dicom.picture_size(data)
-        with Image.open(io.BytesIO(data)) as image:
-            name, (width, height) = image.format or "unknown", image.size
-    except _UNDECODABLE as error:
-        raise BadSample(f"image cannot be decoded ({_reason(error)})") from error
-    if name not in ("PNG", "JPEG", "MPO"):
-        raise BadSample(f"image is {name}; only PNG, JPEG and DICOM are read")
-    return ("png" if name == "PNG" else "jpg"), width, height
 
 
 def parse_fields(data: bytes) -> dict[str, Any]:
