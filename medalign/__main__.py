@@ -189,7 +189,7 @@ def _add_generate(commands) -> None:
         required=True,
         action="append",
         metavar="FILE",
-        help="PNG, JPEG, DICOM or what else Pillow reads; give it again for each further image, in their order",
+        help="PNG, JPEG, WebP, TIFF, BMP, GIF, JPEG 2000, PPM or DICOM; give it again for each further image, in order",
     )
     parser.add_argument("--question", required=True, metavar="TEXT", help="what to ask")
     parser.add_argument("--overlay", type=Path, metavar="FILE", help="picture to write, .png or .jpg")

@@ -18,11 +18,12 @@ from tqdm import tqdm
 from medalign import distributed
 from medalign.checkpoint import export
 from medalign.contracts import Sample
+from medalign.data.bad_sample import naming
 from medalign.data.collate import Collator, TowerView
+from medalign.data.decode import decode_image, has_several_frames
 from medalign.data.index import ShardIndex
 from medalign.data.loader import judge_bad_share
 from medalign.data.prompts import PromptEncoder
-from medalign.data.samples import decode_image, naming
 from medalign.data.storage import is_remote
 from medalign.errors import ConfigError, DataError
 from medalign.evaluation.generate import Predicted, answer, predict
@@ -56,7 +57,10 @@ def generate(
     pictures = []
     for image in images:
         with naming(f"--image {image}"):
-            pictures.append(decode_image(image.read_bytes()))
+            data = image.read_bytes()
+            pictures.append(decode_image(data))
+            if has_several_frames(data):
+                log.warning("--image %s has several frames; the first is shown", image)
     sample = Sample(images[0].stem, "none", "vqa", question, "?", "open", tuple(pictures))
     student, tokenizer, collator = open_student(run, base, len(pictures), max_length)
     batch = collator([sample]).to(distributed.device())

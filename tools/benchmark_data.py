@@ -93,7 +93,7 @@ class Files(Dataset):
         return len(self.paths)
 
     def __getitem__(self, i: int) -> np.ndarray:
-        return shrink(Image.open(self.paths[i]).convert("RGB"))
+        return shrink(Image.open(self.paths[i], formats=("JPEG",)).convert("RGB"))
 
 
 def files(folder: Path) -> Iterator[np.ndarray]:
@@ -116,7 +116,7 @@ def chunks(folder: Path) -> Iterator[np.ndarray]:
     from litdata import StreamingDataset
 
     for sample in StreamingDataset(str(folder / "chunks"), shuffle=False):
-        yield shrink(Image.open(io.BytesIO(sample["jpg"])).convert("RGB"))
+        yield shrink(Image.open(io.BytesIO(sample["jpg"]), formats=("JPEG",)).convert("RGB"))
 
 
 WAYS: dict[str, Callable[[Path], Iterator[np.ndarray]]] = {
@@ -158,7 +158,7 @@ def speed(side: int, noise: int, samples: int, rounds: int) -> dict[str, object]
 
 def read_codes(record: Record) -> Image.Image:
     """The picture at an eighth of the scale: all Huffman codes are read, one value of 64 is made a pixel."""
-    image = Image.open(io.BytesIO(record.images[0].data))
+    image = Image.open(io.BytesIO(record.images[0].data), formats=("JPEG",))
     image.draft(None, (image.width // 8, image.height // 8))
     image.load()
     return image

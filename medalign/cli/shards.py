@@ -46,6 +46,7 @@ def run(words: Sequence[str]) -> int:
     account = _convert(source, chosen)
     for split, report in account.splits.items():
         log.info("%s: %d samples in %d shards", chosen.output / split, report.written, report.shards)
+    _say_frames(len(account.several_frames))
     for one in account.skipped[:_NAMED]:
         log.warning("refused %s: %s", one.key, one.reason)
     for reason, times in account.reasons().items():
@@ -61,10 +62,17 @@ def _index(folders: Sequence[Path]) -> int:
     for folder in folders:
         report = build_index(folder)
         log.info("%s: %d samples in %d shards", folder, report.written, report.shards)
+        _say_frames(len(report.several_frames))
         for reason in report.refused:
             log.warning("refused: %s", reason)
         written += report.written
     return 0 if written else 2
+
+
+def _say_frames(pictures: int) -> None:
+    if pictures:
+        have = "1 picture has" if pictures == 1 else f"{pictures} pictures have"
+        log.warning("%s several frames; the first is shown; name single frames to choose another", have)
 
 
 def _convert(source: Source, chosen: argparse.Namespace) -> Account:
@@ -123,7 +131,8 @@ def _parser() -> argparse.ArgumentParser:
         help="no data set: write the index of tars that any WebDataset tool packed",
         description="Write index.jsonl beside the tars of each folder, as any WebDataset tool packed them: KEY.json, "
         "KEY.jpg or KEY.png, and KEY.1.jpg, KEY.2.png, ... for a sample's further images; KEY may be a path, as in "
-        "train/0001.jpg. Tars are only read; samples that cannot be used get no row and are named.",
+        "train/0001.jpg. Tars are only read. Images with several frames are counted; the first is shown. Samples "
+        "that cannot be used get no row and are named.",
     )
     index.set_defaults(known_source=None)
     index.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="folder of .tar files")

@@ -1,5 +1,8 @@
 """DICOM pictures as a radiologist's screen shows them; of all tags, only those that say how to show pixels are used.
 
+Not applied are overlays (groups 60xx), shutters, ICC profiles and presentation states. What has no branch here is
+refused by name: a guess would be a wrong picture that nobody notices.
+
 The only file that imports pydicom, which is optional.
 """
 
@@ -7,19 +10,39 @@ from __future__ import annotations
 
 import io
 import struct
+import zlib
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from medalign.data.dicom_gray import DicomError, eight_bit, require_little_endian, shown_gray, stored_value
 
-class DicomError(ValueError):
-    """These bytes hold no picture that can be shown."""
+_GRAY = ("MONOCHROME1", "MONOCHROME2")
+_COLOR = ("RGB", "YBR_FULL", "YBR_FULL_422")
+_JPEG_2000_COLOR = ("YBR_RCT", "YBR_ICT")  # undone by the decoder of JPEG 2000; nothing else has them
+_PALETTE = "PALETTE COLOR"
+_SUPPLEMENTAL = ("COLOR", "MIXED")  # gray values of which some are shown in color
+_MOST_PIXELS = 178_956_970  # as many as Pillow opens
+_BEGINNINGS = (b"\x02\x00", b"\x08\x00")  # the first group of a file without preamble, as no other format begins
+_UNREADABLE = (
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    NotImplementedError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    struct.error,
+    zlib.error,
+)
 
 
 def is_dicom(data: bytes) -> bool:
-    """Whether the bytes begin as a DICOM file does."""
-    return data[128:132] == b"DICM"
+    """Whether the bytes begin as a DICOM file does, with or without its preamble."""
+    return data[128:132] == b"DICM" or data[:2] in _BEGINNINGS
 
 
 def picture_size(data: bytes) -> tuple[int, int]:
@@ -28,64 +51,128 @@ def picture_size(data: bytes) -> tuple[int, int]:
     return int(study.Columns), int(study.Rows)
 
 
+def has_several_frames(data: bytes) -> bool:
+    """Whether there are frames that `picture` does not show. Raises DicomError."""
+    frames = str(_read(data, header_only=True).get("NumberOfFrames") or 1)
+    return frames.strip() != "1"
+
+
 def picture(data: bytes) -> Image.Image:
-    """The (first) frame, 8 bits: stored values, modality LUT, window or VOI LUT, MONOCHROME1 turned over.
+    """The (first) frame, 8 bits, mode L or RGB.
 
-    Without a window of its own, the picture is spread from its darkest to its brightest value. Names, dates and numbers
-    of patients stay in the bytes: nothing of them comes with the picture. Raises DicomError.
+    Color is RGB from whatever the file has it in, deep color scaled from its stored bits. Gray goes from stored values
+    through the modality LUT and the (first) VOI LUT or window (DICOM PS3.3 C.11), and is turned over for MONOCHROME1
+    or an inverse presentation LUT shape. Without a window of its own, it is spread from its darkest to its brightest
+    value. Padding is black and counts for neither. Names, dates and numbers of patients stay in the bytes: nothing of
+    them comes with the picture. Raises DicomError.
     """
-    from pydicom.pixels import apply_modality_lut, apply_voi_lut
-
     study = _read(data)
     try:
-        values = study.pixel_array
-        if int(study.get("NumberOfFrames", 1) or 1) > 1:
-            values = values[0]
-        if study.get("SamplesPerPixel", 1) == 3:
-            return _colour(study, values)
-        values = apply_modality_lut(values, study)
-        window = _window(study)
-        shown = (values if window else apply_voi_lut(values, study)).astype(np.float32)
-    except (AttributeError, NotImplementedError, RuntimeError, ValueError, KeyError, struct.error) as error:
-        raise DicomError(f"its pixels cannot be decoded ({error})") from error
-    low, high = window or (float(shown.min()), float(shown.max()))
-    grey = np.rint((shown.clip(low, high) - low) * (255 / max(high - low, 1e-6))).astype(np.uint8)
-    return Image.fromarray(255 - grey if study.get("PhotometricInterpretation") == "MONOCHROME1" else grey)
-
-
-def to_png(data: bytes) -> bytes:
-    """The picture as a PNG without any tag, to be packed instead of the DICOM file. Raises DicomError."""
-    buffer = io.BytesIO()
-    picture(data).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def _window(study: Any) -> tuple[float, float] | None:
-    """The values that become black and white (DICOM PS3.3 C.11.2.1.2); None where the file names none or a table."""
-    if "VOILUTSequence" in study or study.get("WindowCenter") in (None, "") or study.get("WindowWidth") in (None, ""):
-        return None
-    centre, width = (float(np.atleast_1d(study.get(name))[0]) for name in ("WindowCenter", "WindowWidth"))
-    return centre - 0.5 - (width - 1) / 2, centre - 0.5 + (width - 1) / 2
-
-
-def _colour(study: Any, values: np.ndarray) -> Image.Image:
-    from pydicom.pixels import convert_color_space
-
-    interpretation = study.PhotometricInterpretation
-    if interpretation.startswith("YBR"):
-        values = convert_color_space(values, interpretation, "RGB")
-    return Image.fromarray(values.astype(np.uint8), "RGB")
+        _set_transfer_syntax(study)
+        interpretation = _interpretation(study)
+        if interpretation in _GRAY:
+            frames = _frame(study), lambda: _frame(study, correct_unused_bits=False)
+            return Image.fromarray(shown_gray(study, *frames))
+        return Image.fromarray(_through_palette(study) if interpretation == _PALETTE else _color(study))
+    except DicomError:
+        raise
+    except _UNREADABLE as error:
+        raise DicomError(f"its pixels cannot be decoded ({' '.join(str(error).split())})") from error
 
 
 def _read(data: bytes, header_only: bool = False) -> Any:
     try:
         import pydicom
-        from pydicom.errors import InvalidDicomError
     except ImportError as error:
         raise DicomError("pydicom is not installed; pip install pydicom") from error
     try:
-        study = pydicom.dcmread(io.BytesIO(data), stop_before_pixels=header_only)
-        _ = study.Columns, study.Rows
-    except (InvalidDicomError, AttributeError, EOFError, OSError, ValueError, struct.error) as error:
-        raise DicomError(f"it is no DICOM picture ({error})") from error
+        study = pydicom.dcmread(io.BytesIO(data), stop_before_pixels=header_only, force=True)
+        pixels = int(study.Columns) * int(study.Rows)
+    except _UNREADABLE as error:
+        raise DicomError(f"it is not a DICOM picture ({error})") from error
+    if not 0 < pixels <= _MOST_PIXELS:
+        raise DicomError(f"it has {study.Columns} x {study.Rows} pixels; 1 to {_MOST_PIXELS} are read")
     return study
+
+
+def _set_transfer_syntax(study: Any) -> None:
+    """Where the file names none, that of plain pixels in the encoding of its tags."""
+    from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
+
+    if study.file_meta.get("TransferSyntaxUID"):
+        return
+    if "PixelData" in study and study["PixelData"].is_undefined_length:
+        raise DicomError("its pixels are compressed, and it has no TransferSyntaxUID that says how")
+    implicit, little = study.original_encoding
+    explicit = ExplicitVRLittleEndian if little else ExplicitVRBigEndian
+    study.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else explicit
+
+
+def _interpretation(study: Any) -> str:
+    """What the pixels stand for. Raises DicomError for what is not known here."""
+    from pydicom.uid import JPEG2000TransferSyntaxes
+
+    found = str(study.get("PhotometricInterpretation") or "missing").strip()
+    known = (*_GRAY, _PALETTE, *_COLOR)
+    if study.file_meta.TransferSyntaxUID in JPEG2000TransferSyntaxes:
+        known += _JPEG_2000_COLOR
+    if found not in known:
+        raise DicomError(f"its PhotometricInterpretation is {found}; read are {', '.join(known)}")
+    samples, wanted = study.get("SamplesPerPixel"), 1 if found in (*_GRAY, _PALETTE) else 3
+    if samples != wanted:
+        raise DicomError(f"its SamplesPerPixel is {samples}; {found} has {wanted}")
+    if study.get("PixelPresentation") in _SUPPLEMENTAL:
+        raise DicomError(f"its PixelPresentation is {study.PixelPresentation}; supplemental palettes are not read")
+    return found
+
+
+def _color(study: Any) -> np.ndarray:
+    """uint8 [rows, columns, 3]."""
+    values = _marked_jpeg(study)
+    if values is None:
+        values = _frame(study)
+    if study.PixelRepresentation != 0:
+        raise DicomError("its color has signed values")
+    return eight_bit(values, 2 ** int(study.BitsStored) - 1)
+
+
+def _marked_jpeg(study: Any) -> np.ndarray | None:
+    """The frame as RGB if it is a JPEG whose own Adobe marker tells its colors; then libjpeg converts it.
+
+    pydicom leaves that conversion in place and, by the tags, makes another of the outcome.
+    """
+    from pydicom.encaps import get_frame
+    from pydicom.uid import JPEGBaseline8Bit, JPEGExtended12Bit
+
+    if study.file_meta.TransferSyntaxUID not in (JPEGBaseline8Bit, JPEGExtended12Bit):
+        return None
+    frame = get_frame(study.PixelData, 0, number_of_frames=int(study.get("NumberOfFrames") or 1))
+    image = Image.open(io.BytesIO(frame), formats=("JPEG",))
+    if "adobe_transform" not in image.info:
+        return None
+    if image.size != (study.Columns, study.Rows):
+        raise DicomError(f"its JPEG has {image.width} x {image.height} pixels, not {study.Columns} x {study.Rows}")
+    return np.asarray(image.convert("RGB"))
+
+
+def _through_palette(study: Any) -> np.ndarray:
+    """uint8 [rows, columns, 3]."""
+    from pydicom.pixels import apply_color_lut
+
+    require_little_endian(study)
+    count, first, bits = study.RedPaletteColorLookupTableDescriptor
+    count = count or 1 << 16
+    if bits not in (8, 16) or (bits == 8 and count > 256):
+        raise DicomError(f"its palette has {count} entries of {bits} bits; read are 8 bits, up to 256 entries, and 16")
+    table = apply_color_lut(np.arange(first, first + count), study)[:, :3]
+    # Some writers call entries of 8 bits, each in 16, entries of 16 bits.
+    table = eight_bit(table, 255 if table.max() <= 255 else 65_535)
+    stored = _frame(study)
+    return table[(stored.astype(np.int64) - stored_value(first, stored)).clip(0, count - 1)]
+
+
+def _frame(study: Any, **options: Any) -> np.ndarray:
+    """The first frame's stored values, [rows, columns] or [rows, columns, 3]; YBR is RGB by then."""
+    from pydicom.pixels import pixel_array
+
+    return pixel_array(study, index=0, **options)

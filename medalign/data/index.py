@@ -11,17 +11,10 @@ import numpy as np
 from PIL import Image
 
 from medalign.contracts import Sample
+from medalign.data.bad_sample import BadSample, image_name, naming
+from medalign.data.decode import decode_image, decode_mask
 from medalign.data.listing import IMAGE, INDEX_NAME, JSON, MASK, REBUILD
-from medalign.data.samples import (
-    ANSWER_TYPES,
-    TASKS,
-    BadSample,
-    decode_image,
-    image_name,
-    naming,
-    parse_fields,
-    to_sample,
-)
+from medalign.data.samples import ANSWER_TYPES, TASKS, parse_fields, to_sample
 from medalign.data.storage import Access, Storage, fetched_folder, is_remote, storage_of
 from medalign.data.table import Member, Table, read_table
 from medalign.errors import DataError
@@ -144,7 +137,7 @@ class ShardIndex:
         """The mask of the first image of sample i, as stored, or None. Raises as `read` does."""
         with self._naming(i):
             found = self._contents(i, (MASK,))[MASK]
-            return decode_image(found[0]) if found else None
+            return decode_mask(found[0]) if found else None
 
     def ahead(self, numbers: Sequence[int]) -> None:
         """These samples will be read soon: remote storage begins to fetch them."""

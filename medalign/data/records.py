@@ -11,9 +11,10 @@ from typing import Any, Literal
 
 import numpy as np
 
+from medalign.data.decode import decode_image, decode_mask, picture_header
 from medalign.data.listing import LONGEST
 from medalign.data.members import MOST_IMAGES
-from medalign.data.samples import BadSample, check_fields, decode_image, image_name, naming, picture_header
+from medalign.data.samples import BadSample, check_fields, image_name, naming
 
 _BAD_NAME = re.compile(r"[./\\\s\x00-\x1f\ud800-\udfff]|^__|^$")
 _BAD_FOLDER = re.compile(r"[\\\s\x00-\x1f\ud800-\udfff]|^\.{0,2}$")
@@ -28,6 +29,7 @@ class Picture:
 
     data: bytes  # the file's content
     format: Literal["png", "jpg"]
+    several_frames: bool = False  # the file that it comes from has more than this one
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,7 @@ def _check_mask(mask: bytes, size: tuple[int, int] | None) -> None:
         raise BadSample("a mask is given, but there is no image")
     try:
         kind, width, height = picture_header(mask)
-        decode_image(mask)
+        decode_mask(mask)
     except BadSample as error:
         raise BadSample(f"mask: {error}") from error
     if kind != "png":

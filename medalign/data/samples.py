@@ -81,6 +81,9 @@ def _check_box(box: Any, size: tuple[int, int]) -> None:
     x0, y0, x1, y1 = box
     if not (x0 < x1 and y0 < y1):
         raise BadSample(f"box {box!r} is empty; x0 < x1 and y0 < y1 must hold")
+    if max(x1, y1) <= 1 or (x1 - x0 < 1 and y1 - y0 < 1):
+        extent = "a single pixel" if max(x1 - x0, y1 - y0) == 1 else "smaller than a pixel"
+        raise BadSample(f"box {box!r} is {extent}; boxes are in pixels, not shares of the image")
     if min(x0, y0) < -_BOX_SLACK or x1 > size[0] + _BOX_SLACK or y1 > size[1] + _BOX_SLACK:
         raise BadSample(f"box {box!r} lies outside the image of {size[0]} x {size[1]} pixels")
 
@@ -97,9 +100,13 @@ def to_sample(
     Args:
         images: in their order; boxes are those of the first.
         stored_size: width and height that boxes refer to, where the first was decoded smaller; boxes shrink with it.
+
+    Raises BadSample.
     """
     first = images[0] if images else None
     size = (stored_size or first.size) if first else None
+    if first and size:
+        _check_size(first.size, size)
     check_fields(fields, size)
     report = fields["task"] == "report"
     across, down = (first.width / size[0], first.height / size[1]) if first and size else (1.0, 1.0)
@@ -115,3 +122,13 @@ def to_sample(
         boxes=tuple((x0 * across, y0 * down, x1 * across, y1 * down) for x0, y0, x1, y1 in boxes),
         metadata={name: value for name, value in fields.items() if name not in SAMPLE_FIELDS},
     )
+
+
+def _check_size(decoded: tuple[int, int], indexed: tuple[int, int]) -> None:
+    """Raises BadSample where the index was made for other pixels, as before images were turned upright."""
+    if not any(decoded == tuple(-(-side // scale) for side in indexed) for scale in (1, 2, 4, 8)):
+        width, height = indexed
+        raise BadSample(
+            f"image has {decoded[0]} x {decoded[1]} pixels, but the index says {width} x {height}; rebuild it with "
+            "`medalign shards index DIR`, and check the boxes"
+        )

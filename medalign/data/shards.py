@@ -17,8 +17,11 @@ long. Fields of the annotation:
     answer       needed for vqa
     answer_type  "closed", "open", or "" where it is not known (and for report)
     report       the text to be written; needed for report
-    boxes        [[x0, y0, x1, y1], ...] in pixels of the (first) stored image; may be empty
+    boxes        [[x0, y0, x1, y1], ...] in pixels of the (first) image as stored and upright; may be empty
     split, case, and anything else  kept as they are, as the sample's metadata
+
+Images are read as `decode` says: the first of several frames, upright by their EXIF orientation, on white where they
+are transparent. Sizes in the index, boxes and masks are those of upright images.
 
 What breaks this schema is refused by name and never written. The bytes of the tars depend on the records alone.
 """
@@ -57,6 +60,7 @@ class PackReport:
     written: int
     shards: int
     refused: tuple[str, ...]  # "key: reason"
+    several_frames: tuple[str, ...] = ()  # the key of each picture whose file has further frames, which are not read
 
 
 def write_shards(
@@ -81,7 +85,8 @@ def write_shards(
     try:
         partial.mkdir(parents=True)
         refused: list[str] = []
-        valid = _valid_records(records, refused)
+        several: list[str] = []
+        valid = _valid_records(records, refused, several)
         with IndexFile(partial) as index:
             _write_tars(valid, partial, samples_per_shard, progress, index)
             if not index.samples and not allow_empty:
@@ -92,7 +97,7 @@ def write_shards(
         raise DataError(f"packing into {output} stopped, nothing was written: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return PackReport(index.samples, len(index.shards), tuple(refused))
+    return PackReport(index.samples, len(index.shards), tuple(refused), tuple(several))
 
 
 def join_shards(parts: Sequence[Path], output: Path) -> PackReport:
@@ -145,14 +150,15 @@ def build_index(folder: Path) -> PackReport:
     if not paths:
         raise DataError(f"{folder} holds no .tar file; name a folder of WebDataset shards")
     refused: list[str] = []
+    several: list[str] = []
     seen = KeySet()
     with IndexFile(Path(folder)) as index:
         for number, path in enumerate(paths):
-            index.add(path, rows_of_tar(path, number, seen, refused))
-    return PackReport(index.samples, len(index.shards), tuple(refused))
+            index.add(path, rows_of_tar(path, number, seen, refused, several))
+    return PackReport(index.samples, len(index.shards), tuple(refused), tuple(several))
 
 
-def _valid_records(records: Iterable[Record | Refused], refused: list[str]) -> Iterator[Record]:
+def _valid_records(records: Iterable[Record | Refused], refused: list[str], several: list[str]) -> Iterator[Record]:
     seen = KeySet()
     for record in records:
         if isinstance(record, Refused):
@@ -164,6 +170,7 @@ def _valid_records(records: Iterable[Record | Refused], refused: list[str]) -> I
             refused.append(f"{record.key}: {error}")
             continue
         seen.add(record.key)
+        several += [record.key for picture in record.images if picture.several_frames]
         yield record
 
 
@@ -188,7 +195,7 @@ def _write_tars(
                 pending = next(records, None)
                 if pending is None:
                     break
-        index.add(path, rows_of_tar(path, number, KeySet(), []))
+        index.add(path, rows_of_tar(path, number, KeySet(), [], []))
 
 
 def _members(record: Record) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from medalign.data.decode import has_several_frames
 from medalign.data.members import ANNOTATION, MASK_PNG, image_members
 from medalign.data.records import KeySet, check_path_key, checked_header
 from medalign.data.samples import BadSample, check_fields, image_name, naming, parse_fields
@@ -20,13 +21,16 @@ _MEMBER = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)
 Place = tuple[int, int]  # offset and length in the tar, bytes
 
 
-def rows_of_tar(path: Path, shard: int, seen: KeySet, refused: list[str]) -> Iterator[dict[str, Any]]:
+def rows_of_tar(
+    path: Path, shard: int, seen: KeySet, refused: list[str], several: list[str]
+) -> Iterator[dict[str, Any]]:
     """A row for each sample that keeps the schema, in order; of images the headers alone are read.
 
     Args:
         shard: the tar's number in its folder.
         seen: keys that are taken; grows by those of the rows.
         refused: grows by "tar/key: reason" of the others.
+        several: grows by "tar/key" for each picture that has several frames, of which the first is read.
 
     Raises DataError for what is no tar.
     """
@@ -34,7 +38,9 @@ def rows_of_tar(path: Path, shard: int, seen: KeySet, refused: list[str]) -> Ite
         for key, members in _groups(path):
             try:
                 check_path_key(key, seen)
-                yield _row(file, key, shard, members)
+                row, frames = _row(file, key, shard, members)
+                several += [f"{path.name}/{key}"] * frames
+                yield row
                 seen.add(key)
             except BadSample as error:
                 refused.append(f"{path.name}/{key}: {error}")
@@ -65,7 +71,8 @@ def _groups(path: Path) -> Iterator[tuple[str, dict[str, Place]]]:
         yield key, members
 
 
-def _row(file: io.BufferedReader, key: str, shard: int, members: dict[str, Place]) -> dict[str, Any]:
+def _row(file: io.BufferedReader, key: str, shard: int, members: dict[str, Place]) -> tuple[dict[str, Any], int]:
+    """The row, and how many of its pictures have several frames."""
     if ANNOTATION not in members:
         raise BadSample(f"there is no {key}.{ANNOTATION} beside its other members")
     images = image_members(members)
@@ -83,7 +90,7 @@ def _row(file: io.BufferedReader, key: str, shard: int, members: dict[str, Place
     check_fields(fields, sizes[0] if sizes else None)
     width, height = sizes[0] if sizes else (0, 0)
     answer = fields["report"] if fields["task"] == "report" else fields["answer"]
-    return {
+    row = {
         "key": key,
         "shard": shard,
         "task": fields["task"],
@@ -93,3 +100,4 @@ def _row(file: io.BufferedReader, key: str, shard: int, members: dict[str, Place
         "text": [len(fields.get("question") or ""), len(answer)],
         "members": {name: [*members[name], zlib.crc32(content)] for name, content in data.items()},
     }
+    return row, sum(has_several_frames(data[extension]) for extension in images)

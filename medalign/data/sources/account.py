@@ -49,6 +49,11 @@ class Account:
     def written(self) -> int:
         return sum(report.written for report in self.splits.values())
 
+    @property
+    def several_frames(self) -> list[str]:
+        """The key of each picture whose file has further frames, which were not taken."""
+        return [key for report in self.splits.values() for key in report.several_frames]
+
     def reasons(self) -> dict[str, int]:
         """Skipped samples by kind of reason, the commonest first."""
         return dict(Counter(kind(one.reason) for one in self.skipped).most_common())
@@ -63,6 +68,8 @@ class Account:
             "source": self.source,
             "settings": self.settings,
             "splits": {name: {"written": r.written, "shards": r.shards} for name, r in self.splits.items()},
+            "several_frames": len(self.several_frames),
+            "several_frames_samples": self.several_frames,
             "skipped": self.reasons(),
             "skipped_samples": [{"key": one.key, "reason": one.reason} for one in self.skipped],
         }

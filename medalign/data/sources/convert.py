@@ -38,6 +38,7 @@ from medalign.errors import DataError
 
 REPORT_NAME = "conversion.json"
 _WORK = ".conversion"
+_PART_VERSION = 2  # of what a part holds: older ones are made again
 _LOCK, _FINGERPRINT = ".lock", ".fingerprint"  # in it, beside the splits, whose names begin with no point
 
 
@@ -135,7 +136,8 @@ def convert_part(part: Part, progress: Callable[[int], object]) -> None:
     )
     refused = [line.partition(": ") for line in report.refused]
     skipped = [Skipped(key, reason) for key, _, reason in refused]
-    text = json.dumps([[one.key, one.reason] for one in _reasons(skipped, part.hashing)])
+    names = [[one.key, one.reason] for one in _reasons(skipped, part.hashing)]
+    text = json.dumps({"skipped": names, "several_frames": report.several_frames})
     partial = part.account.with_suffix(".partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(part.account)
@@ -154,7 +156,9 @@ def _records(part: Part, progress: Callable[[int], object]) -> Iterator[Record |
 
 def _join(parts: Sequence[Part], output: Path, marker: Path) -> tuple[PackReport, list[Skipped]]:
     """The split's shards in their place; `marker` remembers it, should the command stop before the last split."""
-    skipped = [Skipped(*pair) for part in parts for pair in json.loads(part.account.read_text(encoding="utf-8"))]
+    told = [json.loads(part.account.read_text(encoding="utf-8")) for part in parts]
+    skipped = [Skipped(*pair) for one in told for pair in one["skipped"]]
+    several = tuple(key for one in told for key in one["several_frames"])
     usable = sum(len(part.items) for part in parts) > len(skipped)
     if not usable:
         return PackReport(0, 0, ()), skipped
@@ -162,7 +166,7 @@ def _join(parts: Sequence[Part], output: Path, marker: Path) -> tuple[PackReport
         report = join_shards([part.shards for part in parts], output)
         marker.write_text(json.dumps([report.written, report.shards]), encoding="utf-8")
     written, shards = json.loads(marker.read_text(encoding="utf-8"))
-    return PackReport(written, shards, ()), skipped
+    return PackReport(written, shards, (), several), skipped
 
 
 def _check_layout(source: Source, input: Path, settings: Chosen) -> None:
@@ -233,7 +237,8 @@ def _fingerprint(
 ) -> str:
     salt = hmac.new(hashing.salt, b"fingerprint", hashlib.sha256).hexdigest() if hashing else ""
     fields = sorted(hashing.fields) if hashing else []
-    digest = hashlib.sha256(json.dumps([__version__, source.name, settings, size, salt, fields], default=str).encode())
+    told = [__version__, _PART_VERSION, source.name, settings, size, salt, fields]
+    digest = hashlib.sha256(json.dumps(told, default=str).encode())
     for items in listed.values():
         for item in items:
             digest.update(json.dumps([item.split, item.key, item.data], sort_keys=True).encode())

@@ -14,12 +14,11 @@ from typing import Any
 
 from PIL import Image
 
+from medalign.data.decode import decode_image, has_several_frames, picture_header
 from medalign.data.members import MOST_IMAGES
 from medalign.data.records import Picture
-from medalign.data.samples import BadSample, decode_image, image_name, naming, picture_header
+from medalign.data.samples import BadSample, image_name, naming
 from medalign.errors import DataError
-
-_PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA")
 
 
 def lacking(folder: Path, wanted: Mapping[str, str]) -> list[str]:
@@ -67,21 +66,18 @@ def read_bytes(folder: Path, name: Any, role: str) -> bytes:
 
 
 def as_png_or_jpeg(data: bytes) -> Picture:
-    """PNG and JPEG bytes as they came; other formats that can be decoded (BMP, TIFF, ...) become 8-bit PNG."""
-    try:
-        kind = picture_header(data)[0]
-    except BadSample:
-        kind = "unknown"
+    """PNG and JPEG bytes as they came; other formats that are read (BMP, TIFF, ...) become 8-bit PNG."""
+    kind, several = picture_header(data)[0], has_several_frames(data)
     if kind in ("png", "jpg"):
-        return Picture(data, "png" if kind == "png" else "jpg")
-    return Picture(png(decode_image(data)), "png")
+        return Picture(data, "png" if kind == "png" else "jpg", several)
+    return Picture(png(decode_image(data)), "png", several)
 
 
 def png(image: Image.Image) -> bytes:
-    """The picture as PNG; colours that PNG does not have (CMYK, LAB, ...) become RGB. Raises BadSample."""
+    """The picture, of a mode that PNG has, as PNG. Raises BadSample."""
     buffer = io.BytesIO()
     try:
-        (image if image.mode in _PNG_MODES else image.convert("RGB")).save(buffer, "PNG")
+        image.save(buffer, "PNG")
     except (OSError, ValueError) as error:
         raise BadSample(f"image of mode {image.mode} cannot be written as PNG ({error})") from error
     return buffer.getvalue()

@@ -21,13 +21,14 @@ the pictures and masks that it names, by paths relative to the folder
 
 fields of a line:
   id           the sample's key, unique
-  image        path of a picture, or a list of paths in order; null for a question without image
+  image        path of a picture, or a list of paths in order; null for a question without image; of a picture with
+               several frames (TIFF, GIF, DICOM, ...) the first is shown, and conversion.json names it
   task         "vqa" or "report"
   question     what is asked; needed for vqa
   answer       needed for vqa
   answer_type  "closed", "open" or "", in letters of any size
   report       the text to be written; needed for report
-  boxes        [[x0, y0, x1, y1], ...] in pixels of the (first) image; may be left out
+  boxes        [[x0, y0, x1, y1], ...] in pixels of the (first) image as viewers show it, upright; may be left out
   mask         path of a PNG of the (first) image's size; may be left out or ""
   split        its own shard folder, named by letters, digits, "_" and "-"; "train" where it is left out or ""
 Other fields are kept as the sample's metadata."""

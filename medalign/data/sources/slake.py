@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from medalign.data.decode import decode_mask, picture_header
 from medalign.data.records import Record, Refused
-from medalign.data.samples import BadSample, decode_image, picture_header
+from medalign.data.samples import BadSample
 from medalign.data.sources.files import lacking, png, read_bytes, read_json, read_json_list, read_picture, text
 from medalign.data.sources.source import Chosen, Item, Setting, Source
 from medalign.errors import DataError
@@ -129,7 +130,7 @@ def _mask(folder: Path, place: Path, named: _Named) -> bytes | None:
     values = [value for value, label in _grey_values(folder / "mask.txt") if named(label)]
     if not values or not (place / "mask.png").exists():
         return None
-    stored = np.asarray(decode_image(read_bytes(place, "mask.png", "mask")))
+    stored = np.asarray(decode_mask(read_bytes(place, "mask.png", "mask")))
     chosen = np.isin(stored if stored.ndim == 2 else stored[..., 0], values)
     return png(Image.fromarray(chosen)) if chosen.any() else None
 

@@ -19,6 +19,7 @@ from medalign.data.index import ShardIndex
 from medalign.data.records import Record
 from medalign.data.samples import BadSample, decode_image, picture_header
 from medalign.data.shards import build_index, write_shards
+from medalign.data.sources import files
 
 
 def smooth(width: int, height: int) -> np.ndarray:
@@ -112,7 +113,7 @@ def test_dicom_in_a_tar_is_read_and_its_names_stay_behind(tmp_path: Path) -> Non
     assert build_index(tmp_path).written == 1
     sample = ShardIndex.open(tmp_path).read(0)
     assert (sample.images[0].size, sample.images[0].mode, sample.images[0].info) == ((100, 20), "L", {})
-    png = dicom.to_png(data)
+    png = files.png(dicom.picture(data))
     assert b"secret" not in png and b"Doe" not in png
     assert np.array_equal(np.asarray(decode_image(png)), np.asarray(sample.images[0]))
 

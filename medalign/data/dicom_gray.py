@@ -1,0 +1,144 @@
+"""Gray DICOM pixels: from stored values to those of a screen (PS3.3 C.11). Studies are pydicom's data sets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+_TAGS = (
+    "ModalityLUTSequence",
+    "RescaleSlope",
+    "RescaleIntercept",
+    "VOILUTSequence",
+    "VOILUTFunction",
+    "WindowCenter",
+    "WindowWidth",
+)
+_FUNCTIONS = ("LINEAR", "LINEAR_EXACT", "SIGMOID")
+
+
+class DicomError(ValueError):
+    """These bytes hold no picture that can be shown."""
+
+
+def shown_gray(study: Any, stored: np.ndarray, with_unused_bits: Callable[[], np.ndarray]) -> np.ndarray:
+    """Stored values [rows, columns] as gray, uint8 [rows, columns].
+
+    Args:
+        with_unused_bits: the same, with whatever stands in the bits beyond BitsStored.
+
+    Raises DicomError for what this file does not know, and for values that are not numbers.
+    """
+    padding = _padding(study, stored, with_unused_bits)
+    tags = _tags(study)
+    values = _rescaled(study, tags, stored)
+    visible = values[~padding]
+    if not np.isfinite(visible).all():
+        raise DicomError(f"{np.count_nonzero(~np.isfinite(visible))} of its pixels are not numbers (NaN or infinite)")
+    gray = eight_bit(_windowed(study, tags, np.where(padding, 0, values), visible), 1)
+    if study.PhotometricInterpretation.strip() == "MONOCHROME1" or _is_inverse(study):
+        gray = 255 - gray
+    gray[padding] = 0
+    return gray
+
+
+def eight_bit(values: np.ndarray, top: float) -> np.ndarray:
+    """0 to `top` as 0 to 255, uint8."""
+    return np.rint(values * (255 / top)).clip(0, 255).astype(np.uint8)
+
+
+def stored_value(value: Any, stored: np.ndarray) -> Any:
+    """A tag's value as a pixel would hold it: some writers give -2000 as 63536, or the other way round."""
+    bits = 8 * stored.dtype.itemsize
+    if stored.dtype.kind not in "iu" or not -(1 << bits - 1) <= value < 1 << bits:
+        return value
+    return np.array(value, dtype=np.int64).astype(stored.dtype).item()
+
+
+def require_little_endian(study: Any) -> None:
+    """Raises DicomError where the bytes of a lookup table stand in the other order."""
+    if not study.file_meta.TransferSyntaxUID.is_little_endian:
+        raise DicomError("it has a lookup table in big-endian order, which is not read")
+
+
+def _padding(study: Any, stored: np.ndarray, with_unused_bits: Callable[[], np.ndarray]) -> np.ndarray:
+    """Which stored values are padding around the picture, bool [rows, columns]."""
+    kind = next((kind for kind in ("Float", "DoubleFloat") if f"{kind}PixelData" in study), "")
+    value, limit = (study.get(f"{kind}PixelPadding{end}") for end in ("Value", "RangeLimit"))
+    if value is None:
+        return np.zeros(stored.shape, dtype=bool)
+    ends = sorted(stored_value(end, stored) for end in (value, value if limit is None else limit))
+    if not kind and not _fits(ends, int(study.BitsStored), stored.dtype.kind == "i"):
+        stored = with_unused_bits()
+    return (stored >= ends[0]) & (stored <= ends[1])
+
+
+def _fits(ends: list[Any], bits: int, signed: bool) -> bool:
+    low, high = (-(1 << bits - 1), (1 << bits - 1) - 1) if signed else (0, (1 << bits) - 1)
+    return ends[0] >= low and ends[1] <= high
+
+
+def _tags(study: Any) -> dict[str, Any]:
+    """What says how to show the first frame; enhanced files keep it with their frames."""
+    tags = {name: study.get(name) for name in _TAGS}
+    for groups in ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"):
+        for group in (study.get(groups) or [])[:1]:
+            for macro in ("PixelValueTransformationSequence", "FrameVOILUTSequence"):
+                for item in (group.get(macro) or [])[:1]:
+                    tags |= {name: item.get(name) for name in _TAGS if name in item}
+    return tags
+
+
+def _rescaled(study: Any, tags: dict[str, Any], stored: np.ndarray) -> np.ndarray:
+    """The values that windows refer to (PS3.3 C.11.1), float64."""
+    if tags["ModalityLUTSequence"]:
+        entries, first, _ = _lookup_table(study, tags["ModalityLUTSequence"][0])
+        return entries[(stored.astype(np.int64) - stored_value(first, stored)).clip(0, len(entries) - 1)]
+    slope, intercept = tags["RescaleSlope"], tags["RescaleIntercept"]
+    return stored.astype(np.float64) * float(1 if slope is None else slope) + float(intercept or 0)
+
+
+def _windowed(study: Any, tags: dict[str, Any], values: np.ndarray, visible: np.ndarray) -> np.ndarray:
+    """From 0, black, to 1, white (PS3.3 C.11.2), before anything is turned over."""
+    if tags["VOILUTSequence"]:
+        entries, first, bits = _lookup_table(study, tags["VOILUTSequence"][0])
+        return entries[np.rint(values - first).clip(0, len(entries) - 1).astype(np.int64)] / (2**bits - 1)
+    if tags["WindowCenter"] in (None, "") or tags["WindowWidth"] in (None, ""):
+        low, high = (visible.min(), visible.max()) if visible.size else (0.0, 0.0)
+        return (values.clip(low, high) - low) / (high - low or 1)
+    center, width = (float(np.atleast_1d(tags[name])[0]) for name in ("WindowCenter", "WindowWidth"))
+    function = str(tags["VOILUTFunction"] or "LINEAR").strip().upper()
+    if function not in _FUNCTIONS:
+        raise DicomError(f"its VOILUTFunction is {function}; read are {', '.join(_FUNCTIONS)}")
+    if not (np.isfinite([center, width]).all() and (width >= 1 if function == "LINEAR" else width > 0)):
+        least = "at least 1" if function == "LINEAR" else "more than 0"
+        raise DicomError(f"its window has center {center:g} and width {width:g}; {function} needs a width of {least}")
+    if function == "SIGMOID":
+        return 1 / (1 + np.exp((-4 * (values - center) / width).clip(-99, 99)))
+    if function == "LINEAR":
+        center, width = center - 0.5, width - 1
+    return ((values - center) / width + 0.5).clip(0, 1) if width else (values > center).astype(np.float64)
+
+
+def _lookup_table(study: Any, item: Any) -> tuple[np.ndarray, int, int]:
+    """Entries as float64, the value of the first, and bits of an entry."""
+    count, first, bits = (int(number) for number in item.LUTDescriptor)
+    data, count = item.LUTData, count or 1 << 16
+    if isinstance(data, bytes):
+        require_little_endian(study)
+        data = np.frombuffer(data, "<u2" if len(data) >= 2 * count else "u1")
+    entries = np.atleast_1d(np.array(data, dtype=np.float64))[:count]
+    if not 8 <= bits <= 16 or len(entries) < count or entries.max() >= 2**bits:
+        raise DicomError(
+            f"its lookup table has {len(entries)} entries up to {entries.max():g}, not {count} of 8 to 16 bits ({bits})"
+        )
+    return entries, first, bits
+
+
+def _is_inverse(study: Any) -> bool:
+    shape = str(study.get("PresentationLUTShape") or "IDENTITY").strip().upper()
+    if shape not in ("IDENTITY", "INVERSE") or "PresentationLUTSequence" in study:
+        raise DicomError(f"its presentation LUT has the shape {shape}, or entries; read are IDENTITY and INVERSE")
+    return shape == "INVERSE"
