@@ -200,7 +200,7 @@ def _windowed(image: Image.Image, tags: _Tags) -> Image.Image:
     low, high = np.percentile(visible, _WINDOW)
     if low == high:  # almost all of one value; what differs from it must stay visible
         low, high = visible.min(), visible.max()
-    shown = (values.clip(low, high) - low) * (255 / max(float(high - low), 1e-6))
+    shown = (values.clip(low, high) - low) * (255 / (float(high - low) or 1))
     gray = np.rint(255 - shown if tags.white_is_zero else shown).astype(np.uint8)
     gray[hidden] = 255
     return Image.fromarray(gray)

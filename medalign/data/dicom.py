@@ -11,6 +11,8 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -47,14 +49,15 @@ def is_dicom(data: bytes) -> bool:
 
 def picture_size(data: bytes) -> tuple[int, int]:
     """Width and height. Raises DicomError."""
-    study = _read(data, header_only=True)
-    return int(study.Columns), int(study.Rows)
+    with _refusing("it is not a DICOM picture"):
+        study = _read(data, header_only=True)
+        return int(study.Columns), int(study.Rows)
 
 
 def has_several_frames(data: bytes) -> bool:
     """Whether there are frames that `picture` does not show. Raises DicomError."""
-    frames = str(_read(data, header_only=True).get("NumberOfFrames") or 1)
-    return frames.strip() != "1"
+    with _refusing("its frames cannot be counted"):
+        return int(_read(data, header_only=True).get("NumberOfFrames") or 1) != 1
 
 
 def picture(data: bytes) -> Image.Image:
@@ -66,31 +69,36 @@ def picture(data: bytes) -> Image.Image:
     value. Padding is black and counts for neither. Names, dates and numbers of patients stay in the bytes: nothing of
     them comes with the picture. Raises DicomError.
     """
-    study = _read(data)
-    try:
+    with _refusing("its pixels cannot be decoded"):
+        study = _read(data)
         _set_transfer_syntax(study)
         interpretation = _interpretation(study)
         if interpretation in _GRAY:
             frames = _frame(study), lambda: _frame(study, correct_unused_bits=False)
             return Image.fromarray(shown_gray(study, *frames))
         return Image.fromarray(_through_palette(study) if interpretation == _PALETTE else _color(study))
-    except DicomError:
-        raise
-    except _UNREADABLE as error:
-        raise DicomError(f"its pixels cannot be decoded ({' '.join(str(error).split())})") from error
 
 
-def _read(data: bytes, header_only: bool = False) -> Any:
+@contextmanager
+def _refusing(what: str) -> Iterator[None]:
+    """Whatever pydicom raises becomes a DicomError that says so in one line."""
     try:
-        import pydicom
+        from pydicom.errors import BytesLengthException, InvalidDicomError
     except ImportError as error:
         raise DicomError("pydicom is not installed; pip install pydicom") from error
     try:
-        study = pydicom.dcmread(io.BytesIO(data), stop_before_pixels=header_only, force=True)
-        pixels = int(study.Columns) * int(study.Rows)
-    except _UNREADABLE as error:
-        raise DicomError(f"it is not a DICOM picture ({error})") from error
-    if not 0 < pixels <= _MOST_PIXELS:
+        yield
+    except DicomError:
+        raise
+    except (BytesLengthException, InvalidDicomError, *_UNREADABLE) as error:
+        raise DicomError(f"{what}: {' '.join(str(error).split())}") from error
+
+
+def _read(data: bytes, header_only: bool = False) -> Any:
+    from pydicom import dcmread
+
+    study = dcmread(io.BytesIO(data), stop_before_pixels=header_only, force=True)
+    if not 0 < int(study.Columns) * int(study.Rows) <= _MOST_PIXELS:
         raise DicomError(f"it has {study.Columns} x {study.Rows} pixels; 1 to {_MOST_PIXELS} are read")
     return study
 
