@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from medalign.contracts import Sample
+from medalign.data.faults import decoding
 from medalign.data.listing import IMAGE, INDEX_NAME, JSON, MASK, REBUILD
 from medalign.data.samples import (
     ANSWER_TYPES,
@@ -59,6 +60,8 @@ class ShardIndex:
             else:
                 tables.append(read_table(Path(folder)))
                 _check_shards(Path(folder), tables[-1])
+            if not len(tables[-1]):
+                raise DataError(f"shard folder {folder} holds no sample; {REBUILD}, or leave the folder out")
         return cls(folders, tables, access)
 
     def __len__(self) -> int:
@@ -85,6 +88,10 @@ class ShardIndex:
     def fingerprint(self) -> tuple[str, ...]:
         """What each folder holds, in short, wherever the folders lie."""
         return tuple(table.fingerprint() for table in self._tables)
+
+    def without_image(self, folder: int) -> int:
+        """How many samples of a folder have no image."""
+        return self._tables[folder].without_image
 
     @property
     def most_images(self) -> int:
@@ -136,7 +143,7 @@ class ShardIndex:
             fields = parse_fields(found[JSON][0])
             images = []
             for number, data in enumerate(found[IMAGE]):
-                with naming(image_name(number, len(found[IMAGE]))):
+                with naming(image_name(number, len(found[IMAGE]))), decoding():
                     images.append(decode_image(data, at_least))
             return to_sample(self.shard(i), self.key(i), fields, images, self.size(i))
 
@@ -144,7 +151,8 @@ class ShardIndex:
         """The mask of the first image of sample i, as stored, or None. Raises as `read` does."""
         with self._naming(i):
             found = self._contents(i, (MASK,))[MASK]
-            return decode_image(found[0]) if found else None
+            with decoding():
+                return decode_image(found[0]) if found else None
 
     def ahead(self, numbers: Sequence[int]) -> None:
         """These samples will be read soon: remote storage begins to fetch them."""
