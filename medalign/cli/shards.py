@@ -63,7 +63,7 @@ def _index(folders: Sequence[Path]) -> int:
     for folder in folders:
         report = build_index(folder)
         _say_written(folder, report)
-        for note in report.notes:
+        for note in report.passed_over:
             log.warning("%s", note)
         for reason in report.refused[:_NAMED]:
             log.warning("refused: %s", reason)

@@ -23,7 +23,7 @@ ANNOTATION, MASK_PNG = "json", "mask.png"
 MOST_IMAGES = 64  # of one sample: each costs the student hundreds of tokens, so more are a slip in the packing
 
 # What the endings promise is not relied on: an image of a format that is not read is refused by its content.
-_IMAGE = re.compile(r"(?:([0-9]{1,6})\.)?(?:jpg|jpeg|jpe|jfif|png|dcm|dicom|webp|tif|tiff|bmp|gif)")
+_IMAGE = re.compile(r"(?:([0-9]{1,6})\.)?(?:jpg|jpeg|jpe|jfif|png|dcm|dicom|webp|tiff?|bmp|gif|jp2|j2k|p[bgp]m)")
 _TEXT = re.compile(
     r"(?:.*\.)?(?:txt|text|caption|transcript|label|cls2?|id|index|inx|key|url|csv|tsv|md|xml|html?|ya?ml|jsonl?|log)"
 )

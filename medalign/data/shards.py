@@ -58,7 +58,7 @@ class PackReport:
     written: int
     shards: int
     refused: tuple[str, ...]  # "key: reason"
-    notes: tuple[str, ...] = ()  # "tar: what is passed over"
+    passed_over: tuple[str, ...] = ()  # "tar: what is not read, or read from an unusual place"
 
 
 def write_shards(
