@@ -62,7 +62,7 @@ def _read_archive(path: Path, file: BinaryIO, start: int, members: list[Member])
     try:
         with tarfile.TarFile(fileobj=file, encoding="utf-8") as tar:
             while (info := tar.next()) is not None:
-                tar.members.clear()  # tarfile would keep them all
+                tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep them all
                 if info.size < 0:
                     raise tarfile.ReadError(f"{info.name} has {info.size} bytes")  # tarfile would run in a circle
                 if not info.isdir():
