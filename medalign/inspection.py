@@ -97,6 +97,7 @@ def global_batches(
 def look(config: Config, step: int) -> BatchView:
     """The global batch of a step, read and collated as in training; no weights are needed."""
     index = run.open_index(config)
+    run.require_images(config, index)
     processor = loading.load_processor(config.student)
     eye = teacher_eye(config.teacher.path) if config.distils else None
     teacher = TowerView(*eye) if eye else None
@@ -124,6 +125,7 @@ def _print_keys(config: Config, chosen: argparse.Namespace) -> None:
             "--steps: raise --steps"
         )
     index = run.open_index(config)
+    run.require_images(config, index)
     world = chosen.world_size or 1
     workers = config.data.workers if chosen.workers is None else chosen.workers
     plan = StepPlan(config.train.batch_size, config.train.micro_batch_size, world)

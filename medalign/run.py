@@ -24,6 +24,7 @@ from medalign.data.mixing import LengthGroups, Mixture
 from medalign.data.plan import GlobalOrder, Order
 from medalign.data.prompts import PromptEncoder
 from medalign.data.storage import Access
+from medalign.data.table import image_share
 from medalign.engine import engine as deepspeed_engine
 from medalign.engine.engine import Engine
 from medalign.engine.settings import deepspeed_settings, precision
@@ -60,6 +61,8 @@ def train(config: Config) -> Path:
 def _train(config: Config, folder: Path, ds_settings: dict[str, Any]) -> None:
     with distributed.together():
         index = open_index(config) if config.train.steps else None
+        if index is not None:
+            require_images(config, index)
     found = state.latest(folder / "checkpoints")
     stage, data = deepspeed_engine.stage(ds_settings), index.fingerprint() if index else ()
     progress = Progress(step=0, samples=0, ranks=distributed.world(), stage=stage, data=data)
@@ -163,6 +166,23 @@ def open_index(config: Config) -> ShardIndex:
     cache = Path(data.cache_dir) if data.cache_dir else None
     access = Access(retries=data.retries, cache=cache, cache_bytes=int(data.cache_gib * 2**30))
     return ShardIndex.open(data.folders, access)
+
+
+def require_images(config: Config, index: ShardIndex) -> None:
+    """Log how many samples of each folder have an image. Raises ConfigError where none has and images are distilled."""
+    bare = [index.without_image(number) for number in range(len(config.data.folders))]
+    counts = [int(index.shard_sizes(number).sum()) for number in range(len(config.data.folders))]
+    for folder, samples, without in zip(config.data.folders, counts, bare, strict=True):
+        log.info("%s: %d samples, %s", folder, samples, image_share(samples, without))
+    if sum(bare) < sum(counts):
+        return
+    if config.distils:
+        raise ConfigError(
+            f"no sample of data.train {', '.join(config.data.folders)} has an image, but losses.alpha "
+            f"{config.losses.alpha} and losses.beta {config.losses.beta} distil from images; name folders with images, "
+            "see what `medalign shards index` says of these, or set both to 0 to train on text"
+        )
+    log.warning("no sample of data.train has an image: the student is trained on text only")
 
 
 def build_order(config: Config, index: ShardIndex) -> Order:

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import argparse
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 from tqdm import tqdm
 
 from medalign.cli.values import count, plainly
-from medalign.data.shards import build_index
+from medalign.data.shards import PackReport, build_index
 from medalign.data.sources import known
-from medalign.data.sources.account import Account
+from medalign.data.sources.account import Account, kind
 from medalign.data.sources.convert import REPORT_NAME, convert
 from medalign.data.sources.hashing import Hashing, own_salt, read_salt
 from medalign.data.sources.source import IDENTIFIERS, Setting, Source
-from medalign.errors import ConfigError
+from medalign.data.table import image_share, read_table
+from medalign.errors import ConfigError, DataError
 
 log = logging.getLogger("medalign")
 
@@ -45,7 +47,7 @@ def run(words: Sequence[str]) -> int:
     source: Source = chosen.known_source
     account = _convert(source, chosen)
     for split, report in account.splits.items():
-        log.info("%s: %d samples in %d shards", chosen.output / split, report.written, report.shards)
+        _say_written(chosen.output / split, report)
     _say_frames(len(account.several_frames))
     for one in account.skipped[:_NAMED]:
         log.warning("refused %s: %s", one.key, one.reason)
@@ -57,16 +59,42 @@ def run(words: Sequence[str]) -> int:
 
 
 def _index(folders: Sequence[Path]) -> int:
-    """Write the index of tars that are there already. Returns 2 if no sample could be used."""
-    written = 0
+    """Write the index of tars that are there already. Returns the exit status: 0, for errors are raised."""
+    empty = []
     for folder in folders:
         report = build_index(folder)
-        log.info("%s: %d samples in %d shards", folder, report.written, report.shards)
+        _say_written(folder, report)
         _say_frames(len(report.several_frames))
-        for reason in report.refused:
+        for note in report.passed_over:
+            log.warning("%s", note)
+        for reason in report.refused[:_NAMED]:
             log.warning("refused: %s", reason)
-        written += report.written
-    return 0 if written else 2
+        if len(report.refused) > _NAMED:
+            _say_kinds(report.refused)
+        if not report.written:
+            empty.append(str(folder))
+    if empty:
+        raise DataError(f"no sample of {', '.join(empty)} can be used, so no index was written there")
+    return 0
+
+
+def _say_kinds(refused: Sequence[str]) -> None:
+    """How many samples were refused for each kind of reason."""
+    for reason, times in Counter(kind(line.partition(": ")[2]) for line in refused).most_common():
+        log.warning("refused in all %d: %s", times, reason)
+
+
+def _say_written(folder: Path, report: PackReport) -> None:
+    """How many samples a folder has, and how many of them have an image: none at all is most often a slip."""
+    if not report.written:
+        log.info("%s: 0 samples in %d shards", folder, report.shards)
+        return
+    bare = read_table(folder).without_image
+    told = f"{report.written} samples in {report.shards} shards"
+    if bare:
+        log.warning("%s: %s; %s", folder, told, image_share(report.written, bare))
+    else:
+        log.info("%s: %s, all with images", folder, told)
 
 
 def _say_frames(pictures: int) -> None:

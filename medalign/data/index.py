@@ -52,6 +52,8 @@ class ShardIndex:
             else:
                 tables.append(read_table(Path(folder)))
                 _check_shards(Path(folder), tables[-1])
+            if not len(tables[-1]):
+                raise DataError(f"shard folder {folder} holds no sample; {REBUILD}, or leave the folder out")
         return cls(folders, tables, access)
 
     def __len__(self) -> int:
@@ -78,6 +80,10 @@ class ShardIndex:
     def fingerprint(self) -> tuple[str, ...]:
         """What each folder holds, in short, wherever the folders lie."""
         return tuple(table.fingerprint() for table in self._tables)
+
+    def without_image(self, folder: int) -> int:
+        """How many samples of a folder have no image."""
+        return self._tables[folder].without_image
 
     @property
     def most_images(self) -> int:

@@ -19,13 +19,17 @@ class IndexFile:
     """The index of a folder, which appears whole when its block ends without an error, in place of an older one.
 
     The header stands first and is known last: until then the rows wait in a file without a name.
+
+    Args:
+        allow_empty: without any row an index appears, too.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, allow_empty: bool = True) -> None:
         self.shards: list[dict[str, Any]] = []  # as the header lists them
         self.samples = 0
         self._checksum = 0  # of the rows, CRC-32
         self._folder = folder
+        self._allow_empty = allow_empty
         self._rows = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  # closed where the block ends
 
     def __enter__(self) -> IndexFile:
@@ -33,7 +37,7 @@ class IndexFile:
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         with self._rows:
-            if kind is None:
+            if kind is None and (self.samples or self._allow_empty):
                 self._put_in_place()
         if kind is None and self.samples >= LARGE:
             read_table(self._folder)  # makes the mapped form too, once for all who open it

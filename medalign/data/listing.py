@@ -40,6 +40,7 @@ REBUILD = "pack the shards again, or rebuild the index with `medalign shards ind
 
 IMAGE, JSON, MASK = range(3)  # kinds of members
 TAR_BLOCK = 512  # bytes; members of a tar begin at multiples of it
+LARGEST = 0xFFFF_FFFF  # bytes of a member
 LONGEST = 0xFFFF  # pixels a side, characters of a text; longer texts count as this long
 
 ROW = np.dtype(

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from medalign.contracts import Batch, Sample
 from medalign.data.collate import Collator, Prepared
+from medalign.data.faults import decoding
 from medalign.data.index import ShardIndex
 from medalign.data.plan import Order, StepPlan
 from medalign.data.samples import BadSample
@@ -163,7 +164,7 @@ class _Reader(Dataset):
         for step in range(sought):
             try:
                 sample = self._index.read((number + step) % size, self._collator.pixels)
-                prepared = self._collator.prepare(sample)
+                prepared = _prepared(self._collator, sample)
             except BadSample as error:
                 reason = reason or str(error)
                 continue
@@ -171,6 +172,12 @@ class _Reader(Dataset):
                 skipped.append(reason)
             return prepared
         raise DataError(f"none of the {sought} samples from number {number} on can be used; the first reason: {reason}")
+
+
+def _prepared(collator: Collator, sample: Sample) -> Prepared:
+    """The sample, ready for a batch. Raises BadSample for one that template, tokenizer or view cannot take."""
+    with decoding(f"{sample.shard}/{sample.key}"):
+        return collator.prepare(sample)
 
 
 def _as_is(batch: Any) -> Any:
@@ -192,7 +199,7 @@ def batches(
     for number in numbers:
         try:
             sample = index.read(number)
-            ready = collator.prepare(sample)
+            ready = _prepared(collator, sample)
         except BadSample as error:
             log.warning("bad sample left out: %s", error)
             skipped.append(str(error))

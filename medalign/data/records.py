@@ -142,13 +142,17 @@ def _checked(picture: Picture) -> tuple[int, int]:
 
 
 def _check_mask(mask: bytes, size: tuple[int, int] | None) -> None:
+    check_mask_header(mask, size)
+    with naming("mask"):
+        decode_mask(mask)
+
+
+def check_mask_header(mask: bytes, size: tuple[int, int] | None) -> None:
+    """Raises BadSample for a mask that does not fit the (first) image's size, None without one; pixels stay unread."""
     if size is None:
         raise BadSample("a mask is given, but there is no image")
-    try:
+    with naming("mask"):
         kind, width, height = picture_header(mask)
-        decode_mask(mask)
-    except BadSample as error:
-        raise BadSample(f"mask: {error}") from error
     if kind != "png":
         raise BadSample(f"mask is {kind}; only PNG keeps it exact")
     if (width, height) != size:

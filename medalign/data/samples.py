@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from PIL import Image
 
 from medalign.contracts import Sample
+from medalign.data import values
 from medalign.data.bad_sample import BadSample, image_name, naming
 from medalign.data.decode import decode_image, picture_header
 
@@ -37,13 +39,18 @@ TASKS = ("vqa", "report")
 ANSWER_TYPES = ("closed", "open", "")
 SAMPLE_FIELDS = ("task", "question", "answer", "answer_type", "boxes")  # the rest becomes Sample.metadata
 
+_IMAGE_TAG = re.compile(r"<(?:image|img)[-_ ]?(?:placeholder|[0-9]+)?>", re.IGNORECASE)
 _BOX_SLACK = 1.0  # pixels; annotators' tools count the last pixel in or out
 
 
 def parse_fields(data: bytes) -> dict[str, Any]:
     """The JSON member of a sample as a dictionary. Raises BadSample if it is not one."""
+    if not data.strip():
+        raise BadSample("annotation is empty")
     try:
         fields = json.loads(data)
+    except RecursionError as error:
+        raise BadSample("annotation is not JSON that can be read (it is nested too deep)") from error
     except ValueError as error:
         raise BadSample(f"annotation is not JSON ({error})") from error
     if not isinstance(fields, dict):
@@ -53,6 +60,7 @@ def parse_fields(data: bytes) -> dict[str, Any]:
 
 def check_fields(fields: dict[str, Any], size: tuple[int, int] | None) -> None:
     """Raises BadSample for the first field that breaks the schema; `size` is the picture's, None if there is none."""
+    _check_values(fields)
     task = fields.get("task")
     if task not in TASKS:
         raise BadSample(f"task is {task!r}; known are 'vqa' and 'report'")
@@ -62,6 +70,7 @@ def check_fields(fields: dict[str, Any], size: tuple[int, int] | None) -> None:
             raise BadSample(f"{name} is {'empty' if text is None or text == '' else repr(text)}; task {task} needs it")
     if not isinstance(fields.get("question") or "", str):
         raise BadSample(f"question is {fields['question']!r}, not text")
+    _check_tags(fields.get("question") or "")
     answer_type = fields.get("answer_type") or ""
     if answer_type not in ANSWER_TYPES:
         raise BadSample(f"answer_type is {answer_type!r}; known are 'closed', 'open' and ''")
@@ -74,9 +83,28 @@ def check_fields(fields: dict[str, Any], size: tuple[int, int] | None) -> None:
         _check_box(box, size or (0, 0))
 
 
+def _check_values(fields: dict[str, Any]) -> None:
+    """Raises BadSample for text or a number that is none, in any field; for boxes see `_check_box`."""
+    for name, value in fields.items():
+        if fault := values.fault(name):
+            raise BadSample(f"the field {name!r} {fault}")
+        if fault := values.fault(value, numbers=name != "boxes"):
+            raise BadSample(f"{name} {fault}")
+
+
+def _check_tags(question: str) -> None:
+    """Raises BadSample for what other tools write into a text where a picture belongs."""
+    tag = _IMAGE_TAG.search(question)
+    if tag:
+        raise BadSample(
+            f"question holds {tag[0]!r}, which stands for a picture in the texts of other tools; give the picture as "
+            "the sample's image, and leave the mark out"
+        )
+
+
 def _check_box(box: Any, size: tuple[int, int]) -> None:
     numbers = isinstance(box, list) and len(box) == 4
-    if not numbers or not all(type(v) in (int, float) and math.isfinite(v) for v in box):
+    if not numbers or not all(type(v) in (int, float) and abs(v) < math.inf for v in box):
         raise BadSample(f"box {box!r} is not four numbers [x0, y0, x1, y1]")
     x0, y0, x1, y1 = box
     if not (x0 < x1 and y0 < y1):

@@ -43,10 +43,11 @@ from webdataset import TarWriter
 from medalign.data.index_file import IndexFile
 from medalign.data.listing import INDEX_NAME
 from medalign.data.members import ANNOTATION, MASK_PNG, image_member
+from medalign.data.packings import near_tars, without_tars
 from medalign.data.records import KeySet, Record, Refused, check_record, json_bytes
 from medalign.data.samples import BadSample
 from medalign.data.table import TABLE_NAME
-from medalign.data.tars import rows_of_tar
+from medalign.data.tars import Findings, rows_of_tar
 from medalign.errors import ConfigError, DataError
 
 _SHARD_NAME = re.compile(r"shard-\d{6,}\.tar")
@@ -61,6 +62,7 @@ class PackReport:
     shards: int
     refused: tuple[str, ...]  # "key: reason"
     several_frames: tuple[str, ...] = ()  # the key of each picture whose file has further frames, which are not read
+    passed_over: tuple[str, ...] = ()  # "tar: what is not read, or read from an unusual place"
 
 
 def write_shards(
@@ -144,18 +146,25 @@ def _link(source: Path, target: Path) -> None:
 def build_index(folder: Path) -> PackReport:
     """Write the index of tars that something else packed, in the order of their names; the tars are only read.
 
-    Samples that break the schema get no row and are listed as refused.
+    Samples that break the schema get no row and are listed as refused; without any sample no index is written.
+    Raises DataError for a folder without tars, and for a tar that cannot be read to its end.
     """
-    paths = sorted(Path(folder).glob("*.tar"))
+    folder = Path(folder)
+    paths = sorted(path for path in folder.glob("*.tar") if path.is_file())
     if not paths:
-        raise DataError(f"{folder} holds no .tar file; name a folder of WebDataset shards")
-    refused: list[str] = []
-    several: list[str] = []
-    seen = KeySet()
-    with IndexFile(Path(folder)) as index:
+        raise DataError(f"{folder} {without_tars(folder)}")
+    findings, seen = Findings(), KeySet()
+    with IndexFile(folder, allow_empty=False) as index:
         for number, path in enumerate(paths):
-            index.add(path, rows_of_tar(path, number, seen, refused, several))
-    return PackReport(index.samples, len(index.shards), tuple(refused), tuple(several))
+            index.add(path, rows_of_tar(path, number, seen, findings))
+    notes = [f"{folder.name} holds more than .tar files, not read: {other}" for other in near_tars(folder)]
+    return PackReport(
+        index.samples,
+        len(index.shards),
+        tuple(findings.refused),
+        tuple(findings.several_frames),
+        tuple(findings.notes + notes),
+    )
 
 
 def _valid_records(records: Iterable[Record | Refused], refused: list[str], several: list[str]) -> Iterator[Record]:
@@ -195,7 +204,7 @@ def _write_tars(
                 pending = next(records, None)
                 if pending is None:
                     break
-        index.add(path, rows_of_tar(path, number, KeySet(), [], []))
+        index.add(path, rows_of_tar(path, number, KeySet(), Findings()))
 
 
 def _members(record: Record) -> dict[str, Any]:

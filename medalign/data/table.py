@@ -115,11 +115,23 @@ class Table:
         first, last = self._further(rows)
         return (self.rows["length"][rows, IMAGE] > 0) + last - first
 
+    @property
+    def without_image(self) -> int:
+        """How many samples have no image."""
+        return len(self) - int(np.count_nonzero(self.rows["length"][:, IMAGE]))
+
     def _further(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Where the further images of each of these rows begin and end."""
         wanted = rows.astype(np.uint32)  # for any other type numpy would copy the whole column
         column = self.further["row"]
         return column.searchsorted(wanted, "left"), column.searchsorted(wanted, "right")
+
+
+def image_share(samples: int, without_image: int) -> str:
+    """How many of the samples have an image, in words."""
+    if not without_image:
+        return "all with images"
+    return f"{samples - without_image or 'none'} with images, {without_image} without"
 
 
 def read_table(folder: Path) -> Table:

@@ -2,92 +2,161 @@
 
 from __future__ import annotations
 
-import io
+import posixpath
 import re
-import tarfile
 import zlib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from medalign.data.decode import has_several_frames
-from medalign.data.members import ANNOTATION, MASK_PNG, image_members
-from medalign.data.records import KeySet, check_path_key, checked_header
+from medalign.data.listing import LARGEST
+from medalign.data.members import (
+    ANNOTATION,
+    MASK_PNG,
+    image_members,
+    last_ending,
+    may_be_image,
+    passed_over,
+    split_at_points,
+)
+from medalign.data.records import KeySet, check_mask_header, check_path_key, checked_header
 from medalign.data.samples import BadSample, check_fields, image_name, naming, parse_fields
-from medalign.errors import DataError
+from medalign.data.scan import Member, scan
 
 _MEMBER = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)
 
-Place = tuple[int, int]  # offset and length in the tar, bytes
+Run = dict[str, Member]  # by extension, in small letters
 
 
-def rows_of_tar(
-    path: Path, shard: int, seen: KeySet, refused: list[str], several: list[str]
-) -> Iterator[dict[str, Any]]:
-    """A row for each sample that keeps the schema, in order; of images the headers alone are read.
+@dataclass
+class Findings:
+    """What the tars of a folder hold beside the samples that are used."""
+
+    refused: list[str] = field(default_factory=list)  # "tar/key: reason"
+    notes: list[str] = field(default_factory=list)  # "tar: what the user should know"
+    several_frames: list[str] = field(
+        default_factory=list
+    )  # "tar/key" of each picture with further frames
+
+
+def rows_of_tar(path: Path, shard: int, seen: KeySet, findings: Findings) -> Iterator[dict[str, Any]]:
+    """A row for each sample that keeps the schema, in the order of their first members.
+
+    Members of one sample may stand anywhere in the tar. Of images the headers alone are read.
 
     Args:
         shard: the tar's number in its folder.
         seen: keys that are taken; grows by those of the rows.
-        refused: grows by "tar/key: reason" of the others.
-        several: grows by "tar/key" for each picture that has several frames, of which the first is read.
+        findings: grows by what is refused, and what is passed over.
 
-    Raises DataError for what is no tar.
+    Raises DataError for what is no tar, or a damaged one.
     """
+    samples, unnamed = _samples(scan(path, findings.notes))
+    lost = _lost(samples, unnamed)
+    split: dict[str, list[Run]] = {}
+    passed: Counter[str] = Counter()
     with path.open("rb") as file:
-        for key, members in _groups(path):
+        for key, runs in samples.items():
+            if split_at_points([name for run in runs for name in run]):
+                split[key] = runs
+                continue
             try:
-                check_path_key(key, seen)
-                row, frames = _row(file, key, shard, members)
-                several += [f"{path.name}/{key}"] * frames
-                yield row
-                seen.add(key)
+                for members in _joined(runs):
+                    check_path_key(key, seen)
+                    others = _passed_over(key, members)
+                    row, frames = _row(file, key, shard, members, lost)
+                    findings.several_frames += [f"{path.name}/{key}"] * frames
+                    yield row
+                    seen.add(key)
+                    passed.update(map(last_ending, others))
             except BadSample as error:
-                refused.append(f"{path.name}/{key}: {error}")
+                findings.refused.append(f"{path.name}/{key}: {error}")
+    if split:
+        findings.refused.append(f"{path.name}: {_why_split(split)}")
+    if unnamed:
+        told = f"{len(unnamed)} files without name and ending are not read, the first is {unnamed[0]}"
+        findings.notes.append(f"{path.name}: {told}")
+    if passed:
+        told = ", ".join(f"{count} x {ending}" for ending, count in passed.most_common())
+        findings.notes.append(f"{path.name}: members of these endings are not read: {told}")
 
 
-def _groups(path: Path) -> Iterator[tuple[str, dict[str, Place]]]:
-    """Key, and places by extension, of each run of members with one key.
+def _samples(members: Sequence[Member]) -> tuple[dict[str, list[Run]], list[str]]:
+    """The members of each key, in runs of neighbors, and the files that belong to none.
 
     As webdataset has it, the key ends at the first point of the base name, and what has no such point is no member.
     """
-    key: str | None = None
-    members: dict[str, Place] = {}
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for info in tar:
-                match = _MEMBER.fullmatch(info.name.removeprefix("./"))
-                if not info.isfile() or match is None:
-                    continue
-                name, extension = match.groups()
-                if name != key:
-                    if key is not None:
-                        yield key, members
-                    key, members = name, {}
-                members[extension.lower()] = (info.offset_data, info.size)
-    except tarfile.TarError as error:
-        raise DataError(f"{path} is not a readable tar ({error}); copy it again or leave it out") from error
-    if key is not None:
-        yield key, members
+    samples: dict[str, list[Run]] = {}
+    unnamed: list[str] = []
+    last = None
+    for member in members:
+        match = _MEMBER.fullmatch(member.name)
+        if match is None:
+            unnamed.append(member.name)
+            continue
+        key, extension = match[1], match[2].lower()
+        runs = samples.setdefault(key, [])
+        if key != last or extension in runs[-1]:
+            runs.append({})
+        runs[-1][extension] = member
+        last = key
+    return samples, unnamed
 
 
-def _row(file: io.BufferedReader, key: str, shard: int, members: dict[str, Place]) -> tuple[dict[str, Any], int]:
-    """The row, and how many of its pictures have several frames."""
+def _lost(samples: dict[str, list[Run]], unnamed: Sequence[str]) -> dict[str, str]:
+    """Files that may be a sample's image, by base name: those without ending; and under "" one without annotation."""
+    lost = {posixpath.basename(name): name for name in unnamed}
+    for runs in samples.values():
+        names = {name: member.name for run in runs for name, member in run.items()}
+        if ANNOTATION not in names and not split_at_points(names):
+            image = next((path for name, path in names.items() if may_be_image(name)), None)
+            if image:
+                return {**lost, "": image}
+    return lost
+
+
+def _joined(runs: Sequence[Run]) -> Sequence[Run]:
+    """The members of a key in one piece, or as many as were packed one after another.
+
+    Raises BadSample where a member occurs twice and it is open which of them belong together.
+    """
+    first = runs[0]
+    if all(run.keys() == first.keys() for run in runs):
+        return runs
+    names = Counter(name for run in runs for name in run)
+    twice = sorted(name for name, count in names.items() if count > 1)
+    if twice:
+        raise BadSample(f"member {', '.join(twice)} occurs twice in the tar, and it is open which to use; keep one")
+    return [{name: member for run in runs for name, member in run.items()}]
+
+
+def _passed_over(key: str, members: Run) -> list[str]:
+    """The extensions that are not read. Raises BadSample where the annotation lacks or one is not known."""
     if ANNOTATION not in members:
-        raise BadSample(f"there is no {key}.{ANNOTATION} beside its other members")
+        beside = ", ".join(list(members)[:3]) + (", ..." if len(members) > 3 else "")
+        pointed = "; a key ends at the first point of the name" if any("." in name for name in members) else ""
+        raise BadSample(f"there is no {key}.{ANNOTATION} beside its other members ({beside}{pointed})")
+    return passed_over(key, members)
+
+
+def _row(file: BinaryIO, key: str, shard: int, members: Run, lost: dict[str, str]) -> tuple[dict[str, Any], int]:
+    """The row, and how many of its pictures have several frames."""
     images = image_members(members)
-    data = {}
-    for extension in (*images, ANNOTATION, MASK_PNG):
-        if extension in members:
-            offset, length = members[extension]
-            file.seek(offset)
-            data[extension] = file.read(length)
+    if not images:
+        _require_none_lost(key, lost)
+    wanted = [name for name in (*images, ANNOTATION, MASK_PNG) if name in members]
+    data = {name: _read(file, members[name]) for name in wanted}
     sizes = []
-    for number, extension in enumerate(images):
+    for number, name in enumerate(images):
         with naming(image_name(number, len(images))):
-            sizes.append(checked_header(data[extension])[1])
+            sizes.append(checked_header(data[name])[1])
     fields = parse_fields(data[ANNOTATION])
     check_fields(fields, sizes[0] if sizes else None)
+    if MASK_PNG in data:
+        check_mask_header(data[MASK_PNG], sizes[0] if sizes else None)
     width, height = sizes[0] if sizes else (0, 0)
     answer = fields["report"] if fields["task"] == "report" else fields["answer"]
     row = {
@@ -98,6 +167,39 @@ def _row(file: io.BufferedReader, key: str, shard: int, members: dict[str, Place
         "width": width,
         "height": height,
         "text": [len(fields.get("question") or ""), len(answer)],
-        "members": {name: [*members[name], zlib.crc32(content)] for name, content in data.items()},
+        "members": {
+            name: [members[name].offset, members[name].length, zlib.crc32(content)] for name, content in data.items()
+        },
     }
-    return row, sum(has_several_frames(data[extension]) for extension in images)
+    return row, sum(has_several_frames(data[name]) for name in images)
+
+
+def _require_none_lost(key: str, lost: dict[str, str]) -> None:
+    """Raises BadSample for a sample without image in a tar that holds one without sample."""
+    image = lost.get(posixpath.basename(key)) or lost.get("")
+    if image:
+        raise BadSample(
+            f"it has no image, and {image} in the same tar has no annotation; name all members of a sample alike up to "
+            "the first point, folders included, as 0001.jpg and 0001.json, or leave the image out"
+        )
+
+
+def _read(file: BinaryIO, member: Member) -> bytes:
+    """A member's bytes. Raises BadSample for one that has none."""
+    if member.fault:
+        raise BadSample(f"member {member.name} {member.fault}")
+    if not 0 < member.length <= LARGEST:
+        raise BadSample(f"member {member.name} has {member.length} bytes; 1 to {LARGEST} are read")
+    file.seek(member.offset)
+    return file.read(member.length)
+
+
+def _why_split(split: dict[str, list[Run]]) -> str:
+    """Why these samples are lost, and what to do."""
+    members = [member for runs in split.values() for run in runs for member in run.values()]
+    key = next(iter(split))
+    return (
+        f"{len(members)} files are not used, for there are points in their names, as in {members[0].name}: a key ends "
+        f"at the first point of the name, so that this one and others would all belong to the sample {key!r}; rename "
+        "them with another sign for the point, such as 1-2-840.jpg for 1.2.840.jpg"
+    )
