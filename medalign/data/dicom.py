@@ -98,6 +98,8 @@ def _read(data: bytes, header_only: bool = False) -> Any:
     from pydicom import dcmread
 
     study = dcmread(io.BytesIO(data), stop_before_pixels=header_only, force=True)
+    if "Rows" not in study or "Columns" not in study:
+        raise DicomError("it is not a DICOM file with a picture: it has no Rows and Columns")
     if not 0 < int(study.Columns) * int(study.Rows) <= _MOST_PIXELS:
         raise DicomError(f"it has {study.Columns} x {study.Rows} pixels; 1 to {_MOST_PIXELS} are read")
     return study

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
 from dicom_files import compressed, data_set, file_of, jpeg, study
 from PIL import Image
+from pydicom.data import get_testdata_file
 from pydicom.dataset import Dataset
 from pydicom.pixels import apply_color_lut
 from pydicom.uid import JPEG2000, ImplicitVRLittleEndian, JPEG2000Lossless, JPEGBaseline8Bit, RLELossless
@@ -155,6 +157,30 @@ def test_segmented_palettes_are_expanded() -> None:
 
 
 GRAY = np.zeros((4, 6), int)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "SC_rgb_dcmtk_+eb+cr",
+        "SC_rgb_dcmtk_+eb+cy+n1",
+        "SC_rgb_dcmtk_+eb+cy+np",
+        "SC_rgb_gdcm_KY",
+        "SC_rgb_jpeg_dcmtk",
+        "SC_rgb_jpeg_lossy_gdcm",
+        "SC_rgb_rle_16bit_2frame",
+        "SC_rgb_rle_32bit",
+        "SC_ybr_full_422_uncompressed",
+    ],
+)
+def test_files_of_other_tools(name: str) -> None:
+    """One test card, from pydicom's wheel, as DCMTK, GDCM and others wrote it: red on top, pale blue, white below."""
+    path = get_testdata_file(f"{name}.dcm", download=False)
+    pixels = np.asarray(decode_image(Path(path).read_bytes())).astype(int)
+    for row, wanted in {5: (255, 0, 0), 50: (128, 128, 255), 95: (255, 255, 255)}.items():
+        assert np.abs(pixels[row, 50] - wanted).max() <= TOLERANCE
+
+
 REFUSED = {
     "PhotometricInterpretation is HSV": study(HALVES, PhotometricInterpretation="HSV"),
     "PhotometricInterpretation is CIELAB": study(HALVES, PhotometricInterpretation="CIELAB"),

@@ -212,11 +212,7 @@ def test_no_program_is_started_for_postscript(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", start)
     drawing, header = encode(Image.fromarray(COLORS), "EPS"), b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"
     for read in (decode_image, decode_mask, picture_header, has_several_frames):
-        for data in (
-            drawing,
-            b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
-            encode(Image.new("L", (9, 9)), "TGA"),
-        ):
+        for data in (drawing, header, encode(Image.new("L", (9, 9)), "TGA")):
             with pytest.raises(BadSample, match="of no format that is read: PNG, JPEG, WEBP, TIFF, .*, DICOM"):
                 read(data)
 

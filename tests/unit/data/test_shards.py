@@ -86,6 +86,12 @@ BAD = {
     "answer_type is 'maybe'": record(1, answer_type="maybe"),
     "is empty; x0 < x1": record(1, boxes=[[5, 5, 5, 9]]),
     "outside the image of 40 x 24": record(1, boxes=[[5, 5, 50, 9]]),
+    "box [0.1, 0.2, 0.5, 0.6] is smaller than a pixel; boxes are in pixels, not shares": record(
+        1, boxes=[[0.1, 0.2, 0.5, 0.6]]
+    ),
+    "box [0, 0, 1, 1] is a single pixel; boxes are in pixels, not shares": record(1, boxes=[[0, 0, 1, 1]]),
+    "box [0, 0.1, 1, 0.9] is a single pixel": record(1, boxes=[[0, 0.1, 1, 0.9]]),
+    "box [7.1, 5, 7.9, 5.5] is smaller than a pixel": record(1, boxes=[[7.1, 5, 7.9, 5.5]]),
     "not four numbers": record(1, boxes=[[5, 5, 9]]),
     "not four numbers ": record(1, boxes=[[5, 5, 9, float("nan")]]),
     "key 'a.b'": Record("a.b", images(picture(1)), record(1).fields),

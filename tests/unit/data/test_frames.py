@@ -1,0 +1,75 @@
+"""Of a stack, a cine loop or an animation the first frame is shown, and how often is said."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+from dicom_files import study
+from PIL import Image
+from tiny_data import picture, record
+
+from medalign.__main__ import main
+from medalign.data.index import ShardIndex
+
+FILMS = [np.full((24, 40), level, np.uint8) for level in (10, 120, 240)]
+
+
+def stack(kind: str) -> bytes:
+    buffer = io.BytesIO()
+    first, *rest = (Image.fromarray(film) for film in FILMS)
+    first.save(buffer, kind, save_all=True, append_images=rest)
+    return buffer.getvalue()
+
+
+LOOP = study(FILMS[0], NumberOfFrames=3, PixelData=np.stack(FILMS).astype(np.uint16).tobytes())
+
+
+def row(key: str, image: object) -> str:
+    return json.dumps({"id": key, "image": image, "task": "vqa", "question": "clear ?", "answer": "yes"})
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_packing_counts_and_names_them(tmp_path: Path, capsys: pytest.CaptureFixture[str], workers: str) -> None:
+    source = tmp_path / "in"
+    source.mkdir()
+    files = {"a.tif": stack("TIFF"), "b.gif": stack("GIF"), "c.dcm": LOOP, "d.png": picture(0), "e.png": stack("PNG")}
+    for name, data in files.items():
+        (source / name).write_bytes(data)
+    rows = [row(name[0], name) for name in files] + [row("pair", ["a.tif", "d.png", "e.png"])]
+    (source / "annotations.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    words = [
+        "--input",
+        str(source),
+        "--output",
+        str(tmp_path / "out"),
+        "--samples-per-shard",
+        "2",
+        "--workers",
+        workers,
+    ]
+    assert main(["shards", "jsonl", *words]) == 0
+    told = "6 pictures have several frames; the first is shown; name single frames to choose another"
+    assert [line for line in capsys.readouterr().err.splitlines() if "frames" in line] == [told]
+    report = json.loads((tmp_path / "out" / "conversion.json").read_text(encoding="utf-8"))
+    assert report["several_frames"] == 6
+    assert report["several_frames_samples"] == ["a", "b", "c", "e", "pair", "pair"]
+    index = ShardIndex.open(tmp_path / "out" / "train")
+    for i in (0, 1, 4):
+        assert (np.asarray(index.read(i).images[0].convert("L")) == 10).all()
+
+
+def test_indexing_counts_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with webdataset.TarWriter(str(tmp_path / "a.tar")) as tar:
+        for key, member in {"a": {"dcm": LOOP}, "b": {"png": picture(1)}, "c": {"png": stack("PNG")}}.items():
+            tar.write({"__key__": key, "json": record(1, boxes=[]).fields, **member})
+    assert main(["shards", "index", str(tmp_path)]) == 0
+    assert "2 pictures have several frames; the first is shown" in capsys.readouterr().err
+    with webdataset.TarWriter(str(tmp_path / "a.tar")) as tar:
+        tar.write({"__key__": "b", "json": record(1, boxes=[]).fields, "png": picture(1)})
+    assert main(["shards", "index", str(tmp_path)]) == 0
+    assert "frames" not in capsys.readouterr().err
