@@ -317,6 +317,13 @@ def test_folders_without_tars_say_what_they_hold(tmp_path: Path) -> None:
     assert any("not read: c.TAR: rename" in line for line in indexed(tmp_path / "f")[0].passed_over)
 
 
+def test_a_link_to_a_tar_that_is_gone_is_not_passed_over(tmp_path: Path) -> None:
+    write(tmp_path / "a.tar", *sample("a"))
+    (tmp_path / "b.tar").symlink_to(tmp_path / "gone.tar")
+    with pytest.raises(DataError, match=r"b\.tar is a folder, or a link to a file that is gone"):
+        build_index(tmp_path)
+
+
 def test_an_index_without_a_sample_is_an_error(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write(tmp_path / "bad/a.tar", file("a.png", FILM))
     write(tmp_path / "good/a.tar", *sample("a"))
