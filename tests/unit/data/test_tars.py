@@ -55,7 +55,7 @@ def test_members_that_nobody_understands(tmp_path: Path, name: str) -> None:
 
 
 def test_known_companions_are_counted_once_per_tar(tmp_path: Path) -> None:
-    beside = [file(f"a.{name}", b"1") for name in ("txt", "cls", "meta.json", "features.npy", "txt2.txt")]
+    beside = [file(f"a.{name}", b"1") for name in ("txt", "cls", "png.json", "features.npy", "txt2.txt")]
     text_only = [file("b.json", ANNOTATION), file("b.txt", b"1")]
     report, images = indexed(write(tmp_path / "a.tar", *sample("a"), *beside, *text_only))
     assert (images, report.refused) == ({"a": 1, "b": 0}, ())
