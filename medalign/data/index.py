@@ -151,8 +151,7 @@ class ShardIndex:
         """The mask of the first image of sample i, as stored, or None. Raises as `read` does."""
         with self._naming(i):
             found = self._contents(i, (MASK,))[MASK]
-            with decoding():
-                return decode_image(found[0]) if found else None
+            return decode_image(found[0]) if found else None
 
     def ahead(self, numbers: Sequence[int]) -> None:
         """These samples will be read soon: remote storage begins to fetch them."""

@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-from medalign.data.faults import decoding
 from medalign.data.listing import LONGEST
 from medalign.data.members import MOST_IMAGES
 from medalign.data.samples import BadSample, check_fields, decode_image, image_name, naming, picture_header
@@ -56,7 +55,7 @@ def check_record(record: Record, seen: Container[str]) -> None:
         raise BadSample(f"there are {len(record.images)} images; at most {MOST_IMAGES} are read")
     sizes = []
     for number, picture in enumerate(record.images):
-        with naming(image_name(number, len(record.images))), decoding():
+        with naming(image_name(number, len(record.images))):
             sizes.append(_checked(picture))
     size = sizes[0] if sizes else None
     check_fields(record.fields, size)
@@ -142,7 +141,7 @@ def _checked(picture: Picture) -> tuple[int, int]:
 
 def _check_mask(mask: bytes, size: tuple[int, int] | None) -> None:
     check_mask_header(mask, size)
-    with naming("mask"), decoding():
+    with naming("mask"):
         decode_image(mask)
 
 
@@ -150,7 +149,7 @@ def check_mask_header(mask: bytes, size: tuple[int, int] | None) -> None:
     """Raises BadSample for a mask that does not fit the (first) image's size, None without one; pixels stay unread."""
     if size is None:
         raise BadSample("a mask is given, but there is no image")
-    with naming("mask"), decoding():
+    with naming("mask"):
         kind, width, height = picture_header(mask)
     if kind != "png":
         raise BadSample(f"mask is {kind}; only PNG keeps it exact")

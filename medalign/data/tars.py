@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from medalign.data.faults import decoding
 from medalign.data.listing import LARGEST
 from medalign.data.members import (
     ANNOTATION,
@@ -145,7 +144,7 @@ def _row(file: BinaryIO, key: str, shard: int, members: Run, lost: dict[str, str
     data = {name: _read(file, members[name]) for name in wanted}
     sizes = []
     for number, name in enumerate(images):
-        with naming(image_name(number, len(images))), decoding():
+        with naming(image_name(number, len(images))):
             sizes.append(checked_header(data[name])[1])
     fields = parse_fields(data[ANNOTATION])
     check_fields(fields, sizes[0] if sizes else None)
