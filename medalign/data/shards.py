@@ -157,7 +157,8 @@ def build_index(folder: Path) -> PackReport:
         for number, path in enumerate(paths):
             index.add(path, rows_of_tar(path, number, seen, findings))
     findings.notes += [f"{folder.name} holds more than .tar files, not read: {other}" for other in near_tars(folder)]
-    return PackReport(index.samples, len(index.shards), tuple(findings.refused), tuple(findings.notes))
+    notes = tuple(findings.notes)
+    return PackReport(index.samples, len(index.shards), tuple(findings.refused), passed_over=notes)
 
 
 def _valid_records(records: Iterable[Record | Refused], refused: list[str]) -> Iterator[Record]:
