@@ -158,9 +158,11 @@ def _parser() -> argparse.ArgumentParser:
         "index",
         help="no data set: write the index of tars that any WebDataset tool packed",
         description="Write index.jsonl beside the tars of each folder, as any WebDataset tool packed them: KEY.json, "
-        "KEY.jpg or KEY.png, and KEY.1.jpg, KEY.2.png, ... for a sample's further images; KEY may be a path, as in "
-        "train/0001.jpg. Tars are only read. Images with several frames are counted; the first is shown. Samples "
-        "that cannot be used get no row and are named.",
+        "KEY.jpg, KEY.png or KEY.dcm, and KEY.1.jpg, KEY.2.png, ... for a sample's further images; KEY ends at the "
+        "first point of the base name and may be a path, as in train/0001.jpg. Tars are only read. Images with several "
+        "frames are counted; the first is shown. Samples that cannot be used get no row and are named, those among them "
+        "with a member that may be an image under a name that is not known. Texts and labels beside a sample (KEY.txt, "
+        "KEY.cls, ...) are not read, and counted.",
     )
     index.set_defaults(known_source=None)
     index.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="folder of .tar files")

@@ -95,6 +95,7 @@ def split_at_points(names: Collection[str]) -> bool:
     All of them share what stands before the first point, where the key ends.
     """
     stems = [name.removesuffix(f".{ANNOTATION}") for name in names if name.endswith(f".{ANNOTATION}")]
+    stems = [stem for stem in stems if not is_image(stem)]  # jpg.json tells of jpg
     others = [name for name in names if last_ending(name) != ANNOTATION and name != MASK_PNG]
     if ANNOTATION not in names and len(stems) > 1:
         return True

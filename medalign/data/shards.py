@@ -9,8 +9,9 @@ A shard folder holds `shard-000000.tar`, `shard-000001.tar`, ... and `index.json
     KEY.mask.png          optional; same size as the (first) image, not zero inside the region
 
 KEY is unique in its folder, at most 80 bytes, without '.', '/', '\\' or white space. The images' numbers leave no gap.
-In tars of others the first may be named KEY.0.jpg as well, and KEY may be a path, as in train/0001.jpg, up to 255 bytes
-long. Fields of the annotation:
+Tars from other tools may hold more (see `scan` and `members`): the first image may be named KEY.0.jpg, images may have
+the other usual endings in letters of any size, KEY may be a path, as in train/0001.jpg, up to 255 bytes long, and the
+members of a sample may stand apart, or be links to other members. Fields of the annotation:
 
     task         "vqa" or "report"
     question     what is asked; needed for vqa; for report "" asks the default prompt
@@ -150,9 +151,12 @@ def build_index(folder: Path) -> PackReport:
     Raises DataError for a folder without tars, and for a tar that cannot be read to its end.
     """
     folder = Path(folder)
-    paths = sorted(path for path in folder.glob("*.tar") if path.is_file())
+    paths = sorted(folder.glob("*.tar"))
     if not paths:
         raise DataError(f"{folder} {without_tars(folder)}")
+    for path in paths:
+        if not path.is_file():
+            raise DataError(f"{path} is a folder, or a link to a file that is gone; restore it or leave it out")
     findings, seen = Findings(), KeySet()
     with IndexFile(folder, allow_empty=False) as index:
         for number, path in enumerate(paths):

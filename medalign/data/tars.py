@@ -37,9 +37,7 @@ class Findings:
 
     refused: list[str] = field(default_factory=list)  # "tar/key: reason"
     notes: list[str] = field(default_factory=list)  # "tar: what the user should know"
-    several_frames: list[str] = field(
-        default_factory=list
-    )  # "tar/key" of each picture with further frames
+    several_frames: list[str] = field(default_factory=list)  # "tar/key" of each picture with further frames
 
 
 def rows_of_tar(path: Path, shard: int, seen: KeySet, findings: Findings) -> Iterator[dict[str, Any]]:

@@ -55,7 +55,7 @@ def test_members_that_nobody_understands(tmp_path: Path, name: str) -> None:
 
 
 def test_known_companions_are_counted_once_per_tar(tmp_path: Path) -> None:
-    beside = [file(f"a.{name}", b"1") for name in ("txt", "cls", "meta.json", "features.npy", "txt2.txt")]
+    beside = [file(f"a.{name}", b"1") for name in ("txt", "cls", "png.json", "features.npy", "txt2.txt")]
     text_only = [file("b.json", ANNOTATION), file("b.txt", b"1")]
     report, images = indexed(write(tmp_path / "a.tar", *sample("a"), *beside, *text_only))
     assert (images, report.refused) == ({"a": 1, "b": 0}, ())
@@ -315,6 +315,13 @@ def test_folders_without_tars_say_what_they_hold(tmp_path: Path) -> None:
     (tmp_path / "f/0.tar").write_bytes(b"")
     write(tmp_path / "f/0.tar", *sample("a"))
     assert any("not read: c.TAR: rename" in line for line in indexed(tmp_path / "f")[0].passed_over)
+
+
+def test_a_link_to_a_tar_that_is_gone_is_not_passed_over(tmp_path: Path) -> None:
+    write(tmp_path / "a.tar", *sample("a"))
+    (tmp_path / "b.tar").symlink_to(tmp_path / "gone.tar")
+    with pytest.raises(DataError, match=r"b\.tar is a folder, or a link to a file that is gone"):
+        build_index(tmp_path)
 
 
 def test_an_index_without_a_sample_is_an_error(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
