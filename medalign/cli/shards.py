@@ -46,6 +46,8 @@ def run(words: Sequence[str]) -> int:
     account = _convert(source, chosen)
     for split, report in account.splits.items():
         log.info("%s: %d samples in %d shards", chosen.output / split, report.written, report.shards)
+    for note, times in account.notes.most_common():
+        log.warning("%s: %d times", note, times)
     for one in account.skipped[:_NAMED]:
         log.warning("refused %s: %s", one.key, one.reason)
     for reason, times in account.reasons().items():

@@ -29,8 +29,9 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,7 @@ class PackReport:
     written: int
     shards: int
     refused: tuple[str, ...]  # "key: reason"
+    notes: Mapping[str, int] = field(default_factory=dict)  # how often each note of the written records occurs
 
 
 def write_shards(
@@ -81,7 +83,8 @@ def write_shards(
     try:
         partial.mkdir(parents=True)
         refused: list[str] = []
-        valid = _valid_records(records, refused)
+        notes: Counter[str] = Counter()
+        valid = _valid_records(records, refused, notes)
         with IndexFile(partial) as index:
             _write_tars(valid, partial, samples_per_shard, progress, index)
             if not index.samples and not allow_empty:
@@ -92,7 +95,7 @@ def write_shards(
         raise DataError(f"packing into {output} stopped, nothing was written: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return PackReport(index.samples, len(index.shards), tuple(refused))
+    return PackReport(index.samples, len(index.shards), tuple(refused), notes)
 
 
 def join_shards(parts: Sequence[Path], output: Path) -> PackReport:
@@ -152,7 +155,8 @@ def build_index(folder: Path) -> PackReport:
     return PackReport(index.samples, len(index.shards), tuple(refused))
 
 
-def _valid_records(records: Iterable[Record | Refused], refused: list[str]) -> Iterator[Record]:
+def _valid_records(records: Iterable[Record | Refused], refused: list[str], notes: Counter[str]) -> Iterator[Record]:
+    """The records that keep the schema; `refused` and `notes` grow by what is said of the others and of these."""
     seen = KeySet()
     for record in records:
         if isinstance(record, Refused):
@@ -164,6 +168,7 @@ def _valid_records(records: Iterable[Record | Refused], refused: list[str]) -> I
             refused.append(f"{record.key}: {error}")
             continue
         seen.add(record.key)
+        notes.update(record.all_notes())
         yield record
 
 

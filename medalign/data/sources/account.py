@@ -40,10 +40,12 @@ class Account:
         self.source, self.settings = source, dict(settings)
         self.skipped = list(skipped)
         self.splits: dict[str, PackReport] = {}
+        self.notes: Counter[str] = Counter()  # of samples that were written, such as frames that were left out
 
     def add(self, split: str, joined: tuple[PackReport, Sequence[Skipped]]) -> None:
         self.splits[split] = joined[0]
         self.skipped += joined[1]
+        self.notes.update(joined[0].notes)
 
     @property
     def written(self) -> int:
@@ -57,12 +59,17 @@ class Account:
         """One line: the reasons with their counts."""
         return "; ".join(f"{count} x {reason}" for reason, count in self.reasons().items()) or "nothing was skipped"
 
+    def first(self) -> str:
+        """The first skipped sample and its reason, to be put after the counts; "" where nothing was skipped."""
+        return f"; first: {self.skipped[0].key}: {self.skipped[0].reason}" if self.skipped else ""
+
     def write(self, path: Path) -> None:
         """Write it as JSON, whole or not at all, readable by its owner alone: it names samples."""
         value = {
             "source": self.source,
             "settings": self.settings,
             "splits": {name: {"written": r.written, "shards": r.shards} for name, r in self.splits.items()},
+            "notes": dict(self.notes.most_common()),
             "skipped": self.reasons(),
             "skipped_samples": [{"key": one.key, "reason": one.reason} for one in self.skipped],
         }

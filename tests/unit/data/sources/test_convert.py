@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -20,8 +21,8 @@ from tiny_data import picture
 
 from medalign.__main__ import main
 from medalign.data.index import ShardIndex
-from medalign.data.sources import convert as convert_module
-from medalign.data.sources import find, known
+from medalign.data.sources import files, find, known
+from medalign.data.sources import parts as parts_module
 from medalign.data.sources.account import kind
 from medalign.data.sources.convert import convert
 from medalign.data.sources.hashing import Hashing, own_salt, read_salt
@@ -112,7 +113,7 @@ def test_another_conversion_begins_afresh(tmp_path: Path, change: str) -> None:
 def test_stopped_between_two_splits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, out = write_folder(tmp_path / "in"), tmp_path / "out"
     convert(JSONL, source, tmp_path / "whole", samples_per_shard=4, workers=1)
-    real = convert_module.join_shards
+    real = parts_module.join_shards
     joined: list[str] = []
 
     def join(parts, output):
@@ -122,7 +123,7 @@ def test_stopped_between_two_splits(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         joined.append(output.name)
         return real(parts, output)
 
-    monkeypatch.setattr(convert_module, "join_shards", join)
+    monkeypatch.setattr(parts_module, "join_shards", join)
     with pytest.raises(DataError, match="No space left on device; the same command goes on"):
         convert(JSONL, source, out, samples_per_shard=4, workers=1)
     convert(JSONL, source, out, samples_per_shard=4, workers=1)
@@ -226,6 +227,31 @@ def test_nothing_usable(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"conversion\.json says why: 4 x image cannot be decoded"):
         convert(JSONL, source, tmp_path / "out", workers=1)
     assert list(contents(tmp_path / "out")) == ["conversion.json"]
+
+
+def test_nothing_listed_is_written_down_too(tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    source.mkdir()
+    (source / "annotations.jsonl").write_text('{"id": 7}\n{"id": 8}')
+    told = r"lists no sample .*\(2 x id is .*; first: annotations\.jsonl line 1: id is 7.*conversion\.json names each"
+    with pytest.raises(DataError, match=told):
+        convert(JSONL, source, tmp_path / "out", workers=1)
+    report = json.loads((tmp_path / "out" / "conversion.json").read_text())
+    assert [one["key"] for one in report["skipped_samples"]] == ["annotations.jsonl line 1", "annotations.jsonl line 2"]
+    (tmp_path / "file").write_text("precious")
+    with pytest.raises(DataError, match=r"first: annotations\.jsonl line 1.*; the reasons cannot be written to"):
+        convert(JSONL, source, tmp_path / "file" / "out", workers=1)
+
+
+def test_notes_are_counted_over_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = files.as_png_or_jpeg
+    monkeypatch.setattr(files, "as_png_or_jpeg", lambda data: replace(plain(data), notes=("first frame alone",)))
+    source, out = write_folder(tmp_path / "in"), tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        convert(JSONL, source, out, samples_per_shard=4, workers=1, progress=stop_after(14))
+    account = convert(JSONL, source, out, samples_per_shard=4, workers=1)
+    assert account.notes == {"first frame alone": 20}  # of written samples, those before the interruption too
+    assert json.loads((out / "conversion.json").read_text())["notes"] == {"first frame alone": 20}
 
 
 def die(_job: int, _report: Callable[[int], object]) -> None:
