@@ -13,7 +13,10 @@ from typing import Any
 from medalign.data.shards import PackReport
 
 # What makes a reason particular: brackets, quotations, and words with digits, slashes or dots (paths, names, numbers).
-_PARTICULAR = re.compile(r"""\([^()]*\)|\[[^\[\]]*\]|'[^']*'|"[^"]*"|\S*[\d/\\]\S*|\S+\.\w\S*""")
+_PARTICULAR = re.compile(
+    r"""\([^()]*\)|\[[^\[\]]*\]|\{[^{}]*\}|'[^']*'|"[^"]*"|\S+\.\w\S*"""
+    r"""|(?<!\S)(?!UTF-(?:8|16|32)(?:[;,]?\s|$))\S*[\d/\\]\S*?(?=;?(?:\s|$))"""
+)
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,10 @@ from typing import NoReturn
 from medalign import __version__
 from medalign.data.listing import INDEX_NAME
 from medalign.data.records import Refused
+from medalign.data.samples import BadSample
 from medalign.data.shards import require_replaceable
 from medalign.data.sources.account import Account, Skipped
+from medalign.data.sources.annotations import check_levels
 from medalign.data.sources.hashing import Hashing
 from medalign.data.sources.parts import Part, convert_part, general, join_parts
 from medalign.data.sources.pool import in_processes
@@ -157,6 +159,11 @@ def _list(source: Source, input: Path, settings: Chosen) -> tuple[dict[str, list
         elif item.key in seen:
             skipped.append(Skipped(item.key, "key occurs a second time; keys must be unique"))
         else:
+            try:
+                check_levels(item.data)
+            except BadSample as error:
+                skipped.append(Skipped(item.key, str(error)))
+                continue
             seen.add(item.key)
             listed.setdefault(item.split, []).append(item)
     return listed, skipped
