@@ -75,8 +75,10 @@ def parse_json(said: str, *, nan_is_null: bool = False) -> Any:
         return json.loads(said, **hooks)
     except RecursionError as error:
         raise BadSample(_TOO_DEEP) from error
-    except ValueError as error:
+    except json.JSONDecodeError as error:
         raise BadSample(f"not JSON ({error})") from error
+    except ValueError as error:  # Python's own limit, whose remedy is not the user's
+        raise BadSample("an integer has thousands of digits") from error
 
 
 def check_levels(value: Any) -> None:

@@ -15,7 +15,7 @@ from medalign.data.records import Record, Refused
 from medalign.data.samples import BadSample
 from medalign.data.sources.files import as_png_or_jpeg
 from medalign.data.sources.source import Chosen, Item, Source
-from medalign.data.sources.texts import field, yes_no_type
+from medalign.data.sources.texts import field, text, yes_no_type
 from medalign.errors import ConfigError, DataError
 
 LAYOUT = """\
@@ -90,7 +90,7 @@ def _rows(path: Path, group: int) -> Any:
         try:
             return file.read_row_group(group, columns=list(_COLUMNS))
         except (OSError, ValueError) as error:  # of pyarrow's errors one is a ValueError
-            raise DataError(f"{path} is damaged ({error}); fetch it again") from error
+            raise DataError(f"{path} is damaged ({text(str(error))}); fetch it again") from error
 
 
 def _open(path: Path) -> Any:
@@ -102,7 +102,7 @@ def _open(path: Path) -> Any:
     try:
         return pyarrow.parquet.ParquetFile(path)
     except (OSError, pyarrow.ArrowInvalid) as error:
-        raise DataError(f"{path} cannot be read ({error}); fetch it again") from error
+        raise DataError(f"{path} cannot be read ({text(str(error))}); fetch it again") from error
 
 
 SOURCE = Source(

@@ -21,7 +21,7 @@ from medalign.data.samples import BadSample, decode_image, picture_header
 from medalign.data.sources.annotations import read_entries, read_json, read_text
 from medalign.data.sources.files import lacking, png, read_bytes, read_picture, require_name
 from medalign.data.sources.source import Chosen, Item, Setting, Source
-from medalign.data.sources.texts import field, text
+from medalign.data.sources.texts import field, is_missing, text
 from medalign.errors import DataError
 
 LAYOUT = """\
@@ -36,6 +36,7 @@ Written are train/, val/ and test/, the published split (by image). A question k
 organs that it or its answer names; all boxes of its image stay in the metadata as regions."""
 
 _SPLITS = (("train", "train.json"), ("val", "validate.json|validation.json"), ("test", "test.json"))
+_KEPT = ("qid", "modality", "location", "content_type", "base_type", "triple")
 _TOKEN = re.compile(r"\d+|[^\W\d_](?:[^\W\d_]|[ -])*")  # a number, or words
 
 
@@ -81,7 +82,7 @@ def record(folder: Path, item: Item, _chosen: Chosen) -> Record:
         "language": row.get("q_lang"),
         "split": item.split,
         "case": Path(row["img_name"]).parts[0],
-        **{name: row.get(name) for name in ("qid", "modality", "location", "content_type", "base_type", "triple")},
+        **{name: None if is_missing(row.get(name)) else row[name] for name in _KEPT},
     }
     return Record(item.key, (picture,), fields, _mask(folder, place, named))
 
