@@ -49,7 +49,7 @@ def run(words: Sequence[str]) -> int:
     for note, times in account.notes.most_common():
         log.warning("%s: %d times", note, times)
     for one in account.skipped[:_NAMED]:
-        log.warning("refused %s: %s", one.key, one.reason)
+        log.warning("refused %s", one)
     for reason, times in account.reasons().items():
         log.warning("refused in all %d: %s", times, reason)
     if len(account.skipped) > _NAMED:

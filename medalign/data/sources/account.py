@@ -26,6 +26,10 @@ class Skipped:
     key: str  # or the place in the source
     reason: str
 
+    def __str__(self) -> str:
+        """Key and reason for a terminal; halves of characters, which it cannot show, are spelled out."""
+        return f"{self.key}: {self.reason}".encode("utf-8", "backslashreplace").decode("utf-8")
+
 
 def kind(reason: str) -> str:
     """The reason without its particulars, so that equal troubles count together and name nobody."""
@@ -64,7 +68,7 @@ class Account:
 
     def first(self) -> str:
         """The first skipped sample and its reason, to be put after the counts; "" where nothing was skipped."""
-        return f"; first: {self.skipped[0].key}: {self.skipped[0].reason}" if self.skipped else ""
+        return f"; first: {self.skipped[0]}" if self.skipped else ""
 
     def write(self, path: Path) -> None:
         """Write it as JSON, whole or not at all, readable by its owner alone: it names samples."""

@@ -24,8 +24,8 @@ NAME.json         [{"id": "1", "image": "a.jpg", "conversations": [{"from": "hum
                     {"from": "gpt", "value": "Yes."}, ...]}, ...]   (llava_med_instruct_60k.json and its like)
 images/a.jpg      the images; a path that is not found there, or without a folder images/, starts at the folder itself
 
-A file is a JSON list, or JSON lines. "images" is read like "image", and "messages" with "role" and "content" like
-"conversations" with "from" and "value".
+A file is a JSON list, or JSON lines (NAME.jsonl is read where there is no NAME.json). "images" is read like "image",
+and "messages" with "role" and "content" like "conversations" with "from" and "value".
 
 Each question with the answer that follows it is one sample; later ones do not show the earlier turns. "image" may be a
 list of images. The text holds one <image> per image, and an image belongs to the turn of its <image> and to later ones;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from os.path import normpath
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def items(folder: Path, chosen: Chosen) -> Iterator[Item | Refused]:
                 yield Refused(entry.place, str(error))
                 continue
             key = "_".join(f"omni-{path.stem}-{number:06d}".replace(".", "_").split())
-            yield Item(share_split(row["image_path"], chosen["test_share"]), key, row)
+            yield Item(share_split(normpath(row["image_path"]), chosen["test_share"]), key, row)
 
 
 def record(folder: Path, item: Item, _chosen: Chosen) -> Record:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import re
 import signal
@@ -21,6 +22,7 @@ from tiny_data import picture
 
 from medalign.__main__ import main
 from medalign.data.index import ShardIndex
+from medalign.data.records import Record
 from medalign.data.sources import files, find, known
 from medalign.data.sources import parts as parts_module
 from medalign.data.sources.account import kind
@@ -224,7 +226,7 @@ def test_nothing_usable(tmp_path: Path) -> None:
     source = write_folder(tmp_path / "in", 4, bad=False)
     for path in (source / "images").iterdir():
         path.write_bytes(b"")
-    with pytest.raises(DataError, match=r"conversion\.json says why: 4 x image cannot be decoded"):
+    with pytest.raises(DataError, match=r"says why: 4 x image cannot be decoded; first: patient-0: image c"):
         convert(JSONL, source, tmp_path / "out", workers=1)
     assert list(contents(tmp_path / "out")) == ["conversion.json"]
 
@@ -233,7 +235,7 @@ def test_nothing_listed_is_written_down_too(tmp_path: Path) -> None:
     source = tmp_path / "in"
     source.mkdir()
     (source / "annotations.jsonl").write_text('{"id": 7}\n{"id": 8}')
-    told = r"lists no sample .*\(2 x id is .*; first: annotations\.jsonl line 1: id is 7.*conversion\.json names each"
+    told = r"lists no sample .*\(2 x id is; first: annotations\.jsonl line 1: id is 7.*conversion\.json names each"
     with pytest.raises(DataError, match=told):
         convert(JSONL, source, tmp_path / "out", workers=1)
     report = json.loads((tmp_path / "out" / "conversion.json").read_text())
@@ -309,12 +311,22 @@ def test_hashed_names(tmp_path: Path) -> None:
 
 def test_more_fields_and_lists_are_hashed(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
-    row = {"id": "a", "image": None, "task": "vqa", "question": "q", "answer": "a", "case": None, "ward": ["b", "c"]}
+    row = {
+        "id": "a",
+        "image": None,
+        "task": "vqa",
+        "question": "q",
+        "answer": "a",
+        "case": None,
+        "ward": ["b", "c", ""],
+    }
     (tmp_path / "in" / "annotations.jsonl").write_text(json.dumps(row))
     hashing = Hashing(b"0123456789abcdef", frozenset({"id", "case", "ward"}))
     convert(JSONL, tmp_path / "in", tmp_path / "out", workers=1, hashing=hashing)
     metadata = ShardIndex.open(tmp_path / "out" / "train").read(0).metadata
-    assert metadata["ward"] == [hashing.name("b"), hashing.name("c")]
+    missing = hashing.record(Record("a", (), {"case": float("nan")})).fields["case"]
+    assert math.isnan(missing)  # no name, so that all that have none are not taken for one case
+    assert metadata["ward"] == [hashing.name("b"), hashing.name("c"), ""]
     assert metadata["case"] is None
 
 
@@ -360,6 +372,25 @@ def test_refused_samples_are_named_but_not_where_they_are_hashed(
     told = capsys.readouterr().err
     assert "refused in all 3: image ... cannot be read" in told
     assert not any(key in told or picture in told for key, picture in named)
+
+
+def test_half_characters_do_not_end_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = write_folder(tmp_path / "in", 2, bad=False)
+    half = {"id": "\ud83d", "image": None, "task": "vqa", "question": "q", "answer": "a"}
+    rows = [half, {**half, "id": "x", "answer": "ok \ud83d"}, {**half, "id": "y", "split": "\ud83d"}]
+    with (source / "annotations.jsonl").open("a") as file:
+        file.write("\n" + "\n".join(map(json.dumps, rows)))
+    command = ["shards", "jsonl", "--input", str(source), "--output", str(tmp_path / "out"), "--workers", "1"]
+    for words, count in (
+        ([], 3),
+        (["--split", "image"], 3),
+        (["--hash-ids"], 2),
+    ):  # a hash of half a character is whole
+        assert main([*command, *words]) == 0
+        told = capsys.readouterr().err
+        assert "Traceback" not in told
+        assert "Logging error" not in told
+        assert len(json.loads((tmp_path / "out" / "conversion.json").read_text())["skipped_samples"]) == count
 
 
 @pytest.mark.parametrize("name", known())
