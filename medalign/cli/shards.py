@@ -33,6 +33,7 @@ medalign shards SOURCE --help shows what the folder of a source must hold and wh
 _EPILOG = """\
 examples:
   medalign shards jsonl --input my_data --output shards/mine
+  medalign shards jsonl --input my_data --output shards/mine --split image --group-by patient
   medalign shards slake --input Slake1.0 --output shards/slake --workers 8
   medalign shards mimic-cxr-jpg --input mimic-cxr-jpg/2.1.0 --output shards/mimic --hash-ids"""
 

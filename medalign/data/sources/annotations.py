@@ -103,7 +103,10 @@ def _integer(digits: str) -> int | float:
 
 def read_json(path: Path) -> Any:
     """The value of a JSON file, NaN as null. Raises DataError that names the file."""
-    said = read_text(path)
+    return _parsed(path, read_text(path))
+
+
+def _parsed(path: Path, said: str) -> Any:
     try:
         return parse_json(said, nan_is_null=True)
     except BadSample as error:
@@ -119,7 +122,7 @@ def read_entries(path: Path) -> list[Entry]:
     if path.suffix in _LINES or _is_lines(said):
         lines = ((number, line) for number, line in enumerate(said.split("\n"), start=1) if line.strip())
         return [_entry(f"{path.name} line {number}", line) for number, line in lines]
-    value = read_json(path)
+    value = _parsed(path, said)
     if not isinstance(value, list):
         raise DataError(f"{path} holds a JSON {type(value).__name__}; a list of samples is needed")
     return [Entry(f"{path.name} entry {number}", one) for number, one in enumerate(value)]

@@ -93,15 +93,15 @@ def convert(
 
 def _raise_nothing_listed(input: Path, output: Path, account: Account) -> NoReturn:
     """Raises DataError with the first reason, after the file that names them all is written, where it can be."""
+    if not account.skipped:
+        raise DataError(f"{input} lists no sample; its annotations are empty")
     told = f"{input} lists no sample that can be used ({account.summary()}{account.first()})"
-    if account.skipped:
-        try:
-            output.mkdir(parents=True, exist_ok=True)
-            account.write(output / REPORT_NAME)
-            told += f"; {output / REPORT_NAME} names each"
-        except OSError as error:
-            told += f"; the reasons cannot be written to {output / REPORT_NAME}: {plain(error)}"
-    raise DataError(told)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        account.write(output / REPORT_NAME)
+    except OSError as error:
+        raise DataError(f"{told}; the reasons cannot be written to {output / REPORT_NAME}: {plain(error)}") from error
+    raise DataError(f"{told}; {output / REPORT_NAME} names each")
 
 
 def _run(parts: Sequence[Part], workers: int | None, progress: Callable[[int, int], object] | None) -> None:

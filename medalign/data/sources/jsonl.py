@@ -151,8 +151,14 @@ SOURCE = Source(
     record,
     (
         Setting("split", "the lines' own, or one that parts those without by image", "given", ("given", "image")),
-        Setting("group-by", "fields, such as patient, whose lines stay together; implies --split image", several=True),
-        Setting("test-share", "share of the images or groups that go to test/ (default 0.2; parts)", parse=share),
-        Setting("val-share", "share of the images or groups that go to val/ (default 0; parts)", parse=share),
+        Setting(
+            "group-by", "fields, such as patient, whose lines stay together too; implies --split image", several=True
+        ),
+        Setting(
+            "test-share", "share of the images or groups that go to test/; implies --split image, with 0.2", parse=share
+        ),
+        Setting(
+            "val-share", "share of the images or groups that go to val/; implies --split image, with 0", parse=share
+        ),
     ),
 )

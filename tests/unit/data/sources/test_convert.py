@@ -241,6 +241,10 @@ def test_nothing_listed_is_written_down_too(tmp_path: Path) -> None:
     report = json.loads((tmp_path / "out" / "conversion.json").read_text())
     assert [one["key"] for one in report["skipped_samples"]] == ["annotations.jsonl line 1", "annotations.jsonl line 2"]
     (tmp_path / "file").write_text("precious")
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / "annotations.jsonl").write_text("\n")
+    with pytest.raises(DataError, match="none lists no sample; its annotations are empty"):
+        convert(JSONL, tmp_path / "none", tmp_path / "out", workers=1)
     with pytest.raises(DataError, match=r"first: annotations\.jsonl line 1.*; the reasons cannot be written to"):
         convert(JSONL, source, tmp_path / "file" / "out", workers=1)
 
