@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
@@ -35,6 +35,7 @@ medalign shards SOURCE --help shows what the folder of a source must hold and wh
 _EPILOG = """\
 examples:
   medalign shards jsonl --input my_data --output shards/mine
+  medalign shards jsonl --input my_data --output shards/mine --split image --group-by patient
   medalign shards slake --input Slake1.0 --output shards/slake --workers 8
   medalign shards mimic-cxr-jpg --input mimic-cxr-jpg/2.1.0 --output shards/mimic --hash-ids"""
 
@@ -48,9 +49,9 @@ def run(words: Sequence[str]) -> int:
     account = _convert(source, chosen)
     for split, report in account.splits.items():
         _say_written(chosen.output / split, report)
-    _say_frames(len(account.several_frames))
+    _say_notes(account.notes)
     for one in account.skipped[:_NAMED]:
-        log.warning("refused %s: %s", one.key, one.reason)
+        log.warning("refused %s", one)
     for reason, times in account.reasons().items():
         log.warning("refused in all %d: %s", times, reason)
     if len(account.skipped) > _NAMED:
@@ -64,7 +65,7 @@ def _index(folders: Sequence[Path]) -> int:
     for folder in folders:
         report = build_index(folder)
         _say_written(folder, report)
-        _say_frames(len(report.several_frames))
+        _say_notes(report.notes)
         for note in report.passed_over:
             log.warning("%s", note)
         for reason in report.refused[:_NAMED]:
@@ -97,10 +98,9 @@ def _say_written(folder: Path, report: PackReport) -> None:
         log.info("%s: %s, all with images", folder, told)
 
 
-def _say_frames(pictures: int) -> None:
-    if pictures:
-        have = "1 picture has" if pictures == 1 else f"{pictures} pictures have"
-        log.warning("%s several frames; the first is shown; name single frames to choose another", have)
+def _say_notes(notes: Mapping[str, int]) -> None:
+    for note, times in notes.items():
+        log.warning("%s: %d times", note, times)
 
 
 def _convert(source: Source, chosen: argparse.Namespace) -> Account:
@@ -160,7 +160,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Write index.jsonl beside the tars of each folder, as any WebDataset tool packed them: KEY.json, "
         "KEY.jpg, KEY.png or KEY.dcm, and KEY.1.jpg, KEY.2.png, ... for a sample's further images; KEY ends at the "
         "first point of the base name and may be a path, as in train/0001.jpg. Tars are only read. Images with several "
-        "frames are counted; the first is shown. Samples that cannot be used get no row and are named, those among them "
+        "frames are counted; the first is shown. Samples that cannot be used get no row and are named, also those "
         "with a member that may be an image under a name that is not known. Texts and labels beside a sample (KEY.txt, "
         "KEY.cls, ...) are not read, and counted.",
     )

@@ -32,6 +32,7 @@ FORMATS = {
     "JPEG2000": "jp2",
     "PPM": "ppm",
 }
+SEVERAL_FRAMES = "a picture has several frames, of which the first is shown; name single frames to choose another"
 PILLOW_FORMATS = tuple(name for name in FORMATS if name != "MPO")  # which the plugin of JPEG opens
 
 _UNSIGNED, _SIGNED = 1, 2  # sample formats of TIFF

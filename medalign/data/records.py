@@ -29,7 +29,7 @@ class Picture:
 
     data: bytes  # the file's content
     format: Literal["png", "jpg"]
-    several_frames: bool = False  # the file that it comes from has more than this one
+    notes: tuple[str, ...] = ()  # what a user should know of its decoding, counted as `Record.notes` are
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,11 @@ class Record:
     images: tuple[Picture, ...]  # in order; empty for a sample without image
     fields: dict[str, Any]  # the annotation, see the schema
     mask: bytes | None = None  # an encoded PNG, of the first image
+    notes: tuple[str, ...] = ()  # what a user should know of a sample that is written; equal notes are counted
+
+    def all_notes(self) -> tuple[str, ...]:
+        """The record's notes and those of its images."""
+        return sum((picture.notes for picture in self.images), self.notes)
 
 
 @dataclass(frozen=True)

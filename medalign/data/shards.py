@@ -33,8 +33,9 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ class PackReport:
     written: int
     shards: int
     refused: tuple[str, ...]  # "key: reason"
-    several_frames: tuple[str, ...] = ()  # the key of each picture whose file has further frames, which are not read
+    notes: Mapping[str, int] = field(default_factory=dict)  # how often each note of the samples occurs
     passed_over: tuple[str, ...] = ()  # "tar: what is not read, or read from an unusual place"
 
 
@@ -88,8 +89,8 @@ def write_shards(
     try:
         partial.mkdir(parents=True)
         refused: list[str] = []
-        several: list[str] = []
-        valid = _valid_records(records, refused, several)
+        notes: Counter[str] = Counter()
+        valid = _valid_records(records, refused, notes)
         with IndexFile(partial) as index:
             _write_tars(valid, partial, samples_per_shard, progress, index)
             if not index.samples and not allow_empty:
@@ -100,7 +101,7 @@ def write_shards(
         raise DataError(f"packing into {output} stopped, nothing was written: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return PackReport(index.samples, len(index.shards), tuple(refused), tuple(several))
+    return PackReport(index.samples, len(index.shards), tuple(refused), notes)
 
 
 def join_shards(parts: Sequence[Path], output: Path) -> PackReport:
@@ -161,17 +162,13 @@ def build_index(folder: Path) -> PackReport:
     with IndexFile(folder, allow_empty=False) as index:
         for number, path in enumerate(paths):
             index.add(path, rows_of_tar(path, number, seen, findings))
-    notes = [f"{folder.name} holds more than .tar files, not read: {other}" for other in near_tars(folder)]
-    return PackReport(
-        index.samples,
-        len(index.shards),
-        tuple(findings.refused),
-        tuple(findings.several_frames),
-        tuple(findings.notes + notes),
-    )
+    others = [f"{folder.name} holds more than .tar files, not read: {other}" for other in near_tars(folder)]
+    passed_over = (*findings.passed_over, *others)
+    return PackReport(index.samples, len(index.shards), tuple(findings.refused), findings.notes, passed_over)
 
 
-def _valid_records(records: Iterable[Record | Refused], refused: list[str], several: list[str]) -> Iterator[Record]:
+def _valid_records(records: Iterable[Record | Refused], refused: list[str], notes: Counter[str]) -> Iterator[Record]:
+    """The records that keep the schema; `refused` and `notes` grow by what is said of the others and of these."""
     seen = KeySet()
     for record in records:
         if isinstance(record, Refused):
@@ -183,7 +180,7 @@ def _valid_records(records: Iterable[Record | Refused], refused: list[str], seve
             refused.append(f"{record.key}: {error}")
             continue
         seen.add(record.key)
-        several += [record.key for picture in record.images if picture.several_frames]
+        notes.update(record.all_notes())
         yield record
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from medalign.data.decode import has_several_frames
+from medalign.data.decode import SEVERAL_FRAMES, has_several_frames
 from medalign.data.listing import LARGEST
 from medalign.data.members import (
     ANNOTATION,
@@ -36,8 +36,8 @@ class Findings:
     """What the tars of a folder hold beside the samples that are used."""
 
     refused: list[str] = field(default_factory=list)  # "tar/key: reason"
-    notes: list[str] = field(default_factory=list)  # "tar: what the user should know"
-    several_frames: list[str] = field(default_factory=list)  # "tar/key" of each picture with further frames
+    passed_over: list[str] = field(default_factory=list)  # "tar: what is not read, or read from an unusual place"
+    notes: Counter[str] = field(default_factory=Counter)  # how often each note of the samples occurs
 
 
 def rows_of_tar(path: Path, shard: int, seen: KeySet, findings: Findings) -> Iterator[dict[str, Any]]:
@@ -52,7 +52,7 @@ def rows_of_tar(path: Path, shard: int, seen: KeySet, findings: Findings) -> Ite
 
     Raises DataError for what is no tar, or a damaged one.
     """
-    samples, unnamed = _samples(scan(path, findings.notes))
+    samples, unnamed = _samples(scan(path, findings.passed_over))
     lost = _lost(samples, unnamed)
     split: dict[str, list[Run]] = {}
     passed: Counter[str] = Counter()
@@ -66,7 +66,7 @@ def rows_of_tar(path: Path, shard: int, seen: KeySet, findings: Findings) -> Ite
                     check_path_key(key, seen)
                     others = _passed_over(key, members)
                     row, frames = _row(file, key, shard, members, lost)
-                    findings.several_frames += [f"{path.name}/{key}"] * frames
+                    findings.notes.update([SEVERAL_FRAMES] * frames)
                     yield row
                     seen.add(key)
                     passed.update(map(last_ending, others))
@@ -76,10 +76,10 @@ def rows_of_tar(path: Path, shard: int, seen: KeySet, findings: Findings) -> Ite
         findings.refused.append(f"{path.name}: {_why_split(split)}")
     if unnamed:
         told = f"{len(unnamed)} files without name and ending are not read, the first is {unnamed[0]}"
-        findings.notes.append(f"{path.name}: {told}")
+        findings.passed_over.append(f"{path.name}: {told}")
     if passed:
         told = ", ".join(f"{count} x {ending}" for ending, count in passed.most_common())
-        findings.notes.append(f"{path.name}: members of these endings are not read: {told}")
+        findings.passed_over.append(f"{path.name}: members of these endings are not read: {told}")
 
 
 def _samples(members: Sequence[Member]) -> tuple[dict[str, list[Run]], list[str]]:

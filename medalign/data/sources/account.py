@@ -13,7 +13,10 @@ from typing import Any
 from medalign.data.shards import PackReport
 
 # What makes a reason particular: brackets, quotations, and words with digits, slashes or dots (paths, names, numbers).
-_PARTICULAR = re.compile(r"""\([^()]*\)|\[[^\[\]]*\]|'[^']*'|"[^"]*"|\S*[\d/\\]\S*|\S+\.\w\S*""")
+_PARTICULAR = re.compile(
+    r"""\([^()]*\)|\[[^\[\]]*\]|\{[^{}]*\}|'[^']*'|"[^"]*"|\S+\.\w\S*"""
+    r"""|(?<!\S)(?!UTF-(?:8|16|32)(?:[;,]?\s|$))\S*[\d/\\]\S*?(?=;?(?:\s|$))"""
+)
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,10 @@ class Skipped:
 
     key: str  # or the place in the source
     reason: str
+
+    def __str__(self) -> str:
+        """Key and reason for a terminal; halves of characters, which it cannot show, are spelled out."""
+        return f"{self.key}: {self.reason}".encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def kind(reason: str) -> str:
@@ -40,19 +47,16 @@ class Account:
         self.source, self.settings = source, dict(settings)
         self.skipped = list(skipped)
         self.splits: dict[str, PackReport] = {}
+        self.notes: Counter[str] = Counter()  # of samples that were written, such as frames that were left out
 
     def add(self, split: str, joined: tuple[PackReport, Sequence[Skipped]]) -> None:
         self.splits[split] = joined[0]
         self.skipped += joined[1]
+        self.notes.update(joined[0].notes)
 
     @property
     def written(self) -> int:
         return sum(report.written for report in self.splits.values())
-
-    @property
-    def several_frames(self) -> list[str]:
-        """The key of each picture whose file has further frames, which were not taken."""
-        return [key for report in self.splits.values() for key in report.several_frames]
 
     def reasons(self) -> dict[str, int]:
         """Skipped samples by kind of reason, the commonest first."""
@@ -62,14 +66,17 @@ class Account:
         """One line: the reasons with their counts."""
         return "; ".join(f"{count} x {reason}" for reason, count in self.reasons().items()) or "nothing was skipped"
 
+    def first(self) -> str:
+        """The first skipped sample and its reason, to be put after the counts; "" where nothing was skipped."""
+        return f"; first: {self.skipped[0]}" if self.skipped else ""
+
     def write(self, path: Path) -> None:
         """Write it as JSON, whole or not at all, readable by its owner alone: it names samples."""
         value = {
             "source": self.source,
             "settings": self.settings,
             "splits": {name: {"written": r.written, "shards": r.shards} for name, r in self.splits.items()},
-            "several_frames": len(self.several_frames),
-            "several_frames_samples": self.several_frames,
+            "notes": dict(self.notes.most_common()),
             "skipped": self.reasons(),
             "skipped_samples": [{"key": one.key, "reason": one.reason} for one in self.skipped],
         }

@@ -20,44 +20,26 @@ import json
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NoReturn
 
 from medalign import __version__
 from medalign.data.listing import INDEX_NAME
-from medalign.data.records import Record, Refused
+from medalign.data.records import Refused
 from medalign.data.samples import BadSample
-from medalign.data.shards import PackReport, join_shards, require_replaceable, write_shards
-from medalign.data.sources import find
-from medalign.data.sources.account import Account, Skipped, kind
+from medalign.data.shards import require_replaceable
+from medalign.data.sources.account import Account, Skipped
+from medalign.data.sources.annotations import check_levels
 from medalign.data.sources.hashing import Hashing
+from medalign.data.sources.parts import Part, convert_part, general, join_parts
 from medalign.data.sources.pool import in_processes
 from medalign.data.sources.source import Chosen, Item, Source
-from medalign.errors import DataError
+from medalign.errors import DataError, plain
 
 REPORT_NAME = "conversion.json"
 _WORK = ".conversion"
-_PART_VERSION = 2  # of what a part holds: older ones are made again
+_FORMAT = 2  # of the parts' accounts; parts that were written in another one are not gone on with
 _LOCK, _FINGERPRINT = ".lock", ".fingerprint"  # in it, beside the splits, whose names begin with no point
-
-
-@dataclass(frozen=True)
-class Part:
-    """The listed samples of one shard, and all that a process needs to convert them."""
-
-    source: str
-    input: Path
-    chosen: dict[str, Any]
-    hashing: Hashing | None
-    split: str
-    items: tuple[Item, ...]
-    shards: Path  # folder to write
-
-    @property
-    def account(self) -> Path:
-        """The file whose presence says that the part is finished."""
-        return self.shards.with_suffix(".json")
 
 
 def convert(
@@ -86,7 +68,7 @@ def convert(
     listed, skipped = _list(source, input, settings)
     account = Account(source.name, settings, _hashed(skipped, hashing))
     if not listed:
-        raise DataError(f"{input} lists no sample that can be used ({account.summary()})")
+        _raise_nothing_listed(input, output, account)
     _require_place(output, listed)
     fingerprint = _fingerprint(source, settings, samples_per_shard, hashing, listed)
     try:
@@ -104,8 +86,22 @@ def convert(
     except OSError as error:
         raise DataError(f"converting into {output} stopped: {error}; the same command goes on from there") from error
     if not account.written:
-        raise DataError(f"no sample of {input} could be used; {output / REPORT_NAME} says why: {account.summary()}")
+        reasons = account.summary() + account.first()
+        raise DataError(f"no sample of {input} could be used; {output / REPORT_NAME} says why: {reasons}")
     return account
+
+
+def _raise_nothing_listed(input: Path, output: Path, account: Account) -> NoReturn:
+    """Raises DataError with the first reason, after the file that names them all is written, where it can be."""
+    if not account.skipped:
+        raise DataError(f"{input} lists no sample; its annotations are empty")
+    told = f"{input} lists no sample that can be used ({account.summary()}{account.first()})"
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        account.write(output / REPORT_NAME)
+    except OSError as error:
+        raise DataError(f"{told}; the reasons cannot be written to {output / REPORT_NAME}: {plain(error)}") from error
+    raise DataError(f"{told}; {output / REPORT_NAME} names each")
 
 
 def _run(parts: Sequence[Part], workers: int | None, progress: Callable[[int, int], object] | None) -> None:
@@ -122,51 +118,10 @@ def _put_in_place(parts: Sequence[Part], output: Path, work: Path, account: Acco
     """Join the parts of each split in its folder, and enter it in the account."""
     for split in dict.fromkeys(part.split for part in parts):
         mine = [part for part in parts if part.split == split]
-        account.add(split, _join(mine, output / split, work / f"{split}.joined"))
+        account.add(split, join_parts(mine, output / split, work / f"{split}.joined"))
     for split, report in account.splits.items():
         if account.written and not report.written:
             shutil.rmtree(output / split, ignore_errors=True)  # what an earlier conversion had in it
-
-
-def convert_part(part: Part, progress: Callable[[int], object]) -> None:
-    """Write a part's shard and then its account; `progress` is called with 1 for each item."""
-    shutil.rmtree(part.shards, ignore_errors=True)
-    report = write_shards(
-        _records(part, progress), part.shards, samples_per_shard=max(1, len(part.items)), allow_empty=True
-    )
-    refused = [line.partition(": ") for line in report.refused]
-    skipped = [Skipped(key, reason) for key, _, reason in refused]
-    names = [[one.key, one.reason] for one in _reasons(skipped, part.hashing)]
-    text = json.dumps({"skipped": names, "several_frames": report.several_frames})
-    partial = part.account.with_suffix(".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(part.account)
-
-
-def _records(part: Part, progress: Callable[[int], object]) -> Iterator[Record | Refused]:
-    source = find(part.source)
-    for item in part.items:
-        try:
-            record = source.record(part.input, item, part.chosen)
-            yield part.hashing.record(record) if part.hashing else record
-        except BadSample as error:
-            yield Refused(part.hashing.name(item.key) if part.hashing else item.key, str(error))
-        progress(1)
-
-
-def _join(parts: Sequence[Part], output: Path, marker: Path) -> tuple[PackReport, list[Skipped]]:
-    """The split's shards in their place; `marker` remembers it, should the command stop before the last split."""
-    told = [json.loads(part.account.read_text(encoding="utf-8")) for part in parts]
-    skipped = [Skipped(*pair) for one in told for pair in one["skipped"]]
-    several = tuple(key for one in told for key in one["several_frames"])
-    usable = sum(len(part.items) for part in parts) > len(skipped)
-    if not usable:
-        return PackReport(0, 0, ()), skipped
-    if not marker.exists():
-        report = join_shards([part.shards for part in parts], output)
-        marker.write_text(json.dumps([report.written, report.shards]), encoding="utf-8")
-    written, shards = json.loads(marker.read_text(encoding="utf-8"))
-    return PackReport(written, shards, (), several), skipped
 
 
 def _check_layout(source: Source, input: Path, settings: Chosen) -> None:
@@ -198,15 +153,27 @@ def _list(source: Source, input: Path, settings: Chosen) -> tuple[dict[str, list
     listed: dict[str, list[Item]] = {}
     skipped: list[Skipped] = []
     seen: set[str] = set()
-    for item in source.items(input, settings):
+    for item in _items(source, input, settings):
         if isinstance(item, Refused):
             skipped.append(Skipped(item.name, item.reason))
         elif item.key in seen:
             skipped.append(Skipped(item.key, "key occurs a second time; keys must be unique"))
         else:
+            try:
+                check_levels(item.data)
+            except BadSample as error:
+                skipped.append(Skipped(item.key, str(error)))
+                continue
             seen.add(item.key)
             listed.setdefault(item.split, []).append(item)
     return listed, skipped
+
+
+def _items(source: Source, input: Path, settings: Chosen) -> Iterator[Item | Refused]:
+    try:
+        yield from source.items(input, settings)
+    except OSError as error:
+        raise DataError(f"{input} cannot be listed: {plain(error)}") from error
 
 
 def _clear_remains(output: Path, splits: Iterable[str]) -> None:
@@ -224,12 +191,7 @@ def _chunks(items: Sequence[Item], size: int) -> Iterator[tuple[Item, ...]]:
 
 def _hashed(skipped: Sequence[Skipped], hashing: Hashing | None) -> list[Skipped]:
     named = [Skipped(hashing.name(one.key), one.reason) for one in skipped] if hashing else skipped
-    return _reasons(named, hashing)
-
-
-def _reasons(skipped: Sequence[Skipped], hashing: Hashing | None) -> list[Skipped]:
-    """Where names are hashed, a reason must not tell them either: its kind is kept, its particulars are not."""
-    return [Skipped(one.key, kind(one.reason) if hashing else one.reason) for one in skipped]
+    return general(named, hashing)
 
 
 def _fingerprint(
@@ -237,8 +199,8 @@ def _fingerprint(
 ) -> str:
     salt = hmac.new(hashing.salt, b"fingerprint", hashlib.sha256).hexdigest() if hashing else ""
     fields = sorted(hashing.fields) if hashing else []
-    told = [__version__, _PART_VERSION, source.name, settings, size, salt, fields]
-    digest = hashlib.sha256(json.dumps(told, default=str).encode())
+    made_by = [__version__, _FORMAT, source.name, settings, size, salt, fields]
+    digest = hashlib.sha256(json.dumps(made_by, default=str).encode())
     for items in listed.values():
         for item in items:
             digest.update(json.dumps([item.split, item.key, item.data], sort_keys=True).encode())

@@ -1,24 +1,20 @@
-"""Reading a source's files: pictures, JSON, CSV; and splits by a hash of the case, for data sets without one."""
+"""A source's folder: what it lacks, and reading its pictures."""
 
 from __future__ import annotations
 
-import csv
-import gzip
-import hashlib
 import io
-import json
-import math
-from collections.abc import Iterator, Mapping
+import reprlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from medalign.data.decode import decode_image, has_several_frames, picture_header
+from medalign.data.decode import SEVERAL_FRAMES, decode_image, has_several_frames, picture_header
 from medalign.data.members import MOST_IMAGES
 from medalign.data.records import Picture
 from medalign.data.samples import BadSample, image_name, naming
-from medalign.errors import DataError
+from medalign.data.sources.texts import is_missing
 
 
 def lacking(folder: Path, wanted: Mapping[str, str]) -> list[str]:
@@ -35,21 +31,46 @@ def first_folder(folder: Path, *names: str) -> Path:
     return next((folder / name for name in names if (folder / name).is_dir()), folder / names[0])
 
 
-def read_pictures(folder: Path, names: Any) -> tuple[Picture, ...]:
-    """The pictures of one name, or of a list of names in its order, as in `read_picture`. Raises BadSample."""
+def read_pictures(folder: Path, names: Any, otherwise: Path | None = None) -> tuple[Picture, ...]:
+    """The pictures of one name, or of a list of names in its order, as in `read_picture`. Raises BadSample.
+
+    What cannot be read in the folder is looked for in the folder `otherwise`: some name "images/a.jpg" beside images/.
+    """
     listed = names if isinstance(names, list) else [names]
     if len(listed) > MOST_IMAGES:
         raise BadSample(f"image names {len(listed)} pictures; at most {MOST_IMAGES} are read")
     found = []
     for number, name in enumerate(listed):
         with naming(image_name(number, len(listed))):
-            found.append(read_picture(folder, name))
+            found.append(_read_either(folder, otherwise, name))
     return tuple(found)
+
+
+def _read_either(folder: Path, otherwise: Path | None, name: Any) -> Picture:
+    try:
+        return read_picture(folder, name)
+    except BadSample as error:
+        try:
+            if otherwise is None:
+                raise
+            return read_picture(otherwise, name)
+        except BadSample:
+            raise error from None
 
 
 def read_picture(folder: Path, name: Any) -> Picture:
     """A picture, as in `as_png_or_jpeg`; `name` is relative to the folder and stays inside it. Raises BadSample."""
     return as_png_or_jpeg(read_bytes(folder, name, "image"))
+
+
+def require_name(row: Mapping[str, Any], field: str) -> str:
+    """The path of a picture that a question names under `field`. Raises BadSample for one that names none."""
+    name = row.get(field)
+    if is_missing(name):
+        raise BadSample(f"no question with {field}")
+    if not isinstance(name, str):
+        raise BadSample(f"{field} is {reprlib.repr(name)}, not a path")
+    return name
 
 
 def read_bytes(folder: Path, name: Any, role: str) -> bytes:
@@ -67,10 +88,11 @@ def read_bytes(folder: Path, name: Any, role: str) -> bytes:
 
 def as_png_or_jpeg(data: bytes) -> Picture:
     """PNG and JPEG bytes as they came; other formats that are read (BMP, TIFF, ...) become 8-bit PNG."""
-    kind, several = picture_header(data)[0], has_several_frames(data)
+    kind = picture_header(data)[0]
+    notes = (SEVERAL_FRAMES,) if has_several_frames(data) else ()
     if kind in ("png", "jpg"):
-        return Picture(data, "png" if kind == "png" else "jpg", several)
-    return Picture(png(decode_image(data)), "png", several)
+        return Picture(data, "png" if kind == "png" else "jpg", notes)
+    return Picture(png(decode_image(data)), "png", notes)
 
 
 def png(image: Image.Image) -> bytes:
@@ -81,65 +103,3 @@ def png(image: Image.Image) -> bytes:
     except (OSError, ValueError) as error:
         raise BadSample(f"image of mode {image.mode} cannot be written as PNG ({error})") from error
     return buffer.getvalue()
-
-
-def read_json_list(path: Path) -> list[Any]:
-    """A JSON file that holds a list. Raises DataError that names the file."""
-    value = read_json(path)
-    if not isinstance(value, list):
-        raise DataError(f"{path} holds a JSON {type(value).__name__}; a list of samples is needed")
-    return value
-
-
-def read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read as JSON ({error}); fetch it again") from error
-
-
-def read_csv(path: Path, *columns: str) -> Iterator[dict[str, str]]:
-    """The rows of a CSV file, gzipped or not. Raises DataError for a file without these columns."""
-    opened = gzip.open if path.suffix == ".gz" else open
-    try:
-        with opened(path, "rt", encoding="utf-8", newline="") as file:
-            rows = csv.DictReader(file)
-            absent = [name for name in columns if name not in (rows.fieldnames or ())]
-            if absent:
-                raise DataError(f"{path} has no column {absent[0]!r}; its columns are {rows.fieldnames}")
-            yield from rows
-    except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path} cannot be read ({error}); fetch it again") from error
-
-
-def text(value: Any) -> str:
-    """Text, or a number as text; white space folded. Anything else is ""."""
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        return ""
-    return " ".join(str(value).split())
-
-
-def yes_no_type(answer: str) -> str:
-    """ "closed" for a yes or no, else "open"."""
-    return "closed" if answer.strip().lower().rstrip(".") in ("yes", "no") else "open"
-
-
-def share_split(case: str, test_share: float) -> str:
-    """ "test" for this share of all cases, else "train"; it depends on the case's name alone."""
-    return "test" if unit_hash(case) < test_share else "train"
-
-
-def unit_hash(name: str) -> float:
-    """A number in [0, 1) that belongs to the name."""
-    return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()[:7], "big") / 2**56
-
-
-def share(value: str) -> float:
-    """A share in [0, 1], for settings. Raises ValueError that says so."""
-    try:
-        number = float(value)
-    except ValueError:
-        number = math.nan
-    if not 0 <= number <= 1:
-        raise ValueError(f"{value!r} is not a number from 0 to 1")
-    return number

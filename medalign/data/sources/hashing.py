@@ -17,6 +17,7 @@ from typing import Any
 
 from medalign.data.records import Record
 from medalign.data.sources.source import IDENTIFIERS
+from medalign.data.sources.texts import is_missing
 from medalign.errors import ConfigError
 
 _SHORTEST_SALT = 16  # bytes
@@ -41,7 +42,7 @@ class Hashing:
     def _value(self, value: Any) -> Any:
         if isinstance(value, list):
             return [self._value(one) for one in value]
-        return self.name(str(value)) if value not in (None, "") else value
+        return value if is_missing(value) else self.name(str(value))
 
 
 def read_salt(path: Path) -> bytes:

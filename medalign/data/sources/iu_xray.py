@@ -14,9 +14,12 @@ from defusedxml import DefusedXmlException, ElementTree
 
 from medalign.data.records import Record, Refused
 from medalign.data.samples import BadSample
-from medalign.data.sources.files import first_folder, lacking, read_csv, read_pictures, share, share_split
+from medalign.data.sources.annotations import read_csv
+from medalign.data.sources.files import first_folder, lacking, read_pictures
 from medalign.data.sources.reports import SECTIONS, VIEWS, report_text
 from medalign.data.sources.source import Chosen, Item, Setting, Source
+from medalign.data.sources.splitting import share, share_split
+from medalign.data.sources.texts import text
 
 REPORTS = "ecgen-radiology"
 PROJECTIONS = "indiana_projections.csv"
@@ -88,7 +91,7 @@ def _parse(path: Path) -> dict[str, Any]:
         root = ElementTree.fromstring(path.read_bytes(), forbid_dtd=True)
     except DefusedXmlException as error:
         raise BadSample(f"XML has a document type or entities, which are not read ({error})") from error
-    except (OSError, ParseError, ValueError) as error:
+    except (OSError, ParseError, ValueError, LookupError) as error:  # an encoding that Python does not know, too
         raise BadSample(f"XML cannot be read ({error})") from error
     uid = root.find(".//uId")
     sections = {part.get("Label", "").upper(): _content(part) for part in root.iter("AbstractText")}
@@ -101,7 +104,7 @@ def _parse(path: Path) -> dict[str, Any]:
 
 
 def _content(element: Element) -> str:
-    return " ".join("".join(element.itertext()).split())
+    return text("".join(element.itertext()))
 
 
 def record(folder: Path, item: Item, chosen: Chosen) -> Record:

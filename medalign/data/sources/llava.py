@@ -2,35 +2,45 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from medalign.data.records import Record, Refused
 from medalign.data.samples import BadSample
-from medalign.data.sources.files import first_folder, read_json_list, read_pictures, share, share_split, text
+from medalign.data.sources.annotations import read_entries
+from medalign.data.sources.conversations import Turn, holds_conversation, turns_of
+from medalign.data.sources.files import first_folder, read_pictures
 from medalign.data.sources.source import Chosen, Item, Setting, Source
+from medalign.data.sources.splitting import Groups, real_name, share, share_split
+from medalign.data.sources.texts import as_text, text
 from medalign.errors import DataError
 
 LAYOUT = """\
 NAME.json         [{"id": "1", "image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\nIs it ...?"},
                     {"from": "gpt", "value": "Yes."}, ...]}, ...]   (llava_med_instruct_60k.json and its like)
-images/a.jpg      the images; without a folder images/, paths start at the folder itself
+images/a.jpg      the images; a path that is not found there, or without a folder images/, starts at the folder itself
 
-Each question with the answer that follows it is one sample, about the same image; later ones do not show the earlier
-turns. "image" may be a list of images, all of which come before the question. Entries without "image" are questions
-without image. One JSON file goes to train/ (--test-share: a share of its images to test/, where an entry of several
-goes by the first); several go to folders of their names, as in train.json, test.json, with "_" for points and spaces.
-"domain" and "answer_type" are kept."""
+A file is a JSON list, or JSON lines (NAME.jsonl is read where there is no NAME.json). "images" is read like "image",
+and "messages" with "role" and "content" like "conversations" with "from" and "value".
 
-_IMAGE_TOKENS = ("<image>", "<im_start>", "<im_end>")
+Each question with the answer that follows it is one sample; later ones do not show the earlier turns. "image" may be a
+list of images. The text holds one <image> per image, and an image belongs to the turn of its <image> and to later ones;
+in a text without <image> all images come before the first question. Any other number is refused. Entries without image
+and <image> are questions without image.
+
+One JSON file goes to train/ (--test-share: a share of its images to test/, where entries that share an image stay
+together); several go to folders of their names, as in train.json, test.json, with "_" for points and spaces. "domain"
+and "answer_type" are kept."""
 
 
 def _files(folder: Path, chosen: Chosen) -> list[Path]:
     if chosen["annotations"]:
         return [folder / name for name in chosen["annotations"]]
-    return sorted(folder.glob("*.json"))
+    return sorted(folder.glob("*.json")) or sorted(folder.glob("*.jsonl"))
 
 
 def missing(folder: Path, chosen: Chosen) -> list[str]:
@@ -43,22 +53,64 @@ def missing(folder: Path, chosen: Chosen) -> list[str]:
 def items(folder: Path, chosen: Chosen) -> Iterator[Item | Refused]:
     files = _files(folder, chosen)
     for path in files:
-        rows = read_json_list(path)
-        if rows and not any(isinstance(row, dict) and "conversations" in row for row in rows):
+        entries = read_entries(path)
+        read = [entry.value for entry in entries if not entry.trouble]
+        if read and not any(map(holds_conversation, read)):
             raise DataError(f"{path} holds no conversations; name the right files with --annotations")
-        for number, row in enumerate(rows):
-            place = f"{path.name} entry {number}"
+        talks: list[_Talk] = []
+        for number, entry in enumerate(entries):
             try:
-                turns = _turns(row)
+                talks.append(_Talk(number, entry.place, entry.fields(), *turns_of(entry.fields())))
             except BadSample as error:
-                yield Refused(place, str(error))
-                continue
-            case = _first_image(row.get("image")) or text(row.get("id")) or place
-            split = _split_of(path) if len(files) > 1 else share_split(case, chosen["test_share"])
-            shared = {name: row.get(name) for name in ("id", "image", "domain", "answer_type")}
-            for turn, (question, answer) in enumerate(turns):
-                data = {**shared, "turn": turn, "question": question, "answer": answer, "case": case}
-                yield Item(split, f"{'_'.join(path.stem.replace('.', '_').split())[-40:]}-{number:07d}-{turn}", data)
+                yield Refused(entry.place, str(error))
+        split = (lambda _, path=path: _split_of(path)) if len(files) > 1 else _parted(folder, talks, chosen)
+        for talk in talks:
+            yield from _samples(talk, split(talk), _key_of(path))
+
+
+@dataclass(frozen=True)
+class _Talk:
+    """An entry: its number in the file, its images and its turns."""
+
+    number: int
+    place: str
+    row: dict[str, Any]
+    images: list[Any]
+    turns: list[Turn]
+
+    @property
+    def case(self) -> str:
+        return (text(self.images[0]) if self.images else "") or text(self.row.get("id")) or self.place
+
+
+def _parted(folder: Path, talks: Sequence[_Talk], chosen: Chosen) -> Callable[[_Talk], str]:
+    """Which split an entry goes to, so that no image is in both."""
+    if not chosen["test_share"]:
+        return lambda _: "train"
+    images, groups = os.path.realpath(first_folder(folder, "images", ".")), Groups()
+    leading: dict[int, str] = {}
+    for talk in talks:
+        named = [name for name in talk.images if isinstance(name, str)]
+        members = [real_name(images, name, os.path.abspath(folder)) for name in named] or [talk.case]
+        groups.add(members)
+        leading[talk.number] = members[0]
+    return lambda talk: share_split(groups.name(leading[talk.number]), chosen["test_share"])
+
+
+def _samples(talk: _Talk, split: str, prefix: str) -> Iterator[Item]:
+    """One item per turn, with the images that it shows in the form in which they were named."""
+    shared = {name: talk.row.get(name) for name in ("id", "domain", "answer_type")} | {"case": talk.case}
+    single = not isinstance(talk.row.get("image") or talk.row.get("images"), list)
+    for index, turn in enumerate(talk.turns):
+        shown = talk.images[: turn.images]
+        data = {
+            **shared,
+            "image": (shown[0] if single else shown) if shown else None,
+            "turn": index,
+            "question": turn.question,
+            "answer": turn.answer,
+        }
+        yield Item(split, f"{prefix}-{talk.number:07d}-{index}", data)
 
 
 def _split_of(path: Path) -> str:
@@ -66,27 +118,9 @@ def _split_of(path: Path) -> str:
     return re.sub(r"^-|[^\w-]+", "_", path.stem[-40:])
 
 
-def _first_image(image: Any) -> str:
-    return text(image[0] if isinstance(image, list) and image else image)
-
-
-def _turns(row: Any) -> list[tuple[str, str]]:
-    turns = row.get("conversations") if isinstance(row, dict) else None
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise BadSample("no list of conversations")
-    turns = [turn for turn in turns if turn.get("from") != "system"]
-    if not turns or [turn.get("from") for turn in turns] != ["human", "gpt"] * (len(turns) // 2):
-        raise BadSample("conversation is not human and gpt in turn")
-    said = [_without_tokens(turn.get("value")) for turn in turns]
-    return list(zip(said[::2], said[1::2], strict=True))
-
-
-def _without_tokens(value: Any) -> str:
-    """What is said, its line breaks kept, without the places of the images: the chat template puts those."""
-    said = value if isinstance(value, str) else text(value)
-    for token in _IMAGE_TOKENS:
-        said = said.replace(token, "")
-    return said.strip()
+def _key_of(path: Path) -> str:
+    """What keys begin with: the file's name without points and white space, its last 40 bytes."""
+    return "_".join(path.stem.replace(".", "_").split()).encode("utf-8", "replace")[-40:].decode("utf-8", "ignore")
 
 
 def record(folder: Path, item: Item, _chosen: Chosen) -> Record:
@@ -96,8 +130,8 @@ def record(folder: Path, item: Item, _chosen: Chosen) -> Record:
     fields = {
         "id": text(row["id"]),
         "task": "vqa",
-        "question": row["question"],
-        "answer": row["answer"],
+        "question": as_text(row["question"], "question").strip(),
+        "answer": as_text(row["answer"], "answer").strip(),
         "answer_type": given if given in ("open", "closed") else "open",
         "split": item.split,
         "case": row["case"],
@@ -105,7 +139,7 @@ def record(folder: Path, item: Item, _chosen: Chosen) -> Record:
         "turn": row["turn"],
         **({"domain": [name for name, holds in domain.items() if holds]} if isinstance(domain, dict) else {}),
     }
-    pictures = read_pictures(first_folder(folder, "images", "."), row["image"]) if row["image"] else ()
+    pictures = read_pictures(first_folder(folder, "images", "."), row["image"], folder) if row["image"] else ()
     return Record(item.key, pictures, fields)
 
 

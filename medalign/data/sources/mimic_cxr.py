@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from medalign.data.records import Record, Refused
-from medalign.data.sources.files import lacking, read_bytes, read_csv, read_pictures
+from medalign.data.samples import BadSample
+from medalign.data.sources.annotations import decode_utf8, foreign_encoding, read_csv
+from medalign.data.sources.files import lacking, read_bytes, read_pictures
 from medalign.data.sources.reports import SECTIONS, VIEWS, report_text, split_sections
 from medalign.data.sources.source import Chosen, Item, Source
 
@@ -29,6 +31,7 @@ headings and kept apart in the metadata. Both data sets need a PhysioNet credent
 shards too."""
 
 _REPORTS = ("mimic-cxr-reports/files", "mimic-cxr-reports", "files")
+_IDENTITY = ("dicom_id", "study_id", "subject_id")
 _FRONTAL = {"PA": 0, "AP": 1}
 _NAMES = {"train": "train", "validate": "val", "test": "test"}
 
@@ -51,7 +54,12 @@ def items(folder: Path, chosen: Chosen) -> Iterator[Item | Refused]:
         row["dicom_id"]: row["ViewPosition"] for row in read_csv(_table(folder, METADATA), "dicom_id", "ViewPosition")
     }
     studies: dict[tuple[str, str], list[dict[str, str]]] = {}
-    for row in read_csv(_table(folder, SPLIT), "dicom_id", "study_id", "subject_id", "split"):
+    table = _table(folder, SPLIT)
+    for number, row in enumerate(read_csv(table, *_IDENTITY, "split"), start=1):
+        absent = [name for name in _IDENTITY if not row[name]]
+        if absent:
+            yield Refused(f"{table.name} row {number}", f"{absent[0]} is empty")
+            continue
         studies.setdefault((row["subject_id"], row["study_id"]), []).append(row)
     for (patient, study), rows in studies.items():
         name = f"p{patient}-s{study}"
@@ -109,7 +117,14 @@ def _has_reports(folder: Path) -> bool:
 def _report(folder: Path, place: str) -> str:
     names = [f"{name}/{place}.txt" for name in _REPORTS]
     name = next((name for name in names if (folder / name).exists()), names[0])
-    return read_bytes(folder, name, "report").decode("utf-8", "replace")
+    data = read_bytes(folder, name, "report")
+    trouble = foreign_encoding(data[:4])
+    if trouble:
+        raise BadSample(f"report {trouble}")
+    try:
+        return decode_utf8(data)
+    except BadSample as error:
+        raise BadSample(f"report is {error}") from error
 
 
 SOURCE = Source(

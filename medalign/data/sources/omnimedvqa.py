@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from os.path import normpath
 from pathlib import Path
 from typing import Any
 
 from medalign.data.records import Record, Refused
 from medalign.data.samples import BadSample
-from medalign.data.sources.files import read_json_list, read_picture, share, share_split, text
+from medalign.data.sources.annotations import read_entries
+from medalign.data.sources.files import read_picture, require_name
 from medalign.data.sources.source import Chosen, Item, Setting, Source
+from medalign.data.sources.splitting import share, share_split
+from medalign.data.sources.texts import field, text
 
 LAYOUT = """\
 QA_information/Open-access/ACRIMA.json, ...      the questions, one file a data set
@@ -39,17 +43,22 @@ def missing(folder: Path, chosen: Chosen) -> list[str]:
 
 def items(folder: Path, chosen: Chosen) -> Iterator[Item | Refused]:
     for path in _files(folder, chosen["access"]):
-        for number, row in enumerate(read_json_list(path)):
-            if not isinstance(row, dict) or not text(row.get("image_path")):
-                yield Refused(f"{path.name} entry {number}", "no question with image_path")
+        for number, entry in enumerate(read_entries(path)):
+            try:
+                row = entry.fields()
+                require_name(row, "image_path")
+            except BadSample as error:
+                yield Refused(entry.place, str(error))
                 continue
             key = "_".join(f"omni-{path.stem}-{number:06d}".replace(".", "_").split())
-            yield Item(share_split(row["image_path"], chosen["test_share"]), key, row)
+            yield Item(share_split(normpath(row["image_path"]), chosen["test_share"]), key, row)
 
 
 def record(folder: Path, item: Item, _chosen: Chosen) -> Record:
     row = item.data
-    question, answer, options = text(row.get("question")), text(row.get("gt_answer")), _options(row)
+    question, answer, options = field(row, "question"), field(row, "gt_answer"), _options(row)
+    if not answer:
+        raise BadSample("gt_answer is empty")
     if answer not in options:
         raise BadSample("right answer is none of the choices")
     fields = {
@@ -70,7 +79,7 @@ def record(folder: Path, item: Item, _chosen: Chosen) -> Record:
 
 
 def _options(row: dict[str, Any]) -> list[str]:
-    return [option for letter in _CHOICES if (option := text(row.get(f"option_{letter}")))]
+    return [option for letter in _CHOICES if (option := field(row, f"option_{letter}"))]
 
 
 SOURCE = Source(

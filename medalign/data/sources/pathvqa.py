@@ -13,8 +13,9 @@ from typing import Any
 
 from medalign.data.records import Record, Refused
 from medalign.data.samples import BadSample
-from medalign.data.sources.files import as_png_or_jpeg, text, yes_no_type
+from medalign.data.sources.files import as_png_or_jpeg
 from medalign.data.sources.source import Chosen, Item, Source
+from medalign.data.sources.texts import field, text, yes_no_type
 from medalign.errors import ConfigError, DataError
 
 LAYOUT = """\
@@ -61,15 +62,19 @@ def items(folder: Path, _chosen: Chosen) -> Iterator[Item | Refused]:
 
 def record(folder: Path, item: Item, _chosen: Chosen) -> Record:
     place = item.data
-    row = _rows(folder / place["file"], place["group"])[place["row"]]
-    image = row["image"]["bytes"] if isinstance(row["image"], dict) else None
+    rows = _rows(folder / place["file"], place["group"])
+    try:
+        row = rows.slice(place["row"], 1).to_pylist()[0]
+    except ValueError as error:  # text that is no UTF-8
+        raise BadSample(f"row cannot be read ({error})") from error
+    image = row["image"].get("bytes") if isinstance(row["image"], dict) else None
     if not image:
         raise BadSample("row holds no picture")
-    answer = text(row["answer"])
+    answer = field(row, "answer")
     fields = {
         "id": item.key,
         "task": "vqa",
-        "question": text(row["question"]),
+        "question": field(row, "question"),
         "answer": answer,
         "answer_type": yes_no_type(answer),
         "split": item.split,
@@ -79,10 +84,13 @@ def record(folder: Path, item: Item, _chosen: Chosen) -> Record:
 
 
 @lru_cache(maxsize=2)
-def _rows(path: Path, group: int) -> list[dict[str, Any]]:
-    """A row group, which is read whole: a part asks for its rows one after another."""
+def _rows(path: Path, group: int) -> Any:
+    """A row group as a table, which is read whole: a part asks for its rows one after another."""
     with _open(path) as file:
-        return file.read_row_group(group, columns=list(_COLUMNS)).to_pylist()
+        try:
+            return file.read_row_group(group, columns=list(_COLUMNS))
+        except (OSError, ValueError) as error:  # of pyarrow's errors one is a ValueError
+            raise DataError(f"{path} is damaged ({text(str(error))}); fetch it again") from error
 
 
 def _open(path: Path) -> Any:
@@ -94,7 +102,7 @@ def _open(path: Path) -> Any:
     try:
         return pyarrow.parquet.ParquetFile(path)
     except (OSError, pyarrow.ArrowInvalid) as error:
-        raise DataError(f"{path} cannot be read ({error}); fetch it again") from error
+        raise DataError(f"{path} cannot be read ({text(str(error))}); fetch it again") from error
 
 
 SOURCE = Source(

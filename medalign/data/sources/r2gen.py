@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from medalign.data.records import Record, Refused
 from medalign.data.samples import BadSample
-from medalign.data.sources.files import lacking, read_json, read_pictures, text
+from medalign.data.sources.annotations import Entry, read_json
+from medalign.data.sources.files import lacking, read_pictures
 from medalign.data.sources.source import Chosen, Item, Setting, Source
+from medalign.data.sources.texts import field
 from medalign.errors import DataError
 
 ANNOTATION = "annotation.json"
@@ -35,20 +38,35 @@ def items(folder: Path, chosen: Chosen) -> Iterator[Item | Refused]:
     if not isinstance(annotation, dict) or not any(name in annotation for name in _SPLITS):
         raise DataError(f"{folder / ANNOTATION} holds no object with the lists train, val and test")
     for split in _SPLITS:
-        for number, study in enumerate(annotation.get(split) or []):
-            pictures = study.get("image_path") if isinstance(study, dict) else None
-            if not isinstance(pictures, list) or not pictures or not text(study.get("id")):
-                yield Refused(f"{ANNOTATION} {split} entry {number}", "no study with id and image_path")
+        studies = annotation.get(split) or []
+        if not isinstance(studies, list):
+            raise DataError(f"{folder / ANNOTATION}: {split} is a JSON {type(studies).__name__}; a list is needed")
+        for number, one in enumerate(studies):
+            entry = Entry(f"{ANNOTATION} {split} entry {number}", one)
+            try:
+                case, pictures = _study(entry.fields())
+            except BadSample as error:
+                yield Refused(entry.place, str(error))
                 continue
-            case = text(study["id"])
-            shared = {"case": case, "report": study.get("report")}
+            shared = {"case": case, "report": one.get("report")}
             samples = {"first": pictures[:1], "study": [pictures], "all": pictures}[chosen["views"]]
-            for number, image in enumerate(samples):
-                yield Item(split, f"{case}-{number}".replace(".", "_"), {**shared, "image": image})
+            for view, image in enumerate(samples):
+                yield Item(split, f"{case}-{view}".replace(".", "_"), {**shared, "image": image})
+
+
+def _study(study: dict[str, Any]) -> tuple[str, list[Any]]:
+    """Name and pictures of a study. Raises BadSample."""
+    case, pictures = field(study, "id"), study.get("image_path")
+    pictures = [pictures] if isinstance(pictures, str) else pictures
+    if not case or not pictures:
+        raise BadSample("no study with id and image_path")
+    if not isinstance(pictures, list):
+        raise BadSample(f"image_path is {pictures!r}; a list of paths is needed")
+    return case, pictures
 
 
 def record(folder: Path, item: Item, _chosen: Chosen) -> Record:
-    report = text(item.data["report"])
+    report = field(item.data, "report")
     if not report:
         raise BadSample("report is empty")
     fields = {
@@ -60,7 +78,7 @@ def record(folder: Path, item: Item, _chosen: Chosen) -> Record:
         "case": item.data["case"],
         "image": item.data["image"],
     }
-    return Record(item.key, read_pictures(folder / "images", item.data["image"]), fields)
+    return Record(item.key, read_pictures(folder / "images", item.data["image"], folder), fields)
 
 
 SOURCE = Source(

@@ -7,6 +7,7 @@ none ("Which plane is this?") has none. All boxes of the image stay in the metad
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,8 +19,10 @@ from PIL import Image
 from medalign.data.decode import decode_mask, picture_header
 from medalign.data.records import Record, Refused
 from medalign.data.samples import BadSample
-from medalign.data.sources.files import lacking, png, read_bytes, read_json, read_json_list, read_picture, text
+from medalign.data.sources.annotations import read_entries, read_json, read_text
+from medalign.data.sources.files import lacking, png, read_bytes, read_picture, require_name
 from medalign.data.sources.source import Chosen, Item, Setting, Source
+from medalign.data.sources.texts import field, is_missing, text
 from medalign.errors import DataError
 
 LAYOUT = """\
@@ -34,6 +37,7 @@ Written are train/, val/ and test/, the published split (by image). A question k
 organs that it or its answer names; all boxes of its image stay in the metadata as regions."""
 
 _SPLITS = (("train", "train.json"), ("val", "validate.json|validation.json"), ("test", "test.json"))
+_KEPT = ("qid", "modality", "location", "content_type", "base_type", "triple")
 _TOKEN = re.compile(r"\d+|[^\W\d_](?:[^\W\d_]|[ -])*")  # a number, or words
 
 
@@ -46,9 +50,12 @@ def items(folder: Path, chosen: Chosen) -> Iterator[Item | Refused]:
     languages = chosen["languages"]
     for split, names in _SPLITS:
         path = next(folder / name for name in names.split("|") if (folder / name).exists())
-        for number, row in enumerate(read_json_list(path)):
-            if not isinstance(row, dict) or not isinstance(row.get("img_name"), str):
-                yield Refused(f"{path.name} entry {number}", "no question with img_name")
+        for number, entry in enumerate(read_entries(path)):
+            try:
+                row = entry.fields()
+                require_name(row, "img_name")
+            except BadSample as error:
+                yield Refused(entry.place, str(error))
                 continue
             key = f"slake-{split}-{number:05d}"
             if row.get("q_lang") not in languages:
@@ -63,7 +70,7 @@ def record(folder: Path, item: Item, _chosen: Chosen) -> Record:
     place = folder / "imgs" / Path(row["img_name"]).parent
     size = picture_header(picture.data)[1:]
     regions = [(label, box) for label, given in _boxes(place) if (box := _inside(given, size))]
-    question, answer = text(row.get("question")), text(row.get("answer"))
+    question, answer = field(row, "question"), field(row, "answer")
     named = _Named(f"{question} {answer}")
     fields = {
         "id": item.key,
@@ -76,7 +83,7 @@ def record(folder: Path, item: Item, _chosen: Chosen) -> Record:
         "language": row.get("q_lang"),
         "split": item.split,
         "case": Path(row["img_name"]).parts[0],
-        **{name: row.get(name) for name in ("qid", "modality", "location", "content_type", "base_type", "triple")},
+        **{name: None if is_missing(row.get(name)) else row[name] for name in _KEPT},
     }
     return Record(item.key, (picture,), fields, _mask(folder, place, named))
 
@@ -118,7 +125,8 @@ def _boxes(place: Path) -> list[tuple[str, Any]]:
 
 def _inside(given: Any, size: tuple[int, ...]) -> list[float] | None:
     """x, y, width, height to corners within the image; None for what has no area there."""
-    if not isinstance(given, list) or len(given) != 4 or not all(isinstance(v, (int, float)) for v in given):
+    numbers = isinstance(given, list) and len(given) == 4
+    if not numbers or not all(type(v) in (int, float) and math.isfinite(v) for v in given):
         raise BadSample(f"box {given!r} in detection.json is not x, y, width, height")
     x, y, width, height = given
     x0, y0, x1, y1 = max(x, 0), max(y, 0), min(x + width, size[0]), min(y + height, size[1])
@@ -138,7 +146,7 @@ def _mask(folder: Path, place: Path, named: _Named) -> bytes | None:
 def _grey_values(path: Path) -> list[tuple[int, str]]:
     """Value and organ of each pair in a line, whichever comes first and whatever stands between."""
     pairs = []
-    for line in path.read_text(encoding="utf-8-sig").splitlines():
+    for line in read_text(path).splitlines():
         tokens = _TOKEN.findall(line)
         for pair in zip(tokens[::2], tokens[1::2], strict=False):  # a heading alone is no pair
             value, label = sorted(pair, key=str.isdigit, reverse=True)

@@ -18,7 +18,7 @@ from medalign.data.samples import BadSample
 Chosen = Mapping[str, Any]  # the source's settings by name, underscores for hyphens
 
 # Fields that tell who or where: these are hashed on request. Converters name their fields so.
-IDENTIFIERS = frozenset({"id", "case", "patient", "study", "image", "mask", "qid"})
+IDENTIFIERS = frozenset({"id", "case", "patient", "study", "image", "images", "mask", "qid"})
 
 _SPLIT = re.compile(r"\w[\w-]*")
 _LONGEST_SPLIT = 200  # bytes; file systems hold names of 255, and the hidden neighbours' are longer

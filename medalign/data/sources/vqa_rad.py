@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from medalign.data.records import Record, Refused
-from medalign.data.sources.files import lacking, read_json_list, read_picture, share, share_split, text
+from medalign.data.samples import BadSample
+from medalign.data.sources.annotations import read_entries
+from medalign.data.sources.files import lacking, read_picture, require_name
 from medalign.data.sources.source import Chosen, Item, Setting, Source
+from medalign.data.sources.splitting import Groups, share, share_split
+from medalign.data.sources.texts import field, text
 from medalign.distributed import log
 
 QUESTIONS = "VQA_RAD Dataset Public.json"
@@ -29,14 +34,22 @@ def missing(folder: Path, _chosen: Chosen) -> list[str]:
 def items(folder: Path, chosen: Chosen) -> Iterator[Item | Refused]:
     if chosen["split"] == "published":
         log.warning("VQA-RAD's published test split asks about images that train has too; --split image parts them")
-    for number, row in enumerate(read_json_list(folder / QUESTIONS)):
-        if not isinstance(row, dict) or not text(row.get("image_name")):
-            yield Refused(f"{QUESTIONS} entry {number}", "no question with image_name")
+    rows: dict[int, dict[str, Any]] = {}
+    cases = Groups()
+    for number, entry in enumerate(read_entries(folder / QUESTIONS)):
+        try:
+            row = entry.fields()
+            image = require_name(row, "image_name")
+        except BadSample as error:
+            yield Refused(entry.place, str(error))
             continue
+        rows[number] = row
         # One case has several images in places; its address is the same for them.
-        case = text(row.get("image_case_url")) or row["image_name"]
+        cases.add([text(row.get("image_case_url")) or image, image])
+    for number, row in rows.items():
         published = "test" if text(row.get("phrase_type")).startswith("test") else "train"
-        split = share_split(case, chosen["test_share"]) if chosen["split"] == "image" else published
+        parted = share_split(cases.name(row["image_name"]), chosen["test_share"])
+        split = parted if chosen["split"] == "image" else published
         yield Item(split, f"vqarad-{number:04d}", {**row, "published_split": published})
 
 
@@ -45,8 +58,8 @@ def record(folder: Path, item: Item, _chosen: Chosen) -> Record:
     fields = {
         "id": item.key,
         "task": "vqa",
-        "question": text(row.get("question")),
-        "answer": text(row.get("answer")),  # some are numbers
+        "question": field(row, "question"),
+        "answer": field(row, "answer"),  # some are numbers
         "answer_type": text(row.get("answer_type")).lower(),
         "split": item.split,
         "published_split": row["published_split"],

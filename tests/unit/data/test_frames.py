@@ -14,6 +14,7 @@ from PIL import Image
 from tiny_data import picture, record
 
 from medalign.__main__ import main
+from medalign.data.decode import SEVERAL_FRAMES
 from medalign.data.index import ShardIndex
 
 FILMS = [np.full((24, 40), level, np.uint8) for level in (10, 120, 240)]
@@ -34,7 +35,7 @@ def row(key: str, image: object) -> str:
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_packing_counts_and_names_them(tmp_path: Path, capsys: pytest.CaptureFixture[str], workers: str) -> None:
+def test_packing_counts_them(tmp_path: Path, capsys: pytest.CaptureFixture[str], workers: str) -> None:
     source = tmp_path / "in"
     source.mkdir()
     files = {"a.tif": stack("TIFF"), "b.gif": stack("GIF"), "c.dcm": LOOP, "d.png": picture(0), "e.png": stack("PNG")}
@@ -53,11 +54,10 @@ def test_packing_counts_and_names_them(tmp_path: Path, capsys: pytest.CaptureFix
         workers,
     ]
     assert main(["shards", "jsonl", *words]) == 0
-    told = "6 pictures have several frames; the first is shown; name single frames to choose another"
+    told = f"{SEVERAL_FRAMES}: 6 times"
     assert [line for line in capsys.readouterr().err.splitlines() if "frames" in line] == [told]
     report = json.loads((tmp_path / "out" / "conversion.json").read_text(encoding="utf-8"))
-    assert report["several_frames"] == 6
-    assert report["several_frames_samples"] == ["a", "b", "c", "e", "pair", "pair"]
+    assert report["notes"] == {SEVERAL_FRAMES: 6}
     index = ShardIndex.open(tmp_path / "out" / "train")
     for i in (0, 1, 4):
         assert (np.asarray(index.read(i).images[0].convert("L")) == 10).all()
@@ -68,7 +68,7 @@ def test_indexing_counts_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         for key, member in {"a": {"dcm": LOOP}, "b": {"png": picture(1)}, "c": {"png": stack("PNG")}}.items():
             tar.write({"__key__": key, "json": record(1, boxes=[]).fields, **member})
     assert main(["shards", "index", str(tmp_path)]) == 0
-    assert "2 pictures have several frames; the first is shown" in capsys.readouterr().err
+    assert f"{SEVERAL_FRAMES}: 2 times" in capsys.readouterr().err
     with webdataset.TarWriter(str(tmp_path / "a.tar")) as tar:
         tar.write({"__key__": "b", "json": record(1, boxes=[]).fields, "png": picture(1)})
     assert main(["shards", "index", str(tmp_path)]) == 0

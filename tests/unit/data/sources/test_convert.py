@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import re
 import signal
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -20,8 +22,9 @@ from tiny_data import picture
 
 from medalign.__main__ import main
 from medalign.data.index import ShardIndex
-from medalign.data.sources import convert as convert_module
-from medalign.data.sources import find, known
+from medalign.data.records import Record
+from medalign.data.sources import files, find, known
+from medalign.data.sources import parts as parts_module
 from medalign.data.sources.account import kind
 from medalign.data.sources.convert import convert
 from medalign.data.sources.hashing import Hashing, own_salt, read_salt
@@ -112,7 +115,7 @@ def test_another_conversion_begins_afresh(tmp_path: Path, change: str) -> None:
 def test_stopped_between_two_splits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, out = write_folder(tmp_path / "in"), tmp_path / "out"
     convert(JSONL, source, tmp_path / "whole", samples_per_shard=4, workers=1)
-    real = convert_module.join_shards
+    real = parts_module.join_shards
     joined: list[str] = []
 
     def join(parts, output):
@@ -122,7 +125,7 @@ def test_stopped_between_two_splits(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         joined.append(output.name)
         return real(parts, output)
 
-    monkeypatch.setattr(convert_module, "join_shards", join)
+    monkeypatch.setattr(parts_module, "join_shards", join)
     with pytest.raises(DataError, match="No space left on device; the same command goes on"):
         convert(JSONL, source, out, samples_per_shard=4, workers=1)
     convert(JSONL, source, out, samples_per_shard=4, workers=1)
@@ -223,9 +226,38 @@ def test_nothing_usable(tmp_path: Path) -> None:
     source = write_folder(tmp_path / "in", 4, bad=False)
     for path in (source / "images").iterdir():
         path.write_bytes(b"")
-    with pytest.raises(DataError, match=r"conversion\.json says why: 4 x image cannot be decoded"):
+    with pytest.raises(DataError, match=r"says why: 4 x image cannot be decoded; first: patient-0: image c"):
         convert(JSONL, source, tmp_path / "out", workers=1)
     assert list(contents(tmp_path / "out")) == ["conversion.json"]
+
+
+def test_nothing_listed_is_written_down_too(tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    source.mkdir()
+    (source / "annotations.jsonl").write_text('{"id": 7}\n{"id": 8}')
+    told = r"lists no sample .*\(2 x id is; first: annotations\.jsonl line 1: id is 7.*conversion\.json names each"
+    with pytest.raises(DataError, match=told):
+        convert(JSONL, source, tmp_path / "out", workers=1)
+    report = json.loads((tmp_path / "out" / "conversion.json").read_text())
+    assert [one["key"] for one in report["skipped_samples"]] == ["annotations.jsonl line 1", "annotations.jsonl line 2"]
+    (tmp_path / "file").write_text("precious")
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / "annotations.jsonl").write_text("\n")
+    with pytest.raises(DataError, match="none lists no sample; its annotations are empty"):
+        convert(JSONL, tmp_path / "none", tmp_path / "out", workers=1)
+    with pytest.raises(DataError, match=r"first: annotations\.jsonl line 1.*; the reasons cannot be written to"):
+        convert(JSONL, source, tmp_path / "file" / "out", workers=1)
+
+
+def test_notes_are_counted_over_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = files.as_png_or_jpeg
+    monkeypatch.setattr(files, "as_png_or_jpeg", lambda data: replace(plain(data), notes=("first frame alone",)))
+    source, out = write_folder(tmp_path / "in"), tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        convert(JSONL, source, out, samples_per_shard=4, workers=1, progress=stop_after(14))
+    account = convert(JSONL, source, out, samples_per_shard=4, workers=1)
+    assert account.notes == {"first frame alone": 20}  # of written samples, those before the interruption too
+    assert json.loads((out / "conversion.json").read_text())["notes"] == {"first frame alone": 20}
 
 
 def die(_job: int, _report: Callable[[int], object]) -> None:
@@ -283,12 +315,22 @@ def test_hashed_names(tmp_path: Path) -> None:
 
 def test_more_fields_and_lists_are_hashed(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
-    row = {"id": "a", "image": None, "task": "vqa", "question": "q", "answer": "a", "case": None, "ward": ["b", "c"]}
+    row = {
+        "id": "a",
+        "image": None,
+        "task": "vqa",
+        "question": "q",
+        "answer": "a",
+        "case": None,
+        "ward": ["b", "c", ""],
+    }
     (tmp_path / "in" / "annotations.jsonl").write_text(json.dumps(row))
     hashing = Hashing(b"0123456789abcdef", frozenset({"id", "case", "ward"}))
     convert(JSONL, tmp_path / "in", tmp_path / "out", workers=1, hashing=hashing)
     metadata = ShardIndex.open(tmp_path / "out" / "train").read(0).metadata
-    assert metadata["ward"] == [hashing.name("b"), hashing.name("c")]
+    missing = hashing.record(Record("a", (), {"case": float("nan")})).fields["case"]
+    assert math.isnan(missing)  # no name, so that all that have none are not taken for one case
+    assert metadata["ward"] == [hashing.name("b"), hashing.name("c"), ""]
     assert metadata["case"] is None
 
 
@@ -334,6 +376,25 @@ def test_refused_samples_are_named_but_not_where_they_are_hashed(
     told = capsys.readouterr().err
     assert "refused in all 3: image ... cannot be read" in told
     assert not any(key in told or picture in told for key, picture in named)
+
+
+def test_half_characters_do_not_end_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = write_folder(tmp_path / "in", 2, bad=False)
+    half = {"id": "\ud83d", "image": None, "task": "vqa", "question": "q", "answer": "a"}
+    rows = [half, {**half, "id": "x", "answer": "ok \ud83d"}, {**half, "id": "y", "split": "\ud83d"}]
+    with (source / "annotations.jsonl").open("a") as file:
+        file.write("\n" + "\n".join(map(json.dumps, rows)))
+    command = ["shards", "jsonl", "--input", str(source), "--output", str(tmp_path / "out"), "--workers", "1"]
+    for words, count in (
+        ([], 3),
+        (["--split", "image"], 3),
+        (["--hash-ids"], 2),
+    ):  # a hash of half a character is whole
+        assert main([*command, *words]) == 0
+        told = capsys.readouterr().err
+        assert "Traceback" not in told
+        assert "Logging error" not in told
+        assert len(json.loads((tmp_path / "out" / "conversion.json").read_text())["skipped_samples"]) == count
 
 
 @pytest.mark.parametrize("name", known())

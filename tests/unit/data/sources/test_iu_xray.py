@@ -118,6 +118,20 @@ def test_what_is_skipped_and_hostile_xml(tmp_path: Path) -> None:
         assert found[f"ecgen-radiology/{name}"].startswith("XML has a document type or entities")
 
 
+def test_what_other_tools_write(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    write_study(folder, 1, findings="NaN")
+    write_study(folder, 2, findings="nan", impression="nan")
+    rows = ["uid,filename,projection", "1,1_IM-0001-1001.dcm.png,Frontal", "2", ",,Frontal"]
+    (folder / "indiana_projections.csv").write_text("\ufeff" + "\n".join(rows), encoding="utf-8")
+    (folder / "ecgen-radiology" / "3.xml").write_text('<?xml version="1.0" encoding="klingon"?><eCitation/>')
+    account = pack("iu-xray", folder, tmp_path / "out", test_share=0.0, views="study")
+    assert [s.answer for s in samples(tmp_path / "out" / "train")] == ["Normal."]
+    found = skipped(account)
+    assert found["CXR2-0"] == "report has no findings or impression"
+    assert found["ecgen-radiology/3.xml"].startswith("XML cannot be read (")
+
+
 def test_missing_pieces(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"ecgen-radiology: .*\n  NLMCXR_png or images: .*\n.*openi\.nlm\.nih\.gov"):
         pack("iu-xray", tmp_path, tmp_path / "out")
@@ -142,19 +156,22 @@ def test_r2gen(tmp_path: Path) -> None:
         ]
         for split, names in cases.items()
     }
+    annotation["val"] += [{"id": 3, "report": 12, "image_path": "images/CXR1_IM-0001/0.png"}]
     annotation["test"] += [{"id": "CXR5"}, {"id": "CXR6", "report": " ", "image_path": ["CXR1_IM-0001/0.png"]}]
     write_json(folder / "annotation.json", annotation)
     for case in sum(cases.values(), []):
         for view in (0, 1):
             write_picture(folder / "images" / case / f"{view}.png", view, 20 + view, 20)
     account = pack("r2gen", folder, tmp_path / "out")
-    assert {name: report.written for name, report in account.splits.items()} == {"train": 2, "val": 1, "test": 1}
+    assert {name: report.written for name, report in account.splits.items()} == {"train": 2, "val": 2, "test": 1}
     assert skipped(account) == {
         "annotation.json test entry 1": "no study with id and image_path",
         "CXR6-0": "report is empty",
     }
     first = samples(tmp_path / "out" / "train")[0]
     assert (first.key, first.answer, first.images[0].size) == ("CXR1_IM-0001-0", "Report of CXR1_IM-0001.", (20, 20))
+    number = samples(tmp_path / "out" / "val")[1]
+    assert (number.key, number.answer, len(number.images)) == ("3-0", "12", 1)
     every = pack("r2gen", folder, tmp_path / "all", views="all")
     assert every.splits["train"].written == 4
     assert [s.images[0].width for s in samples(tmp_path / "all" / "train")] == [20, 21, 20, 21]
@@ -163,6 +180,9 @@ def test_r2gen(tmp_path: Path) -> None:
     assert [s.key for s in both] == ["CXR1_IM-0001-0", "CXR2_IM-0002-0"]
     assert [[image.width for image in s.images] for s in both] == [[20, 21]] * 2
     assert both[0].metadata["image"] == ["CXR1_IM-0001/0.png", "CXR1_IM-0001/1.png"]
+    write_json(folder / "annotation.json", {"train": {"id": 1}})
+    with pytest.raises(DataError, match="train is a JSON dict; a list is needed"):
+        pack("r2gen", folder, tmp_path / "none")
     write_json(folder / "annotation.json", [])
     with pytest.raises(DataError, match="lists train, val and test"):
         pack("r2gen", folder, tmp_path / "none")

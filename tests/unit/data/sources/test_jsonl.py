@@ -203,9 +203,42 @@ def test_answer_types_in_capitals(tmp_path: Path) -> None:
 def test_folder_without_annotations(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"lacks\n  annotations\.jsonl: one JSON object a line"):
         pack("jsonl", tmp_path, tmp_path / "out")
-    with pytest.raises(DataError, match=r"lists no sample that can be used \(1 x not JSON\)"):
-        pack("jsonl", folder(tmp_path / "in", "{"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_images_is_read_like_image_and_tags_are_compared(tmp_path: Path) -> None:
+    two = ["images/2.jpg", "images/0.jpg"]
+    plain = row(1)
+    del plain["image"]
+    source = folder(
+        tmp_path / "in",
+        {**plain, "id": "several", "images": two},
+        row(1, id="null-beside", image=None, images="images/2.jpg"),
+        row(1, id="tag", question="<image>\nIs it <3 mm?"),
+        row(1, id="tags", image=two, question="<image>\n<image>\nclear ?"),
+        row(1, id="report", task="report", report="Clear.", question="<image>"),
+        row(1, id="differ", images=two),
+        row(1, id="too-many", question="<image><image> clear ?"),
+        row(1, id="without", image=None, question="<image> clear ?"),
+        row(1, id="answer", answer="<image>"),
+        row(1, id="other", question="<|image_1|> clear ?"),
+        {**plain, "id": "neither"},
+        row(1, id="empty", images=""),
+    )
+    account = pack("jsonl", source, tmp_path / "out")
+    read = {s.key: s for s in samples(tmp_path / "out" / "train")}
+    counts = {"several": 2, "null-beside": 1, "tag": 1, "tags": 2, "report": 1}
+    assert {key: len(s.images) for key, s in read.items()} == counts
+    assert (read["tag"].question, read["tags"].question) == ("Is it <3 mm?", "clear ?")
+    assert skipped(account) == {
+        "differ": '"image" and "images" name different images',
+        "too-many": "2 <image> in the text, but 1 image is named",
+        "without": "1 <image> in the text, but no image is named",
+        "answer": "<image> stands in the answer",
+        "other": "the text holds '<|image_1|>'; the place of an image is written <image>",
+        "neither": "no image is named; write null for a question without image",
+        "empty": "images is ''; a path relative to the folder is needed",
+    }
 
 
 @pytest.mark.parametrize(

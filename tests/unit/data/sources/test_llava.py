@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -47,21 +48,167 @@ def test_turns_become_samples(tmp_path: Path) -> None:
     }
 
 
+def three_pictures(folder: Path) -> None:
+    """a.jpg, b.jpg and c.jpg, 30, 31 and 32 pixels wide."""
+    for i, name in enumerate("abc"):
+        write_picture(folder / "images" / f"{name}.jpg", i, 30 + i)
+
+
+def widths(folder: Path) -> dict[tuple[str, int], list[int]]:
+    """The widths of the images of each sample, by its entry's id and its turn."""
+    read = samples(folder)
+    return {(s.metadata["id"], s.metadata["turn"]): [image.width for image in s.images] for s in read}
+
+
 def test_several_images_before_one_question(tmp_path: Path) -> None:
+    three_pictures(tmp_path / "in")
+    told = talk("<image>\n<image>\nWhat has changed?", "It grew.", "Where?", "Left.")
+    rows = [
+        {"id": "tags", "image": ["b.jpg", "a.jpg"], "conversations": told},
+        {"id": "none", "image": ["b.jpg", "c.jpg"], "conversations": talk("What has changed?", "It grew.")},
+        {"id": "wrapped", "image": "c.jpg", "conversations": talk("<im_start><image><im_end>\nWhat?", "It.")},
+    ]
+    write_json(tmp_path / "in" / "all.json", rows)
+    pack("llava", tmp_path / "in", tmp_path / "out")
+    first, second, untagged, wrapped = samples(tmp_path / "out" / "train")
+    assert (first.question, second.question, wrapped.question) == ("What has changed?", "Where?", "What?")
+    assert first.metadata["image"] == second.metadata["image"] == ["b.jpg", "a.jpg"]
+    assert [[image.width for image in s.images] for s in (first, second, untagged)] == [[31, 30], [31, 30], [31, 32]]
+
+
+def test_images_are_compared_with_the_tags_of_the_text(tmp_path: Path) -> None:
+    three_pictures(tmp_path / "in")
+    one, two, none = (talk(f"{tags}What?", "It.") for tags in ("<image>\n", "<image><image>", ""))
+    rows = [
+        {"image": "a.jpg", "conversations": two},
+        {"image": ["a.jpg", "b.jpg", "c.jpg"], "conversations": two},
+        {"image": ["a.jpg", "b.jpg"], "conversations": one},
+        {"conversations": one},
+        {"image": "", "conversations": one},
+        {"image": None, "conversations": one},
+        {"image": [], "images": None, "conversations": two},
+        {"image": float("nan"), "conversations": one},
+        {"image": "a.jpg", "images": ["b.jpg"], "conversations": one},
+        {"image_path": "a.jpg", "conversations": none},
+        {"pictures": ["a.jpg"], "conversations": one},
+        {"image": "a.jpg", "conversations": talk("What?", "<image>It.")},
+        {"id": "kept", "image": "a.jpg", "images": ["a.jpg"], "conversations": one},
+        {"id": "text", "image": "", "conversations": none},
+    ]
+    write_json(tmp_path / "in" / "all.json", rows)
+    account = pack("llava", tmp_path / "in", tmp_path / "out")
+    assert widths(tmp_path / "out" / "train") == {("kept", 0): [30], ("text", 0): []}
+    no_image = "<image> in the text, but no image is named"
+    expected = [
+        "2 <image> in the text, but 1 image is named",
+        "2 <image> in the text, but 3 are named",
+        "1 <image> in the text, but 2 are named",
+        *[f"1 {no_image}"] * 3,
+        f"2 {no_image}",
+        f"1 {no_image}",
+        '"image" and "images" name different images',
+        '\'image_path\' names a picture; only "image" and "images" are read',
+        '\'pictures\' names a picture; only "image" and "images" are read',
+        "<image> stands in an answer",
+    ]
+    assert skipped(account) == {f"all.json entry {i}": reason for i, reason in enumerate(expected)}
+
+
+def test_an_image_belongs_to_its_turn_and_to_later_ones(tmp_path: Path) -> None:
+    three_pictures(tmp_path / "in")
+    told = talk("Hello.", "Hello.", "<image>\nWhat?", "It.", "And?", "That.", "<image>\nAnd now?", "Both.")
+    write_json(tmp_path / "in" / "all.json", [{"id": "x", "images": ["c.jpg", "a.jpg"], "conversations": told}])
+    pack("llava", tmp_path / "in", tmp_path / "out")
+    expected = {("x", 0): [], ("x", 1): [32], ("x", 2): [32], ("x", 3): [32, 30]}
+    assert widths(tmp_path / "out" / "train") == expected
+    named = [s.metadata["image"] for s in samples(tmp_path / "out" / "train")]
+    assert named == [None, ["c.jpg"], ["c.jpg"], ["c.jpg", "a.jpg"]]
+
+
+TOKENS = """<ImageHere> <|image|> <image1> <image_1> <|image_1|> <IMAGE> <img> </img> <|image_pad|> <im_patch> [IMG]
+<image_placeholder> <start_of_image> <|vision_start|> <video> <audio>"""
+
+
+@pytest.mark.parametrize("token", [*TOKENS.split(), "<image 1>"])
+def test_tokens_of_other_models_are_refused(tmp_path: Path, token: str) -> None:
+    three_pictures(tmp_path / "in")
+    rows = [
+        {"image": "a.jpg", "conversations": talk(f"{token}\nWhat?", "It.")},
+        {"image": "a.jpg", "conversations": talk("<image>\nIs p<0.05 and a>b [image quality]?", "<3 mm>")},
+    ]
+    write_json(tmp_path / "in" / "all.json", rows)
+    account = pack("llava", tmp_path / "in", tmp_path / "out")
+    assert account.written == 1
+    told = f"the text holds {token!r}; the place of an image is written <image>"
+    assert skipped(account) == {"all.json entry 0": told}
+
+
+def test_keys_of_other_tools(tmp_path: Path) -> None:
+    three_pictures(tmp_path / "in")
+    spoken = [{"role": "system", "content": "Answer."}, {"role": "user", "content": "<image>What?"}]
+    typed = [{"type": "image"}, {"type": "text", "text": "What?"}]
+    answer = {"role": "assistant", "content": "It."}
+    rows = [
+        {"id": "swift", "messages": [*spoken, answer], "images": ["b.jpg"]},
+        {"id": "typed", "messages": [{"role": "user", "content": typed}, answer], "images": "a.jpg"},
+        {"id": "misspelt", "conversatons": talk("<image>\nWhat?", "It."), "image": "c.jpg"},
+        {
+            "id": "sharegpt",
+            "conversations": [{"from": "user", "value": "What?"}, {"from": "assistant", "value": "It."}],
+        },
+        {"messages": [{"role": "user", "content": [{"type": "image", "image": "a.jpg"}]}, answer]},
+    ]
+    write_json(tmp_path / "in" / "all.json", rows)
+    account = pack("llava", tmp_path / "in", tmp_path / "out")
+    expected = {("swift", 0): [31], ("typed", 0): [30], ("misspelt", 0): [32], ("sharegpt", 0): []}
+    assert widths(tmp_path / "out" / "train") == expected
+    assert {(s.question, s.answer) for s in samples(tmp_path / "out" / "train")} == {("What?", "It.")}
+    told = "content has a part of type 'image' that is not read; name images under \"image\""
+    assert skipped(account) == {"all.json entry 4": told}
+
+
+def test_names_that_begin_with_images(tmp_path: Path) -> None:
+    three_pictures(tmp_path / "in")
+    write_picture(tmp_path / "in" / "more" / "d.jpg", 3, 33)
+    names = ["images/a.jpg", "b.jpg", "more/d.jpg"]
+    told = talk("What?", "It.")
+    rows = [{"id": "all", "image": names, "conversations": told}, {"image": "images/x.jpg", "conversations": told}]
+    write_json(tmp_path / "in" / "all.json", [*rows, {"image": "../in/all.json", "conversations": told}])
+    account = pack("llava", tmp_path / "in", tmp_path / "out")
+    assert widths(tmp_path / "out" / "train") == {("all", 0): [30, 31, 33]}
+    assert skipped(account) == {
+        "all-0000001-0": "image 'images/x.jpg' cannot be read: No such file or directory",
+        "all-0000002-0": "image '../in/all.json' lies outside the folder",
+    }
+
+
+def test_entries_that_share_an_image_stay_together(tmp_path: Path) -> None:
     folder = tmp_path / "in"
-    for name in "abc":
-        write_picture(folder / "images" / f"{name}.jpg", ord(name), 30 + ord(name) - ord("a"))
-    told = talk("<image>\n<image>\nWhat has changed from <image>?", "It grew.")
-    lists = [["b.jpg", "a.jpg"], ["b.jpg", "c.jpg"], "b.jpg", ["a.jpg"], []]
-    rows = [{"id": str(i), "image": names, "conversations": told} for i, names in enumerate(lists)]
+    rows = []
+    for i in range(24):  # a chain of three images per case, and a single image under another name
+        for name in ("a", "b", "c"):
+            write_picture(folder / "images" / f"{i}{name}.jpg", i)
+        lists = [[f"{i}b.jpg", f"{i}a.jpg"], [f"{i}c.jpg", f"images/{i}b.jpg"], f"./{i}c.jpg"]
+        rows += [{"id": str(i), "image": names, "conversations": talk("What?", "It.")} for names in lists]
     write_json(folder / "all.json", rows)
     account = pack("llava", folder, tmp_path / "out", test_share=0.5)
-    assert account.written == 5
-    by_side = {side: {s.metadata["id"]: s for s in samples(tmp_path / "out" / side)} for side in account.splits}
-    first = next(found["0"] for found in by_side.values() if "0" in found)
-    assert first.question == "What has changed from ?"
-    assert ([image.width for image in first.images], first.metadata["image"]) == ([31, 30], ["b.jpg", "a.jpg"])
-    assert any({"0", "1", "2"} <= found.keys() for found in by_side.values())  # one first image, one side
+    assert account.skipped == []
+    sides = [{s.metadata["id"] for s in samples(tmp_path / "out" / side)} for side in ("train", "test")]
+    assert sides[0].isdisjoint(sides[1])
+    assert min(map(len, sides)) >= 6  # of 24, for the hash parts them about in halves
+
+
+@pytest.mark.parametrize("name", ["train.json", "train.jsonl"])
+def test_json_lines(tmp_path: Path, name: str) -> None:
+    three_pictures(tmp_path / "in")
+    row = {"id": "1", "image": "a.jpg", "conversations": talk("<image>\nWhat?", "It.")}
+    lines = [json.dumps(row), "", json.dumps({**row, "image": None}), "{broken", json.dumps(row)]
+    (tmp_path / "in" / name).write_text("\ufeff" + "\n".join(lines), encoding="utf-8")
+    account = pack("llava", tmp_path / "in", tmp_path / "out")
+    assert account.written == 2
+    found = skipped(account)
+    assert found[f"{name} line 3"] == "1 <image> in the text, but no image is named"
+    assert found[f"{name} line 4"].startswith("not JSON (")
 
 
 def test_files_are_splits(tmp_path: Path) -> None:
@@ -79,10 +226,10 @@ def test_files_are_splits(tmp_path: Path) -> None:
 
 
 def test_file_names_become_names_of_folders(tmp_path: Path) -> None:
-    for name in ("train v1.2", "-test", ".val"):
-        write_json(tmp_path / "in" / f"{name}.json", [{**ROWS[0], "image": None}])
+    for name in ("train v1.2", "-test", ".val", "\u80ba" * 50):
+        write_json(tmp_path / "in" / f"{name}.json", [ROWS[1]])
     account = pack("llava", tmp_path / "in", tmp_path / "out")
-    assert sorted(account.splits) == ["_test", "_val", "train_v1_2"]
+    assert sorted(account.splits) == ["_test", "_val", "train_v1_2", "\u80ba" * 40]
     assert account.skipped == []
 
 

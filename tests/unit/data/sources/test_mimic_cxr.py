@@ -129,6 +129,30 @@ def test_missing_pieces(tmp_path: Path, mimic: Path) -> None:
         pack("mimic-cxr-jpg", mimic, tmp_path / "out")
 
 
+def test_tables_and_reports_of_other_tools(mimic: Path, tmp_path: Path) -> None:
+    lines = gzip.decompress((mimic / "mimic-cxr-2.0.0-split.csv.gz").read_bytes()).decode().split("\n")
+    lines[1:1] = [f"{dicom(90)},,10000032,train", "NaN,50414267,10000032,train", f"{dicom(91)},5", f"{dicom(92)},5,6,"]
+    (mimic / "mimic-cxr-2.0.0-split.csv.gz").write_bytes(gzip.compress(("\ufeff" + "\n".join(lines)).encode()))
+    table = mimic / "mimic-cxr-2.0.0-metadata.csv"
+    table.write_text("\ufeff" + table.read_text().replace("LATERAL", "nan") + f"\n{dicom(4)}\n")
+    reports = mimic / "mimic-cxr-reports" / "files"
+    (reports / "p10" / "p10000032" / "s53189527.txt").write_bytes("IMPRESSION: Größe.".encode("cp1252"))
+    (reports / "p10" / "p10000764" / "s57375967.txt").write_bytes("IMPRESSION: Clear.".encode("utf-16"))
+    account = pack("mimic-cxr-jpg", mimic, tmp_path / "out", views="study")
+    found = skipped(account)
+    place = "mimic-cxr-2.0.0-split.csv.gz row"
+    assert [found[f"{place} {i}"] for i in (1, 2, 3)] == [
+        "study_id is empty",
+        "dicom_id is empty",
+        "subject_id is empty",
+    ]
+    assert found["p6-s5"] == "split is ''; known are train, validate, test"
+    assert found["p10000032-s53189527"].startswith("report is not UTF-8 (byte 0xf6 at position 14)")
+    assert found["p10000764-s57375967"].startswith("report is UTF-16; convert it to UTF-8")
+    first = samples(tmp_path / "out" / "train")[0]
+    assert (first.key, first.metadata["view"]) == ("p10000032-s50414267", ["PA", "AP", ""])
+
+
 @pytest.mark.parametrize(
     ("report", "findings", "impression"),
     [

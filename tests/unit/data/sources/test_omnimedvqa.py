@@ -37,6 +37,8 @@ def omni(tmp_path: Path) -> Path:
         question(2, "Im1.bmp"),
         question(3, "Im9.jpg"),
         question(4, "Im0.jpg", gt_answer="X-ray"),
+        question(5, "Im0.jpg", gt_answer=float("nan")),
+        question(6, "Im0.jpg", option_B=float("nan"), option_C="nan"),
     ]
     write_json(folder / "QA_information" / "Open-access" / "ACRIMA.json", rows)
     odd = question(5, "Im0.jpg", modality="CT(Computed Tomography)")
@@ -50,25 +52,27 @@ def omni(tmp_path: Path) -> Path:
 
 def test_choices(omni: Path, tmp_path: Path) -> None:
     account = pack("omnimedvqa", omni, tmp_path / "out")
-    assert {name: report.written for name, report in account.splits.items()} == {"test": 4}
-    four, two, bitmap, odd = samples(tmp_path / "out" / "test")
+    assert {name: report.written for name, report in account.splits.items()} == {"test": 5}
+    four, two, bitmap, gaps, odd = samples(tmp_path / "out" / "test")
     assert four.question == (
         "What imaging technique was employed? Choose one: PET scan; CT scan; Blood test; Fundus imaging"
     )
     assert (four.answer, four.answer_type) == ("Fundus imaging", "closed")
     assert two.metadata["options"] == ["PET scan", "CT scan"]
+    assert gaps.metadata["options"] == ["PET scan", "Fundus imaging"]
     assert (bitmap.images[0].size, bitmap.images[0].getpixel((0, 0))) == ((9, 7), (10, 20, 30))
     assert (odd.key, odd.metadata["modality"]) == ("omni-Chest_CT_Scan-000000", "CT(Computed Tomography)")
     found = skipped(account)
     assert found["omni-ACRIMA-000004"] == "right answer is none of the choices"
     assert "Im9.jpg" in found["omni-ACRIMA-000003"]
-    assert len(found) == 2
+    assert found["omni-ACRIMA-000005"] == "gt_answer is empty"
+    assert len(found) == 3
 
 
 def test_restricted_questions_and_shares(omni: Path, tmp_path: Path) -> None:
-    assert len(pack("omnimedvqa", omni, tmp_path / "all", access="all").skipped) == 3
+    assert len(pack("omnimedvqa", omni, tmp_path / "all", access="all").skipped) == 4
     account = pack("omnimedvqa", omni, tmp_path / "half", test_share=0.0)
-    assert {name: report.written for name, report in account.splits.items()} == {"train": 4}
+    assert {name: report.written for name, report in account.splits.items()} == {"train": 5}
 
 
 def test_missing_pieces(tmp_path: Path) -> None:

@@ -63,3 +63,27 @@ def test_damaged_files_are_named(pathvqa: Path, tmp_path: Path) -> None:
     (pathvqa / "data" / "train-00001-of-00002.parquet").write_bytes(b"PAR1 cut")
     with pytest.raises(DataError, match=r"train-00001-of-00002\.parquet cannot be read"):
         pack("pathvqa", pathvqa, tmp_path / "out")
+
+
+def test_rows_that_hold_no_text(pathvqa: Path, tmp_path: Path) -> None:
+    path = pathvqa / "data" / "train-00001-of-00002.parquet"
+    write_parquet(path, [{**row(i, "a"), "answer": value} for i, value in enumerate((2.0, float("nan"), None))])
+    account = pack("pathvqa", pathvqa, tmp_path / "numbers")
+    assert samples(tmp_path / "numbers" / "train")[-1].answer == "2.0"
+    empty = "answer is empty; task vqa needs it"
+    assert [skipped(account)[f"pathvqa-train-00001-0000{i}"] for i in (1, 2)] == [empty, empty]
+    table = pyarrow.Table.from_pylist([row(i, "yes") for i in range(3)])
+    bad = pyarrow.array([b"yes", b"\xff\xfe", b"no"]).view(pyarrow.string())
+    pyarrow.parquet.write_table(table.set_column(2, "answer", bad), path)
+    account = pack("pathvqa", pathvqa, tmp_path / "text")
+    assert skipped(account)["pathvqa-train-00001-00001"].startswith("row cannot be read ('utf-8' codec")
+    assert account.splits["train"].written == 7
+
+
+def test_a_file_damaged_inside_is_named(pathvqa: Path, tmp_path: Path) -> None:
+    path = pathvqa / "data" / "train-00001-of-00002.parquet"
+    data = bytearray(path.read_bytes())
+    data[4:400] = b"\xff" * 396  # of the first column's pages; the footer is whole
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=rf"^{path} is damaged \(.*\); fetch it again"):
+        pack("pathvqa", pathvqa, tmp_path / "out")

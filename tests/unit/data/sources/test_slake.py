@@ -106,6 +106,12 @@ def test_damaged_annotations(slake: Path, tmp_path: Path) -> None:
     assert "not x, y, width, height" in skipped(pack("slake", slake, tmp_path / "a"))["slake-val-00000"]
     (place / "detection.json").write_text("{")
     assert skipped(pack("slake", slake, tmp_path / "b"))["slake-test-00000"] == "detection.json is not JSON"
+    for box in ([1, 2, float("nan"), 3], [1, 2, float("inf"), 3], [True, 2, 3, 4]):
+        write_json(place / "detection.json", [{"Liver": box}])
+        assert "not x, y, width, height" in skipped(pack("slake", slake, tmp_path / "a"))["slake-val-00000"]
+    (slake / "mask.txt").write_bytes("70:Le\xf6ver".encode("cp1252"))
+    with pytest.raises(DataError, match=r"mask\.txt is not UTF-8"):
+        pack("slake", slake, tmp_path / "c")
     (slake / "mask.txt").write_text("nothing")
     with pytest.raises(DataError, match=r"mask\.txt names no grey value"):
         pack("slake", slake, tmp_path / "c")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,18 @@ def test_split_by_image_and_case(vqa_rad: Path, tmp_path: Path, caplog: pytest.L
     assert min(map(len, images)) > 0
     last_case = {"synpic5.jpg", "synpic6.jpg", "synpic7.jpg"}
     assert last_case <= images[0] or last_case <= images[1]
+
+
+def test_a_question_without_the_address_stays_with_its_image(vqa_rad: Path, tmp_path: Path) -> None:
+    path = vqa_rad / "VQA_RAD Dataset Public.json"
+    rows = json.loads(path.read_text())
+    for row in rows[:8]:  # one of the three questions of each image
+        row["image_case_url"] = float("nan")
+    write_json(path, rows)
+    pack("vqa-rad", vqa_rad, tmp_path / "out", split="image", test_share=0.5)
+    images = [{s.metadata["case"] for s in samples(tmp_path / "out" / side)} for side in ("train", "test")]
+    assert images[0].isdisjoint(images[1])
+    assert len(images[0] | images[1]) == 8
 
 
 def test_missing_pieces(tmp_path: Path) -> None:

@@ -1,0 +1,49 @@
+"""The places of images in a text, written `<image>` as in LLaVA, compared with the images that a sample names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from medalign.data.samples import BadSample
+from medalign.data.sources.texts import is_missing
+
+TAG = "<image>"
+_AROUND = ("<im_start>", "<im_end>")  # LLaVA writes them on either side of the tag
+# Other models' tokens for images, video and sound, as in <ImageHere>, <|image_1|>, <image 1>, </img>, <im_patch>.
+_FOREIGN = re.compile(
+    r"<[|/]*\w*(?:image|img|im_patch|vision|video|audio)\w*[ -]?\d*\|?>|\[/?(?:IMG|IMAGE)(?:_\w+)?\]", re.IGNORECASE
+)
+
+
+def without_tags(said: str) -> tuple[str, int]:
+    """The text without `<image>`, and how often it was there. Raises BadSample for another model's token."""
+    count = said.count(TAG)
+    for token in (TAG, *_AROUND):
+        said = said.replace(token, "")
+    foreign = _FOREIGN.search(said)
+    if foreign:
+        raise BadSample(f"the text holds {foreign.group()!r}; the place of an image is written {TAG}")
+    return said, count
+
+
+def check_count(tags: int, images: int) -> None:
+    """Raises BadSample unless a text of so many tags is about so many images. A text without tags suits any number."""
+    if tags and tags != images:
+        named = "no image is named" if not images else "1 image is named" if images == 1 else f"{images} are named"
+        raise BadSample(f"{tags} {TAG} in the text, but {named}")
+
+
+def named_images(row: Mapping[str, Any]) -> list[Any]:
+    """The images that a sample names under "image" or "images", one or a list. Raises BadSample where both differ."""
+    one, several = (_listed(row.get(name)) for name in ("image", "images"))
+    if one and several and one != several:
+        raise BadSample('"image" and "images" name different images')
+    return one or several
+
+
+def _listed(value: Any) -> list[Any]:
+    if isinstance(value, list):
+        return value
+    return [] if is_missing(value) else [value]
