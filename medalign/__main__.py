@@ -207,7 +207,7 @@ def _generate(chosen: argparse.Namespace) -> int:
         max_length=chosen.max_length,
         base=chosen.student,
     )
-    sys.stdout.write(given + "\n")
+    sys.stdout.write(given.text + "\n")
     return 0
 
 

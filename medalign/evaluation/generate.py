@@ -1,4 +1,4 @@
-"""Answers of a trained student, with what its question looked at."""
+"""Answers of a trained student, each with why it ended and with its question's attention to the image."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from medalign.data.index import ShardIndex
 from medalign.data.loader import batches
 from medalign.evaluation.grounding import grounding
 from medalign.evaluation.metrics import Prediction
+from medalign.evaluation.metrics.predictions import LENGTH, STOP
 from medalign.geometry import CanvasFrame
 from medalign.student.model import Student
 
@@ -24,6 +25,7 @@ class Answer:
 
     text: str
     attention: list[float] | None
+    finish_reason: str = ""  # STOP: an end token; LENGTH: the limit of new tokens
 
 
 @dataclass(frozen=True)
@@ -37,19 +39,26 @@ class Predicted:
 
 def answer(student: Student, tokenizer: Any, batch: Batch, max_new_tokens: int) -> list[Answer]:
     """Greedy answers to a left-padded batch of questions."""
+    ends = end_tokens(tokenizer)
     ids, maps_IN = student.generate(
         batch,
         max_new_tokens=max_new_tokens,
         do_sample=False,
         pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=ends,
     )
+    ended = torch.isin(ids, torch.tensor(ends, device=ids.device)).any(1).tolist()
     texts = [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
     first: dict[int, list[float]] = {}
     if maps_IN is not None:
         for image, sample in enumerate(batch.image_sample.tolist()):
             first.setdefault(sample, maps_IN[image].tolist())
-    return [Answer(text, first.get(row)) for row, text in enumerate(texts)]
+    return [Answer(text, first.get(row), STOP if ended[row] else LENGTH) for row, text in enumerate(texts)]
+
+
+def end_tokens(tokenizer: Any) -> list[int]:
+    """The tokens that end an answer: what generation stops at, and what tells an answer that ended from a cut one."""
+    return [tokenizer.eos_token_id]
 
 
 def predict(
@@ -78,6 +87,8 @@ def _prediction(student: Student, sample: Sample, given: Answer) -> Prediction:
         answer=sample.answer,
         answer_type=sample.answer_type,
         prediction=given.text,
+        finish_reason=given.finish_reason,
+        empty=not given.text,
     )
     if given.attention is None:
         return row
