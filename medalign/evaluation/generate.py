@@ -39,7 +39,7 @@ class Predicted:
 
 def answer(student: Student, tokenizer: Any, batch: Batch, max_new_tokens: int) -> list[Answer]:
     """Greedy answers to a left-padded batch of questions."""
-    ends = end_tokens(tokenizer)
+    ends = [tokenizer.eos_token_id]
     ids, maps_IN = student.generate(
         batch,
         max_new_tokens=max_new_tokens,
@@ -47,18 +47,19 @@ def answer(student: Student, tokenizer: Any, batch: Batch, max_new_tokens: int) 
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=ends,
     )
-    ended = torch.isin(ids, torch.tensor(ends, device=ids.device)).any(1).tolist()
     texts = [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
     first: dict[int, list[float]] = {}
     if maps_IN is not None:
         for image, sample in enumerate(batch.image_sample.tolist()):
             first.setdefault(sample, maps_IN[image].tolist())
-    return [Answer(text, first.get(row), STOP if ended[row] else LENGTH) for row, text in enumerate(texts)]
+    reasons = finish_reasons(ids, ends)
+    return [Answer(text, first.get(row), reasons[row]) for row, text in enumerate(texts)]
 
 
-def end_tokens(tokenizer: Any) -> list[int]:
-    """The tokens that end an answer: what generation stops at, and what tells an answer that ended from a cut one."""
-    return [tokenizer.eos_token_id]
+def finish_reasons(ids_BT: torch.Tensor, ends: Sequence[int]) -> list[str]:
+    """Why each answer ended: STOP where it has one of the end tokens given to `generate`, else LENGTH."""
+    ended_B = torch.isin(ids_BT, torch.tensor(ends, device=ids_BT.device)).any(1)
+    return [STOP if ended else LENGTH for ended in ended_B.tolist()]
 
 
 def predict(

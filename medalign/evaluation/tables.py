@@ -18,7 +18,7 @@ class Column:
     label: str
     count: str  # key of the number of samples behind it
     scale: float = 100.0  # shares are shown in per cent
-    chance: str = ""  # key of what a student that does not look would score
+    chance: str = ""  # key of the score without the picture
     chance_label: str = ""
 
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import fsspec
 import pytest
+import torch
 
 from medalign.__main__ import main
 from medalign.checkpoint import export
 from medalign.config import DataConfig
+from medalign.contracts import Batch
 from medalign.data.index import ShardIndex
 from medalign.data.phantom.records import records
 from medalign.data.records import Record
@@ -21,6 +23,7 @@ from medalign.data.shards import write_shards
 from medalign.evaluation import generate
 from medalign.evaluation.metrics import read_predictions
 from medalign.inference import open_student
+from medalign.student.model import Student
 
 QUICK = ["--max-new-tokens", "2"]
 
@@ -108,9 +111,18 @@ def test_questions_that_are_cut_are_counted(run, shards, capsys):
     assert "--max-length is 20, but the template and" in capsys.readouterr().err
 
 
+def says(token: int) -> Callable[..., tuple[torch.Tensor, None]]:
+    """In place of a student's `generate`: this token over and over."""
+
+    def generate(_student: Student, batch: Batch, *, max_new_tokens: int, **_: object) -> tuple[torch.Tensor, None]:
+        return torch.full((len(batch.input_ids), max_new_tokens), token), None
+
+    return generate
+
+
 def test_answers_that_are_cut_or_empty_are_counted(run, shards, capsys, monkeypatch):
     words = ["evaluate", str(run), "--data", str(shards / "val"), "--name", "answers", "--limit", "4", *QUICK]
-    monkeypatch.setattr(generate, "end_tokens", lambda _tokenizer: [-1])  # no answer ends
+    monkeypatch.setattr(Student, "generate", says(72))  # no end token
     assert main(words) == 0
     told = capsys.readouterr()
     assert "4 of 4 answers were cut at 2 tokens; --max-new-tokens raises the limit" in told.err
@@ -119,13 +131,14 @@ def test_answers_that_are_cut_or_empty_are_counted(run, shards, capsys, monkeypa
     assert (found["max_new_tokens"], found["answers_cut"], found["limit"]) == (2, 4, 4)
     rows = read_predictions(run / "evaluation" / "answers" / "predictions.jsonl")
     assert {row.finish_reason for row in rows} == {"length"}
-    assert found["answers_empty"] == sum(row.empty for row in rows)
-    monkeypatch.setattr(generate, "end_tokens", lambda _tokenizer: list(range(300)))  # every answer ends at once
+    assert found["answers_empty"] == 0 and not any(row.empty for row in rows)
+    monkeypatch.setattr(Student, "generate", says(2))
     assert main(words) == 0
     told = capsys.readouterr()
-    assert "answers were cut" not in told.out + told.err and scores(run, "answers")["answers_cut"] == 0
+    assert "answers were cut" not in told.out + told.err and "4 of 4 answers are empty" in told.err
+    assert (scores(run, "answers")["answers_cut"], scores(run, "answers")["answers_empty"]) == (0, 4)
     rows = read_predictions(run / "evaluation" / "answers" / "predictions.jsonl")
-    assert {row.finish_reason for row in rows} == {"stop"}
+    assert {(row.finish_reason, row.empty) for row in rows} == {("stop", True)}
 
 
 def test_a_log_shows_how_far_the_evaluation_is(run, shards, capsys):

@@ -35,7 +35,7 @@ class Spoken(Fixed):
     """A student that gives these tokens."""
 
     def __init__(self, ids: list[list[int]]) -> None:
-        self.ids, self.asked = torch.tensor(ids), {}
+        self.ids, self.end_tokens, self.asked = torch.tensor(ids), [2], {}
 
     def generate(self, _batch: Any, **settings: Any) -> tuple[torch.Tensor, None]:
         self.asked = settings
@@ -48,14 +48,11 @@ def test_an_answer_says_why_it_ended() -> None:
     given = answer(student, words, tiny.batch(texts=((3, 1),) * 4), 3)  # type: ignore[arg-type]
     assert [one.finish_reason for one in given] == ["length", "stop", "stop", "stop"]
     assert [bool(one.text) for one in given] == [True, True, False, True]
-    assert student.asked["eos_token_id"] == generate.end_tokens(words) == [2]
+    assert student.asked["eos_token_id"] == [2]
 
 
-def test_any_of_several_end_tokens_ends_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generate, "end_tokens", lambda _tokenizer: [2, 74])
-    student = Spoken([[72, 73, 74], [72, 73, 75]])
-    given = answer(student, tiny.tokenizer(), tiny.batch(), 3)  # type: ignore[arg-type]
-    assert [one.finish_reason for one in given] == ["stop", "length"] and student.asked["eos_token_id"] == [2, 74]
+def test_any_of_several_end_tokens_ends_an_answer() -> None:
+    assert generate.finish_reasons(torch.tensor([[72, 73, 74], [72, 73, 75]]), [2, 74]) == ["stop", "length"]
 
 
 @pytest.mark.parametrize(

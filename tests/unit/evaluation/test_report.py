@@ -78,6 +78,7 @@ def test_the_page_is_whole_and_loads_nothing(runs, tmp_path):
     ids = re.findall(r' id="([^"]*)"', text)
     assert len(ids) == len(set(ids))
     assert "without looking" in text and "area" in text
+    assert "Attention of the question&rsquo;s tokens" in text and "question looks" not in text
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["report.html", "report.json"]
 
 
@@ -91,7 +92,7 @@ def test_numbers_are_written_as_json(runs, tmp_path):
     assert {key: table["rows"][1][key] for key in scores} == pytest.approx(scores)
     assert data["training"][0]["steps"] is None and data["training"][1]["steps"] == 200
     assert data["training"][1]["truncated"] == 2  # the last row's total
-    assert "Where the question looks" not in (tmp_path / "report.html").read_text()
+    assert "examples spread evenly" not in (tmp_path / "report.html").read_text()
 
 
 def test_missing_shards_are_told_and_leave_the_rest(runs, tmp_path):
