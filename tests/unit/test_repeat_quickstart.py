@@ -159,11 +159,3 @@ def test_the_json_holds_arms_and_differences(tool, by_seed, tmp_path, monkeypatc
     assert written["differences"]["medalign - language"]["bleu"]["seeds"] == [0.0, 1.0]
     assert written["arms"]["medalign"]["bleu"]["seeds"] == [5.0, 8.0]
     assert "medalign - steered" in capsys.readouterr().out
-
-
-def test_the_script_knows_every_arm(tool):
-    """The arms that the table names, and no other, are in the script's `case` and in its report."""
-    script = (ROOT / "tools/quickstart.sh").read_text()
-    assert all(f"        {arm}) train {arm}" in script for arm in tool.ARMS)
-    assert f"for arm in {' '.join(tool.ARMS)}; do" in script
-    assert "${ARMS:-base language medalign}" in script
