@@ -15,8 +15,8 @@
 Beside them stand answers_signature, bleu_signature and rouge_l_signature: how the texts were made into tokens, and the
 versions of the libraries. Scores with different signatures cannot be compared.
 
-Shares lie in [0, 1]. Means over samples also have NAME_low and NAME_high, a 95 % bootstrap interval. Counts are
-always there; the scores of a group without samples are left out.
+Shares lie in [0, 1]. BLEU and means over samples also have NAME_low and NAME_high, a 95 % bootstrap interval. Counts
+are always there; the scores of a group without samples are left out.
 """
 
 from __future__ import annotations
@@ -91,8 +91,9 @@ def _open(rows: Sequence[Prediction]) -> Scores:
 def _report(rows: Sequence[Prediction]) -> Scores:
     scores: Scores = {"report_n": len(rows)}
     if rows:
-        points, signature = signed_bleu([r.prediction for r in rows], [r.answer for r in rows])
-        scores |= {"bleu": points, "bleu_signature": signature, "rouge_l_signature": rouge_signature()}
+        found = signed_bleu([r.prediction for r in rows], [r.answer for r in rows], RESAMPLES)
+        scores |= {"bleu": found.points, "bleu_low": found.low, "bleu_high": found.high}
+        scores |= {"bleu_signature": found.signature, "rouge_l_signature": rouge_signature()}
     return scores | mean("rouge_l", [rouge_l(r.prediction, r.answer) for r in rows])
 
 

@@ -141,9 +141,9 @@ def test_english_is_scored_as_before(prediction, reference):
 
 def test_signatures_say_how_texts_were_counted():
     english, chinese = "the lungs are clear", "双肺清晰"
-    assert signed_bleu([english], [english])[1] == str(sacrebleu_signature())
-    assert "|tok:13a|" in signed_bleu([chinese], [english])[1]  # of one data set, whatever a run answers
-    assert "|eff:yes|tok:13a+characters|" in signed_bleu([english], [chinese])[1]
+    assert signed_bleu([english], [english]).signature == str(sacrebleu_signature())
+    assert "|tok:13a|" in signed_bleu([chinese], [english]).signature  # of one data set, whatever a run answers
+    assert "|eff:yes|tok:13a+characters|" in signed_bleu([english], [chinese]).signature
     scores = score(
         [Prediction("k", "report", "q", chinese, "", chinese), Prediction("l", "vqa", "q", "yes", "", "yes")]
     )
