@@ -36,6 +36,7 @@ setup(
         "jinja2>=3.1",
         "sacrebleu>=2.5",
         "rouge-score>=0.1.2",
+        "regex>=2024.4.16",  # Unicode scripts; sacrebleu and transformers bring it too
         "ninja>=1.11",
         "psutil>=6",
         "defusedxml>=0.7",

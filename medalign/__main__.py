@@ -178,7 +178,8 @@ def _add_generate(commands) -> None:
         "generate",
         _generate,
         "answer a question about an image, or several",
-        "Prints the answer. With --overlay, draws where in the first image the question looked at the tapped block.\n\n"
+        "Prints the answer. With --overlay, draws the attention of the question's tokens at the tapped block to the\n"
+        "first image.\n\n"
         'example: medalign generate runs/first --image film.png --question "Is there an effusion?" --overlay map.png',
     )
     _add_run(parser)
@@ -207,7 +208,7 @@ def _generate(chosen: argparse.Namespace) -> int:
         max_length=chosen.max_length,
         base=chosen.student,
     )
-    sys.stdout.write(given + "\n")
+    sys.stdout.write(given.text + "\n")
     return 0
 
 
@@ -218,8 +219,9 @@ def _add_evaluate(commands) -> None:
         _evaluate,
         "score a run on held-out shards",
         "Writes RUN/evaluation/NAME/predictions.jsonl and scores.json and prints the scores: closed accuracy, open\n"
-        "recall, BLEU and ROUGE-L of reports, and for samples with boxes the share of the question's attention\n"
-        "inside them and the pointing game. Of a checkpoint RUN/checkpoints/step-N, NAME begins with step-N.\n\n"
+        "recall, BLEU and ROUGE-L of reports, and for samples with boxes the share of the attention inside them (of\n"
+        "the question's tokens, at the tapped block) and the pointing game. Counts answers that are empty or cut at\n"
+        "--max-new-tokens. Of a checkpoint RUN/checkpoints/step-N, NAME begins with step-N.\n\n"
         "example: medalign evaluate runs/first --data data/val",
     )
     _add_run(parser)

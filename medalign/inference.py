@@ -6,14 +6,12 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
 
 import torch
-from tqdm import tqdm
 
 from medalign import distributed
 from medalign.checkpoint import export
@@ -22,15 +20,17 @@ from medalign.data.bad_sample import naming
 from medalign.data.collate import Collator, TowerView
 from medalign.data.decode import decode_image, has_several_frames
 from medalign.data.index import ShardIndex
-from medalign.data.loader import judge_bad_share
 from medalign.data.prompts import PromptEncoder
 from medalign.data.storage import is_remote
 from medalign.errors import ConfigError, DataError
-from medalign.evaluation.generate import Predicted, answer, predict
+from medalign.evaluation.generate import Answer, Predicted, answer, predict
 from medalign.evaluation.metrics import Prediction, score, unfinished, write_predictions
+from medalign.evaluation.metrics.predictions import LENGTH
 from medalign.evaluation.pictures import overlay
 from medalign.evaluation.runs import home_of
+from medalign.evaluation.tally import Tally
 from medalign.observability.files import write_text
+from medalign.observability.progress import Progress
 from medalign.student import loading
 from medalign.student.model import Student
 
@@ -45,8 +45,11 @@ def generate(
     max_new_tokens: int,
     max_length: int | None = None,
     base: str | None = None,
-) -> str:
-    """The answer to one question; draws its attention to the first image into `picture` if that is named."""
+) -> Answer:
+    """The answer to one question; draws its attention to the first image into `picture` if that is named.
+
+    What cannot be seen in the text (it is empty, or was cut) is told in the log.
+    """
     if not question.strip():
         raise ConfigError("--question is empty")
     for image in images:
@@ -70,7 +73,11 @@ def generate(
     if picture is not None and given.attention is not None:
         overlay(pictures[0], given.attention, student.anatomy.grid).save(picture)
         log.info("overlay: %s", picture)
-    return given.text
+    if not given.text:
+        log.warning("(empty answer)")
+    if given.finish_reason == LENGTH:
+        log.warning("the answer is cut at %d tokens; --max-new-tokens raises the limit", max_new_tokens)
+    return given
 
 
 def evaluate(
@@ -91,50 +98,38 @@ def evaluate(
     predictions so far stay in the folder, in a hidden file that the log names.
     """
     folder = _evaluation_folder(run, data, name)
-    indexes = [ShardIndex.open(place) for place in data]
+    indexes = _open(data)
     student, tokenizer, collator = open_student(run, base, max(i.most_images for i in indexes), max_length)
-    ask = partial(
-        predict,
-        student,
-        tokenizer,
-        collator=collator,
-        batch_size=batch_size,
-        max_new_tokens=max_new_tokens,
-        device=distributed.device(),
-    )
-    tally = _Tally(max_bad_share)
+    limits = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
+    ask = partial(predict, student, tokenizer, collator=collator, device=distributed.device(), **limits)
+    tally = Tally(max_bad_share)
     _write_predictions(folder / "predictions.jsonl", _rows(ask, indexes, limit, tally))
     grid, longest = student.anatomy.grid, collator.encoder.max_length
-    if tally.cut:
-        log.warning("%d questions were cut to %d tokens; --max-length raises the limit", tally.cut, longest)
+    tally.warn(longest, max_new_tokens)
     facts = {
         "name": folder.name,
         "data": [place if is_remote(place) else str(Path(place).resolve()) for place in data],
         "grid": [grid.rows, grid.columns],
-        "unreadable": tally.unreadable,
-        "truncated": tally.cut,
+        "samples": sum(map(len, indexes)),
+        "limit": limit,
         "max_length": longest,
+        "max_new_tokens": max_new_tokens,
+        **tally.counts(),
     }
     write_text(folder / "scores.json", json.dumps(score(tally.rows) | facts, indent=2) + "\n")
     return folder
 
 
-@dataclass
-class _Tally:
-    """What an evaluation has seen so far."""
-
-    max_bad_share: float
-    rows: list[Prediction] = field(default_factory=list)
-    unreadable: int = 0
-    cut: int = 0
-
-    def add(self, predicted: Predicted) -> None:
-        """Raises DataError when too many samples could not be read."""
-        self.rows += predicted.rows
-        self.cut += predicted.cut
-        self.unreadable += len(predicted.unreadable)
-        seen = len(self.rows) + self.unreadable
-        judge_bad_share(self.unreadable, seen, self.max_bad_share, predicted.unreadable, "--max-bad-share")
+def _open(data: Sequence[str]) -> list[ShardIndex]:
+    """The index of each folder. Raises ConfigError where two hold the same samples, which would count twice."""
+    indexes = [ShardIndex.open(place) for place in data]
+    places: dict[tuple[str, ...], str] = {}
+    for place, index in zip(data, indexes, strict=True):
+        content = index.fingerprint()
+        if content in places:
+            raise ConfigError(f"--data {places[content]} and {place} hold the same samples; name one of them")
+        places[content] = place
+    return indexes
 
 
 def _evaluation_folder(run: Path, data: Sequence[str], name: str | None) -> Path:
@@ -156,11 +151,11 @@ def _name_of(place: str) -> str:
 
 
 def _rows(
-    ask: Callable[..., Iterator[Predicted]], indexes: Sequence[ShardIndex], limit: int | None, tally: _Tally
+    ask: Callable[..., Iterator[Predicted]], indexes: Sequence[ShardIndex], limit: int | None, tally: Tally
 ) -> Iterator[Prediction]:
     """The predictions for all samples, or for the first `limit`, folder by folder; `tally` counts along."""
     left = sum(map(len, indexes)) if limit is None else min(limit, sum(map(len, indexes)))
-    with tqdm(total=left, unit="sample", desc="evaluate", disable=None) as bar:
+    with Progress("evaluate", left, "samples") as progress:
         for number, index in enumerate(indexes):
             numbers = range(min(left, len(index)))
             left -= len(numbers)
@@ -168,8 +163,8 @@ def _rows(
                 for row in predicted.rows:
                     row.folder = number
                     yield row
-                bar.update(len(predicted.rows) + len(predicted.unreadable))
                 tally.add(predicted)
+                progress.add(len(predicted.rows) + len(predicted.unreadable))
 
 
 def _write_predictions(path: Path, rows: Iterator[Prediction]) -> None:

@@ -1,4 +1,4 @@
-"""How good a teacher is: what it tells apart without training for it, and whether it looks where the finding is."""
+"""How good a teacher is: what it tells apart without training for it, and its attention to findings."""
 
 from __future__ import annotations
 

@@ -3,8 +3,8 @@
 #
 #   bash tools/quickstart.sh [FOLDER]      default runs/quickstart; the same folder again goes on where it stopped
 #
-# SEED (0), STEPS (the recipe's), TRAIN and VAL (studies), RANKS and ARMS ("base language medalign", and "untrained"
-# as a control) can be set in the environment.
+# SEED (0), STEPS (the recipe's), TRAIN and VAL (studies), RANKS and ARMS ("base language medalign"; two more are
+# controls, "steered" and "untrained") can be set in the environment.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source tools/install.sh
@@ -50,14 +50,15 @@ for arm in ${ARMS:-base language medalign}; do
     case $arm in
         base) train base --train.steps 0 ;;
         language) train language --losses.alpha 0 --losses.beta 0 --student.steering false ;;
+        steered) train steered --losses.alpha 0 --losses.beta 0 ;; # a control: W and the language loss, no teacher
         medalign) train medalign ;;
         untrained) train untrained --teacher.random_weights_seed 1 ;; # a control: MedAlign from a teacher of noise
-        *) echo "unknown arm $arm: choose from base language untrained medalign" >&2 && exit 2 ;;
+        *) echo "unknown arm $arm: choose from base language steered untrained medalign" >&2 && exit 2 ;;
     esac
 done
 
 runs=()
-for arm in base language untrained medalign; do
+for arm in base language steered untrained medalign; do
     if [ -d "$out/$arm/evaluation" ]; then runs+=("$out/$arm"); fi
 done
 medalign report "${runs[@]}" --output "$out/report.html"

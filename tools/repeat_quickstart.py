@@ -1,17 +1,22 @@
-"""The quickstart's table with several seeds behind it: mean and spread of every score of every arm.
+"""The quickstart's table over several seeds: every score of every arm, and the differences between arms.
 
     python tools/repeat_quickstart.py --seeds 0 1 2
 
-Runs tools/quickstart.sh once a seed (what is finished is not run again) and writes tools/results/quickstart.json. A
-seed fixes the films, the order and the start of the adapters; the base student and the teacher stay the same. The
-arm "blind" is no model: it gives each question the commonest answer that it has in the training split, which is what
-can be had without looking at the film; the arm "untrained" is a control, MedAlign from a teacher of random weights.
+Runs tools/quickstart.sh once per seed (what is finished is not run again) and writes tools/results/quickstart.json. A
+seed fixes the films, the order and the start of the adapters; the base student and the teacher stay the same. Scores
+and differences have a 95 % t-interval over the seeds. The differences are paired: both arms of a seed see the same
+films in the same order and answer the same questions.
+
+The arm "blind" is not a model: it gives each question its most common answer in the training split, which is the score
+without the film. Two arms are controls: "steered" has the language loss and W but no teacher, "untrained" is MedAlign
+with a teacher of random weights.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shlex
 import statistics
@@ -19,12 +24,12 @@ import subprocess
 import sys
 import tarfile
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-ARMS = ("base", "language", "untrained", "medalign")
+ARMS = ("base", "language", "steered", "untrained", "medalign")
 SCORES = (
     "closed_accuracy",
     "closed_majority",
@@ -38,6 +43,20 @@ SCORES = (
     "pointing_chance",
     "data_wait_share",
 )
+PAIRS = (("medalign", "language"), ("medalign", "steered"), ("medalign", "untrained"))
+COMPARED = ("closed_accuracy", "open_exact", "bleu")
+# What makes an arm what it is; every other setting must be the same in all arms.
+ARM_SETTINGS = {
+    "run.dir",
+    "train.steps",
+    "losses.alpha",
+    "losses.beta",
+    "student.steering",
+    "teacher.random_weights_seed",
+}
+
+Scores = Mapping[str, Any]
+BySeed = Mapping[int, Mapping[str, Scores]]  # seed -> arm -> scores
 
 
 def questions(split: Path) -> Iterator[dict[str, str]]:
@@ -74,14 +93,109 @@ def waiting(run: Path) -> dict[str, float]:
     return {"data_wait_share": statistics.mean(shares)} if shares else {}
 
 
-def run(seed: int, folder: Path) -> dict[str, dict[str, float]]:
-    """The scores of each arm for one seed."""
+def run(seed: int, folder: Path) -> dict[str, Scores]:
+    """The scores of each arm for one seed. Only arms without scores are trained."""
     missing = [arm for arm in ARMS if not scores_file(folder, arm).is_file()]
     if missing:
         environment = os.environ | {"SEED": str(seed), "ARMS": " ".join(missing)}
         subprocess.run(["bash", "tools/quickstart.sh", str(folder)], cwd=ROOT, env=environment, check=True)
     scores = {arm: json.loads(scores_file(folder, arm).read_text()) | waiting(folder / arm) for arm in ARMS}
+    check(folder, scores)
     return scores | {"blind": blind(folder / "data")}
+
+
+def check(folder: Path, scores: Mapping[str, Scores]) -> None:
+    """Exit where arms answered different questions; tell where finished arms had other settings."""
+    asked = {arm: one["n"] for arm, one in scores.items()}
+    if len(set(asked.values())) > 1:
+        sys.exit(f"{folder}: the arms answered different questions ({asked}); evaluate them again on {folder}/data/val")
+    settings = {arm: common_settings(folder / arm) for arm in scores}
+    for line in sorted(set().union(*settings.values())):
+        arms = [arm for arm, lines in settings.items() if line in lines]
+        if len(arms) < len(settings):
+            print(f"{folder}: {line} holds for {', '.join(arms)} only; train the arms alike", file=sys.stderr)
+
+
+def common_settings(run: Path) -> set[str]:
+    """The settings of a run as "section.key: value", without those that make an arm what it is."""
+    section, found = "", set()
+    for line in (run / "config.yaml").read_text().splitlines():
+        if line.startswith(" "):
+            found.add(f"{section}.{line.strip()}")
+        else:
+            section = line.rstrip(":")
+    return {line for line in found if line.split(":")[0] not in ARM_SETTINGS}
+
+
+def t_quantile(freedom: int) -> float:
+    """The 97.5 % quantile of Student's t: Abramowitz and Stegun 26.7.3 and 26.7.4, inverted by bisection."""
+
+    def inside(angle: float) -> float:
+        """The probability that |t| < sqrt(freedom) tan(angle)."""
+        odd = freedom % 2
+        term = math.cos(angle) if odd else 1.0
+        total = term if freedom > 1 else 0.0
+        for k in range(3 if odd else 2, freedom - 1, 2):
+            term *= (k - 1) / k * math.cos(angle) ** 2
+            total += term
+        return 2 / math.pi * (angle + math.sin(angle) * total) if odd else math.sin(angle) * total
+
+    low, high = 0.0, math.pi / 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if inside(middle) < 0.95 else (low, middle)
+    return math.sqrt(freedom) * math.tan(high)
+
+
+def summary(values: Sequence[float]) -> dict[str, Any]:
+    """Mean, standard deviation and 95 % t-interval over the seeds; one seed has neither of the last two."""
+    mean = statistics.mean(values)
+    found: dict[str, Any] = {"mean": round(mean, 4)}
+    if len(values) > 1:
+        spread = statistics.stdev(values)
+        half = t_quantile(len(values) - 1) * spread / math.sqrt(len(values))
+        found |= {"spread": round(spread, 4), "low": round(mean - half, 4), "high": round(mean + half, 4)}
+    return found | {"seeds": list(values)}
+
+
+def table(by_seed: BySeed) -> dict[str, dict[str, Any]]:
+    """Arm -> score -> summary, without the scores that an arm does not have."""
+    found: dict[str, dict[str, Any]] = {}
+    for arm in ("blind", *ARMS):
+        columns = {name: [scores[arm][name] for scores in by_seed.values() if name in scores[arm]] for name in SCORES}
+        found[arm] = {name: summary(values) for name, values in columns.items() if values}
+    return found
+
+
+def differences(by_seed: BySeed) -> dict[str, dict[str, Any]]:
+    """ "medalign - language" -> score -> summary of the differences of each seed that has both."""
+    found: dict[str, dict[str, Any]] = {}
+    for arm, other in PAIRS:
+        found[f"{arm} - {other}"] = {
+            name: summary(values)
+            for name in COMPARED
+            if (
+                values := [
+                    round(scores[arm][name] - scores[other][name], 12)  # 0.3 and not 0.30000000000000004
+                    for scores in by_seed.values()
+                    if name in scores[arm] and name in scores[other]
+                ]
+            )
+        }
+    return found
+
+
+def as_text(rows: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> str:
+    """A line per row, "mean [low, high]" per score."""
+
+    def cell(found: Mapping[str, Any] | None) -> str:
+        if found is None:
+            return ""
+        return f"{found['mean']:.3f}" + (f" [{found['low']:.3f}, {found['high']:.3f}]" if "low" in found else "")
+
+    lines = [["", *names], *([row, *(cell(scores.get(name)) for name in names)] for row, scores in rows.items())]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) for line in lines)
 
 
 def main() -> None:
@@ -91,25 +205,16 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "tools/results/quickstart.json")
     options = parser.parse_args()
     by_seed = {seed: run(seed, options.folder / f"seed-{seed}") for seed in options.seeds}
-    table: dict[str, dict[str, Any]] = {}
-    for arm in ("blind", *ARMS):
-        table[arm] = {}
-        for name in SCORES:
-            values = [scores[arm][name] for scores in by_seed.values() if name in scores[arm]]
-            if not values:
-                continue
-            spread = statistics.stdev(values) if len(values) > 1 else 0.0
-            table[arm][name] = {"mean": round(statistics.mean(values), 4), "spread": round(spread, 4), "seeds": values}
-    facts = {
+    facts: dict[str, Any] = {
         "command": shlex.join(["python", "tools/repeat_quickstart.py", *sys.argv[1:]]),
         "questions": [scores["base"]["n"] for scores in by_seed.values()],
         "spread": "standard deviation over the seeds",
+        "low, high": "95 % t-interval over the seeds",
+        "arms": table(by_seed),
+        "differences": differences(by_seed),
     }
-    options.output.write_text(json.dumps(facts | {"arms": table}, indent=2) + "\n")
-    print(" " * 18, *(f"{arm:>16}" for arm in table))
-    for name in SCORES:
-        cells = [scores.get(name) for scores in table.values()]
-        print(f"{name:18}", *(f"{c['mean']:8.3f} ± {c['spread']:.3f}" if c else " " * 16 for c in cells))
+    options.output.write_text(json.dumps(facts, indent=2) + "\n")
+    print(as_text(facts["arms"], SCORES), as_text(facts["differences"], COMPARED), sep="\n\n")
 
 
 if __name__ == "__main__":

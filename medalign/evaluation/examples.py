@@ -1,4 +1,4 @@
-"""The same questions side by side over runs, with the picture and where each run's question looked."""
+"""The same questions side by side over runs, with the picture and the attention of each run's question to it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Answers of a trained student, with what its question looked at."""
+"""Answers of a trained student, each with why it ended and with its question's attention to the image."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from medalign.data.index import ShardIndex
 from medalign.data.loader import batches
 from medalign.evaluation.grounding import grounding
 from medalign.evaluation.metrics import Prediction
+from medalign.evaluation.metrics.predictions import LENGTH, STOP
 from medalign.geometry import CanvasFrame
 from medalign.student.model import Student
 
@@ -24,6 +25,7 @@ class Answer:
 
     text: str
     attention: list[float] | None
+    finish_reason: str = ""  # STOP: an end token; LENGTH: the limit of new tokens
 
 
 @dataclass(frozen=True)
@@ -37,19 +39,27 @@ class Predicted:
 
 def answer(student: Student, tokenizer: Any, batch: Batch, max_new_tokens: int) -> list[Answer]:
     """Greedy answers to a left-padded batch of questions."""
+    ends = [tokenizer.eos_token_id]
     ids, maps_IN = student.generate(
         batch,
         max_new_tokens=max_new_tokens,
         do_sample=False,
         pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=ends,
     )
     texts = [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
     first: dict[int, list[float]] = {}
     if maps_IN is not None:
         for image, sample in enumerate(batch.image_sample.tolist()):
             first.setdefault(sample, maps_IN[image].tolist())
-    return [Answer(text, first.get(row)) for row, text in enumerate(texts)]
+    reasons = finish_reasons(ids, ends)
+    return [Answer(text, first.get(row), reasons[row]) for row, text in enumerate(texts)]
+
+
+def finish_reasons(ids_BT: torch.Tensor, ends: Sequence[int]) -> list[str]:
+    """Why each answer ended: STOP where it has one of the end tokens given to `generate`, else LENGTH."""
+    ended_B = torch.isin(ids_BT, torch.tensor(ends, device=ids_BT.device)).any(1)
+    return [STOP if ended else LENGTH for ended in ended_B.tolist()]
 
 
 def predict(
@@ -78,6 +88,8 @@ def _prediction(student: Student, sample: Sample, given: Answer) -> Prediction:
         answer=sample.answer,
         answer_type=sample.answer_type,
         prediction=given.text,
+        finish_reason=given.finish_reason,
+        empty=not given.text,
     )
     if given.attention is None:
         return row

@@ -1,4 +1,7 @@
-"""Does the question's attention look where the finding is?
+"""How much of the question's attention lies on the finding?
+
+The attention is that of the question's tokens at the tapped block, mean over heads and tokens: a saliency map. It does
+not tell whether the student follows the question, nor whether its answer depends on where the attention lies.
 
 Everything is measured on the picture alone, without the padding that makes it square: attention on padding is left
 out before it is normalised, and so is the padding's ground. Attention spread evenly over the picture then scores
@@ -35,7 +38,7 @@ def grounding(
 ) -> Grounding | None:
     """Compare a question's attention, N values of any positive scale, with boxes in image pixels.
 
-    None where no box covers any of the picture: there is nothing to look at, and no score would be fair.
+    None where no box covers any of the picture: no score would be fair.
 
     The boxes count as their union, cut to the picture; a patch that is partly inside counts in proportion. A patch
     is a hit where its centre lies in a box, or where it holds the centre of a box (which may be smaller than a

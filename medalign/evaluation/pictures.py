@@ -1,4 +1,4 @@
-"""Attention drawn over the image it looked at."""
+"""An attention map drawn over its image."""
 
 from __future__ import annotations
 

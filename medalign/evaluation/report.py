@@ -15,7 +15,7 @@ from medalign.errors import ConfigError
 from medalign.evaluation.curves import SERIES, panels
 from medalign.evaluation.examples import examples as choose_examples
 from medalign.evaluation.runs import config_differences, evaluation_names, read_evaluation, read_runs
-from medalign.evaluation.tables import Course, Table, as_text, course, remarks, score_table
+from medalign.evaluation.tables import Course, Table, as_text, course, score_table
 from medalign.observability.files import write_text
 
 TEMPLATE = "report.html.jinja"
@@ -55,15 +55,19 @@ def write_report(runs: Sequence[Path], output: Path, *, titles: Sequence[str] | 
 
 
 def format_table(runs: Sequence[Path], titles: Sequence[str] | None = None) -> str:
-    """The score tables as text with aligned columns, one for each data set."""
+    """The score tables as text with aligned columns, one for each data set, below each what it does not tell."""
     records = read_runs(runs, titles)
-    return "\n\n".join(as_text(score_table(records, name)) for name in evaluation_names(records))
+    return "\n\n".join(_as_lines(score_table(records, name)) for name in evaluation_names(records))
 
 
 def format_evaluation(folder: Path) -> str:
     """The table of one evaluation, below it what the table does not tell."""
     record = read_evaluation(folder)
-    return "\n".join([as_text(score_table([record], folder.name)), *remarks(record.evaluations[folder.name].scores)])
+    return _as_lines(score_table([record], folder.name))
+
+
+def _as_lines(table: Table) -> str:
+    return "\n".join([as_text(table), *table.remarks()])
 
 
 def as_data(tables: Sequence[Table], courses: Sequence[Course]) -> dict[str, Any]:

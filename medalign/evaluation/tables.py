@@ -18,7 +18,7 @@ class Column:
     label: str
     count: str  # key of the number of samples behind it
     scale: float = 100.0  # shares are shown in per cent
-    chance: str = ""  # key of what a student that does not look would score
+    chance: str = ""  # key of the score without the picture
     chance_label: str = ""
 
 
@@ -31,6 +31,8 @@ COLUMNS = (
     Column("attention_inside", "attention inside", "grounding_n", chance="box_area", chance_label="area"),
     Column("pointing_hits", "pointing hits", "pointing_n", chance="pointing_chance", chance_label="random patch"),
 )
+# Facts of an evaluation that must be equal for its scores to be compared with those of another one.
+COMPARED = ("max_new_tokens", "max_length", "limit", "answers_signature", "bleu_signature", "rouge_l_signature")
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,24 @@ class Table:
         """The number of samples behind a column: one number, or the range over the runs."""
         counts = sorted({cells[column].count for _, cells in self.rows if cells[column].value is not None})
         return f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+
+    def remarks(self) -> list[str]:
+        """What the cells do not tell: what each run's scores leave out, and settings in which the runs differ."""
+        alone = len(self.rows) == 1
+        lines = []
+        for run, _ in self.rows:
+            told = remarks(run.evaluations[self.name].scores)
+            lines += told if alone else [f"{run.title}: {line}" for line in told]
+        return lines + self._differences()
+
+    def _differences(self) -> list[str]:
+        lines = []
+        for key in COMPARED:
+            values = [run.evaluations[self.name].scores.get(key, "unknown") for run, _ in self.rows]
+            if len(set(values)) > 1:
+                told = ", ".join(f"{run.title} {value}" for (run, _), value in zip(self.rows, values, strict=True))
+                lines.append(f"{key} differs, so the scores cannot be compared: {told}")
+        return lines
 
     def chance(self, column: int) -> float | None:
         """What chance gives in a column, where the runs agree on it."""
@@ -119,13 +139,20 @@ def as_text(table: Table) -> str:
 
 
 def remarks(scores: dict[str, Any]) -> list[str]:
-    """What a row of the table does not tell: the samples that its scores leave out."""
-    unreadable, beside = (scores.get(key, 0) for key in ("unreadable", "ungrounded"))
-    lines = []
-    if unreadable:
-        lines.append(f"{unreadable} of {scores['n'] + unreadable} samples could not be read and are in no score")
-    if beside:
-        lines.append(f"{beside} samples have boxes beside their picture alone; no score of the attention counts them")
+    """What a row of the table does not tell: answers that were cut or are empty, samples that are in no score."""
+    n, unreadable = scores["n"], scores.get("unreadable", 0)
+    texts = {
+        "unreadable": f"of {n + unreadable} samples could not be read and are in no score",
+        "truncated": f"of {n} questions were cut to {scores.get('max_length')} tokens (--max-length)",
+        "answers_cut": f"of {n} answers were cut at {scores.get('max_new_tokens')} tokens (--max-new-tokens)",
+        "answers_empty": f"of {n} answers are empty",
+        "without_image": f"of {n} samples have no image; no score of the attention counts them",
+        "ungrounded": f"of {n} samples have boxes beside their picture only; no score of the attention counts them",
+        "duplicates": f"of {n} samples have key, question and answer of one in another folder; both count",
+    }
+    lines = [f"{scores[key]} {text}" for key, text in texts.items() if scores.get(key)]
+    if scores.get("limit") is not None and scores["limit"] < scores["samples"]:
+        lines.append(f"only the first {scores['limit']} of {scores['samples']} samples were asked (--limit)")
     return lines
 
 

@@ -1,4 +1,4 @@
-"""Attention distillation: how far the student's question looks from where the teacher does (the paper's L_att).
+"""Attention distillation: the distance of the student's attention map from the teacher's (the paper's L_att).
 
 I or B images, N image tokens.
 """

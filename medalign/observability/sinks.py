@@ -18,6 +18,7 @@ from medalign.distributed import log
 from medalign.errors import DataError
 from medalign.observability.files import write_text
 from medalign.observability.privacy import public_config
+from medalign.observability.progress import duration
 
 WandbMode = Literal["off", "offline", "online"]
 
@@ -115,7 +116,7 @@ class ConsoleSink:
             self.tick(step)
             return
         left = (self._clock() - self._began) / max(step - self._start, 1) * (self._total - step)
-        self._unsaid = f"step {step}/{self._total}  {text}  left {_duration(left)}"
+        self._unsaid = f"step {step}/{self._total}  {text}  left {duration(left)}"
         if self._clock() - self._last_line >= self._interval:
             self._say()
 
@@ -139,12 +140,6 @@ def summary(values: Mapping[str, float]) -> str:
     if "speed/samples_per_second" in values:
         parts.append(f"{values['speed/samples_per_second']:.3g} samples/s")
     return "  ".join(parts)
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 class WandbSink:

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import fsspec
 import pytest
+import torch
 
 from medalign.__main__ import main
 from medalign.checkpoint import export
 from medalign.config import DataConfig
+from medalign.contracts import Batch
 from medalign.data.index import ShardIndex
 from medalign.data.phantom.records import records
 from medalign.data.records import Record
 from medalign.data.shards import write_shards
+from medalign.evaluation import generate
 from medalign.evaluation.metrics import read_predictions
 from medalign.inference import open_student
+from medalign.student.model import Student
 
 QUICK = ["--max-new-tokens", "2"]
 
@@ -104,6 +109,68 @@ def test_questions_that_are_cut_are_counted(run, shards, capsys):
     capsys.readouterr()
     assert main([*words, "--max-length", "20"]) == 2
     assert "--max-length is 20, but the template and" in capsys.readouterr().err
+
+
+def says(token: int) -> Callable[..., tuple[torch.Tensor, None]]:
+    """In place of a student's `generate`: this token over and over."""
+
+    def generate(_student: Student, batch: Batch, *, max_new_tokens: int, **_: object) -> tuple[torch.Tensor, None]:
+        return torch.full((len(batch.input_ids), max_new_tokens), token), None
+
+    return generate
+
+
+def test_answers_that_are_cut_or_empty_are_counted(run, shards, capsys, monkeypatch):
+    words = ["evaluate", str(run), "--data", str(shards / "val"), "--name", "answers", "--limit", "4", *QUICK]
+    monkeypatch.setattr(Student, "generate", says(72))  # no end token
+    assert main(words) == 0
+    told = capsys.readouterr()
+    assert "4 of 4 answers were cut at 2 tokens; --max-new-tokens raises the limit" in told.err
+    assert "4 of 4 answers were cut at 2 tokens (--max-new-tokens)" in told.out
+    found = scores(run, "answers")
+    assert (found["max_new_tokens"], found["answers_cut"], found["limit"]) == (2, 4, 4)
+    rows = read_predictions(run / "evaluation" / "answers" / "predictions.jsonl")
+    assert {row.finish_reason for row in rows} == {"length"}
+    assert found["answers_empty"] == 0 and not any(row.empty for row in rows)
+    monkeypatch.setattr(Student, "generate", says(2))
+    assert main(words) == 0
+    told = capsys.readouterr()
+    assert "answers were cut" not in told.out + told.err and "4 of 4 answers are empty" in told.err
+    assert (scores(run, "answers")["answers_cut"], scores(run, "answers")["answers_empty"]) == (0, 4)
+    rows = read_predictions(run / "evaluation" / "answers" / "predictions.jsonl")
+    assert {(row.finish_reason, row.empty) for row in rows} == {("stop", True)}
+
+
+def test_a_log_shows_how_far_the_evaluation_is(run, shards, capsys):
+    assert main(["evaluate", str(run), "--data", str(shards / "val"), "--limit", "4", "--batch-size", "2", *QUICK]) == 0
+    told = capsys.readouterr().err
+    assert "evaluate: 4 samples" in told and re.search(r"evaluate: 2 of 4 samples, \d+:\d\d left", told)
+    assert re.search(r"evaluate: 4 of 4 samples in \d+:\d\d", told)
+
+
+def test_a_folder_named_twice_is_refused_before_the_student_is_loaded(run, shards, tmp_path, monkeypatch, capsys):
+    copy = shutil.copytree(shards / "val", tmp_path / "copy")
+    monkeypatch.setattr("medalign.inference.open_student", None)
+    for second in (shards / "val", copy):
+        assert main(["evaluate", str(run), "--data", str(shards / "val"), str(second), *QUICK]) == 2
+        assert f"--data {shards / 'val'} and {second} hold the same samples" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "ended", "told"),
+    [
+        ("", "stop", ["(empty answer)"]),
+        ("no eff", "length", ["the answer is cut at 2 tokens; --max-new-tokens raises the limit"]),
+        ("", "length", ["(empty answer)", "the answer is cut at 2 tokens; --max-new-tokens raises the limit"]),
+        ("yes", "stop", []),
+    ],
+)
+def test_generate_says_what_the_text_does_not(run, shards, tmp_path, text, ended, told, monkeypatch, capsys):
+    ShardIndex.open(shards / "val").read(0).images[0].save(tmp_path / "film.png")
+    monkeypatch.setattr("medalign.inference.answer", lambda *_: [generate.Answer(text, None, ended)])
+    assert main(["generate", str(run), "--image", str(tmp_path / "film.png"), "--question", "Is there?", *QUICK]) == 0
+    said = capsys.readouterr()
+    assert said.out == text + "\n" and said.err.splitlines() == told
 
 
 def test_generate_says_that_it_cut_the_question(run, shards, tmp_path, capsys):

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-import re
+import regex
+
+from medalign.evaluation.metrics.tokens import UNSPACED, normalize
 
 ARTICLES = frozenset({"a", "an", "the"})
 YES_NO = frozenset({"yes", "no"})
 
-_WORD = re.compile(r"\d+(?:[.,]\d+)+|[^\W_]+(?:'[^\W_]+)*")
+_LETTER = r"[\p{L}\p{M}\p{N}]"
+_LETTERS = rf"[{_LETTER}--[{UNSPACED}]]+"
+_WORD = regex.compile(rf"(?V1)\d+(?:[.,]\d+)+|(?=[{_LETTER}&&[{UNSPACED}]])\X|{_LETTERS}(?:'{_LETTERS})*")
+SIGNATURE = "case:lower|tok:unicode|articles:no"  # how `words` counts, for scores.json
 
 
 def words(text: str) -> list[str]:
     """Lower-cased words without punctuation and articles; decimal numbers stay whole.
 
-    A text of articles alone keeps them: "A" may be the letter of a choice.
+    Scripts without spaces between words give characters. A text of articles only keeps them: "A" may be the letter
+    of a choice.
     """
-    found = _WORD.findall(text.lower().replace("\N{RIGHT SINGLE QUOTATION MARK}", "'"))
+    found = _WORD.findall(normalize(text).lower().replace("\N{RIGHT SINGLE QUOTATION MARK}", "'"))
     return [word for word in found if word not in ARTICLES] or found
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from medalign.errors import DataError
 
+STOP, LENGTH = "stop", "length"  # why generation ended: an end token, or the limit of new tokens
 ATTENTION_DIGITS = 4  # significant digits that the file keeps of an attention value
 
 
@@ -23,8 +24,10 @@ class Prediction:
     answer: str  # the reference
     answer_type: str  # "closed", "open", or "" where it is not known
     prediction: str
+    finish_reason: str = ""  # STOP or LENGTH; "" where it is not known
+    empty: bool = False  # the answer has no text
     attention_inside: float | None = None  # share of the question's attention inside the boxes
-    box_area: float | None = None  # the boxes' share of the picture: what attention without aim gives
+    box_area: float | None = None  # the boxes' share of the picture: what attention spread evenly gives
     pointing_hit: bool | None = None  # does the strongest patch point at a box
     pointing_chance: float | None = None  # share of the patches that would be hits
     attention: list[float] | None = None  # the question's map of the first image on the student's grid, row-major

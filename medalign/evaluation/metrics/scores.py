@@ -12,24 +12,28 @@
 | pointing_n, pointing_hits | samples with a pointing verdict, share of hits | boxes |
 | pointing_chance | what pointing at random would score, where it is known | boxes |
 
-Shares lie in [0, 1]. Means over samples also have NAME_low and NAME_high, a 95 % bootstrap interval. Counts are
-always there; the scores of a group without samples are left out.
+Beside them stand answers_signature, bleu_signature and rouge_l_signature: how the texts were made into tokens, and the
+versions of the libraries. Scores with different signatures cannot be compared.
+
+Shares lie in [0, 1]. BLEU and means over samples also have NAME_low and NAME_high, a 95 % bootstrap interval. Counts
+are always there; the scores of a group without samples are left out.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from medalign.errors import DataError
-from medalign.evaluation.metrics.answers import closed_correct, exact, is_yes_no, open_recall, words
+from medalign.evaluation.metrics.answers import SIGNATURE, closed_correct, exact, is_yes_no, open_recall, words
 from medalign.evaluation.metrics.predictions import Prediction
-from medalign.evaluation.metrics.reports import bleu, rouge_l
+from medalign.evaluation.metrics.reports import rouge_l, rouge_signature, signed_bleu
 
 RESAMPLES = 1000
-Scores = dict[str, float | int]
+Scores = dict[str, Any]  # numbers, and signatures as text
 
 
 def score(rows: Sequence[Prediction]) -> Scores:
@@ -43,6 +47,7 @@ def score(rows: Sequence[Prediction]) -> Scores:
         **_open(groups["open"]),
         **_report(groups["report"]),
         **_grounding(rows),
+        **({"answers_signature": SIGNATURE} if groups["closed"] or groups["open"] else {}),
     }
 
 
@@ -86,7 +91,9 @@ def _open(rows: Sequence[Prediction]) -> Scores:
 def _report(rows: Sequence[Prediction]) -> Scores:
     scores: Scores = {"report_n": len(rows)}
     if rows:
-        scores["bleu"] = bleu([r.prediction for r in rows], [r.answer for r in rows])
+        found = signed_bleu([r.prediction for r in rows], [r.answer for r in rows], RESAMPLES)
+        scores |= {"bleu": found.points, "bleu_low": found.low, "bleu_high": found.high}
+        scores |= {"bleu_signature": found.signature, "rouge_l_signature": rouge_signature()}
     return scores | mean("rouge_l", [rouge_l(r.prediction, r.answer) for r in rows])
 
 

@@ -1,4 +1,4 @@
-"""Where the question looks: its attention to the image, mean over heads and question rows (the paper's m)."""
+"""The attention of the question's tokens to the image, mean over heads and question rows (the paper's m)."""
 
 from __future__ import annotations
 

@@ -31,6 +31,30 @@ def test_an_answer_comes_with_the_map_of_its_first_image() -> None:
     assert maps == [[0.0] * 16, None, [2.0] * 16]
 
 
+class Spoken(Fixed):
+    """A student that gives these tokens."""
+
+    def __init__(self, ids: list[list[int]]) -> None:
+        self.ids, self.end_tokens, self.asked = torch.tensor(ids), [2], {}
+
+    def generate(self, _batch: Any, **settings: Any) -> tuple[torch.Tensor, None]:
+        self.asked = settings
+        return self.ids, None
+
+
+def test_an_answer_says_why_it_ended() -> None:
+    """An end token in the last place ends an answer as well; padding is not an end token."""
+    student, words = Spoken([[72, 73, 74], [72, 73, 2], [2, 0, 0], [72, 0, 2]]), tiny.tokenizer()
+    given = answer(student, words, tiny.batch(texts=((3, 1),) * 4), 3)  # type: ignore[arg-type]
+    assert [one.finish_reason for one in given] == ["length", "stop", "stop", "stop"]
+    assert [bool(one.text) for one in given] == [True, True, False, True]
+    assert student.asked["eos_token_id"] == [2]
+
+
+def test_any_of_several_end_tokens_ends_an_answer() -> None:
+    assert generate.finish_reasons(torch.tensor([[72, 73, 74], [72, 73, 75]]), [2, 74]) == ["stop", "length"]
+
+
 @pytest.mark.parametrize(
     ("box", "grounded"),
     [
@@ -44,3 +68,10 @@ def test_a_box_of_any_size_is_no_reason_to_stop(box: tuple[float, ...], grounded
     sample = Sample("k", "none", "vqa", "q", "yes", "closed", (film,), (box,))  # type: ignore[arg-type]
     row = generate._prediction(student, sample, Answer("yes", [1.0] * 16))  # type: ignore[arg-type]
     assert (row.attention_inside is not None) is grounded and row.boxes == [list(box)]
+
+
+@pytest.mark.parametrize(("text", "empty"), [("yes", False), ("", True)])
+def test_a_prediction_keeps_why_it_ended_and_whether_it_is_empty(text: str, empty: bool) -> None:
+    sample = Sample("k", "none", "vqa", "q", "yes", "closed", ())
+    row = generate._prediction(None, sample, Answer(text, None, "length"))  # type: ignore[arg-type]
+    assert (row.finish_reason, row.empty) == ("length", empty)

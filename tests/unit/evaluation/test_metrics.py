@@ -1,15 +1,18 @@
 from __future__ import annotations
 
+import json
 import math
 
+import numpy as np
 import pytest
+import sacrebleu
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medalign.errors import DataError
 from medalign.evaluation.metrics import Prediction, read_predictions, score, unfinished, write_predictions
 from medalign.evaluation.metrics.answers import closed_correct, exact, open_recall, words
-from medalign.evaluation.metrics.reports import bleu, rouge_l
+from medalign.evaluation.metrics.reports import bleu, rouge_l, signed_bleu
 from medalign.evaluation.metrics.scores import mean
 
 
@@ -89,6 +92,30 @@ def test_reports_by_hand():
     assert rouge_l("a big nodule in the lobe", reference) == pytest.approx(2 * (5 / 6) * 0.5 / (5 / 6 + 0.5))
     # BLEU-2-gram and above by hand: 4 words, matches 4/4, 3/3, 2/2, 1/1, brevity penalty exp(1 - 8/4)
     assert bleu(["a b c d"], ["a b c d e f g h"]) == pytest.approx(100 * math.exp(-1))
+
+
+def test_bleu_has_an_interval():
+    """sacrebleu's own bootstrap, of another seed, as the reference: 1000 draws leave some per cent of the width."""
+    sentence = "no acute cardiopulmonary abnormality is seen in the left lower lobe of the lung"
+    draw = np.random.default_rng(1)
+    references = [" ".join(draw.permutation(sentence.split())) for _ in range(60)]
+    predictions = [" ".join(text.split()[: draw.integers(4, 15)]) for text in references]
+    found = signed_bleu(predictions, references)
+    assert found == signed_bleu(predictions, references)
+    assert found.points == sacrebleu.corpus_bleu(predictions, [references]).score
+    expected = json.loads(
+        sacrebleu.BLEU()
+        .corpus_score(predictions, [references], n_bootstrap=1000)
+        .format(signature="a:b", is_json=True, width=4)
+    )
+    assert (found.high - found.low) / 2 == pytest.approx(expected["confidence_var"], rel=0.1)
+    assert (found.high + found.low) / 2 == pytest.approx(expected["confidence_mean"], rel=0.05)
+    scores = score([report(*pair) for pair in zip(references, predictions, strict=True)])
+    assert (scores["bleu"], scores["bleu_low"], scores["bleu_high"]) == found[:3]
+    empty = signed_bleu(["", predictions[1]], references[:2])
+    assert empty.points == sacrebleu.corpus_bleu(["", predictions[1]], [references[:2]]).score and empty.low == 0
+    perfect = signed_bleu(references, references)
+    assert perfect.low == perfect.high == perfect.points == pytest.approx(100)
 
 
 def test_scores_count_each_group_and_leave_out_empty_ones():

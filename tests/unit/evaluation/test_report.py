@@ -78,6 +78,7 @@ def test_the_page_is_whole_and_loads_nothing(runs, tmp_path):
     ids = re.findall(r' id="([^"]*)"', text)
     assert len(ids) == len(set(ids))
     assert "without looking" in text and "area" in text
+    assert "Attention of the question&rsquo;s tokens" in text and "question looks" not in text
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["report.html", "report.json"]
 
 
@@ -91,7 +92,7 @@ def test_numbers_are_written_as_json(runs, tmp_path):
     assert {key: table["rows"][1][key] for key in scores} == pytest.approx(scores)
     assert data["training"][0]["steps"] is None and data["training"][1]["steps"] == 200
     assert data["training"][1]["truncated"] == 2  # the last row's total
-    assert "Where the question looks" not in (tmp_path / "report.html").read_text()
+    assert "examples spread evenly" not in (tmp_path / "report.html").read_text()
 
 
 def test_missing_shards_are_told_and_leave_the_rest(runs, tmp_path):
@@ -174,6 +175,40 @@ def test_one_run_has_no_best_and_runs_with_different_data_share_a_report(runs, t
     assert "full" not in tables[0] and "base" not in tables[1]
     write_report(runs, tmp_path / "report.html", examples=1)
     Page((tmp_path / "report.html").read_text())
+
+
+def facts(run, **values):
+    path = run / "evaluation" / "val" / "scores.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def test_answers_that_were_cut_or_are_empty_are_told(runs, tmp_path):
+    path = runs[1] / "evaluation" / "val" / "predictions.jsonl"
+    rows = read_predictions(path)
+    for row in rows:
+        row.prediction, row.empty, row.finish_reason = "", True, "length"
+    write_predictions(path, rows)
+    facts(runs[1], max_new_tokens=4, answers_cut=len(rows), answers_empty=len(rows))
+    write_report(runs, tmp_path / "report.html", examples=3)
+    page = (tmp_path / "report.html").read_text()
+    Page(page)
+    share = f"{len(rows)} of {len(rows)} answers"
+    for told in (f"full: {share} were cut at 4 tokens (--max-new-tokens)", f"full: {share} are empty"):
+        assert told in format_table(runs).splitlines() and told in page
+    assert page.count("(empty answer)") == page.count('<span class="mark">cut</span>') == 3
+    data = json.loads((tmp_path / "report.json").read_text())
+    assert data["tables"][0]["rows"][1]["answers_cut"] == len(rows)
+
+
+def test_runs_evaluated_with_different_limits_are_told_apart(runs, tmp_path):
+    for run, most in zip(runs, (64, 128), strict=True):
+        facts(run, max_new_tokens=most, max_length=160)
+    told = "max_new_tokens differs, so the scores cannot be compared: base 64, full 128"
+    assert format_table(runs).splitlines()[-1] == told
+    write_report(runs, tmp_path / "report.html", examples=0)
+    assert told in (tmp_path / "report.html").read_text()
+    facts(runs[0], max_new_tokens=128)
+    assert "differs" not in format_table(runs)
 
 
 def test_only_settings_that_differ_are_listed(runs):

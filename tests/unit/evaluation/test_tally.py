@@ -1,0 +1,67 @@
+"""What an evaluation counts beside its scores."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from medalign.distributed import log
+from medalign.errors import DataError
+from medalign.evaluation.generate import Predicted
+from medalign.evaluation.metrics import Prediction
+from medalign.evaluation.tables import remarks
+from medalign.evaluation.tally import Tally
+
+
+def row(key: str, folder: int = 0, finish_reason: str = "stop", size=(8, 8), prediction: str = "yes") -> Prediction:
+    found = Prediction(key, "vqa", "Is there?", "yes", "closed", prediction, finish_reason, not prediction)
+    found.folder, found.image_size = folder, size
+    return found
+
+
+@pytest.fixture
+def tally() -> Tally:
+    tally = Tally(max_bad_share=0.01)
+    rows = [row("a"), row("b", finish_reason="length"), row("c", finish_reason="length", prediction="")]
+    tally.add(Predicted(rows, ("shard/d: broken",), 2))
+    tally.add(Predicted([row("e", size=None, prediction=""), row("a", folder=1)], (), 0))
+    return tally
+
+
+def test_counts(tally):
+    assert tally.counts() == {
+        "unreadable": 1,
+        "truncated": 2,
+        "answers_cut": 2,
+        "answers_empty": 2,
+        "without_image": 1,
+        "duplicates": 1,
+    }
+
+
+def test_warnings_name_the_options(tally, caplog, monkeypatch):
+    monkeypatch.setattr(log, "propagate", True)
+    with caplog.at_level(logging.WARNING, logger=log.name):
+        Tally(0.0).warn(64, 8)
+        assert caplog.messages == []
+        tally.warn(64, 8)
+    assert caplog.messages == [
+        "2 questions were cut to 64 tokens; --max-length raises the limit",
+        "2 of 5 answers were cut at 8 tokens; --max-new-tokens raises the limit",
+        "2 of 5 answers are empty",
+    ]
+
+
+def test_remarks_tell_every_count_that_is_not_zero(tally):
+    facts = {"n": 5, "max_length": 64, "max_new_tokens": 8, "limit": 6, "samples": 9, "ungrounded": 1}
+    lines = remarks(tally.counts() | facts)
+    assert [line.split()[0] for line in lines[:-1]] == ["1", "2", "2", "2", "1", "1", "1"]
+    assert "1 of 6 samples could not be read" in lines[0] and "--max-new-tokens" in lines[2]
+    assert lines[-1] == "only the first 6 of 9 samples were asked (--limit)"
+    assert remarks({"n": 5, "answers_cut": 0, "limit": 9, "samples": 9}) == []
+
+
+def test_too_many_unreadable_samples_end_it():
+    with pytest.raises(DataError, match="--max-bad-share"):
+        Tally(0.0).add(Predicted([row("a")], ("shard/b: broken",), 0))
