@@ -59,13 +59,16 @@ def train(config: Config) -> Path:
 
 def _train(config: Config, folder: Path, ds_settings: dict[str, Any]) -> None:
     with distributed.together():
-        index = open_index(config) if config.train.steps else None
+        index = open_index(config) if config.train.steps != 0 else None
     found = state.latest(folder / "checkpoints")
     stage, data = deepspeed_engine.stage(ds_settings), index.fingerprint() if index else ()
     progress = Progress(step=0, samples=0, ranks=distributed.world(), stage=stage, data=data)
     if found:
         with distributed.together():
             _require_same_run(config, progress, found, folder / "config.yaml")
+    samples = len(index) if index else 0
+    config = schedule.resolve_steps(config, samples)
+    log.info("%s", schedule.describe_length(config, samples))
     engine, teacher, student, collator = _build(config, ds_settings, index)
     if found:
         progress = replace(state.load(engine, found), stage=stage, data=data)
@@ -85,7 +88,7 @@ def _train(config: Config, folder: Path, ds_settings: dict[str, Any]) -> None:
         if index is None:
             if not found:
                 save(progress)
-        elif progress.step < config.train.steps:
+        elif progress.step < schedule.total_steps(config.train):
             step = Step(engine, teacher, build_objective(config), student.anatomy.grid)
             batches = iter(build_loader(config, index, collator, progress))
             progress = loop.train(config, step, batches, progress, sinks, save)
@@ -117,8 +120,13 @@ def build_teacher(config: Config) -> Teacher | None:
     """The teacher of this rank, frozen; None when nothing is distilled."""
     if not config.distils or config.train.steps == 0:
         return None
-    seed = config.teacher.random_weights_seed
-    return load_teacher(config.teacher.path, distributed.device(), precision(config), random_weights_seed=seed)
+    return load_teacher(
+        config.teacher.path,
+        distributed.device(),
+        precision(config),
+        random_weights_seed=config.teacher.random_weights_seed,
+        features=config.teacher.features,
+    )
 
 
 def build_collator(
@@ -142,7 +150,8 @@ def collator_of(
         most_images=most_images,
     )
     view = TowerView(eye.size, eye.mean, eye.std)
-    return Collator(encoder, view, teacher_view, anatomy.grid, packed=config.data.packing)
+    rows = config.losses.attention_rows
+    return Collator(encoder, view, teacher_view, anatomy.grid, packed=config.data.packing, attention_rows=rows)
 
 
 def build_objective(config: Config) -> Objective:
@@ -151,6 +160,7 @@ def build_objective(config: Config) -> Objective:
         alpha=losses.alpha,
         beta=losses.beta,
         normalise=losses.normalise,
+        language_mean=losses.language_mean,
         weighting=losses.weighting,
         ignore_padding=losses.ignore_padding,
         impl=losses.impl,
@@ -204,7 +214,7 @@ def build_sinks(config: Config, folder: Path, progress: Progress) -> list[Sink]:
     whole = {section: vars(getattr(config, section)) for section in vars(config)}
     log_settings = config.log
     return [
-        ConsoleSink(config.train.steps, start=progress.step),
+        ConsoleSink(schedule.total_steps(config.train), start=progress.step),
         JsonlSink(folder / "metrics.jsonl", resumed_step=progress.step),
         WandbSink(
             log_settings.wandb,
