@@ -279,7 +279,8 @@ def _require_same(before: Config, now: Config, path: Path) -> None:
             old, name = getattr(getattr(before, section), key), f"{section}.{key}"
             # A model's folder may have moved with everything above it; its own name stays.
             same = Path(old).name == Path(value).name if name in _MODELS else old == value
-            if not same and name not in _MAY_CHANGE:
+            by_epochs = name == "train.steps" and old is None  # then train.epochs is what differs
+            if not same and not by_epochs and name not in _MAY_CHANGE:
                 raise ConfigError(
                     f"{path} has {name} = {old}, the command says {value}: a run goes on with the settings "
                     "it began with; restore them, or name a new folder with --run.dir"
