@@ -75,8 +75,8 @@ def test_keys_on_the_command_line(capsys: pytest.CaptureFixture[str], data: Path
 
 def test_the_length_of_the_run_is_shown(capsys: pytest.CaptureFixture[str], data: Path) -> None:
     samples = len(ShardIndex.open(data))
-    words = ["inspect", "phantom", "--data.train", str(data), "--train.batch_size", "4", "--train.epochs", "2"]
-    length = f"{round(2 * samples / 4)} steps of 4 samples: "
+    words = ["inspect", "phantom", "--data.train", str(data), "--train.batch_size", "2", "--train.epochs", "2"]
+    length = f"{samples} steps of 2 samples: 2 epochs of {samples} samples"
     capsys.readouterr()
     assert main([*words, "--keys"]) == 0
     shown = capsys.readouterr()
