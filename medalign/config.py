@@ -7,13 +7,14 @@ overrides one key. An unknown or ill-typed key is an error that names it and the
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Literal, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
@@ -73,6 +74,8 @@ class TeacherConfig:
     """Folder with open_clip_config.json and open_clip_model.safetensors, or open_clip:ARCHITECTURE/FILE."""
     random_weights_seed: int | None = None
     """A control: forget the trained weights and draw random ones from this seed."""
+    features: Literal["after_norm", "before_norm"] = "after_norm"
+    """Patch features of the last block: after the tower's final norm, or before it, as the released code takes them."""
 
 
 @dataclass
@@ -101,6 +104,10 @@ class StudentConfig:
     """Strength of the steering: X + epsilon X W^T."""
     query_mixture: bool = False
     """Attach the query-adaptive mixture of LoRA experts to the query projection of block l."""
+    query_mixture_form: Literal["beside_lora", "official"] = "beside_lora"
+    """beside_lora: the projection keeps its LoRA. official, as in the released code: it has none, and the experts have
+    LoRA's start and dropout. The router reads the last question token in both: the released one reads the token after
+    the last ":", which is the answer's first in training and does not exist yet in generation."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     """The adapters."""
     train_projector: bool = False
@@ -122,6 +129,12 @@ class LossConfig:
     normalise: Literal["sum", "softmax", "official"] = "sum"
     """How attention becomes a distribution: divided by its sum; softmax of its values; by its L2 norm, as the released
     code does (official; the loss may then be negative)."""
+    language_mean: Literal["tokens", "samples"] = "tokens"
+    """The language loss is the mean over the answer tokens of the global batch, or (samples, as in the released code)
+    the mean over each sample's answer tokens, then over the samples of the global batch."""
+    attention_rows: Literal["prompt", "official"] = "prompt"
+    """Tokens after the image whose attention is distilled: all of the prompt, or (official, as in the released code) up
+    to the last ":" of prompt and answer together."""
     weighting: Literal["uniform", "teacher_attention"] = "uniform"
     """Weights of the token pairs in the spatial loss: all alike, or by the teacher's attention to both."""
     ignore_padding: bool = False
@@ -134,8 +147,11 @@ class LossConfig:
 class TrainConfig:
     """The optimisation."""
 
-    steps: int = 1000
-    """Optimiser steps of the whole run. 0 writes the untrained student as a run."""
+    steps: int | None = 1000
+    """Optimizer steps of the whole run; 0 writes the untrained student as a run. null where train.epochs decides."""
+    epochs: float | None = None
+    """Passes over the training samples, in place of train.steps: epochs * samples / batch_size steps, rounded to the
+    nearest whole number (halves up), at least 1. Whichever of the two the command line sets replaces the recipe's."""
     batch_size: int = 32
     """Samples in a step, over all ranks and accumulated micro-batches."""
     micro_batch_size: int = 4
@@ -229,23 +245,31 @@ def load(recipe: str, overrides: Sequence[str] = (), *, models: bool = True) -> 
         raise ConfigError(f"recipe {recipe} is not YAML: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"recipe {recipe} must hold sections such as 'train:', found {type(values).__name__}")
-    known = set(_keys(Config))
-    for key in _flat(values):
+    known, given = set(_keys(Config)), set(_flat(values))
+    for key in given:
         _require_known(key, known, f"recipe {recipe}")
-    for word in overrides:
-        if word.startswith("--"):
-            _require_known(word[2:].split("=")[0].rstrip("+"), known, "the command line")
+    named = {word[2:].split("=")[0].rstrip("+") for word in overrides if word.startswith("--")}
+    for key in named:
+        _require_known(key, known, "the command line")
     try:
-        namespace = parser.parse_object(values, defaults=True)
+        namespace = _one_length(parser.parse_object(values, defaults=True), given)
     except (ArgumentError, TypeError, ValueError) as error:
         raise ConfigError(f"recipe {recipe}: {_tidy(str(error))}") from None
     try:
-        namespace = parser.parse_args([*overrides], namespace=namespace)
+        namespace = _one_length(parser.parse_args([*overrides], namespace=namespace), named)
         config = _instantiate(Config, namespace)
     except (ArgumentError, TypeError, ValueError) as error:
         raise ConfigError(f"the command line: {_tidy(str(error))}") from None
     validate(config, models=models)
     return config
+
+
+def _one_length(namespace: Namespace, given: set[str]) -> Namespace:
+    """Unset whichever of train.steps and train.epochs was not given where the other one was."""
+    for key, other in (("train.steps", "train.epochs"), ("train.epochs", "train.steps")):
+        if key in given and namespace[key] is not None and other not in given:
+            namespace[other] = None
+    return namespace
 
 
 def describe_settings() -> str:
@@ -279,12 +303,12 @@ def validate(config: Config, *, models: bool = True) -> None:
         not models or not config.distils or bool(config.teacher.path),
         "teacher.path is not set; set it, or set losses.alpha 0 and losses.beta 0",
     )
+    _require_one_length(config)
     require(
         train.steps == 0 or bool(config.data.folders), "data.train is not set: name shard folders with --data.train DIR"
     )
     # Beyond this, the seeds of single steps (`distributed.seed_step`) would be no 64-bit numbers.
     require(0 <= config.run.seed < 2**32, f"run.seed is {config.run.seed}; it must be from 0 to {2**32 - 1}")
-    require(train.steps >= 0, f"train.steps is {train.steps}; it must not be negative")
     require(0 <= train.warmup <= 1, f"train.warmup is {train.warmup}; it is a share of the steps, from 0 to 1")
     require(train.clip >= 0, f"train.clip is {train.clip}; it must not be negative (0 does not clip)")
     for key in ("train.batch_size", "train.micro_batch_size", "checkpoint.every", "checkpoint.keep", "log.every"):
@@ -319,9 +343,37 @@ def validate(config: Config, *, models: bool = True) -> None:
     )
 
 
+def _require_one_length(config: Config) -> None:
+    """Raise ConfigError unless exactly one of train.steps and train.epochs says how long the run is."""
+    steps, epochs = config.train.steps, config.train.epochs
+    if steps is not None and epochs is not None:
+        raise ConfigError(f"train.steps is {steps} and train.epochs is {epochs}; set one of them")
+    if steps is None and epochs is None:
+        raise ConfigError("neither train.steps nor train.epochs is set; set one of them")
+    if steps is not None and steps < 0:
+        raise ConfigError(f"train.steps is {steps}; it must not be negative")
+    if epochs is not None and not 0 < epochs < math.inf:
+        raise ConfigError(
+            f"train.epochs is {epochs}; it must be a number above 0 (train.steps 0 writes the untrained student)"
+        )
+    if epochs is not None and config.data.weights:
+        raise ConfigError(
+            f"train.epochs is {epochs} and data.weights is {config.data.weights}: folders mixed by weight have no "
+            "common epoch; set train.steps"
+        )
+
+
 def dump(config: Config) -> str:
-    """The resolved configuration as YAML, complete, readable by `load`."""
-    return yaml.safe_dump(_plain(config), sort_keys=False)
+    """The configuration as YAML, complete, readable by `load`.
+
+    Where train.epochs decides, train.steps stays null, and a comment tells the steps if they are known by now.
+    """
+    values, train = _plain(config), config.train
+    comment = ""
+    if train.epochs is not None:
+        values["train"]["steps"] = None
+        comment = f"# {train.epochs} epochs are {train.steps} steps\n" if train.steps is not None else ""
+    return comment + yaml.safe_dump(values, sort_keys=False)
 
 
 def read(path: Path) -> Config:
@@ -378,7 +430,7 @@ def _flat(values: dict, prefix: str = "") -> Iterator[str]:
             yield f"{prefix}{key}"
 
 
-def _plain(value: object) -> object:
+def _plain(value: Any) -> Any:
     if is_dataclass(value):
         return {item.name: _plain(getattr(value, item.name)) for item in fields(value)}
     return value

@@ -45,6 +45,7 @@ class Batch:
     image_weight: torch.Tensor  # [I] float32; 0 for the dummy, else 1
     patch_valid: torch.Tensor  # [I, N] bool; False where the patch is canvas padding alone
     image_sample: torch.Tensor  # [I] int64; number of the sample that the image belongs to
+    attention_rows: torch.Tensor | None = None  # [B, L] bool; rows of the attention loss where not question_mask
     lengths: tuple[int, ...] = ()  # tokens of each sample of a packed batch; empty for a padded one
     keys: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()  # "shard/key: reason" of bad samples replaced in this batch
@@ -53,6 +54,11 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         tensors = {f.name: getattr(self, f.name) for f in fields(self) if torch.is_tensor(getattr(self, f.name))}
         return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
+
+    @property
+    def rows(self) -> torch.Tensor:
+        """[B, L] bool: tokens whose attention to the image is distilled."""
+        return self.question_mask if self.attention_rows is None else self.attention_rows
 
     def bounds(self) -> torch.Tensor:
         """[S + 1] int64: where each sample begins among the B * L tokens, and where the last one ends."""

@@ -23,6 +23,7 @@ from medalign.evaluation.batches import BatchView, as_html, as_picture, as_text,
 from medalign.observability.files import write_text
 from medalign.student import loading
 from medalign.teacher.source import teacher_eye
+from medalign.training.schedule import describe_length, resolve_steps
 
 _LISTING = ("steps", "skip", "world_size", "workers")  # options of --keys alone
 _SHOWING = ("step", "output")  # options of a batch that is shown
@@ -112,7 +113,8 @@ def look(config: Config, step: int) -> BatchView:
         start_step=step,
     )
     batches = next(iter(loader))
-    title = f"step {step}: a global batch of {config.train.batch_size} from {len(index)} samples"
+    length = describe_length(resolve_steps(config, len(index)), len(index))
+    title = f"step {step} in a run of {length}"
     tokenizer = getattr(processor, "tokenizer", processor)
     return view_batch(batches, tokenizer, collator.student_view, teacher, title)
 
@@ -126,6 +128,7 @@ def _print_keys(config: Config, chosen: argparse.Namespace) -> None:
         )
     index = run.open_index(config)
     run.require_images(config, index)
+    log.info("%s", describe_length(resolve_steps(config, len(index)), len(index)))
     world = chosen.world_size or 1
     workers = config.data.workers if chosen.workers is None else chosen.workers
     plan = StepPlan(config.train.batch_size, config.train.micro_batch_size, world)

@@ -60,7 +60,7 @@ def train(config: Config) -> Path:
 
 def _train(config: Config, folder: Path, ds_settings: dict[str, Any]) -> None:
     with distributed.together():
-        index = open_index(config) if config.train.steps else None
+        index = open_index(config) if config.train.steps != 0 else None
         if index is not None:
             require_images(config, index)
     found = state.latest(folder / "checkpoints")
@@ -69,6 +69,9 @@ def _train(config: Config, folder: Path, ds_settings: dict[str, Any]) -> None:
     if found:
         with distributed.together():
             _require_same_run(config, progress, found, folder / "config.yaml")
+    samples = len(index) if index else 0
+    config = schedule.resolve_steps(config, samples)
+    log.info("%s", schedule.describe_length(config, samples))
     engine, teacher, student, collator = _build(config, ds_settings, index)
     if found:
         progress = replace(state.load(engine, found), stage=stage, data=data)
@@ -88,7 +91,7 @@ def _train(config: Config, folder: Path, ds_settings: dict[str, Any]) -> None:
         if index is None:
             if not found:
                 save(progress)
-        elif progress.step < config.train.steps:
+        elif progress.step < schedule.total_steps(config.train):
             step = Step(engine, teacher, build_objective(config), student.anatomy.grid)
             batches = iter(build_loader(config, index, collator, progress))
             progress = loop.train(config, step, batches, progress, sinks, save)
@@ -120,8 +123,13 @@ def build_teacher(config: Config) -> Teacher | None:
     """The teacher of this rank, frozen; None when nothing is distilled."""
     if not config.distils or config.train.steps == 0:
         return None
-    seed = config.teacher.random_weights_seed
-    return load_teacher(config.teacher.path, distributed.device(), precision(config), random_weights_seed=seed)
+    return load_teacher(
+        config.teacher.path,
+        distributed.device(),
+        precision(config),
+        random_weights_seed=config.teacher.random_weights_seed,
+        features=config.teacher.features,
+    )
 
 
 def build_collator(
@@ -145,7 +153,8 @@ def collator_of(
         most_images=most_images,
     )
     view = TowerView(eye.size, eye.mean, eye.std)
-    return Collator(encoder, view, teacher_view, anatomy.grid, packed=config.data.packing)
+    rows = config.losses.attention_rows
+    return Collator(encoder, view, teacher_view, anatomy.grid, packed=config.data.packing, attention_rows=rows)
 
 
 def build_objective(config: Config) -> Objective:
@@ -154,6 +163,7 @@ def build_objective(config: Config) -> Objective:
         alpha=losses.alpha,
         beta=losses.beta,
         normalise=losses.normalise,
+        language_mean=losses.language_mean,
         weighting=losses.weighting,
         ignore_padding=losses.ignore_padding,
         impl=losses.impl,
@@ -224,7 +234,7 @@ def build_sinks(config: Config, folder: Path, progress: Progress) -> list[Sink]:
     whole = {section: vars(getattr(config, section)) for section in vars(config)}
     log_settings = config.log
     return [
-        ConsoleSink(config.train.steps, start=progress.step),
+        ConsoleSink(schedule.total_steps(config.train), start=progress.step),
         JsonlSink(folder / "metrics.jsonl", resumed_step=progress.step),
         WandbSink(
             log_settings.wandb,
@@ -289,7 +299,8 @@ def _require_same(before: Config, now: Config, path: Path) -> None:
             old, name = getattr(getattr(before, section), key), f"{section}.{key}"
             # A model's folder may have moved with everything above it; its own name stays.
             same = Path(old).name == Path(value).name if name in _MODELS else old == value
-            if not same and name not in _MAY_CHANGE:
+            by_epochs = name == "train.steps" and old is None  # then train.epochs is what differs
+            if not same and not by_epochs and name not in _MAY_CHANGE:
                 raise ConfigError(
                     f"{path} has {name} = {old}, the command says {value}: a run goes on with the settings "
                     "it began with; restore them, or name a new folder with --run.dir"

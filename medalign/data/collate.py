@@ -15,6 +15,7 @@ from PIL import Image
 
 from medalign.contracts import IGNORE, Batch, Sample
 from medalign.data.prompts import Encoded, PromptEncoder
+from medalign.data.rows import official_rows
 from medalign.errors import ConfigError
 from medalign.geometry import CanvasFrame, PatchGrid, coverage, square_canvas, view
 
@@ -58,6 +59,7 @@ class Collator:
         grid: the student's image tokens.
         padding_side: "right" to train, "left" to generate.
         with_answer: append the answer and its labels.
+        attention_rows: "prompt", or "official" (see `data.rows`).
         packed: lay the samples end to end in one row, without padding.
         pad_token_id: None takes the encoder's.
     """
@@ -71,6 +73,7 @@ class Collator:
         *,
         padding_side: Literal["right", "left"] = "right",
         with_answer: bool = True,
+        attention_rows: Literal["prompt", "official"] = "prompt",
         packed: bool = False,
         pad_token_id: int | None = None,
     ) -> None:
@@ -85,8 +88,11 @@ class Collator:
         self.grid = grid
         self.padding_side = padding_side
         self.with_answer = with_answer
+        self.attention_rows = attention_rows
         self.packed = packed
         self.pad_token_id = encoder.pad_token_id if pad_token_id is None else pad_token_id
+        if attention_rows == "official":
+            self._require_colon()
 
     def __call__(self, samples: Sequence[Sample]) -> Batch:
         """Raises BadSample (a DataError) for the first sample that cannot be used."""
@@ -135,10 +141,23 @@ class Collator:
             image_weight=torch.zeros(1) if dummy else torch.ones(len(owners)),
             patch_valid=self._patch_valid([v for p in prepared for v in p.patch_valid]),
             image_sample=torch.tensor(owners or [0]),
+            attention_rows=self._official_rows(texts) if self.attention_rows == "official" else None,
             lengths=tuple(len(t.input_ids) for t in texts) if self.packed else (),
             keys=tuple(p.key for p in prepared),
             truncated=sum(t.truncated for t in texts),
         )
+
+    def _official_rows(self, texts: Sequence[Encoded]) -> torch.Tensor:
+        return self._rows([official_rows(text, self.encoder.tokenizer) for text in texts], False)
+
+    def _require_colon(self) -> None:
+        """Raise ConfigError where the template itself gives a question no row."""
+        question = Sample("probe", "none", "vqa", "-", "-", "open", (Image.new("L", (1, 1)),))
+        if not any(official_rows(self.encoder.encode(question, with_answer=False), self.encoder.tokenizer)):
+            raise ConfigError(
+                "losses.attention_rows is official, but the student's chat template writes no ':' after the image; use "
+                "a template in the form of vicuna_v1 (USER: ... ASSISTANT:), or set losses.attention_rows prompt"
+            )
 
     def _rows(self, rows: Sequence[Sequence[int]], padding: int) -> torch.Tensor:
         """[B, L], or [1, L] of all samples end to end."""

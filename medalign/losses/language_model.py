@@ -7,9 +7,14 @@ import torch.nn.functional as F
 
 from medalign.contracts import IGNORE, LossTerm
 
+MEANS = ("tokens", "samples")
 
-def language_model(logits_BKV: torch.Tensor, kept_K: torch.Tensor, labels_BL: torch.Tensor) -> LossTerm:
-    """The summed loss and the number of supervised tokens.
+
+def language_model(
+    logits_BKV: torch.Tensor, kept_K: torch.Tensor, labels_BL: torch.Tensor, sample_BL: torch.Tensor | None = None
+) -> LossTerm:
+    """The summed loss and the number of supervised tokens; with `sample_BL`, the sum over the samples of each sample's
+    mean loss, and the number of samples with a supervised token.
 
     Args:
         logits_BKV: any float dtype; the logit at position p predicts the label at p + 1. Only the rows that
@@ -17,6 +22,7 @@ def language_model(logits_BKV: torch.Tensor, kept_K: torch.Tensor, labels_BL: to
         kept_K: int64, the positions at which logits were kept.
         labels_BL: int64, not shifted; IGNORE where nothing is learned. The first label has nothing before it that
             could predict it and does not count.
+        sample_BL: int64, the number of the sample that each token belongs to, from 0 on. Padding belongs to any.
 
     Raises:
         ValueError: shapes that do not fit, or a supervised token whose logit was not kept.
@@ -37,10 +43,29 @@ def language_model(logits_BKV: torch.Tensor, kept_K: torch.Tensor, labels_BL: to
             "keep every position that comes before a label"
         )
     logits_TV = logits_BKV[supervised_BK].float()
-    loss = F.cross_entropy(logits_TV, target_T, reduction="sum")
-    return LossTerm(sum=loss, count=supervised_BK.sum().float())
+    if sample_BL is None:
+        return LossTerm(F.cross_entropy(logits_TV, target_T, reduction="sum"), count=supervised_BK.sum().float())
+    loss_T = F.cross_entropy(logits_TV, target_T, reduction="none")
+    sample_T = F.pad(sample_BL[:, 1:], (0, 1))[:, kept_K][supervised_BK]
+    tokens_S = supervised_by_sample(labels_BL, sample_BL)
+    return LossTerm(sum=(loss_T / tokens_S[sample_T]).sum(), count=(tokens_S > 0).sum().float())
 
 
 def supervised_tokens(labels_BL: torch.Tensor) -> torch.Tensor:
     """How many labels of the batch count, as a float32 scalar."""
     return (labels_BL[:, 1:] != IGNORE).sum().float()
+
+
+def supervised_samples(labels_BL: torch.Tensor, sample_BL: torch.Tensor) -> torch.Tensor:
+    """How many samples of the batch have a label that counts, as a float32 scalar."""
+    return (supervised_by_sample(labels_BL, sample_BL) > 0).sum().float()
+
+
+def supervised_by_sample(labels_BL: torch.Tensor, sample_BL: torch.Tensor) -> torch.Tensor:
+    """How many labels of each sample count, float32; as many entries as the batch has tokens, 0 beyond its samples.
+
+    Of that length because it is known without waiting for the device.
+    """
+    supervised_BL = (labels_BL[:, 1:] != IGNORE).float()
+    tokens_S = torch.zeros(labels_BL.numel(), device=labels_BL.device)
+    return tokens_S.index_add_(0, sample_BL[:, 1:].flatten(), supervised_BL.flatten())

@@ -8,7 +8,7 @@ import torch
 
 from medalign.contracts import Batch, LossReport, LossTerm, StudentOutput, TeacherTargets
 from medalign.losses.attention import NORMALISATIONS, attention_term
-from medalign.losses.language_model import language_model, supervised_tokens
+from medalign.losses.language_model import MEANS, language_model, supervised_samples, supervised_tokens
 from medalign.losses.token_similarity import WEIGHTINGS, attention_weights, similarity_term
 
 LANGUAGE, SIMILARITY, ATTENTION = "language", "similarity", "attention"
@@ -21,6 +21,7 @@ class Objective:
         alpha: coefficient of the spatial alignment loss.
         beta: coefficient of the attention loss.
         normalise: how attention becomes a distribution: sum, softmax or official.
+        language_mean: the language loss is a mean over answer "tokens", or over "samples" of each one's mean.
         ignore_padding: leave patches of canvas padding alone out of both distillation losses.
         impl: implementation of the kernels.
         weighting: weights of the token pairs in the spatial loss: "uniform", or "teacher_attention" (w_i w_j, w
@@ -38,10 +39,15 @@ class Objective:
         ignore_padding: bool = False,
         impl: str = "auto",
         weighting: str = "uniform",
+        language_mean: str = "tokens",
     ) -> None:
         if alpha < 0 or beta < 0:
             raise ValueError(f"Objective: alpha {alpha} and beta {beta} must not be negative")
-        for name, value, known in (("normalise", normalise, NORMALISATIONS), ("weighting", weighting, WEIGHTINGS)):
+        for name, value, known in (
+            ("normalise", normalise, NORMALISATIONS),
+            ("weighting", weighting, WEIGHTINGS),
+            ("language_mean", language_mean, MEANS),
+        ):
             if value not in known:
                 raise ValueError(f'Objective: {name}="{value}" is none of {", ".join(known)}')
         self.coefficients = {LANGUAGE: 1.0, SIMILARITY: alpha, ATTENTION: beta}
@@ -49,6 +55,7 @@ class Objective:
         self.ignore_padding = ignore_padding
         self.impl = impl
         self.weighting = weighting
+        self.language_mean = language_mean
 
     def coefficient(self, name: str) -> float:
         """What the term `name` is multiplied with in the total."""
@@ -56,8 +63,11 @@ class Objective:
 
     def counts(self, batch: Batch) -> dict[str, torch.Tensor]:
         """The count of every term, from the batch alone: known before the forward pass, so that ranks can add up."""
+        sample_BL = self._samples(batch)
         return {
-            LANGUAGE: supervised_tokens(batch.labels),
+            LANGUAGE: supervised_tokens(batch.labels)
+            if sample_BL is None
+            else supervised_samples(batch.labels, sample_BL),
             SIMILARITY: batch.image_weight.float().sum(),
             ATTENTION: _asked_about(batch).sum(),
         }
@@ -74,7 +84,7 @@ class Objective:
 
         Raises ValueError if a term has a coefficient and lacks an input.
         """
-        terms = {LANGUAGE: language_model(output.logits, output.kept, batch.labels)}
+        terms = {LANGUAGE: language_model(output.logits, output.kept, batch.labels, self._samples(batch))}
         for name, compute in ((SIMILARITY, self._similarity), (ATTENTION, self._attention)):
             with torch.set_grad_enabled(torch.is_grad_enabled() and self.coefficients[name] > 0):
                 term = compute(output, targets, batch)
@@ -107,12 +117,15 @@ class Objective:
             output.attention, targets.attention, _asked_about(batch), self._mask(batch), self.normalise
         )
 
+    def _samples(self, batch: Batch) -> torch.Tensor | None:
+        return batch.sample_of_token() if self.language_mean == "samples" else None
+
     def _mask(self, batch: Batch) -> torch.Tensor | None:
         return batch.patch_valid if self.ignore_padding else None
 
 
 def _asked_about(batch: Batch) -> torch.Tensor:
-    """1 for each real image whose sample has a question after it, else 0; [I] float32."""
-    asking = batch.sample_of_token().flatten(), batch.question_mask.flatten().float()
+    """1 for each real image whose sample has rows of the attention loss, else 0; [I] float32."""
+    asking = batch.sample_of_token().flatten(), batch.rows.flatten().float()
     asking_S = torch.zeros(len(batch.bounds()) - 1, device=batch.input_ids.device).index_add_(0, *asking) > 0
     return batch.image_weight.float() * asking_S[batch.image_sample]

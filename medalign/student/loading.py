@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 from medalign.config import StudentConfig
 from medalign.errors import CheckpointError, ConfigError
 from medalign.student.families import Anatomy, anatomy, require_family
-from medalign.student.model import Student
+from medalign.student.model import Student, require_layer
 from medalign.student.query_mixture import QueryMixture
 from medalign.student.steering import Steering
 from medalign.student.taps import tapped_name
@@ -48,6 +48,7 @@ def load_student(config: StudentConfig, dtype: torch.dtype, seed: int = 0) -> St
     """
     model = _load_model(config, dtype)
     parts = anatomy(model)
+    require_layer(config.layer, parts)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     # Only now, since loading draws more or less by the way it is sharded: the same start of LoRA for this seed.
@@ -55,7 +56,7 @@ def load_student(config: StudentConfig, dtype: torch.dtype, seed: int = 0) -> St
     with warnings.catch_warnings():
         # peft reads a property that transformers has renamed: nothing that a user could mend
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
-        adapted = get_peft_model(model, _lora(config, model, parts.decoder), autocast_adapter_dtype=False)
+        adapted = get_peft_model(model, _lora(config, model, parts), autocast_adapter_dtype=False)
     if config.train_projector:
         for parameter in parts.projector.parameters():
             parameter.requires_grad_(True)
@@ -63,7 +64,10 @@ def load_student(config: StudentConfig, dtype: torch.dtype, seed: int = 0) -> St
     mixture = None
     if config.query_mixture:
         projection: Any = parts.attentions[config.layer].q_proj
-        mixture = QueryMixture(projection.in_features, projection.out_features).to(dtype)
+        official = config.query_mixture_form == "official"
+        dropout = config.lora.dropout if official else 0.0
+        mixture = QueryMixture(projection.in_features, projection.out_features, lora_start=official, dropout=dropout)
+        mixture.to(dtype)
     student = Student(adapted, parts, config.layer, steering, mixture)
     if config.gradient_checkpointing:
         _checkpoint_blocks(student)
@@ -181,10 +185,15 @@ def _folder(config: StudentConfig) -> str:
     return str(folder)
 
 
-def _lora(config: StudentConfig, model: nn.Module, decoder: str) -> PeftLora:
-    """LoRA on every linear layer of the language model's blocks, and nowhere else."""
-    inside = f"{decoder}.layers."
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+def _lora(config: StudentConfig, model: nn.Module, parts: Anatomy) -> PeftLora:
+    """LoRA on every linear layer of the language model's blocks, and nowhere else.
+
+    The official mixture stands in the place of LoRA on its projection.
+    """
+    inside = f"{parts.decoder}.layers."
+    replaced = config.query_mixture and config.query_mixture_form == "official"
+    alone = parts.attentions[config.layer].q_proj if replaced else None
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not alone]
     return PeftLora(
         r=config.lora.rank,
         lora_alpha=config.lora.alpha,

@@ -9,6 +9,7 @@ R rank.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -24,12 +25,28 @@ class QueryMixture(nn.Module):
         experts: E.
         rank: r of each expert.
         alpha: the mixture is multiplied by alpha / r.
+        lora_start: draw the first factors as LoRA's (Kaiming uniform), in place of a normal distribution.
+        dropout: on what the experts read; the router reads all of it.
     """
 
-    def __init__(self, width: int, width_out: int, experts: int = 4, rank: int = 16, alpha: float = 8.0) -> None:
+    def __init__(
+        self,
+        width: int,
+        width_out: int,
+        experts: int = 4,
+        rank: int = 16,
+        alpha: float = 8.0,
+        *,
+        lora_start: bool = False,
+        dropout: float = 0.0,
+    ) -> None:
         super().__init__()
         self.router = nn.Linear(width, experts)
+        self.dropout = nn.Dropout(dropout)
         self.down = nn.Parameter(torch.randn(experts, rank, width) / width**0.5)
+        if lora_start:
+            for expert in self.down.data:
+                nn.init.kaiming_uniform_(expert, a=math.sqrt(5))
         self.up = nn.Parameter(torch.zeros(experts, width_out, rank))
         self.scaling = alpha / rank
         self._question_BL: torch.Tensor | None = None
@@ -44,7 +61,7 @@ class QueryMixture(nn.Module):
         """
         gates_BLE = self._decide(hidden_BLD) if gates_BE is None else gates_BE[:, None]
         dtype = self.down.dtype
-        inner_BLER = torch.einsum("bld,erd->bler", hidden_BLD.to(dtype), self.down)
+        inner_BLER = torch.einsum("bld,erd->bler", self.dropout(hidden_BLD).to(dtype), self.down)
         weighted_BLER = inner_BLER * (self.scaling * gates_BLE).to(dtype)[..., None]
         return torch.einsum("bler,eor->blo", weighted_BLER, self.up).to(hidden_BLD.dtype)
 

@@ -21,6 +21,7 @@ from medalign.errors import CheckpointError, ConfigError
 from medalign.geometry import PatchGrid
 from medalign.teacher.source import Source, find
 
+FEATURES = ("after_norm", "before_norm")
 _STUB_TEXT = {"context_length": 1, "vocab_size": 1, "width": 8, "heads": 1, "layers": 1}
 
 
@@ -76,11 +77,12 @@ class Tower(nn.Module):
 class TransformerTower(Tower):
     """open_clip's own VisionTransformer.
 
-    Features are taken after the final norm (`ln_post`), not from the bare residual stream: the stream has a few
-    channels far larger than the others, which would make every cosine between patches close to one.
+    Features are taken after the final norm (`ln_post`) by default: the bare residual stream may have a few channels far
+    larger than the others, which would make every cosine between patches close to one. "before_norm" takes the stream,
+    as the released code does.
     """
 
-    def __init__(self, visual: VisionTransformer):
+    def __init__(self, visual: VisionTransformer, features: str = "after_norm"):
         super().__init__()
         blocks = visual.transformer.resblocks
         if len(blocks) < 2 or not isinstance(blocks[-1], ResidualAttentionBlock) or visual.attn_pool is not None:
@@ -88,7 +90,10 @@ class TransformerTower(Tower):
                 "the teacher's vision tower must have at least two plain blocks and no attentional pooling; "
                 f"this one has {len(blocks)} of type {type(blocks[-1]).__name__}"
             )
+        if features not in FEATURES:
+            raise ValueError(f'TransformerTower: features="{features}" is none of {", ".join(FEATURES)}')
         self.visual = visual
+        self.features = features
         self.grid = PatchGrid(*visual.grid_size)
         self.width = visual.transformer.width
         self.image_size = visual.image_size
@@ -104,7 +109,8 @@ class TransformerTower(Tower):
         )
         before, after = output["image_intermediates"]
         tokens = torch.cat([output["image_intermediates_prefix"][0], before], dim=1)
-        return self.visual.ln_post(after), class_attention(self.visual.transformer.resblocks[last], tokens)
+        features = self.visual.ln_post(after) if self.features == "after_norm" else after
+        return features, class_attention(self.visual.transformer.resblocks[last], tokens)
 
 
 def class_attention(block: ResidualAttentionBlock, tokens: torch.Tensor) -> torch.Tensor:
@@ -158,11 +164,13 @@ def load_teacher(
     dtype: torch.dtype = torch.float32,
     *,
     random_weights_seed: int | None = None,
+    features: str = "after_norm",
 ) -> Teacher:
     """A frozen teacher from a local folder in the layout of open_clip's hub models, or from `open_clip:ARCH/WEIGHTS`.
 
     WEIGHTS is a file (safetensors, or a torch file without pickled code), no tag: nothing is fetched. With
     `random_weights_seed` the weights are not read: the control of an untrained teacher, always the same one for a seed.
+    `features` says whether patch features are taken "after_norm" or "before_norm" (the tower's final norm).
     Raises ConfigError where the tower is of a kind that is not supported.
     """
     source = find(path)
@@ -171,7 +179,7 @@ def load_teacher(
         visual = _untrained(source)
     if random_weights_seed is None:
         _load_vision_weights(visual, source.weights)
-    return Teacher(TransformerTower(visual), source.mean, source.std).to(device=device, dtype=dtype)
+    return Teacher(TransformerTower(visual, features), source.mean, source.std).to(device=device, dtype=dtype)
 
 
 def _untrained(source: Source) -> VisionTransformer:

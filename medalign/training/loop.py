@@ -18,7 +18,7 @@ from medalign.data.loader import judge_bad_share
 from medalign.errors import DivergedError, MedAlignError
 from medalign.observability.meters import Throughput, peak_memory_gib
 from medalign.observability.sinks import ConsoleSink, Sink
-from medalign.training.schedule import rates
+from medalign.training.schedule import rates, total_steps
 from medalign.training.step import Step
 
 log = logging.getLogger("medalign")
@@ -38,7 +38,7 @@ def train(
         batches: for each step from `progress.step` on, this rank's micro-batches.
         sinks: where rows go; empty on ranks other than 0.
     """
-    total, device = config.train.steps, step.engine.device
+    total, device = total_steps(config.train), step.engine.device
     speed, row = Throughput(device), {}
     for number in range(progress.step, total):
         distributed.seed_step(config.run.seed, number)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from deepspeed.utils import safe_get_full_grad
 
 from medalign import distributed
 from medalign.config import Config, LoraConfig
@@ -32,6 +33,7 @@ def configure(settings: dict[str, Any]) -> Config:
     config.student.layer, config.student.lora = 2, LoraConfig(rank=4, alpha=8)
     config.student.train_projector = True
     config.losses.alpha, config.losses.beta = settings.get("alpha", 1.0), settings.get("beta", 0.5)
+    config.losses.language_mean = settings.get("language_mean", "tokens")
     config.train.steps, config.train.lr = 100, 1e-3
     config.train.projector_lr = settings.get("projector_lr", 1e-3)
     config.train.weight_decay = settings.get("weight_decay", 0.0)
@@ -108,14 +110,17 @@ def scenarios(settings: dict[str, Any]) -> dict[str, Any]:
     return results
 
 
-def build(config: Config, *, steered: bool = False) -> tuple[Engine, Student, Step]:
-    """As a run does it. `steered` starts from a W that is not zero (where ZeRO does not partition it)."""
+def build(config: Config, *, steered: bool = False, warm: bool = False) -> tuple[Engine, Student, Step]:
+    """As a run does it. `steered` starts from a W that is not zero, `warm` with random adapters too (where ZeRO does
+    not partition them while it loads)."""
     ds_settings = deepspeed_settings(config, distributed.world())
     teacher = build_teacher(config)
     with door.sharded_loading(ds_settings):
         student = load_student(config.student, precision(config))
     if steered:
         torch.nn.init.normal_(student.steering.weight, std=0.1)
+    if warm:
+        _warm(student)
     student.train()
     engine = Engine(student, parameter_groups(student, config), ds_settings)
     if teacher is not None:
@@ -143,6 +148,58 @@ def train(settings: dict[str, Any]) -> dict[str, Any]:
         "learnt": {name: value.double().norm().item() for name, value in after.items() if name in learning},
         "sharded": sharded,
     }
+
+
+def language_gradients(settings: dict[str, Any]) -> dict[str, Any]:
+    """For each named scenario: loss and gradient of one step under ZeRO, beside those of `_plain_gradients`."""
+    door.start({})
+    results = {name: _language_gradients(settings["common"] | own) for name, own in settings["scenarios"].items()}
+    door.stop()
+    return results
+
+
+def _language_gradients(settings: dict[str, Any]) -> dict[str, float]:
+    config = configure(settings)
+    expected_loss, expected = _plain_gradients(config, rows(settings, 0))
+    engine, student, step = build(config, warm=True)
+    found: dict[str, torch.Tensor] = {}
+    update = engine.step
+
+    def read_then_update(rates: dict[str, float]) -> float:
+        for name, parameter in student.named_parameters():
+            if parameter.requires_grad and engine._engine.is_gradient_accumulation_boundary():
+                found[name] = safe_get_full_grad(parameter)
+        return update(rates)
+
+    engine.step = read_then_update
+    losses = step(share(settings, 0), peaks(config.train))
+    whole, difference = (
+        torch.stack([tensor.double().norm() for tensor in tensors]).norm()
+        for tensors in (expected.values(), [found[name].view_as(value) - value for name, value in expected.items()])
+    )
+    return {"loss": losses["loss/language"], "plain": expected_loss, "error": float(difference / whole)}
+
+
+def _plain_gradients(config: Config, samples: list[Batch]) -> tuple[float, dict[str, torch.Tensor]]:
+    """The mean over samples of each one's mean loss, a forward and backward pass each, without an engine."""
+    student = load_student(config.student, precision(config))
+    _warm(student)
+    total = 0.0
+    for sample in samples:
+        output = student.train()(dataclasses.replace(sample, labels=sample.input_ids), tap=False)
+        loss = torch.nn.functional.cross_entropy(output.logits[0], sample.labels[0, 1:]) / len(samples)
+        loss.backward()
+        total += float(loss.detach())
+    named = [pair for group in student.trainable().values() for pair in group]
+    return total, {name: p.grad for name, p in named if p.grad is not None}
+
+
+def _warm(student: Student) -> None:
+    """Adapters and W start at random. The projector keeps its weights: ZeRO-3 may have partitioned them by now."""
+    torch.manual_seed(1)
+    for group in ("adapters", "steering"):
+        for _, parameter in student.trainable()[group]:
+            torch.nn.init.normal_(parameter, std=0.05)
 
 
 def _everything(engine: Engine, student: Student) -> dict[str, torch.Tensor]:

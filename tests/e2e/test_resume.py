@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from medalign.data.index import ShardIndex
 from tests.e2e.conftest import kill_at, losses, train
 
 
@@ -26,3 +27,15 @@ def test_a_finished_run_is_left_as_it_is(recipe, trained):
     (output,) = train(recipe, trained)
     assert "8 steps, 32 samples" in output
     assert losses(trained) == before
+
+
+def test_epochs_are_a_number_of_steps_and_go_on_exactly(recipe, shards, trained, tmp_path):
+    """Eight steps of 4 samples, given as epochs, interrupted once: the run of eight steps, bit for bit."""
+    samples, folder = len(ShardIndex.open(shards / "train")), tmp_path / "epochs"
+    words = ["--train.epochs", str(32 / samples)]
+    kill_at(recipe, folder, 5, *words)
+    (output,) = train(recipe, folder, *words)
+    assert f"8 steps of 4 samples: {32 / samples:.4g} epochs of {samples} samples" in output
+    assert losses(folder) == losses(trained)
+    written = (folder / "config.yaml").read_text()
+    assert written.startswith(f"# {32 / samples} epochs are 8 steps\n") and "steps: null" in written

@@ -6,6 +6,7 @@ import pytest
 
 from medalign import config
 from medalign.errors import ConfigError
+from medalign.training.schedule import resolve_steps
 
 NEEDED = "student: {path: a}\nteacher: {path: b}\ndata: {train: [c]}\n"
 
@@ -113,7 +114,58 @@ def test_no_teacher_is_needed_without_distillation(tmp_path):
     assert not config.load(str(path)).distils
 
 
-@pytest.mark.parametrize("name", config.recipes())
-def test_every_packaged_recipe_is_complete(name):
-    words = ["--student.path", "a", "--teacher.path", "b", "--data.train", "c"]
-    assert config.load(name, words).train.steps > 0
+@pytest.mark.parametrize(
+    ("text", "words", "decides"),
+    [
+        ("", [], (1000, None)),
+        ("train: {steps: 7}", [], (7, None)),
+        ("train: {epochs: 9}", [], (None, 9.0)),
+        ("train: {epochs: 9, steps: null}", [], (None, 9.0)),
+        ("train: {epochs: 9}", ["--train.steps", "50"], (50, None)),
+        ("train: {epochs: 9}", ["--train.steps=0"], (0, None)),
+        ("train: {epochs: 9}", ["--train.epochs", "2.5"], (None, 2.5)),
+        ("train: {steps: 7}", ["--train.epochs", "2.5"], (None, 2.5)),
+        ("train: {steps: 7}", ["--train.epochs", "null"], (7, None)),
+    ],
+)
+def test_steps_or_epochs_decide_and_the_command_line_beats_the_recipe(recipe, tmp_path, text, words, decides):
+    path = tmp_path / "length.yaml"
+    path.write_text(NEEDED + text)
+    settings = config.load(str(path), words)
+    assert (settings.train.steps, settings.train.epochs) == decides
+    path.write_text(config.dump(settings))
+    assert config.read(path) == settings
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "message"),
+    [
+        ("train: {steps: 7, epochs: 9}", [], "train.steps is 7 and train.epochs is 9.0; set one of them"),
+        ("", ["--train.steps", "7", "--train.epochs", "9"], "train.steps is 7 and train.epochs is 9.0"),
+        ("train: {steps: null}", [], "neither train.steps nor train.epochs"),
+        ("train: {epochs: 9}", ["--train.epochs", "null"], "neither train.steps nor train.epochs"),
+        ("train: {epochs: 0}", [], "train.epochs is 0.0; it must be a number above 0"),
+        ("train: {epochs: .nan}", [], "train.epochs is nan"),
+        ("train: {epochs: .inf}", [], "train.epochs is inf"),
+        ("train: {epochs: true}", [], "train.epochs"),
+        ("train: {steps: -1}", [], "train.steps is -1; it must not be negative"),
+        (
+            "train: {epochs: 9}",
+            ["--data.weights", "[1]"],
+            r"data.weights is \[1.0\]: .*; set train.steps",
+        ),
+    ],
+)
+def test_a_run_of_unclear_length_is_refused(tmp_path, text, words, message):
+    path = tmp_path / "length.yaml"
+    path.write_text(NEEDED + text)
+    with pytest.raises(ConfigError, match=message):
+        config.load(str(path), words)
+
+
+def test_the_dump_of_epochs_tells_the_steps_and_reads_back_as_epochs(recipe, tmp_path):
+    settings = config.load(recipe, ["--train.epochs", "9"])
+    path = tmp_path / "config.yaml"
+    path.write_text(config.dump(resolve_steps(settings, 1797)))
+    assert path.read_text().startswith("# 9.0 epochs are 505 steps\n")
+    assert config.read(path) == settings

@@ -9,6 +9,7 @@ from medalign import config
 from medalign.checkpoint.state import Progress
 from medalign.errors import ConfigError
 from medalign.run import _require_same_run, _say_end
+from medalign.training.schedule import resolve_steps
 
 WORDS = ["--data.train", "shards", "--student.path", "/one/models/llava", "--teacher.path", "/one/models/clip"]
 STANDS = Progress(step=3, samples=12, ranks=1, stage=3, data=("8 samples in 1 shards of 512 bytes, CRC-32 0000abcd",))
@@ -36,6 +37,18 @@ def goes_on(tmp_path):
 def test_what_shapes_the_run_must_stay(goes_on, word, value):
     with pytest.raises(ConfigError, match=rf"config\.yaml has {word} = .*the command says {value}.*--run\.dir"):
         goes_on(f"--{word}", value)
+
+
+def test_what_decides_the_length_of_the_run_must_stay(goes_on, tmp_path):
+    with pytest.raises(ConfigError, match=r"has train\.steps = 600, the command says None"):
+        goes_on("--train.epochs", "3")
+    begun_with_epochs = resolve_steps(begun(tmp_path, "--train.epochs", "3"), 640)
+    (tmp_path / "config.yaml").write_text(config.dump(begun_with_epochs))
+    goes_on("--train.epochs", "3")
+    with pytest.raises(ConfigError, match=r"has train\.epochs = 3\.0, the command says 4\.0"):
+        goes_on("--train.epochs", "4")
+    with pytest.raises(ConfigError, match=r"has train\.epochs = 3\.0, the command says None"):
+        goes_on("--train.steps", "60")
 
 
 def test_models_may_move_with_the_folders_above_them(goes_on):

@@ -73,6 +73,20 @@ def test_keys_on_the_command_line(capsys: pytest.CaptureFixture[str], data: Path
     assert json.loads(lines[0])["keys"] == [index.key(n) for n in first]
 
 
+def test_the_length_of_the_run_is_shown(capsys: pytest.CaptureFixture[str], data: Path) -> None:
+    samples = len(ShardIndex.open(data))
+    words = ["inspect", "phantom", "--data.train", str(data), "--train.batch_size", "2", "--train.epochs", "2"]
+    length = f"{samples} steps of 2 samples: 2 epochs of {samples} samples"
+    capsys.readouterr()
+    assert main([*words, "--keys"]) == 0
+    shown = capsys.readouterr()
+    assert length in shown.err and len(shown.out.splitlines()) == 1
+    assert main(words) == 0
+    assert capsys.readouterr().out.startswith(f"step 0 in a run of {length}")
+    assert main([*words, "--keys", "--data.weights", "[1]"]) == 2
+    assert "folders mixed by weight have no common epoch; set train.steps" in capsys.readouterr().err
+
+
 def test_mixtures_and_groups_on_the_command_line(capsys: pytest.CaptureFixture[str], data: Path) -> None:
     folders = ["--data.train", json.dumps([str(data), str(data.parent / "val")]), "--data.weights", "[1, 3]"]
     mixed = keys(capsys, data, "--steps", "6", *folders, "--data.length_groups", "3")

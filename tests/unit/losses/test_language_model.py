@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from medalign.contracts import IGNORE
-from medalign.losses.language_model import language_model, supervised_tokens
+from medalign.losses.language_model import language_model, supervised_samples, supervised_tokens
 
 
 def inputs():
@@ -24,6 +24,36 @@ def test_equals_the_shifted_cross_entropy(kept):
     expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
     torch.testing.assert_close(term.sum, expected)
     assert term.count == 7 == supervised_tokens(labels)
+
+
+@pytest.mark.parametrize("kept", [list(range(8)), [2, 3, 4, 5, 6], [6, 5, 4, 3, 2, 7]])
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_mean_over_samples_is_that_of_each_sample_by_itself(kept, packed):
+    """Packed: both rows end to end in one, the numbers telling the samples apart. Float32 sums of six terms: 1e-6."""
+    logits, labels = inputs()
+    means = [F.cross_entropy(row[:-1], words[1:]) for row, words in zip(logits, labels, strict=True)]
+    (expected,) = torch.autograd.grad(sum(means), logits)
+    samples, rows = torch.tensor([[0] * 8, [1] * 8]), logits[:, kept]
+    if packed:
+        labels, samples, rows = labels.view(1, 16), samples.view(1, 16), rows.reshape(1, -1, 13)
+        kept = [place + start for start in (0, 8) for place in kept]
+    term = language_model(rows, torch.tensor(kept), labels, samples)
+    (found,) = torch.autograd.grad(term.sum, logits)
+    torch.testing.assert_close(term.sum, sum(means), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+    assert term.count == 2 == supervised_samples(labels, samples)
+
+
+def test_a_sample_that_learns_nothing_counts_for_nothing():
+    logits, labels = inputs()
+    labels[0] = IGNORE
+    samples = torch.tensor([[0] * 8, [1] * 8])
+    term = language_model(logits, torch.arange(8), labels, samples)
+    torch.testing.assert_close(term.sum, F.cross_entropy(logits[1, :-1], labels[1, 1:]))
+    assert term.count == 1 == supervised_samples(labels, samples)
+    labels[1] = IGNORE
+    none = language_model(logits, torch.arange(8), labels, samples)
+    assert none.sum == 0 == none.count and (torch.autograd.grad(none.sum, logits)[0] == 0).all()
 
 
 def test_half_precision_is_widened():

@@ -1,5 +1,7 @@
 """The objective: what counts, what is weighed, and what each term reaches."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -66,16 +68,17 @@ def test_total_is_the_weighted_sum_of_the_terms():
 
 
 @pytest.mark.parametrize(
-    ("weights", "questions", "counts"),
+    ("weights", "questions", "mean", "counts"),
     [
-        ((1, 1, 1), (True, True), (5, 3, 3)),
-        ((1, 0, 1), (True, False), (5, 2, 1)),
-        ((0,), (True, True), (5, 0, 0)),
+        ((1, 1, 1), (True, True), "tokens", (5, 3, 3)),
+        ((1, 0, 1), (True, False), "tokens", (5, 2, 1)),
+        ((0,), (True, True), "tokens", (5, 0, 0)),
+        ((1, 1, 1), (True, True), "samples", (2, 3, 3)),
     ],
 )
-def test_counts_come_from_the_batch_and_agree_with_the_terms(weights, questions, counts):
+def test_counts_come_from_the_batch_and_agree_with_the_terms(weights, questions, mean, counts):
     _, output, targets = values(len(weights))
-    objective = Objective(1.0, 1.0)
+    objective = Objective(1.0, 1.0, language_mean=mean)
     micro_batch = batch(weights, questions)
     found = objective.counts(micro_batch)
     report = objective(output, targets, micro_batch, ONE)
@@ -97,6 +100,15 @@ def test_an_image_nobody_asks_about_has_no_attention_loss():
     Objective(1.0, 1.0)(output, targets, batch(questions=(True, False)), ONE).total.backward()
     assert (leaves["attention"].grad[2] == 0).all() and (leaves["attention"].grad[:2] != 0).any(1).all()
     assert (leaves["tokens"].grad != 0).any(-1).all()
+
+
+def test_rows_of_their_own_decide_which_images_have_an_attention_loss():
+    _, output, targets = values()
+    rows = torch.zeros(2, LENGTH, dtype=torch.bool)
+    rows[1, 10] = True  # inside the answer of sample 1
+    term = Objective(1.0, 1.0)(output, targets, replace(batch(), attention_rows=rows), ONE).terms["attention"]
+    assert term.count == 1 == Objective(1.0, 1.0).counts(replace(batch(), attention_rows=rows))["attention"]
+    torch.testing.assert_close(term.sum, attention_kl(output.attention, targets.attention)[2])
 
 
 def test_each_term_reaches_its_own_input_alone():
@@ -141,7 +153,12 @@ def test_pairs_can_be_weighted_by_the_teachers_attention():
 
 @pytest.mark.parametrize(
     ("arguments", "named"),
-    [({"alpha": -1.0}, "alpha"), ({"normalise": "l1"}, "normalise"), ({"weighting": "pairs"}, "weighting")],
+    [
+        ({"alpha": -1.0}, "alpha"),
+        ({"normalise": "l1"}, "normalise"),
+        ({"weighting": "pairs"}, "weighting"),
+        ({"language_mean": "words"}, "language_mean"),
+    ],
 )
 def test_bad_settings_are_named(arguments, named):
     with pytest.raises(ValueError, match=named):

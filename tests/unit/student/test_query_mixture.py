@@ -4,6 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from medalign.config import LoraConfig, StudentConfig
+from medalign.errors import ConfigError
+from medalign.student.loading import load_student
 from medalign.student.query_mixture import QueryMixture
 
 
@@ -95,3 +98,52 @@ def test_without_begin_or_gates_it_refuses():
     with pytest.raises(RuntimeError, match="begin"):
         mixture(hidden)
     torch.testing.assert_close(mixture(hidden, torch.zeros(2, 3)), torch.zeros(2, 8, 10))
+
+
+@pytest.mark.parametrize(("form", "dropout"), [("beside_lora", 0.0), ("official", 0.3)])
+def test_the_official_mixture_stands_in_the_place_of_lora(student_folder, form, dropout):
+    lora = LoraConfig(rank=4, dropout=0.3)
+    config = StudentConfig(str(student_folder), layer=1, lora=lora, query_mixture=True, query_mixture_form=form)
+    student = load_student(config, torch.float32)
+    adapted = {name.split(".lora_A")[0].split("model.")[-1] for name, _ in student.trainable()["adapters"]}
+    adapted = {name.split(".lora_B")[0] for name in adapted}
+    linear = {f"self_attn.{part}_proj" for part in "qkvo"} | {f"mlp.{part}_proj" for part in ("gate", "up", "down")}
+    every = {f"layers.{block}.{name}" for block in range(3) for name in linear}
+    missing = {"layers.1.self_attn.q_proj"} if form == "official" else set()
+    assert {name[name.index("layers.") :] for name in adapted} == every - missing
+    assert student.mixture.dropout.p == dropout
+
+
+def test_experts_can_start_as_lora_does():
+    """Kaiming uniform of slope sqrt(5): uniform up to 1 / sqrt(width), for each expert by itself."""
+    down = QueryMixture(64, 10, experts=3, rank=200, lora_start=True).down.detach()
+    bound = 64**-0.5
+    assert down.abs().max() <= bound
+    for expert in down:
+        assert float(expert.std()) == pytest.approx(bound / 3**0.5, rel=0.02)  # 12,800 draws: 0.6 % of spread
+    assert not torch.equal(down[0], down[1])
+
+
+def test_dropout_is_on_what_the_experts_read_and_the_router_sees_all():
+    torch.manual_seed(0)
+    mixture = QueryMixture(6, 10, experts=3, rank=2, alpha=4, dropout=0.5)
+    nn.init.normal_(mixture.up)
+    hidden, question = torch.randn(1, 8, 6), torch.ones(1, 8, dtype=torch.bool)
+    mixture.begin(question)
+    torch.manual_seed(7)
+    found = mixture(hidden)
+    gradients = torch.autograd.grad(found.square().sum(), list(mixture.parameters()))
+    torch.manual_seed(7)
+    dropped = nn.functional.dropout(hidden, 0.5)[0]
+    gates = (mixture.router.weight @ hidden[0, -1] + mixture.router.bias).softmax(0)
+    expected = 2 * dropped @ sum(gates[e] * mixture.up[e] @ mixture.down[e] for e in range(3)).T
+    torch.testing.assert_close(found[0], expected)
+    for one, other in zip(gradients, torch.autograd.grad(expected.square().sum(), mixture.parameters()), strict=True):
+        torch.testing.assert_close(one, other)
+    mixture.eval()
+    assert not torch.allclose(mixture(hidden), found)
+
+
+def test_a_layer_that_does_not_exist_is_refused_before_the_mixture_looks_for_it(student_folder):
+    with pytest.raises(ConfigError, match="student.layer is 9, but the student's blocks are numbered 0 to 2"):
+        load_student(StudentConfig(str(student_folder), layer=9, query_mixture=True), torch.float32)

@@ -29,6 +29,23 @@ def test_features_are_those_of_the_whole_clip_after_its_final_norm(folder, pixel
     torch.testing.assert_close(features, expected)
 
 
+def test_features_can_be_those_of_the_last_block_before_the_norm(folder, pixels):
+    """A final norm of random weights, so that one is not the other; the attention is the same."""
+    teachers = [load_teacher(folder, features=name) for name in ("before_norm", "after_norm")]
+    for teacher in teachers:
+        nn.init.normal_(teacher.tower.visual.ln_post.weight, generator=torch.Generator().manual_seed(0))
+    seen = []
+    teachers[0].tower.visual.transformer.resblocks[-1].register_forward_hook(lambda *args: seen.append(args[2]))
+    (before, attention), (after, same) = (teacher(pixels) for teacher in teachers)
+    assert torch.equal(before, seen[0][:, 1:])
+    mean, variance = before.mean(-1, keepdim=True), before.var(-1, keepdim=True, correction=0)
+    norm = teachers[1].tower.visual.ln_post
+    torch.testing.assert_close(after, (before - mean) / (variance + norm.eps).sqrt() * norm.weight + norm.bias)
+    assert not torch.allclose(before, after, rtol=0.1) and torch.equal(attention, same)
+    with pytest.raises(ValueError, match='features="raw" is none of after_norm, before_norm'):
+        load_teacher(folder, features="raw")
+
+
 @pytest.mark.parametrize("stem", [None, [8, 12], [8, 8, 8]])
 def test_attention_is_the_class_row_of_the_full_matrix(make_folder, pixels, stem):
     teacher = load_teacher(make_folder(conv_stem=stem))

@@ -1,9 +1,11 @@
-"""The learning rate is a function of the step."""
+"""The length of a run; the learning rate is a function of the step."""
+
+from dataclasses import replace
 
 import pytest
 
-from medalign.config import TrainConfig
-from medalign.training.schedule import decays, factor, rates
+from medalign.config import Config, DataConfig, TrainConfig
+from medalign.training.schedule import decays, describe_length, factor, rates, resolve_steps
 
 
 def test_linear_rise_then_cosine_to_zero():
@@ -22,3 +24,30 @@ def test_groups_have_their_own_rate_and_decay():
     config = TrainConfig(steps=10, warmup=0.0, lr=1.0, projector_lr=0.1, weight_decay=0.2)
     assert rates(0, config) == {"adapters": 1.0, "mixture": 1.0, "steering": 1.0, "projector": 0.1}
     assert decays(config) == {"adapters": 0.2, "mixture": 0.2, "steering": 0.0, "projector": 0.2}
+
+
+@pytest.mark.parametrize(
+    ("epochs", "samples", "batch", "steps"),
+    [
+        (1.0, 64, 32, 2),
+        (9.0, 1797, 32, 505),  # 505.4
+        (1.0, 80, 32, 3),  # 2.5: halves up
+        (3.0, 16, 32, 2),  # 1.5
+        (0.01, 7, 32, 1),  # never none
+        (0.1, 640, 64, 1),
+        (2.0, 3 * 10**15 + 1, 2, 3 * 10**15 + 1),  # beyond the digits of a float
+    ],
+)
+def test_epochs_become_the_nearest_number_of_steps(epochs, samples, batch, steps):
+    config = Config(train=TrainConfig(steps=None, epochs=epochs, batch_size=batch))
+    resolved = resolve_steps(config, samples)
+    assert resolved.train.steps == steps and resolved.train.epochs == epochs
+    assert config.train.steps is None
+
+
+def test_steps_are_left_alone_and_told_as_epochs():
+    config = Config(train=TrainConfig(steps=10, batch_size=32))
+    assert resolve_steps(config, 128) is config
+    assert describe_length(config, 128) == "10 steps of 32 samples: 2.5 epochs of 128 samples"
+    mixed = replace(config, data=DataConfig(train=["a", "b"], weights=[1.0, 2.0]))
+    assert describe_length(mixed, 128) == "10 steps of 32 samples"  # folders mixed by weight have no common epoch
