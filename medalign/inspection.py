@@ -21,7 +21,6 @@ from medalign.data.plan import Order, StepPlan
 from medalign.errors import ConfigError
 from medalign.evaluation.batches import BatchView, as_html, as_picture, as_text, view_batch
 from medalign.observability.files import write_text
-from medalign.student import loading
 from medalign.teacher.source import teacher_eye
 
 _LISTING = ("steps", "skip", "world_size", "workers")  # options of --keys alone
@@ -97,11 +96,9 @@ def global_batches(
 def look(config: Config, step: int) -> BatchView:
     """The global batch of a step, read and collated as in training; no weights are needed."""
     index = run.open_index(config)
-    processor = loading.load_processor(config.student)
     eye = teacher_eye(config.teacher.path) if config.distils else None
     teacher = TowerView(*eye) if eye else None
-    anatomy = loading.load_anatomy(config.student)
-    collator = run.collator_of(config, anatomy, processor, teacher, index.most_images)
+    collator, processor = run.check_collator(config, teacher, index.most_images)
     loader = TrainLoader(
         index,
         run.build_order(config, index),

@@ -46,11 +46,7 @@ class Student(nn.Module):
     ) -> None:
         super().__init__()
         self.model: Any
-        if not 1 <= layer < len(anatomy.blocks):
-            raise ConfigError(
-                f"student.layer is {layer}, but the student's blocks are numbered 0 to {len(anatomy.blocks) - 1} "
-                "and block 0 has none before it to steer"
-            )
+        require_layer(layer, anatomy)
         self.model = model
         self.steering = steering
         self.mixture = mixture
@@ -174,6 +170,15 @@ class Student(nn.Module):
         return (
             gather_images(hidden_BLD, batch.image_index, images, tokens),
             gather_images(map_BL, batch.image_index, images, tokens),
+        )
+
+
+def require_layer(layer: int, anatomy: Anatomy) -> None:
+    """Raises ConfigError where the student has no such block to tap, or none before it."""
+    if not 1 <= layer < len(anatomy.blocks):
+        raise ConfigError(
+            f"student.layer is {layer}, but the student's blocks are numbered 0 to {len(anatomy.blocks) - 1} "
+            "and block 0 has none before it to steer"
         )
 
 
