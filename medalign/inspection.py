@@ -110,7 +110,7 @@ def look(config: Config, step: int) -> BatchView:
     batches = next(iter(loader))
     title = f"step {step}: a global batch of {config.train.batch_size} from {len(index)} samples"
     tokenizer = getattr(processor, "tokenizer", processor)
-    return view_batch(batches, tokenizer, collator.student_view, teacher, title)
+    return view_batch(batches, tokenizer, collator.student_view, teacher, title, config.data.max_length)
 
 
 def _print_keys(config: Config, chosen: argparse.Namespace) -> None:
