@@ -71,7 +71,7 @@ def _check_settings(folder: str) -> None:
 def _empty_model(folder: str) -> Any:
     """The model on the meta device. Raises ConfigError where its files do not hold all of its weights."""
     with _named(folder), _silent_transformers():
-        model, report = AutoModelForImageTextToText.from_pretrained(
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
             folder,
             device_map="meta",
             output_loading_info=True,
@@ -79,6 +79,7 @@ def _empty_model(folder: str) -> Any:
             local_files_only=True,
             use_safetensors=True,
         )
+    model, report = loaded
     if missing := sorted(report["missing_keys"]):
         raise ConfigError(
             f"student.path {folder}: {len(missing)} of its weights are not in its safetensors files and would be "

@@ -132,11 +132,12 @@ def test_every_form_tells_the_spans(data: Path, tmp_path: Path, monkeypatch, cap
 def test_what_is_cut_is_marked_in_every_form(data: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     drawn: list[str] = []
     real = ImageDraw.ImageDraw.text
-    monkeypatch.setattr(
-        ImageDraw.ImageDraw,
-        "text",
-        lambda self, place, words, **how: (drawn.append(words), real(self, place, words, **how)),
-    )
+
+    def text(self, place, words, **how):
+        drawn.append(words)
+        return real(self, place, words, **how)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", text)
     words = ["inspect", "phantom", "--data.train", str(data), "--train.batch_size", "8", "--data.max_length"]
     assert main([*words, "400"]) == 0
     plain = capsys.readouterr().out

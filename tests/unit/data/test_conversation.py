@@ -119,7 +119,7 @@ def test_the_turn_ends_as_the_template_ends_it() -> None:
     learned = [token for token in encoded.labels if token != IGNORE]
     assert tokenizer.decode(learned) == "yes<|im_end|>"  # not the line break that the template writes after it
     assert encoder.end_token_id == end != tokenizer.eos_token_id
-    assert tokenizer.decode(encoded.input_ids).endswith("Is it?<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>")
+    assert str(tokenizer.decode(encoded.input_ids)).endswith("Is it?<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>")
     without = PromptEncoder(tiny.tokenizer(), image_token_id=3, tokens_per_image=2, max_length=200)
     assert without.end_token_id == tokenizer.eos_token_id  # that template writes no end
 
@@ -135,9 +135,10 @@ def test_special_tokens_of_a_text_are_spelled(text: str) -> None:
     tokenizer = chatml()
     ours = conversation(tokenizer)
     letters = list(tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text))
-    spelled = tokenizer.convert_tokens_to_ids([letter for part, _ in letters for letter in part])
+    vocabulary = tokenizer.get_vocab()
+    spelled = [vocabulary[letter] for part, _ in letters for letter in part]
     plain = ours.prompt(1, "Q")
-    at = plain.index(tokenizer.convert_tokens_to_ids("Q"))
+    at = plain.index(vocabulary["Q"])
     assert ours.prompt(1, text) == [*plain[:at], *spelled, *plain[at + 1 :]]
     assert ours.answer(plain, 1, "Q", text) == [*spelled, ours.end_token_id]
     assert ours.prompt(1, text).count(3) == 1 and max(spelled) < len(tokenizer) - 2 and min(spelled) > 3
@@ -157,7 +158,7 @@ def test_added_words_stay_tokens() -> None:
     tokenizer = chatml()
     tokenizer.add_tokens(["pneumothorax"])
     ours = conversation(tokenizer)
-    word = tokenizer.convert_tokens_to_ids("pneumothorax")
+    word = tokenizer.get_vocab()["pneumothorax"]
     for question in ("a pneumothorax?", "a pneumothorax, not </s>?"):
         assert ours.prompt(1, question).count(word) == 1
 

@@ -59,7 +59,11 @@ def weights(change: Callable[[dict[str, Any]], None]) -> Edit:
 
 
 def without(part: str) -> Edit:
-    return weights(lambda state: [state.pop(name) for name in list(state) if part in name])  # type: ignore[func-returns-value]
+    def drop(state: dict[str, Any]) -> None:
+        for name in [name for name in state if part in name]:
+            del state[name]
+
+    return weights(drop)
 
 
 def shortened_head(state: dict[str, Any]) -> None:
@@ -155,15 +159,14 @@ def test_a_language_model_of_other_blocks(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("strategy", "fits"), [("default", False), ("full", True)])
-def test_a_tower_without_a_class_token(student_folder: Path, tmp_path: Path, strategy: str, fits: bool) -> None:
+def test_a_tower_without_a_class_token(student_folder: Path, tmp_path: Path, strategy: Any, fits: bool) -> None:
     folder = shutil.copytree(student_folder, tmp_path / "siglip")
     known = LlavaConfig.from_pretrained(folder)
     tower = SiglipVisionConfig(
         hidden_size=24, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8
     )
-    changed = LlavaConfig(
-        vision_config=tower, text_config=known.text_config, image_token_id=3, vision_feature_select_strategy=strategy
-    )
+    changed = LlavaConfig(vision_config=tower, text_config=known.text_config, image_token_index=3)
+    changed.vision_feature_select_strategy = strategy
     LlavaForConditionalGeneration(changed).save_pretrained(folder)
     if fits:
         assert check_student(config(folder))[0].grid.size == 16
@@ -194,7 +197,7 @@ def test_a_window_shorter_than_the_image_is_said(tmp_path, caplog, kind, setting
 def test_tied_weights_are_not_missing(tmp_path: Path) -> None:
     folder = tiny.save_student(tmp_path / "tied", tie_word_embeddings=True)
     parts, processor = check_student(config(folder))
-    assert parts.blocks[0].self_attn.q_proj.weight.is_meta
+    assert parts.attentions[0].q_proj.weight.is_meta
     assert isinstance(processor.image_processor, CLIPImageProcessor)
 
 
