@@ -62,6 +62,8 @@ setup(
             "flask-cors>=5",
             "pyarrow>=18",
             "pydicom>=3",
+            "mistral-common>=1.8,<1.10",  # for its vocabulary file; later versions exclude NumPy 2.4 on Python 3.11
+            "sentencepiece>=0.2",
         ],
     },
     entry_points={"console_scripts": ["medalign=medalign.__main__:main"]},

@@ -49,6 +49,7 @@ class Batch:
     lengths: tuple[int, ...] = ()  # tokens of each sample of a packed batch; empty for a padded one
     keys: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()  # "shard/key: reason" of bad samples replaced in this batch
+    cuts: tuple[tuple[int, int], ...] = ()  # tokens of each sample's question and answer cut to the length limit
     truncated: int = 0  # samples whose text was cut to the length limit
 
     def to(self, device: torch.device) -> Batch:

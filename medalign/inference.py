@@ -11,8 +11,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
 
-import torch
-
 from medalign import distributed
 from medalign.checkpoint import export
 from medalign.contracts import Sample
@@ -178,14 +176,13 @@ def _write_predictions(path: Path, rows: Iterator[Prediction]) -> None:
 def open_student(
     run: Path, base: str | None = None, most_images: int = 1, max_length: int | None = None
 ) -> tuple[Student, Any, Collator]:
-    """The trained student of a run, its tokenizer, and a collator for questions without answers.
+    """The trained student of a run in the run's precision, its tokenizer, and a collator for questions.
 
     A question and one image have `max_length` tokens, by default those of the training, and each of `most_images`
     after that its own.
     """
     source = export.find(run)
-    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    student = export.read(source, dtype, distributed.device(), base)
+    student = export.read(source, export.precision(source), distributed.device(), base)
     config = export.settings(source)
     processor = loading.load_processor(config if base is None else type(config)(**{**vars(config), "path": base}))
     anatomy = student.anatomy
@@ -198,6 +195,7 @@ def open_student(
         most_images=most_images,
         setting="--max-length",
     )
+    student.end_with(encoder.end_token_id)
     view = TowerView(eye.size, eye.mean, eye.std)
     collator = Collator(encoder, view, None, anatomy.grid, padding_side="left", with_answer=False)
     return student, processor.tokenizer, collator

@@ -21,7 +21,6 @@ from medalign.data.plan import Order, StepPlan
 from medalign.errors import ConfigError
 from medalign.evaluation.batches import BatchView, as_html, as_picture, as_text, view_batch
 from medalign.observability.files import write_text
-from medalign.student import loading
 from medalign.teacher.source import teacher_eye
 from medalign.training.schedule import describe_length, resolve_steps
 
@@ -99,11 +98,9 @@ def look(config: Config, step: int) -> BatchView:
     """The global batch of a step, read and collated as in training; no weights are needed."""
     index = run.open_index(config)
     run.require_images(config, index)
-    processor = loading.load_processor(config.student)
     eye = teacher_eye(config.teacher.path) if config.distils else None
     teacher = TowerView(*eye) if eye else None
-    anatomy = loading.load_anatomy(config.student)
-    collator = run.collator_of(config, anatomy, processor, teacher, index.most_images)
+    collator, processor = run.check_collator(config, teacher, index.most_images)
     loader = TrainLoader(
         index,
         run.build_order(config, index),
@@ -116,7 +113,7 @@ def look(config: Config, step: int) -> BatchView:
     length = describe_length(resolve_steps(config, len(index)), len(index))
     title = f"step {step} in a run of {length}"
     tokenizer = getattr(processor, "tokenizer", processor)
-    return view_batch(batches, tokenizer, collator.student_view, teacher, title)
+    return view_batch(batches, tokenizer, collator.student_view, teacher, title, config.data.max_length)
 
 
 def _print_keys(config: Config, chosen: argparse.Namespace) -> None:

@@ -33,6 +33,7 @@ from medalign.losses.objective import Objective
 from medalign.observability.files import write_text
 from medalign.observability.sinks import ConsoleSink, JsonlSink, Sink, WandbSink
 from medalign.student import loading
+from medalign.student.checks import check_student
 from medalign.student.families import Anatomy
 from medalign.student.model import Student, check_causality
 from medalign.teacher.clip import Teacher, load_teacher
@@ -63,6 +64,7 @@ def _train(config: Config, folder: Path, ds_settings: dict[str, Any]) -> None:
         index = open_index(config) if config.train.steps != 0 else None
         if index is not None:
             require_images(config, index)
+        check_collator(config, None, index.most_images if index else 1)
     found = state.latest(folder / "checkpoints")
     stage, data = deepspeed_engine.stage(ds_settings), index.fingerprint() if index else ()
     progress = Progress(step=0, samples=0, ranks=distributed.world(), stage=stage, data=data)
@@ -155,6 +157,15 @@ def collator_of(
     view = TowerView(eye.size, eye.mean, eye.std)
     rows = config.losses.attention_rows
     return Collator(encoder, view, teacher_view, anatomy.grid, packed=config.data.packing, attention_rows=rows)
+
+
+def check_collator(config: Config, teacher_view: TowerView | None, most_images: int) -> tuple[Collator, Any]:
+    """The collator and the processor of a student of which no weight is read.
+
+    Raises ConfigError, in seconds, for every reason known before that why the student cannot be trained.
+    """
+    anatomy, processor = check_student(config.student)
+    return collator_of(config, anatomy, processor, teacher_view, most_images), processor
 
 
 def build_objective(config: Config) -> Objective:

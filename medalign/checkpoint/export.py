@@ -2,7 +2,8 @@
 
 adapter_model.safetensors, adapter_config.json   LoRA, as peft reads it
 medalign.safetensors                             W, the query mixture, the projector where it was trained
-medalign.json                                    the student's settings: base model, layer, epsilon, longest sample
+medalign.json                                    the student's settings: base model, layer, epsilon, longest sample,
+                                                 and the precision of the run
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ def write(
     save_file({name: value.contiguous() for name, value in adapters.items()}, folder / "adapter_model.safetensors")
     save_file(others, folder / "medalign.safetensors")
     loading.save_adapter_config(student, folder)
-    values = {"format": _FORMAT, "student": asdict(config), "max_length": max_length}
+    values = {"format": _FORMAT, "dtype": str(student.dtype).removeprefix("torch.")}
+    values |= {"student": asdict(config), "max_length": max_length}
     (folder / "medalign.json").write_text(json.dumps(values, indent=2) + "\n")
 
 
@@ -68,6 +70,15 @@ def settings(folder: Path) -> StudentConfig:
 def max_length(folder: Path) -> int:
     """The longest sample that the student was trained on, in tokens; the default where the export does not say."""
     return int(_values(folder).get("max_length", DataConfig().max_length))
+
+
+def precision(folder: Path) -> torch.dtype:
+    """The precision of the run; where the export does not say, bf16 on a GPU and fp32 on a CPU."""
+    known = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+    try:
+        return known[_values(folder).get("dtype", "bfloat16" if torch.cuda.is_available() else "float32")]
+    except (KeyError, TypeError) as error:
+        raise _unreadable(folder, error) from error
 
 
 def read(folder: Path, dtype: torch.dtype, device: torch.device, base: str | None = None) -> Student:

@@ -105,9 +105,9 @@ class Collator:
 
     def filler(self) -> Batch:
         """A batch that counts for nothing, for a rank without a sample of its own: text alone, nothing supervised."""
-        sample = Sample("filler", "none", "vqa", "-", "-", "open", ())
+        sample = Sample("filler", "none", "vqa", "-", "yes", "open", ())
         batch = self.join([self.prepare(sample)])
-        return replace(batch, labels=torch.full_like(batch.labels, IGNORE), keys=(), truncated=0)
+        return replace(batch, labels=torch.full_like(batch.labels, IGNORE), keys=(), cuts=(), truncated=0)
 
     def prepare(self, sample: Sample) -> Prepared:
         """All work that one sample needs. Raises BadSample."""
@@ -144,6 +144,7 @@ class Collator:
             attention_rows=self._official_rows(texts) if self.attention_rows == "official" else None,
             lengths=tuple(len(t.input_ids) for t in texts) if self.packed else (),
             keys=tuple(p.key for p in prepared),
+            cuts=tuple((t.question_cut, t.answer_cut) for t in texts),
             truncated=sum(t.truncated for t in texts),
         )
 

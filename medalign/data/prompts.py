@@ -1,9 +1,8 @@
 """A sample's text as tokens, through the model's own chat template, with its label mask and spans.
 
 The sequence of a sample: the template up to the question, each image as `tokens_per_image` image tokens, the question,
-the template up to where the model speaks, then the answer and the end-of-sequence token. Only the last two are
-supervised. Nothing is found by counting: positions come from token ids. Where the template writes something between
-its prompt and an answer, such as a space, the answer's tokens begin with it: that is how the model knows them.
+the template up to where the model speaks, then the answer and the token that ends its turn. Only the last two are
+supervised. Nothing is found by counting: positions come from token ids.
 """
 
 from __future__ import annotations
@@ -11,13 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import TemplateError
-
 from medalign.contracts import IGNORE, Sample
-from medalign.data.samples import BadSample
+from medalign.data.conversation import Conversation
+from medalign.data.samples import BadSample, naming
 from medalign.errors import ConfigError
-
-_PROBE = "probe"
 
 
 @dataclass(frozen=True)
@@ -28,7 +24,13 @@ class Encoded:
     labels: list[int]  # IGNORE outside the answer
     question_mask: list[bool]  # prompt tokens after the last image token; all False without an image
     image_index: list[int]  # number of the image within the sample at its tokens, -1 elsewhere
-    truncated: bool  # the text was cut to the length limit
+    question_cut: int = 0  # tokens of the question that were cut to the length limit
+    answer_cut: int = 0  # tokens of the answer, its end included, that were cut
+
+    @property
+    def truncated(self) -> bool:
+        """Whether the text was cut to the length limit."""
+        return self.question_cut + self.answer_cut > 0
 
 
 class PromptEncoder:
@@ -42,7 +44,7 @@ class PromptEncoder:
         most_images: images of the sample that has most; max_length must hold them.
         setting: what the user calls max_length, for errors.
 
-    Raises ConfigError where template, image token and length limit do not fit together.
+    Raises ConfigError where template, tokenizer, image token and length limit do not fit together.
     """
 
     def __init__(
@@ -55,24 +57,13 @@ class PromptEncoder:
         most_images: int = 1,
         setting: str = "data.max_length",
     ) -> None:
-        self.tokenizer: Any = getattr(processor, "tokenizer", processor)
+        self._conversation = Conversation(processor, image_token_id)
+        self.tokenizer: Any = self._conversation.tokenizer
         self.image_token_id = image_token_id
         self.tokens_per_image = tokens_per_image
         self.max_length = max_length
         self._setting = setting
-        owners = (processor, self.tokenizer)
-        self._renderer: Any = next((o for o in owners if getattr(o, "chat_template", None)), None)
-        if self._renderer is None:
-            raise ConfigError(
-                "the student's processor and tokenizer have no chat template; add chat_template.jinja to the model's "
-                "folder, or set tokenizer.chat_template and save it"
-            )
-        if self.tokenizer.eos_token_id is None:
-            raise ConfigError("the student's tokenizer has no eos_token; answers could not end. Set it and save it")
-        self._begins_with_bos = self._adds_bos()
-        self._probe_template()
         self._probe_images(most_images)
-        self._lead = self._before_answer()
 
     @property
     def pad_token_id(self) -> int:
@@ -80,21 +71,28 @@ class PromptEncoder:
         pad = self.tokenizer.pad_token_id
         return self.tokenizer.eos_token_id if pad is None else pad
 
+    @property
+    def end_token_id(self) -> int:
+        """The token that ends an answer: the template's own, or the tokenizer's end of sequence where it has none."""
+        return self._conversation.end_token_id
+
     def encode(self, sample: Sample, *, with_answer: bool) -> Encoded:
         """The sample as tokens, cut to the limit: first the answer's end (one token stays), then the question's.
 
         Raises BadSample where the text cannot be used, ConfigError where the limit holds no text at all.
         """
-        answer = self._answer_ids(sample) if with_answer else []
-        room = self.max_length - min(len(answer), 1)
-        prompt = self._prompt_ids(sample, sample.question)
-        question_cut = self._length(prompt) > room
-        if question_cut:
-            prompt = self._cut_prompt(sample, room)
-        kept = answer[: self.max_length - self._length(prompt)]
-        return self._spans(prompt, kept, truncated=question_cut or len(kept) < len(answer))
+        room = self.max_length - with_answer
+        question, images = sample.question, len(sample.images)
+        with naming(f"{sample.shard}/{sample.key}"):
+            prompt = self._conversation.prompt(images, question)
+            whole = self._length(prompt)
+            if whole > room:
+                question, prompt = self._cut_question(sample, room)
+            answer = self._conversation.answer(prompt, images, question, sample.answer) if with_answer else []
+        length = self._length(prompt)
+        return self._spans(prompt, answer, keep=self.max_length - length, question_cut=whole - length)
 
-    def _spans(self, prompt: list[int], answer: list[int], truncated: bool) -> Encoded:
+    def _spans(self, prompt: list[int], answer: list[int], keep: int, question_cut: int) -> Encoded:
         ids: list[int] = []
         image_index: list[int] = []
         images = after_image = 0
@@ -106,110 +104,45 @@ class PromptEncoder:
             if image:
                 images, after_image = images + 1, len(ids)
         question = [images > 0 and i >= after_image for i in range(len(ids))]
+        kept = answer[:keep]
         return Encoded(
-            input_ids=ids + answer,
-            labels=[IGNORE] * len(ids) + answer,
-            question_mask=question + [False] * len(answer),
-            image_index=image_index + [-1] * len(answer),
-            truncated=truncated,
+            input_ids=ids + kept,
+            labels=[IGNORE] * len(ids) + kept,
+            question_mask=question + [False] * len(kept),
+            image_index=image_index + [-1] * len(kept),
+            question_cut=question_cut,
+            answer_cut=len(answer) - len(kept),
         )
 
-    def _answer_ids(self, sample: Sample) -> list[int]:
-        text = self._lead + sample.answer.strip() if sample.answer.strip() else ""
-        ids = self._ids(text) if text else []
-        if not ids:
-            raise BadSample(f"{sample.shard}/{sample.key}: answer {sample.answer!r} has no token to learn from")
-        if self.image_token_id in ids:
-            raise BadSample(f"{sample.shard}/{sample.key}: the answer's text holds the image token")
-        return [*ids, self.tokenizer.eos_token_id]
-
-    def _prompt_ids(self, sample: Sample, question: str) -> list[int]:
-        ids = self._tokenise(self._render(len(sample.images), question))
-        if ids.count(self.image_token_id) != len(sample.images):
-            raise BadSample(
-                f"{sample.shard}/{sample.key}: {ids.count(self.image_token_id)} image tokens in the prompt for "
-                f"{len(sample.images)} images; the question's text must not hold the image token"
-            )
-        return ids
-
-    def _cut_prompt(self, sample: Sample, room: int) -> list[int]:
-        """The prompt with as much of the question's beginning as fits, found by bisection over its characters."""
-        best = self._prompt_ids(sample, "")
+    def _cut_question(self, sample: Sample, room: int) -> tuple[str, list[int]]:
+        """As much of the question's beginning as fits, found by bisection over its characters, and its prompt."""
+        images = len(sample.images)
+        kept, best = "", self._conversation.prompt(images, "")
         if self._length(best) > room:
             raise ConfigError(
-                f"{self._setting} is {self.max_length}, but the template and {len(sample.images)} images of "
+                f"{self._setting} is {self.max_length}, but the template and {images} images of "
                 f"{self.tokens_per_image} tokens take {self._length(best)} ({sample.shard}/{sample.key}); raise it"
             )
         fits, longest = 0, len(sample.question)
         while fits < longest:
             middle = (fits + longest + 1) // 2
-            ids = self._prompt_ids(sample, sample.question[:middle].rstrip())
+            question = sample.question[:middle].rstrip()
+            ids = self._conversation.prompt(images, question)
             if self._length(ids) <= room:
-                fits, best = middle, ids
+                fits, kept, best = middle, question, ids
             else:
                 longest = middle - 1
-        return best
+        return kept, best
 
     def _length(self, prompt: list[int]) -> int:
         return len(prompt) + prompt.count(self.image_token_id) * (self.tokens_per_image - 1)
 
-    def _render(self, images: int, question: str, answer: str | None = None) -> str:
-        content = [*({"type": "image"} for _ in range(images)), {"type": "text", "text": question}]
-        turns: list[dict[str, Any]] = [{"role": "user", "content": content}]
-        if answer is not None:
-            turns.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
-        return self._renderer.apply_chat_template(turns, tokenize=False, add_generation_prompt=answer is None)
-
-    def _before_answer(self) -> str:
-        """What the template writes between its generation prompt and an answer: often one space, or nothing."""
-        prompt, answer = self._render(1, _PROBE), "zanswerz"
-        try:
-            whole = self._render(1, _PROBE, answer)
-        except (TemplateError, TypeError) as error:
-            raise ConfigError(f"the chat template does not take an assistant's turn: {error}") from error
-        rest = whole.removeprefix(prompt)
-        return rest[: rest.index(answer)] if rest != whole and answer in rest else ""
-
-    def _tokenise(self, text: str) -> list[int]:
-        ids = self._ids(text)
-        bos = self.tokenizer.bos_token_id
-        return [bos, *ids] if self._begins_with_bos and ids[:1] != [bos] else ids
-
-    def _ids(self, text: str) -> list[int]:
-        # Not verbose: it would warn of texts that are too long for the model, which are cut here.
-        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-
-    def _adds_bos(self) -> bool:
-        """Whether the tokenizer begins every text with BOS; a template that writes it itself is left alone."""
-        bos = self.tokenizer.bos_token_id
-        return bos is not None and self.tokenizer(_PROBE)["input_ids"][:1] == [bos]
-
-    def _probe_template(self) -> None:
-        try:
-            text = self._render(1, _PROBE)
-        except (TemplateError, TypeError) as error:
-            raise ConfigError(f"the chat template does not take image and text content: {error}") from error
-        ids = self._tokenise(text)
-        found = ids.count(self.image_token_id)
-        token = self.tokenizer.convert_ids_to_tokens(self.image_token_id)
-        if found != 1:
-            fault = "none" if found == 0 else f"{found} of them: it is expanded already"
-            raise ConfigError(
-                f"the chat template must render one image token {token!r} (id {self.image_token_id}) for each image; "
-                f"it renders {fault}, in {text[:200]!r}"
-            )
-        if _PROBE not in text or ids[-1] == self.image_token_id:
-            raise ConfigError(f"the chat template puts no question after the image: {text[:200]!r}")
-
     def _probe_images(self, images: int) -> None:
         """Require that the template writes so many images, and that they leave room for text."""
-        ids = self._tokenise(self._render(images, ""))
-        found, empty = ids.count(self.image_token_id), self._length(ids)
-        if found != images:
-            raise ConfigError(
-                f"the chat template renders {found} image tokens for a sample of {images} images; mend it, or pack "
-                "samples of one image"
-            )
+        try:
+            empty = self._length(self._conversation.prompt(images, ""))
+        except BadSample as error:
+            raise ConfigError(f"{error}; change the template, or pack samples of one image") from error
         if empty >= self.max_length:
             shown = "one image" if images == 1 else f"the {images} images of the largest sample, each"
             raise ConfigError(

@@ -20,6 +20,7 @@ from medalign.contracts import IGNORE, Batch
 IMAGE, QUESTION, ANSWER, OTHER = "image", "question", "answer", "template"
 # For the terminal an SGR code, for pictures a colour; both on light and dark grounds.
 _SHOWN = {IMAGE: ("34", "#2f6fd0"), QUESTION: ("33", "#9a6b00"), ANSWER: ("1;32", "#12805c"), OTHER: ("2", "#7a8592")}
+_CUT = ("1;31", "#b3261e")  # what is cut
 _COLUMNS = 28  # characters of one picture in the terminal
 _ACROSS = 4  # pictures of a sample side by side, before the next line of them
 _THUMB, _WIDTH, _LINE = 160, 1100, 16  # pixels, of the PNG
@@ -49,6 +50,25 @@ class Row:
     padded: int  # tokens with padding
     student: tuple[Image.Image, ...]
     teacher: tuple[Image.Image, ...]
+    question_cut: int = 0  # tokens of the question that the length limit cut
+    answer_cut: int = 0  # tokens of the answer, its end included, that it cut
+
+    @property
+    def whole(self) -> int:
+        """Tokens that the sample would have uncut."""
+        return self.length + self.question_cut + self.answer_cut
+
+    @property
+    def counts(self) -> str:
+        """Tokens in all, learned and padded with."""
+        return f"{self.length} tokens, {self.supervised} learnt, {self.padded - self.length} padding"
+
+    @property
+    def cut(self) -> str:
+        """What is cut from the text; empty if nothing is."""
+        parts = [("question", self.question_cut), ("answer", self.answer_cut)]
+        cut = " and ".join(f"{tokens} tokens of the {part}" for part, tokens in parts if tokens)
+        return f"CUT: {cut}, of {self.whole} in all" if cut else ""
 
     @property
     def lines(self) -> list[tuple[Image.Image, ...]]:
@@ -74,6 +94,7 @@ class BatchView:
     title: str
     rows: tuple[Row, ...]
     skipped: tuple[str, ...]
+    max_length: int  # tokens that a sample may have
 
     @property
     def padding(self) -> float:
@@ -90,8 +111,21 @@ class BatchView:
             f"{sum(row.supervised for row in self.rows)} learnt; padding {100 * self.padding:.1f} %"
         )
 
+    @property
+    def longest(self) -> str:
+        """The longest sample, uncut, against the limit, and how to raise that where it cuts."""
+        row, cut = max(self.rows, key=lambda row: row.whole), sum(bool(row.cut) for row in self.rows)
+        told = f"longest sample: {row.key}, {row.whole} tokens; data.max_length is {self.max_length}"
+        if not cut:
+            return f"{told}, nothing is cut"
+        return (
+            f"{told} and cuts {cut} of {len(self.rows)} samples; --data.max_length {row.whole} would cut none of them"
+        )
 
-def view_batch(batches: Sequence[Batch], tokenizer: Any, student: Any, teacher: Any | None, title: str) -> BatchView:
+
+def view_batch(
+    batches: Sequence[Batch], tokenizer: Any, student: Any, teacher: Any | None, title: str, max_length: int
+) -> BatchView:
     """The micro-batches of a step as rows. `student` and `teacher` hold the `mean` and `std` of their pixels."""
     rows: list[Row] = []
     for batch in batches:
@@ -107,18 +141,22 @@ def view_batch(batches: Sequence[Batch], tokenizer: Any, student: Any, teacher: 
                     padded=int((sample_BL == i).sum()),
                     student=tuple(_picture(batch.student_pixels[n], student) for n in mine),
                     teacher=tuple(_picture(batch.teacher_pixels[n], teacher) for n in mine) if teacher else (),
+                    question_cut=batch.cuts[i][0],
+                    answer_cut=batch.cuts[i][1],
                 )
             )
-    return BatchView(title, tuple(rows), tuple(reason for batch in batches for reason in batch.skipped))
+    return BatchView(title, tuple(rows), tuple(reason for batch in batches for reason in batch.skipped), max_length)
 
 
 def as_text(view: BatchView, colour: bool) -> str:
     """For the terminal. Without colour there are no pictures, and answers stand between guillemets."""
-    lines = [view.title, view.summary, ""]
+    lines = [view.title, view.summary, view.longest, ""]
     if colour:
-        lines.insert(2, "  ".join(_sgr(kind, kind) for kind in _SHOWN))
+        lines.insert(3, "  ".join(_sgr(kind, kind) for kind in _SHOWN))
     for row in view.rows:
-        lines.append(f"{row.key}: {row.length} tokens, {row.supervised} learnt, {row.padded - row.length} padding")
+        lines.append(f"{row.key}: {row.counts}")
+        if row.cut:
+            lines.append(f"  \x1b[{_CUT[0]}m{row.cut}\x1b[0m" if colour else f"  {row.cut}")
         if colour:
             lines += _blocks(row)
         lines.append("  " + " ".join(_sgr(p.kind, p.text) if colour else _plain(p) for p in row.pieces))
@@ -133,7 +171,7 @@ def as_html(view: BatchView) -> str:
     text = (resources.files("medalign.evaluation") / "batch.html.jinja").read_text(encoding="utf-8")
     template = jinja2.Environment(autoescape=True).from_string(text)
     colours = {kind: colour for kind, (_, colour) in _SHOWN.items()}
-    return template.render(view=view, colours=colours, data_uri=_data_uri)
+    return template.render(view=view, colours=colours, cut_colour=_CUT[1], data_uri=_data_uri)
 
 
 def as_picture(view: BatchView) -> Image.Image:
@@ -147,19 +185,19 @@ def as_picture(view: BatchView) -> Image.Image:
         max(_THUMB * bool(across), (_THUMB + 8) * len(row.lines) - 8, _LINE * (len(text) + 2)) + 12
         for row, text in zip(view.rows, texts, strict=True)
     ]
-    page = Image.new("RGB", (_WIDTH, 56 + sum(heights)), "white")
+    page = Image.new("RGB", (_WIDTH, 76 + sum(heights)), "white")
     draw = ImageDraw.Draw(page)
     draw.text((12, 8), view.title, fill="black", font=font)
     draw.text((12, 28), view.summary, fill="black", font=font)
-    top = 52
+    draw.text((12, 48), view.longest, fill="black", font=font)
+    top = 72
     for row, text, height in zip(view.rows, texts, heights, strict=True):
         for down, line in enumerate(row.lines):
             for n, picture in enumerate(line):
                 page.paste(picture.resize((_THUMB, _THUMB)), (12 + n * (_THUMB + 8), top + down * (_THUMB + 8)))
-        head = f"{row.key}: {row.length} tokens, {row.supervised} learnt, {row.padded - row.length} padding"
-        draw.text((left, top), head, fill="black", font=font)
-        for n, (kind, words) in enumerate(text, start=1):
-            draw.text((left, top + n * _LINE), words, fill=_SHOWN[kind][1], font=font)
+        draw.text((left, top), f"{row.key}: {row.counts}", fill="black", font=font)
+        for n, (words, colour) in enumerate(text, start=1):
+            draw.text((left, top + n * _LINE), words, fill=colour, font=font)
         top += height
     return page
 
@@ -210,11 +248,14 @@ def _blocks(row: Row) -> list[str]:
 
 
 def _wrapped(row: Row, letters: int) -> Iterator[tuple[str, str]]:
+    """The lines of a sample's text, each with its colour."""
+    for line in textwrap.wrap(row.cut, letters):
+        yield line, _CUT[1]
     for piece in row.pieces:
         for line in textwrap.wrap(piece.text, letters) or [""]:
-            yield piece.kind, line
+            yield line, piece.colour
     for line in textwrap.wrap(row.spans, letters):
-        yield OTHER, line
+        yield line, _SHOWN[OTHER][1]
 
 
 def _data_uri(picture: Image.Image) -> str:

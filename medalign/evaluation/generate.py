@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -39,20 +40,20 @@ class Predicted:
 
 def answer(student: Student, tokenizer: Any, batch: Batch, max_new_tokens: int) -> list[Answer]:
     """Greedy answers to a left-padded batch of questions."""
-    ends = [tokenizer.eos_token_id]
     ids, maps_IN = student.generate(
         batch,
         max_new_tokens=max_new_tokens,
         do_sample=False,
         pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=ends,
+        eos_token_id=student.end_tokens,
     )
-    texts = [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
+    words = [list(takewhile(lambda token: token not in student.end_tokens, row)) for row in ids.tolist()]
+    texts = [text.strip() for text in tokenizer.batch_decode(words, skip_special_tokens=True)]
     first: dict[int, list[float]] = {}
     if maps_IN is not None:
         for image, sample in enumerate(batch.image_sample.tolist()):
             first.setdefault(sample, maps_IN[image].tolist())
-    reasons = finish_reasons(ids, ends)
+    reasons = finish_reasons(ids, student.end_tokens)
     return [Answer(text, first.get(row), reasons[row]) for row, text in enumerate(texts)]
 
 

@@ -47,6 +47,13 @@ def require_family(kind: str) -> None:
 def _llava(model: Any) -> Anatomy:
     config, inner = model.config, model.model
     vision = config.vision_config
+    language = inner.language_model
+    blocks = getattr(language, "layers", ())
+    if not blocks or not all(hasattr(block, "self_attn") for block in blocks):
+        raise ConfigError(
+            f"the student's language model ({config.text_config.model_type}) is not a stack of blocks of one "
+            "self-attention each, as Llama, Mistral and Qwen2 are; choose a student with such a one"
+        )
     if config.vision_feature_select_strategy != "default" and vision.model_type == "clip_vision_model":
         raise ConfigError(
             f"vision_feature_select_strategy is {config.vision_feature_select_strategy!r}: the class token would "
@@ -57,11 +64,10 @@ def _llava(model: Any) -> Anatomy:
             f"the student's image size {vision.image_size} is not a multiple of its patch size {vision.patch_size}"
         )
     side = vision.image_size // vision.patch_size
-    blocks = inner.language_model.layers
     return Anatomy(
         blocks=blocks,
         attentions=[block.self_attn for block in blocks],
-        language_model=inner.language_model,
+        language_model=language,
         projector=inner.multi_modal_projector,
         decoder="model.language_model",
         width=config.text_config.hidden_size,

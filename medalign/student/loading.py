@@ -17,12 +17,12 @@ from peft import LoraConfig as PeftLora
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging as transformers_logging
 
 from medalign.config import StudentConfig
 from medalign.errors import CheckpointError, ConfigError
-from medalign.student.families import Anatomy, anatomy, require_family
+from medalign.student.families import Anatomy, anatomy
 from medalign.student.model import Student, require_layer
 from medalign.student.query_mixture import QueryMixture
 from medalign.student.steering import Steering
@@ -74,22 +74,20 @@ def load_student(config: StudentConfig, dtype: torch.dtype, seed: int = 0) -> St
     return student
 
 
-def load_anatomy(config: StudentConfig) -> Anatomy:
-    """The student's shapes alone: its weights are not read, and the modules hold none. Raises ConfigError."""
-    folder = _folder(config)
-    try:
-        settings = AutoConfig.from_pretrained(folder, local_files_only=True)
-        require_family(settings.model_type)
-        with torch.device("meta"):
-            return anatomy(AutoModelForImageTextToText.from_config(settings))
-    except (OSError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ConfigError(f"student.path {folder} is no model that can be read: {reason}") from error
+def model_folder(config: StudentConfig) -> str:
+    """The folder of the student's model. Raises ConfigError where it holds none."""
+    folder = Path(config.path)
+    if not (folder / "config.json").is_file():
+        raise ConfigError(
+            f"student.path {config.path} is not a model folder (no config.json); models are read from disk alone: "
+            "download one first and name its folder"
+        )
+    return str(folder)
 
 
 def load_processor(config: StudentConfig) -> Any:
     """The student's processor (tokenizer, image settings, chat template)."""
-    folder = _folder(config)
+    folder = model_folder(config)
     try:
         return AutoProcessor.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
@@ -101,8 +99,14 @@ def load_processor(config: StudentConfig) -> Any:
 
 def eye(processor: Any, image_size: int) -> Eye:
     """Normalisation from the model's own image processor, size from its vision tower."""
-    image = processor.image_processor
-    return Eye(image_size, tuple(image.image_mean), tuple(image.image_std))
+    image = getattr(processor, "image_processor", None)
+    mean, std = (tuple(getattr(image, name, None) or ()) for name in ("image_mean", "image_std"))
+    if len(mean) != 3 or len(std) != 3:
+        raise ConfigError(
+            f"the student's image processor ({type(image).__name__}) has image_mean {list(mean)} and image_std "
+            f"{list(std)}; three numbers each are needed, in preprocessor_config.json or processor_config.json"
+        )
+    return Eye(image_size, mean, std)
 
 
 def adapter_state(student: Student, whole: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -149,7 +153,7 @@ def _load_model(config: StudentConfig, dtype: torch.dtype) -> nn.Module:
         "text_config": tapped_name(backend),
         "vision_config": "sdpa" if backend != "eager" else "eager",
     }
-    folder = _folder(config)
+    folder = model_folder(config)
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()  # in a log file it is a line a tensor
     try:
@@ -173,16 +177,6 @@ def choose_attention(wanted: str) -> str:
     if torch.cuda.is_available() and not usable:
         log.info("attention: sdpa, because flash-attn is not installed (pip install flash-attn --no-build-isolation)")
     return "flash_attention_2" if usable else "sdpa"
-
-
-def _folder(config: StudentConfig) -> str:
-    folder = Path(config.path)
-    if not (folder / "config.json").is_file():
-        raise ConfigError(
-            f"student.path {config.path} is not a model folder (no config.json); models are read from disk alone: "
-            "download one first and name its folder"
-        )
-    return str(folder)
 
 
 def _lora(config: StudentConfig, model: nn.Module, parts: Anatomy) -> PeftLora:

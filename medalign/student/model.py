@@ -103,6 +103,16 @@ class Student(nn.Module):
     def dtype(self) -> torch.dtype:
         return next(self.model.parameters()).dtype
 
+    @property
+    def end_tokens(self) -> list[int]:
+        """Ids that end an answer: the model's own, from its generation settings, and those added by `end_with`."""
+        own = self.model.generation_config.eos_token_id
+        return [] if own is None else [own] if isinstance(own, int) else list(own)
+
+    def end_with(self, token: int) -> None:
+        """Let this token end answers too."""
+        self.model.generation_config.eos_token_id = sorted({*self.end_tokens, token})
+
     def trainable(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
         """Named parameters that learn, by group: adapters, mixture, steering, projector. Empty groups are left out."""
         projector = {id(p) for p in self.anatomy.projector.parameters()}

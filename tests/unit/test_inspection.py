@@ -143,6 +143,45 @@ def test_every_form_tells_the_spans(data: Path, tmp_path: Path, monkeypatch, cap
         assert line.replace("-", "\N{EN DASH}") in page
 
 
+def test_what_is_cut_is_marked_in_every_form(data: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    drawn: list[str] = []
+    real = ImageDraw.ImageDraw.text
+
+    def text(self, place, words, **how):
+        drawn.append(words)
+        return real(self, place, words, **how)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", text)
+    words = ["inspect", "phantom", "--data.train", str(data), "--train.batch_size", "8", "--data.max_length"]
+    assert main([*words, "400"]) == 0
+    plain = capsys.readouterr().out
+    lengths = {line.split(":")[0]: int(line.split()[1]) for line in plain.splitlines() if " learnt, " in line[20:]}
+    limit = sorted(lengths.values())[4]
+    longest = max(lengths, key=lambda key: lengths[key])
+    told = f"longest sample: {longest}, {lengths[longest]} tokens; data.max_length is"
+    assert plain.splitlines()[2] == f"{told} 400, nothing is cut" and "CUT" not in plain
+    assert main([*words, str(limit)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    cut = {key: f"  CUT: {n - limit} tokens of the answer, of {n} in all" for key, n in lengths.items() if n > limit}
+    assert 0 < len(cut) < len(lengths)
+    remedy = (
+        f"{told} {limit} and cuts {len(cut)} of 8 samples; --data.max_length {lengths[longest]} would cut none of them"
+    )
+    assert lines[2] == remedy
+    marked = {
+        line.split(":")[0]: below for line, below in zip(lines, lines[1:], strict=False) if " learnt, " in line[20:]
+    }
+    assert {key: below for key, below in marked.items() if "CUT" in below} == cut
+    assert main([*words, str(limit), "--data.packing", "true", "--output", str(tmp_path / "batch.html")]) == 0
+    page = html.unescape((tmp_path / "batch.html").read_text())
+    assert main([*words, str(limit), "--output", str(tmp_path / "batch.png")]) == 0
+    for line in (remedy, *cut.values()):
+        assert line.strip() in page and line.strip() in drawn
+    assert page.count('class="cut"') == len(cut)
+    assert main([*words, "76"]) == 0
+    assert "tokens of the question and " in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("ending", ["html", "png"])
 def test_an_output_that_cannot_be_written(data: Path, tmp_path: Path, ending: str, capsys) -> None:
     (tmp_path / "file").write_text("precious")
@@ -196,7 +235,7 @@ def test_all_images_of_a_sample_are_shown(data: Path, tmp_path: Path, capsys, mo
     with Image.open(tmp_path / "batch.png") as picture:
         assert picture.height > 2 * 160  # two lines of pictures
         page = np.asarray(picture.convert("L"))
-    thumbs = [page[52 + y : 212 + y, 12 + x : 172 + x] for y in (0, 168) for x in range(0, 4 * 168, 168)]
+    thumbs = [page[72 + y : 232 + y, 12 + x : 172 + x] for y in (0, 168) for x in range(0, 4 * 168, 168)]
     assert [thumb.std() > 10 for thumb in thumbs] == [True] * 6 + [False] * 2
     assert main(short) == 2
     assert "the 3 images of the largest sample, each of 64 tokens, take 201; raise it" in capsys.readouterr().err

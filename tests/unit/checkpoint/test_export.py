@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from transformers import AutoModelForImageTextToText
 from medalign.checkpoint import export
 from medalign.config import LoraConfig, StudentConfig
 from medalign.errors import CheckpointError
+from medalign.inference import open_student
 from medalign.student.loading import load_student
 from medalign.student.model import Student
 from tests import tiny
@@ -124,3 +126,35 @@ def test_settings_that_cannot_be_read_are_named(tmp_path, text, message):
     (tmp_path / "medalign.json").write_text(text)
     with pytest.raises(CheckpointError, match=rf"medalign\.json.*{message}"):
         export.settings(tmp_path)
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_run_is_answered_in_its_own_precision(settings, tmp_path, monkeypatch, dtype, gpu):
+    student = load_student(settings, dtype)
+    whole = {name: p.detach() for named in student.trainable().values() for name, p in named}
+    export.write(student, whole, settings, 160, tmp_path)
+    assert open_student(tmp_path)[0].dtype == dtype
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    assert export.precision(tmp_path) == dtype
+
+
+def test_an_export_that_does_not_say_its_precision(exported, tmp_path, monkeypatch):
+    values = json.loads((exported / "medalign.json").read_text())
+    assert values.pop("dtype") == "float32"
+    (tmp_path / "medalign.json").write_text(json.dumps(values))
+    assert export.precision(tmp_path) == torch.float32
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert export.precision(tmp_path) == torch.bfloat16
+    (tmp_path / "medalign.json").write_text(json.dumps(values | {"dtype": "float17"}))
+    with pytest.raises(CheckpointError, match=r"medalign.json cannot be read \('float17'\)"):
+        export.precision(tmp_path)
+
+
+@pytest.mark.parametrize(("own", "ends"), [(None, [2]), (2, [2]), ([7, 9], [2, 7, 9]), (5, [2, 5])])
+def test_answers_end_as_the_model_and_as_the_template_end_them(settings, student, exported, tmp_path, own, ends):
+    """The template of the tiny student writes no end, so its tokenizer's (2) is what training teaches."""
+    base = shutil.copytree(settings.path, tmp_path / "base")
+    values = json.loads((base / "generation_config.json").read_text())
+    (base / "generation_config.json").write_text(json.dumps(values | {"eos_token_id": own}))
+    assert open_student(exported, str(base))[0].end_tokens == ends

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 from medalign.data.prompts import PromptEncoder
 
 TEMPLATE = (
-    "{% for m in messages %}{{ m['role'].upper() }}: {% for c in m['content'] %}"
+    "{% for m in messages %}{{ ' ' if not loop.first }}{{ m['role'].upper() }}: {% for c in m['content'] %}"
     "{% if c['type'] == 'image' %}{{ '<image>\\n' }}{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endfor %}"
     "{% if add_generation_prompt %}{{ ' ASSISTANT:' }}{% endif %}"
 )

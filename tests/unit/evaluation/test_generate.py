@@ -19,8 +19,13 @@ from tests import tiny
 class Fixed:
     """A student of which only `generate` is asked: the same words, and a map for each of three images."""
 
-    def generate(self, batch: Any, **_: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        ids = torch.tensor([[72, 2]] * len(batch.input_ids))
+    def __init__(self, *words: int, end_tokens: tuple[int, ...] = (2,)) -> None:
+        self.words, self.end_tokens = words or (72, 2), list(end_tokens)
+        self.told: dict[str, Any] = {}
+
+    def generate(self, batch: Any, **told: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        self.told = told
+        ids = torch.tensor([self.words] * len(batch.input_ids))
         return ids, torch.arange(3.0)[:, None].expand(3, 16)
 
 
@@ -53,6 +58,15 @@ def test_an_answer_says_why_it_ended() -> None:
 
 def test_any_of_several_end_tokens_ends_an_answer() -> None:
     assert generate.finish_reasons(torch.tensor([[72, 73, 74], [72, 73, 75]]), [2, 74]) == ["stop", "length"]
+
+
+def test_an_answer_ends_where_the_model_ends_it() -> None:
+    """Also at an end token that the tokenizer does not know as special; what follows it is no part of the answer."""
+    yes = tiny.tokenizer()("yes")["input_ids"]
+    student = Fixed(*yes, 97, *yes, end_tokens=(2, 97))
+    answers = answer(student, tiny.tokenizer(), tiny.batch(), 9)  # type: ignore[arg-type]
+    assert [given.text for given in answers] == ["yes"] * 2
+    assert student.told["eos_token_id"] == [2, 97]
 
 
 @pytest.mark.parametrize(

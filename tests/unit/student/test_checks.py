@@ -1,0 +1,210 @@
+"""A student that cannot be trained is refused before a weight is read, with the reason and the remedy."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+from transformers import (
+    CLIPImageProcessor,
+    JambaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    MistralConfig,
+    Phi3Config,
+    Qwen2Config,
+    SiglipVisionConfig,
+)
+
+from medalign.config import StudentConfig
+from medalign.errors import ConfigError
+from medalign.student.checks import check_student
+from medalign.student.loading import eye
+from tests import tiny
+
+Edit = Callable[[Path], None]
+
+
+def config(folder: Path, **changes: Any) -> StudentConfig:
+    return StudentConfig(**{"path": str(folder), "layer": 1, **changes})
+
+
+def edited(name: str, **changes: Any) -> Edit:
+    """Changes values of a JSON file; `vision__patch_size` is that of the section vision_config, None removes."""
+
+    def edit(folder: Path) -> None:
+        values = json.loads((folder / name).read_text())
+        for key, value in changes.items():
+            section, _, inner = key.rpartition("__")
+            owner = values[f"{section}_config"] if section else values
+            owner.pop(inner, None) if value is None else owner.update({inner: value})
+        (folder / name).write_text(json.dumps(values))
+
+    return edit
+
+
+def weights(change: Callable[[dict[str, Any]], None]) -> Edit:
+    def edit(folder: Path) -> None:
+        state = load_file(folder / "model.safetensors")
+        change(state)
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return edit
+
+
+def without(part: str) -> Edit:
+    def drop(state: dict[str, Any]) -> None:
+        for name in [name for name in state if part in name]:
+            del state[name]
+
+    return weights(drop)
+
+
+def shortened_head(state: dict[str, Any]) -> None:
+    name = next(name for name in state if "lm_head" in name)
+    state[name] = state[name][:-3].clone()
+
+
+def more_words(folder: Path) -> None:
+    values = json.loads((folder / "tokenizer.json").read_text())
+    first = 1 + max(values["model"]["vocab"].values())
+    values["added_tokens"] += [
+        values["added_tokens"][0] | {"id": first + n, "content": word}
+        for n, word in enumerate(("<finding>", "<effusion>", "[LESION]"))
+    ]
+    (folder / "tokenizer.json").write_text(json.dumps(values))
+
+
+def one_word_far_away(folder: Path) -> None:
+    values = json.loads((folder / "tokenizer.json").read_text())
+    values["model"]["vocab"]["far"] = 999
+    (folder / "tokenizer.json").write_text(json.dumps(values))
+
+
+@pytest.fixture
+def student(student_folder: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(student_folder, tmp_path / "student")
+
+
+BROKEN: dict[str, tuple[Edit, str]] = {
+    "vocabulary": (
+        more_words,
+        r"student.path \S+/student: its tokenizer has 263 tokens, its embedding 260 rows; resize the model "
+        r"\(resize_token_embeddings\) and save it",
+    ),
+    "vocabulary with a hole": (one_word_far_away, "its tokenizer has 1000 tokens, its embedding 260 rows"),
+    "flat": (edited("config.json", text_config=None, vision_config=None), "has no text_config and no vision_config"),
+    "no tower": (edited("config.json", vision_config=None), "its config.json has no vision_config; it is not in the"),
+    "class token": (edited("config.json", vision_feature_select_strategy="full"), "set it to 'default'"),
+    "strategy": (
+        edited("config.json", vision_feature_select_strategy="half"),
+        "config.json: .*expected one of \\('default', 'full'\\), got half",
+    ),
+    "feature layer": (edited("config.json", vision_feature_layer=-9), "do not run with .*vision_feature_layer -9"),
+    "patches": (edited("config.json", vision__image_size=36), "image size 36 is not a multiple of its patch size 8"),
+    "oblong": (
+        edited("config.json", vision__image_size=[32, 48]),
+        r"image_size in vision_config is \[32, 48\]; towers of square images",
+    ),
+    "heads": (
+        edited("config.json", vision__num_attention_heads=5),
+        r"config.json: .*hidden size \(24\) is not a multiple",
+    ),
+    "image token": (edited("config.json", image_token_id=4000), "image_token_id is 4000, its tokenizer has 260"),
+    "no projector": (
+        without("multi_modal_projector"),
+        r"4 of its weights are not in its safetensors files .*: model.multi_modal_projector.linear_1.bias, .* again",
+    ),
+    "no tower weights": (without("vision_tower"), r"39 of its weights are not in .*vision_tower.* and \d+ more; save"),
+    "no head": (without("lm_head"), r"1 of its weights are not in .*: lm_head.weight; save"),
+    "head of another size": (
+        weights(shortened_head),
+        r"1 of its weights have another shape .*: lm_head.weight \[257, 32\] for \[260, 32\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_what_cannot_be_used_is_refused(name: str, student: Path) -> None:
+    edit, message = BROKEN[name]
+    edit(student)
+    with pytest.raises(ConfigError, match=message) as refused:
+        check_student(config(student))
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("layer", [0, 3, 20])
+def test_a_layer_that_is_not_there(student_folder: Path, layer: int) -> None:
+    with pytest.raises(ConfigError, match=rf"student.layer is {layer}, but the student's blocks are numbered 0 to 2"):
+        check_student(config(student_folder, layer=layer))
+
+
+def test_a_query_mixture_needs_a_query_projection(tmp_path: Path) -> None:
+    folder = tiny.save_student(tmp_path / "fused", kind=Phi3Config)
+    check_student(config(folder))
+    with pytest.raises(ConfigError, match=r"block 1 has o_proj and qkv_proj; set student.query_mixture to false"):
+        check_student(config(folder, query_mixture=True))
+
+
+def test_a_language_model_of_other_blocks(tmp_path: Path) -> None:
+    folder = tiny.save_student(tmp_path / "jamba", kind=JambaConfig)
+    with pytest.raises(ConfigError, match=r"language model \(jamba\) is not a stack of blocks"):
+        check_student(config(folder))
+
+
+@pytest.mark.parametrize(("strategy", "fits"), [("default", False), ("full", True)])
+def test_a_tower_without_a_class_token(student_folder: Path, tmp_path: Path, strategy: Any, fits: bool) -> None:
+    folder = shutil.copytree(student_folder, tmp_path / "siglip")
+    known = LlavaConfig.from_pretrained(folder)
+    tower = SiglipVisionConfig(
+        hidden_size=24, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8
+    )
+    changed = LlavaConfig(vision_config=tower, text_config=known.text_config, image_token_index=3)
+    changed.vision_feature_select_strategy = strategy
+    LlavaForConditionalGeneration(changed).save_pretrained(folder)
+    if fits:
+        assert check_student(config(folder))[0].grid.size == 16
+    else:
+        with pytest.raises(ConfigError, match=r"gives 15 features for an image of 4 x 4 patches.*'full' for one with"):
+            check_student(config(folder))
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "layer", "said"),
+    [
+        (MistralConfig, {"sliding_window": 15}, 1, True),
+        (MistralConfig, {"sliding_window": 16}, 1, False),
+        (MistralConfig, {"sliding_window": None}, 1, False),
+        (Qwen2Config, {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 2}, 2, True),
+        (Qwen2Config, {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 2}, 1, False),
+    ],
+)
+def test_a_window_shorter_than_the_image_is_said(tmp_path, caplog, kind, settings, layer, said) -> None:
+    folder = tiny.save_student(tmp_path / "student", kind=kind, **settings)
+    with caplog.at_level(logging.WARNING):
+        check_student(config(folder, layer=layer))
+    assert [f"student.layer {layer}: its attention sees the last" in record.message for record in caplog.records] == (
+        [True] if said else []
+    )
+
+
+def test_tied_weights_are_not_missing(tmp_path: Path) -> None:
+    folder = tiny.save_student(tmp_path / "tied", tie_word_embeddings=True)
+    parts, processor = check_student(config(folder))
+    assert parts.attentions[0].q_proj.weight.is_meta
+    assert isinstance(processor.image_processor, CLIPImageProcessor)
+
+
+def test_a_processor_without_the_pixels_mean(student: Path) -> None:
+    edited(
+        "processor_config.json", image_processor={"image_processor_type": "CLIPImageProcessor", "image_mean": [0.5]}
+    )(student)
+    _, processor = check_student(config(student))
+    with pytest.raises(ConfigError, match=r"CLIPImageProcessor\) has image_mean \[0.5\] and image_std \[0.2.*three"):
+        eye(processor, 32)
