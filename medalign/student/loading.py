@@ -139,7 +139,7 @@ def _peft(student: Student) -> PeftModel:
 
 
 def _load_model(config: StudentConfig, dtype: torch.dtype) -> nn.Module:
-    backend = choose_attention(config.attention)
+    backend = choose_attention(config.attention, dtype)
     names = {
         "": "sdpa",
         "text_config": tapped_name(backend),
@@ -156,8 +156,15 @@ def _load_model(config: StudentConfig, dtype: torch.dtype) -> nn.Module:
         raise ConfigError(f"student.path {folder} cannot be loaded: {error}") from error
 
 
-def choose_attention(wanted: str) -> str:
+def choose_attention(wanted: str, dtype: torch.dtype = torch.bfloat16) -> str:
     """flash_attention_2 where it can run, else sdpa; what was asked for by name is taken or refused."""
+    if dtype == torch.float32:  # flash-attn multiplies half precision only
+        if wanted == "flash_attention_2":
+            raise ConfigError(
+                "student.attention is flash_attention_2, which computes in half precision only, and the student is "
+                "loaded in fp32; set train.precision to bf16, or choose sdpa"
+            )
+        return "sdpa" if wanted == "auto" else wanted
     usable = torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
     if wanted == "flash_attention_2" and not usable:
         raise ConfigError(
