@@ -123,7 +123,7 @@ def _flash_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' call of flash-attn; its own wrapper takes the package from the model's setting, which is our name."""
+    """What transformers' own wrapper calls; that takes the name of the package from the model, where ours stands."""
     query_BLHD, key_BLHD, value_BLHD = (t.transpose(1, 2) for t in (query_BHLD, key_BHLD, value_BHLD))
     mixed_BLHD = _flash_attention_forward(
         query_BLHD,
