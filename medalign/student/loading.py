@@ -46,7 +46,11 @@ def load_student(config: StudentConfig, dtype: torch.dtype, seed: int = 0) -> St
     Under ZeRO-3 the caller opens the engine's loading context around this, so that no rank ever holds the whole
     model. Raises ConfigError if the folder is missing, the family unknown, or the layer does not exist.
     """
-    model = _load_model(config, dtype)
+    return adapt(_load_model(config, dtype), config, dtype, seed)
+
+
+def adapt(model: nn.Module, config: StudentConfig, dtype: torch.dtype, seed: int = 0) -> Student:
+    """A student around a model in memory. Raises ConfigError if its family is unknown or the layer does not exist."""
     parts = anatomy(model)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -139,13 +143,7 @@ def _peft(student: Student) -> PeftModel:
 
 
 def _load_model(config: StudentConfig, dtype: torch.dtype) -> nn.Module:
-    backend = choose_attention(config.attention, dtype)
-    names = {
-        "": "sdpa",
-        "text_config": tapped_name(backend),
-        "vision_config": "sdpa" if backend != "eager" else "eager",
-    }
-    folder = _folder(config)
+    names, folder = attention_names(config.attention, dtype), _folder(config)
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()  # in a log file it is a line a tensor
     try:
@@ -154,6 +152,13 @@ def _load_model(config: StudentConfig, dtype: torch.dtype) -> nn.Module:
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError(f"student.path {folder} cannot be loaded: {error}") from error
+
+
+def attention_names(wanted: str, dtype: torch.dtype) -> dict[str, str]:
+    """transformers' name of the attention of each part of the model: tapped in the language model only."""
+    backend = choose_attention(wanted, dtype)
+    vision = "eager" if backend == "eager" else "sdpa"
+    return {"": "sdpa", "text_config": tapped_name(backend), "vision_config": vision}
 
 
 def choose_attention(wanted: str, dtype: torch.dtype = torch.bfloat16) -> str:
