@@ -334,6 +334,10 @@ def _add_bench(commands) -> None:
     cards = ["sm_80", "sm_90", "sm_100"]
     parser.add_argument("--architecture", nargs="+", default=cards, metavar="SM", help="with --compile")
     parser.add_argument("--tune", action="store_true", help="time all candidates and write the configurations' table")
+    parser.add_argument(
+        "--tables", type=Path, metavar="DIR", help="with --tune: write the tables here, not the package's"
+    )
+    parser.add_argument("--seconds", type=count, metavar="S", help="with --tune: longest time per entry of a table")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="where to run (default %(default)s)")
     parser.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], help="default bf16 on cuda, fp32 on cpu")
     parser.add_argument("--tokens", nargs="+", type=count, metavar="N", help="sizes (default 576 to 16384 on cuda)")
@@ -348,7 +352,7 @@ def _bench(chosen: argparse.Namespace) -> int:
     if chosen.compile:
         tables = kernels.compilation(chosen.kernel, chosen.architecture)
     elif chosen.tune:
-        tables = kernels.tuning(chosen.kernel, chosen.device, chosen.repeats)
+        tables = kernels.tuning(chosen.kernel, chosen.device, chosen.repeats, chosen.tables, chosen.seconds)
     else:
         measured = chosen.dtype, chosen.tokens, max(2, chosen.repeats), chosen.skip
         tables = kernels.measurement(chosen.kernel, chosen.device, *measured)

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 # Before anything imports triton: its kernels then run on the CPU, one program after the other, in NumPy.
-os.environ["TRITON_INTERPRET"] = "1"
+# tools/gpu_check.sh sets it to 0, for tests/gpu.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from medalign.distributed import log
 from tests import tiny

@@ -40,9 +40,12 @@ def measurement(
     return {f"value and gradient together, measured on {_machine(place)}, torch {torch.__version__}": rows}
 
 
-def tuning(kernel: str | None, device: str, repeats: int) -> dict[str, Rows]:
+def tuning(
+    kernel: str | None, device: str, repeats: int, folder: Path | None = None, seconds: float | None = None
+) -> dict[str, Rows]:
+    """`folder` is where the tables are written in place of the package, `seconds` the longest time per entry."""
     place = torch.device(device)
-    rows = tune_all(registry.chosen(kernel), place, repeats)
+    rows = tune_all(registry.chosen(kernel), place, repeats, folder, seconds)
     return {f"tuned on {_machine(place)}": rows}
 
 

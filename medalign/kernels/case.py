@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -67,10 +68,12 @@ class Choice:
 
     name: str
     problem: str  # what `step` solves, in words
+    current: Mapping[str, Any]  # what the table holds
     candidates: Sequence[Mapping[str, Any]]
     use: Callable[[Mapping[str, Any]], None]  # take this candidate from now on, in this process
     step: Callable[[], object]  # what is timed
-    write: Callable[[Mapping[str, Any], str], None]  # into the table on disk, with the reason
+    table: Path  # the packaged one
+    write: Callable[[Mapping[str, Any], str, Path], None]  # into a table on disk, with the reason
 
 
 @dataclass(frozen=True)

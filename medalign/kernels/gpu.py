@@ -5,6 +5,9 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import shutil
+import sysconfig
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -49,6 +52,23 @@ def refusal(device: torch.device, *dtypes: torch.dtype) -> str | None:
         return 'the kernels are configured for NVIDIA GPUs alone; choose impl="chunked"'
     if torch.cuda.get_device_capability(device) < (8, 0):
         return f'{torch.cuda.get_device_name(device)} is older than sm_80; choose impl="chunked"'
+    missing = missing_to_build()
+    return f'Triton builds a C file at its first launch, and {missing}, or choose impl="chunked"' if missing else None
+
+
+@functools.cache
+def missing_to_build() -> str | None:
+    """What Triton lacks for the C file that loads its kernels, and the remedy; None if it has all.
+
+    It takes `CC`, gcc or clang, and Python's headers: a machine with only the driver may have neither.
+    """
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "there is no C compiler; install one (apt install gcc)"
+    scheme = sysconfig.get_default_scheme()
+    # Debian's default scheme names a folder of its own, in which the headers are not; Triton looks as here.
+    folder = sysconfig.get_paths("posix_prefix" if scheme == "posix_local" else scheme)["include"]
+    if not (Path(folder) / "Python.h").is_file():
+        return f"Python's headers are not in {folder}; install them (apt install python3-dev)"
     return None
 
 

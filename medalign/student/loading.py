@@ -46,7 +46,11 @@ def load_student(config: StudentConfig, dtype: torch.dtype, seed: int = 0) -> St
     Under ZeRO-3 the caller opens the engine's loading context around this, so that no rank ever holds the whole
     model. Raises ConfigError if the folder is missing, the family unknown, or the layer does not exist.
     """
-    model = _load_model(config, dtype)
+    return adapt(_load_model(config, dtype), config, dtype, seed)
+
+
+def adapt(model: nn.Module, config: StudentConfig, dtype: torch.dtype, seed: int = 0) -> Student:
+    """A student around a model in memory. Raises ConfigError if its family is unknown or the layer does not exist."""
     parts = anatomy(model)
     require_layer(config.layer, parts)
     for parameter in model.parameters():
@@ -147,13 +151,7 @@ def _peft(student: Student) -> PeftModel:
 
 
 def _load_model(config: StudentConfig, dtype: torch.dtype) -> nn.Module:
-    backend = choose_attention(config.attention)
-    names = {
-        "": "sdpa",
-        "text_config": tapped_name(backend),
-        "vision_config": "sdpa" if backend != "eager" else "eager",
-    }
-    folder = model_folder(config)
+    names, folder = attention_names(config.attention, dtype), model_folder(config)
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()  # in a log file it is a line a tensor
     try:
@@ -164,8 +162,22 @@ def _load_model(config: StudentConfig, dtype: torch.dtype) -> nn.Module:
         raise ConfigError(f"student.path {folder} cannot be loaded: {error}") from error
 
 
-def choose_attention(wanted: str) -> str:
+def attention_names(wanted: str, dtype: torch.dtype) -> dict[str, str]:
+    """transformers' name of the attention of each part of the model: tapped in the language model only."""
+    backend = choose_attention(wanted, dtype)
+    vision = "eager" if backend == "eager" else "sdpa"
+    return {"": "sdpa", "text_config": tapped_name(backend), "vision_config": vision}
+
+
+def choose_attention(wanted: str, dtype: torch.dtype = torch.bfloat16) -> str:
     """flash_attention_2 where it can run, else sdpa; what was asked for by name is taken or refused."""
+    if dtype == torch.float32:  # flash-attn multiplies half precision only
+        if wanted == "flash_attention_2":
+            raise ConfigError(
+                "student.attention is flash_attention_2, which computes in half precision only, and the student is "
+                "loaded in fp32; set train.precision to bf16, or choose sdpa"
+            )
+        return "sdpa" if wanted == "auto" else wanted
     usable = torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
     if wanted == "flash_attention_2" and not usable:
         raise ConfigError(

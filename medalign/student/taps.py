@@ -21,13 +21,14 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.modeling_flash_attention_utils import _flash_attention_forward, flash_attn_supports_top_left_mask
 
 from medalign.kernels import attention_map
 from medalign.student import packing
 
 BACKENDS = ("sdpa", "flash_attention_2", "eager")
-_PREFIX = "medalign_"
+# What transformers knows each backend by. A name that holds "flash" would be looked for among its own kernels.
+_NAMES = {"sdpa": "medalign_sdpa", "flash_attention_2": "medalign_fa2", "eager": "medalign_eager"}
 _ATTRIBUTE = "medalign_tap"
 
 
@@ -82,7 +83,7 @@ def attach(attention: nn.Module) -> Tap:
 
 def tapped_name(backend: str) -> str:
     """Registers `backend` with taps and returns the name that transformers knows it by."""
-    name = _PREFIX + backend
+    name = _NAMES[backend]
 
     def forward(
         module: nn.Module,
@@ -109,4 +110,32 @@ def tapped_name(backend: str) -> str:
 def _backend(backend: str, module: nn.Module) -> Any:
     if backend == "eager":  # each model file has its own
         return sys.modules[type(module).__module__].eager_attention_forward
-    return packing.sdpa if backend == "sdpa" else ALL_ATTENTION_FUNCTIONS[backend]
+    return packing.sdpa if backend == "sdpa" else _flash_attention
+
+
+def _flash_attention(
+    module: Any,
+    query_BHLD: torch.Tensor,
+    key_BHLD: torch.Tensor,
+    value_BHLD: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """What transformers' own wrapper calls; that takes the name of the package from the model, where ours stands."""
+    query_BLHD, key_BLHD, value_BLHD = (t.transpose(1, 2) for t in (query_BHLD, key_BHLD, value_BHLD))
+    mixed_BLHD = _flash_attention_forward(
+        query_BLHD,
+        key_BLHD,
+        value_BLHD,
+        attention_mask,
+        query_length=query_BLHD.shape[1],
+        is_causal=kwargs.pop("is_causal", None) or module.is_causal,
+        dropout=dropout,
+        softmax_scale=scaling,
+        use_top_left_mask=flash_attn_supports_top_left_mask(),
+        attn_implementation="flash_attention_2",
+        **kwargs,
+    )
+    return mixed_BLHD, None

@@ -1,7 +1,9 @@
 """`medalign bench kernels` from end to end: compiled for GPUs that are not here, measured and tuned, interpreted."""
 
+import itertools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,9 +12,10 @@ import pytest
 import torch
 
 from medalign.__main__ import main
-from medalign.benchmark import kernels, registry
+from medalign.benchmark import kernels, registry, tuning
 from medalign.errors import ConfigError, KernelError
 from medalign.kernels import gpu
+from medalign.kernels.attention_map import configurations as maps
 from medalign.kernels.token_similarity import cases, configurations, token_similarity
 
 # torch.compile builds C++ for minutes on the CPU; what it compiles, the eager form, is among the paths.
@@ -116,7 +119,28 @@ def test_tuning_writes_the_table(tmp_path, monkeypatch):
     assert after["sm_80"] == before["sm_80"]
     for kinds in after["sm_90"].values():
         for entry in kinds.values():
-            assert "the fastest of 2 on the interpreter" in entry["reason"]
+            assert re.search("the fastest of [23] on the interpreter", entry["reason"])  # two, and the table's own
+
+
+def test_a_short_search_writes_into_a_folder_and_never_takes_a_slower_tile(tmp_path, monkeypatch):
+    """One candidate per entry: the table's own, which is tried first."""
+    packaged = maps.TABLE.read_text()
+    words = ["bench", "kernels", "--tune", "--repeats", "1", "--kernel", "attention_map", "--seconds", "1"]
+    monkeypatch.setattr(tuning.time, "monotonic", itertools.count(step=2).__next__)
+    try:
+        assert main([*words, "--tables", str(tmp_path / "new"), "--output", str(tmp_path / "rows.json")]) == 0
+    finally:
+        maps.table.cache_clear()
+    assert maps.TABLE.read_text() == packaged
+    before, after = json.loads(packaged), json.loads((tmp_path / "new" / "attention_map.json").read_text())
+    assert after["sm_80"] == before["sm_80"] and after["sm_90"] != before["sm_90"]
+    (rows,) = json.loads((tmp_path / "rows.json").read_text()).values()
+    assert len(rows) == len(before["sm_90"])
+    for row in rows:
+        kind = row["entry"].partition(" / ")[2]
+        assert row["tried"] == 1 < row["of"] and row["ms"] == row["before"]
+        assert f"the fastest of 1 ({row['of'] - 1} not tried)" in after["sm_90"][kind]["reason"]
+        assert maps.Tiles(*(after["sm_90"][kind][name] for name in maps.Tiles._fields)) == maps.table()["sm_90"][kind]
 
 
 def test_the_table_is_stored_as_tuning_writes_it():

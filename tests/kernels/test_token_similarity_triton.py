@@ -6,6 +6,7 @@ compiled, `medalign bench kernels --device cuda` measures the same errors.
 
 import importlib.util
 import json
+import re
 
 import numpy as np
 import pytest
@@ -215,6 +216,28 @@ class TestRefusals:
         monkeypatch.delenv("TRITON_INTERPRET")
         with pytest.raises(KernelError, match="the tensors are on cpu and the kernels are for CUDA; move them"):
             self.solve()
+
+    @pytest.mark.parametrize(
+        ("lacking", "reason"),
+        [
+            ("compiler", r"no C compiler; install one \(apt install gcc\), or cho"),
+            ("headers", r"Python's headers are not"),
+        ],
+    )
+    def test_a_gpu_without_what_triton_builds_with(self, monkeypatch, tmp_path, lacking, reason):
+        monkeypatch.delenv("TRITON_INTERPRET")
+        monkeypatch.delenv("CC", raising=False)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+        monkeypatch.setattr(gpu.shutil, "which", lambda name: None if lacking == "compiler" else "/usr/bin/" + name)
+        monkeypatch.setattr(gpu.sysconfig, "get_paths", lambda scheme: {"include": str(tmp_path)})
+        gpu.missing_to_build.cache_clear()
+        try:
+            assert re.search(reason, gpu.refusal(torch.device("cuda", 0), torch.bfloat16))
+            (tmp_path / "Python.h").touch()
+            gpu.missing_to_build.cache_clear()
+            assert (gpu.refusal(torch.device("cuda", 0)) is None) == (lacking == "headers")
+        finally:
+            gpu.missing_to_build.cache_clear()
 
     def test_too_little_shared_memory(self, monkeypatch):
         monkeypatch.setattr(gpu, "shared_memory", lambda device: 1000)

@@ -153,9 +153,11 @@ def choices(device: torch.device) -> Iterator[Choice]:
         yield Choice(
             name=" / ".join(place),
             problem=solved.name,
+            current=configurations.table()[architecture][kind]._asdict(),
             candidates=candidates if on_gpu else candidates[:2],
             use=functools.partial(_use, place),
             step=functools.partial(_step, solved),
+            table=configurations.TABLE,
             write=functools.partial(configurations.write, place),
         )
 

@@ -49,12 +49,12 @@ def tiles(architecture: str, dtype: torch.dtype, width: int) -> Tiles:
     return table()[architecture][f"{precision}, {padded(width)} channels"]
 
 
-def write(place: tuple[str, str], entry: Mapping[str, Any], reason: str) -> None:
-    """Put an entry into the table on disk; `place` is its architecture and kind."""
-    stored = json.loads(TABLE.read_text(encoding="utf-8"))
+def write(place: tuple[str, str], entry: Mapping[str, Any], reason: str, file: Path) -> None:
+    """Put an entry into a table on disk; `place` is its architecture and kind."""
+    stored = json.loads(file.read_text(encoding="utf-8"))
     architecture, kind = place
     stored[architecture][kind] = {**entry, "reason": reason}
-    TABLE.write_text(one_line_an_entry(stored), encoding="utf-8")
+    file.write_text(one_line_an_entry(stored), encoding="utf-8")
 
 
 def one_line_an_entry(stored: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:

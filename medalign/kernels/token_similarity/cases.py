@@ -133,9 +133,11 @@ def choices(device: torch.device) -> Iterator[Choice]:
         yield Choice(
             name=" / ".join(place),
             problem=solved.name,
+            current=table[kernel][kind]._asdict(),
             candidates=_candidates(architecture, kernel, kind, few=not on_gpu),
             use=functools.partial(_use, place),
             step=functools.partial(_step, solved),
+            table=configurations.TABLE,
             write=functools.partial(configurations.write, place),
         )
 

@@ -87,12 +87,12 @@ def shared_memory(architecture: str, student: torch.dtype, teacher: torch.dtype)
     return max(pairs + products)
 
 
-def write(place: tuple[str, str, str], tile: Mapping[str, Any], reason: str) -> None:
-    """Put a tile into the table on disk; `place` is its architecture, kernel and kind."""
-    stored = json.loads(TABLE.read_text(encoding="utf-8"))
+def write(place: tuple[str, str, str], tile: Mapping[str, Any], reason: str, file: Path) -> None:
+    """Put a tile into a table on disk; `place` is its architecture, kernel and kind."""
+    stored = json.loads(file.read_text(encoding="utf-8"))
     architecture, kernel, kind = place
     stored[architecture][kernel][kind] = {**tile, "reason": reason}
-    TABLE.write_text(_one_line_an_entry(stored), encoding="utf-8")
+    file.write_text(_one_line_an_entry(stored), encoding="utf-8")
 
 
 def _one_line_an_entry(stored: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:

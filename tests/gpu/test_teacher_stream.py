@@ -1,0 +1,75 @@
+"""The teacher's own CUDA stream, with the allocator handing memory on while the other stream still reads it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from medalign.geometry import PatchGrid
+from medalign.teacher.clip import Teacher, load_teacher
+from medalign.teacher.targets import Beside, teacher_targets
+
+pytestmark = pytest.mark.gpu
+GRID = PatchGrid(4, 4)
+IMAGES = 512  # 14 MB of pixels: no other free block of the allocator is of that size
+PAUSE = 200_000_000  # clock cycles that a stream sleeps, a tenth of a second
+
+
+@pytest.fixture
+def teacher(cuda, teacher_folder) -> Teacher:
+    """It sleeps before it looks: whatever happens on the other stream happens first."""
+    teacher = load_teacher(teacher_folder, cuda)
+    teacher.register_forward_pre_hook(lambda *_: torch.cuda._sleep(PAUSE))
+    return teacher
+
+
+def draw(cuda: torch.device, seed: int) -> torch.Tensor:
+    return torch.randn(IMAGES, 3, 48, 48, device=cuda, generator=torch.Generator(cuda).manual_seed(seed))
+
+
+def expected(teacher: Teacher, pixels: torch.Tensor):
+    targets = teacher_targets(teacher, pixels, GRID)
+    torch.cuda.synchronize()
+    return targets.features.clone(), targets.attention.clone()
+
+
+def overwritten(cuda: torch.device, beside: Beside) -> tuple[bool, bool]:
+    """Pixels are freed at once and their memory asked for again: was it handed out, and did the targets change?"""
+    wanted = expected(beside.teacher, draw(cuda, 0))
+    torch.cuda.empty_cache()
+    pixels = draw(cuda, 0)
+    place, shape = pixels.data_ptr(), pixels.shape
+    torch.cuda.synchronize()
+    targets = beside.look(pixels)
+    del pixels
+    garbage = torch.full(shape, float("nan"), device=cuda)
+    same_place = garbage.data_ptr() == place
+    found = targets()
+    torch.cuda.synchronize()
+    changed = not (torch.equal(found.features, wanted[0]) and torch.equal(found.attention, wanted[1]))
+    return same_place, changed
+
+
+def test_pixels_are_kept_until_the_teacher_has_read_them(cuda, teacher):
+    assert overwritten(cuda, Beside(teacher, GRID, cuda)) == (False, False)
+
+
+def test_without_the_record_the_memory_would_be_overwritten(cuda, teacher, monkeypatch):
+    """The control: the test above provokes what it looks for."""
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
+    assert overwritten(cuda, Beside(teacher, GRID, cuda)) == (True, True)
+
+
+def test_targets_are_kept_until_the_student_has_read_them(cuda, teacher):
+    """The student's stream is late; meanwhile the teacher looks at other pictures and needs memory."""
+    beside = Beside(teacher, GRID, cuda)
+    wanted = [expected(teacher, draw(cuda, seed)) for seed in range(3)]
+    read = []
+    for seed in range(3):
+        targets = beside.look(draw(cuda, seed))()
+        torch.cuda._sleep(2 * PAUSE)
+        read.append((targets.features * 1.0, targets.attention * 1.0))
+        del targets
+    torch.cuda.synchronize()
+    for found, other in zip(read, wanted, strict=True):
+        assert torch.equal(found[0], other[0]) and torch.equal(found[1], other[1])

@@ -1,0 +1,90 @@
+"""The step benchmark: every form takes the same step, and the operations are those that torch counts."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from medalign.losses.language_model import language_model
+
+TOOLS = Path(__file__).resolve().parents[2] / "tools"
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    monkeypatch.syspath_prepend(str(TOOLS))
+    from step_benchmark import forms, models, utilization
+
+    return forms, models, utilization
+
+
+def test_every_form_takes_the_same_step(tmp_path):
+    """The command itself checks that the losses of all forms agree; here, that all have been measured."""
+    command = [sys.executable, TOOLS / "benchmark_step.py", "--preset", "tiny", "--samples", "2", "--rounds", "1"]
+    output = tmp_path / "step.json"
+    done = subprocess.run([*command, "--output", output], capture_output=True, text=True, env=os.environ, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(output.read_text())["tiny"]
+    losses = {name: row["loss"] for name, row in found["forms"].items()}
+    distilled = [loss for name, loss in losses.items() if name != "plain"]
+    assert len(distilled) == 4 and losses["plain"] < min(distilled)
+    assert all(row["seconds"] > 0 for row in found["forms"].values())
+    assert found["peak_tflops"] == "not known for CPU: MFU is null"
+    assert {row["mfu"] for row in found["forms"].values()} == {None}
+
+
+def test_operations_are_those_that_torch_counts(benchmark):
+    """Apart from attention, of which torch counts both halves, and the patches' convolution, which is left out."""
+    forms, models, utilization = benchmark
+    config = models.settings(2, "cpu", 2, models.TINY.rank).student
+    student = models.random_student(models.TINY, config, torch.device("cpu"), torch.float32)
+    student.steering = None
+    batch = models.make_batch(student, 32, 2, models.TINY.text)
+    with FlopCounterMode(display=False) as counter:
+        output = student(batch, tap=False)
+        language_model(output.logits, output.kept, batch.labels).sum.backward()
+    counts = {str(name).removeprefix("aten."): value for name, value in counter.get_flop_counts()["Global"].items()}
+    products = sum(value for name, value in counts.items() if name in ("mm", "addmm", "bmm"))
+    assert products > 0.8 * sum(counts.values())
+    # The first block's input needs no gradient: three frozen projections and their adapters count too much here.
+    assert utilization.plain_flops(student, batch) == pytest.approx(sum(counts.values()), rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("card", "peak"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA B200", 2250e12),
+        ("NVIDIA GB200", 2500e12),
+        ("Tesla V100-SXM2-32GB", None),
+    ],
+)
+def test_peaks_by_name(benchmark, card, peak):
+    assert benchmark[2].peak(card) == peak
+
+
+def test_the_tapped_block_lies_as_deep_as_twenty_of_thirty_two(benchmark):
+    assert [benchmark[1].tapped_layer(blocks) for blocks in (2, 4, 12, 32)] == [1, 2, 7, 20]
+
+
+def test_blocks_follow_from_two_peaks(benchmark, monkeypatch):
+    """5 GiB beside the blocks, 2 GiB for each of them, and 0.9 of 60 GiB free."""
+    from step_benchmark import measuring
+
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 1 * 2**30)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (60 * 2**30, 80 * 2**30))
+    monkeypatch.setattr(measuring, "_timed", lambda blocks, *_: (0.1, (1 + 5 + 2 * blocks) * 2**30, 0.0))
+    plan = measuring.plan_blocks(lambda blocks: blocks, 32, torch.device("cuda"))
+    assert plan == {"free_gib": 54.0, "gib_per_block": 2.0, "gib_beside": 5.0, "blocks": 24}
+    assert measuring.plan_blocks(lambda blocks: blocks, 16, torch.device("cuda"))["blocks"] == 16

@@ -1,0 +1,1 @@
+"""One training step, taken in several forms by one student under one engine: models, forms, figures."""
