@@ -70,6 +70,7 @@ class Engine:
         self._engine, self.optimizer, _, _ = deepspeed.initialize(
             model=student, optimizer=optimizer, config=dict(settings), dist_init_required=False
         )
+        self._names = [str(group["name"]) for group in groups]
         self.accumulation = int(settings["gradient_accumulation_steps"])
         self.device: torch.device = torch.device(self._engine.device)
 
@@ -94,6 +95,10 @@ class Engine:
         self._engine.step()
         return float(self._engine.get_global_grad_norm() or 0.0)
 
+    def rates(self) -> dict[str, float]:
+        """Learning rate of each parameter group by name, as the optimizer itself has it."""
+        return {name: float(group["lr"]) for name, group in zip(self._names, self.optimizer.param_groups, strict=True)}
+
     def gathered(self, parameters: Sequence[tuple[str, nn.Parameter]]) -> dict[str, torch.Tensor]:
         """Whole parameters by name, on the CPU, on rank 0; an empty dict on the others. Every rank must call it."""
         whole = {}
@@ -114,9 +119,23 @@ class Engine:
 
     def load(self, folder: Path, *, universal: bool = False) -> None:
         """Read what `save` wrote on the same number of ranks, or, universal, what `to_universal` made of it."""
+        own = [{key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups]
         # DeepSpeed wants this in its settings, before the engine is there; which of the two it will be is known later.
         self._engine._config.load_universal_checkpoint = universal
         self._engine.load_checkpoint(str(folder), tag=_TAG, load_module_strict=False)
+        self._separate(own)
+
+    def _separate(self, own: Sequence[Mapping[str, Any]]) -> None:
+        """Give each parameter group its own entries and each of its states its own counter of updates.
+
+        A universal checkpoint of ZeRO-3 is loaded with the entries of the first group (name, learning rate, weight
+        decay) in all groups, and with one tensor `step` in all states, which Adam then advances once per state.
+        """
+        updates = self._engine.global_steps - self._engine.skipped_steps
+        for group, entries in zip(self.optimizer.param_groups, own, strict=True):
+            group.update(entries)
+        for state in self.optimizer.state.values():
+            state["step"] = torch.full_like(state["step"], updates)
 
 
 def to_universal(source: Path, target: Path) -> None:

@@ -51,7 +51,7 @@ def train(
         progress = _advance(progress, config, done, micro_batches, device)
         speed.add(sum(len(b.keys) for b in micro_batches), sum(int(b.attention_mask.sum()) for b in micro_batches))
         if done % config.log.every == 0 or done == total:
-            row = losses | {"optim/lr": now["adapters"]} | speed.reduce() | _state(progress, device)
+            row = losses | _rates(step.engine.rates()) | speed.reduce() | _state(progress, device)
             for sink in sinks:
                 sink.log(done, row)
         _tick(sinks, done)
@@ -97,6 +97,11 @@ def _advance(progress: Progress, config: Config, done: int, micro_batches: Seque
     # Of all ranks together, so that all stop at the same step and none waits for another.
     judge_bad_share(progress.skipped, progress.samples, config.data.max_bad_share, reasons)
     return progress
+
+
+def _rates(groups: Mapping[str, float]) -> dict[str, float]:
+    """The learning rates of a row: `optim/lr` is that of LoRA, `optim/lr_NAME` that of another parameter group."""
+    return {"optim/lr" if name == "adapters" else f"optim/lr_{name}": rate for name, rate in groups.items()}
 
 
 def _state(progress: Progress, device: object) -> dict[str, float]:
