@@ -126,10 +126,11 @@ class Engine:
         self._separate(own)
 
     def _separate(self, own: Sequence[Mapping[str, Any]]) -> None:
-        """Give each parameter group its own entries and each of its states its own counter of updates.
+        """Give each parameter group its own entries and each optimizer state its own count of updates.
 
-        A universal checkpoint of ZeRO-3 is loaded with the entries of the first group (name, learning rate, weight
-        decay) in all groups, and with one tensor `step` in all states, which Adam then advances once per state.
+        DeepSpeed loads a universal checkpoint of ZeRO-3 with the entries of the first group (name, learning rate,
+        weight decay) in all groups, and with one tensor `step` in all states, which Adam then advances once per state.
+        A checkpoint that was saved after such a load holds these entries and counts.
         """
         updates = self._engine.global_steps - self._engine.skipped_steps
         for group, entries in zip(self.optimizer.param_groups, own, strict=True):
