@@ -20,9 +20,12 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import deepspeed
+import deepspeed.ops
+from torch.utils import cpp_extension
 from transformers.integrations import HfDeepSpeedConfig
 
 from medalign import distributed
+from medalign.distributed import log
 
 # Calls inside DeepSpeed and transformers that nobody here can change; they would bury a run's own lines.
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|deepspeed|transformers")
@@ -36,6 +39,9 @@ def start(settings: Mapping[str, Any]) -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     if torch.cuda.is_available():
         torch.cuda.set_device(distributed.local_rank())
+    # DeepSpeed would compile its shared-memory extension here, minutes at the first start of a machine, under a lock of
+    # torch's that all processes of a user share. Only tensor-parallel inference uses it; none is listed, none is built.
+    deepspeed.ops.__compatible_ops__ = {}
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=distributed.TIMEOUT, verbose=False)
 
@@ -66,6 +72,7 @@ class Engine:
     """
 
     def __init__(self, student: nn.Module, groups: Sequence[dict[str, Any]], settings: Mapping[str, Any]) -> None:
+        _announce_compilation(settings)
         optimizer = torch.optim.AdamW(list(groups), betas=(0.9, 0.999), eps=1e-8)
         self._engine, self.optimizer, _, _ = deepspeed.initialize(
             model=student, optimizer=optimizer, config=dict(settings), dist_init_required=False
@@ -162,6 +169,22 @@ def to_universal(source: Path, target: Path) -> None:
 def stage(settings: Mapping[str, Any]) -> int:
     """The ZeRO stage of a DeepSpeed configuration."""
     return int(settings.get("zero_optimization", {}).get("stage", 0))
+
+
+def _announce_compilation(settings: Mapping[str, Any]) -> None:
+    """Tell why a start can be silent for minutes. No packaged configuration makes DeepSpeed compile anything."""
+    zero = settings.get("zero_optimization", {})
+    offloaded = [zero.get(key) or {} for key in ("offload_param", "offload_optimizer")]
+    nvme = any(part.get("device") == "nvme" for part in offloaded)
+    if nvme or any(value for key, value in zero.items() if key.startswith("zero_quantized")):
+        folder = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
+        log.warning(
+            "engine.deepspeed asks for %s: DeepSpeed compiles an extension for it in %s, which takes minutes at the "
+            "first start. It waits there for another process that holds the extension's lock; if the run goes no "
+            "further, start it again with TORCH_EXTENSIONS_DIR set to a folder of its own",
+            "offload to NVMe" if nvme else "quantized communication",
+            folder,
+        )
 
 
 @contextlib.contextmanager

@@ -13,7 +13,6 @@ from medalign.config import Config
 from medalign.data.plan import StepPlan
 from medalign.errors import ConfigError
 
-
 # Gradients of bf16 weights are summed in fp32, over micro-batches and over ranks; DeepSpeed's default is the weights'
 # dtype, which keeps 8 bits of a sum. A JSON may choose otherwise.
 _SUMS = ("data_types.grad_accum_dtype", "communication_data_type")
