@@ -45,13 +45,11 @@ def two(tmp_path_factory, student_folder, teacher_folder) -> list[dict[str, Any]
 
 
 def assert_same(left: dict[str, Any], right: dict[str, Any]) -> None:
-    """Before the first update, float32 sums in another order: 2e-5. Afterwards Adam, which divides each gradient by
-    its own size, has made whole steps of the rounding in gradients near zero: 5e-3."""
-    pairs = list(zip(left["losses"], right["losses"], strict=True))
-    assert pairs[0][0] == pytest.approx(pairs[0][1], rel=2e-5, abs=1e-7)
-    for mine, other in pairs[1:]:
-        assert mine == pytest.approx(other, rel=5e-3, abs=1e-6)
-    assert left["learnt"] == pytest.approx(right["learnt"], rel=5e-3, abs=1e-4)
+    """float32 sums in another order: rounding of 1e-7 in a loss, and more in the attention loss, where terms cancel.
+    It does not grow over the updates; the weights agree to 1e-7."""
+    for mine, other in zip(left["losses"], right["losses"], strict=True):
+        assert mine == pytest.approx(other, rel=1e-5)
+    assert left["learnt"] == pytest.approx(right["learnt"], rel=1e-6)
 
 
 def test_two_ranks_equal_one(one, two):
