@@ -40,6 +40,7 @@ def train(
     """
     total, device = config.train.steps, step.engine.device
     speed, row = Throughput(device), {}
+    started = time.perf_counter() - progress.seconds
     for number in range(progress.step, total):
         distributed.seed_step(config.run.seed, number)
         with speed.waiting():
@@ -49,6 +50,7 @@ def train(
         _require_numbers(losses, number + 1, micro_batches)
         done = number + 1
         progress = _advance(progress, config, done, micro_batches, device)
+        progress = replace(progress, seconds=time.perf_counter() - started)
         speed.add(sum(len(b.keys) for b in micro_batches), sum(int(b.attention_mask.sum()) for b in micro_batches))
         if done % config.log.every == 0 or done == total:
             row = losses | _rates(step.engine.rates()) | speed.reduce() | _state(progress, device)
@@ -106,6 +108,7 @@ def _rates(groups: Mapping[str, float]) -> dict[str, float]:
 
 def _state(progress: Progress, device: object) -> dict[str, float]:
     return {
+        "time/elapsed_seconds": progress.seconds,
         "data/skipped": progress.skipped,
         "data/truncated": progress.truncated,
         "memory/peak_gib": peak_memory_gib(str(device)),
