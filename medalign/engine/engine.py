@@ -20,9 +20,12 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import deepspeed
+import deepspeed.ops
+from torch.utils import cpp_extension
 from transformers.integrations import HfDeepSpeedConfig
 
 from medalign import distributed
+from medalign.distributed import log
 
 # Calls inside DeepSpeed and transformers that nobody here can change; they would bury a run's own lines.
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|deepspeed|transformers")
@@ -36,6 +39,9 @@ def start(settings: Mapping[str, Any]) -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     if torch.cuda.is_available():
         torch.cuda.set_device(distributed.local_rank())
+    # DeepSpeed would compile its shared-memory extension here, minutes at the first start of a machine, under a lock of
+    # torch's that all processes of a user share. Only tensor-parallel inference uses it; none is listed, none is built.
+    deepspeed.ops.__compatible_ops__ = {}
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=distributed.TIMEOUT, verbose=False)
 
@@ -66,10 +72,12 @@ class Engine:
     """
 
     def __init__(self, student: nn.Module, groups: Sequence[dict[str, Any]], settings: Mapping[str, Any]) -> None:
+        _announce_compilation(settings)
         optimizer = torch.optim.AdamW(list(groups), betas=(0.9, 0.999), eps=1e-8)
         self._engine, self.optimizer, _, _ = deepspeed.initialize(
             model=student, optimizer=optimizer, config=dict(settings), dist_init_required=False
         )
+        self._names = [str(group["name"]) for group in groups]
         self.accumulation = int(settings["gradient_accumulation_steps"])
         self.device: torch.device = torch.device(self._engine.device)
 
@@ -94,6 +102,10 @@ class Engine:
         self._engine.step()
         return float(self._engine.get_global_grad_norm() or 0.0)
 
+    def rates(self) -> dict[str, float]:
+        """Learning rate of each parameter group by name, as the optimizer itself has it."""
+        return {name: float(group["lr"]) for name, group in zip(self._names, self.optimizer.param_groups, strict=True)}
+
     def gathered(self, parameters: Sequence[tuple[str, nn.Parameter]]) -> dict[str, torch.Tensor]:
         """Whole parameters by name, on the CPU, on rank 0; an empty dict on the others. Every rank must call it."""
         whole = {}
@@ -114,9 +126,24 @@ class Engine:
 
     def load(self, folder: Path, *, universal: bool = False) -> None:
         """Read what `save` wrote on the same number of ranks, or, universal, what `to_universal` made of it."""
+        own = [{key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups]
         # DeepSpeed wants this in its settings, before the engine is there; which of the two it will be is known later.
         self._engine._config.load_universal_checkpoint = universal
         self._engine.load_checkpoint(str(folder), tag=_TAG, load_module_strict=False)
+        self._separate(own)
+
+    def _separate(self, own: Sequence[Mapping[str, Any]]) -> None:
+        """Give each parameter group its own entries and each optimizer state its own count of updates.
+
+        DeepSpeed loads a universal checkpoint of ZeRO-3 with the entries of the first group (name, learning rate,
+        weight decay) in all groups, and with one tensor `step` in all states, which Adam then advances once per state.
+        A checkpoint that was saved after such a load holds these entries and counts.
+        """
+        updates = self._engine.global_steps - self._engine.skipped_steps
+        for group, entries in zip(self.optimizer.param_groups, own, strict=True):
+            group.update(entries)
+        for state in self.optimizer.state.values():
+            state["step"] = torch.full_like(state["step"], updates)
 
 
 def to_universal(source: Path, target: Path) -> None:
@@ -142,6 +169,22 @@ def to_universal(source: Path, target: Path) -> None:
 def stage(settings: Mapping[str, Any]) -> int:
     """The ZeRO stage of a DeepSpeed configuration."""
     return int(settings.get("zero_optimization", {}).get("stage", 0))
+
+
+def _announce_compilation(settings: Mapping[str, Any]) -> None:
+    """Tell why a start can be silent for minutes. No packaged configuration makes DeepSpeed compile anything."""
+    zero = settings.get("zero_optimization", {})
+    offloaded = [zero.get(key) or {} for key in ("offload_param", "offload_optimizer")]
+    nvme = any(part.get("device") == "nvme" for part in offloaded)
+    if nvme or any(value for key, value in zero.items() if key.startswith("zero_quantized")):
+        folder = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
+        log.warning(
+            "engine.deepspeed asks for %s: DeepSpeed compiles an extension for it in %s, which takes minutes at the "
+            "first start. It waits there for another process that holds the extension's lock; if the run goes no "
+            "further, start it again with TORCH_EXTENSIONS_DIR set to a folder of its own",
+            "offload to NVMe" if nvme else "quantized communication",
+            folder,
+        )
 
 
 @contextlib.contextmanager

@@ -13,6 +13,10 @@ from medalign.config import Config
 from medalign.data.plan import StepPlan
 from medalign.errors import ConfigError
 
+# Gradients of bf16 weights are summed in fp32, over micro-batches and over ranks; DeepSpeed's default is the weights'
+# dtype, which keeps 8 bits of a sum. A JSON may choose otherwise.
+_SUMS = ("data_types.grad_accum_dtype", "communication_data_type")
+
 
 def precision(config: Config) -> torch.dtype:
     """The dtype of weights and activations: bf16 on a GPU unless the run says otherwise."""
@@ -41,16 +45,25 @@ def deepspeed_settings(config: Config, world: int) -> dict[str, Any]:
     }
     for key, value in ours.items():
         _agree(settings, key, value, config.engine.deepspeed)
+    for key in _SUMS:
+        inner, last = _place(settings, key)
+        inner[last] = "fp32" if inner.get(last, "auto") == "auto" else inner[last]
     for key in ("optimizer", "scheduler", "fp16", "amp"):
         if key in settings:
             raise ConfigError(f"{config.engine.deepspeed}: remove {key!r}; the run's own settings decide it")
     return settings
 
 
-def _agree(settings: dict[str, Any], dotted: str, value: Any, name: str) -> None:
+def _place(settings: dict[str, Any], dotted: str) -> tuple[dict[str, Any], str]:
+    """The object that holds a dotted key, made where it is absent, and the key's last part."""
     *path, last = dotted.split(".")
     for part in path:
         settings = settings.setdefault(part, {})
+    return settings, last
+
+
+def _agree(settings: dict[str, Any], dotted: str, value: Any, name: str) -> None:
+    settings, last = _place(settings, dotted)
     found = settings.get(last, "auto")
     if found not in ("auto", value):
         raise ConfigError(

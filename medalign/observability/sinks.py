@@ -9,6 +9,7 @@ import secrets
 import sys
 import time
 from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, Protocol, TextIO
 
@@ -40,20 +41,27 @@ def plain_numbers(values: Mapping[str, Any]) -> dict[str, float]:
 
 
 class JsonlSink:
-    """One JSON object a step, flushed at once. A value that is not finite is written as null.
+    """One JSON object per row, flushed at once. A value that is not finite is written as null.
+
+    Beside its numbers a row has `step` and `time`, when it was written (UTC, ISO 8601, milliseconds). W&B stamps its
+    rows by itself.
 
     A run that goes on from `resumed_step` drops the rows after it, since it will write them again; a line that a
     kill cut off is dropped too. Any other line that is not a row is a DataError.
     """
 
-    def __init__(self, path: Path, *, resumed_step: int = 0) -> None:
+    def __init__(
+        self, path: Path, *, resumed_step: int = 0, clock: Callable[[], datetime] = lambda: datetime.now(UTC)
+    ) -> None:
+        self._clock = clock
         kept = [json.dumps(row) for row in read_rows(path) if row["step"] <= resumed_step] if path.exists() else []
         write_text(path, "".join(line + "\n" for line in kept))
         self._file = path.open("a", encoding="utf-8")
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
+        now = self._clock().isoformat(timespec="milliseconds")
         row = {k: v if math.isfinite(v) else None for k, v in plain_numbers(values).items()}
-        self._file.write(json.dumps({"step": step, **row}) + "\n")
+        self._file.write(json.dumps({"step": step, "time": now, **row}) + "\n")
         self._file.flush()
 
     def close(self) -> None:

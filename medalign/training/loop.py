@@ -40,6 +40,7 @@ def train(
     """
     total, device = total_steps(config.train), step.engine.device
     speed, row = Throughput(device), {}
+    started = time.perf_counter() - progress.seconds
     for number in range(progress.step, total):
         distributed.seed_step(config.run.seed, number)
         with speed.waiting():
@@ -49,9 +50,10 @@ def train(
         _require_numbers(losses, number + 1, micro_batches)
         done = number + 1
         progress = _advance(progress, config, done, micro_batches, device)
+        progress = replace(progress, seconds=time.perf_counter() - started)
         speed.add(sum(len(b.keys) for b in micro_batches), sum(int(b.attention_mask.sum()) for b in micro_batches))
         if done % config.log.every == 0 or done == total:
-            row = losses | {"optim/lr": now["adapters"]} | speed.reduce() | _state(progress, device)
+            row = losses | _rates(step.engine.rates()) | speed.reduce() | _state(progress, device)
             for sink in sinks:
                 sink.log(done, row)
         _tick(sinks, done)
@@ -99,8 +101,14 @@ def _advance(progress: Progress, config: Config, done: int, micro_batches: Seque
     return progress
 
 
+def _rates(groups: Mapping[str, float]) -> dict[str, float]:
+    """The learning rates of a row: `optim/lr` is that of LoRA, `optim/lr_NAME` that of another parameter group."""
+    return {"optim/lr" if name == "adapters" else f"optim/lr_{name}": rate for name, rate in groups.items()}
+
+
 def _state(progress: Progress, device: object) -> dict[str, float]:
     return {
+        "time/elapsed_seconds": progress.seconds,
         "data/skipped": progress.skipped,
         "data/truncated": progress.truncated,
         "memory/peak_gib": peak_memory_gib(str(device)),

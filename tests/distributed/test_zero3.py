@@ -45,13 +45,11 @@ def two(tmp_path_factory, student_folder, teacher_folder) -> list[dict[str, Any]
 
 
 def assert_same(left: dict[str, Any], right: dict[str, Any]) -> None:
-    """Before the first update, float32 sums in another order: 2e-5. Afterwards Adam, which divides each gradient by
-    its own size, has made whole steps of the rounding in gradients near zero: 5e-3."""
-    pairs = list(zip(left["losses"], right["losses"], strict=True))
-    assert pairs[0][0] == pytest.approx(pairs[0][1], rel=2e-5, abs=1e-7)
-    for mine, other in pairs[1:]:
-        assert mine == pytest.approx(other, rel=5e-3, abs=1e-6)
-    assert left["learnt"] == pytest.approx(right["learnt"], rel=5e-3, abs=1e-4)
+    """float32 sums in another order: rounding of 1e-7 in a loss, and more in the attention loss, where terms cancel.
+    It does not grow over the updates; the weights agree to 1e-7."""
+    for mine, other in zip(left["losses"], right["losses"], strict=True):
+        assert mine == pytest.approx(other, rel=1e-5)
+    assert left["learnt"] == pytest.approx(right["learnt"], rel=1e-6)
 
 
 def test_two_ranks_equal_one(one, two):
@@ -118,9 +116,9 @@ def test_losses_fall(one, run):
 
 
 def test_bf16_begins_with_the_losses_of_fp32(one):
-    """bf16 keeps 8 bits, 0.4 % a rounding, and a dozen of them lie between the pixels and each loss."""
+    """bf16 keeps 8 bits, 0.4 % per rounding. A loss is a mean over many rounded values, and is off by 0.16 % here."""
     bf16, fp32 = (one[run]["losses"][0] for run in ("bf16", "falling"))
     for name in ("loss/language", "loss/similarity", "loss/attention"):
-        assert bf16[name] == pytest.approx(fp32[name], rel=0.05), name
+        assert bf16[name] == pytest.approx(fp32[name], rel=5e-3), name
         assert bf16[name] != fp32[name], "nothing was rounded: this was no bf16 run"
     assert one["bf16"]["frozen"]["before"] == one["bf16"]["frozen"]["after"]

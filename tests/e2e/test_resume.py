@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+from datetime import datetime
+from pathlib import Path
+
 from medalign.data.index import ShardIndex
+from medalign.observability.sinks import read_rows
 from tests.e2e.conftest import kill_at, losses, train
+
+
+def clocks(folder: Path) -> tuple[list[float], list[datetime]]:
+    """The seconds of training and the time of day of each row."""
+    rows = read_rows(folder / "metrics.jsonl")
+    return [row["time/elapsed_seconds"] for row in rows], [datetime.fromisoformat(row["time"]) for row in rows]
 
 
 def test_a_killed_run_goes_on_exactly(recipe, trained, tmp_path):
@@ -17,6 +27,10 @@ def test_a_killed_run_goes_on_exactly(recipe, trained, tmp_path):
     assert "going on from" in output
     assert losses(folder) == losses(trained)
     assert len(losses(folder)) == 8
+    elapsed, times = clocks(folder)
+    assert elapsed == sorted(elapsed) and times == sorted(times)
+    # Step 4 was run by the second start, which loaded for seconds before it: the time of training leaves that out.
+    assert 0 < elapsed[3] - elapsed[2] < (times[3] - times[2]).total_seconds() - 1
     assert not list(checkpoints.glob(".partial-*"))
     assert (checkpoints / "latest").read_text().strip() == "step-000008"
     assert len(list(checkpoints.glob("step-*"))) == 2

@@ -27,7 +27,6 @@ def test_two_ranks_share_three_samples(recipe: Path, tmp_path: Path) -> None:
         train(recipe, tmp_path / packing, *words, "--data.packing", packing, world=2)
         two = losses(tmp_path / packing)
         assert len(one) == len(two) == 3
-        assert one[0] == pytest.approx(two[0], rel=2e-5)  # before the first update: float32 sums in another order
-        for alone, shared in zip(one[1:], two[1:], strict=True):
-            # Adam makes whole steps of the rounding in gradients near zero.
-            assert alone == pytest.approx(shared, rel=5e-3)
+        # float32 sums in another order; the attention loss, where terms cancel, shows most of it.
+        for alone, shared in zip(one, two, strict=True):
+            assert alone == pytest.approx(shared, rel=1e-5)

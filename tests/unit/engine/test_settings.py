@@ -62,3 +62,13 @@ def test_an_unknown_name_lists_the_known_ones(config):
     config.engine.deepspeed = "zero9"
     with pytest.raises(ConfigError, match="'zero9' is not known; packaged are cpu, zero2, zero3, zero3_offload"):
         deepspeed_settings(config, 1)
+
+
+def test_gradients_are_summed_in_fp32_unless_the_json_says_otherwise(config, tmp_path):
+    settings = deepspeed_settings(config, 1)
+    assert settings["data_types"] == {"grad_accum_dtype": "fp32"} and settings["communication_data_type"] == "fp32"
+    path = tmp_path / "own.json"
+    path.write_text(json.dumps({"communication_data_type": "bf16", "data_types": {"grad_accum_dtype": "auto"}}))
+    config.engine.deepspeed = str(path)
+    settings = deepspeed_settings(config, 1)
+    assert settings["data_types"] == {"grad_accum_dtype": "fp32"} and settings["communication_data_type"] == "bf16"

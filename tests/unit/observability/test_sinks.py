@@ -6,6 +6,7 @@ import logging
 import math
 import subprocess
 import sys
+from datetime import UTC, datetime, timedelta
 
 import numpy as np
 import pytest
@@ -30,13 +31,28 @@ def test_only_numbers():
 
 
 def test_jsonl_rows_come_back_and_are_there_at_once(tmp_path):
-    sink = JsonlSink(tmp_path / "run" / "metrics.jsonl")
+    times = iter([datetime(2026, 3, 1, 23, 59, 59, 999_500, UTC), datetime(2026, 3, 2, tzinfo=UTC)])
+    sink = JsonlSink(tmp_path / "run" / "metrics.jsonl", clock=lambda: next(times))
     sink.log(10, {"loss/total": 1.5})
-    assert read_rows(tmp_path / "run" / "metrics.jsonl") == [{"step": 10, "loss/total": 1.5}]
+    first = {"step": 10, "time": "2026-03-01T23:59:59.999+00:00", "loss/total": 1.5}
+    assert read_rows(tmp_path / "run" / "metrics.jsonl") == [first]
     sink.log(20, {"loss/total": math.nan})
     sink.close()
     text = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    assert json.loads(text[1]) == {"step": 20, "loss/total": None}
+    assert json.loads(text[1]) == {"step": 20, "time": "2026-03-02T00:00:00.000+00:00", "loss/total": None}
+
+
+def test_a_row_has_the_time_of_now_and_keeps_it_when_the_run_goes_on(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    before = datetime.now(UTC)
+    sink = JsonlSink(path)
+    sink.log(1, {"a": 1.0})
+    sink.close()
+    (row,) = read_rows(path)
+    written = datetime.fromisoformat(row["time"])
+    assert written.utcoffset() == timedelta(0) and abs(written - before) < timedelta(minutes=1)
+    JsonlSink(path, resumed_step=1).close()
+    assert read_rows(path) == [row]
 
 
 def test_resuming_drops_later_rows_and_a_half_written_one(tmp_path):

@@ -69,7 +69,10 @@ def step(student: Student, batch: Batch, teacher_folder) -> tuple[StudentOutput,
     ],
 )
 def test_packed_equals_padded(tmp_path, teacher_folder, kind, language, settings):
-    """float32; other shapes make other orders of sums. Text lengths differ, and with them the rotary positions."""
+    """float32; other shapes make other orders of sums, which move a gradient by 1e-6 of its largest element.
+
+    Text lengths differ, and with them the rotary positions.
+    """
     student = load(tiny.save_student(tmp_path / "student", kind=kind, **language), **settings).train()
     padded = tiny.batch(texts=TEXTS)
     packed = tiny.packed(padded)
@@ -84,7 +87,7 @@ def test_packed_equals_padded(tmp_path, teacher_folder, kind, language, settings
     assert packed_losses == pytest.approx(losses, rel=1e-5)
     for name, gradient in gradients.items():
         scale = float(gradient.abs().max())
-        torch.testing.assert_close(packed_gradients[name], gradient, rtol=1e-3, atol=1e-4 * scale + 1e-9, msg=name)
+        torch.testing.assert_close(packed_gradients[name], gradient, rtol=0, atol=5e-6 * scale + 1e-9, msg=name)
 
 
 def test_text_beside_images(student_folder, teacher_folder):
