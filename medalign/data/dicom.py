@@ -123,7 +123,7 @@ def _interpretation(study: Any) -> str:
     from pydicom.uid import JPEG2000TransferSyntaxes
 
     found = str(study.get("PhotometricInterpretation") or "missing").strip()
-    known = (*_GRAY, _PALETTE, *_COLOR)
+    known: tuple[str, ...] = (*_GRAY, _PALETTE, *_COLOR)
     if study.file_meta.TransferSyntaxUID in JPEG2000TransferSyntaxes:
         known += _JPEG_2000_COLOR
     if found not in known:
