@@ -22,7 +22,7 @@ class Sample:
     question: str  # what the user asks; never empty
     answer: str  # what the model should say (the report, for task "report"); never empty
     answer_type: str  # "closed", "open", or "" for reports
-    images: tuple[Image.Image, ...]  # as stored, not yet on the canvas; may be empty
+    images: tuple[Image.Image, ...]  # L or RGB, upright, not yet on the canvas; may be empty
     boxes: tuple[tuple[float, float, float, float], ...] = ()  # pixels of the first stored image
     metadata: dict[str, Any] = field(default_factory=dict)  # every other field of the JSON
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-Box = Sequence[float]  # x0, y0, x1, y1 in pixels of the stored image
+Box = Sequence[float]  # x0, y0, x1, y1 in pixels of the upright image
 
 
 @dataclass(frozen=True)

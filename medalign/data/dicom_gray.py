@@ -104,6 +104,8 @@ def _windowed(study: Any, tags: dict[str, Any], values: np.ndarray, visible: np.
     """From 0, black, to 1, white (PS3.3 C.11.2), before anything is turned over."""
     if tags["VOILUTSequence"]:
         entries, first, bits = _lookup_table(study, tags["VOILUTSequence"][0])
+        if first > 32_767 and visible.size and visible.min() < 0:
+            first -= 1 << 16  # values have a sign by now, and the tag was read as the stored ones, without
         return entries[np.rint(values - first).clip(0, len(entries) - 1).astype(np.int64)] / (2**bits - 1)
     if tags["WindowCenter"] in (None, "") or tags["WindowWidth"] in (None, ""):
         low, high = (visible.min(), visible.max()) if visible.size else (0.0, 0.0)

@@ -1,7 +1,8 @@
 """A data set's folder to shards: listed, cut into parts, converted by processes, joined split by split.
 
     OUTPUT/SPLIT/              the shards of each split, which appear whole or not at all
-    OUTPUT/conversion.json     what was written, what was skipped and why, name by name
+    OUTPUT/conversion.json     what was written, what was skipped and why, name by name,
+                               and of which pictures only the first of several frames was taken
     OUTPUT/.conversion/        while it runs: the finished parts of this conversion
 
 The shards depend on the input and the settings alone: each part of `samples_per_shard` listed samples is one shard,

@@ -143,6 +143,13 @@ def test_a_table_of_8_bits_and_more_entries_than_levels() -> None:
     assert np.array_equal(found, RAMP // 16)
 
 
+def test_a_table_may_begin_below_zero() -> None:
+    tags = {"RescaleSlope": 1, "RescaleIntercept": -1024, "BitsStored": 12}
+    entries = (np.arange(4096) * 16).astype(np.uint16)
+    found = shown(study(RAMP, VOILUTSequence=[table(entries, 64_512, 16, "US")], **tags))  # -1024
+    assert np.abs(found - RAMP * 16 / 65_535 * 255).max() <= 0.5
+
+
 def test_a_table_that_does_not_hold_what_it_says_is_refused() -> None:
     for item in (table(np.arange(300, dtype=np.uint16), 0, 8, "US"), table(np.arange(9, dtype=np.uint16), 0, 20, "US")):
         with pytest.raises(BadSample, match="its lookup table has"):

@@ -16,6 +16,8 @@ from tiny_data import picture, record
 from medalign.__main__ import main
 from medalign.data.decode import SEVERAL_FRAMES
 from medalign.data.index import ShardIndex
+from medalign.errors import MedAlignError
+from medalign.inference import generate
 
 FILMS = [np.full((24, 40), level, np.uint8) for level in (10, 120, 240)]
 
@@ -73,3 +75,10 @@ def test_indexing_counts_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         tar.write({"__key__": "b", "json": record(1, boxes=[]).fields, "png": picture(1)})
     assert main(["shards", "index", str(tmp_path)]) == 0
     assert "frames" not in capsys.readouterr().err
+
+
+def test_answering_says_it_too(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "film.tif").write_bytes(stack("TIFF"))
+    with pytest.raises(MedAlignError):  # there is no run; images are read before any model
+        generate(tmp_path / "none", [tmp_path / "film.tif"], "clear ?", None, 4)
+    assert f"--image {tmp_path / 'film.tif'} has several frames; the first is shown" in caplog.text
