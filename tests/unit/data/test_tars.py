@@ -171,6 +171,21 @@ def test_images_that_lost_their_annotation(tmp_path: Path, image: str) -> None:
     assert any(line.startswith(expected) for line in report.refused)
 
 
+@pytest.mark.parametrize("names", [("images", "labels"), ("texts", "films")])
+def test_images_and_annotations_in_tars_of_their_own(tmp_path: Path, names: tuple[str, str]) -> None:
+    contents = {
+        "images": ("png", FILM),
+        "films": ("png", FILM),
+        "labels": ("json", ANNOTATION),
+        "texts": ("json", ANNOTATION),
+    }
+    for name in names:
+        ending, data = contents[name]
+        write(tmp_path / f"{name}-0.tar", *[file(f"k{i}.{ending}", data) for i in range(3)])
+    with pytest.raises(DataError, match=r"-0\.tar: the members of k0 are divided between this tar and an earlier one"):
+        build_index(tmp_path)
+
+
 def test_files_that_belong_to_no_sample_are_counted(tmp_path: Path) -> None:
     members = [*sample("a"), file("README"), file("set/LICENSE"), file("._a.png"), file("b.json", ANNOTATION)]
     report, images = indexed(write(tmp_path / "a.tar", *members))
