@@ -85,8 +85,8 @@ def is_image(name: str) -> bool:
 
 
 def may_be_image(name: str) -> bool:
-    """Whether a member of this name is an image, or nobody knows what it is."""
-    return name != MASK_PNG and not _TEXT.fullmatch(name) and not _ARRAY.fullmatch(name)
+    """Whether a member of this name is an image, or may be one: an array, or of a name that is not known."""
+    return name != MASK_PNG and not _TEXT.fullmatch(name)
 
 
 def split_at_points(names: Collection[str]) -> bool:

@@ -23,16 +23,22 @@ _PACKINGS = (
     _Packing(b"BZh", "bzip2-compressed", ".bz2", (".tbz", ".tbz2"), "bunzip2"),
     _Packing(b"\x04\x22\x4d\x18", "lz4-compressed", ".lz4", (), "unlz4"),
 )
-_ZIP = b"PK\x03\x04"
+_OTHERS = {  # by the first bytes, in small letters
+    b"pk\x03\x04": "a zip archive; unzip it, and pack its files with `tar --sort=name -cf`",
+    b"version https://git-lfs": "a pointer of Git LFS; fetch the file itself with `git lfs pull`",
+    b"<!doctype html": "a web page; its download needs a login, or another address",
+    b"<html": "a web page; its download needs a login, or another address",
+}
 _NEAR_TAR = re.compile(r"\.tar(\.(gz|zst|xz|bz2|lz4))?$|\.(tgz|tzst|txz|tbz2?|zip)$", re.IGNORECASE)
 
 
 def packing_of(path: Path) -> str:
     """How a file that is no tar is packed, and what to do; "" where it is not known. To be read after "PATH is"."""
     with path.open("rb") as file:
-        first = file.read(8)
-    if first.startswith(_ZIP):
-        return "a zip archive; unzip it, and pack its files with `tar --sort=name -cf`"
+        first = file.read(32)
+    for magic, told in _OTHERS.items():
+        if first.lower().startswith(magic):
+            return told
     for one in _PACKINGS:
         if first.startswith(one.magic):
             packed = path.name + one.ending

@@ -25,6 +25,7 @@ from medalign.data.members import (
 from medalign.data.records import KeySet, check_mask_header, check_path_key, checked_header
 from medalign.data.samples import BadSample, check_fields, image_name, naming, parse_fields
 from medalign.data.scan import Member, scan
+from medalign.errors import DataError
 
 _MEMBER = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)
 
@@ -38,6 +39,8 @@ class Findings:
     refused: list[str] = field(default_factory=list)  # "tar/key: reason"
     passed_over: list[str] = field(default_factory=list)  # "tar: what is not read, or read from an unusual place"
     notes: Counter[str] = field(default_factory=Counter)  # how often each note of the samples occurs
+    without_annotation: KeySet = field(default_factory=KeySet)  # keys that have no annotation in some tar
+    without_image: KeySet = field(default_factory=KeySet)  # keys of rows
 
 
 def rows_of_tar(path: Path, shard: int, seen: KeySet, findings: Findings) -> Iterator[dict[str, Any]]:
@@ -50,7 +53,7 @@ def rows_of_tar(path: Path, shard: int, seen: KeySet, findings: Findings) -> Ite
         seen: keys that are taken; grows by those of the rows.
         findings: grows by what is refused, and what is passed over.
 
-    Raises DataError for what is no tar, or a damaged one.
+    Raises DataError for what is no tar, for a damaged one, and where image and annotation stand in different tars.
     """
     samples, unnamed = _samples(scan(path, findings.passed_over))
     lost = _lost(samples, unnamed)
@@ -63,6 +66,7 @@ def rows_of_tar(path: Path, shard: int, seen: KeySet, findings: Findings) -> Ite
                 continue
             try:
                 for members in _joined(runs):
+                    _require_one_tar(path, key, members, findings)
                     check_path_key(key, seen)
                     others = _passed_over(key, members)
                     row, frames = _row(file, key, shard, members, lost)
@@ -74,12 +78,16 @@ def rows_of_tar(path: Path, shard: int, seen: KeySet, findings: Findings) -> Ite
                 findings.refused.append(f"{path.name}/{key}: {error}")
     if split:
         findings.refused.append(f"{path.name}: {_why_split(split)}")
+    findings.passed_over += [f"{path.name}: {note}" for note in _not_read(unnamed, passed)]
+
+
+def _not_read(unnamed: Sequence[str], passed: Counter[str]) -> Iterator[str]:
+    """What stands in a tar beside the members that are read: names without ending, and endings with their counts."""
     if unnamed:
-        told = f"{len(unnamed)} files without name and ending are not read, the first is {unnamed[0]}"
-        findings.passed_over.append(f"{path.name}: {told}")
+        yield f"{len(unnamed)} files without name and ending are not read, the first is {unnamed[0]}"
     if passed:
         told = ", ".join(f"{count} x {ending}" for ending, count in passed.most_common())
-        findings.passed_over.append(f"{path.name}: members of these endings are not read: {told}")
+        yield f"members of these endings are not read: {told}"
 
 
 def _samples(members: Sequence[Member]) -> tuple[dict[str, list[Run]], list[str]]:
@@ -129,6 +137,19 @@ def _joined(runs: Sequence[Run]) -> Sequence[Run]:
     if twice:
         raise BadSample(f"member {', '.join(twice)} occurs twice in the tar, and it is open which to use; keep one")
     return [{name: member for run in runs for name, member in run.items()}]
+
+
+def _require_one_tar(path: Path, key: str, members: Run, findings: Findings) -> None:
+    """Raises DataError where the image of a sample stands in one tar and its annotation in another."""
+    if ANNOTATION not in members:
+        findings.without_annotation.add(key)
+    elif not image_members(members):
+        findings.without_image.add(key)
+    if key in findings.without_annotation and key in findings.without_image:
+        raise DataError(
+            f"{path}: the members of {key} are divided between this tar and an earlier one, its annotation here or "
+            "there; all members of a sample stand in one tar, so unpack both and pack them as one"
+        )
 
 
 def _passed_over(key: str, members: Run) -> list[str]:

@@ -156,6 +156,7 @@ APART = {
     "0000_left.png": ["0000_left.png", "0000.json"],
     "film.0000.png": ["film.0000.png", "text.json"],
     "IM0001": ["IM0001", "IM0001.json"],
+    "arrays/0000.npy": ["arrays/0000.npy", "labels/0000.json"],
     "images/0000": ["images/0000", "labels/0000.json"],
 }
 
@@ -169,6 +170,21 @@ def test_images_that_lost_their_annotation(tmp_path: Path, image: str) -> None:
     key = names[1].removesuffix(".json")
     expected = f"a.tar/{key}: it has no image, and {image} in the same tar has no annotation"
     assert any(line.startswith(expected) for line in report.refused)
+
+
+@pytest.mark.parametrize("names", [("images", "labels"), ("texts", "films")])
+def test_images_and_annotations_in_tars_of_their_own(tmp_path: Path, names: tuple[str, str]) -> None:
+    contents = {
+        "images": ("png", FILM),
+        "films": ("png", FILM),
+        "labels": ("json", ANNOTATION),
+        "texts": ("json", ANNOTATION),
+    }
+    for name in names:
+        ending, data = contents[name]
+        write(tmp_path / f"{name}-0.tar", *[file(f"k{i}.{ending}", data) for i in range(3)])
+    with pytest.raises(DataError, match=r"-0\.tar: the members of k0 are divided between this tar and an earlier one"):
+        build_index(tmp_path)
 
 
 def test_files_that_belong_to_no_sample_are_counted(tmp_path: Path) -> None:
@@ -282,12 +298,14 @@ COMPRESSED = {
     "bzip2-compressed; .*`mv a.tar a.tar.bz2 && bunzip2 a.tar.bz2`": bz2.compress,
     "zstd-compressed; .*unzstd": lambda data: b"\x28\xb5\x2f\xfd" + data,
     "lz4-compressed; .*unlz4": lambda data: b"\x04\x22\x4d\x18" + data,
+    "a pointer of Git LFS; .*`git lfs pull`": lambda _: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
+    "a web page; its download needs a login": lambda _: b"<!DOCTYPE html>\n<html>",
     "a zip archive; unzip it": lambda data: b"PK\x03\x04" + data,
 }
 
 
 @pytest.mark.parametrize("remedy", COMPRESSED)
-def test_compressed_tars(tmp_path: Path, whole: bytes, remedy: str) -> None:
+def test_what_else_is_named_tar(tmp_path: Path, whole: bytes, remedy: str) -> None:
     (tmp_path / "a.tar").write_bytes(COMPRESSED[remedy](whole))
     with pytest.raises(DataError, match=rf"a\.tar is {remedy}"):
         build_index(tmp_path)

@@ -59,7 +59,7 @@ ANNOTATIONS = {
     f'{{{ASKED}, "answer_type": "perhaps"}}': "answer_type is 'perhaps'",
     '{"task": "segment"}': "task is 'segment'",
     f"{{{ASKED}": "not JSON",
-    f'{{{ASKED}, "age": {"9" * 5000}}}': "not JSON",
+    f'{{{ASKED}, "age": {"9" * 5000}}}': "digits",
 }
 
 
