@@ -34,18 +34,18 @@ class Entry:
 
     place: str  # "train.json entry 0", counted from 0; in JSON lines "train.json line 1"
     value: Any
-    trouble: str = ""  # why it cannot be read
+    problem: str = ""  # why it cannot be read
 
     def fields(self) -> dict[str, Any]:
         """The entry, an object. Raises BadSample for anything else."""
-        if self.trouble:
-            raise BadSample(self.trouble)
+        if self.problem:
+            raise BadSample(self.problem)
         if not isinstance(self.value, dict):
             raise BadSample(f"a JSON {type(self.value).__name__}, not an object")
         return self.value
 
 
-def foreign_encoding(head: bytes) -> str:
+def encoding_problem(head: bytes) -> str:
     """What is wrong with a file that begins so, with the remedy; "" for one that may be UTF-8."""
     if head.startswith(b"\x1f\x8b"):
         return "is gzipped; unpack it with gunzip"
@@ -64,7 +64,7 @@ def decode_utf8(data: bytes) -> str:
         raise BadSample(f"not UTF-8 ({place}); {_CONVERT}") from error
 
 
-def parse_json(said: str, *, nan_is_null: bool = False) -> Any:
+def parse_json(content: str, *, nan_is_null: bool = False) -> Any:
     """A JSON value. Raises BadSample for what is not JSON, or nests too deep for any tool to handle.
 
     Args:
@@ -72,7 +72,7 @@ def parse_json(said: str, *, nan_is_null: bool = False) -> Any:
     """
     try:
         hooks: dict[str, Any] = {"parse_constant": _constant, "parse_int": _integer} if nan_is_null else {}
-        return json.loads(said, **hooks)
+        return json.loads(content, **hooks)
     except RecursionError as error:
         raise BadSample(_TOO_DEEP) from error
     except json.JSONDecodeError as error:
@@ -81,16 +81,17 @@ def parse_json(said: str, *, nan_is_null: bool = False) -> Any:
         raise BadSample("an integer has thousands of digits") from error
 
 
-def check_levels(value: Any) -> None:
+def check_depth(value: Any) -> None:
     """Raises BadSample for lists and objects that nest deeper than 64 levels."""
-    if _deeper(value, _LEVELS):
+    if _exceeds(value, _LEVELS):
         raise BadSample(_TOO_DEEP)
 
 
-def _deeper(value: Any, levels: int) -> bool:
+def _exceeds(value: Any, levels: int) -> bool:
     if not isinstance(value, (dict, list)):
         return False
-    return not levels or any(_deeper(one, levels - 1) for one in (value.values() if isinstance(value, dict) else value))
+    inner = value.values() if isinstance(value, dict) else value
+    return not levels or any(_exceeds(one, levels - 1) for one in inner)
 
 
 def _constant(name: str) -> float | None:
@@ -106,9 +107,9 @@ def read_json(path: Path) -> Any:
     return _parsed(path, read_text(path))
 
 
-def _parsed(path: Path, said: str) -> Any:
+def _parsed(path: Path, content: str) -> Any:
     try:
-        return parse_json(said, nan_is_null=True)
+        return parse_json(content, nan_is_null=True)
     except BadSample as error:
         raise DataError(f"{path} cannot be read: {error}; correct it, or fetch it again if it was cut short") from error
 
@@ -118,22 +119,22 @@ def read_entries(path: Path) -> list[Entry]:
 
     A file of JSON lines may be named `.json`. A line that cannot be read is an entry that says why.
     """
-    said = read_text(path)
-    if path.suffix in _LINES or _is_lines(said):
-        lines = ((number, line) for number, line in enumerate(said.split("\n"), start=1) if line.strip())
+    content = read_text(path)
+    if path.suffix in _LINES or _is_lines(content):
+        lines = ((number, line) for number, line in enumerate(content.split("\n"), start=1) if line.strip())
         return [_entry(f"{path.name} line {number}", line) for number, line in lines]
-    value = _parsed(path, said)
+    value = _parsed(path, content)
     if not isinstance(value, list):
         raise DataError(f"{path} holds a JSON {type(value).__name__}; a list of samples is needed")
     return [Entry(f"{path.name} entry {number}", one) for number, one in enumerate(value)]
 
 
-def _is_lines(said: str) -> bool:
+def _is_lines(content: str) -> bool:
     """Whether lines are objects of their own: more than one, and among the first hundred one that can be read."""
-    head = [line.strip() for line in said.lstrip().split("\n", 100)[:100]]
+    head = [line.strip() for line in content.lstrip().split("\n", 100)[:100]]
     if len(head) < 2 or not (head[0].startswith("{") and head[0].endswith("}")):
         return False
-    return any(not _entry("", line).trouble for line in head if line)
+    return any(not _entry("", line).problem for line in head if line)
 
 
 def _entry(place: str, line: str) -> Entry:
@@ -149,9 +150,9 @@ def read_text(path: Path) -> str:
         data = path.read_bytes()
     except OSError as error:
         raise DataError(f"{plain(error)}; the file cannot be read") from error
-    trouble = foreign_encoding(data[:4])
-    if trouble:
-        raise DataError(f"{path} {trouble}")
+    problem = encoding_problem(data[:4])
+    if problem:
+        raise DataError(f"{path} {problem}")
     try:
         return decode_utf8(data)
     except BadSample as error:
@@ -166,9 +167,9 @@ def read_csv(path: Path, *columns: str) -> Iterator[dict[str, str]]:
     gzipped = path.suffix == ".gz"
     try:
         with gzip.open(path) if gzipped else path.open("rb") as file:
-            trouble = foreign_encoding(file.read(4))
-        if trouble:
-            raise DataError(f"{path} {trouble}")
+            problem = encoding_problem(file.read(4))
+        if problem:
+            raise DataError(f"{path} {problem}")
         with (gzip.open if gzipped else open)(path, "rt", encoding="utf-8-sig", newline="") as lines:
             rows = csv.DictReader(lines)
             absent = [name for name in columns if name not in (rows.fieldnames or ())]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from medalign.data.samples import BadSample
-from medalign.data.sources.image_tags import TAG, check_count, named_images, without_tags
+from medalign.data.sources.image_tags import TAG, check_count, named_images, strip_tags
 
 _LISTS = ("conversations", "conversatons", "messages")  # LLaVA-Med's alignment file spells the second
 _ASKS, _ANSWERS = ("human", "user"), ("gpt", "assistant")
@@ -27,27 +27,27 @@ def holds_conversation(row: Any) -> bool:
     return isinstance(row, dict) and any(name in row for name in _LISTS)
 
 
-def turns_of(row: Mapping[str, Any]) -> tuple[list[Any], list[Turn]]:
+def parse_entry(row: Mapping[str, Any]) -> tuple[list[Any], list[Turn]]:
     """The names of an entry's images, and its turns.
 
     Where the text has tags, there is one per image in the order of their names, and an image is shown from the turn of
     its tag on; without tags all images come before the first question. Raises BadSample for other numbers of tags, and
     for what is not questions and answers in turn.
     """
-    said = [_said(turn) for turn in _spoken(row)]
+    turns = [_text_and_tags(turn) for turn in _turns(row)]
     names = named_images(row)
     if not names:
         _check_no_other_name(row)
-    tags = [count for _, count in said]
+    tags = [count for _, count in turns]
     check_count(sum(tags), len(names))
     if any(tags[1::2]):
         raise BadSample(f"{TAG} stands in an answer")
     shown = [sum(tags[: i + 1]) if any(tags) else len(names) for i in range(0, len(tags), 2)]
-    texts = [text for text, _ in said]
+    texts = [text for text, _ in turns]
     return names, [Turn(*turn) for turn in zip(texts[::2], texts[1::2], shown, strict=True)]
 
 
-def _spoken(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _turns(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The turns of user and model, as they stand in the entry."""
     turns = next((row[name] for name in _LISTS if name in row), None)
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
@@ -63,15 +63,15 @@ def _speaker(turn: Mapping[str, Any]) -> Any:
     return turn.get("from", turn.get("role"))
 
 
-def _said(turn: Mapping[str, Any]) -> tuple[Any, int]:
+def _text_and_tags(turn: Mapping[str, Any]) -> tuple[Any, int]:
     """What a turn says without tags, line breaks kept, and the number of its tags."""
     value = turn.get("value", turn.get("content"))
     if isinstance(value, list) and value and all(isinstance(part, dict) and "type" in part for part in value):
         value = "\n".join(_part(part) for part in value)
     if not isinstance(value, str):
         return value, 0
-    said, count = without_tags(value)
-    return said.strip(), count
+    text, count = strip_tags(value)
+    return text.strip(), count
 
 
 def _part(part: Mapping[str, Any]) -> str:

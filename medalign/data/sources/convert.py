@@ -30,16 +30,16 @@ from medalign.data.records import Refused
 from medalign.data.samples import BadSample
 from medalign.data.shards import require_replaceable
 from medalign.data.sources.account import Account, Skipped
-from medalign.data.sources.annotations import check_levels
+from medalign.data.sources.annotations import check_depth
 from medalign.data.sources.hashing import Hashing
-from medalign.data.sources.parts import Part, convert_part, general, join_parts
+from medalign.data.sources.parts import Part, convert_part, generalize, join_parts
 from medalign.data.sources.pool import in_processes
 from medalign.data.sources.source import Chosen, Item, Source
 from medalign.errors import DataError, plain
 
 REPORT_NAME = "conversion.json"
 _WORK = ".conversion"
-_FORMAT = 2  # of the parts' accounts; parts that were written in another one are not gone on with
+_FORMAT = 2  # of the parts' accounts; a conversion that was interrupted under another one begins again
 _LOCK, _FINGERPRINT = ".lock", ".fingerprint"  # in it, beside the splits, whose names begin with no point
 
 
@@ -96,13 +96,15 @@ def _raise_nothing_listed(input: Path, output: Path, account: Account) -> NoRetu
     """Raises DataError with the first reason, after the file that names them all is written, where it can be."""
     if not account.skipped:
         raise DataError(f"{input} lists no sample; its annotations are empty")
-    told = f"{input} lists no sample that can be used ({account.summary()}{account.first()})"
+    message = f"{input} lists no sample that can be used ({account.summary()}{account.first()})"
     try:
         output.mkdir(parents=True, exist_ok=True)
         account.write(output / REPORT_NAME)
     except OSError as error:
-        raise DataError(f"{told}; the reasons cannot be written to {output / REPORT_NAME}: {plain(error)}") from error
-    raise DataError(f"{told}; {output / REPORT_NAME} names each")
+        raise DataError(
+            f"{message}; the reasons cannot be written to {output / REPORT_NAME}: {plain(error)}"
+        ) from error
+    raise DataError(f"{message}; {output / REPORT_NAME} names each")
 
 
 def _run(parts: Sequence[Part], workers: int | None, progress: Callable[[int, int], object] | None) -> None:
@@ -161,7 +163,7 @@ def _list(source: Source, input: Path, settings: Chosen) -> tuple[dict[str, list
             skipped.append(Skipped(item.key, "key occurs a second time; keys must be unique"))
         else:
             try:
-                check_levels(item.data)
+                check_depth(item.data)
             except BadSample as error:
                 skipped.append(Skipped(item.key, str(error)))
                 continue
@@ -192,7 +194,7 @@ def _chunks(items: Sequence[Item], size: int) -> Iterator[tuple[Item, ...]]:
 
 def _hashed(skipped: Sequence[Skipped], hashing: Hashing | None) -> list[Skipped]:
     named = [Skipped(hashing.name(one.key), one.reason) for one in skipped] if hashing else skipped
-    return general(named, hashing)
+    return generalize(named, hashing)
 
 
 def _fingerprint(

@@ -31,10 +31,10 @@ def first_folder(folder: Path, *names: str) -> Path:
     return next((folder / name for name in names if (folder / name).is_dir()), folder / names[0])
 
 
-def read_pictures(folder: Path, names: Any, otherwise: Path | None = None) -> tuple[Picture, ...]:
+def read_pictures(folder: Path, names: Any, fallback: Path | None = None) -> tuple[Picture, ...]:
     """The pictures of one name, or of a list of names in its order, as in `read_picture`. Raises BadSample.
 
-    What cannot be read in the folder is looked for in the folder `otherwise`: some name "images/a.jpg" beside images/.
+    What cannot be read in the folder is looked for in the folder `fallback`: some name "images/a.jpg" beside images/.
     """
     listed = names if isinstance(names, list) else [names]
     if len(listed) > MOST_IMAGES:
@@ -42,18 +42,18 @@ def read_pictures(folder: Path, names: Any, otherwise: Path | None = None) -> tu
     found = []
     for number, name in enumerate(listed):
         with naming(image_name(number, len(listed))):
-            found.append(_read_either(folder, otherwise, name))
+            found.append(_read_either(folder, fallback, name))
     return tuple(found)
 
 
-def _read_either(folder: Path, otherwise: Path | None, name: Any) -> Picture:
+def _read_either(folder: Path, fallback: Path | None, name: Any) -> Picture:
     try:
         return read_picture(folder, name)
     except BadSample as error:
         try:
-            if otherwise is None:
+            if fallback is None:
                 raise
-            return read_picture(otherwise, name)
+            return read_picture(fallback, name)
         except BadSample:
             raise error from None
 

@@ -17,21 +17,23 @@ _FOREIGN = re.compile(
 )
 
 
-def without_tags(said: str) -> tuple[str, int]:
+def strip_tags(text: str) -> tuple[str, int]:
     """The text without `<image>`, and how often it was there. Raises BadSample for another model's token."""
-    count = said.count(TAG)
+    count = text.count(TAG)
     for token in (TAG, *_AROUND):
-        said = said.replace(token, "")
-    foreign = _FOREIGN.search(said)
+        text = text.replace(token, "")
+    foreign = _FOREIGN.search(text)
     if foreign:
         raise BadSample(f"the text holds {foreign.group()!r}; the place of an image is written {TAG}")
-    return said, count
+    return text, count
 
 
 def check_count(tags: int, images: int) -> None:
     """Raises BadSample unless a text of so many tags is about so many images. A text without tags suits any number."""
     if tags and tags != images:
-        named = "no image is named" if not images else "1 image is named" if images == 1 else f"{images} are named"
+        named = (
+            "no image is named" if not images else "1 image is named" if images == 1 else f"{images} images are named"
+        )
         raise BadSample(f"{tags} {TAG} in the text, but {named}")
 
 

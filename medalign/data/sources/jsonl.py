@@ -9,10 +9,10 @@ from typing import Any
 
 from medalign.data.records import Record, Refused
 from medalign.data.samples import BadSample
-from medalign.data.sources.annotations import decode_utf8, foreign_encoding, parse_json
+from medalign.data.sources.annotations import decode_utf8, encoding_problem, parse_json
 from medalign.data.sources.files import lacking, read_bytes, read_pictures
-from medalign.data.sources.image_tags import TAG, check_count, named_images, without_tags
-from medalign.data.sources.parting import Line, parted
+from medalign.data.sources.grouped_split import Line, assign_splits
+from medalign.data.sources.image_tags import TAG, check_count, named_images, strip_tags
 from medalign.data.sources.source import Chosen, Item, Setting, Source
 from medalign.data.sources.splitting import share
 from medalign.data.sources.texts import is_missing
@@ -20,7 +20,7 @@ from medalign.errors import ConfigError
 
 ANNOTATIONS = "annotations.jsonl"
 DEFAULT_SPLIT = "train"
-_TEST_SHARE = 0.2  # where the lines are parted and nothing else is said
+_TEST_SHARE = 0.2  # where the lines are split here and no other share is given
 
 LAYOUT = """\
 annotations.jsonl   one JSON object a line
@@ -41,10 +41,9 @@ fields of a line:
   split        its own shard folder, named by letters, digits, "_" and "-"; "train" where it is left out or ""
 Other fields are kept as the sample's metadata.
 
-Lines that name no split are parted into train/ and test/ by --split image: lines that share an image stay together, and
-so do, with --group-by patient, lines whose field "patient" is the same. A line that names its split keeps it, and lines
-without a split that share an image with it go there too. An image is known by its file, so copies under other names
-count as other images."""
+--split image divides the lines without a split into train/ and test/. Lines that share an image stay together, and so
+do, with --group-by patient, lines with the same "patient". A line that names its split keeps it, and the lines that
+share an image with it follow. Images are compared by file, so a copy under another name is another image."""
 
 
 def missing(folder: Path, _chosen: Chosen) -> list[str]:
@@ -55,7 +54,7 @@ def items(folder: Path, chosen: Chosen) -> Iterator[Item | Refused]:
     """One item a line; a line that cannot be read is refused with its number."""
     lines = _lines(folder)
     if chosen["split"] == "image" or any(chosen[name] is not None for name in ("group_by", "test_share", "val_share")):
-        lines = parted(lines, folder, chosen["group_by"] or (), *_shares(chosen))
+        lines = assign_splits(lines, folder, chosen["group_by"] or (), *_shares(chosen))
     for line in lines:
         if isinstance(line, Refused):
             yield line
@@ -82,9 +81,9 @@ def _lines(folder: Path) -> Iterator[Line | Refused]:
             if not line.removeprefix(BOM_UTF8).strip():
                 continue
             place = f"{ANNOTATIONS} line {number}"
-            trouble = _no_lines(line) if first else ""
-            if trouble:
-                yield Refused(place, trouble)
+            problem = _file_problem(line) if first else ""
+            if problem:
+                yield Refused(place, problem)
                 return
             first = False
             try:
@@ -93,11 +92,11 @@ def _lines(folder: Path) -> Iterator[Line | Refused]:
                 yield Refused(place, str(error))
 
 
-def _no_lines(first: bytes) -> str:
+def _file_problem(first: bytes) -> str:
     """Why a file that begins with this line cannot be read line by line; "" where it can."""
-    trouble = foreign_encoding(first[:4])
-    if trouble:
-        return f"the file {trouble}"
+    problem = encoding_problem(first[:4])
+    if problem:
+        return f"the file {problem}"
     if first.removeprefix(BOM_UTF8).lstrip().startswith(b"["):
         return "one object a line is needed, this is one JSON list; convert it, as with jq -c '.[]'"
     return ""
@@ -124,10 +123,10 @@ def record(folder: Path, item: Item, _chosen: Chosen) -> Record:
     tags = 0
     for name in ("question", "answer", "report"):
         if isinstance(row.get(name), str):
-            said, count = without_tags(row[name])
+            stripped, count = strip_tags(row[name])
             if count and name != "question":
                 raise BadSample(f"{TAG} stands in the {name}")
-            row[name] = said.strip() if count else row[name]
+            row[name] = stripped.strip() if count else row[name]
             tags += count
     check_count(tags, len(names))
     mask = read_bytes(folder, row["mask"], "mask") if row.get("mask") else None
@@ -151,7 +150,7 @@ SOURCE = Source(
     items,
     record,
     (
-        Setting("split", "the lines' own, or one that parts those without by image", "given", ("given", "image")),
+        Setting("split", "the lines' own, or, for lines without, one by image", "given", ("given", "image")),
         Setting(
             "group-by", "fields, such as patient, whose lines stay together too; implies --split image", several=True
         ),

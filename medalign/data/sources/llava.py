@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,10 @@ from typing import Any
 from medalign.data.records import Record, Refused
 from medalign.data.samples import BadSample
 from medalign.data.sources.annotations import read_entries
-from medalign.data.sources.conversations import Turn, holds_conversation, turns_of
+from medalign.data.sources.conversations import Turn, holds_conversation, parse_entry
 from medalign.data.sources.files import first_folder, read_pictures
 from medalign.data.sources.source import Chosen, Item, Setting, Source
-from medalign.data.sources.splitting import Groups, real_name, share, share_split
+from medalign.data.sources.splitting import Groups, canonical_path, share, share_split
 from medalign.data.sources.texts import as_text, text
 from medalign.errors import DataError
 
@@ -54,22 +54,24 @@ def items(folder: Path, chosen: Chosen) -> Iterator[Item | Refused]:
     files = _files(folder, chosen)
     for path in files:
         entries = read_entries(path)
-        read = [entry.value for entry in entries if not entry.trouble]
+        read = [entry.value for entry in entries if not entry.problem]
         if read and not any(map(holds_conversation, read)):
             raise DataError(f"{path} holds no conversations; name the right files with --annotations")
-        talks: list[_Talk] = []
+        conversations: list[_Conversation] = []
         for number, entry in enumerate(entries):
             try:
-                talks.append(_Talk(number, entry.place, entry.fields(), *turns_of(entry.fields())))
+                conversations.append(_Conversation(number, entry.place, entry.fields(), *parse_entry(entry.fields())))
             except BadSample as error:
                 yield Refused(entry.place, str(error))
-        split = (lambda _, path=path: _split_of(path)) if len(files) > 1 else _parted(folder, talks, chosen)
-        for talk in talks:
-            yield from _samples(talk, split(talk), _key_of(path))
+        splits = [_split_of(path)] * len(conversations)
+        if len(files) == 1:
+            splits = _splits_by_image(folder, conversations, chosen["test_share"])
+        for one, split in zip(conversations, splits, strict=True):
+            yield from _samples(one, split, _key_of(path))
 
 
 @dataclass(frozen=True)
-class _Talk:
+class _Conversation:
     """An entry: its number in the file, its images and its turns."""
 
     number: int
@@ -83,26 +85,25 @@ class _Talk:
         return (text(self.images[0]) if self.images else "") or text(self.row.get("id")) or self.place
 
 
-def _parted(folder: Path, talks: Sequence[_Talk], chosen: Chosen) -> Callable[[_Talk], str]:
-    """Which split an entry goes to, so that no image is in both."""
-    if not chosen["test_share"]:
-        return lambda _: "train"
+def _splits_by_image(folder: Path, conversations: Sequence[_Conversation], test_share: float) -> list[str]:
+    """The split of each entry, so that no image is in two."""
+    if not test_share:
+        return ["train"] * len(conversations)
     images, groups = os.path.realpath(first_folder(folder, "images", ".")), Groups()
-    leading: dict[int, str] = {}
-    for talk in talks:
-        named = [name for name in talk.images if isinstance(name, str)]
-        members = [real_name(images, name, os.path.abspath(folder)) for name in named] or [talk.case]
-        groups.add(members)
-        leading[talk.number] = members[0]
-    return lambda talk: share_split(groups.name(leading[talk.number]), chosen["test_share"])
+    members = []
+    for one in conversations:
+        names = [name for name in one.images if isinstance(name, str)]
+        members.append([canonical_path(images, name, os.path.abspath(folder)) for name in names] or [one.case])
+        groups.add(members[-1])
+    return [share_split(groups.name(names[0]), test_share) for names in members]
 
 
-def _samples(talk: _Talk, split: str, prefix: str) -> Iterator[Item]:
+def _samples(one: _Conversation, split: str, prefix: str) -> Iterator[Item]:
     """One item per turn, with the images that it shows in the form in which they were named."""
-    shared = {name: talk.row.get(name) for name in ("id", "domain", "answer_type")} | {"case": talk.case}
-    single = not isinstance(talk.row.get("image") or talk.row.get("images"), list)
-    for index, turn in enumerate(talk.turns):
-        shown = talk.images[: turn.images]
+    shared = {name: one.row.get(name) for name in ("id", "domain", "answer_type")} | {"case": one.case}
+    single = not isinstance(one.row.get("image") or one.row.get("images"), list)
+    for index, turn in enumerate(one.turns):
+        shown = one.images[: turn.images]
         data = {
             **shared,
             "image": (shown[0] if single else shown) if shown else None,
@@ -110,7 +111,7 @@ def _samples(talk: _Talk, split: str, prefix: str) -> Iterator[Item]:
             "question": turn.question,
             "answer": turn.answer,
         }
-        yield Item(split, f"{prefix}-{talk.number:07d}-{index}", data)
+        yield Item(split, f"{prefix}-{one.number:07d}-{index}", data)
 
 
 def _split_of(path: Path) -> str:

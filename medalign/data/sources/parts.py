@@ -47,7 +47,7 @@ def convert_part(part: Part, progress: Callable[[int], object]) -> None:
         _records(part, progress), part.shards, samples_per_shard=max(1, len(part.items)), allow_empty=True
     )
     refused = [line.partition(": ") for line in report.refused]
-    skipped = general([Skipped(key, reason) for key, _, reason in refused], part.hashing)
+    skipped = generalize([Skipped(key, reason) for key, _, reason in refused], part.hashing)
     text = json.dumps({"skipped": [[one.key, one.reason] for one in skipped], "notes": dict(report.notes)})
     partial = part.account.with_suffix(".partial")
     partial.write_text(text, encoding="utf-8")
@@ -83,6 +83,6 @@ def join_parts(parts: Sequence[Part], output: Path, marker: Path) -> tuple[PackR
     return PackReport(written, shards, (), notes), skipped
 
 
-def general(skipped: Sequence[Skipped], hashing: Hashing | None) -> list[Skipped]:
+def generalize(skipped: Sequence[Skipped], hashing: Hashing | None) -> list[Skipped]:
     """Where names are hashed, a reason must not tell them either: its kind is kept, its particulars are not."""
     return [Skipped(one.key, kind(one.reason) if hashing else one.reason) for one in skipped]

@@ -38,15 +38,15 @@ class Groups:
         return name
 
 
-def real_name(root: str, name: str, otherwise: str | None = None) -> str:
+def canonical_path(root: str, name: str, fallback: str | None = None) -> str:
     """A file's path relative to `root`, a real path, however `name` writes it: "./a.jpg", or a link to it.
 
-    A file that is not there is looked for below `otherwise`, as `read_pictures` does.
+    A file that is not there is looked for below `fallback`, as `read_pictures` does.
     """
     try:
         path = os.path.join(root, name)
-        if otherwise and not os.path.exists(path):
-            path = os.path.join(otherwise, name)
+        if fallback and not os.path.exists(path):
+            path = os.path.join(fallback, name)
         return os.path.relpath(os.path.realpath(path), root)
     except ValueError:  # a NUL or half a character in the name; the file cannot be read either
         return name

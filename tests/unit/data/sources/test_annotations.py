@@ -12,7 +12,7 @@ from conversion import pack, samples, skipped, write_picture
 from test_odd_values import SOURCES, nested
 
 from medalign.data.samples import BadSample
-from medalign.data.sources.annotations import check_levels, parse_json, read_csv
+from medalign.data.sources.annotations import check_depth, parse_json, read_csv
 from medalign.errors import DataError
 
 # Of each source the file that is damaged, once `SOURCES` has written a good one.
@@ -86,10 +86,10 @@ def test_an_object_over_several_lines_is_not_json_lines(tmp_path: Path) -> None:
 
 
 def test_depth_and_digits() -> None:
-    check_levels(nested(64))
+    check_depth(nested(64))
     for value in (nested(65), {"a": nested(64)}, [{"a": nested(63)}]):
         with pytest.raises(BadSample, match="nest deeper than 64 levels"):
-            check_levels(value)
+            check_depth(value)
     with pytest.raises(BadSample, match="nest deeper than 64 levels"):
         parse_json("[" * 5000)
     assert parse_json("[NaN, -1, Infinity]", nan_is_null=True) == [None, -1, float("inf")]

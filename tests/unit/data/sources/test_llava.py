@@ -101,8 +101,8 @@ def test_images_are_compared_with_the_tags_of_the_text(tmp_path: Path) -> None:
     no_image = "<image> in the text, but no image is named"
     expected = [
         "2 <image> in the text, but 1 image is named",
-        "2 <image> in the text, but 3 are named",
-        "1 <image> in the text, but 2 are named",
+        "2 <image> in the text, but 3 images are named",
+        "1 <image> in the text, but 2 images are named",
         *[f"1 {no_image}"] * 3,
         f"2 {no_image}",
         f"1 {no_image}",

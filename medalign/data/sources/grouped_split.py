@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from medalign.data.records import Refused
 from medalign.data.samples import BadSample
 from medalign.data.sources.image_tags import named_images
-from medalign.data.sources.splitting import Groups, real_name, share_split
+from medalign.data.sources.splitting import Groups, canonical_path, share_split
 from medalign.data.sources.texts import field
 from medalign.distributed import log
 
@@ -22,7 +22,7 @@ class Line(NamedTuple):
     row: dict[str, Any]
 
 
-def parted(
+def assign_splits(
     lines: Iterable[Line | Refused], folder: Path, group_by: Sequence[str], test_share: float, val_share: float
 ) -> Iterator[Line | Refused]:
     """The lines in their order, each with a split; it depends on the names in them, not on the order.
@@ -51,10 +51,10 @@ def parted(
     _warn(kept, given)
     for line, member in kept:
         group = groups.name(member)
-        yield _placed(line, sorted(given.get(group) or {share_split(group, test_share, val_share)}))
+        yield _with_split(line, sorted(given.get(group) or {share_split(group, test_share, val_share)}))
 
 
-def _placed(line: Line, splits: list[str]) -> Line | Refused:
+def _with_split(line: Line, splits: list[str]) -> Line | Refused:
     """The line with its own split, or the one of its group."""
     if line.row.get("split"):
         return line
@@ -66,16 +66,16 @@ def _placed(line: Line, splits: list[str]) -> Line | Refused:
 def _warn(kept: Sequence[tuple[Line, str]], given: dict[str, set[str]]) -> None:
     named = sum(bool(line.row.get("split")) for line, _ in kept)
     if named:
-        log.warning("%d of %d lines name their split and keep it; leave it out to have them parted", named, len(kept))
+        log.warning("%d of %d lines name their split and keep it; only lines without one are divided", named, len(kept))
     leaks = sum(len(splits) > 1 for splits in given.values())
     if leaks:
-        log.warning("%d images or groups are in several splits, for their lines say so", leaks)
+        log.warning("%d images or groups are in several splits, because their lines name them", leaks)
 
 
 def _members(row: dict[str, Any], root: str, group_by: Sequence[str]) -> list[str]:
     """What a line belongs to: its groups and images, or else itself. Raises BadSample for a field without a value."""
     groups = [f"{name}={value}" for name in group_by for value in _values(row, name)]
-    images = [real_name(root, name) for name in named_images(row) if isinstance(name, str)]
+    images = [canonical_path(root, name) for name in named_images(row) if isinstance(name, str)]
     return groups + images or [str(row["id"])]
 
 
