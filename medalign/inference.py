@@ -96,8 +96,15 @@ def evaluate(
     folder = _evaluation_folder(run, data, name)
     indexes = _open(data)
     student, tokenizer, collator = open_student(run, base, max(i.most_images for i in indexes), max_length)
-    limits = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
-    ask = partial(predict, student, tokenizer, collator=collator, device=distributed.device(), **limits)
+    ask = partial(
+        predict,
+        student,
+        tokenizer,
+        collator=collator,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        device=distributed.device(),
+    )
     tally = Tally(max_bad_share)
     _write_predictions(folder / "predictions.jsonl", _rows(ask, indexes, limit, tally))
     grid, longest = student.anatomy.grid, collator.encoder.max_length
