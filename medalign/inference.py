@@ -103,9 +103,9 @@ def evaluate(
         student,
         tokenizer,
         collator=collator,
-        device=distributed.device(),
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
+        device=distributed.device(),
     )
     tally = Tally(max_bad_share)
     _write_predictions(folder / "predictions.jsonl", _rows(ask, indexes, limit, tally))

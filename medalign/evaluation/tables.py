@@ -65,6 +65,12 @@ class Table:
         counts = sorted({cells[column].count for _, cells in self.rows if cells[column].value is not None})
         return f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
 
+    @property
+    def longest_answer(self) -> str:
+        """The limit of new tokens, or the limits where the runs differ; "" where no run says it."""
+        known = {run.evaluations[self.name].scores.get("max_new_tokens") for run, _ in self.rows} - {None}
+        return " or ".join(map(str, sorted(known)))
+
     def remarks(self) -> list[str]:
         """What the cells do not tell: what each run's scores leave out, and settings in which the runs differ."""
         alone = len(self.rows) == 1

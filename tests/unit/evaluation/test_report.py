@@ -206,9 +206,12 @@ def test_runs_evaluated_with_different_limits_are_told_apart(runs, tmp_path):
     told = "max_new_tokens differs, so the scores cannot be compared: base 64, full 128"
     assert format_table(runs).splitlines()[-1] == told
     write_report(runs, tmp_path / "report.html", examples=0)
-    assert told in (tmp_path / "report.html").read_text()
+    page = (tmp_path / "report.html").read_text()
+    assert told in page and "Answers have at most 64 or 128 new tokens." in page
     facts(runs[0], max_new_tokens=128)
     assert "differs" not in format_table(runs)
+    write_report(runs, tmp_path / "report.html", examples=0)
+    assert "Answers have at most 128 new tokens." in (tmp_path / "report.html").read_text()
 
 
 def test_only_settings_that_differ_are_listed(runs):
