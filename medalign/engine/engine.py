@@ -21,7 +21,6 @@ if not torch.cuda.is_available():
 
 import deepspeed
 import deepspeed.ops
-from torch.utils import cpp_extension
 from transformers.integrations import HfDeepSpeedConfig
 
 from medalign import distributed
@@ -177,7 +176,7 @@ def _announce_compilation(settings: Mapping[str, Any]) -> None:
     offloaded = [zero.get(key) or {} for key in ("offload_param", "offload_optimizer")]
     nvme = any(part.get("device") == "nvme" for part in offloaded)
     if nvme or any(value for key, value in zero.items() if key.startswith("zero_quantized")):
-        folder = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
+        folder = os.environ.get("TORCH_EXTENSIONS_DIR") or "~/.cache/torch_extensions"
         log.warning(
             "engine.deepspeed asks for %s: DeepSpeed compiles an extension for it in %s, which takes minutes at the "
             "first start. It waits there for another process that holds the extension's lock; if the run goes no "

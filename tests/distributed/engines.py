@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from deepspeed.utils import safe_get_full_optimizer_state
@@ -36,7 +36,9 @@ def accumulated(settings: dict[str, Any]) -> dict[str, float]:
     return results
 
 
-def _engine(name: str, precision: str, micro_batches: int = 1, *, one_group: bool = False) -> Engine:
+def _engine(
+    name: str, precision: Literal["bf16", "fp32"], micro_batches: int = 1, *, one_group: bool = False
+) -> Engine:
     config = Config()
     config.engine.deepspeed, config.train.precision = name, precision
     config.train.batch_size, config.train.micro_batch_size = micro_batches * distributed.world(), 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,8 +14,8 @@ from tests.e2e.conftest import kill_at, train
 # Six samples per step can be cut for one, two and three ranks. No dropout, for its draws belong to a rank.
 CUT = ("--train.batch_size", "6", "--train.micro_batch_size", "1", "--student.lora.dropout", "0")
 # Each of the four parameter groups trains, and they differ in learning rate and weight decay.
-GROUPS = ("--student.train_projector", "true", "--student.query_mixture", "true")
-GROUPS += ("--train.lr", "1e-3", "--train.projector_lr", "1e-4", "--train.weight_decay", "0.1")
+RATE_WORDS = ("--train.lr", "1e-3", "--train.projector_lr", "1e-4", "--train.weight_decay", "0.1")
+GROUPS = ("--student.train_projector", "true", "--student.query_mixture", "true", *RATE_WORDS)
 STEPS = 9
 LOSSES = ("loss/total", "loss/language", "loss/similarity", "loss/attention", "optim/grad_norm")
 RATES = ("optim/lr", "optim/lr_mixture", "optim/lr_steering", "optim/lr_projector")
@@ -65,10 +64,10 @@ def test_the_export_is_that_of_the_uninterrupted_run(runs):
     whole, moved = map(exported, runs)
     assert whole.keys() == moved.keys()
     for name, value in whole.items():
-        torch.testing.assert_close(moved[name], value, rtol=1e-5, atol=1e-7, msg=lambda said, at=name: f"{at}: {said}")
+        torch.testing.assert_close(moved[name], value, rtol=1e-5, atol=1e-7, msg=name)
 
 
 def test_the_last_checkpoint_is_of_three_ranks(runs):
-    checkpoints: Any = runs[1] / "checkpoints"
+    checkpoints = runs[1] / "checkpoints"
     assert not list(checkpoints.glob(".partial-*"))
     assert '"ranks": 3' in (checkpoints / f"step-{STEPS:06d}" / "progress.json").read_text()
