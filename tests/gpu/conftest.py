@@ -21,12 +21,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--rehearse", action="store_true", help="run GPU tests on the CPU, small, where that is possible")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def rehearsing(request: pytest.FixtureRequest) -> bool:
     return not torch.cuda.is_available() and bool(request.config.getoption("--rehearse", default=False))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def device(rehearsing: bool) -> torch.device:
     """The GPU; the CPU in a rehearsal."""
     if rehearsing:
@@ -38,7 +38,7 @@ def device(rehearsing: bool) -> torch.device:
     return torch.device("cuda", 0)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def cuda(device: torch.device) -> torch.device:
     """The GPU, for what a CPU cannot rehearse."""
     if device.type != "cuda":

@@ -45,11 +45,15 @@ SIGHTS = {
 CASES = [*(("llava", sight) for sight in SIGHTS), *((name, "both") for name in REAL if name != "llava")]
 
 
-def make(case: Case, device: torch.device, dtype: torch.dtype):
-    """Four samples: whole, padded on the right, on the left, and one without rows."""
+def make(case: Case, device: torch.device, dtype: torch.dtype, layout: str = "padded"):
+    """Four samples: whole, padded on the right, on the left, and one without rows. The last value tells the layout."""
     tensors, rows, columns, valid = inputs(*case)
-    half = tuple(tensor.detach().to(device, dtype).requires_grad_() for tensor in tensors)
-    return half, rows.to(device), columns.to(device), valid.to(device)
+    settings = {"attention_mask": valid}
+    if layout == "packed":
+        tensors, rows, columns, borders = packed(tensors, rows, columns, valid)
+        settings = {"cu_seqlens": borders}
+    placed = tuple(tensor.detach().to(device, dtype).requires_grad_() for tensor in tensors)
+    return placed, rows.to(device), columns.to(device), {name: value.to(device) for name, value in settings.items()}
 
 
 def solve(impl, tensors, rows, columns, upstream, **settings):
@@ -75,13 +79,9 @@ def unit(gradients) -> float:
 def test_value_and_gradients(device, rehearsing, layout, name, dtype, sight):
     if rehearsing and dtype == torch.bfloat16:
         pytest.skip("Triton's interpreter does not multiply bf16")
-    case, settings = (SMALL if rehearsing else REAL)[name], dict(SIGHTS[sight])
-    tensors, rows, columns, valid = make(case, device, dtype)
-    if layout == "packed":
-        tensors, rows, columns, borders = packed(tensors, rows, columns, valid)
-        settings |= {"cu_seqlens": borders.to(device)}
-    else:
-        settings |= {"attention_mask": valid}
+    case = (SMALL if rehearsing else REAL)[name]
+    tensors, rows, columns, settings = make(case, device, dtype, layout)
+    settings |= SIGHTS[sight]
     upstream = torch.randn(rows.shape, generator=torch.Generator(device).manual_seed(1), device=device)
     wide = tuple(tensor.detach().double().requires_grad_() for tensor in tensors)
     expected = solve("reference", wide, rows, columns, upstream, **settings)
@@ -92,21 +92,17 @@ def test_value_and_gradients(device, rehearsing, layout, name, dtype, sight):
 
 def test_two_runs_are_equal_to_the_bit(device, rehearsing):
     dtype = torch.float16 if rehearsing else torch.bfloat16
-    tensors, rows, columns, valid = make((SMALL if rehearsing else REAL)["llava"], device, dtype)
+    tensors, rows, columns, settings = make((SMALL if rehearsing else REAL)["llava"], device, dtype)
     upstream = torch.randn(rows.shape, device=device)
-    first, second = (
-        solve("triton", tensors, rows, columns, upstream, attention_mask=valid, softcap=5.0) for _ in range(2)
-    )
+    first, second = (solve("triton", tensors, rows, columns, upstream, softcap=5.0, **settings) for _ in range(2))
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
 
 
 def test_heads_in_the_order_that_a_model_hands_over(device, rehearsing):
     """Views of [B, L, H, d], as after the projection."""
     dtype = torch.float16 if rehearsing else torch.bfloat16
-    tensors, rows, columns, valid = make((SMALL if rehearsing else REAL)["llava"], device, dtype)
+    tensors, rows, columns, settings = make((SMALL if rehearsing else REAL)["llava"], device, dtype)
     views = tuple(t.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for t in tensors)
     upstream = torch.randn(rows.shape, device=device)
-    found, expected = (
-        solve("triton", each, rows, columns, upstream, attention_mask=valid) for each in (views, tensors)
-    )
+    found, expected = (solve("triton", each, rows, columns, upstream, **settings) for each in (views, tensors))
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))

@@ -46,8 +46,13 @@ def overwritten(cuda: torch.device, beside: Beside) -> tuple[bool, bool]:
     same_place = garbage.data_ptr() == place
     found = targets()
     torch.cuda.synchronize()
-    changed = not (torch.equal(found.features, wanted[0]) and torch.equal(found.attention, wanted[1]))
-    return same_place, changed
+    return same_place, not same((found.features, found.attention), wanted)
+
+
+def same(found, wanted) -> bool:
+    """Another stream may take another algorithm, whose sums differ in order; what was overwritten is NaN, or another
+    picture's."""
+    return all(torch.allclose(one, other, rtol=1e-3, atol=1e-4) for one, other in zip(found, wanted, strict=True))
 
 
 def test_pixels_are_kept_until_the_teacher_has_read_them(cuda, teacher):
@@ -71,5 +76,5 @@ def test_targets_are_kept_until_the_student_has_read_them(cuda, teacher):
         read.append((targets.features * 1.0, targets.attention * 1.0))
         del targets
     torch.cuda.synchronize()
-    for found, other in zip(read, wanted, strict=True):
-        assert torch.equal(found[0], other[0]) and torch.equal(found[1], other[1])
+    assert not same(wanted[0], wanted[1])
+    assert all(same(found, other) for found, other in zip(read, wanted, strict=True))

@@ -40,7 +40,9 @@ def assemble(config: Config, make: MakeStudent, teacher: Teacher, samples: int, 
 
 
 def measure(bench: Bench, rounds: int, name: str) -> dict[str, Any]:
-    """One row per form. Raises AssertionError if forms that must compute the same loss do not."""
+    """One row per form; its memory is counted without the teacher's weights where it has no teacher.
+
+    Raises AssertionError if forms that must compute the same loss do not."""
     device = bench.engine.device
     times: dict[str, list[float]] = {form.name: [] for form in FORMS}
     peaks, losses = dict.fromkeys(times, 0.0), dict.fromkeys(times, float("nan"))
@@ -71,6 +73,8 @@ def measure(bench: Bench, rounds: int, name: str) -> dict[str, Any]:
 def _timed(bench: Bench, form: Form, device: torch.device) -> tuple[float, float, float]:
     """Seconds, bytes at the peak, total loss."""
     on_gpu = device.type == "cuda"
+    online = form.distils and not form.given
+    idle = 0 if online else sum(weight.nbytes for weight in bench.teacher.parameters())
     if on_gpu:
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -79,7 +83,7 @@ def _timed(bench: Bench, form: Form, device: torch.device) -> tuple[float, float
     if on_gpu:
         torch.cuda.synchronize(device)
     seconds = time.perf_counter() - began
-    return seconds, float(torch.cuda.max_memory_allocated(device)) if on_gpu else 0.0, losses["loss/total"]
+    return seconds, torch.cuda.max_memory_allocated(device) - idle if on_gpu else 0.0, losses["loss/total"]
 
 
 def _require_same(losses: dict[str, float], lost: set[str], dtype: torch.dtype) -> None:

@@ -1,0 +1,207 @@
+"""What has to be seen on a GPU, in one command and ten minutes: tests, kernels, whole steps, a short search for tiles.
+
+    tools/gpu_check.sh                    # installs into .venv where packages are missing, then runs this
+    python tools/gpu_check.py --tiny      # a rehearsal on the CPU, at small sizes
+
+Each stage is a process of its own with a time limit; the most important come first, a stage that fails or runs out of
+time does not stop the next, and none begins after the whole time is spent. Writes gpu_check.json and gpu_check.md into
+`--output`, with the logs beside them, and the searched tiles into tables/ there: the package's own tables stay as they
+are. The status is 0 if all went well, 1 if something failed, 2 if there is no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+# Modules that the stages import, the package itself left out: it is taken from this checkout.
+NEEDED = (
+    "torch torchvision triton deepspeed transformers peft open_clip wandb webdataset safetensors jsonargparse yaml "
+    "numpy PIL tqdm matplotlib jinja2 sacrebleu rouge_score psutil defusedxml fsspec pytest pytest_timeout hypothesis"
+)
+PATIENCE = 4  # a rehearsal may share its cores with others; its limits are longer by this
+TAIL = 25  # lines of the log of a stage that failed
+
+# Words for the kernels' tests, the kernels' benchmark, the step benchmark and the search for tiles.
+Words = tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...], tuple[str, ...]]
+REAL: Words = (
+    (),
+    ("--device", "cuda"),
+    ("--preset", "llava", "--rounds", "10"),
+    ("--device", "cuda", "--repeats", "5", "--seconds", "2"),
+)
+TINY: Words = (
+    ("--rehearse", "-k", "two_runs or padded-llava-plain or llava-torch"),
+    ("--device", "cpu", "--tokens", "20", "--repeats", "2"),
+    ("--preset", "tiny", "--samples", "2", "--rounds", "1", "--threads", "1"),
+    ("--device", "cpu", "--kernel", "attention_map", "--repeats", "1", "--seconds", "1"),
+)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One process. `figures` is the JSON file that it writes; tests write what became of each into a file."""
+
+    name: str
+    limit: int  # seconds
+    words: tuple[str, ...]  # after the interpreter
+    figures: str = ""
+    tests: bool = False
+    variables: dict[str, str] = field(default_factory=dict)
+
+
+def stages(tiny: bool, output: Path) -> list[Stage]:
+    """By importance. `output` is where the tables go."""
+    bench = ("-m", "medalign", "bench", "kernels")
+    rehearsed, measured, steps, tuned = TINY if tiny else REAL
+    others = ("tests/gpu/test_teacher_stream.py", "tests/gpu/test_flash_attention.py", "tests/gpu/test_training.py")
+    interpreted = {"TRITON_INTERPRET": "1"} if tiny else {}
+    tables = ("--tables", str(output / "tables"))
+    return [
+        Stage("machine", 60, ("tools/gpu_check_machine.py",)),
+        _tests("token similarity", 100, ("tests/gpu/test_token_similarity.py", *rehearsed), interpreted),
+        _tests("attention map", 130, ("tests/gpu/test_attention_map.py", *rehearsed), interpreted),
+        _tests("training", 170, others, {}),
+        Stage("kernels", 70, (*bench, *measured, "--skip", "torch.compile"), "kernels.json", variables=interpreted),
+        Stage("step", 150, ("tools/benchmark_step.py", *steps), "step.json"),
+        Stage("tiles", 100, (*bench, "--tune", *tuned, *tables), "tiles.json", variables=interpreted),
+    ]
+
+
+def _tests(name: str, limit: int, words: tuple[str, ...], variables: dict[str, str]) -> Stage:
+    pytest = ("-m", "pytest", "-v", "-p", "gpu_check_outcomes", *words)
+    return Stage(name, limit, pytest, tests=True, variables=variables)
+
+
+def run(stage: Stage, output: Path, seconds: float, tiny: bool) -> dict[str, Any]:
+    """The stage's row: status, time, what became of its tests, its figures."""
+    logs = output / "logs"
+    log, outcomes, figures = (logs / f"{stage.name.replace(' ', '_')}{end}" for end in (".txt", ".jsonl", ".json"))
+    for stale in (log, outcomes, figures):
+        stale.unlink(missing_ok=True)
+    words = [*stage.words, *(("--output", str(figures)) if stage.figures else ())]
+    began = time.monotonic()
+    with log.open("w", encoding="utf-8") as text:
+        status = _within(seconds, [sys.executable, *words], text, _variables(stage, outcomes, tiny))
+    row: dict[str, Any] = {"stage": stage.name, "status": status, "seconds": round(time.monotonic() - began, 1)}
+    row["command"] = shlex.join(["python", *(word.replace(str(output), "OUTPUT") for word in stage.words)])
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    if stage.tests:
+        row["tests"] = [json.loads(line) for line in outcomes.read_text().splitlines()] if outcomes.exists() else []
+        if status == "ok" and not any(test["outcome"] == "passed" for test in row["tests"]) and not tiny:
+            row["status"] = "failed: every test was skipped"
+    elif stage.figures and figures.exists():
+        row["figures"] = json.loads(figures.read_text())
+    elif status == "ok":
+        row["figures"] = json.loads(lines[-1])
+    if row["status"] != "ok":
+        row["tail"] = lines[-TAIL:]
+    return row
+
+
+def _variables(stage: Stage, outcomes: Path, tiny: bool) -> dict[str, str]:
+    ours = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tools'}", "TRITON_INTERPRET": "0"}
+    ours |= {"GPU_CHECK_OUTCOMES": str(outcomes), "TOKENIZERS_PARALLELISM": "false", "WANDB_MODE": "offline"}
+    if tiny:
+        ours |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    return os.environ | ours | stage.variables
+
+
+def _within(seconds: float, command: list[str], log: Any, variables: dict[str, str]) -> str:
+    """Runs it in a process group of its own, which is killed as a whole when the time is over."""
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=variables, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+    )
+    try:
+        code = process.wait(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return f"out of time: killed after {seconds:.0f} s"
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    return "ok" if code == 0 else f"failed: status {code}"
+
+
+def check(output: Path, minutes: float, tiny: bool) -> dict[str, Any]:
+    """All stages, one after the other, for as long as there is time."""
+    began, deadline = datetime.now(UTC), time.monotonic() + 60 * minutes
+    rows: list[dict[str, Any]] = []
+    for stage in stages(tiny, output):
+        left = deadline - time.monotonic()
+        print(f"{stage.name}: ", end="", flush=True)
+        if left < 5:
+            rows.append({"stage": stage.name, "status": "not run: the time was spent", "seconds": 0.0})
+        else:
+            rows.append(run(stage, output, min(stage.limit * (PATIENCE if tiny else 1), left), tiny))
+        print(_line(rows[-1]), flush=True)
+        if stage.name == "machine" and not tiny:
+            _require_card(rows[0])
+    return {
+        "began": began.isoformat(timespec="seconds"),
+        "seconds": round(sum(row["seconds"] for row in rows), 1),
+        "rehearsal": tiny,
+        "machine": rows[0].get("figures", {}),
+        "stages": rows[1:],
+        "failed": [row["stage"] for row in rows if row["status"] != "ok"],
+    }
+
+
+def _require_card(row: dict[str, Any]) -> None:
+    """Nothing else can run without one: status 2."""
+    if row.get("figures", {}).get("card"):
+        return
+    print("\n".join(row.get("tail", [])))
+    print("no CUDA device is there (is the driver loaded? nvidia-smi -L); --tiny rehearses on the CPU")
+    raise SystemExit(2)
+
+
+def _line(row: dict[str, Any]) -> str:
+    counted = Counter(test["outcome"] for test in row.get("tests", []))
+    tests = ", ".join(f"{number} {outcome}" for outcome, number in sorted(counted.items()))
+    return f"{row['status']} ({row['seconds']:.0f} s{', tests: ' + tests if tests else ''})"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default = ROOT / "tools" / "results" / "gpu_check"
+    parser.add_argument("--output", type=Path, default=default, metavar="DIR", help="default tools/results/gpu_check")
+    parser.add_argument("--minutes", type=float, default=9.5, help="for all stages together (default %(default)s)")
+    parser.add_argument("--tiny", action="store_true", help="rehearse on the CPU, at small sizes")
+    parser.add_argument("--missing", action="store_true", help="say which packages are missing; status 1 if any is")
+    options = parser.parse_args()
+    missing = [name for name in NEEDED.split() if importlib.util.find_spec(name) is None]
+    if missing:
+        print(f"{sys.executable} lacks {', '.join(missing)}", file=sys.stderr)
+    if missing or options.missing:
+        return int(bool(missing))
+    import gpu_check_page
+
+    output = options.output.resolve()
+    shutil.rmtree(output / "tables", ignore_errors=True)
+    (output / "logs").mkdir(parents=True, exist_ok=True)
+    document = check(output, options.minutes, options.tiny)
+    (output / "gpu_check.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    (output / "gpu_check.md").write_text(gpu_check_page.render(document), encoding="utf-8")
+    for line in gpu_check_page.failures(document):
+        print(f"FAILED {line}")
+    print(f"{'something failed' if document['failed'] else 'all went well'}: {output / 'gpu_check.md'}")
+    return int(bool(document["failed"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
