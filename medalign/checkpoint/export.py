@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from medalign.config import DataConfig, LoraConfig, StudentConfig
 from medalign.errors import CheckpointError, ConfigError
 from medalign.student import loading
+from medalign.student.checks import check_student
 from medalign.student.model import Student
 
 _FORMAT = 1
@@ -86,6 +87,7 @@ def read(folder: Path, dtype: torch.dtype, device: torch.device, base: str | Non
     config = settings(folder)
     if base is not None:
         config.path = base
+    check_student(config)
     student = loading.load_student(config, dtype)
     loading.set_adapter_state(student, _safetensors(folder / "adapter_model.safetensors"))
     others = _safetensors(folder / "medalign.safetensors")

@@ -40,14 +40,15 @@ class Predicted:
 
 def answer(student: Student, tokenizer: Any, batch: Batch, max_new_tokens: int) -> list[Answer]:
     """Greedy answers to a left-padded batch of questions."""
+    ends = student.end_tokens
     ids, maps_IN = student.generate(
         batch,
         max_new_tokens=max_new_tokens,
         do_sample=False,
         pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=student.end_tokens,
+        eos_token_id=ends,
     )
-    words = [list(takewhile(lambda token: token not in student.end_tokens, row)) for row in ids.tolist()]
+    words = [list(takewhile(lambda token: token not in ends, row)) for row in ids.tolist()]
     texts = [text.strip() for text in tokenizer.batch_decode(words, skip_special_tokens=True)]
     first: dict[int, list[float]] = {}
     if maps_IN is not None:

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 from medalign.checkpoint import export
 from medalign.config import LoraConfig, StudentConfig
-from medalign.errors import CheckpointError
+from medalign.errors import CheckpointError, ConfigError
 from medalign.inference import open_student
 from medalign.student.loading import load_student
 from medalign.student.model import Student
@@ -158,3 +158,13 @@ def test_answers_end_as_the_model_and_as_the_template_end_them(settings, student
     values = json.loads((base / "generation_config.json").read_text())
     (base / "generation_config.json").write_text(json.dumps(values | {"eos_token_id": own}))
     assert open_student(exported, str(base))[0].end_tokens == ends
+
+
+def test_a_base_without_some_of_its_weights_is_refused(settings, exported, tmp_path):
+    base = shutil.copytree(settings.path, tmp_path / "base")
+    state = {name: value for name, value in load_file(base / "model.safetensors").items() if "lm_head" not in name}
+    save_file(state, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        ConfigError, match=r"base: 1 of its weights are not in its safetensors files .*: lm_head.weight"
+    ):
+        export.read(exported, torch.float32, CPU, str(base))
