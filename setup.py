@@ -62,6 +62,7 @@ setup(
             "flask-cors>=5",
             "pyarrow>=18",
             "pydicom>=3",
+            "scipy>=1.13",
             "mistral-common>=1.8,<1.10",  # for its vocabulary file; later versions exclude NumPy 2.4 on Python 3.11
             "sentencepiece>=0.2",
         ],

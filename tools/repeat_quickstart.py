@@ -1,8 +1,10 @@
 """The quickstart's table over several seeds: every score of every arm, and the differences between arms.
 
     python tools/repeat_quickstart.py --seeds 0 1 2
+    python tools/repeat_quickstart.py --seeds 0 1 2 --arms steered     # this arm only
 
-Runs tools/quickstart.sh once per seed (what is finished is not run again) and writes tools/results/quickstart.json. A
+Runs tools/quickstart.sh once per seed (what is finished is not run again) and writes tools/results/quickstart.json.
+With --arms, the scores of the other arms are taken from that file: a seed repeats to the last digit on one machine. A
 seed fixes the films, the order and the start of the adapters; the base student and the teacher stay the same. Scores
 and differences have a 95 % t-interval over the seeds. The differences are paired: both arms of a seed see the same
 films in the same order and answer the same questions.
@@ -27,6 +29,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from scipy import stats
 
 ROOT = Path(__file__).resolve().parents[1]
 ARMS = ("base", "language", "steered", "untrained", "medalign")
@@ -93,15 +97,30 @@ def waiting(run: Path) -> dict[str, float]:
     return {"data_wait_share": statistics.mean(shares)} if shares else {}
 
 
-def run(seed: int, folder: Path) -> dict[str, Scores]:
-    """The scores of each arm for one seed. Only arms without scores are trained."""
-    missing = [arm for arm in ARMS if not scores_file(folder, arm).is_file()]
+def run(seed: int, folder: Path, arms: Sequence[str] = ARMS) -> dict[str, Scores]:
+    """The scores of these arms, and of "blind", for one seed. Only arms without scores are trained."""
+    missing = [arm for arm in arms if not scores_file(folder, arm).is_file()]
     if missing:
         environment = os.environ | {"SEED": str(seed), "ARMS": " ".join(missing)}
         subprocess.run(["bash", "tools/quickstart.sh", str(folder)], cwd=ROOT, env=environment, check=True)
-    scores = {arm: json.loads(scores_file(folder, arm).read_text()) | waiting(folder / arm) for arm in ARMS}
+    scores = {arm: json.loads(scores_file(folder, arm).read_text()) | waiting(folder / arm) for arm in arms}
     check(folder, scores)
     return scores | {"blind": blind(folder / "data")}
+
+
+def stored(path: Path, seeds: Sequence[int], arms: Sequence[str]) -> dict[int, dict[str, Scores]]:
+    """The scores that an earlier call wrote for these seeds and arms. Exits where the file does not hold them."""
+    facts = json.loads(path.read_text()) if path.is_file() else {}
+    lacking = [arm for arm in arms if arm not in facts.get("arms", {})]
+    if facts.get("seeds") != list(seeds) or lacking:
+        sys.exit(f"{path} does not hold {', '.join(lacking or arms)} for seeds {list(seeds)}; run all arms")
+    return {
+        seed: {
+            arm: {name: found["seeds"][place] for name, found in facts["arms"][arm].items()} | {"n": asked}
+            for arm in arms
+        }
+        for place, (seed, asked) in enumerate(zip(seeds, facts["questions"], strict=True))
+    }
 
 
 def check(folder: Path, scores: Mapping[str, Scores]) -> None:
@@ -127,33 +146,13 @@ def common_settings(run: Path) -> set[str]:
     return {line for line in found if line.split(":")[0] not in ARM_SETTINGS}
 
 
-def t_quantile(freedom: int) -> float:
-    """The 97.5 % quantile of Student's t: Abramowitz and Stegun 26.7.3 and 26.7.4, inverted by bisection."""
-
-    def inside(angle: float) -> float:
-        """The probability that |t| < sqrt(freedom) tan(angle)."""
-        odd = freedom % 2
-        term = math.cos(angle) if odd else 1.0
-        total = term if freedom > 1 else 0.0
-        for k in range(3 if odd else 2, freedom - 1, 2):
-            term *= (k - 1) / k * math.cos(angle) ** 2
-            total += term
-        return 2 / math.pi * (angle + math.sin(angle) * total) if odd else math.sin(angle) * total
-
-    low, high = 0.0, math.pi / 2
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if inside(middle) < 0.95 else (low, middle)
-    return math.sqrt(freedom) * math.tan(high)
-
-
 def summary(values: Sequence[float]) -> dict[str, Any]:
     """Mean, standard deviation and 95 % t-interval over the seeds; one seed has neither of the last two."""
     mean = statistics.mean(values)
     found: dict[str, Any] = {"mean": round(mean, 4)}
     if len(values) > 1:
         spread = statistics.stdev(values)
-        half = t_quantile(len(values) - 1) * spread / math.sqrt(len(values))
+        half = float(stats.t.ppf(0.975, len(values) - 1)) * spread / math.sqrt(len(values))
         found |= {"spread": round(spread, 4), "low": round(mean - half, 4), "high": round(mean + half, 4)}
     return found | {"seeds": list(values)}
 
@@ -201,13 +200,19 @@ def as_text(rows: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="arms to run; default: all")
     parser.add_argument("--folder", type=Path, default=Path("runs/seeds"))
     parser.add_argument("--output", type=Path, default=ROOT / "tools/results/quickstart.json")
     options = parser.parse_args()
-    by_seed = {seed: run(seed, options.folder / f"seed-{seed}") for seed in options.seeds}
+    others = [arm for arm in ARMS if arm not in options.arms]
+    by_seed: dict[int, dict[str, Scores]] = stored(options.output, options.seeds, others) if others else {}
+    for seed in options.seeds:
+        found = run(seed, options.folder / f"seed-{seed}", options.arms)
+        by_seed[seed] = {**by_seed.get(seed, {}), **found}
     facts: dict[str, Any] = {
         "command": shlex.join(["python", "tools/repeat_quickstart.py", *sys.argv[1:]]),
-        "questions": [scores["base"]["n"] for scores in by_seed.values()],
+        "seeds": options.seeds,
+        "questions": [next(iter(scores.values()))["n"] for scores in by_seed.values()],
         "spread": "standard deviation over the seeds",
         "low, high": "95 % t-interval over the seeds",
         "arms": table(by_seed),

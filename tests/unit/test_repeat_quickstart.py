@@ -44,24 +44,6 @@ def by_seed(tool: Any) -> dict[int, dict[str, dict[str, float]]]:
     return found
 
 
-@pytest.mark.parametrize(
-    ("freedom", "expected"),  # the tables' values, and for 1 and 2 the closed forms
-    [
-        (1, math.tan(0.475 * math.pi)),
-        (2, 0.95 * math.sqrt(2 / (1 - 0.95**2))),
-        (3, 3.182446),
-        (4, 2.776445),
-        (5, 2.570582),
-        (9, 2.262157),
-        (10, 2.228139),
-        (30, 2.042272),
-        (1000, 1.962339),
-    ],
-)
-def test_quantiles_of_student_s_t(tool, freedom, expected):
-    assert tool.t_quantile(freedom) == pytest.approx(expected, abs=1e-6)
-
-
 def test_every_score_has_its_seeds_and_its_interval(tool, by_seed):
     arms = tool.table(by_seed)
     assert list(arms) == ["blind", "base", "language", "steered", "untrained", "medalign"]
@@ -150,7 +132,7 @@ def test_arms_that_cannot_be_compared_are_told(tool, finished, monkeypatch, caps
 
 def test_the_json_holds_arms_and_differences(tool, by_seed, tmp_path, monkeypatch, capsys):
     by_seed[1]["base"]["n"] = by_seed[0]["base"]["n"] = 20
-    monkeypatch.setattr(tool, "run", lambda seed, _folder: by_seed[seed])
+    monkeypatch.setattr(tool, "run", lambda seed, _folder, _arms: by_seed[seed])
     output = tmp_path / "quickstart.json"
     monkeypatch.setattr(sys, "argv", ["repeat_quickstart.py", "--seeds", "0", "1", "--output", str(output)])
     tool.main()
@@ -159,3 +141,27 @@ def test_the_json_holds_arms_and_differences(tool, by_seed, tmp_path, monkeypatc
     assert written["differences"]["medalign - language"]["bleu"]["seeds"] == [0.0, 1.0]
     assert written["arms"]["medalign"]["bleu"]["seeds"] == [5.0, 8.0]
     assert "medalign - steered" in capsys.readouterr().out
+
+
+def test_one_arm_is_run_beside_the_stored_ones(tool, by_seed, tmp_path, monkeypatch):
+    for scores in by_seed.values():
+        for arm in tool.ARMS:
+            scores[arm]["n"] = 20
+    monkeypatch.setattr(tool, "run", lambda seed, _folder, arms: {a: by_seed[seed][a] for a in (*arms, "blind")})
+    output = tmp_path / "quickstart.json"
+    words = ["repeat_quickstart.py", "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", [*words, "--arms", "steered"])
+    with pytest.raises(SystemExit, match="does not hold base, language, untrained, medalign for seeds"):
+        tool.main()
+    monkeypatch.setattr(sys, "argv", words)
+    tool.main()
+    whole = json.loads(output.read_text())
+    by_seed[0]["steered"]["bleu"] = 8.0
+    monkeypatch.setattr(sys, "argv", [*words, "--arms", "steered"])
+    tool.main()
+    renewed = json.loads(output.read_text())
+    assert renewed["arms"]["steered"]["bleu"]["seeds"] == [8.0, 6.0]
+    for arm in ("blind", "base", "language", "untrained", "medalign"):
+        assert renewed["arms"][arm] == whole["arms"][arm]
+    assert renewed["questions"] == whole["questions"]
+    assert renewed["differences"]["medalign - steered"] != whole["differences"]["medalign - steered"]
