@@ -68,7 +68,8 @@ class Table:
     @property
     def longest_answer(self) -> str:
         """The limit of new tokens, or the limits where the runs differ; "" where no run says it."""
-        known = {run.evaluations[self.name].scores.get("max_new_tokens") for run, _ in self.rows} - {None}
+        scores = [run.evaluations[self.name].scores for run, _ in self.rows]
+        known = {one["max_new_tokens"] for one in scores if "max_new_tokens" in one}
         return " or ".join(map(str, sorted(known)))
 
     def remarks(self) -> list[str]:
