@@ -68,7 +68,8 @@ class Table:
     @property
     def longest_answer(self) -> str:
         """The limit of new tokens, or the limits where the runs differ; "" where no run says it."""
-        known = {run.evaluations[self.name].scores.get("max_new_tokens") for run, _ in self.rows} - {None}
+        scores = [run.evaluations[self.name].scores for run, _ in self.rows]
+        known = {one["max_new_tokens"] for one in scores if "max_new_tokens" in one}
         return " or ".join(map(str, sorted(known)))
 
     def remarks(self) -> list[str]:
@@ -83,9 +84,10 @@ class Table:
     def _differences(self) -> list[str]:
         lines = []
         for key in COMPARED:
-            values = [run.evaluations[self.name].scores.get(key, "unknown") for run, _ in self.rows]
-            if len(set(values)) > 1:
-                told = ", ".join(f"{run.title} {value}" for (run, _), value in zip(self.rows, values, strict=True))
+            scores = {run.title: run.evaluations[self.name].scores for run, _ in self.rows}
+            values = {title: one[key] for title, one in scores.items() if key in one}  # older files do not say it
+            if len(set(values.values())) > 1:
+                told = ", ".join(f"{title} {value}" for title, value in values.items())
                 lines.append(f"{key} differs, so the scores cannot be compared: {told}")
         return lines
 
