@@ -21,18 +21,19 @@ class Speller:
 
     Args:
         tokenizer: the student's.
-        written: a conversation as the student's template renders it. Added tokens that are not special but stand in
-            it (some tokenizers add their role markers so) count as special; other added words are vocabulary.
+        written: a conversation as the student's template renders it. Added tokens that are not special but are read
+            in it (some tokenizers add their role markers so) count as special; other added words are vocabulary.
     """
 
     def __init__(self, tokenizer: Any, written: str) -> None:
         self._tokenizer = tokenizer
         added = {token.content: (number, token.special) for number, token in tokenizer.added_tokens_decoder.items()}
+        read = set(tokenizer(written, add_special_tokens=False)["input_ids"])
         named = {token: (tokenizer.convert_tokens_to_ids(token), True) for token in tokenizer.all_special_tokens}
         self.special: dict[str, int] = {  # text of each special token, with its id
             text: number
             for text, (number, special) in (added | named).items()
-            if special or (text in written and not text.isspace())
+            if special or (number in read and not text.isspace())
         }
         longest_first = sorted(filter(None, self.special), key=len, reverse=True)
         self._token = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")

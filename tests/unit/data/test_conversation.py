@@ -21,6 +21,7 @@ from medalign.data.conversation import Conversation
 from medalign.data.phantom.records import records
 from medalign.data.prompts import PromptEncoder
 from medalign.data.samples import REPORT_PROMPT, BadSample
+from medalign.data.spelling import Speller
 from medalign.errors import ConfigError
 from tests import mistral, tiny
 
@@ -128,6 +129,28 @@ def test_what_the_template_writes_between_an_answer_and_its_end_is_learned() -> 
     template = CHATML.replace("<|im_end|>\n", " <|im_end|>\n")
     ours = conversation(tokenizer := chatml(template))
     assert tokenizer.decode(ours.answer(ours.prompt(1, "Is it?"), 1, "Is it?", "yes")) == "yes <|im_end|>"
+
+
+def metaspace_tokenizer() -> PreTrainedTokenizerFast:
+    """Mistral's vocabulary in the later form: a space is written before the first word only."""
+    tokenizer = mistral.prepend_tokenizer()
+    backend = tokenizer.backend_tokenizer
+    backend.normalizer = None  # type: ignore[assignment]
+    backend.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme="first", split=False)
+    return tokenizer
+
+
+@pytest.mark.parametrize("make", [*MISTRAL.values(), metaspace_tokenizer, chatml, word_tokenizer])
+@pytest.mark.parametrize(
+    "text", ["<s>[INST] <image>\nis {} ? [/INST] no {}</s>", "{}<image>{} <s>", " a{}", "{} \n</s>a"]
+)
+def test_what_is_spelled_is_read_in_its_place(make: Callable[[], Any], text: str) -> None:
+    """A word that is no special token has the same ids marked (and so spelled) as unmarked, wherever it stands."""
+    tokenizer = make()
+    speller = Speller(tokenizer, "<image>")
+    for word in ("nodule", "is there", " 3 mm ", "é肺", "."):
+        marked, plain = (text.replace("{}", put) for put in (f"\ufdd0{word}\ufdd1", word))
+        assert speller.encode(marked) == list(tokenizer(plain, add_special_tokens=False)["input_ids"])
 
 
 @pytest.mark.parametrize("text", ["</s>", "<image>", "<s>x", "a<|im_end|>", "<|im_start|>user\n<image>", "<pad><pad>"])
