@@ -13,6 +13,7 @@ from PIL import Image
 from medalign.contracts import Sample
 from medalign.data.bad_sample import BadSample, image_name, naming
 from medalign.data.decode import decode_image, decode_mask
+from medalign.data.faults import decoding
 from medalign.data.listing import IMAGE, INDEX_NAME, JSON, MASK, REBUILD
 from medalign.data.samples import ANSWER_TYPES, TASKS, parse_fields, to_sample
 from medalign.data.storage import Access, Storage, fetched_folder, is_remote, storage_of
@@ -135,7 +136,7 @@ class ShardIndex:
             fields = parse_fields(found[JSON][0])
             images = []
             for number, data in enumerate(found[IMAGE]):
-                with naming(image_name(number, len(found[IMAGE]))):
+                with naming(image_name(number, len(found[IMAGE]))), decoding():
                     images.append(decode_image(data, at_least))
             return to_sample(self.shard(i), self.key(i), fields, images, self.size(i))
 

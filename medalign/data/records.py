@@ -65,7 +65,7 @@ def check_record(record: Record, seen: Container[str]) -> None:
         with naming(image_name(number, len(record.images))):
             sizes.append(_checked(picture))
     size = sizes[0] if sizes else None
-    check_fields(record.fields, size)
+    check_fields(record.fields, size, len(sizes))
     if record.mask is not None:
         _check_mask(record.mask, size)
     try:

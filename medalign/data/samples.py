@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ from medalign.contracts import Sample
 from medalign.data import values
 from medalign.data.bad_sample import BadSample, image_name, naming
 from medalign.data.decode import decode_image, picture_header
+from medalign.data.image_tags import check_count, strip_tags
 
 __all__ = [
     "ANSWER_TYPES",
@@ -39,7 +39,6 @@ TASKS = ("vqa", "report")
 ANSWER_TYPES = ("closed", "open", "")
 SAMPLE_FIELDS = ("task", "question", "answer", "answer_type", "boxes")  # the rest becomes Sample.metadata
 
-_IMAGE_TAG = re.compile(r"<(?:image|img)[-_ ]?(?:placeholder|[0-9]+)?>", re.IGNORECASE)
 _BOX_SLACK = 1.0  # pixels; annotators' tools count the last pixel in or out
 
 
@@ -58,8 +57,8 @@ def parse_fields(data: bytes) -> dict[str, Any]:
     return fields
 
 
-def check_fields(fields: dict[str, Any], size: tuple[int, int] | None) -> None:
-    """Raises BadSample for the first field that breaks the schema; `size` is the picture's, None if there is none."""
+def check_fields(fields: dict[str, Any], size: tuple[int, int] | None, images: int) -> None:
+    """Raises BadSample for the first field that breaks the schema; `size` is that of the first of `images` images."""
     _check_values(fields)
     task = fields.get("task")
     if task not in TASKS:
@@ -68,9 +67,13 @@ def check_fields(fields: dict[str, Any], size: tuple[int, int] | None) -> None:
         text = fields.get(name)
         if not isinstance(text, str) or not text.strip():
             raise BadSample(f"{name} is {'empty' if text is None or text == '' else repr(text)}; task {task} needs it")
-    if not isinstance(fields.get("question") or "", str):
-        raise BadSample(f"question is {fields['question']!r}, not text")
-    _check_tags(fields.get("question") or "")
+    question = fields.get("question") or ""
+    if not isinstance(question, str):
+        raise BadSample(f"question is {question!r}, not text")
+    asked, tags = strip_tags(question)
+    check_count(tags, images)
+    if task == "vqa" and not asked.strip():
+        raise BadSample(f"question is {question!r}, and asks nothing; task vqa needs it")
     answer_type = fields.get("answer_type") or ""
     if answer_type not in ANSWER_TYPES:
         raise BadSample(f"answer_type is {answer_type!r}; known are 'closed', 'open' and ''")
@@ -90,16 +93,6 @@ def _check_values(fields: dict[str, Any]) -> None:
             raise BadSample(f"the field {name!r} {fault}")
         if fault := values.fault(value, numbers=name != "boxes"):
             raise BadSample(f"{name} {fault}")
-
-
-def _check_tags(question: str) -> None:
-    """Raises BadSample for what other tools write into a text where a picture belongs."""
-    tag = _IMAGE_TAG.search(question)
-    if tag:
-        raise BadSample(
-            f"question holds {tag[0]!r}, which stands for a picture in the texts of other tools; give the picture as "
-            "the sample's image, and leave the mark out"
-        )
 
 
 def _check_box(box: Any, size: tuple[int, int]) -> None:
@@ -135,7 +128,7 @@ def to_sample(
     size = (stored_size or first.size) if first else None
     if first and size:
         _check_size(first.size, size)
-    check_fields(fields, size)
+    check_fields(fields, size, len(images))
     report = fields["task"] == "report"
     across, down = (first.width / size[0], first.height / size[1]) if first and size else (1.0, 1.0)
     boxes = fields.get("boxes") or []
@@ -143,7 +136,7 @@ def to_sample(
         key=key,
         shard=shard,
         task=fields["task"],
-        question=(fields.get("question") or "").strip() or REPORT_PROMPT,
+        question=strip_tags(fields.get("question") or "")[0].strip() or REPORT_PROMPT,
         answer=(fields["report"] if report else fields["answer"]).strip(),
         answer_type="" if report else fields.get("answer_type") or "",
         images=tuple(images),

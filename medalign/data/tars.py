@@ -173,7 +173,7 @@ def _row(file: BinaryIO, key: str, shard: int, members: Run, lost: dict[str, str
         with naming(image_name(number, len(images))):
             sizes.append(checked_header(data[name])[1])
     fields = parse_fields(data[ANNOTATION])
-    check_fields(fields, sizes[0] if sizes else None)
+    check_fields(fields, sizes[0] if sizes else None, len(sizes))
     if MASK_PNG in data:
         check_mask_header(data[MASK_PNG], sizes[0] if sizes else None)
     width, height = sizes[0] if sizes else (0, 0)

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from medalign.data.image_tags import TAG, check_count, strip_tags
 from medalign.data.samples import BadSample
-from medalign.data.sources.image_tags import TAG, check_count, named_images, strip_tags
+from medalign.data.sources.image_fields import named_images
 
 _LISTS = ("conversations", "conversatons", "messages")  # LLaVA-Med's alignment file spells the second
 _ASKS, _ANSWERS = ("human", "user"), ("gpt", "assistant")

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from medalign.data.records import Refused
 from medalign.data.samples import BadSample
-from medalign.data.sources.image_tags import named_images
+from medalign.data.sources.image_fields import named_images
 from medalign.data.sources.splitting import Groups, canonical_path, share_split
 from medalign.data.sources.texts import field
 from medalign.distributed import log

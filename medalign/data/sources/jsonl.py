@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from medalign.data.image_tags import TAG, check_count, strip_tags
 from medalign.data.records import Record, Refused
 from medalign.data.samples import BadSample
 from medalign.data.sources.annotations import decode_utf8, encoding_problem, parse_json
 from medalign.data.sources.files import lacking, read_bytes, read_pictures
 from medalign.data.sources.grouped_split import Line, assign_splits
-from medalign.data.sources.image_tags import TAG, check_count, named_images, strip_tags
+from medalign.data.sources.image_fields import named_images
 from medalign.data.sources.source import Chosen, Item, Setting, Source
 from medalign.data.sources.splitting import share
 from medalign.data.sources.texts import is_missing

@@ -23,7 +23,7 @@ from medalign.data.faults import decoding
 from medalign.data.index import ShardIndex
 from medalign.data.loader import TrainLoader, batches
 from medalign.data.plan import GlobalOrder
-from medalign.data.samples import BadSample
+from medalign.data.samples import REPORT_PROMPT, BadSample
 from medalign.data.shards import build_index
 from medalign.data.values import MOST_LEVELS, fault
 from medalign.errors import DataError
@@ -55,7 +55,11 @@ ANNOTATIONS = {
     '{"task": "vqa", "question": "is ?", "answer": true}': "answer is True; task vqa needs it",
     '{"task": "vqa", "question": "is ?", "answer": ["no"]}': "answer is ['no']; task vqa needs it",
     '{"task": "vqa", "question": " ", "answer": "no"}': "question is ' '; task vqa needs it",
-    '{"task": "vqa", "question": "<image>\\n<image> is ?", "answer": "no"}': "<image>",
+    '{"task": "vqa", "question": "<image>\\n<image> is ?", "answer": "no"}': "2 <image> in the text, but 1 image is named",
+    '{"task": "vqa", "question": "<image>\\nis ?", "answer": "no"}': None,
+    '{"task": "vqa", "question": "<image>\\n", "answer": "no"}': "question is",
+    '{"task": "vqa", "question": "<ImageHere> is ?", "answer": "no"}': "'<ImageHere>'; the place of an image is written",
+    '{"task": "report", "question": "<image>", "report": "Clear."}': None,
     f'{{{ASKED}, "answer_type": "perhaps"}}': "answer_type is 'perhaps'",
     '{"task": "segment"}': "task is 'segment'",
     f"{{{ASKED}": "not JSON",
@@ -96,6 +100,19 @@ def test_both_doors_refuse_the_same(doors: dict[str, dict[str, str]], number: in
         said = refused.get(f"k{number:02d}")
         assert (said is None) == (reason is None), (door, said)
         assert reason is None or reason in str(said), (door, said)
+
+
+def test_the_place_of_an_image_is_taken_out_of_a_question(tmp_path: Path) -> None:
+    texts = {"a": {**record(1).fields, "boxes": [], "question": "<image>\nis it clear ?"}}
+    texts["b"] = {"task": "report", "report": "Clear.", "question": "<image>"}
+    members = [
+        m
+        for key, text in texts.items()
+        for m in (file(f"{key}.png", FILM), file(f"{key}.json", json.dumps(text).encode()))
+    ]
+    build_index(write(tmp_path / "a.tar", *members))
+    index = ShardIndex.open(tmp_path)
+    assert [index.read(i).question for i in range(2)] == ["is it clear ?", REPORT_PROMPT]
 
 
 def test_masks_are_checked_at_both_doors(tmp_path: Path) -> None:

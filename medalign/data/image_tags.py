@@ -1,13 +1,10 @@
-"""The places of images in a text, written `<image>` as in LLaVA, compared with the images that a sample names."""
+"""The places of images in a text, written `<image>` as in LLaVA, compared with the images of a sample."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Any
 
-from medalign.data.samples import BadSample
-from medalign.data.sources.texts import is_missing
+from medalign.data.bad_sample import BadSample
 
 TAG = "<image>"
 _AROUND = ("<im_start>", "<im_end>")  # LLaVA writes them on either side of the tag
@@ -35,17 +32,3 @@ def check_count(tags: int, images: int) -> None:
             "no image is named" if not images else "1 image is named" if images == 1 else f"{images} images are named"
         )
         raise BadSample(f"{tags} {TAG} in the text, but {named}")
-
-
-def named_images(row: Mapping[str, Any]) -> list[Any]:
-    """The images that a sample names under "image" or "images", one or a list. Raises BadSample where both differ."""
-    one, several = (_listed(row.get(name)) for name in ("image", "images"))
-    if one and several and one != several:
-        raise BadSample('"image" and "images" name different images')
-    return one or several
-
-
-def _listed(value: Any) -> list[Any]:
-    if isinstance(value, list):
-        return value
-    return [] if is_missing(value) else [value]
