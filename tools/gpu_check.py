@@ -75,7 +75,7 @@ def stages(tiny: bool, output: Path) -> list[Stage]:
         Stage("machine", 60, ("tools/gpu_check_machine.py",)),
         _tests("token similarity", 100, ("tests/gpu/test_token_similarity.py", *rehearsed), interpreted),
         _tests("attention map", 130, ("tests/gpu/test_attention_map.py", *rehearsed), interpreted),
-        _tests("training", 170, others, {}),
+        _tests("training", 200, others, {}),
         Stage("kernels", 70, (*bench, *measured, "--skip", "torch.compile"), "kernels.json", variables=interpreted),
         Stage("step", 150, ("tools/benchmark_step.py", *steps), "step.json"),
         Stage("tiles", 100, (*bench, "--tune", *tuned, *tables), "tiles.json", variables=interpreted),
