@@ -135,7 +135,7 @@ def metaspace_tokenizer() -> PreTrainedTokenizerFast:
     """Mistral's vocabulary in the later form: a space is written before the first word only."""
     tokenizer = mistral.prepend_tokenizer()
     backend = tokenizer.backend_tokenizer
-    backend.normalizer = None  # type: ignore[assignment]
+    backend.normalizer = None
     backend.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme="first", split=False)
     return tokenizer
 
