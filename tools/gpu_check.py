@@ -23,7 +23,6 @@ import sys
 import time
 from collections import Counter
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,7 @@ NEEDED = (
     "torch torchvision triton deepspeed transformers peft open_clip wandb webdataset safetensors jsonargparse yaml "
     "numpy PIL tqdm matplotlib jinja2 sacrebleu rouge_score psutil defusedxml fsspec pytest pytest_timeout hypothesis"
 )
+OLDEST = (3, 11)
 PATIENCE = 4  # a rehearsal may share its cores with others; its limits are longer by this
 TAIL = 25  # lines of the log of a stage that failed
 
@@ -62,6 +62,15 @@ class Stage:
     figures: str = ""
     tests: bool = False
     variables: dict[str, str] = field(default_factory=dict)
+
+
+def missing() -> str:
+    """What this interpreter lacks to run the stages, in words; empty if nothing."""
+    if sys.version_info < OLDEST:
+        found, wanted = (".".join(map(str, version[:2])) for version in (sys.version_info, OLDEST))
+        return f"this is Python {found}, and {wanted} or newer is needed; name one with PYTHON=/path/to/python"
+    names = [name for name in NEEDED.split() if importlib.util.find_spec(name) is None]
+    return f"these packages are missing: {', '.join(names)}" if names else ""
 
 
 def stages(tiny: bool, output: Path) -> list[Stage]:
@@ -139,7 +148,7 @@ def _within(seconds: float, command: list[str], log: Any, variables: dict[str, s
 
 def check(output: Path, minutes: float, tiny: bool) -> dict[str, Any]:
     """All stages, one after the other, for as long as there is time."""
-    began, deadline = datetime.now(UTC), time.monotonic() + 60 * minutes
+    began, deadline = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), time.monotonic() + 60 * minutes
     rows: list[dict[str, Any]] = []
     for stage in stages(tiny, output):
         left = deadline - time.monotonic()
@@ -152,7 +161,7 @@ def check(output: Path, minutes: float, tiny: bool) -> dict[str, Any]:
         if stage.name == "machine" and not tiny:
             _require_card(rows[0])
     return {
-        "began": began.isoformat(timespec="seconds"),
+        "began": began,
         "seconds": round(sum(row["seconds"] for row in rows), 1),
         "rehearsal": tiny,
         "machine": rows[0].get("figures", {}),
@@ -184,11 +193,11 @@ def main() -> int:
     parser.add_argument("--tiny", action="store_true", help="rehearse on the CPU, at small sizes")
     parser.add_argument("--missing", action="store_true", help="say which packages are missing; status 1 if any is")
     options = parser.parse_args()
-    missing = [name for name in NEEDED.split() if importlib.util.find_spec(name) is None]
-    if missing:
-        print(f"{sys.executable} lacks {', '.join(missing)}", file=sys.stderr)
-    if missing or options.missing:
-        return int(bool(missing))
+    lacking = missing()
+    if lacking:
+        print(f"{sys.executable}: {lacking}", file=sys.stderr)
+    if lacking or options.missing:
+        return int(bool(lacking))
     import gpu_check_page
 
     output = options.output.resolve()

@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 python="${PYTHON:-python3}"
 if ! "$python" tools/gpu_check.py --missing; then
-    trap 'echo "gpu_check: .venv could not be made. Without internet, start this in an environment with the packages above." >&2' EXIT
+    trap 'echo "gpu_check: .venv could not be made. Without internet, start this in an environment with the packages that are named above." >&2' EXIT
     source tools/install.sh
     trap - EXIT
     python=python

@@ -1,4 +1,4 @@
-"""Time and memory of each form, in turn, so that the machine's moods hit all alike; blocks that fit into a card."""
+"""Time and memory of each form, in turn, so that other load on the machine affects all alike; blocks that fit."""
 
 from __future__ import annotations
 
