@@ -12,8 +12,8 @@ setup(
     package_dir={"medalign.ds_configs": "ds_configs"},
     package_data={
         "medalign": ["recipes/*.yaml", "assets/*/*"],
-        "medalign.evaluation": ["report.html.jinja", "batch.html.jinja"],
-        "medalign.kernels": ["*/configurations.json"],
+        "medalign.evaluation.report": ["*.html.jinja"],
+        "medalign.kernels": ["*/tile_table.json"],
         "medalign.ds_configs": ["*.json"],
     },
     install_requires=[

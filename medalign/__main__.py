@@ -115,7 +115,7 @@ def _add_phantom(commands) -> None:
 
 
 def _phantom(chosen: argparse.Namespace) -> int:
-    from medalign.data import phantom
+    from medalign import phantom
 
     reports = phantom.write(chosen.output, chosen.train, chosen.val, chosen.seed, chosen.reports)
     _say_packed(chosen.output, reports)
@@ -231,7 +231,7 @@ def _add_evaluate(commands) -> None:
     parser.add_argument("--batch-size", type=count, default=32, metavar="N", help="default %(default)s")
     parser.add_argument("--limit", type=count, metavar="N", help="score the first N samples alone")
     parser.add_argument(
-        "--max-bad-share",
+        "--max-skip-fraction",
         type=share,
         default=0.01,
         metavar="SHARE",
@@ -240,7 +240,7 @@ def _add_evaluate(commands) -> None:
 
 
 def _evaluate(chosen: argparse.Namespace) -> int:
-    from medalign.evaluation.report import format_evaluation
+    from medalign.evaluation.report.page import format_evaluation
     from medalign.inference import evaluate
 
     folder = evaluate(
@@ -251,7 +251,7 @@ def _evaluate(chosen: argparse.Namespace) -> int:
         limit=chosen.limit,
         max_new_tokens=chosen.max_new_tokens,
         max_length=chosen.max_length,
-        max_bad_share=chosen.max_bad_share,
+        max_skip_fraction=chosen.max_skip_fraction,
         base=chosen.student,
     )
     sys.stdout.write(format_evaluation(folder) + "\n")
@@ -279,7 +279,7 @@ def _add_report(commands) -> None:
 
 
 def _report(chosen: argparse.Namespace) -> int:
-    from medalign.evaluation.report import format_table, write_report
+    from medalign.evaluation.report.page import format_table, write_report
 
     write_report(chosen.runs, chosen.output, examples=chosen.examples)
     sys.stdout.write(f"{format_table(chosen.runs)}\n\nreport: {chosen.output.resolve()}\n")
@@ -318,11 +318,11 @@ def _add_bench(commands) -> None:
         commands,
         "bench",
         _bench,
-        "measure the fused kernels, or compile them for GPUs that are not here",
+        "measure the fused commands, or compile them for GPUs that are not here",
         "Without --compile and --tune: correctness, time (median, 20th and 80th percentile) and peak memory of every\n"
         "path at several sizes, value and gradient together. On the CPU, TRITON_INTERPRET=1 includes the fused\n"
         "kernels, interpreted: right or wrong, and very slow.\n\n"
-        "example: medalign bench kernels --device cuda --output kernels.json",
+        "example: medalign bench kernels --device cuda --output commands.json",
     )
     parser.add_argument("what", choices=["kernels"], help="what to measure")
     parser.add_argument("--kernel", metavar="NAME", help="this operation alone (token_similarity, attention_map)")
@@ -347,17 +347,17 @@ def _add_bench(commands) -> None:
 
 
 def _bench(chosen: argparse.Namespace) -> int:
-    from medalign.benchmark import kernels
+    from medalign.benchmark.kernels import commands
 
     if chosen.compile:
-        tables = kernels.compilation(chosen.kernel, chosen.architecture)
+        tables = commands.compilation(chosen.kernel, chosen.architecture)
     elif chosen.tune:
-        tables = kernels.tuning(chosen.kernel, chosen.device, chosen.repeats, chosen.tables, chosen.seconds)
+        tables = commands.tuning(chosen.kernel, chosen.device, chosen.repeats, chosen.tables, chosen.seconds)
     else:
         measured = chosen.dtype, chosen.tokens, max(2, chosen.repeats), chosen.skip
-        tables = kernels.measurement(chosen.kernel, chosen.device, *measured)
-    sys.stdout.write(kernels.present(tables, chosen.output))
-    kernels.complain(tables)
+        tables = commands.measurement(chosen.kernel, chosen.device, *measured)
+    sys.stdout.write(commands.format_tables(tables, chosen.output))
+    commands.raise_on_failed_checks(tables)
     return 0
 
 

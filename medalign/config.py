@@ -44,7 +44,7 @@ class DataConfig:
     """Longest sample in tokens; it must hold all images of the largest one. Text beyond it is cut, images never."""
     packing: bool = False
     """Lay a micro-batch's samples end to end in one row instead of padding them; each still sees itself alone."""
-    max_bad_share: float = 0.01
+    max_skip_fraction: float = 0.01
     """The run stops when more than this share of the samples cannot be read; fewer than 100 count as 100."""
     weights: list[float] = field(default_factory=list)
     """One weight a folder: how often its samples come. Empty: all folders are one data set, each sample once an epoch.
@@ -126,7 +126,7 @@ class LossConfig:
     """Coefficient of the spatial alignment loss; 0 leaves it out."""
     beta: float = 0.06
     """Coefficient of the attention loss; 0 leaves it out."""
-    normalise: Literal["sum", "softmax", "official"] = "sum"
+    normalize: Literal["sum", "softmax", "official"] = "sum"
     """How attention becomes a distribution: divided by its sum; softmax of its values; by its L2 norm, as the released
     code does (official; the loss may then be negative)."""
     language_mean: Literal["tokens", "samples"] = "tokens"
@@ -145,7 +145,7 @@ class LossConfig:
 
 @dataclass
 class TrainConfig:
-    """The optimisation."""
+    """The optimization."""
 
     steps: int | None = 1000
     """Optimizer steps of the whole run; 0 writes the untrained student as a run. null where train.epochs decides."""
@@ -327,7 +327,10 @@ def validate(config: Config, *, models: bool = True) -> None:
         require(value >= 0, f"data.{key} is {value}; it must not be negative")
     require(not data.cache_gib or bool(data.cache_dir), "data.cache_gib is set; name its folder with --data.cache_dir")
     require(data.max_length >= 1, f"data.max_length is {data.max_length}; it must be at least 1")
-    require(0 <= data.max_bad_share <= 1, f"data.max_bad_share is {data.max_bad_share}; it is a share from 0 to 1")
+    require(
+        0 <= data.max_skip_fraction <= 1,
+        f"data.max_skip_fraction is {data.max_skip_fraction}; it is a share from 0 to 1",
+    )
     for key in ("lr", "projector_lr"):
         value = getattr(train, key)
         require(value is None or value >= 0, f"train.{key} is {value}; it must not be negative")

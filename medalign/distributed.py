@@ -23,7 +23,7 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def world() -> int:
+def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -99,13 +99,13 @@ def barrier() -> None:
         dist.barrier()
 
 
-def main_says(text: str) -> str:
+def broadcast_from_main(text: str) -> str:
     """Rank 0's text on every rank, so that all take the same branch."""
     return _said_by(0, text) if _several() else text
 
 
 @contextmanager
-def together() -> Iterator[None]:
+def raise_on_all_ranks() -> Iterator[None]:
     """What one rank raises inside (a MedAlignError, or an OSError), all raise at the end. Every rank must enter.
 
     A rank that raises must not leave another one waiting for it inside.
@@ -118,10 +118,10 @@ def together() -> Iterator[None]:
     except OSError as error:
         fault = MedAlignError(errors.plain(error))
         fault.__cause__ = error
-    raise_together(fault)
+    raise_on_any_fault(fault)
 
 
-def raise_together(fault: MedAlignError | None) -> None:
+def raise_on_any_fault(fault: MedAlignError | None) -> None:
     """Raise the fault of the first rank that has one, on every rank. Every rank must call it."""
     if not _several():
         if fault is not None:

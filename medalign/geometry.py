@@ -1,7 +1,7 @@
 """All arithmetic between pixels, the square canvas, patch grids and token positions.
 
 Student and teacher must see the same pixels at patch i. Both therefore look at one square canvas: the image,
-centred, padded to a square. Every view is a plain resize of that canvas, so a patch grid of any fineness covers
+centerd, padded to a square. Every view is a plain resize of that canvas, so a patch grid of any fineness covers
 the same ground, and going from one grid to another is a bilinear resampling.
 
 Shape suffixes: I images, M teacher patches, N student image tokens, B samples, L tokens, D channels.
@@ -68,7 +68,7 @@ class CanvasFrame:
 
 
 def square_canvas(image: Image.Image, fill: tuple[int, int, int] = (0, 0, 0)) -> Image.Image:
-    """The image as RGB, centred on a square of its longer side, padded with `fill`; a square grey one stays grey."""
+    """The image as RGB, centerd on a square of its longer side, padded with `fill`; a square gray one stays gray."""
     if image.mode == "L" and image.width == image.height:
         return image  # resizing one channel gives what resizing three alike gives, in a third of the time
     image = image.convert("RGB")
@@ -81,14 +81,14 @@ def square_canvas(image: Image.Image, fill: tuple[int, int, int] = (0, 0, 0)) ->
 
 
 def resize(image: Image.Image, size: int) -> np.ndarray:
-    """To size x size, bicubic, by Pillow; uint8 [S, S, 3], of a grey image [S, S]."""
+    """To size x size, bicubic, by Pillow; uint8 [S, S, 3], of a gray image [S, S]."""
     if image.mode == "L" and image.width == image.height != size:
-        return _resize_grey(image, size)
+        return _resize_gray(image, size)
     return np.array(image.resize((size, size), Image.Resampling.BICUBIC))
 
 
-def _resize_grey(image: Image.Image, size: int) -> np.ndarray:
-    """The very pixels of `image.resize` for a square grey image, in three quarters of the time.
+def _resize_gray(image: Image.Image, size: int) -> np.ndarray:
+    """The very pixels of `image.resize` for a square gray image, in three quarters of the time.
 
     Pillow resizes each row, then each column of the outcome (of what is not square it may take the columns first), and
     four bands beside each other in less time than one after another. So the quarters of the rows become the bands of
@@ -105,7 +105,7 @@ def _resize_grey(image: Image.Image, size: int) -> np.ndarray:
 
 
 def view(canvas: Image.Image, size: int, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
-    """The canvas (RGB, or grey alike in all three) as a tower wants it: size x size, normalised; float32 [3, S, S]."""
+    """The canvas (RGB, or gray alike in all three) as a tower wants it: size x size, normalized; float32 [3, S, S]."""
     values = torch.from_numpy(resize(canvas, size).astype(np.float32))
     pixels = (values.permute(2, 0, 1) if values.ndim == 3 else values[None]) / 255
     return (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)

@@ -14,21 +14,21 @@ from urllib.parse import urlsplit
 from medalign import distributed
 from medalign.checkpoint import export
 from medalign.contracts import Sample
-from medalign.data.bad_sample import naming
-from medalign.data.collate import Collator, TowerView
-from medalign.data.decode import decode_image, has_several_frames
-from medalign.data.index import ShardIndex
-from medalign.data.prompts import PromptEncoder
-from medalign.data.storage import is_remote
+from medalign.data.batches.collator import Collator, PreprocessCfg
+from medalign.data.batches.prompts import PromptEncoder
+from medalign.data.samples.bad_sample import sample_context
+from medalign.data.samples.decode import decode_image, has_several_frames
+from medalign.data.shards.index import ShardIndex
+from medalign.data.storage.byte_ranges import is_remote
 from medalign.errors import ConfigError, DataError
-from medalign.evaluation.generate import Answer, Predicted, answer, predict
+from medalign.evaluation.generation import Answer, Predicted, answer, predict
 from medalign.evaluation.metrics import Prediction, score, unfinished, write_predictions
 from medalign.evaluation.metrics.predictions import LENGTH
-from medalign.evaluation.pictures import overlay
-from medalign.evaluation.runs import home_of
+from medalign.evaluation.report.pictures import overlay
+from medalign.evaluation.report.runs import home_of
 from medalign.evaluation.tally import Tally
 from medalign.observability.files import write_text
-from medalign.observability.progress import Progress
+from medalign.observability.progress import TrainState
 from medalign.student import loading
 from medalign.student.model import Student
 
@@ -57,7 +57,7 @@ def generate(
         _require_picture(picture)
     pictures = []
     for image in images:
-        with naming(f"--image {image}"):
+        with sample_context(f"--image {image}"):
             data = image.read_bytes()
             pictures.append(decode_image(data))
             if has_several_frames(data):
@@ -87,17 +87,17 @@ def evaluate(
     limit: int | None = None,
     max_new_tokens: int = 128,
     max_length: int | None = None,
-    max_bad_share: float = 0.01,
+    max_skip_fraction: float = 0.01,
     base: str | None = None,
 ) -> Path:
     """Score a run on shards. Returns the folder with predictions.jsonl and scores.json.
 
-    Raises DataError when more than `max_bad_share` of the samples cannot be read. Whatever ends it early, the
+    Raises DataError when more than `max_skip_fraction` of the samples cannot be read. Whatever ends it early, the
     predictions so far stay in the folder, in a hidden file that the log names.
     """
     folder = _evaluation_folder(run, data, name)
     indexes = _open(data)
-    student, tokenizer, collator = open_student(run, base, max(i.most_images for i in indexes), max_length)
+    student, tokenizer, collator = open_student(run, base, max(i.max_images for i in indexes), max_length)
     ask = partial(
         predict,
         student,
@@ -107,7 +107,7 @@ def evaluate(
         max_new_tokens=max_new_tokens,
         device=distributed.device(),
     )
-    tally = Tally(max_bad_share)
+    tally = Tally(max_skip_fraction)
     _write_predictions(folder / "predictions.jsonl", _rows(ask, indexes, limit, tally))
     grid, longest = student.anatomy.grid, collator.encoder.max_length
     tally.warn(longest, max_new_tokens)
@@ -160,7 +160,7 @@ def _rows(
 ) -> Iterator[Prediction]:
     """The predictions for all samples, or for the first `limit`, folder by folder; `tally` counts along."""
     left = sum(map(len, indexes)) if limit is None else min(limit, sum(map(len, indexes)))
-    with Progress("evaluate", left, "samples") as progress:
+    with TrainState("evaluate", left, "samples") as progress:
         for number, index in enumerate(indexes):
             numbers = range(min(left, len(index)))
             left -= len(numbers)
@@ -181,11 +181,11 @@ def _write_predictions(path: Path, rows: Iterator[Prediction]) -> None:
 
 
 def open_student(
-    run: Path, base: str | None = None, most_images: int = 1, max_length: int | None = None
+    run: Path, base: str | None = None, max_images: int = 1, max_length: int | None = None
 ) -> tuple[Student, Any, Collator]:
     """The trained student of a run in the run's precision, its tokenizer, and a collator for questions.
 
-    A question and one image have `max_length` tokens, by default those of the training, and each of `most_images`
+    A question and one image have `max_length` tokens, by default those of the training, and each of `max_images`
     after that its own.
     """
     source = export.find(run)
@@ -198,12 +198,12 @@ def open_student(
         processor,
         image_token_id=anatomy.image_token_id,
         tokens_per_image=anatomy.grid.size,
-        max_length=(max_length or export.max_length(source)) + (most_images - 1) * anatomy.grid.size,
-        most_images=most_images,
+        max_length=(max_length or export.max_length(source)) + (max_images - 1) * anatomy.grid.size,
+        max_images=max_images,
         setting="--max-length",
     )
     student.end_with(encoder.end_token_id)
-    view = TowerView(eye.size, eye.mean, eye.std)
+    view = PreprocessCfg(eye.size, eye.mean, eye.std)
     collator = Collator(encoder, view, None, anatomy.grid, padding_side="left", with_answer=False)
     return student, processor.tokenizer, collator
 

@@ -14,12 +14,12 @@ from pathlib import Path
 from medalign import run
 from medalign.cli.values import count, whole
 from medalign.config import Config, load, recipes
-from medalign.data.collate import TowerView
-from medalign.data.index import ShardIndex
-from medalign.data.loader import TrainLoader, rank_draws
-from medalign.data.plan import Order, StepPlan
+from medalign.data.batches.collator import PreprocessCfg
+from medalign.data.batches.loader import TrainLoader, rank_indices_and_prefetch
+from medalign.data.order.order import Order, StepPlan
+from medalign.data.shards.index import ShardIndex
 from medalign.errors import ConfigError
-from medalign.evaluation.batches import BatchView, as_html, as_picture, as_text, view_batch
+from medalign.evaluation.report.batches import BatchView, as_html, as_picture, as_text, view_batch
 from medalign.observability.files import write_text
 from medalign.teacher.source import teacher_eye
 from medalign.training.schedule import describe_length, resolve_steps
@@ -37,7 +37,7 @@ With --keys: one JSON line a step, {"step": ..., "keys": [...]}, the sample keys
 is decoded. Each rank's part is drawn by the loader of a training and put together again, so that the lines are the same
 for every --world-size and --workers.
 
-Without --keys: one global batch, decoded, as the towers see it: pictures, text with what is learnt in colour, spans,
+Without --keys: one global batch, decoded, as the towers see it: pictures, text with what is learnt in color, spans,
 lengths and padding; in the terminal, or in a page or picture. It shows images and texts of the data: keep it where
 those may be."""
 
@@ -88,7 +88,7 @@ def global_batches(
     index: ShardIndex, order: Order, plan: StepPlan, workers: int, steps: range
 ) -> Iterator[tuple[int, list[str]]]:
     """Step and sample keys of each global batch, put together from what every rank's loader draws for its workers."""
-    ranks = [rank_draws(order, plan, rank, steps.start, workers) for rank in range(plan.world)]
+    ranks = [rank_indices_and_prefetch(order, plan, rank, steps.start, workers) for rank in range(plan.world)]
     for step in steps:
         draws = [draw for rank in ranks for draw in islice(rank, plan.accumulation)]
         yield step, [index.key(number) for draw in draws for number in draw.numbers]
@@ -99,8 +99,8 @@ def look(config: Config, step: int) -> BatchView:
     index = run.open_index(config)
     run.require_images(config, index)
     eye = teacher_eye(config.teacher.path) if config.distils else None
-    teacher = TowerView(*eye) if eye else None
-    collator, processor = run.check_collator(config, teacher, index.most_images)
+    teacher = PreprocessCfg(*eye) if eye else None
+    collator, processor = run.check_collator(config, teacher, index.max_images)
     loader = TrainLoader(
         index,
         run.build_order(config, index),
@@ -136,7 +136,7 @@ def _print_keys(config: Config, chosen: argparse.Namespace) -> None:
 
 def _show(view: BatchView, output: Path | None) -> None:
     if output is None:
-        sys.stdout.write(as_text(view, colour=_wants_colour()))
+        sys.stdout.write(as_text(view, color=_wants_color()))
         return
     try:
         if output.suffix.lower() in _PICTURE:
@@ -149,7 +149,7 @@ def _show(view: BatchView, output: Path | None) -> None:
     log.info("batch: %s", output)
 
 
-def _wants_colour() -> bool:
+def _wants_color() -> bool:
     if os.environ.get("NO_COLOR"):
         return False
     return bool(os.environ.get("FORCE_COLOR")) or sys.stdout.isatty()

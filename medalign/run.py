@@ -14,17 +14,17 @@ from PIL import Image
 from medalign import config as settings
 from medalign import distributed
 from medalign.checkpoint import export, lock, state
-from medalign.checkpoint.state import Progress
+from medalign.checkpoint.state import TrainState
 from medalign.config import Config
 from medalign.contracts import Batch, Sample
-from medalign.data.collate import Collator, TowerView
-from medalign.data.index import ShardIndex
-from medalign.data.loader import TrainLoader
-from medalign.data.mixing import LengthGroups, Mixture
-from medalign.data.plan import GlobalOrder, Order
-from medalign.data.prompts import PromptEncoder
-from medalign.data.storage import Access
-from medalign.data.table import image_share
+from medalign.data.batches.collator import Collator, PreprocessCfg
+from medalign.data.batches.loader import TrainLoader
+from medalign.data.batches.prompts import PromptEncoder
+from medalign.data.order.mixture import LengthGroupedOrder, Mixture
+from medalign.data.order.order import GlobalOrder, Order
+from medalign.data.shards.index import ShardIndex
+from medalign.data.shards.table import image_share
+from medalign.data.storage.byte_ranges import StorageOptions
 from medalign.engine import engine as deepspeed_engine
 from medalign.engine.engine import Engine
 from medalign.engine.settings import deepspeed_settings, precision
@@ -34,12 +34,12 @@ from medalign.observability.files import write_text
 from medalign.observability.sinks import ConsoleSink, JsonlSink, Sink, WandbSink
 from medalign.student import loading
 from medalign.student.checks import check_student
-from medalign.student.families import Anatomy
+from medalign.student.families import ModelSpec
 from medalign.student.model import Student, check_causality
 from medalign.teacher.clip import Teacher, load_teacher
 from medalign.teacher.targets import assert_replicated
-from medalign.training import loop, schedule
-from medalign.training.step import Step
+from medalign.training import schedule, trainer
+from medalign.training.step import TrainStep
 
 log = logging.getLogger("medalign")
 
@@ -49,7 +49,7 @@ def train(config: Config) -> Path:
     distributed.adopt_launcher()
     distributed.set_up_logging()
     folder = Path(config.run.dir)
-    ds_settings = deepspeed_settings(config, distributed.world())
+    ds_settings = deepspeed_settings(config, distributed.world_size())
     deepspeed_engine.start(ds_settings)
     try:
         with lock.held(folder):
@@ -60,16 +60,16 @@ def train(config: Config) -> Path:
 
 
 def _train(config: Config, folder: Path, ds_settings: dict[str, Any]) -> None:
-    with distributed.together():
+    with distributed.raise_on_all_ranks():
         index = open_index(config) if config.train.steps != 0 else None
         if index is not None:
             require_images(config, index)
-        check_collator(config, None, index.most_images if index else 1)
+        check_collator(config, None, index.max_images if index else 1)
     found = state.latest(folder / "checkpoints")
     stage, data = deepspeed_engine.stage(ds_settings), index.fingerprint() if index else ()
-    progress = Progress(step=0, samples=0, ranks=distributed.world(), stage=stage, data=data)
+    progress = TrainState(step=0, samples=0, ranks=distributed.world_size(), stage=stage, data=data)
     if found:
-        with distributed.together():
+        with distributed.raise_on_all_ranks():
             _require_same_run(config, progress, found, folder / "config.yaml")
     samples = len(index) if index else 0
     config = schedule.resolve_steps(config, samples)
@@ -78,14 +78,14 @@ def _train(config: Config, folder: Path, ds_settings: dict[str, Any]) -> None:
     if found:
         progress = replace(state.load(engine, found), stage=stage, data=data)
         log.info("going on from %s", found)
-    with distributed.together():
-        sinks = _begin_to_write(config, folder, progress) if distributed.is_main() else []
+    with distributed.raise_on_all_ranks():
+        sinks = _write_config_and_open_loggers(config, folder, progress) if distributed.is_main() else []
 
-    def save(now: Progress) -> None:
+    def save(now: TrainState) -> None:
         state.save(engine, folder / "checkpoints", now, config.checkpoint.keep, write_export)
 
     def write_export(target: Path) -> None:
-        whole = engine.gathered([pair for group in student.trainable().values() for pair in group])
+        whole = engine.gather_parameters([pair for group in student.trainable().values() for pair in group])
         if distributed.is_main():
             export.write(student, whole, config.student, config.data.max_length, target)
 
@@ -94,13 +94,13 @@ def _train(config: Config, folder: Path, ds_settings: dict[str, Any]) -> None:
             if not found:
                 save(progress)
         elif progress.step < schedule.total_steps(config.train):
-            step = Step(engine, teacher, build_objective(config), student.anatomy.grid)
+            step = TrainStep(engine, teacher, build_objective(config), student.anatomy.grid)
             batches = iter(build_loader(config, index, collator, progress))
-            progress = loop.train(config, step, batches, progress, sinks, save)
+            progress = trainer.train(config, step, batches, progress, sinks, save)
     finally:
         for sink in sinks:
             sink.close()
-    _say_end(config, folder, progress)
+    _log_summary(config, folder, progress)
 
 
 def _build(
@@ -116,7 +116,7 @@ def _build(
     if teacher is not None:
         assert_replicated(teacher)
     processor = loading.load_processor(config.student)
-    collator = build_collator(config, student, processor, teacher, index.most_images if index else 1)
+    collator = build_collator(config, student, processor, teacher, index.max_images if index else 1)
     check_causality(student, probe(collator).to(engine.device))
     return engine, teacher, student, collator
 
@@ -135,37 +135,37 @@ def build_teacher(config: Config) -> Teacher | None:
 
 
 def build_collator(
-    config: Config, student: Student, processor: Any, teacher: Teacher | None, most_images: int
+    config: Config, student: Student, processor: Any, teacher: Teacher | None, max_images: int
 ) -> Collator:
     """Samples to batches, for this student and this teacher."""
-    view = TowerView(teacher.image_size, teacher.mean, teacher.std) if teacher is not None else None
-    return collator_of(config, student.anatomy, processor, view, most_images)
+    view = PreprocessCfg(teacher.image_size, teacher.mean, teacher.std) if teacher is not None else None
+    return collator_of(config, student.anatomy, processor, view, max_images)
 
 
 def collator_of(
-    config: Config, anatomy: Anatomy, processor: Any, teacher_view: TowerView | None, most_images: int
+    config: Config, anatomy: ModelSpec, processor: Any, teacher_view: PreprocessCfg | None, max_images: int
 ) -> Collator:
-    """Samples of up to `most_images` images to batches, for models of which only the shapes are known."""
+    """Samples of up to `max_images` images to batches, for models of which only the shapes are known."""
     eye = loading.eye(processor, anatomy.image_size)
     encoder = PromptEncoder(
         processor,
         image_token_id=anatomy.image_token_id,
         tokens_per_image=anatomy.grid.size,
         max_length=config.data.max_length,
-        most_images=most_images,
+        max_images=max_images,
     )
-    view = TowerView(eye.size, eye.mean, eye.std)
+    view = PreprocessCfg(eye.size, eye.mean, eye.std)
     rows = config.losses.attention_rows
     return Collator(encoder, view, teacher_view, anatomy.grid, packed=config.data.packing, attention_rows=rows)
 
 
-def check_collator(config: Config, teacher_view: TowerView | None, most_images: int) -> tuple[Collator, Any]:
+def check_collator(config: Config, teacher_view: PreprocessCfg | None, max_images: int) -> tuple[Collator, Any]:
     """The collator and the processor of a student of which no weight is read.
 
     Raises ConfigError, in seconds, for every reason known before that why the student cannot be trained.
     """
     anatomy, processor = check_student(config.student)
-    return collator_of(config, anatomy, processor, teacher_view, most_images), processor
+    return collator_of(config, anatomy, processor, teacher_view, max_images), processor
 
 
 def build_objective(config: Config) -> Objective:
@@ -173,7 +173,7 @@ def build_objective(config: Config) -> Objective:
     return Objective(
         alpha=losses.alpha,
         beta=losses.beta,
-        normalise=losses.normalise,
+        normalize=losses.normalize,
         language_mean=losses.language_mean,
         weighting=losses.weighting,
         ignore_padding=losses.ignore_padding,
@@ -185,7 +185,7 @@ def open_index(config: Config) -> ShardIndex:
     """The training folders' index."""
     data = config.data
     cache = Path(data.cache_dir) if data.cache_dir else None
-    access = Access(retries=data.retries, cache=cache, cache_bytes=int(data.cache_gib * 2**30))
+    access = StorageOptions(retries=data.retries, cache=cache, cache_bytes=int(data.cache_gib * 2**30))
     return ShardIndex.open(data.folders, access)
 
 
@@ -221,11 +221,11 @@ def build_order(config: Config, index: ShardIndex) -> Order:
         order = GlobalOrder(len(index), seed, shards=np.concatenate(sizes), block=data.shuffle_block)
     if data.length_groups > 1:
         batch, groups = config.train.batch_size, data.length_groups
-        order = LengthGroups(order, index.lengths, global_batch=batch, groups=groups, seed=seed)
+        order = LengthGroupedOrder(order, index.lengths, global_batch=batch, groups=groups, seed=seed)
     return order
 
 
-def build_loader(config: Config, index: ShardIndex, collator: Collator, progress: Progress) -> TrainLoader:
+def build_loader(config: Config, index: ShardIndex, collator: Collator, progress: TrainState) -> TrainLoader:
     """The batches of this rank, from the step where the run stands."""
     return TrainLoader(
         index,
@@ -234,13 +234,13 @@ def build_loader(config: Config, index: ShardIndex, collator: Collator, progress
         global_batch=config.train.batch_size,
         micro_batch=config.train.micro_batch_size,
         rank=distributed.rank(),
-        world=distributed.world(),
+        world=distributed.world_size(),
         start_step=progress.step,
         workers=config.data.workers,
     )
 
 
-def build_sinks(config: Config, folder: Path, progress: Progress) -> list[Sink]:
+def build_sinks(config: Config, folder: Path, progress: TrainState) -> list[Sink]:
     """Where the numbers of this run go; rank 0 alone calls it."""
     whole = {section: vars(getattr(config, section)) for section in vars(config)}
     log_settings = config.log
@@ -259,10 +259,10 @@ def build_sinks(config: Config, folder: Path, progress: Progress) -> list[Sink]:
 
 
 def probe(collator: Collator) -> Batch:
-    """A small batch, two questions of unlike length about a grey picture, to try the model on before the first step."""
-    grey = Image.new("RGB", (8, 8), (128, 128, 128))
+    """A small batch, two questions of unlike length about a gray picture, to try the model on before the first step."""
+    gray = Image.new("RGB", (8, 8), (128, 128, 128))
     questions = ("Is this study normal?", "Where is the abnormality?")
-    return collator([Sample("probe", "none", "vqa", question, "yes", "closed", (grey,)) for question in questions])
+    return collator([Sample("probe", "none", "vqa", question, "yes", "closed", (gray,)) for question in questions])
 
 
 def parameter_groups(student: Student, config: Config) -> list[dict[str, Any]]:
@@ -274,20 +274,20 @@ def parameter_groups(student: Student, config: Config) -> list[dict[str, Any]]:
     ]
 
 
-def _begin_to_write(config: Config, folder: Path, progress: Progress) -> list[Sink]:
+def _write_config_and_open_loggers(config: Config, folder: Path, progress: TrainState) -> list[Sink]:
     """Only now, when nothing can refuse the run any more, are its settings written down."""
     write_text(folder / "config.yaml", settings.dump(config))
     return build_sinks(config, folder, progress)
 
 
-def _require_same_run(config: Config, now: Progress, found: Path, path: Path) -> None:
+def _require_same_run(config: Config, now: TrainState, found: Path, path: Path) -> None:
     """Raises ConfigError where `found` is a checkpoint of other settings, another ZeRO stage or other data."""
     engine = ""
     if path.is_file():
         written = settings.read(path)
         _require_same(written, config, path)
         engine = f" {written.engine.deepspeed}"
-    before = state.read_progress(found)
+    before = state.read_state(found)
     if before.stage not in (None, now.stage):
         raise ConfigError(
             f"{found} is of ZeRO stage {before.stage}, engine.deepspeed {config.engine.deepspeed} is of stage "
@@ -332,7 +332,7 @@ _MAY_CHANGE: Sequence[str] = (
 )
 
 
-def _say_end(config: Config, folder: Path, progress: Progress) -> None:
+def _log_summary(config: Config, folder: Path, progress: TrainState) -> None:
     log.info(
         "%s: %d steps, %d samples; %d bad samples replaced, %d cut to %d tokens",
         folder,

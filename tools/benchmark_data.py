@@ -4,10 +4,10 @@
     python tools/benchmark_data.py --samples 400 --rounds 5
     python tools/benchmark_data.py --index-samples 1000000
 
-Speed: grey JPEGs of 512 and of 2,500 pixels a side, stored in a webdataset tar and as files, to 336 x 336 pixels,
+Speed: gray JPEGs of 512 and of 2,500 pixels a side, stored in a webdataset tar and as files, to 336 x 336 pixels,
 with little and with much noise. The ways take turns, so that the machine's moods hit all alike:
 
-    medalign     byte ranges from the index, checksum, grey decoding, reduced scale where the film is far larger,
+    medalign     byte ranges from the index, checksum, gray decoding, reduced scale where the film is far larger,
                  resized as the towers' views are
     webdataset   WebDataset(...).decode("pilrgb"), resized
     files        torch's Dataset of files through its DataLoader (no workers), opened and converted to RGB, resized
@@ -15,7 +15,7 @@ with little and with much noise. The ways take turns, so that the machine's mood
                  only where it is installed (pip install litdata); the result says so where it is not
 
 At 512 pixels the result must be equal to the last bit, or the run stops; at 2,500 the largest and mean difference in
-grey levels are written down. `at_most` is what no way could surpass that reads these bytes with this decoder: the times
+gray levels are written down. `at_most` is what no way could surpass that reads these bytes with this decoder: the times
 if ours took no longer than decoding at an eighth of the scale, where every code is read and next to nothing is made of
 it. Memory and resume: a synthetic index whose rows all point into one real shard.
 """
@@ -43,11 +43,11 @@ import webdataset
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from medalign.data import listing, table
-from medalign.data.index import ShardIndex
-from medalign.data.plan import GlobalOrder
-from medalign.data.records import Picture, Record
-from medalign.data.shards import write_shards
+from medalign.data.order.order import GlobalOrder
+from medalign.data.shards import listing, table
+from medalign.data.shards.index import ShardIndex
+from medalign.data.shards.records import Picture, Record
+from medalign.data.shards.writer import write_shards
 from medalign.geometry import resize, square_canvas
 
 SIZE = 336
@@ -56,7 +56,7 @@ RESULT = Path(__file__).parent / "results" / "data_cpu.json"
 
 
 def film(side: int, seed: int, noise: int = 2) -> bytes:
-    """A grey JPEG with soft structure and noise of so many grey levels; the more noise, the more bytes to decode."""
+    """A gray JPEG with soft structure and noise of so many gray levels; the more noise, the more bytes to decode."""
     draw = np.random.default_rng(seed)
     coarse = Image.fromarray(draw.integers(0, 256, (24, 24), dtype=np.uint8))
     soft = np.asarray(coarse.resize((side, side), Image.Resampling.BICUBIC), dtype=np.int16)
@@ -67,7 +67,7 @@ def film(side: int, seed: int, noise: int = 2) -> bytes:
 
 
 def ours(folder: Path) -> Iterator[np.ndarray]:
-    """[336, 336, 1] each: the channels of a grey picture are alike, and the towers' views spread them."""
+    """[336, 336, 1] each: the channels of a gray picture are alike, and the towers' views spread them."""
     index = ShardIndex.open(folder / "shards")
     for number in GlobalOrder(len(index), 0, shuffle=False).epoch(0):
         canvas = square_canvas(index.read(int(number), at_least=SIZE).images[0])
@@ -213,7 +213,7 @@ def synthetic(folder: Path, samples: int) -> None:
         (np.arange(1, len(rows) + 1, dtype=np.int64) * 17).tofile(file)
         file.write(keys)
         file.write(b"\0" * (table._further_at(len(rows), len(keys)) - file.tell()))  # and no further images
-        packed = listing.Packed(keys=len(keys), further=0, most_images=1)
+        packed = listing.IndexStats(keys=len(keys), further=0, max_images=1)
         footer = {"samples": len(rows), **packed._asdict(), "stamp": table._stamp(text), "shards": entries}
         body = json.dumps(footer).encode()
         file.write(body + len(body).to_bytes(8, "little") + table._MAGIC)

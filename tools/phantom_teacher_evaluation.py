@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from medalign.data.phantom import KINDS, Study, stream, study
 from medalign.geometry import CanvasFrame, coverage, square_canvas, view
+from medalign.phantom import KINDS, Study, stream, study
 from medalign.teacher.clip import Teacher, build_clip, load_teacher
 from medalign.teacher.source import CONFIG_NAME, WEIGHTS_NAME
 
@@ -116,7 +116,7 @@ def zero_shot(folder: Path, tokenize: Tokenize, test: Films, held_out: Films) ->
 
 
 def best_threshold(margins: np.ndarray, truth: np.ndarray) -> float:
-    """The threshold of most accuracy, halfway between two neighbouring margins."""
+    """The threshold of most accuracy, halfway between two neighboring margins."""
     order = margins.argsort()
     ordered = margins[order]
     # Right answers when the i lowest are called absent: the absent ones among these, the present ones among the rest.

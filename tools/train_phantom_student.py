@@ -44,7 +44,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from medalign.contracts import IGNORE
-from medalign.data.phantom import stream, study
+from medalign.phantom import stream, study
 
 OUTLINES = 10.0  # weight of the shapes' outlines
 POINTING = (1, 2)  # blocks of the language model whose attention is taught to point

@@ -31,9 +31,9 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
-from medalign.data.phantom import KINDS, Finding, stream, study
-from medalign.data.phantom.contracts import SIDES, ZONES
 from medalign.geometry import CanvasFrame, PatchGrid, square_canvas, view
+from medalign.phantom import KINDS, Finding, stream, study
+from medalign.phantom.contracts import SIDES, ZONES
 from medalign.teacher.clip import build_clip
 from medalign.teacher.source import CONFIG_NAME, WEIGHTS_NAME
 
@@ -120,7 +120,7 @@ def tokenize(tokenizer: Tokenizer, texts: list[str]) -> torch.Tensor:
     return ids
 
 
-def normalise(films: torch.Tensor) -> torch.Tensor:
+def normalize(films: torch.Tensor) -> torch.Tensor:
     """uint8 [I, T, T] to what the tower wants, [I, 3, T, T]."""
     return ((films[:, None].float() / 255 - MEAN[0]) / STD[0]).expand(-1, 3, -1, -1)
 
@@ -155,7 +155,7 @@ class Heads(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.naming = nn.Linear(EMBEDDING, len(SITES))
+        self.sample_context = nn.Linear(EMBEDDING, len(SITES))
         self.mapping = nn.Linear(WIDTH, len(KINDS))
 
     def losses(
@@ -163,7 +163,7 @@ class Heads(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Of embeddings [I, EMBEDDING] and of patch features [I, M, WIDTH]; each summed over what there is to say."""
         rarity = torch.tensor(RARITY)
-        named = F.binary_cross_entropy_with_logits(self.naming(image), sites) * len(SITES)
+        named = F.binary_cross_entropy_with_logits(self.sample_context(image), sites) * len(SITES)
         mapped = F.binary_cross_entropy_with_logits(self.mapping(patches), maps.float(), pos_weight=rarity)
         return named, mapped * len(KINDS)
 
@@ -179,7 +179,7 @@ def train(options: argparse.Namespace) -> None:
     order = batches(len(pool.films), options.batch, options.steps, options.seed)
     bar = tqdm(order, total=options.steps, desc="training", mininterval=5)
     for step, chosen in enumerate(bar, 1):
-        image, patches = model.visual(normalise(pool.films[chosen]))
+        image, patches = model.visual(normalize(pool.films[chosen]))
         text = model.encode_text(texts[chosen], normalize=True)
         pulled = contrast(F.normalize(image, dim=-1), text, model.logit_scale.exp())
         named, mapped = heads.losses(image, patches, pool.sites[chosen], pool.maps[chosen])

@@ -23,7 +23,7 @@ def held(folder: Path) -> Iterator[None]:
     cannot be used.
     """
     with ExitStack() as stack:
-        with distributed.together():
+        with distributed.raise_on_all_ranks():
             if distributed.is_main():
                 _take(folder, stack)
         yield

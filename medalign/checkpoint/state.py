@@ -3,7 +3,7 @@
     checkpoints/
       latest              name of the newest whole checkpoint, replaced in one rename
       step-000500/
-        state/            DeepSpeed's shards: what learns, the optimiser
+        state/            DeepSpeed's shards: what learns, the optimizer
         export/           the trained student, as `medalign export` gives it
         progress.json     step, samples, ranks, what was skipped and cut
 
@@ -36,7 +36,7 @@ _SLACK = 1 << 20  # bytes: indices, JSON, file system blocks
 
 
 @dataclass(frozen=True)
-class Progress:
+class TrainState:
     """Where a run stands. The next step to run is number `step`."""
 
     step: int
@@ -55,7 +55,7 @@ def bytes_needed(engine: Engine) -> int:
     return learning * (3 * 4 + 4 + 4) + _SLACK
 
 
-def save(engine: Engine, root: Path, progress: Progress, keep: int, export: Callable[[Path], None]) -> Path:
+def save(engine: Engine, root: Path, progress: TrainState, keep: int, export: Callable[[Path], None]) -> Path:
     """Write the checkpoint of `progress.step` and make it the latest. Every rank must call it.
 
     Args:
@@ -80,7 +80,7 @@ def save(engine: Engine, root: Path, progress: Progress, keep: int, export: Call
             lambda: export(partial / "export"),
             _on_main(commit),
         ):
-            with distributed.together(), _disk(failed, remedy):  # at its end, every rank has written its part
+            with distributed.raise_on_all_ranks(), _disk(failed, remedy):  # at its end, every rank has written its part
                 act()
     except CheckpointError:
         if distributed.is_main():
@@ -121,10 +121,10 @@ def latest(root: Path) -> Path | None:
     Raises CheckpointError if `latest` names one that is gone.
     """
     name = ""
-    with distributed.together():
+    with distributed.raise_on_all_ranks():
         if distributed.is_main():
             name = _named(root / "latest")
-    name = distributed.main_says(name)
+    name = distributed.broadcast_from_main(name)
     return root / name if name else None
 
 
@@ -139,12 +139,12 @@ def _named(pointer: Path) -> str:
     return name
 
 
-def read_progress(folder: Path) -> Progress:
+def read_state(folder: Path) -> TrainState:
     """Where the run stood when the checkpoint was written. Raises CheckpointError if its file is damaged."""
     path = folder / "progress.json"
     try:
         values = json.loads(path.read_text())
-        return Progress(**{**values, "data": tuple(values.get("data", ()))})
+        return TrainState(**{**values, "data": tuple(values.get("data", ()))})
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{path} cannot be read ({error}): it is damaged or of another version; "
@@ -152,24 +152,24 @@ def read_progress(folder: Path) -> Progress:
         ) from error
 
 
-def load(engine: Engine, folder: Path) -> Progress:
+def load(engine: Engine, folder: Path) -> TrainState:
     """Restore the engine, on any number of ranks; every rank must call it.
 
     The order of the data does not depend on the ranks, so a run goes on with the batches that it would have had. Its
     numbers are the same up to the order in which ranks are summed, and to what dropout draws on each rank.
     """
-    progress = read_progress(folder)
-    if progress.ranks == distributed.world():
+    progress = read_state(folder)
+    if progress.ranks == distributed.world_size():
         engine.load(folder)
         return progress
-    log.info("the checkpoint is of %d ranks: rewriting it for %d", progress.ranks, distributed.world())
+    log.info("the checkpoint is of %d ranks: rewriting it for %d", progress.ranks, distributed.world_size())
     rewritten = folder.parent / f"{_PARTIAL}universal-{folder.name}"
     _rewrite(folder, rewritten)
     engine.load(rewritten, universal=True)
     distributed.barrier()
     if distributed.is_main():
         shutil.rmtree(rewritten, ignore_errors=True)  # what stays, the next checkpoint clears away
-    return replace(progress, ranks=distributed.world())
+    return replace(progress, ranks=distributed.world_size())
 
 
 def _rewrite(folder: Path, target: Path) -> None:
@@ -180,7 +180,7 @@ def _rewrite(folder: Path, target: Path) -> None:
         to_universal(folder, target)
 
     failed = f"{folder} could not be rewritten for another number of ranks"
-    with distributed.together(), _disk(failed, "free space, or start with as many ranks as wrote it"):
+    with distributed.raise_on_all_ranks(), _disk(failed, "free space, or start with as many ranks as wrote it"):
         _on_main(write)()
 
 

@@ -1,4 +1,4 @@
-"""`medalign shards SOURCE`: a data set's folder to shards, with the options of its source."""
+"""`medalign shards CONVERTER`: a data set's folder to shards, with the options of its source."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from medalign.cli.values import count, plainly
-from medalign.data.shards import PackReport, build_index
-from medalign.data.sources import known
-from medalign.data.sources.account import Account, kind
-from medalign.data.sources.convert import REPORT_NAME, convert
-from medalign.data.sources.hashing import Hashing, own_salt, read_salt
-from medalign.data.sources.source import IDENTIFIERS, Setting, Source
-from medalign.data.table import image_share, read_table
+from medalign.cli.values import argument_type, count
+from medalign.data.shards.table import image_share, read_table
+from medalign.data.shards.writer import PackReport, build_index
+from medalign.datasets import known
+from medalign.datasets.base import IDENTIFIERS, DatasetConverter, Setting
+from medalign.datasets.convert import REPORT_NAME, convert
+from medalign.datasets.hashing import Hashing, own_salt, read_salt
+from medalign.datasets.report import ConversionReport, kind
 from medalign.errors import ConfigError, DataError
 
 log = logging.getLogger("medalign")
@@ -30,7 +30,7 @@ Pack a data set into WebDataset shards.
 Each split goes into its own folder, OUTPUT/SPLIT, with an index. Samples that cannot be used are skipped; they are
 counted by reason, and named in OUTPUT/{REPORT_NAME}. After an interruption the same command goes on where it stopped.
 
-medalign shards SOURCE --help shows what the folder of a source must hold and what is written."""
+medalign shards CONVERTER --help shows what the folder of a source must hold and what is written."""
 
 _EPILOG = """\
 examples:
@@ -43,9 +43,9 @@ examples:
 def run(words: Sequence[str]) -> int:
     """Convert as the words say. Returns the exit status: 0, for errors are raised."""
     chosen = _parser().parse_args(words)
-    if chosen.known_source is None:
+    if chosen.converter is None:
         return _index(chosen.folders)
-    source: Source = chosen.known_source
+    source: DatasetConverter = chosen.converter
     account = _convert(source, chosen)
     for split, report in account.splits.items():
         _say_written(chosen.output / split, report)
@@ -103,7 +103,7 @@ def _say_notes(notes: Mapping[str, int]) -> None:
         log.warning("%s: %d times", note, times)
 
 
-def _convert(source: Source, chosen: argparse.Namespace) -> Account:
+def _convert(source: DatasetConverter, chosen: argparse.Namespace) -> ConversionReport:
     settings = {name: getattr(chosen, name) for name in source.defaults()}
     with tqdm(unit=" samples", desc=source.name, disable=None) as bar:
 
@@ -140,7 +140,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    sources = parser.add_subparsers(title="sources", required=True, metavar="SOURCE")
+    sources = parser.add_subparsers(title="sources", required=True, metavar="CONVERTER")
     for source in known().values():
         one = sources.add_parser(
             source.name,
@@ -148,7 +148,7 @@ def _parser() -> argparse.ArgumentParser:
             description=_teach(source),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        one.set_defaults(known_source=source)
+        one.set_defaults(converter=source)
         _add_common(one)
         if source.settings:
             group = one.add_argument_group(f"options of {source.name}")
@@ -164,12 +164,12 @@ def _parser() -> argparse.ArgumentParser:
         "with a member that may be an image under a name that is not known. Texts and labels beside a sample (KEY.txt, "
         "KEY.cls, ...) are not read, and counted.",
     )
-    index.set_defaults(known_source=None)
+    index.set_defaults(converter=None)
     index.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="folder of .tar files")
     return parser
 
 
-def _teach(source: Source) -> str:
+def _teach(source: DatasetConverter) -> str:
     where = f"Get it under the name: {source.public_name}\n\n" if source.public_name else ""
     return f"{source.title[0].upper()}{source.title[1:]}.\n\n{where}The folder:\n\n{source.layout}"
 
@@ -206,5 +206,5 @@ def _add_setting(group, setting: Setting) -> None:
     several = {"nargs": "+"} if setting.several else {}
     choices = {"choices": setting.choices} if setting.choices else {"metavar": "VALUE"}
     group.add_argument(
-        f"--{setting.name}", type=plainly(setting.parse), default=setting.default, help=told, **several, **choices
+        f"--{setting.name}", type=argument_type(setting.parse), default=setting.default, help=told, **several, **choices
     )

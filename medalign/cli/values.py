@@ -10,7 +10,7 @@ from typing import TypeVar
 Value = TypeVar("Value")
 
 
-def plainly(parse: Callable[[str], Value]) -> Callable[[str], Value]:
+def argument_type(parse: Callable[[str], Value]) -> Callable[[str], Value]:
     """`parse` for argparse, which would name the function instead of telling what a ValueError says."""
 
     def parsed(text: str) -> Value:

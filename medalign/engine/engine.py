@@ -105,7 +105,7 @@ class Engine:
         """Learning rate of each parameter group by name, as the optimizer itself has it."""
         return {name: float(group["lr"]) for name, group in zip(self._names, self.optimizer.param_groups, strict=True)}
 
-    def gathered(self, parameters: Sequence[tuple[str, nn.Parameter]]) -> dict[str, torch.Tensor]:
+    def gather_parameters(self, parameters: Sequence[tuple[str, nn.Parameter]]) -> dict[str, torch.Tensor]:
         """Whole parameters by name, on the CPU, on rank 0; an empty dict on the others. Every rank must call it."""
         whole = {}
         for name, parameter in parameters:
@@ -115,12 +115,12 @@ class Engine:
         return whole
 
     def save(self, folder: Path) -> None:
-        """Write what learns, with the optimiser's state, into `folder`. Every rank must call it.
+        """Write what learns, with the optimizer's state, into `folder`. Every rank must call it.
 
         A rank whose disk fails goes through DeepSpeed's barriers with the others and raises at the end.
         """
         writer = self._engine.checkpoint_engine
-        with _raised_late((writer, "makedirs"), (writer, "save"), (self._engine, "_copy_recovery_script")):
+        with defer_io_errors((writer, "makedirs"), (writer, "save"), (self._engine, "_copy_recovery_script")):
             self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False, exclude_frozen_parameters=True)
 
     def load(self, folder: Path, *, universal: bool = False) -> None:
@@ -187,7 +187,7 @@ def _announce_compilation(settings: Mapping[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def _raised_late(*methods: tuple[Any, str]) -> Iterator[None]:
+def defer_io_errors(*methods: tuple[Any, str]) -> Iterator[None]:
     """Inside, these methods of these objects keep what a writer raises; the first of it is raised at the end."""
     failures: list[Exception] = []
 

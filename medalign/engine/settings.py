@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from medalign.config import Config
-from medalign.data.plan import StepPlan
+from medalign.data.order.order import StepPlan
 from medalign.errors import ConfigError
 
 # Gradients of bf16 weights are summed in fp32, over micro-batches and over ranks; DeepSpeed's default is the weights'

@@ -4,7 +4,7 @@ The attention is that of the question's tokens at the tapped block, mean over he
 not tell whether the student follows the question, nor whether its answer depends on where the attention lies.
 
 Everything is measured on the picture alone, without the padding that makes it square: attention on padding is left
-out before it is normalised, and so is the padding's ground. Attention spread evenly over the picture then scores
+out before it is normalized, and so is the padding's ground. Attention spread evenly over the picture then scores
 exactly the boxes' share of it, so the share is what chance gives; and a student gains nothing by merely ignoring
 the padding.
 """
@@ -41,8 +41,8 @@ def grounding(
     None where no box covers any of the picture: no score would be fair.
 
     The boxes count as their union, cut to the picture; a patch that is partly inside counts in proportion. A patch
-    is a hit where its centre lies in a box, or where it holds the centre of a box (which may be smaller than a
-    patch, and lie between centres). The strongest patch is the first one of largest attention among those that
+    is a hit where its center lies in a box, or where it holds the center of a box (which may be smaller than a
+    patch, and lie between centers). The strongest patch is the first one of largest attention among those that
     show some of the picture.
 
     Raises ValueError for a map of another size, and values that are negative or not finite.

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field
 
-from medalign.data.loader import judge_bad_share
-from medalign.evaluation.generate import Predicted
+from medalign.data.batches.loader import check_skip_rate
+from medalign.evaluation.generation import Predicted
 from medalign.evaluation.metrics import Prediction
 from medalign.evaluation.metrics.predictions import LENGTH
 
@@ -17,7 +17,7 @@ log = logging.getLogger("medalign")
 class Tally:
     """The predictions so far and what happened on the way to them."""
 
-    max_bad_share: float
+    max_skip_fraction: float
     rows: list[Prediction] = field(default_factory=list)
     unreadable: int = 0
     truncated: int = 0
@@ -28,7 +28,7 @@ class Tally:
         self.truncated += predicted.cut
         self.unreadable += len(predicted.unreadable)
         seen = len(self.rows) + self.unreadable
-        judge_bad_share(self.unreadable, seen, self.max_bad_share, predicted.unreadable, "--max-bad-share")
+        check_skip_rate(self.unreadable, seen, self.max_skip_fraction, predicted.unreadable, "--max-skip-fraction")
 
     def counts(self) -> dict[str, int]:
         """The counts of scores.json.

@@ -9,7 +9,7 @@ import torch
 
 from medalign.contracts import LossTerm
 
-NORMALISATIONS = ("sum", "softmax", "official")
+NORMALIZATIONS = ("sum", "softmax", "official")
 SMALLEST = 1e-12  # a map of less mass says nothing; a share below it is taken for it inside the logarithm
 
 
@@ -18,15 +18,15 @@ def attention_kl(
     teacher_map: torch.Tensor,
     mask: torch.Tensor | None = None,
     *,
-    normalise: str = "sum",
+    normalize: str = "sum",
 ) -> torch.Tensor:
-    """`KL(t || p)` of the normalised maps t (teacher) and p (student), for each image.
+    """`KL(t || p)` of the normalized maps t (teacher) and p (student), for each image.
 
     Args:
         student_map: `[B, N]`, not negative; receives the gradient.
         teacher_map: `[B, N]`, not negative; a constant.
-        mask: `[B, N]` bool; positions where it is False take no part, not even in the normalisation.
-        normalise: "sum": divided by the sum. "softmax": softmax of the N values. "official": divided by the L2
+        mask: `[B, N]` bool; positions where it is False take no part, not even in the normalization.
+        normalize: "sum": divided by the sum. "softmax": softmax of the N values. "official": divided by the L2
             norm, and the sum over N divided by N, as the released code does; that one may be negative.
 
     Returns:
@@ -35,9 +35,9 @@ def attention_kl(
         Shares of p below `SMALLEST` count as `SMALLEST`, and receive no gradient through the logarithm.
 
     Raises:
-        ValueError: shapes, mask or `normalise` that do not fit.
+        ValueError: shapes, mask or `normalize` that do not fit.
     """
-    _validate(student_map, teacher_map, mask, normalise)
+    _validate(student_map, teacher_map, mask, normalize)
     both_double = student_map.dtype == teacher_map.dtype == torch.float64
     dtype = torch.float64 if both_double else torch.float32
     student_BN, teacher_BN = student_map.to(dtype), teacher_map.detach().to(dtype)
@@ -47,28 +47,28 @@ def attention_kl(
     # Maps without mass go through the arithmetic as uniform ones, so that no gradient on the way is NaN.
     student_BN = torch.where(known_B[:, None], student_BN, valid_BN.to(dtype))
     teacher_BN = torch.where(known_B[:, None], teacher_BN, valid_BN.to(dtype))
-    share_BN, log_share_BN = _normalised(teacher_BN, valid_BN, normalise)
-    _, log_student_BN = _normalised(student_BN, valid_BN, normalise)
+    share_BN, log_share_BN = _normalized(teacher_BN, valid_BN, normalize)
+    _, log_student_BN = _normalized(student_BN, valid_BN, normalize)
     terms_BN = (share_BN * (log_share_BN - log_student_BN)).masked_fill(~valid_BN, 0)
     divergence_B = terms_BN.sum(1)
-    if normalise == "official":
+    if normalize == "official":
         divergence_B = divergence_B / valid_BN.sum(1).clamp_min(1)
     return divergence_B.masked_fill(~known_B, 0)
 
 
-def _normalised(map_BN: torch.Tensor, valid_BN: torch.Tensor, normalise: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """The normalised map and its logarithm, both finite everywhere."""
-    if normalise == "softmax":
+def _normalized(map_BN: torch.Tensor, valid_BN: torch.Tensor, normalize: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The normalized map and its logarithm, both finite everywhere."""
+    if normalize == "softmax":
         log_BN = map_BN.masked_fill(~valid_BN, torch.finfo(map_BN.dtype).min).log_softmax(1)
         return log_BN.exp(), log_BN
-    size_B1 = map_BN.sum(1, keepdim=True) if normalise == "sum" else torch.linalg.vector_norm(map_BN, dim=1)[:, None]
+    size_B1 = map_BN.sum(1, keepdim=True) if normalize == "sum" else torch.linalg.vector_norm(map_BN, dim=1)[:, None]
     share_BN = map_BN / size_B1.clamp_min(SMALLEST)
     return share_BN, share_BN.clamp_min(SMALLEST).log()
 
 
-def _validate(student_map: torch.Tensor, teacher_map: torch.Tensor, mask: torch.Tensor | None, normalise: str) -> None:
-    if normalise not in NORMALISATIONS:
-        raise ValueError(f'attention_kl: normalise="{normalise}" is none of {", ".join(NORMALISATIONS)}')
+def _validate(student_map: torch.Tensor, teacher_map: torch.Tensor, mask: torch.Tensor | None, normalize: str) -> None:
+    if normalize not in NORMALIZATIONS:
+        raise ValueError(f'attention_kl: normalize="{normalize}" is none of {", ".join(NORMALIZATIONS)}')
     if student_map.ndim != 2 or student_map.shape != teacher_map.shape:
         raise ValueError(
             f"attention_kl: student_map {tuple(student_map.shape)} and teacher_map {tuple(teacher_map.shape)} "
@@ -85,8 +85,8 @@ def attention_term(
     teacher_IN: torch.Tensor,
     weight_I: torch.Tensor,
     mask_IN: torch.Tensor | None,
-    normalise: str,
+    normalize: str,
 ) -> LossTerm:
     """The divergence summed over images, each with its weight (0: no real image, or no question about it)."""
-    divergence_I = attention_kl(student_IN, teacher_IN, mask_IN, normalise=normalise)
+    divergence_I = attention_kl(student_IN, teacher_IN, mask_IN, normalize=normalize)
     return LossTerm(sum=(divergence_I * weight_I).sum(), count=weight_I.sum())

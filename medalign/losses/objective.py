@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from medalign.contracts import Batch, LossReport, LossTerm, StudentOutput, TeacherTargets
-from medalign.losses.attention import NORMALISATIONS, attention_term
+from medalign.losses.attention import NORMALIZATIONS, attention_term
 from medalign.losses.language_model import MEANS, language_model, supervised_samples, supervised_tokens
 from medalign.losses.token_similarity import WEIGHTINGS, attention_weights, similarity_term
 
@@ -20,7 +20,7 @@ class Objective:
     Args:
         alpha: coefficient of the spatial alignment loss.
         beta: coefficient of the attention loss.
-        normalise: how attention becomes a distribution: sum, softmax or official.
+        normalize: how attention becomes a distribution: sum, softmax or official.
         language_mean: the language loss is a mean over answer "tokens", or over "samples" of each one's mean.
         ignore_padding: leave patches of canvas padding alone out of both distillation losses.
         impl: implementation of the kernels.
@@ -35,7 +35,7 @@ class Objective:
         self,
         alpha: float,
         beta: float,
-        normalise: str = "sum",
+        normalize: str = "sum",
         ignore_padding: bool = False,
         impl: str = "auto",
         weighting: str = "uniform",
@@ -44,14 +44,14 @@ class Objective:
         if alpha < 0 or beta < 0:
             raise ValueError(f"Objective: alpha {alpha} and beta {beta} must not be negative")
         for name, value, known in (
-            ("normalise", normalise, NORMALISATIONS),
+            ("normalize", normalize, NORMALIZATIONS),
             ("weighting", weighting, WEIGHTINGS),
             ("language_mean", language_mean, MEANS),
         ):
             if value not in known:
                 raise ValueError(f'Objective: {name}="{value}" is none of {", ".join(known)}')
         self.coefficients = {LANGUAGE: 1.0, SIMILARITY: alpha, ATTENTION: beta}
-        self.normalise = normalise
+        self.normalize = normalize
         self.ignore_padding = ignore_padding
         self.impl = impl
         self.weighting = weighting
@@ -114,7 +114,7 @@ class Objective:
         if output.attention is None or targets is None:
             return None
         return attention_term(
-            output.attention, targets.attention, _asked_about(batch), self._mask(batch), self.normalise
+            output.attention, targets.attention, _asked_about(batch), self._mask(batch), self.normalize
         )
 
     def _samples(self, batch: Batch) -> torch.Tensor | None:

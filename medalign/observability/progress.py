@@ -17,7 +17,7 @@ from medalign import distributed
 log = logging.getLogger("medalign")
 
 
-class Progress:
+class TrainState:
     """Shows how much of a job is done, and the time that is left. Only rank 0 shows it.
 
     In a terminal it is a bar. In any other stream it is one line at the start, after the first piece of work, then
@@ -46,7 +46,7 @@ class Progress:
         shown = stream.isatty() and distributed.is_main()
         self._bar = tqdm(total=total, file=stream, dynamic_ncols=True, unit=unit, desc=what) if shown else None
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> TrainState:
         self._began, self._last_line = self._clock(), -math.inf
         self._say(f"{self._total} {self._unit}")
         return self

@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 from medalign import distributed
 from medalign.config import StudentConfig
 from medalign.errors import ConfigError
-from medalign.student.families import Anatomy, anatomy, require_family
+from medalign.student.families import ModelSpec, anatomy, require_family
 from medalign.student.loading import load_processor, model_folder
 from medalign.student.model import require_layer
 
@@ -32,7 +32,7 @@ _UNREADABLE = (OSError, ValueError, TypeError, KeyError, AttributeError, Runtime
 _SHOWN = 4  # names in a list of weights
 
 
-def check_student(config: StudentConfig) -> tuple[Anatomy, Any]:
+def check_student(config: StudentConfig) -> tuple[ModelSpec, Any]:
     """The student's anatomy, of modules without weights, and its processor. Raises ConfigError if it cannot be used."""
     folder = model_folder(config)
     _check_settings(folder)
@@ -93,7 +93,7 @@ def _empty_model(folder: str) -> Any:
     return model
 
 
-def _check_image_features(model: Any, parts: Anatomy) -> None:
+def _check_image_features(model: Any, parts: ModelSpec) -> None:
     """Run tower and projector without numbers: an image must give as many features as it has tokens."""
     side, config = parts.image_size, model.config
     told = (
@@ -114,7 +114,7 @@ def _check_image_features(model: Any, parts: Anatomy) -> None:
         )
 
 
-def _check_vocabulary(folder: str, model: Any, parts: Anatomy, tokenizer: Any) -> None:
+def _check_vocabulary(folder: str, model: Any, parts: ModelSpec, tokenizer: Any) -> None:
     rows = model.get_input_embeddings().weight.shape[0]
     tokens = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values()))
     if tokens > rows:
@@ -129,7 +129,7 @@ def _check_vocabulary(folder: str, model: Any, parts: Anatomy, tokenizer: Any) -
         )
 
 
-def _check_projections(config: StudentConfig, parts: Anatomy) -> None:
+def _check_projections(config: StudentConfig, parts: ModelSpec) -> None:
     if config.query_mixture and not hasattr(parts.attentions[config.layer], "q_proj"):
         names = [
             name for name, module in parts.attentions[config.layer].named_modules() if isinstance(module, nn.Linear)
@@ -142,7 +142,7 @@ def _check_projections(config: StudentConfig, parts: Anatomy) -> None:
         raise ConfigError("the student's blocks hold no linear layer (torch.nn.Linear) that LoRA could adapt")
 
 
-def _say_window(config: StudentConfig, model: Any, parts: Anatomy) -> None:
+def _say_window(config: StudentConfig, model: Any, parts: ModelSpec) -> None:
     language = model.config.text_config
     kinds = getattr(language, "layer_types", None) or ["sliding_attention"] * len(parts.blocks)
     window = getattr(language, "sliding_window", None) if kinds[config.layer] == "sliding_attention" else None

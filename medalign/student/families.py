@@ -1,7 +1,7 @@
 """Where things are in a model: decoder blocks, vision tower, projector, image tokens.
 
 One family for now: LLaVA-class models of transformers (a vision tower of patches, a projector, a decoder). Other
-families add a function that returns an `Anatomy`; nothing else in the project knows a model's attribute names.
+families add a function that returns an `ModelSpec`; nothing else in the project knows a model's attribute names.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from medalign.geometry import PatchGrid
 
 
 @dataclass(frozen=True)
-class Anatomy:
+class ModelSpec:
     """References into a model, and the facts about its images."""
 
     blocks: Sequence[nn.Module]  # decoder blocks, in order
@@ -31,7 +31,7 @@ class Anatomy:
     grid: PatchGrid  # image tokens of one image
 
 
-def anatomy(model: Any) -> Anatomy:
+def anatomy(model: Any) -> ModelSpec:
     """The anatomy of a transformers model. Raises ConfigError for a family that is not supported."""
     kind = getattr(model.config, "model_type", type(model).__name__)
     require_family(kind)
@@ -44,7 +44,7 @@ def require_family(kind: str) -> None:
         raise ConfigError(f"student model type {kind!r} is not supported; supported: {', '.join(sorted(FAMILIES))}")
 
 
-def _llava(model: Any) -> Anatomy:
+def _llava(model: Any) -> ModelSpec:
     config, inner = model.config, model.model
     vision = config.vision_config
     language = inner.language_model
@@ -64,7 +64,7 @@ def _llava(model: Any) -> Anatomy:
             f"the student's image size {vision.image_size} is not a multiple of its patch size {vision.patch_size}"
         )
     side = vision.image_size // vision.patch_size
-    return Anatomy(
+    return ModelSpec(
         blocks=blocks,
         attentions=[block.self_attn for block in blocks],
         language_model=language,

@@ -22,11 +22,11 @@ from transformers.utils import logging as transformers_logging
 
 from medalign.config import StudentConfig
 from medalign.errors import CheckpointError, ConfigError
-from medalign.student.families import Anatomy, anatomy
+from medalign.student.capture import tapped_name
+from medalign.student.families import ModelSpec, anatomy
 from medalign.student.model import Student, require_layer
 from medalign.student.query_mixture import QueryMixture
 from medalign.student.steering import Steering
-from medalign.student.taps import tapped_name
 
 log = logging.getLogger("medalign")
 
@@ -102,7 +102,7 @@ def load_processor(config: StudentConfig) -> Any:
 
 
 def eye(processor: Any, image_size: int) -> Eye:
-    """Normalisation from the model's own image processor, size from its vision tower."""
+    """Normalization from the model's own image processor, size from its vision tower."""
     image = getattr(processor, "image_processor", None)
     mean, std = (tuple(getattr(image, name, None) or ()) for name in ("image_mean", "image_std"))
     if len(mean) != 3 or len(std) != 3:
@@ -191,7 +191,7 @@ def choose_attention(wanted: str, dtype: torch.dtype = torch.bfloat16) -> str:
     return "flash_attention_2" if usable else "sdpa"
 
 
-def _lora(config: StudentConfig, model: nn.Module, parts: Anatomy) -> PeftLora:
+def _lora(config: StudentConfig, model: nn.Module, parts: ModelSpec) -> PeftLora:
     """LoRA on every linear layer of the language model's blocks, and nowhere else.
 
     The official mixture stands in the place of LoRA on its projection.

@@ -18,11 +18,11 @@ from torch import nn
 from medalign.contracts import IGNORE, Batch, StudentOutput
 from medalign.errors import ConfigError
 from medalign.geometry import gather_images
-from medalign.student.families import Anatomy
+from medalign.student.capture import attach
+from medalign.student.families import ModelSpec
 from medalign.student.packing import layout, samples_apart
 from medalign.student.query_mixture import QueryMixture
 from medalign.student.steering import Steering
-from medalign.student.taps import attach
 
 
 class Student(nn.Module):
@@ -39,7 +39,7 @@ class Student(nn.Module):
     def __init__(
         self,
         model: nn.Module,
-        anatomy: Anatomy,
+        anatomy: ModelSpec,
         layer: int,
         steering: Steering | None = None,
         mixture: QueryMixture | None = None,
@@ -173,7 +173,7 @@ class Student(nn.Module):
         )
 
 
-def require_layer(layer: int, anatomy: Anatomy) -> None:
+def require_layer(layer: int, anatomy: ModelSpec) -> None:
     """Raises ConfigError where the student has no such block to tap, or none before it."""
     if not 1 <= layer < len(anatomy.blocks):
         raise ConfigError(

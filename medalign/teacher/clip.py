@@ -19,7 +19,7 @@ from torch import nn
 
 from medalign.errors import CheckpointError, ConfigError
 from medalign.geometry import PatchGrid
-from medalign.teacher.source import Source, find
+from medalign.teacher.source import TeacherSource, find
 
 FEATURES = ("after_norm", "before_norm")
 _STUB_TEXT = {"context_length": 1, "vocab_size": 1, "width": 8, "heads": 1, "layers": 1}
@@ -182,7 +182,7 @@ def load_teacher(
     return Teacher(TransformerTower(visual, features), source.mean, source.std).to(device=device, dtype=dtype)
 
 
-def _untrained(source: Source) -> VisionTransformer:
+def _untrained(source: TeacherSource) -> VisionTransformer:
     """The tower as open_clip builds it, before its weights are read. Raises ConfigError where it cannot."""
     # The text tower is replaced by a stub: it is not needed, and may want a download of its own.
     wanted = ("embed_dim", "vision_cfg", "quick_gelu", "conv_stem")

@@ -22,7 +22,7 @@ OPENAI_MEAN, OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26
 
 
 @dataclass(frozen=True)
-class Source:
+class TeacherSource:
     """Where a teacher comes from: its architecture, its weights' file, its preprocessing."""
 
     name: str  # of what says so, for errors
@@ -32,11 +32,11 @@ class Source:
     std: Sequence[float]
 
 
-def find(path: str | Path) -> Source:
+def find(path: str | Path) -> TeacherSource:
     """The source that a path or a name stands for, checked. Raises ConfigError naming the file and the key."""
     source = _named_source(str(path)) if str(path).startswith(SCHEME) else _folder_source(Path(path))
     _require_vision(source)
-    _require_colours(source)
+    _require_colors(source)
     return source
 
 
@@ -46,7 +46,7 @@ def teacher_eye(path: str | Path) -> tuple[int, Sequence[float], Sequence[float]
     return _side(source, "image_size"), source.mean, source.std
 
 
-def _require_vision(source: Source) -> None:
+def _require_vision(source: TeacherSource) -> None:
     """Raise ConfigError for a tower that is of no supported kind, or whose patches do not tile its pictures."""
     where, vision = f"teacher {source.name}", source.model_config["vision_cfg"]
     known = [field.name for field in fields(open_clip.CLIPVisionCfg)]
@@ -71,7 +71,7 @@ def _require_vision(source: Source) -> None:
         )
 
 
-def _side(source: Source, key: str) -> int:
+def _side(source: TeacherSource, key: str) -> int:
     """One side, in pixels, of what must be square."""
     size = source.model_config["vision_cfg"].get(key, getattr(open_clip.CLIPVisionCfg, key))
     sides = list(size) if isinstance(size, list | tuple) else [size]
@@ -82,7 +82,7 @@ def _side(source: Source, key: str) -> int:
     return sides[0]
 
 
-def _require_colours(source: Source) -> None:
+def _require_colors(source: TeacherSource) -> None:
     for key, values in (("mean", source.mean), ("std", source.std)):
         numbers = isinstance(values, Sequence) and all(type(value) in (int, float) for value in values)
         if not numbers or len(values) != 3 or (key == "std" and min(values) <= 0):
@@ -90,7 +90,7 @@ def _require_colours(source: Source) -> None:
             raise ConfigError(f"teacher {source.name}: preprocess_cfg.{key} is {values!r}; it must be {wanted}")
 
 
-def _folder_source(folder: Path) -> Source:
+def _folder_source(folder: Path) -> TeacherSource:
     config_file = folder / CONFIG_NAME
     if not config_file.is_file():
         raise ConfigError(
@@ -107,17 +107,17 @@ def _folder_source(folder: Path) -> Source:
         ) from error
     preprocess = config.get("preprocess_cfg", {})
     mean, std = preprocess.get("mean", OPENAI_MEAN), preprocess.get("std", OPENAI_STD)
-    return Source(str(config_file), model_config, folder / WEIGHTS_NAME, mean, std)
+    return TeacherSource(str(config_file), model_config, folder / WEIGHTS_NAME, mean, std)
 
 
-def _named_source(name: str) -> Source:
+def _named_source(name: str) -> TeacherSource:
     architecture, _, weights = name.removeprefix(SCHEME).partition("/")
     config = open_clip.get_model_config(architecture)
     if config is None or not weights:
         known = "one of open_clip.list_models()" if config is None else architecture
         raise ConfigError(f"teacher {name}: expected {SCHEME}ARCH/WEIGHTS with ARCH {known} and WEIGHTS a file")
     if Path(weights).is_file():
-        return Source(name, config, Path(weights), OPENAI_MEAN, OPENAI_STD)
+        return TeacherSource(name, config, Path(weights), OPENAI_MEAN, OPENAI_STD)
     if not open_clip.get_pretrained_cfg(architecture, weights):
         raise ConfigError(f"teacher {name}: there is no weights file {weights}")
     raise ConfigError(

@@ -16,7 +16,7 @@ from medalign.teacher.clip import Teacher
 def teacher_targets(teacher: Teacher, pixels: torch.Tensor, grid: PatchGrid) -> TeacherTargets:
     """Features [I, N, b] and attention [I, N] in float32, for pixels [I, 3, T, T] and the student's `grid` of N.
 
-    Both are resampled bilinearly, the features before they are normalised (the loss does that), the attention as
+    Both are resampled bilinearly, the features before they are normalized (the loss does that), the attention as
     it is (the loss makes it a distribution).
     """
     features, attention = teacher(pixels)
@@ -26,7 +26,7 @@ def teacher_targets(teacher: Teacher, pixels: torch.Tensor, grid: PatchGrid) -> 
     )
 
 
-class Beside:
+class AsyncTeacher:
     """The teacher on a CUDA stream of its own, so that it looks while the student begins; without CUDA, in line.
 
     Args:
@@ -40,7 +40,7 @@ class Beside:
         self.grid = grid
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def look(self, pixels: torch.Tensor) -> Callable[[], TeacherTargets]:
+    def submit(self, pixels: torch.Tensor) -> Callable[[], TeacherTargets]:
         """Begin with the pixels [I, 3, T, T]; the function given back hands out the targets, on the caller's stream.
 
         No host waits: the caller's stream waits for the teacher's from the place where the function is called. The

@@ -1,4 +1,4 @@
-"""One optimiser step: micro-batches in, one update, the loss of the whole global batch out."""
+"""One optimizer step: micro-batches in, one update, the loss of the whole global batch out."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from medalign.errors import MedAlignError
 from medalign.geometry import PatchGrid
 from medalign.losses.objective import Objective
 from medalign.teacher.clip import Teacher
-from medalign.teacher.targets import Beside
+from medalign.teacher.targets import AsyncTeacher
 
 _FAULTS = "faults"  # ranks without micro-batches, counted beside the terms
 
 
-class Step:
+class TrainStep:
     """Teacher, student and losses put together.
 
     Args:
@@ -33,7 +33,7 @@ class Step:
         self.teacher = teacher
         self.objective = objective
         self.grid = grid
-        self.beside = None if teacher is None else Beside(teacher, grid, engine.device)
+        self.async_teacher = None if teacher is None else AsyncTeacher(teacher, grid, engine.device)
 
     def __call__(
         self, micro_batches: Sequence[Batch], rates: dict[str, float], fault: MedAlignError | None = None
@@ -45,7 +45,7 @@ class Step:
         batches = [batch.to(self.engine.device) for batch in micro_batches]
         totals = self._totals(batches, fault)
         # The engine takes the mean over ranks and micro-batches; this undoes it.
-        share = distributed.world() * len(batches)
+        share = distributed.world_size() * len(batches)
         scale = {name: share / max(total, 1.0) for name, total in totals.items()}
         reports = []
         for batch in batches:
@@ -70,11 +70,11 @@ class Step:
         sums = distributed.sum_over_ranks(row | {_FAULTS: none + (fault is not None)})
         totals = dict(zip(sums, torch.stack(list(sums.values())).tolist(), strict=True))  # one wait for the device
         if totals.pop(_FAULTS):
-            distributed.raise_together(fault)
+            distributed.raise_on_any_fault(fault)
         return totals
 
     def _forward(self, batch: Batch, scale: dict[str, float]) -> LossReport:
-        targets = self.beside.look(batch.teacher_pixels) if self.beside else None
+        targets = self.async_teacher.submit(batch.teacher_pixels) if self.async_teacher else None
         output = self.engine(batch, tap=targets is not None)
         return self.objective(output, targets() if targets else None, batch, scale)
 

@@ -41,14 +41,14 @@ def _engine(
 ) -> Engine:
     config = Config()
     config.engine.deepspeed, config.train.precision = name, precision
-    config.train.batch_size, config.train.micro_batch_size = micro_batches * distributed.world(), 1
+    config.train.batch_size, config.train.micro_batch_size = micro_batches * distributed.world_size(), 1
     config.train.clip = 0.0
     layers = _layers(torch.bfloat16 if precision == "bf16" else torch.float32)
     groups = [
         {"name": group, "params": list(layer.parameters()), "lr": RATES[group], "weight_decay": DECAYS[group]}
         for group, layer in ([("first", layers)] if one_group else zip(RATES, layers, strict=True))
     ]
-    return Engine(layers, groups, deepspeed_settings(config, distributed.world()))
+    return Engine(layers, groups, deepspeed_settings(config, distributed.world_size()))
 
 
 def _layers(dtype: torch.dtype) -> nn.Sequential:
@@ -65,14 +65,14 @@ def _loss(model: Any, rank: int, micro_batch: int) -> torch.Tensor:
 
 def _gradients() -> Iterator[list[torch.Tensor]]:
     layers = _layers(torch.bfloat16)
-    for rank in range(distributed.world()):
+    for rank in range(distributed.world_size()):
         for micro_batch in range(MICRO_BATCHES):
             yield [g.double() for g in torch.autograd.grad(_loss(layers, rank, micro_batch), list(layers.parameters()))]
 
 
 def _error(engine: Engine) -> float:
     """The first moment after the first update is a tenth of its gradient."""
-    exact = [sum(parts) / (MICRO_BATCHES * distributed.world()) for parts in zip(*_gradients(), strict=True)]
+    exact = [sum(parts) / (MICRO_BATCHES * distributed.world_size()) for parts in zip(*_gradients(), strict=True)]
     errors = []
     for parameter, wanted in zip(engine.student.parameters(), exact, strict=True):
         found = 10 * safe_get_full_optimizer_state(parameter, "exp_avg").double()

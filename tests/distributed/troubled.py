@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from medalign import distributed
 from medalign.checkpoint import export, state
-from medalign.checkpoint.state import Progress
+from medalign.checkpoint.state import TrainState
 from medalign.config import Config
 from medalign.contracts import Batch
 from medalign.engine import engine as door
@@ -24,8 +24,8 @@ from medalign.engine.engine import Engine
 from medalign.errors import DataError
 from medalign.losses.objective import Objective
 from medalign.student.model import Student
-from medalign.training import loop
-from medalign.training.step import Step
+from medalign.training import trainer
+from medalign.training.step import TrainStep
 from tests import tiny
 from tests.distributed.workers import build, configure, main, share
 
@@ -40,7 +40,7 @@ def troubles(settings: dict[str, Any]) -> dict[str, Any]:
     config.train.steps, config.checkpoint.every = 3, 1
     engine, student, step = build(config)
     # On the CPU the kernels of distillation refuse what is no number before the loss can be one.
-    language = Step(engine, None, Objective(0.0, 0.0), student.anatomy.grid)
+    language = TrainStep(engine, None, Objective(0.0, 0.0), student.anatomy.grid)
     results = {
         "together": raised(lambda: _together(1)),
         "latest": _latest(folder / "seen"),
@@ -62,7 +62,7 @@ def raised(act: Callable[[], object]) -> str:
 
 
 def _together(troubled: int) -> None:
-    with distributed.together():
+    with distributed.raise_on_all_ranks():
         if distributed.rank() == troubled:
             raise DataError("naïve: a shard is lost")
 
@@ -77,10 +77,10 @@ def _latest(root: Path) -> str:
     return str(state.latest(mine)).removeprefix(str(mine))
 
 
-def _loop(config: Config, step: Step, batches: Callable[[], Iterator[list[Batch]]]) -> dict[str, Any]:
+def _loop(config: Config, step: TrainStep, batches: Callable[[], Iterator[list[Batch]]]) -> dict[str, Any]:
     saved: list[int] = []
-    begun = Progress(step=0, samples=0, ranks=2)
-    said = raised(lambda: loop.train(config, step, batches(), begun, [], lambda now: saved.append(now.step)))
+    begun = TrainState(step=0, samples=0, ranks=2)
+    said = raised(lambda: trainer.train(config, step, batches(), begun, [], lambda now: saved.append(now.step)))
     return {"raised": said, "saved": saved}
 
 
@@ -104,7 +104,7 @@ def _not_a_number() -> Iterator[list[Batch]]:
 
 def _exported(config: Config, engine: Engine, student: Student, folder: Path) -> dict[str, Any]:
     """After some training: the exported values against those of the sharded student, whose logits are kept too."""
-    whole = engine.gathered([pair for group in student.trainable().values() for pair in group])
+    whole = engine.gather_parameters([pair for group in student.trainable().values() for pair in group])
     engine.student.eval()
     with torch.no_grad():
         logits = engine(tiny.batch(), tap=False).logits
@@ -130,7 +130,7 @@ def _checkpoints(engine: Engine, root: Path) -> dict[str, Any]:
     """One checkpoint, then troubles of every kind, then another checkpoint."""
 
     def save(step: int, export: Callable[[Path], None], root: Path = root) -> Path:
-        return state.save(engine, root, Progress(step=step, samples=0, ranks=2), 1, export)
+        return state.save(engine, root, TrainState(step=step, samples=0, ranks=2), 1, export)
 
     def full(target: Path) -> None:
         if distributed.is_main():

@@ -23,7 +23,7 @@ from medalign.student.loading import load_student
 from medalign.student.model import Student
 from medalign.teacher.targets import assert_replicated
 from medalign.training.schedule import peaks
-from medalign.training.step import Step
+from medalign.training.step import TrainStep
 from tests import tiny
 
 
@@ -80,7 +80,7 @@ def join(parts: list[Batch]) -> Batch:
 def share(settings: dict[str, Any], step: int) -> list[Batch]:
     """This rank's micro-batches of a step."""
     whole = rows(settings, step)
-    mine = len(whole) // distributed.world()
+    mine = len(whole) // distributed.world_size()
     local = whole[distributed.rank() * mine :][:mine]
     micro = settings["micro"]
     # The teacher of the tests takes 48 pixels, the student 32.
@@ -110,10 +110,10 @@ def scenarios(settings: dict[str, Any]) -> dict[str, Any]:
     return results
 
 
-def build(config: Config, *, steered: bool = False, warm: bool = False) -> tuple[Engine, Student, Step]:
+def build(config: Config, *, steered: bool = False, warm: bool = False) -> tuple[Engine, Student, TrainStep]:
     """As a run does it. `steered` starts from a W that is not zero, `warm` with random adapters too (where ZeRO does
     not partition them while it loads)."""
-    ds_settings = deepspeed_settings(config, distributed.world())
+    ds_settings = deepspeed_settings(config, distributed.world_size())
     teacher = build_teacher(config)
     with door.sharded_loading(ds_settings):
         student = load_student(config.student, precision(config))
@@ -125,7 +125,7 @@ def build(config: Config, *, steered: bool = False, warm: bool = False) -> tuple
     engine = Engine(student, parameter_groups(student, config), ds_settings)
     if teacher is not None:
         assert_replicated(teacher)
-    return engine, student, Step(engine, teacher, build_objective(config), student.anatomy.grid)
+    return engine, student, TrainStep(engine, teacher, build_objective(config), student.anatomy.grid)
 
 
 def train(settings: dict[str, Any]) -> dict[str, Any]:
@@ -203,7 +203,7 @@ def _warm(student: Student) -> None:
 
 
 def _everything(engine: Engine, student: Student) -> dict[str, torch.Tensor]:
-    return engine.gathered(list(student.named_parameters()))
+    return engine.gather_parameters(list(student.named_parameters()))
 
 
 def main(functions: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ EXACT = ("loss/total", "loss/language", "loss/similarity", "loss/attention", "op
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Phantoms: train/ and val/."""
-    from medalign.data import phantom
+    from medalign import phantom
 
     folder = tmp_path_factory.mktemp("phantoms")
     phantom.write(folder, 16, 6, 0)

@@ -16,13 +16,13 @@ from medalign.__main__ import main
 from medalign.checkpoint import export
 from medalign.config import DataConfig
 from medalign.contracts import Batch
-from medalign.data.index import ShardIndex
-from medalign.data.phantom.records import records
-from medalign.data.records import Record
-from medalign.data.shards import write_shards
-from medalign.evaluation import generate
+from medalign.data.shards.index import ShardIndex
+from medalign.data.shards.records import Record
+from medalign.data.shards.writer import write_shards
+from medalign.evaluation import generation
 from medalign.evaluation.metrics import read_predictions
 from medalign.inference import open_student
+from medalign.phantom.records import records
 from medalign.student.model import Student
 
 QUICK = ["--max-new-tokens", "2"]
@@ -55,13 +55,13 @@ def test_too_many_unreadable_samples_end_it_and_the_answers_stay(run, damaged, c
     words = ["evaluate", str(run), "--data", str(damaged), "--batch-size", "3", *QUICK]
     assert main(words) == 2
     told = capsys.readouterr()
-    assert "2 of 5 samples could not be used, more than --max-bad-share 0.01" in told.err
+    assert "2 of 5 samples could not be used, more than --max-skip-fraction 0.01" in told.err
     folder = run / "evaluation" / "damaged"
     kept = folder / ".predictions.jsonl.unfinished"
     assert str(kept) in told.err and not (folder / "scores.json").exists()
     keys = ShardIndex.open(damaged).keys
     assert [row.key for row in read_predictions(kept)] == [keys[0], keys[2], keys[4]]
-    assert main([*words, "--max-bad-share", "0.02"]) == 0
+    assert main([*words, "--max-skip-fraction", "0.02"]) == 0
     assert f"2 of {len(keys)} samples could not be read and are in no score" in capsys.readouterr().out
     assert scores(run, "damaged")["unreadable"] == 2 and not kept.exists()
 
@@ -92,7 +92,7 @@ def test_the_length_limit_is_the_run_s(run, tmp_path):
     folder = export.find(run)
     assert json.loads((folder / "medalign.json").read_text())["max_length"] == 220
     assert open_student(run)[2].encoder.max_length == 220
-    assert open_student(run, most_images=3)[2].encoder.max_length == 220 + 2 * 16
+    assert open_student(run, max_images=3)[2].encoder.max_length == 220 + 2 * 16
     old = shutil.copytree(folder, tmp_path / "old")
     values = json.loads((old / "medalign.json").read_text())
     del values["max_length"]
@@ -167,7 +167,7 @@ def test_a_folder_named_twice_is_refused_before_the_student_is_loaded(run, shard
 )
 def test_generate_says_what_the_text_does_not(run, shards, tmp_path, text, ended, told, monkeypatch, capsys):
     ShardIndex.open(shards / "val").read(0).images[0].save(tmp_path / "film.png")
-    monkeypatch.setattr("medalign.inference.answer", lambda *_: [generate.Answer(text, None, ended)])
+    monkeypatch.setattr("medalign.inference.answer", lambda *_: [generation.Answer(text, None, ended)])
     assert main(["generate", str(run), "--image", str(tmp_path / "film.png"), "--question", "Is there?", *QUICK]) == 0
     said = capsys.readouterr()
     assert said.out == text + "\n" and said.err.splitlines() == told

@@ -20,7 +20,7 @@ TWO = ("--data.workers", "1", "--data.length_groups", "2", "--train.steps", "10"
 @pytest.fixture(scope="module")
 def few(tmp_path_factory) -> Path:
     """Shards of fewer samples than the run draws."""
-    from medalign.data import phantom
+    from medalign import phantom
 
     folder = tmp_path_factory.mktemp("few")
     report = phantom.write(folder, 4, 1, 0)["train"]

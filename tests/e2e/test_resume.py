@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 from pathlib import Path
 
-from medalign.data.index import ShardIndex
+from medalign.data.shards.index import ShardIndex
 from medalign.observability.sinks import read_rows
 from tests.e2e.conftest import kill_at, losses, train
 

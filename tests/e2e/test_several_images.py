@@ -11,11 +11,11 @@ import pytest
 from PIL import Image
 
 from medalign.__main__ import main
-from medalign.data.index import ShardIndex
-from medalign.data.phantom.records import records
-from medalign.data.records import Picture, Record
-from medalign.data.shards import write_shards
+from medalign.data.shards.index import ShardIndex
+from medalign.data.shards.records import Picture, Record
+from medalign.data.shards.writer import write_shards
 from medalign.observability.sinks import read_rows
+from medalign.phantom.records import records
 from tests.distributed.ranks import TIMEOUT, start
 from tests.e2e.conftest import command, train
 
@@ -57,7 +57,7 @@ def test_training_distils_on_them(evaluated: Path) -> None:
 def test_evaluation_grounds_the_first_image(evaluated: Path, films: Path) -> None:
     lines = (evaluated / "evaluation" / "val" / "predictions.jsonl").read_text().splitlines()
     index = ShardIndex.open(films / "val")
-    assert index.most_images == 3
+    assert index.max_images == 3
     boxed = 0
     for i, row in enumerate(map(json.loads, lines)):
         assert row["key"] == index.key(i)

@@ -7,7 +7,7 @@ import torch
 
 from medalign.geometry import PatchGrid
 from medalign.teacher.clip import Teacher, load_teacher
-from medalign.teacher.targets import Beside, teacher_targets
+from medalign.teacher.targets import AsyncTeacher, teacher_targets
 
 pytestmark = pytest.mark.gpu
 GRID = PatchGrid(4, 4)
@@ -33,14 +33,14 @@ def expected(teacher: Teacher, pixels: torch.Tensor):
     return targets.features.clone(), targets.attention.clone()
 
 
-def overwritten(cuda: torch.device, beside: Beside) -> tuple[bool, bool]:
+def overwritten(cuda: torch.device, beside: AsyncTeacher) -> tuple[bool, bool]:
     """Pixels are freed at once and their memory asked for again: was it handed out, and did the targets change?"""
     wanted = expected(beside.teacher, draw(cuda, 0))
     torch.cuda.empty_cache()
     pixels = draw(cuda, 0)
     place, shape = pixels.data_ptr(), pixels.shape
     torch.cuda.synchronize()
-    targets = beside.look(pixels)
+    targets = beside.submit(pixels)
     del pixels
     garbage = torch.full(shape, float("nan"), device=cuda)
     same_place = garbage.data_ptr() == place
@@ -56,22 +56,22 @@ def same(found, wanted) -> bool:
 
 
 def test_pixels_are_kept_until_the_teacher_has_read_them(cuda, teacher):
-    assert overwritten(cuda, Beside(teacher, GRID, cuda)) == (False, False)
+    assert overwritten(cuda, AsyncTeacher(teacher, GRID, cuda)) == (False, False)
 
 
 def test_without_the_record_the_memory_would_be_overwritten(cuda, teacher, monkeypatch):
     """The control: the test above provokes what it looks for."""
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
-    assert overwritten(cuda, Beside(teacher, GRID, cuda)) == (True, True)
+    assert overwritten(cuda, AsyncTeacher(teacher, GRID, cuda)) == (True, True)
 
 
 def test_targets_are_kept_until_the_student_has_read_them(cuda, teacher):
     """The student's stream is late; meanwhile the teacher looks at other pictures and needs memory."""
-    beside = Beside(teacher, GRID, cuda)
+    beside = AsyncTeacher(teacher, GRID, cuda)
     wanted = [expected(teacher, draw(cuda, seed)) for seed in range(3)]
     read = []
     for seed in range(3):
-        targets = beside.look(draw(cuda, seed))()
+        targets = beside.submit(draw(cuda, seed))()
         torch.cuda._sleep(2 * PAUSE)
         read.append((targets.features * 1.0, targets.attention * 1.0))
         del targets

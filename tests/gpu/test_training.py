@@ -95,7 +95,7 @@ def test_bf16_learns_as_fp32_does(device, rehearsing, settings, tmp_path):
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory, student_folder, teacher_folder) -> Path:
-    from medalign.data import phantom
+    from medalign import phantom
 
     folder = tmp_path_factory.mktemp("recipe")
     phantom.write(folder / "shards", 16, 1, 0)

@@ -5,7 +5,7 @@ import torch
 
 from medalign.errors import KernelError
 from medalign.kernels import attention_map
-from medalign.kernels.attention_map import configurations, triton_kernels
+from medalign.kernels.attention_map import tile_table, triton_kernels
 from tests.kernels.allocations import LargestTensor
 from tests.kernels.test_attention_map import inputs, map_and_gradients, packed
 
@@ -40,8 +40,8 @@ def test_value_and_gradients(length, heads, key_heads, width, sight):
 @pytest.mark.parametrize(("length", "width"), [(196, 96), (575, 64), (576, 192)])
 def test_lengths_of_real_images(monkeypatch, length, width):
     """On the tiles of half precision, which take whole vectors at a time."""
-    tiles = configurations.tiles("sm_90", torch.bfloat16, width)
-    monkeypatch.setattr(configurations, "tiles", lambda *_: tiles)
+    tiles = tile_table.tiles("sm_90", torch.bfloat16, width)
+    monkeypatch.setattr(tile_table, "tiles", lambda *_: tiles)
     tensors, rows, columns, valid = inputs(length, 2, 1, width)
     rows[:, length * 2 // 3 :] = False
     expected = map_and_gradients("reference", tensors, rows, columns, valid)

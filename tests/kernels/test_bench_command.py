@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from medalign.__main__ import main
-from medalign.benchmark import kernels, registry, tuning
+from medalign.benchmark.kernels import commands, registry, tuning
+from medalign.benchmark.kernels.token_similarity import cases
 from medalign.errors import ConfigError, KernelError
 from medalign.kernels import gpu
-from medalign.kernels.attention_map import configurations as maps
-from medalign.kernels.token_similarity import cases, configurations, token_similarity
+from medalign.kernels.attention_map import tile_table as maps
+from medalign.kernels.token_similarity import tile_table, token_similarity
 
 # torch.compile builds C++ for minutes on the CPU; what it compiles, the eager form, is among the paths.
 SMALL = ["bench", "kernels", "--kernel", "token_similarity", "--repeats", "2", "--skip", "torch.compile"]
@@ -60,7 +61,7 @@ def test_shared_memory_is_what_dispatch_reckons_with(compiled):
     for row in binaries:
         if row["operation"] == "token_similarity":
             dtype = torch.float32 if "single" in row["kernel"] or "fp32" in row["kernel"] else torch.bfloat16
-            assert row["shared_memory"] <= configurations.shared_memory(architecture, dtype, dtype), row["kernel"]
+            assert row["shared_memory"] <= tile_table.shared_memory(architecture, dtype, dtype), row["kernel"]
 
 
 def test_the_account_is_derived_and_says_so(compiled):
@@ -95,7 +96,7 @@ def test_a_wrong_kernel_is_an_error(monkeypatch):
     wrong = lambda *inputs, impl: token_similarity(*inputs, impl=impl) * 1.01  # noqa: E731
     monkeypatch.setattr(cases, "token_similarity", wrong)
     with pytest.raises(KernelError, match="chunked is wrong on B=4 N=5.*relative error 1.0e-02 of the value"):
-        kernels.measurement("token_similarity", "cpu", None, [5], 2, ["torch.compile"])
+        commands.measurement("token_similarity", "cpu", None, [5], 2, ["torch.compile"])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
@@ -105,16 +106,16 @@ def test_no_gpu_is_said(capsys):
 
 
 def test_tuning_writes_the_table(tmp_path, monkeypatch):
-    table = shutil.copy(configurations.TABLE, tmp_path / "table.json")
+    table = shutil.copy(tile_table.TABLE, tmp_path / "table.json")
     before = json.loads(table.read_text())
-    monkeypatch.setattr(configurations, "TABLE", table)
+    monkeypatch.setattr(tile_table, "TABLE", table)
     monkeypatch.setattr(cases, "SMALL_WIDTHS", (16, 16))
     monkeypatch.setattr(cases, "samples_of", lambda tokens: 1)
-    configurations.table.cache_clear()
+    tile_table.table.cache_clear()
     try:
         assert main(["bench", "kernels", "--tune", "--repeats", "1", "--kernel", "token_similarity"]) == 0
     finally:
-        configurations.table.cache_clear()
+        tile_table.table.cache_clear()
     after = json.loads(table.read_text())
     assert after["sm_80"] == before["sm_80"]
     for kinds in after["sm_90"].values():
@@ -144,9 +145,7 @@ def test_a_short_search_writes_into_a_folder_and_never_takes_a_slower_tile(tmp_p
 
 
 def test_the_table_is_stored_as_tuning_writes_it():
-    assert configurations._one_line_an_entry(json.loads(configurations.TABLE.read_text())) == (
-        configurations.TABLE.read_text()
-    )
+    assert tile_table._one_line_an_entry(json.loads(tile_table.TABLE.read_text())) == (tile_table.TABLE.read_text())
 
 
 def test_an_unknown_kernel():
@@ -156,4 +155,4 @@ def test_an_unknown_kernel():
 
 def test_an_interpreted_kernel_is_not_compiled():
     with pytest.raises(KernelError, match="unset TRITON_INTERPRET"):
-        kernels.compilation("token_similarity", ["sm_90"])
+        commands.compilation("token_similarity", ["sm_90"])

@@ -54,16 +54,16 @@ def test_mean_map(golden, impl):
 
 @pytest.mark.parametrize("impl", (*IMPLEMENTATIONS, "triton"))
 @pytest.mark.parametrize(
-    ("normalise", "loss_name", "gradients"),
+    ("normalize", "loss_name", "gradients"),
     [
         ("official", "attn_official_loss", "attn_official_grad"),
         ("sum", "attn_kl_sum", "attn_kl_sum_grad"),
         ("softmax", "attn_kl_softmax", "attn_kl_softmax_grad"),
     ],
 )
-def test_attention_loss(golden, normalise, loss_name, gradients, impl):
+def test_attention_loss(golden, normalize, loss_name, gradients, impl):
     query, key, student_map = tapped(golden, impl)
-    loss = attention_kl(student_map, golden["attn_label"][None], normalise=normalise)
+    loss = attention_kl(student_map, golden["attn_label"][None], normalize=normalize)
     loss.sum().backward()
     assert relative(loss[0].detach(), golden[loss_name]) < 1e-4
     assert relative(query.grad[0], golden[f"{gradients}_q"]) < 1e-4

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from medalign.errors import KernelError
 from medalign.kernels import dispatch, gpu, token_similarity
-from medalign.kernels.token_similarity import configurations
+from medalign.kernels.token_similarity import tile_table
 from medalign.kernels.token_similarity import triton as room
 from tests.kernels.allocations import LargestTensor
 
@@ -70,9 +70,9 @@ def test_value_and_gradient(tokens, ragged):
 
 @pytest.mark.parametrize("tokens", [575, 576])
 def test_tokens_of_real_images_on_the_tiles_of_half_precision(tokens, monkeypatch):
-    tiles = configurations.table()["sm_90"]
-    monkeypatch.setattr(configurations, "differences", lambda *_: tiles["differences"]["half"])
-    monkeypatch.setattr(configurations, "gradients", lambda *_: tiles["gradients"]["half"])
+    tiles = tile_table.table()["sm_90"]
+    monkeypatch.setattr(tile_table, "differences", lambda *_: tiles["differences"]["half"])
+    monkeypatch.setattr(tile_table, "gradients", lambda *_: tiles["gradients"]["half"])
     student, teacher = inputs(1, tokens, width=67, teacher_width=130)
     assert_near(solve("triton", student, teacher), solve("reference", student, teacher, dtype=torch.float64))
 
@@ -266,14 +266,14 @@ def test_auto_on_the_cpu_is_not_interpreted():
 
 
 def test_the_table_of_configurations_fits_the_kernels():
-    stored = json.loads(configurations.TABLE.read_text())
+    stored = json.loads(tile_table.TABLE.read_text())
     assert stored.keys() == gpu.ARCHITECTURES.keys()
-    for architecture, kernels in configurations.table().items():
+    for architecture, kernels in tile_table.table().items():
         for kernel, tiles in kernels.items():
             for kind, tile in tiles.items():
                 assert stored[architecture][kernel][kind]["reason"]
-                assert configurations.GRAIN % tile.rows == 0 and configurations.GRAIN % tile.depth == 0
+                assert tile_table.GRAIN % tile.rows == 0 and tile_table.GRAIN % tile.depth == 0
                 assert kernel != "differences" or tile.rows == tile.columns, "mirror images need square tiles"
         for dtype in gpu.DTYPES:
-            needed = configurations.shared_memory(architecture, dtype, dtype)
+            needed = tile_table.shared_memory(architecture, dtype, dtype)
             assert needed <= gpu.ARCHITECTURES[architecture].shared_memory

@@ -99,7 +99,7 @@ def test_every_kernel_can_be_asked_for(impl):
         ("train.lr", "-1"),
         ("student.lora.rank", "0"),
         ("student.lora.dropout", "3"),
-        ("data.max_bad_share", "7"),
+        ("data.max_skip_fraction", "7"),
         ("data.max_length", "0"),
     ],
 )

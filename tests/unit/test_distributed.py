@@ -20,7 +20,7 @@ def bare(monkeypatch):
 
 def test_a_bare_start_is_one_rank():
     distributed.adopt_launcher()
-    assert (distributed.rank(), distributed.world(), distributed.is_main()) == (0, 1, True)
+    assert (distributed.rank(), distributed.world_size(), distributed.is_main()) == (0, 1, True)
 
 
 def test_srun_variables_are_translated(monkeypatch):
@@ -28,7 +28,7 @@ def test_srun_variables_are_translated(monkeypatch):
     for name, value in slurm.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
     distributed.adopt_launcher()
-    assert (distributed.rank(), distributed.world(), distributed.local_rank()) == (3, 8, 1)
+    assert (distributed.rank(), distributed.world_size(), distributed.local_rank()) == (3, 8, 1)
     import os
 
     assert os.environ["MASTER_ADDR"] == "gpu03" and os.environ["MASTER_PORT"] == "23456"
@@ -44,11 +44,11 @@ def test_a_batch_script_of_several_tasks_without_srun_is_told_so(monkeypatch):
 
 
 def test_one_rank_alone_raises_its_own_error():
-    with pytest.raises(DataError, match="lost"), distributed.together():
+    with pytest.raises(DataError, match="lost"), distributed.raise_on_all_ranks():
         raise DataError("lost")
-    with pytest.raises(MedAlignError, match="^/nowhere: No such file"), distributed.together():
+    with pytest.raises(MedAlignError, match="^/nowhere: No such file"), distributed.raise_on_all_ranks():
         open("/nowhere")  # noqa: SIM115
-    with distributed.together():
+    with distributed.raise_on_all_ranks():
         pass
 
 
@@ -58,7 +58,7 @@ def test_a_launcher_is_left_alone(monkeypatch):
     monkeypatch.setenv("SLURM_PROCID", "5")
     monkeypatch.setenv("SLURM_NTASKS", "9")
     distributed.adopt_launcher()
-    assert (distributed.rank(), distributed.world()) == (1, 2)
+    assert (distributed.rank(), distributed.world_size()) == (1, 2)
 
 
 @pytest.mark.parametrize(("nodes", "first"), [("a1", "a1"), ("a[1-3]", "a1"), ("n-[007,9],b", "n-007"), ("x,y", "x")])

@@ -19,7 +19,7 @@ from medalign.geometry import (
 )
 
 
-def test_canvas_centres_the_image_and_keeps_its_pixels():
+def test_canvas_centers_the_image_and_keeps_its_pixels():
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (10, 6), dtype=np.uint8))
     canvas = np.array(square_canvas(image))
     assert canvas.shape == (10, 10, 3)
@@ -52,7 +52,7 @@ def test_resampling_keeps_a_constant_and_a_ramp():
     assert torch.allclose(fine[0, 1:7], torch.arange(0.25, 3.0, 0.5))
 
 
-def test_view_normalises():
+def test_view_normalizes():
     pixels = view(Image.new("RGB", (9, 9), (255, 255, 255)), 4, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
     assert pixels.shape == (3, 4, 4) and torch.allclose(pixels, torch.full_like(pixels, 2.0))
 
@@ -63,10 +63,10 @@ def test_gather_images_orders_tokens_by_image():
     assert gather_images(values, index, 3, 2).tolist() == [[1, 2], [3, 4], [5, 6]]
 
 
-def test_a_grey_square_gives_the_pixels_of_its_rgb_form():
-    grey = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 50), dtype=np.uint8))
+def test_a_gray_square_gives_the_pixels_of_its_rgb_form():
+    gray = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 50), dtype=np.uint8))
     mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.25)
-    one, three = view(square_canvas(grey), 33, mean, std), view(grey.convert("RGB"), 33, mean, std)
+    one, three = view(square_canvas(gray), 33, mean, std), view(gray.convert("RGB"), 33, mean, std)
     assert one.shape == (3, 33, 33)
     assert torch.equal(one, three)
 

@@ -6,13 +6,13 @@ from dataclasses import asdict, replace
 import pytest
 
 from medalign import config
-from medalign.checkpoint.state import Progress
+from medalign.checkpoint.state import TrainState
 from medalign.errors import ConfigError
-from medalign.run import _require_same_run, _say_end
+from medalign.run import _log_summary, _require_same_run
 from medalign.training.schedule import resolve_steps
 
 WORDS = ["--data.train", "shards", "--student.path", "/one/models/llava", "--teacher.path", "/one/models/clip"]
-STANDS = Progress(step=3, samples=12, ranks=1, stage=3, data=("8 samples in 1 shards of 512 bytes, CRC-32 0000abcd",))
+STANDS = TrainState(step=3, samples=12, ranks=1, stage=3, data=("8 samples in 1 shards of 512 bytes, CRC-32 0000abcd",))
 
 
 def begun(folder, *words):
@@ -80,7 +80,7 @@ def test_another_zero_stage_is_refused(goes_on):
 
 
 def test_the_end_of_a_run_tells_what_was_replaced_and_cut(tmp_path, caplog):
-    progress = Progress(step=8, samples=32, ranks=1, skipped=3, truncated=5)
+    progress = TrainState(step=8, samples=32, ranks=1, skipped=3, truncated=5)
     with caplog.at_level("INFO", logger="medalign"):
-        _say_end(begun(tmp_path), tmp_path, progress)
+        _log_summary(begun(tmp_path), tmp_path, progress)
     assert "8 steps, 32 samples; 3 bad samples replaced, 5 cut to 160 tokens" in caplog.text

@@ -10,10 +10,10 @@ import pytest
 from medalign import run
 from medalign.__main__ import main
 from medalign.config import load
-from medalign.data.phantom.records import records
-from medalign.data.records import Record
-from medalign.data.shards import write_shards
+from medalign.data.shards.records import Record
+from medalign.data.shards.writer import write_shards
 from medalign.errors import ConfigError
+from medalign.phantom.records import records
 
 WITHOUT_LOSSES = ["--losses.alpha", "0", "--losses.beta", "0"]
 

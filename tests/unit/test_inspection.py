@@ -16,11 +16,11 @@ from PIL import Image, ImageDraw
 
 from medalign.__main__ import main
 from medalign.config import load
-from medalign.data.index import ShardIndex
-from medalign.data.phantom.records import records
-from medalign.data.plan import GlobalOrder, StepPlan
-from medalign.data.shards import write_shards
+from medalign.data.order.order import GlobalOrder, StepPlan
+from medalign.data.shards.index import ShardIndex
+from medalign.data.shards.writer import write_shards
 from medalign.inspection import global_batches
+from medalign.phantom.records import records
 
 
 class Keys:
@@ -110,16 +110,16 @@ def test_a_batch_is_shown(capsys: pytest.CaptureFixture[str], data: Path, tmp_pa
     assert "padding" in plain and "«" in plain and "[image of 64 tokens]" in plain and "image 4-67" in plain
     monkeypatch.setenv("FORCE_COLOR", "1")
     assert main(words) == 0
-    coloured = capsys.readouterr().out
-    assert "▀" in coloured and "\x1b[1;32m" in coloured
+    colored = capsys.readouterr().out
+    assert "▀" in colored and "\x1b[1;32m" in colored
     assert main([*words, "--output", str(tmp_path / "batch.html")]) == 0
     page = (tmp_path / "batch.html").read_text()
     assert page.count("data:image/png;base64,") == 6  # three samples, two towers
     assert page.count('class="answer"') >= 3 and "http" not in page
     assert main([*words, "--output", str(tmp_path / "batch.png")]) == 0
     with Image.open(tmp_path / "batch.png") as picture:
-        colours = {tuple(colour) for _, colour in picture.convert("RGB").getcolors(1 << 24) or []}
-    assert (0x12, 0x80, 0x5C) in colours  # what is learnt, in its colour
+        colors = {tuple(color) for _, color in picture.convert("RGB").getcolors(1 << 24) or []}
+    assert (0x12, 0x80, 0x5C) in colors  # what is learnt, in its color
 
 
 def test_every_form_tells_the_spans(data: Path, tmp_path: Path, monkeypatch, capsys) -> None:

@@ -83,7 +83,7 @@ def test_the_processor_makes_one_token_a_patch_and_the_pixels_of_the_canvas(proc
     assert (inputs["input_ids"] == model.config.image_token_id).sum() == 64
     images = processor.image_processor
     ours = view(canvas, model.config.vision_config.image_size, images.image_mean, images.image_std)
-    # The processor resizes on 8-bit tensors, the view with Pillow: they may differ by a few grey levels.
+    # The processor resizes on 8-bit tensors, the view with Pillow: they may differ by a few gray levels.
     assert (inputs["pixel_values"][0] - ours).abs().max() < 8 / 255 / images.image_std[0]
 
 

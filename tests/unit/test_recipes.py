@@ -35,14 +35,14 @@ TASKS = {
 FORMS = {
     "llava": {
         "teacher.features": "after_norm",
-        "losses.normalise": "sum",
+        "losses.normalize": "sum",
         "losses.language_mean": "tokens",
         "losses.attention_rows": "prompt",
         "student.query_mixture_form": "beside_lora",
     },
     "official": {
         "teacher.features": "before_norm",
-        "losses.normalise": "official",
+        "losses.normalize": "official",
         "losses.language_mean": "samples",
         "losses.attention_rows": "official",
         "student.query_mixture_form": "official",

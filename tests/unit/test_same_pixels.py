@@ -9,8 +9,8 @@ from PIL import Image
 
 from medalign.config import LoraConfig, StudentConfig
 from medalign.contracts import Sample
-from medalign.data.collate import Collator, TowerView
-from medalign.data.prompts import PromptEncoder
+from medalign.data.batches.collator import Collator, PreprocessCfg
+from medalign.data.batches.prompts import PromptEncoder
 from medalign.geometry import CanvasFrame, coverage
 from medalign.student.loading import eye, load_processor, load_student
 from medalign.teacher.clip import load_teacher
@@ -32,8 +32,8 @@ def test_a_marker_moves_the_same_patch_of_both(student_folder, teacher_folder, s
     encoder = PromptEncoder(
         processor, image_token_id=anatomy.image_token_id, tokens_per_image=anatomy.grid.size, max_length=200
     )
-    teacher_view = TowerView(teacher.image_size, teacher.mean, teacher.std)
-    collate = Collator(encoder, TowerView(own.size, own.mean, own.std), teacher_view, anatomy.grid)
+    teacher_view = PreprocessCfg(teacher.image_size, teacher.mean, teacher.std)
+    collate = Collator(encoder, PreprocessCfg(own.size, own.mean, own.std), teacher_view, anatomy.grid)
 
     def look(image: Image.Image) -> tuple[torch.Tensor, torch.Tensor]:
         batch = collate([sample(image)])
@@ -46,16 +46,16 @@ def test_a_marker_moves_the_same_patch_of_both(student_folder, teacher_folder, s
             features = teacher_targets(teacher, batch.teacher_pixels, anatomy.grid).features
         return tokens[0], features[0]
 
-    grey = Image.new("L", size, 110)
+    gray = Image.new("L", size, 110)
     frame = CanvasFrame(*size)
-    before = look(grey)
+    before = look(gray)
     checked = 0
     for row in range(anatomy.grid.rows):
         for column in range(anatomy.grid.columns):
             box = _patch_in_pixels(row, column, anatomy.grid.rows, frame)
             if box is None:
                 continue
-            marked = np.array(grey)
+            marked = np.array(gray)
             x0, y0, x1, y1 = box
             marked[y0:y1, x0:x1] = 255
             expected = int(np.argmax(coverage([frame.to_unit(box)], anatomy.grid)))

@@ -18,8 +18,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from medalign.contracts import IGNORE
-from medalign.data.phantom import Study, stream, study
 from medalign.geometry import CanvasFrame, square_canvas, view
+from medalign.phantom import Study, stream, study
 
 REPORT_REQUESTS = (
     "Describe the findings.",
@@ -69,7 +69,7 @@ class Course:
         """Clean pictures [B, S, S], normalised, and the cover of their shapes [B, C, S, S]."""
         scenes = [scene(rng, self.pool) for _ in range(count)]
         cover = torch.from_numpy(np.stack([made.cover for made in scenes]))
-        return normalise(np.stack([made.picture for made in scenes])), cover
+        return normalize(np.stack([made.picture for made in scenes])), cover
 
     def medical_turn(self, rng: np.random.Generator) -> Turn:
         """A question or report request about some radiograph, without the radiograph."""
@@ -88,7 +88,7 @@ class Course:
         encoded = [self.encode(talk, image=True) for talk in talks]
         ids_BL, labels_BL = self.pad(encoded)
         cover = torch.from_numpy(np.stack([made.cover for made in scenes]))
-        pictures = normalise(np.stack([made.picture for made in scenes]))
+        pictures = normalize(np.stack([made.picture for made in scenes]))
         return Lesson(pictures, cover, ids_BL, labels_BL, *self._ground(talks, encoded, ids_BL.shape[1]))
 
     def _ground(self, talks: list[list[Turn]], encoded: list[Encoded], length: int) -> tuple[Tensor, Tensor]:
@@ -129,7 +129,7 @@ class Course:
         return ids_BL, labels_BL
 
 
-def normalise(pictures: np.ndarray) -> Tensor:
+def normalize(pictures: np.ndarray) -> Tensor:
     """Grey levels in [0, 1], [B, S, S], as the tower wants them (one of three equal channels)."""
     return (torch.from_numpy(pictures.astype(np.float32)) - folder.MEAN[0]) / folder.STD[0]
 
@@ -161,7 +161,7 @@ def shape_questions(course: Course, count: int) -> list[tuple[Tensor, Turn]]:
     while len(asked) < count:
         made = scene(rng, course.pool)
         short = [turn for turn in made.turns if not turn.question.startswith("Describe")]
-        asked.append((normalise(made.picture[None])[0], short[0]))
+        asked.append((normalize(made.picture[None])[0], short[0]))
     return asked
 
 

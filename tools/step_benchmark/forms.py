@@ -32,7 +32,7 @@ from medalign.student.model import Student
 from medalign.student.packing import layout
 from medalign.teacher.clip import Teacher
 from medalign.teacher.targets import teacher_targets
-from medalign.training.step import Step
+from medalign.training.step import TrainStep
 
 
 class Form(NamedTuple):
@@ -95,7 +95,7 @@ class ReleasedObjective(Objective):
         return LossTerm(sum=(loss_I * weight_I).sum(), count=weight_I.sum())
 
 
-class GivenStep(Step):
+class GivenStep(TrainStep):
     """A step that is handed the teacher's targets in place of a teacher."""
 
     targets: TeacherTargets  # on the host
@@ -123,14 +123,14 @@ class Bench:
         with self._as(form):
             return self.steps[form.name]([self.batch], self.rates)
 
-    def _step(self, form: Form) -> Step:
+    def _step(self, form: Form) -> TrainStep:
         losses = self.config.losses
         alpha, beta = (losses.alpha, losses.beta) if form.distils else (0.0, 0.0)
         kind = ReleasedObjective if form.released else Objective
         objective = kind(alpha, beta, impl=losses.impl)
         grid = self.student.anatomy.grid
         if not form.given:
-            return Step(self.engine, self.teacher if form.distils else None, objective, grid)
+            return TrainStep(self.engine, self.teacher if form.distils else None, objective, grid)
         step = GivenStep(self.engine, None, objective, grid)
         step.targets = self._targets(form)
         return step

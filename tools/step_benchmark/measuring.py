@@ -167,11 +167,11 @@ def plan_blocks(bench_of: Callable[[int], Bench], wanted: int, device: torch.dev
         del bench
         gc.collect()
         torch.cuda.empty_cache()
-    room = SPARE * torch.cuda.mem_get_info(device)[0]
+    buffers = SPARE * torch.cuda.mem_get_info(device)[0]
     per_block = (peaks[1] - peaks[0]) / 2
-    fitting = int((room - peaks[0] + 2 * per_block) // per_block)
+    fitting = int((buffers - peaks[0] + 2 * per_block) // per_block)
     return {
-        "free_gib": round(room / GIB, 2),
+        "free_gib": round(buffers / GIB, 2),
         "gib_per_block": round(per_block / GIB, 3),
         "gib_beside": round((peaks[0] - 2 * per_block) / GIB, 2),
         "blocks": min(wanted, max(2, fitting)),

@@ -9,9 +9,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from medalign.data import phantom
-from medalign.data.index import ShardIndex
-from medalign.data.plan import GlobalOrder
+from medalign import phantom
+from medalign.data.order.order import GlobalOrder
+from medalign.data.shards.index import ShardIndex
 from medalign.run import build_collator
 from medalign.student.loading import load_processor
 from step_benchmark.forms import FORMS, Bench

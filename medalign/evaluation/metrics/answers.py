@@ -39,7 +39,7 @@ def closed_correct(prediction: str, reference: str) -> bool:
     """A closed question's answer.
 
     Where the reference says yes or no, the first yes or no in the prediction counts and the rest does not: "There
-    is no effusion." says no. Any other choice must match exactly, after normalisation.
+    is no effusion." says no. Any other choice must match exactly, after normalization.
     """
     if is_yes_no(reference):
         said = next((word for word in words(prediction) if word in YES_NO), None)

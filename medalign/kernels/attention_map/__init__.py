@@ -8,7 +8,7 @@ import torch
 
 from medalign.kernels import dispatch, gpu
 from medalign.kernels.attention_map import chunked, reference, triton
-from medalign.kernels.attention_map.sight import Sight
+from medalign.kernels.attention_map.arguments import AttentionMapArgs
 from medalign.kernels.validation import describe, require_device, require_features, require_mask, require_numbers
 
 _KNOWN = {"reference": reference.attention_map, "chunked": chunked.attention_map, "triton": triton.attention_map}
@@ -58,7 +58,7 @@ def attention_map(
     valid = torch.ones_like(rows) if attention_mask is None else attention_mask
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     rows, columns, valid = ((mask & valid).contiguous() for mask in (rows, columns, valid))
-    sight = Sight(rows, columns, valid, scale, softcap, window, cu_seqlens)
+    sight = AttentionMapArgs(rows, columns, valid, scale, softcap, window, cu_seqlens)
     found = dispatch.run(implementation, query, key, sight)
     require_numbers(_OPERATION, found, query=query, key=key)
     return found

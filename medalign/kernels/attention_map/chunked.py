@@ -19,20 +19,20 @@ from typing import Any, NamedTuple
 
 import torch
 
-from medalign.kernels.attention_map.sight import Sight
+from medalign.kernels.attention_map.arguments import AttentionMapArgs
 from medalign.kernels.validation import compute_dtype
 
 SCORE_ELEMENTS = 2**21  # scores held at a time (8 MB), or one row of every head if that is more
 
 
-def attention_map(query_BHLD: torch.Tensor, key_BKLD: torch.Tensor, sight: Sight) -> torch.Tensor:
+def attention_map(query_BHLD: torch.Tensor, key_BKLD: torch.Tensor, sight: AttentionMapArgs) -> torch.Tensor:
     """See `medalign.kernels.attention_map`."""
     return _AttentionMap.apply(query_BHLD, key_BKLD, sight)
 
 
 class _AttentionMap(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query_BHLD: torch.Tensor, key_BKLD: torch.Tensor, sight: Sight) -> torch.Tensor:
+    def forward(ctx: Any, query_BHLD: torch.Tensor, key_BKLD: torch.Tensor, sight: AttentionMapArgs) -> torch.Tensor:
         heads = query_BHLD.shape[1]
         map_BL = query_BHLD.new_zeros(sight.rows_BL.shape, dtype=compute_dtype(query_BHLD, key_BKLD))
         for segment in _Segment.each(query_BHLD, key_BKLD, sight):
@@ -87,7 +87,9 @@ class _Chunk(NamedTuple):
 class _Segment:
     """One sample, or one sequence of a packed batch: its chosen rows, and its keys up to the last of them."""
 
-    def __init__(self, sample: int, start: int, rows_R: torch.Tensor, query: torch.Tensor, key: torch.Tensor, s: Sight):
+    def __init__(
+        self, sample: int, start: int, rows_R: torch.Tensor, query: torch.Tensor, key: torch.Tensor, s: AttentionMapArgs
+    ):
         self.sample, self.rows_R, self.sight = sample, rows_R, s
         self.place = slice(start, start + int(rows_R[-1]) + 1)
         self.dtype = compute_dtype(query, key)
@@ -96,7 +98,7 @@ class _Segment:
         self.key_KLD = key[sample, :, self.place].to(self.dtype).masked_fill(self.invalid_L[:, None], 0)
 
     @classmethod
-    def each(cls, query_BHLD: torch.Tensor, key_BKLD: torch.Tensor, sight: Sight) -> Iterator[_Segment]:
+    def each(cls, query_BHLD: torch.Tensor, key_BKLD: torch.Tensor, sight: AttentionMapArgs) -> Iterator[_Segment]:
         """The segments that have rows."""
         batch, length = sight.rows_BL.shape
         ends = [0, length] if sight.cu_seqlens is None else sight.cu_seqlens.tolist()

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import torch
 
-from medalign.kernels.attention_map.sight import Sight
+from medalign.kernels.attention_map.arguments import AttentionMapArgs
 from medalign.kernels.validation import compute_dtype
 
 
-def attention_map(query_BHLD: torch.Tensor, key_BHLD: torch.Tensor, sight: Sight) -> torch.Tensor:
+def attention_map(query_BHLD: torch.Tensor, key_BHLD: torch.Tensor, sight: AttentionMapArgs) -> torch.Tensor:
     """See `medalign.kernels.attention_map`."""
     dtype = compute_dtype(query_BHLD, key_BHLD)
     heads = query_BHLD.shape[1]
@@ -31,7 +31,7 @@ def attention_map(query_BHLD: torch.Tensor, key_BHLD: torch.Tensor, sight: Sight
     return chosen_BHLL.sum((1, 2)) / _terms(sight, segment_BL, heads).to(dtype)
 
 
-def _seen(sight: Sight, segment_BL: torch.Tensor) -> torch.Tensor:
+def _seen(sight: AttentionMapArgs, segment_BL: torch.Tensor) -> torch.Tensor:
     """[B, L, L]: whether row i sees key j."""
     place_L = torch.arange(segment_BL.shape[1], device=segment_BL.device)
     distance_LL = place_L[:, None] - place_L
@@ -41,7 +41,7 @@ def _seen(sight: Sight, segment_BL: torch.Tensor) -> torch.Tensor:
     return near_LL & sight.valid_BL[:, None, :] & (segment_BL[:, :, None] == segment_BL[:, None, :])
 
 
-def _terms(sight: Sight, segment_BL: torch.Tensor, heads: int) -> torch.Tensor:
+def _terms(sight: AttentionMapArgs, segment_BL: torch.Tensor, heads: int) -> torch.Tensor:
     """[B, L]: heads times rows of the token's segment, at least 1."""
     rows_S = torch.zeros(int(segment_BL.max()) + 1, dtype=torch.long, device=segment_BL.device)
     rows_S.index_add_(0, segment_BL.flatten(), sight.rows_BL.flatten().long())

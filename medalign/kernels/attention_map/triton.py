@@ -15,7 +15,7 @@ the decoder block it hangs on takes 340 G forward: time is launches and latency,
 over memory and no partial sums wins: two kernels forward, two backward (inner and dQ share one). Widths are padded to
 a power of two, for the same reason. Each sum is formed by one program in a fixed order; no atomics.
 
-A variant from Q, K and target straight to the KL was counted and left out: the normalisation needs the whole map, so
+A variant from Q, K and target straight to the KL was counted and left out: the normalization needs the whole map, so
 the pass over the columns must end before; it would save B L floats (12 kB) and no pass over Q or K.
 """
 
@@ -28,16 +28,16 @@ import torch
 
 from medalign.errors import KernelError
 from medalign.kernels import gpu
-from medalign.kernels.attention_map import configurations
-from medalign.kernels.attention_map.sight import Sight
+from medalign.kernels.attention_map import tile_table
+from medalign.kernels.attention_map.arguments import AttentionMapArgs
 from medalign.kernels.validation import describe
 
-WIDEST = configurations.WIDTHS[-1]  # channels of a head: the gradients of a tile are kept in registers
+WIDEST = tile_table.WIDTHS[-1]  # channels of a head: the gradients of a tile are kept in registers
 BOUNDARY = 16  # elements, and bytes of an address: where vectors begin, so that loads are wide and binaries few
 HEADROOM = 2.0**10  # of score gradients in half precision: they are at most twice this, and small shares stay normal
 
 
-def attention_map(query_BHLD: torch.Tensor, key_BKLD: torch.Tensor, sight: Sight) -> torch.Tensor:
+def attention_map(query_BHLD: torch.Tensor, key_BKLD: torch.Tensor, sight: AttentionMapArgs) -> torch.Tensor:
     """See `medalign.kernels.attention_map`. Raises KernelError for heads wider than 256."""
     if query_BHLD.shape[-1] > WIDEST:
         raise KernelError(
@@ -64,7 +64,7 @@ def _like(tensor: torch.Tensor) -> torch.Tensor:
 
 class _AttentionMap(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query_BHLD: torch.Tensor, key_BKLD: torch.Tensor, sight: Sight) -> torch.Tensor:
+    def forward(ctx: Any, query_BHLD: torch.Tensor, key_BKLD: torch.Tensor, sight: AttentionMapArgs) -> torch.Tensor:
         call = _Call(query_BHLD, key_BKLD, sight)
         log_sum_HT = query_BHLD.new_empty(call.heads, call.tokens, dtype=torch.float32)
         partial_KT = query_BHLD.new_zeros(call.key_heads, call.tokens, dtype=torch.float32)
@@ -115,14 +115,14 @@ class _Call:
     have to be, and a table names the segment of each tile: programs that find none leave at once.
     """
 
-    def __init__(self, query_BHLD: torch.Tensor, key_BKLD: torch.Tensor, sight: Sight) -> None:
+    def __init__(self, query_BHLD: torch.Tensor, key_BKLD: torch.Tensor, sight: AttentionMapArgs) -> None:
         self.heads, self.key_heads, self.tokens = query_BHLD.shape[1], key_BKLD.shape[1], sight.rows_BL.numel()
         self.group = self.heads // self.key_heads
         self.bounds_S = sight.bounds()
         self.share_S, self.before_S = sight.shares(self.heads)
         self.device = query_BHLD.device
         width = query_BHLD.shape[-1]
-        self.tiles = configurations.tiles(gpu.architecture(self.device), query_BHLD.dtype, width)
+        self.tiles = tile_table.tiles(gpu.architecture(self.device), query_BHLD.dtype, width)
         self.common: dict[str, Any] = {
             "query": query_BHLD,
             "key": key_BKLD,
@@ -169,14 +169,14 @@ class _Call:
             ) from error
 
 
-def constants(tiles: configurations.Tiles, dtype: torch.dtype, width: int, group: int, capped: bool) -> dict[str, Any]:
+def constants(tiles: tile_table.Tiles, dtype: torch.dtype, width: int, group: int, capped: bool) -> dict[str, Any]:
     """What is compiled into every kernel."""
     return {
         "GROUP": group,
         "WIDTH": width,
         "CAPPED": capped,
         "PRECISION": "tf32x3" if dtype == torch.float32 else "ieee",  # three TF32 products keep float32's accuracy
-        "BLOCK_D": configurations.padded(width),
+        "BLOCK_D": tile_table.padded(width),
         "BLOCK_F": tiles.pairs,
         "BLOCK_N": tiles.keys,
         "CHUNK": tiles.channels,

@@ -4,7 +4,7 @@ With unit rows s_i, t_i, and D_ij = s_i . s_j - t_i . t_j:
 
     loss   = 1 / n^2 * sum_ij w_i w_j D_ij^2
     dl/ds_i = 4 / n^2 * sum_j w_i w_j D_ij s_j
-    dl/dx_i = (dl/ds_i - (dl/ds_i . s_i) s_i) / |x_i|          x_i the token before it was normalised
+    dl/dx_i = (dl/ds_i - (dl/ds_i . s_i) s_i) / |x_i|          x_i the token before it was normalized
 
 The upstream gradient is one number a sample, so the gradient is formed beside the value, kept, and scaled in the
 backward pass. D is symmetric: a panel of rows a..e needs the columns from a on alone, and serves the rows below it
@@ -121,7 +121,7 @@ def _group(
     valid_G = sum_G.new_full((samples,), tokens) if mask_GN is None else mask_GN.sum(1).to(dtype)
     pairs_G = valid_G.clamp_min(1).square()
     if gradient_GND is not None:
-        _through_normalisation(gradient_GND, unit_GND, inverse_GN * (4 / pairs_G)[:, None], height)
+        _through_normalization(gradient_GND, unit_GND, inverse_GN * (4 / pairs_G)[:, None], height)
     return sum_G / pairs_G, gradient_GND
 
 
@@ -137,7 +137,7 @@ def _unit_rows(
     return unit_GND.mul_(inverse_GN[..., None]), inverse_GN
 
 
-def _through_normalisation(
+def _through_normalization(
     gradient_GND: torch.Tensor, unit_GND: torch.Tensor, factor_GN: torch.Tensor, height: int
 ) -> None:
     """Turn dl/ds into dl/dx in place, panel by panel."""

@@ -18,7 +18,7 @@ Counted before it was written, for N tokens, d and b channels, an image, a panel
 
 The last but one is taken: for one tile of 576 image tokens it does the least known, in two launches, and beyond it
 needs no accumulation in memory, so that every result is written once, by one program, in a fixed order (no atomics;
-two runs are bit-equal). The normalisation costs no pass: lengths multiply finished products (features of half
+two runs are bit-equal). The normalization costs no pass: lengths multiply finished products (features of half
 precision are then multiplied exactly), the factors of D's columns go into the panel, and r_i falls out of D's tile.
 The panel is in the features' own type, as tensor cores want; float16, whose range is short, with the column factors
 scaled to at most 1. Float32 is multiplied as three TF32 products, which keeps its accuracy.
@@ -33,9 +33,9 @@ from typing import Any
 import torch
 
 from medalign.kernels import gpu
-from medalign.kernels.token_similarity import configurations
-from medalign.kernels.token_similarity.configurations import GRAIN
+from medalign.kernels.token_similarity import tile_table
 from medalign.kernels.token_similarity.reference import SMALLEST_NORM
+from medalign.kernels.token_similarity.tile_table import GRAIN
 
 TALLEST_PANEL = 2048  # rows; 16 row tiles x the channel tiles fill a card
 WORKSPACE_ELEMENTS = 2**25  # samples are taken together while their panels stay below this (64 MB in half precision)
@@ -48,7 +48,7 @@ def available(device: torch.device, student: torch.dtype, teacher: torch.dtype) 
     refusal = gpu.refusal(device, student, teacher)
     if refusal:
         return refusal
-    needed = configurations.shared_memory(gpu.architecture(device), student, teacher)
+    needed = tile_table.shared_memory(gpu.architecture(device), student, teacher)
     there = gpu.shared_memory(device)
     if needed > there:
         return f'a program needs {needed} bytes of shared memory, {device} has {there}; choose impl="chunked"'
@@ -149,8 +149,8 @@ class _Group:
         self.padded = self.panels * self.height
         architecture, dtypes = gpu.architecture(student_GND.device), (student_GND.dtype, teacher_GND.dtype)
         aligned = _aligned(student_GND) and _aligned(teacher_GND)
-        self.difference_tile = configurations.differences(architecture, dtypes, aligned, self.tokens, self.samples)
-        self.gradient_tile = configurations.gradients(architecture, dtypes[0], _aligned(student_GND))
+        self.difference_tile = tile_table.differences(architecture, dtypes, aligned, self.tokens, self.samples)
+        self.gradient_tile = tile_table.gradients(architecture, dtypes[0], _aligned(student_GND))
         self._count(mask_GN)
 
     def loss(self) -> torch.Tensor:

@@ -145,7 +145,7 @@ def gradients(
     top, height, tokens, padded, width, student_by_sample, student_by_token,
     MASKED: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """A tile of dl/dx: the panel times the features, through the normalisation.
+    """A tile of dl/dx: the panel times the features, through the normalization.
 
     Grid: blocks of the panel's rows x blocks of channels x samples.
     """

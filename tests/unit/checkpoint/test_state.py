@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from medalign.checkpoint import state
-from medalign.checkpoint.state import Progress
+from medalign.checkpoint.state import TrainState
 from medalign.errors import CheckpointError
 
 
@@ -42,8 +42,8 @@ def export(folder: Path) -> None:
     (folder / "medalign.json").write_text("{}")
 
 
-def at(step: int, ranks: int = 1) -> Progress:
-    return Progress(step=step, samples=step * 4, ranks=ranks)
+def at(step: int, ranks: int = 1) -> TrainState:
+    return TrainState(step=step, samples=step * 4, ranks=ranks)
 
 
 def test_save_keeps_the_newest_and_latest_names_the_last(tmp_path):
@@ -143,7 +143,7 @@ def test_a_disk_that_fills_up_while_rewriting_leaves_it_whole(tmp_path, monkeypa
     monkeypatch.setattr(state, "to_universal", full)
     with pytest.raises(CheckpointError, match="step-000005 could not be rewritten .*No space left.*free space"):
         state.load(FakeEngine(), folder)
-    assert state.latest(tmp_path) == folder and state.read_progress(folder).ranks == 4
+    assert state.latest(tmp_path) == folder and state.read_state(folder).ranks == 4
 
 
 @pytest.mark.parametrize("keep", [1, 2])
@@ -169,13 +169,13 @@ def test_a_damaged_progress_is_named(tmp_path, text):
     folder = state.save(FakeEngine(), tmp_path, at(5), 1, export)
     (folder / "progress.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"step-000005/progress\.json cannot be read"):
-        state.read_progress(folder)
+        state.read_state(folder)
 
 
 def test_an_older_progress_is_read(tmp_path):
     folder = state.save(FakeEngine(), tmp_path, at(5), 1, export)
     (folder / "progress.json").write_text('{"step": 5, "samples": 20, "ranks": 1, "skipped": 0, "truncated": 0}')
-    assert state.read_progress(folder) == at(5)
+    assert state.read_state(folder) == at(5)
 
 
 def test_torch_without_room_while_rewriting_is_named(tmp_path, monkeypatch):

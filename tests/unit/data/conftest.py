@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from tiny_data import record
 
-from medalign.data.records import Record
-from medalign.data.shards import write_shards
+from medalign.data.shards.records import Record
+from medalign.data.shards.writer import write_shards
 
 
 @pytest.fixture

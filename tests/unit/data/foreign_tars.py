@@ -10,8 +10,8 @@ from typing import Any
 
 from tiny_data import picture, record
 
-from medalign.data.index import ShardIndex
-from medalign.data.shards import PackReport, build_index
+from medalign.data.shards.index import ShardIndex
+from medalign.data.shards.writer import PackReport, build_index
 
 ANNOTATION = json.dumps({**record(1).fields, "boxes": []}).encode()
 FILM = picture(7)

@@ -17,12 +17,12 @@ from transformers import AutoProcessor, PreTrainedTokenizerFast
 
 import medalign
 from medalign.contracts import IGNORE, Sample
-from medalign.data.conversation import Conversation
-from medalign.data.phantom.records import records
-from medalign.data.prompts import PromptEncoder
-from medalign.data.samples import REPORT_PROMPT, BadSample
-from medalign.data.spelling import Speller
+from medalign.data.batches.conversation import Conversation
+from medalign.data.batches.prompts import PromptEncoder
+from medalign.data.batches.spelling import Speller
+from medalign.data.samples.sample import REPORT_PROMPT, BadSample
 from medalign.errors import ConfigError
+from medalign.phantom.records import records
 from tests import mistral, tiny
 
 GREY = Image.new("RGB", (8, 6))

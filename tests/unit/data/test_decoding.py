@@ -1,4 +1,4 @@
-"""Pictures as a radiologist sees them: reduced decoding of large films, deep grey, DICOM without its names."""
+"""Pictures as a radiologist sees them: reduced decoding of large films, deep gray, DICOM without its names."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from dicom_files import study
 from PIL import Image
 from tiny_data import images, record
 
-from medalign.data import dicom
-from medalign.data.decode import decode_image, picture_header
-from medalign.data.index import ShardIndex
-from medalign.data.records import Record
-from medalign.data.shards import build_index, write_shards
-from medalign.data.sources import files
+from medalign.data.samples import dicom
+from medalign.data.samples.decode import decode_image, picture_header
+from medalign.data.shards.index import ShardIndex
+from medalign.data.shards.records import Record
+from medalign.data.shards.writer import build_index, write_shards
+from medalign.datasets import files
 
 
 def smooth(width: int, height: int) -> np.ndarray:
@@ -40,7 +40,7 @@ def test_a_film_far_larger_than_needed_is_decoded_smaller(size, at_least, decode
     assert image.size == decoded
     small = np.asarray(image.resize((84, 63)), dtype=float)
     whole = np.asarray(Image.fromarray(smooth(*size)).resize((84, 63)), dtype=float)
-    assert np.abs(small - whole).max() < 4  # grey levels: JPEG's own error and two ways to shrink a smooth picture
+    assert np.abs(small - whole).max() < 4  # gray levels: JPEG's own error and two ways to shrink a smooth picture
 
 
 def test_boxes_shrink_with_the_picture(tmp_path: Path) -> None:
@@ -53,14 +53,14 @@ def test_boxes_shrink_with_the_picture(tmp_path: Path) -> None:
     assert small.boxes == ((40, 30, 200, 150),)
 
 
-def test_deep_grey_is_windowed_not_ruled_by_single_pixels() -> None:
+def test_deep_gray_is_windowed_not_ruled_by_single_pixels() -> None:
     deep = np.linspace(1000, 3000, 10_000).reshape(100, 100).astype(np.uint16)
     deep[0, 0] = 65_535  # a marker, as scanners burn them in
     buffer = io.BytesIO()
     Image.fromarray(deep).save(buffer, "PNG")
-    grey = np.asarray(decode_image(buffer.getvalue()))
-    assert (grey[0, 0], grey.min(), grey.max()) == (255, 0, 255)
-    assert abs(int(grey[50, 0]) - 127) <= 2  # the middle of the window, not 4 % of the range
+    gray = np.asarray(decode_image(buffer.getvalue()))
+    assert (gray[0, 0], gray.min(), gray.max()) == (255, 0, 255)
+    assert abs(int(gray[50, 0]) - 127) <= 2  # the middle of the window, not 4 % of the range
     rare = np.zeros((100, 100), np.uint16)
     rare[3, 3] = 900
     buffer = io.BytesIO()

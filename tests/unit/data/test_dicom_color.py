@@ -14,8 +14,8 @@ from pydicom.dataset import Dataset
 from pydicom.pixels import apply_color_lut
 from pydicom.uid import JPEG2000, ImplicitVRLittleEndian, JPEG2000Lossless, JPEGBaseline8Bit, RLELossless
 
-from medalign.data.decode import decode_image
-from medalign.data.samples import BadSample
+from medalign.data.samples.decode import decode_image
+from medalign.data.samples.sample import BadSample
 
 RED, BLUE = (220, 30, 30), (30, 60, 200)
 HALVES = np.zeros((32, 64, 3), np.uint8)

@@ -13,8 +13,8 @@ from pydicom.dataset import Dataset
 from pydicom.pixels import apply_modality_lut, apply_voi, apply_windowing
 from pydicom.uid import JPEGBaseline8Bit
 
-from medalign.data.decode import decode_image, has_several_frames, picture_header
-from medalign.data.samples import BadSample
+from medalign.data.samples.decode import decode_image, has_several_frames, picture_header
+from medalign.data.samples.sample import BadSample
 
 RAMP = np.tile(np.arange(0, 4000, 40), (20, 1))
 SIGNED = {"PixelRepresentation": 1, "BitsStored": 16, "HighBit": 15}

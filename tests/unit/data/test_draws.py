@@ -11,9 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_loader import loader
 
-from medalign.data.loader import TrainLoader, rank_numbers
-from medalign.data.mixing import LengthGroups, Mixture
-from medalign.data.plan import GlobalOrder, Order, StepPlan
+from medalign.data.batches.loader import TrainLoader, rank_numbers
+from medalign.data.order.mixture import LengthGroupedOrder, Mixture
+from medalign.data.order.order import GlobalOrder, Order, StepPlan
 
 WORLDS, WORKERS = (1, 2, 3, 8, 64, 512), (0, 1, 4)
 
@@ -37,7 +37,7 @@ def orders(kind: str, folders: list[list[int]], batch: int) -> Order:
         order = Mixture(several, list(range(1, len(folders) + 1)), 5)
     if kind.startswith("grouped"):
         lengths = np.random.default_rng(0).integers(1, 99, sum(sizes))
-        order = LengthGroups(order, lambda numbers: lengths[numbers], global_batch=batch, groups=3, seed=5)
+        order = LengthGroupedOrder(order, lambda numbers: lengths[numbers], global_batch=batch, groups=3, seed=5)
     return order
 
 
@@ -53,7 +53,9 @@ def orders(kind: str, folders: list[list[int]], batch: int) -> Order:
 def test_all_ranks_and_workers_draw_one_sequence(kind, folders, batch, micro, world, skip) -> None:
     size, steps = sum(map(sum, folders)), 3
     plan = StepPlan(batch, micro, world)
-    whole = orders(kind, folders, batch).at(np.arange(skip * batch, (skip + steps) * batch)).reshape(steps, batch)
+    whole = (
+        orders(kind, folders, batch).indices_at(np.arange(skip * batch, (skip + steps) * batch)).reshape(steps, batch)
+    )
     order = orders(kind, folders, batch)
     cut = [
         list(islice(rank_numbers(order, plan, rank, skip), (steps + 4) * plan.accumulation)) for rank in range(world)

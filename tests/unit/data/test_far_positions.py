@@ -10,14 +10,14 @@ import pytest
 from test_loader import collator
 from tiny_data import record
 
-from medalign.data import mixing, plan
-from medalign.data.index import ShardIndex
-from medalign.data.loader import TrainLoader
-from medalign.data.mixing import ROUND, LengthGroups, Mixture
-from medalign.data.plan import GlobalOrder, Order
-from medalign.data.shards import write_shards
-from medalign.data.storage import Access
-from medalign.data.table import Table, read_table
+from medalign.data.batches.loader import TrainLoader
+from medalign.data.order import order
+from medalign.data.order.mixture import ROUND, LengthGroupedOrder, Mixture
+from medalign.data.order.order import GlobalOrder, Order
+from medalign.data.shards.index import ShardIndex
+from medalign.data.shards.table import Table, read_table
+from medalign.data.shards.writer import write_shards
+from medalign.data.storage.byte_ranges import StorageOptions
 
 SAMPLES, SHARD, BATCH = 1_000_000, 1000, 32
 
@@ -26,13 +26,13 @@ def plain() -> Order:
     return GlobalOrder(SAMPLES, 3, shards=[SHARD] * (SAMPLES // SHARD))
 
 
-def mixture() -> Order:
+def two_folders() -> Order:
     sizes = (SAMPLES // 4, 3 * SAMPLES // 4)
     return Mixture([GlobalOrder(n, 3, shards=[SHARD] * (n // SHARD), stream=d) for d, n in enumerate(sizes)], [1, 2], 3)
 
 
 def grouped() -> Order:
-    return LengthGroups(plain(), lambda numbers: numbers % 97, global_batch=BATCH, groups=8, seed=3)
+    return LengthGroupedOrder(plain(), lambda numbers: numbers % 97, global_batch=BATCH, groups=8, seed=3)
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ def grouped() -> Order:
         # the order of the shards and one block; where the stretch runs over an edge, two of each
         (plain, 4),
         # two rounds of the mixture at most, and as above for each of two data sets
-        (mixture, 2 + 2 * 4),
+        (two_folders, 2 + 2 * 4),
         # two windows at most, each with the turn of its batches
         (grouped, 2 + 4),
     ],
@@ -51,7 +51,7 @@ def test_far_positions_cost_no_more(
     make: Callable[[], Order], most: int, start: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shuffled: list[int] = []
-    real = plan.generator
+    real = order.generator
 
     class Counting:
         def __init__(self, *words: int) -> None:
@@ -61,12 +61,12 @@ def test_far_positions_cost_no_more(
             shuffled.append(things if isinstance(things, int) else len(things))
             return self.real.permutation(things)
 
-    for module in (plan, mixing):
+    for module in (order, two_folders):
         monkeypatch.setattr(module, "generator", Counting)
-    numbers = make().at(np.arange(start, start + BATCH, dtype=np.int64))
+    numbers = make().indices_at(np.arange(start, start + BATCH, dtype=np.int64))
     assert len(set(numbers.tolist())) == BATCH
     assert 1 <= len(shuffled) <= most
-    assert max(shuffled) <= max(plan.BLOCK + SHARD, ROUND)
+    assert max(shuffled) <= max(order.BLOCK + SHARD, ROUND)
 
 
 @pytest.fixture(scope="module")
@@ -78,11 +78,11 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> ShardIndex:
     rows = np.resize(small.rows, SAMPLES)
     lengths = np.resize(np.diff(small.key_ends, prepend=0), SAMPLES)
     keys = np.resize(small.keys, int(lengths.sum()))
-    table = Table(small.shards, rows, np.cumsum(lengths), keys, small.further, small.most_images)
-    return ShardIndex([str(folder)], [table], Access())
+    table = Table(small.shards, rows, np.cumsum(lengths), keys, small.further, small.max_images)
+    return ShardIndex([str(folder)], [table], StorageOptions())
 
 
-@pytest.mark.parametrize("make", [plain, mixture, grouped])
+@pytest.mark.parametrize("make", [plain, two_folders, grouped])
 @pytest.mark.parametrize("workers", [0, 1])
 def test_the_first_batch_comes_as_fast_at_a_far_step(
     large: ShardIndex, make: Callable[[], Order], workers: int
@@ -95,7 +95,7 @@ def test_the_first_batch_comes_as_fast_at_a_far_step(
         )
         batches = next(iter(ready))
         taken = time.perf_counter() - begun
-        drawn = order.at(np.arange(step * BATCH, (step + 1) * BATCH, dtype=np.int64))
+        drawn = order.indices_at(np.arange(step * BATCH, (step + 1) * BATCH, dtype=np.int64))
         assert [key for batch in batches for key in batch.keys] == [large.key(n) for n in drawn]
         return taken
 

@@ -6,9 +6,9 @@ import shutil
 
 from tiny_data import record
 
-from medalign.data import table
-from medalign.data.index import ShardIndex
-from medalign.data.shards import build_index, write_shards
+from medalign.data.shards import table
+from medalign.data.shards.index import ShardIndex
+from medalign.data.shards.writer import build_index, write_shards
 
 
 def fingerprint(*folders):

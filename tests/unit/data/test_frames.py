@@ -14,8 +14,8 @@ from PIL import Image
 from tiny_data import picture, record
 
 from medalign.__main__ import main
-from medalign.data.decode import SEVERAL_FRAMES
-from medalign.data.index import ShardIndex
+from medalign.data.samples.decode import SEVERAL_FRAMES
+from medalign.data.shards.index import ShardIndex
 from medalign.errors import MedAlignError
 from medalign.inference import generate
 

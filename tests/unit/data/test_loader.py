@@ -17,22 +17,22 @@ from tiny_text import encoder
 
 from medalign.__main__ import main
 from medalign.contracts import IGNORE, Batch, Sample
-from medalign.data import loader as loading
-from medalign.data.collate import Collator, Prepared, TowerView
-from medalign.data.index import ShardIndex
-from medalign.data.loader import TrainLoader, batches, judge_bad_share
-from medalign.data.plan import GlobalOrder
-from medalign.data.records import Record, json_bytes
-from medalign.data.shards import write_shards
-from medalign.data.storage import Access
+from medalign.data.batches import loader as loading
+from medalign.data.batches.collator import Collator, Prepared, PreprocessCfg
+from medalign.data.batches.loader import TrainLoader, batches, check_skip_rate
+from medalign.data.order.order import GlobalOrder
+from medalign.data.shards.index import ShardIndex
+from medalign.data.shards.records import Record, json_bytes
+from medalign.data.shards.writer import write_shards
+from medalign.data.storage.byte_ranges import StorageOptions
 from medalign.errors import ConfigError, DataError
 from medalign.geometry import PatchGrid
 
-STUDENT = TowerView(12, (0.5, 0.4, 0.3), (0.2, 0.2, 0.2))
-TEACHER = TowerView(16, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+STUDENT = PreprocessCfg(12, (0.5, 0.4, 0.3), (0.2, 0.2, 0.2))
+TEACHER = PreprocessCfg(16, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
 
-def collator(teacher: TowerView | None = TEACHER, **changes) -> Collator:
+def collator(teacher: PreprocessCfg | None = TEACHER, **changes) -> Collator:
     return Collator(encoder(), STUDENT, teacher, PatchGrid(3, 3), **changes)
 
 
@@ -41,7 +41,7 @@ def sample(key: str, *images: Image.Image, question: str = "is there a nodule ?"
 
 
 def loader(folder: Path, **changes) -> TrainLoader:
-    index = ShardIndex.open(folder, Access(retries=1, pause=0.01))
+    index = ShardIndex.open(folder, StorageOptions(retries=1, pause=0.01))
     settings = {"global_batch": 6, "micro_batch": 3} | changes
     return TrainLoader(index, GlobalOrder(len(index), 3), collator(), **settings)
 
@@ -84,7 +84,7 @@ def test_both_views_show_one_canvas_padded_with_the_students_mean() -> None:
 
 
 @pytest.mark.parametrize("teacher", [TEACHER, None])
-def test_batch_without_image_gets_a_dummy(teacher: TowerView | None) -> None:
+def test_batch_without_image_gets_a_dummy(teacher: PreprocessCfg | None) -> None:
     got = collator(teacher)([sample("a"), sample("b", question="a")])
     assert got.student_pixels.shape == (1, 3, 12, 12)
     assert torch.allclose(got.student_pixels[0, :, 0, 0], -torch.tensor(STUDENT.mean) / 0.2)
@@ -120,8 +120,8 @@ def test_packed_samples_lie_end_to_end() -> None:
     owners = torch.arange(3).repeat_interleave(torch.tensor(packed.lengths))[None]
     assert torch.equal(packed.sample_of_token(), owners)
     assert torch.equal(padded.sample_of_token(), torch.arange(3)[:, None].expand_as(valid))
-    filler = collator(packed=True).filler()
-    assert (filler.labels == IGNORE).all() and filler.lengths == (filler.input_ids.shape[1],)
+    dummy_batch = collator(packed=True).dummy_batch()
+    assert (dummy_batch.labels == IGNORE).all() and dummy_batch.lengths == (dummy_batch.input_ids.shape[1],)
 
 
 def test_workers_change_nothing(shards: Path) -> None:
@@ -250,14 +250,14 @@ def test_bad_sample_gets_the_next_one_and_is_named(shards: Path, workers: int) -
 
 
 def test_too_many_bad_samples_stop_the_run() -> None:
-    judge_bad_share(1, 10, 0.01)  # one of the first hundred is always borne
-    judge_bad_share(100, 10_000, 0.01)
+    check_skip_rate(1, 10, 0.01)  # one of the first hundred is always borne
+    check_skip_rate(100, 10_000, 0.01)
     with pytest.raises(DataError, match=r"2 of 10 samples .*max_bad_share 0\.01.*the last were a/b: checksum"):
-        judge_bad_share(2, 10, 0.01, ["a/b: checksum"])
+        check_skip_rate(2, 10, 0.01, ["a/b: checksum"])
     with pytest.raises(DataError, match=r"101 of 10000 samples .*other ranks"):
-        judge_bad_share(101, 10_000, 0.01)
-    with pytest.raises(DataError, match="max_bad_share"):
-        judge_bad_share(1, 10_000, 0.0)
+        check_skip_rate(101, 10_000, 0.01)
+    with pytest.raises(DataError, match="max_skip_fraction"):
+        check_skip_rate(1, 10_000, 0.0)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -315,7 +315,7 @@ def test_evaluation_reports_what_it_leaves_out(shards: Path, caplog: pytest.LogC
     assert len(caplog.records) == 3
 
 
-def test_jpeg_and_grey_reach_both_towers_as_rgb(tmp_path: Path) -> None:
+def test_jpeg_and_gray_reach_both_towers_as_rgb(tmp_path: Path) -> None:
     write_shards([Record("j", images(picture(1, 33, 20, "jpg")), record(1).fields)], tmp_path / "out")
     (got,) = [batch for _, batch in batches(ShardIndex.open(tmp_path / "out"), collator(), 1)]
     assert got.student_pixels.shape[1] == got.teacher_pixels.shape[1] == 3

@@ -7,13 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medalign.data.mixing import ROUND, LengthGroups, Mixture
-from medalign.data.plan import GlobalOrder
+from medalign.data.order.mixture import ROUND, LengthGroupedOrder, Mixture
+from medalign.data.order.order import GlobalOrder
 from medalign.errors import ConfigError
 
 
 def at(order, start: int, count: int) -> np.ndarray:
-    return order.at(np.arange(start, start + count, dtype=np.int64))
+    return order.indices_at(np.arange(start, start + count, dtype=np.int64))
 
 
 def mixture(seed: int = 0) -> Mixture:
@@ -63,8 +63,8 @@ def test_weights_that_cannot_be() -> None:
 def test_length_groups_keep_every_epoch_whole(size: int, batch: int, groups: int, start: int, count: int) -> None:
     lengths = np.random.default_rng(size).integers(1, 99, size)
 
-    def order() -> LengthGroups:
-        return LengthGroups(GlobalOrder(size, 1), lambda n: lengths[n], global_batch=batch, groups=groups, seed=1)
+    def order() -> LengthGroupedOrder:
+        return LengthGroupedOrder(GlobalOrder(size, 1), lambda n: lengths[n], global_batch=batch, groups=groups, seed=1)
 
     epochs = at(order(), 0, 3 * size).reshape(3, size)
     assert all(sorted(epoch) == list(range(size)) for epoch in epochs)
@@ -74,7 +74,7 @@ def test_length_groups_keep_every_epoch_whole(size: int, batch: int, groups: int
 def test_length_groups_leave_less_padding() -> None:
     lengths = np.random.default_rng(0).integers(1, 400, 4000)
     plain = GlobalOrder(4000, 0)
-    grouped = LengthGroups(plain, lambda n: lengths[n], global_batch=40, groups=25, seed=0)
+    grouped = LengthGroupedOrder(plain, lambda n: lengths[n], global_batch=40, groups=25, seed=0)
     padded = [lengths[at(order, 0, 4000)].reshape(-1, 40).max(1).sum() * 40 for order in (plain, grouped)]
     real = lengths.sum()
     assert (padded[1] - real) / real < 0.05 < 0.5 < (padded[0] - real) / real

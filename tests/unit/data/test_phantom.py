@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from medalign.__main__ import main
-from medalign.data.phantom import KINDS, SPLITS, Study, stream, study
-from medalign.data.phantom.records import REQUESTS, records, write
+from medalign.phantom import KINDS, SPLITS, Study, stream, study
+from medalign.phantom.records import REQUESTS, records, write
 
 SEED = 7
 

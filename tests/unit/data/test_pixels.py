@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import EpsImagePlugin, Image, TiffImagePlugin
 
-from medalign.data.decode import FORMATS, decode_image, decode_mask, has_several_frames, picture_header
-from medalign.data.samples import BadSample
+from medalign.data.samples.decode import FORMATS, decode_image, decode_mask, has_several_frames, picture_header
+from medalign.data.samples.sample import BadSample
 
 ROOT = Path(__file__).parents[3]
 RAMP = np.tile(np.arange(256), (4, 1))  # all levels, twice as wide as high enough for percentiles

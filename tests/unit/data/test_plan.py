@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medalign.data.plan import GlobalOrder, StepPlan
+from medalign.data.order.order import GlobalOrder, StepPlan
 from medalign.errors import ConfigError
 
 
@@ -33,7 +33,7 @@ def test_each_epoch_has_every_sample_once(size: int, seed: int) -> None:
 )
 def test_ranks_together_hold_the_global_batch(world: int, size: int, micro: int, step: int) -> None:
     plan = StepPlan(size, micro, world)
-    pieces = [plan.pieces(step, rank) for rank in range(world)]
+    pieces = [plan.micro_batches(step, rank) for rank in range(world)]
     positions = [position for mine in pieces for piece in mine for position in piece]
     assert positions == list(range(step * size, (step + 1) * size))
     assert {len(mine) for mine in pieces} == {plan.accumulation}  # every rank takes as many steps
@@ -43,7 +43,7 @@ def test_ranks_together_hold_the_global_batch(world: int, size: int, micro: int,
 
 def test_even_batches_are_cut_evenly() -> None:
     plan = StepPlan(24, 3, 2)
-    assert [[(p.start, p.stop) for p in plan.pieces(1, r)] for r in (0, 1)] == [
+    assert [[(p.start, p.stop) for p in plan.micro_batches(1, r)] for r in (0, 1)] == [
         [(24, 27), (27, 30), (30, 33), (33, 36)],
         [(36, 39), (39, 42), (42, 45), (45, 48)],
     ]

@@ -10,8 +10,8 @@ from tiny_text import TEMPLATE, WORDS, encoder, tokenizer
 from transformers import CLIPImageProcessor, LlavaProcessor, tokenization_utils_base
 
 from medalign.contracts import IGNORE, Sample
-from medalign.data.prompts import Encoded, PromptEncoder
-from medalign.data.samples import BadSample
+from medalign.data.batches.prompts import Encoded, PromptEncoder
+from medalign.data.samples.sample import BadSample
 from medalign.errors import ConfigError
 from tests import tiny
 
@@ -118,12 +118,12 @@ def test_limit_too_small_for_the_images() -> None:
 
 def test_the_largest_sample_must_fit_the_template_and_the_limit() -> None:
     with pytest.raises(ConfigError, match=r"max_length is 32, but the template and the 3 images .* take 32; raise it"):
-        encoder(max_length=32, most_images=3)
-    fits = encoder(max_length=33, most_images=3).encode(sample(images=3), with_answer=True)
+        encoder(max_length=32, max_images=3)
+    fits = encoder(max_length=33, max_images=3).encode(sample(images=3), with_answer=True)
     assert fits.image_index.count(2) == 9
     once = TEMPLATE.replace("'<image>\\n'", "'<image>\\n' if loop.first else ''")
     with pytest.raises(ConfigError, match="renders 1 image tokens for a sample of 3 images"):
-        encoder(template=once, most_images=3)
+        encoder(template=once, max_images=3)
 
 
 def test_beginning_of_sequence_comes_once() -> None:

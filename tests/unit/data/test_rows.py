@@ -8,11 +8,11 @@ from PIL import Image
 from tiny_text import TEMPLATE, encoder
 
 from medalign.contracts import Sample
-from medalign.data.collate import Collator, TowerView
+from medalign.data.batches.collator import Collator, PreprocessCfg
 from medalign.errors import ConfigError
 from medalign.geometry import PatchGrid
 
-VIEW = TowerView(12, (0.5, 0.4, 0.3), (0.2, 0.2, 0.2))
+VIEW = PreprocessCfg(12, (0.5, 0.4, 0.3), (0.2, 0.2, 0.2))
 
 
 def collator(rows: str = "official", **changes) -> Collator:

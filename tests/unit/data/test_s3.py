@@ -19,15 +19,15 @@ from test_loader import assert_same, collator, loader
 from test_storage import rename_last, same_samples
 from werkzeug.serving import make_server
 
-from medalign.data import storage
-from medalign.data.index import ShardIndex, _spans
-from medalign.data.listing import IMAGE, JSON
-from medalign.data.loader import TrainLoader
-from medalign.data.plan import GlobalOrder
-from medalign.data.storage import Access
+from medalign.data.batches.loader import TrainLoader
+from medalign.data.order.order import GlobalOrder
+from medalign.data.shards.index import ShardIndex, _spans
+from medalign.data.shards.listing import IMAGE, JSON
+from medalign.data.storage import byte_ranges
+from medalign.data.storage.byte_ranges import StorageOptions
 from medalign.errors import ConfigError, DataError
 
-QUICK = Access(retries=4, pause=0.01)
+QUICK = StorageOptions(retries=4, pause=0.01)
 READ_ALL = '{"Version": "2012-10-17", "Statement": [{"Effect": "Allow", "Action": "s3:*", "Resource": "*"}]}'
 SLOW_DOWN = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
 
@@ -150,7 +150,7 @@ def test_a_bucket_gives_the_same_samples_by_ranges(shards: Path, s3: Server, buc
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_from_a_bad_bucket_are_those_from_the_disk(shards: Path, s3: Server, bucket: str, workers: int) -> None:
-    remote = ShardIndex.open(bucket, Access(retries=9, pause=0.01))
+    remote = ShardIndex.open(bucket, StorageOptions(retries=9, pause=0.01))
     assert remote.read(0).key == "s000"  # workers then come from a process with open connections
     s3.troubles = 9  # even if all of them hit one read, its last try succeeds
     far = TrainLoader(remote, GlobalOrder(23, 3), collator(), global_batch=6, micro_batch=3, workers=workers)
@@ -164,22 +164,22 @@ def test_batches_from_a_bad_bucket_are_those_from_the_disk(shards: Path, s3: Ser
 def test_reads_ahead_share_one_client(s3: Server, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     remote = ShardIndex.open(bucket, QUICK)
     opened = []
-    open_system = storage.open_system
+    open_system = byte_ranges.open_system
 
     def slow(place: str, connections: int) -> object:
         opened.append(connections)
         time.sleep(0.1)  # long enough for all of them to come
         return open_system(place, connections)
 
-    monkeypatch.setattr(storage, "open_system", slow)
-    remote.ahead(range(12))
+    monkeypatch.setattr(byte_ranges, "open_system", slow)
+    remote.prefetch(range(12))
     assert [remote.read(i).key for i in range(12)] == [f"s{i:03d}" for i in range(12)]
     assert opened == [QUICK.read_ahead]
     assert len(s3.tars()) == 12
 
 
 def test_each_try_is_one_request(s3: Server, bucket: str, caplog: pytest.LogCaptureFixture) -> None:
-    remote = ShardIndex.open(bucket, Access(retries=2, pause=0.01))
+    remote = ShardIndex.open(bucket, StorageOptions(retries=2, pause=0.01))
     s3.down = True
     with pytest.raises(DataError, match=rf"{bucket}/shard-000000.tar cannot be read after 3 tries: .*reduce your"):
         remote.read(1)
@@ -188,7 +188,7 @@ def test_each_try_is_one_request(s3: Server, bucket: str, caplog: pytest.LogCapt
 
 
 def test_what_is_missing_is_named(shards: Path, s3: Server, bucket: str) -> None:
-    access = Access(retries=1, pause=0.01)
+    access = StorageOptions(retries=1, pause=0.01)
     s3.send("PUT", "/films/half/index.jsonl", (shards / "index.jsonl").read_bytes())
     lost = r"s3://films/half/shard-000002\.tar cannot be read after 2 tries: .*key does not exist.*moved, deleted"
     with pytest.raises(DataError, match=lost):
@@ -205,7 +205,7 @@ def test_only_the_right_credentials_read(s3: Server, bucket: str, monkeypatch: p
     iam.put_user_policy(UserName="reader", PolicyName="read", PolicyDocument=READ_ALL)
     key = iam.create_access_key(UserName="reader")["AccessKey"]
     s3.require_credentials(True)
-    access = Access(retries=1, pause=0.01)
+    access = StorageOptions(retries=1, pause=0.01)
     refused = r"films/chest/train/\S+ cannot be read after 2 tries: .*credentials .*AWS_ACCESS_KEY_ID"
     with pytest.raises(DataError, match=refused):  # nobody's
         ShardIndex.open(bucket, access)
@@ -226,7 +226,7 @@ def test_a_server_that_is_not_there_is_named(s3: Server, bucket: str, monkeypatc
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")  # nothing listens there
     began = time.monotonic()
     with pytest.raises(DataError, match=r"s3://films/\S+ .*3 tries: .*http://127\.0\.0\.1:1/.*AWS_ENDPOINT_URL"):
-        ShardIndex.open(bucket, Access(retries=2, pause=0.01))
+        ShardIndex.open(bucket, StorageOptions(retries=2, pause=0.01))
     assert time.monotonic() - began < 5  # three refusals, 0.3 s; with the client's own tries it takes 20 s
     monkeypatch.setenv("AWS_ENDPOINT_URL", "127.0.0.1:1")
     with pytest.raises(ConfigError, match=re.escape(f"{bucket}/index.jsonl") + ".*Invalid endpoint.*https://host:port"):
@@ -234,7 +234,7 @@ def test_a_server_that_is_not_there_is_named(s3: Server, bucket: str, monkeypatc
 
 
 def test_with_the_cache_a_second_reading_asks_for_no_shard(s3: Server, bucket: str, tmp_path: Path) -> None:
-    access = Access(pause=0.01, cache=tmp_path / "cache", cache_bytes=1 << 20)
+    access = StorageOptions(pause=0.01, cache=tmp_path / "cache", cache_bytes=1 << 20)
     first = ShardIndex.open(bucket, access)
     read = [first.read(i).answer for i in range(len(first))]
     assert len(s3.tars()) == 23

@@ -19,16 +19,16 @@ from PIL import Image
 from test_loader import collator
 from tiny_data import images, picture, record
 
-from medalign.data import index_file, listing, table
-from medalign.data.index import ShardIndex
-from medalign.data.listing import IMAGE, JSON, MASK
-from medalign.data.loader import batches
-from medalign.data.members import MOST_IMAGES, image_member, image_members
-from medalign.data.mixing import LengthGroups
-from medalign.data.plan import GlobalOrder
-from medalign.data.records import Picture, Record
-from medalign.data.samples import BadSample
-from medalign.data.shards import build_index, write_shards
+from medalign.data.batches.loader import batches
+from medalign.data.order.mixture import LengthGroupedOrder
+from medalign.data.order.order import GlobalOrder
+from medalign.data.samples.sample import BadSample
+from medalign.data.shards import index_file, listing, table
+from medalign.data.shards.index import ShardIndex
+from medalign.data.shards.listing import IMAGE, JSON, MASK
+from medalign.data.shards.members import MOST_IMAGES, image_member, image_members
+from medalign.data.shards.records import Picture, Record
+from medalign.data.shards.writer import build_index, write_shards
 
 Encoded = tuple[bytes, ...]
 
@@ -65,7 +65,7 @@ def test_round_trip(tmp_path: Path) -> None:
     mask = picture(9)
     records = [several(key, *encoded, mask=mask if key == "three" else None) for key, encoded in given_images.items()]
     index = pack(tmp_path / "out", *records)
-    assert index.most_images == 12
+    assert index.max_images == 12
     for i, encoded in enumerate(given_images.values()):
         sample = index.read(i)
         assert [pixels(image).tolist() for image in sample.images] == [
@@ -104,7 +104,7 @@ def test_tars_of_others(tmp_path: Path) -> None:
     assert build_index(folder).written == 1
     index = ShardIndex.open(folder)
     assert [image.size for image in index.read(0).images] == [(40, 24), (41, 26)]
-    assert index.most_images == 2
+    assert index.max_images == 2
 
 
 NUMBERS = {
@@ -195,7 +195,7 @@ def test_the_table_says_what_the_text_says(
     assert isinstance(tables[1].rows, np.memmap)
     for one in tables:
         assert one.images(np.arange(len(rows))).tolist() == counts
-        assert one.most_images == max(1, *counts)
+        assert one.max_images == max(1, *counts)
         for number, row in enumerate(rows):
             names = {IMAGE: image_members(row["members"]), JSON: ["json"], MASK: ["mask.png"]}
             wanted = [(kind, *row["members"][name]) for kind in names for name in names[kind] if name in row["members"]]
@@ -249,8 +249,8 @@ def test_the_file_of_an_earlier_version_is_made_anew(mapped: ShardIndex, tmp_pat
     assert path.read_bytes() == now
 
 
-def test_neighbours_are_read_at_once_and_only_what_is_asked_for(mapped: ShardIndex) -> None:
-    from medalign.data.index import _spans
+def test_neighbors_are_read_at_once_and_only_what_is_asked_for(mapped: ShardIndex) -> None:
+    from medalign.data.shards.index import _spans
 
     assert [len(_spans(mapped._members(i, (IMAGE, JSON)))) for i in range(9)] == [1] * 9
     assert _spans([table.Member(IMAGE, 1 << 20, 9, 0), table.Member(JSON, 512, 9, 0)]) == [(512, 9), (1 << 20, 9)]
@@ -264,7 +264,9 @@ def test_samples_are_grouped_by_their_images_then_by_their_text(tmp_path: Path) 
     lengths = index.lengths(np.arange(6))
     assert [index.key(i) for i in np.argsort(lengths)] == list("abcdef")
     assert (lengths >> 32).tolist() == [2, 1, 3, 0, 1, 2]
-    grouped = LengthGroups(GlobalOrder(6, 0), index.lengths, global_batch=2, groups=3, seed=0).at(np.arange(6))
+    grouped = LengthGroupedOrder(GlobalOrder(6, 0), index.lengths, global_batch=2, groups=3, seed=0).indices_at(
+        np.arange(6)
+    )
     assert sorted("".join(sorted(index.key(i) for i in pair)) for pair in grouped.reshape(3, 2)) == ["ab", "cd", "ef"]
 
 

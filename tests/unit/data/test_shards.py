@@ -19,13 +19,13 @@ from hypothesis import strategies as st
 from PIL import Image
 from tiny_data import images, picture, record
 
-from medalign.data import index_file, table
-from medalign.data import records as records_module
-from medalign.data.index import ShardIndex
-from medalign.data.records import KeySet, Picture, Record, Refused, json_bytes
-from medalign.data.samples import REPORT_PROMPT, BadSample, decode_image
-from medalign.data.shards import build_index, join_shards, write_shards
-from medalign.data.storage import Access
+from medalign.data.samples.sample import REPORT_PROMPT, BadSample, decode_image
+from medalign.data.shards import index_file, table
+from medalign.data.shards import records as records_module
+from medalign.data.shards.index import ShardIndex
+from medalign.data.shards.records import KeySet, Picture, Record, Refused, json_bytes
+from medalign.data.shards.writer import build_index, join_shards, write_shards
+from medalign.data.storage.byte_ranges import StorageOptions
 from medalign.errors import ConfigError, DataError
 
 
@@ -218,7 +218,7 @@ def test_bytes_damaged_after_packing(shards: Path) -> None:
 
 
 def test_a_shard_that_vanishes_or_shrinks_is_no_mere_bad_sample(shards: Path) -> None:
-    index = ShardIndex.open(shards, Access(retries=1, pause=0.01))
+    index = ShardIndex.open(shards, StorageOptions(retries=1, pause=0.01))
     (shards / "shard-000002.tar").unlink()
     with pytest.raises(DataError, match=r"shard-000002\.tar cannot be read") as caught:
         index.read(15)
@@ -361,7 +361,7 @@ def test_truncated_picture_in_a_tar_of_others_is_found_when_read(tmp_path: Path)
         ShardIndex.open(tmp_path).read(0)
 
 
-def test_deep_grey_becomes_eight_bits(tmp_path: Path) -> None:
+def test_deep_gray_becomes_eight_bits(tmp_path: Path) -> None:
     deep = np.linspace(1000, 5000, 40 * 24).reshape(24, 40).astype(np.uint16)
     buffer = _bytes(b"")
     Image.fromarray(deep).save(buffer, "PNG")
@@ -458,7 +458,7 @@ def test_two_nodes_may_make_the_mapped_form_at_once(
     shards: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(table, "LARGE", 20)
-    monkeypatch.setattr(table, "in_turn", lambda _: nullcontext())  # the lock of one node is unknown to the other
+    monkeypatch.setattr(table, "file_lock", lambda _: nullcontext())  # the lock of one node is unknown to the other
     pack = table.pack
 
     def slow(*arguments):

@@ -24,17 +24,17 @@ import pytest
 from test_loader import assert_same, collator, loader
 from tiny_data import images, picture, record
 
-from medalign.data import storage
-from medalign.data.cache import RangeCache, in_turn
-from medalign.data.index import ShardIndex
-from medalign.data.loader import TrainLoader
-from medalign.data.plan import GlobalOrder
-from medalign.data.records import Record
-from medalign.data.shards import write_shards
-from medalign.data.storage import Access
+from medalign.data.batches.loader import TrainLoader
+from medalign.data.order.order import GlobalOrder
+from medalign.data.shards.index import ShardIndex
+from medalign.data.shards.records import Record
+from medalign.data.shards.writer import write_shards
+from medalign.data.storage import byte_ranges
+from medalign.data.storage.byte_ranges import StorageOptions
+from medalign.data.storage.cache import RangeCache, file_lock
 from medalign.errors import ConfigError, DataError
 
-QUICK = Access(retries=4, pause=0.01)
+QUICK = StorageOptions(retries=4, pause=0.01)
 
 
 class Server(ThreadingHTTPServer):
@@ -118,7 +118,7 @@ def same_samples(one: ShardIndex, two: ShardIndex) -> None:
 
 
 def rename_last(folder: Path) -> None:
-    """Write the index anew: its last key is another one of the same length, its size as before."""
+    """Write the index bypass_cache: its last key is another one of the same length, its size as before."""
     path = folder / "index.jsonl"
     first, rest = path.read_bytes().split(b"\n", 1)
     renamed = rest.replace(b"s022", b"t022")
@@ -141,7 +141,7 @@ def test_all_images_of_a_sample_come_in_one_request(shards: Path, server: Server
     several = [Record(f"k{n}", images(*(picture(seed) for seed in range(n))), fields) for n in (3, 0, 12)]
     write_shards(several, shards.parent / "several")
     remote = ShardIndex.open(f"{server.address}/several", QUICK)
-    remote.ahead([0, 1, 2])
+    remote.prefetch([0, 1, 2])
     same_samples(remote, ShardIndex.open(shards.parent / "several"))
     assert [len(remote.read(i).images) for i in range(3)] == [3, 0, 12]
     assert len([name for name, _ in server.log if name.endswith(".tar")]) == 6  # three samples, ahead and again
@@ -168,7 +168,7 @@ def test_an_index_is_fetched_again_only_where_it_changed(shards: Path, server: S
 def test_only_the_beginning_of_a_long_index_is_compared(
     shards: Path, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storage, "_BEGINNING", 100)
+    monkeypatch.setattr(byte_ranges, "_BEGINNING", 100)
     ShardIndex.open(f"{server.address}/train", QUICK)
     rename_last(shards)
     assert ShardIndex.open(f"{server.address}/train", QUICK).keys[-1] == "t022"  # by the checksum in the header
@@ -179,7 +179,7 @@ def test_only_the_beginning_of_a_long_index_is_compared(
 def test_an_index_without_checksum_is_fetched_by_its_size(
     shards: Path, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storage, "_BEGINNING", 100)
+    monkeypatch.setattr(byte_ranges, "_BEGINNING", 100)
     path = shards / "index.jsonl"
     path.write_bytes(re.sub(rb'"checksum":"[0-9a-f]{8}",', b"", path.read_bytes()))
     old = ShardIndex.open(f"{server.address}/train", QUICK)
@@ -198,7 +198,7 @@ def test_dropped_connections_are_tried_again(shards: Path, server: Server) -> No
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_from_a_bad_network_are_those_from_the_disk(shards: Path, server: Server, workers: int) -> None:
-    remote = ShardIndex.open(f"{server.address}/train", Access(retries=8, pause=0.01))
+    remote = ShardIndex.open(f"{server.address}/train", StorageOptions(retries=8, pause=0.01))
     server.troubles = 8  # even if all of them hit one read, its last try succeeds
     far = TrainLoader(remote, GlobalOrder(23, 3), collator(), global_batch=6, micro_batch=3, workers=workers)
     for one, two in islice(zip(loader(shards), far, strict=False), 5):
@@ -207,17 +207,17 @@ def test_batches_from_a_bad_network_are_those_from_the_disk(shards: Path, server
 
 
 def test_a_lost_shard_is_retried_then_named(shards: Path, server: Server, caplog: pytest.LogCaptureFixture) -> None:
-    remote = ShardIndex.open(f"{server.address}/train", Access(retries=2, pause=0.01))
+    remote = ShardIndex.open(f"{server.address}/train", StorageOptions(retries=2, pause=0.01))
     (shards / "shard-000002.tar").unlink()
     with pytest.raises(DataError, match=r"train/shard-000002\.tar cannot be read after 3 tries"):
         remote.read(15)
     assert "trying 2 more times" in caplog.text
     with pytest.raises(DataError, match="nowhere/index.jsonl"):
-        ShardIndex.open(f"{server.address}/nowhere", Access(retries=0))
+        ShardIndex.open(f"{server.address}/nowhere", StorageOptions(retries=0))
 
 
 def test_a_shard_that_comes_back_in_time_is_read(shards: Path) -> None:
-    index = ShardIndex.open(shards, Access(retries=6, pause=0.05))
+    index = ShardIndex.open(shards, StorageOptions(retries=6, pause=0.05))
     tar, away = shards / "shard-000000.tar", shards / "away"
     tar.rename(away)
     threading.Timer(0.3, lambda: away.rename(tar)).start()
@@ -226,7 +226,7 @@ def test_a_shard_that_comes_back_in_time_is_read(shards: Path) -> None:
 
 def test_read_ahead_begins_before_it_is_asked_for(server: Server) -> None:
     remote = ShardIndex.open(f"{server.address}/train", QUICK)
-    remote.ahead([1, 2, 3])
+    remote.prefetch([1, 2, 3])
     deadline = time.monotonic() + 30
     while server.tars < 3:
         assert time.monotonic() < deadline, "nothing was asked for before it was read"
@@ -271,7 +271,9 @@ def test_a_forked_reader_leaves_its_parents_connections_alone(shards: Path, serv
 
 def test_the_cache_serves_a_second_epoch_within_its_bound(shards: Path, server: Server, tmp_path: Path) -> None:
     bound = 12_000
-    remote = ShardIndex.open(f"{server.address}/train", Access(pause=0.01, cache=tmp_path / "c", cache_bytes=bound))
+    remote = ShardIndex.open(
+        f"{server.address}/train", StorageOptions(pause=0.01, cache=tmp_path / "c", cache_bytes=bound)
+    )
     for _ in range(2):
         for i in range(6):
             remote.read(i)
@@ -304,7 +306,7 @@ def test_a_cache_of_damaged_or_outdated_ranges_makes_no_sample_bad(
         same_samples(ShardIndex.open(f"{server.address}/train", access), ShardIndex.open(shards))
         return len([name for name, _ in server.log if name.endswith(".tar")])
 
-    access = Access(pause=0.01, cache=tmp_path / "c", cache_bytes=1 << 20)
+    access = StorageOptions(pause=0.01, cache=tmp_path / "c", cache_bytes=1 << 20)
     assert (reading(), reading()) == (23, 0)
     one, two, *_ = sorted((tmp_path / "c" / "ranges").glob("*.range"))
     one.write_bytes(one.read_bytes()[:-1] + b"?")
@@ -369,7 +371,7 @@ def test_a_child_forked_meanwhile_does_not_keep_the_lock(tmp_path: Path) -> None
 def test_what_the_disk_refuses_is_not_kept_and_said_once(
     shards: Path, server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    access = Access(pause=0.01, cache=tmp_path / "c", cache_bytes=1 << 20)
+    access = StorageOptions(pause=0.01, cache=tmp_path / "c", cache_bytes=1 << 20)
     remote = ShardIndex.open(f"{server.address}/train", access)
     (tmp_path / "c" / "ranges").write_text("a file where the folder should be")
     same_samples(remote, ShardIndex.open(shards))
@@ -391,7 +393,7 @@ def test_an_index_that_cannot_be_kept_is_named_with_the_folder(
 def test_nodes_that_fetch_one_index_into_one_home_do_not_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     memory, target, whole = fsspec.filesystem("memory"), tmp_path / "index.jsonl", b"x" * 100
     memory.pipe("/nodes/index.jsonl", whole)
-    remote, get_file = storage.RemoteStorage(QUICK), type(memory).get_file
+    remote, get_file = byte_ranges.RemoteStorage(QUICK), type(memory).get_file
 
     def slow(*arguments: object) -> None:
         monkeypatch.setattr(type(memory), "get_file", get_file)
@@ -409,11 +411,11 @@ def test_the_processes_of_a_node_take_turns(tmp_path: Path) -> None:
     inside = multiprocessing.get_context("fork").Event()
 
     def enter() -> None:
-        with in_turn(tmp_path):
+        with file_lock(tmp_path):
             inside.set()
 
     other = multiprocessing.get_context("fork").Process(target=enter)
-    with in_turn(tmp_path):
+    with file_lock(tmp_path):
         other.start()
         assert not inside.wait(0.5)
     assert inside.wait(20)

@@ -15,10 +15,10 @@ from PIL import Image
 from tiny_data import picture
 
 from medalign.__main__ import main
-from medalign.data.index import ShardIndex
-from medalign.data.index_file import IndexFile
-from medalign.data.samples import decode_image
-from medalign.data.shards import build_index
+from medalign.data.samples.sample import decode_image
+from medalign.data.shards.index import ShardIndex
+from medalign.data.shards.index_file import IndexFile
+from medalign.data.shards.writer import build_index
 from medalign.errors import DataError
 
 

@@ -13,11 +13,11 @@ import pytest
 from PIL import ExifTags, Image
 from tiny_data import images, record
 
-from medalign.data.decode import decode_image, decode_mask, picture_header
-from medalign.data.index import ShardIndex
-from medalign.data.records import Record
-from medalign.data.samples import BadSample
-from medalign.data.shards import build_index, write_shards
+from medalign.data.samples.decode import decode_image, decode_mask, picture_header
+from medalign.data.samples.sample import BadSample
+from medalign.data.shards.index import ShardIndex
+from medalign.data.shards.records import Record
+from medalign.data.shards.writer import build_index, write_shards
 
 # What the eight orientations of EXIF 2.3 (tag 0x0112) make of stored rows and columns.
 UPRIGHT = {

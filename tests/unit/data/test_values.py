@@ -16,16 +16,16 @@ from tiny_data import picture, record
 
 from medalign.__main__ import main
 from medalign.contracts import Sample
-from medalign.data import index as index_module
-from medalign.data import tars
-from medalign.data.collate import Collator, Prepared
-from medalign.data.faults import decoding
-from medalign.data.index import ShardIndex
-from medalign.data.loader import TrainLoader, batches
-from medalign.data.plan import GlobalOrder
-from medalign.data.samples import REPORT_PROMPT, BadSample
-from medalign.data.shards import build_index
-from medalign.data.values import MOST_LEVELS, fault
+from medalign.data.batches.collator import Collator, Prepared
+from medalign.data.batches.loader import TrainLoader, batches
+from medalign.data.order.order import GlobalOrder
+from medalign.data.samples.faults import decoding
+from medalign.data.samples.sample import REPORT_PROMPT, BadSample
+from medalign.data.samples.values import MOST_LEVELS, fault
+from medalign.data.shards import index as index_module
+from medalign.data.shards import tar_samples
+from medalign.data.shards.index import ShardIndex
+from medalign.data.shards.writer import build_index
 from medalign.errors import DataError
 
 ASKED = '"task": "vqa", "question": "is there a nodule ?", "answer": "no"'
@@ -148,7 +148,7 @@ def test_a_sample_that_an_older_index_lists_is_refused_when_it_is_read(
     broken = json.dumps({**record(1).fields, "boxes": [], "answer": "ok \ud83d"}).encode()
     write(tmp_path / "old/a.tar", file("a.png", FILM), file("a.json", broken), *sample("b"))
     with monkeypatch.context() as before:
-        before.setattr(tars, "check_fields", lambda *_: None)
+        before.setattr(tar_samples, "check_fields", lambda *_: None)
         assert build_index(tmp_path / "old").written == 2
     index = ShardIndex.open(tmp_path / "old")
     with pytest.raises(BadSample, match=r"^old/a\.tar/a: answer holds half a character"):

@@ -7,7 +7,7 @@ import io
 import numpy as np
 from PIL import Image
 
-from medalign.data.records import Picture, Record
+from medalign.data.shards.records import Picture, Record
 
 
 def picture(seed: int, width: int = 40, height: int = 24, kind: str = "png") -> bytes:

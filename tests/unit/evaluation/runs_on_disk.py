@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from medalign.data.index import ShardIndex
+from medalign.data.shards.index import ShardIndex
 from medalign.evaluation.grounding import grounding
 from medalign.evaluation.metrics import Prediction, score, write_predictions
 from medalign.evaluation.metrics.scores import group

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from medalign.contracts import Sample
-from medalign.evaluation import generate
-from medalign.evaluation.generate import Answer, answer
+from medalign.evaluation import generation
+from medalign.evaluation.generation import Answer, answer
 from medalign.geometry import PatchGrid
 from tests import tiny
 
@@ -57,7 +57,7 @@ def test_an_answer_says_why_it_ended() -> None:
 
 
 def test_any_of_several_end_tokens_ends_an_answer() -> None:
-    assert generate.finish_reasons(torch.tensor([[72, 73, 74], [72, 73, 75]]), [2, 74]) == ["stop", "length"]
+    assert generation.finish_reasons(torch.tensor([[72, 73, 74], [72, 73, 75]]), [2, 74]) == ["stop", "length"]
 
 
 def test_an_answer_ends_where_the_model_ends_it() -> None:
@@ -80,12 +80,12 @@ def test_a_box_of_any_size_is_no_reason_to_stop(box: tuple[float, ...], grounded
     student = SimpleNamespace(anatomy=SimpleNamespace(grid=PatchGrid(4, 4)))
     film = Image.new("L", (3000, 2400))
     sample = Sample("k", "none", "vqa", "q", "yes", "closed", (film,), (box,))  # type: ignore[arg-type]
-    row = generate._prediction(student, sample, Answer("yes", [1.0] * 16))  # type: ignore[arg-type]
+    row = generation._prediction(student, sample, Answer("yes", [1.0] * 16))  # type: ignore[arg-type]
     assert (row.attention_inside is not None) is grounded and row.boxes == [list(box)]
 
 
 @pytest.mark.parametrize(("text", "empty"), [("yes", False), ("", True)])
 def test_a_prediction_keeps_why_it_ended_and_whether_it_is_empty(text: str, empty: bool) -> None:
     sample = Sample("k", "none", "vqa", "q", "yes", "closed", ())
-    row = generate._prediction(None, sample, Answer(text, None, "length"))  # type: ignore[arg-type]
+    row = generation._prediction(None, sample, Answer(text, None, "length"))  # type: ignore[arg-type]
     assert (row.finish_reason, row.empty) == ("length", empty)

@@ -65,18 +65,18 @@ def test_padding_counts_neither_as_attention_nor_as_ground():
 @pytest.mark.parametrize(
     ("patch", "hit"),
     [
-        (5, True),  # holds the centre of the tiny box
+        (5, True),  # holds the center of the tiny box
         (6, False),
         (10, False),
     ],
 )
-def test_a_box_between_patch_centres_can_be_hit(patch, hit):
+def test_a_box_between_patch_centers_can_be_hit(patch, hit):
     found = grounding(one_hot(patch), [(27, 27, 31, 31)], SQUARE, GRID)
     assert found.hit is hit and found.chance == pytest.approx(1 / 16)
 
 
-def test_touching_a_large_box_is_not_a_hit_but_a_centre_inside_is():
-    box = (0, 0, 25, 64)  # column 0 and the centres (at 24) of column 1
+def test_touching_a_large_box_is_not_a_hit_but_a_center_inside_is():
+    box = (0, 0, 25, 64)  # column 0 and the centers (at 24) of column 1
     assert grounding(one_hot(1), [box], SQUARE, GRID).hit
     assert not grounding(one_hot(1), [(0, 0, 23, 64)], SQUARE, GRID).hit
 

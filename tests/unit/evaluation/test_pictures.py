@@ -5,19 +5,19 @@ import pytest
 import torch
 from PIL import Image
 
-from medalign.evaluation.pictures import BOX_COLOUR, SMALLEST, overlay, plain
+from medalign.evaluation.report.pictures import BOX_COLOUR, SMALLEST, overlay, plain
 from medalign.geometry import PatchGrid
 
 GRID = PatchGrid(4, 4)
 GREY = 100
 
 
-def grey(width: int, height: int, mode: str = "L") -> Image.Image:
+def gray(width: int, height: int, mode: str = "L") -> Image.Image:
     return Image.new("L", (width, height), GREY).convert(mode)
 
 
 def changed(picture: Image.Image) -> np.ndarray:
-    """How far each pixel is from the grey it was, [h, w]."""
+    """How far each pixel is from the gray it was, [h, w]."""
     return np.abs(np.asarray(picture, dtype=int) - GREY).max(axis=-1)
 
 
@@ -28,40 +28,40 @@ def one_hot(patch: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("size", "patch", "centre"),
+    ("size", "patch", "center"),
     [
         ((800, 800), 6, (500, 300)),  # row 1, column 2 of 200-pixel patches
         ((800, 400), 6, (500, 100)),  # the canvas has 200 rows of padding above
         ((400, 800), 6, (300, 300)),  # and here 200 columns at the left
     ],
 )
-def test_heat_lies_where_the_patch_is(size, patch, centre):
-    heat = changed(overlay(grey(*size), one_hot(patch), GRID))
+def test_heat_lies_where_the_patch_is(size, patch, center):
+    heat = changed(overlay(gray(*size), one_hot(patch), GRID))
     rows, columns = np.nonzero(heat > 0.95 * heat.max())
-    # the strongest heat is around the patch's centre, within a quarter of its side
-    assert np.abs(columns - centre[0]).max() <= 50 and np.abs(rows - centre[1]).max() <= 50
-    assert columns.mean() == pytest.approx(centre[0], abs=2) and rows.mean() == pytest.approx(centre[1], abs=2)
+    # the strongest heat is around the patch's center, within a quarter of its side
+    assert np.abs(columns - center[0]).max() <= 50 and np.abs(rows - center[1]).max() <= 50
+    assert columns.mean() == pytest.approx(center[0], abs=2) and rows.mean() == pytest.approx(center[1], abs=2)
 
 
 def test_an_even_map_and_a_dark_one_change_nothing():
     for values_N in (np.full(16, 0.3), np.zeros(16)):
-        assert not changed(overlay(grey(800, 400), values_N, GRID)).any()
+        assert not changed(overlay(gray(800, 400), values_N, GRID)).any()
 
 
 def test_a_flat_map_stays_paler_than_a_sharp_one():
     flat = np.full(16, 1.0)
     flat[6] = 1.1
     assert (
-        changed(overlay(grey(800, 800), flat, GRID)).max()
-        < changed(overlay(grey(800, 800), one_hot(6), GRID)).max() / 2
+        changed(overlay(gray(800, 800), flat, GRID)).max()
+        < changed(overlay(gray(800, 800), one_hot(6), GRID)).max() / 2
     )
 
 
 def test_attention_on_padding_does_not_dim_the_picture():
     values_N = one_hot(6)
-    alone = changed(overlay(grey(800, 400), values_N, GRID))
+    alone = changed(overlay(gray(800, 400), values_N, GRID))
     values_N[0] = 50.0  # padding
-    assert (alone == changed(overlay(grey(800, 400), values_N, GRID))).all()
+    assert (alone == changed(overlay(gray(800, 400), values_N, GRID))).all()
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "I;16", "1"])
@@ -72,7 +72,7 @@ def test_small_images_of_any_mode_are_enlarged(mode):
 
 
 def test_boxes_are_outlined_in_place():
-    picture = np.asarray(plain(grey(100, 50), [(10, 5, 60, 45)]))
+    picture = np.asarray(plain(gray(100, 50), [(10, 5, 60, 45)]))
     scale = SMALLEST / 100
     green = (picture == BOX_COLOUR).all(axis=-1)
     rows, columns = np.nonzero(green)

@@ -9,14 +9,14 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from medalign.data import phantom
-from medalign.data.index import ShardIndex
-from medalign.data.shards import build_index
+from medalign import phantom
+from medalign.data.shards.index import ShardIndex
+from medalign.data.shards.writer import build_index
 from medalign.errors import ConfigError, DataError
-from medalign.evaluation.curves import SERIES, panels, smoothed
 from medalign.evaluation.metrics import read_predictions, score, write_predictions
-from medalign.evaluation.report import format_table, write_report
-from medalign.evaluation.runs import config_differences, read_runs
+from medalign.evaluation.report.curves import SERIES, panels, smoothed
+from medalign.evaluation.report.page import format_table, write_report
+from medalign.evaluation.report.runs import config_differences, read_runs
 from tests.unit.evaluation.runs_on_disk import make_run
 
 BASE = {"train": {"steps": 0}, "losses": {"alpha": 0.0, "beta": 0.0}, "note": "a < b & c"}
@@ -249,7 +249,7 @@ def test_bad_folders_are_named(runs, tmp_path):
     assert not (tmp_path / "report.html").exists()
 
 
-def test_curves_take_the_page_s_colours(runs):
+def test_curves_take_the_page_s_colors(runs):
     drawn = panels(read_runs(runs))
     assert [panel.title for panel in drawn][:2] == ["total loss", "language loss"]
     for panel in drawn:

@@ -8,9 +8,9 @@ import pytest
 
 from medalign.distributed import log
 from medalign.errors import DataError
-from medalign.evaluation.generate import Predicted
+from medalign.evaluation.generation import Predicted
 from medalign.evaluation.metrics import Prediction
-from medalign.evaluation.tables import remarks
+from medalign.evaluation.report.tables import remarks
 from medalign.evaluation.tally import Tally
 
 
@@ -22,7 +22,7 @@ def row(key: str, folder: int = 0, finish_reason: str = "stop", size=(8, 8), pre
 
 @pytest.fixture
 def tally() -> Tally:
-    tally = Tally(max_bad_share=0.01)
+    tally = Tally(max_skip_fraction=0.01)
     rows = [row("a"), row("b", finish_reason="length"), row("c", finish_reason="length", prediction="")]
     tally.add(Predicted(rows, ("shard/d: broken",), 2))
     tally.add(Predicted([row("e", size=None, prediction=""), row("a", folder=1)], (), 0))
@@ -63,5 +63,5 @@ def test_remarks_tell_every_count_that_is_not_zero(tally):
 
 
 def test_too_many_unreadable_samples_end_it():
-    with pytest.raises(DataError, match="--max-bad-share"):
+    with pytest.raises(DataError, match="--max-skip-fraction"):
         Tally(0.0).add(Predicted([row("a")], ("shard/b: broken",), 0))

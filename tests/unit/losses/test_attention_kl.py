@@ -1,4 +1,4 @@
-"""The attention divergence in its three normalisations."""
+"""The attention divergence in its three normalizations."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from medalign.losses import attention_kl
 
-NORMALISATIONS = ("sum", "softmax", "official")
+NORMALIZATIONS = ("sum", "softmax", "official")
 
 
 def maps(images=3, tokens=11, seed=0, dtype=torch.float64):
@@ -16,11 +16,11 @@ def maps(images=3, tokens=11, seed=0, dtype=torch.float64):
     return (student * 0.05).requires_grad_(), teacher
 
 
-@pytest.mark.parametrize("normalise", NORMALISATIONS)
-def test_gradcheck_with_a_mask(normalise):
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
+def test_gradcheck_with_a_mask(normalize):
     student, teacher = maps()
     mask = torch.arange(11).repeat(3, 1) < torch.tensor([[11], [6], [0]])
-    assert torch.autograd.gradcheck(lambda s: attention_kl(s, teacher, mask, normalise=normalise), student)
+    assert torch.autograd.gradcheck(lambda s: attention_kl(s, teacher, mask, normalize=normalize), student)
 
 
 def test_against_torch():
@@ -32,41 +32,41 @@ def test_against_torch():
     expected = torch.distributions.kl_divergence(
         torch.distributions.Categorical(logits=teacher), torch.distributions.Categorical(logits=student)
     )
-    torch.testing.assert_close(attention_kl(student, teacher, normalise="softmax"), expected)
+    torch.testing.assert_close(attention_kl(student, teacher, normalize="softmax"), expected)
 
 
-@pytest.mark.parametrize("normalise", NORMALISATIONS)
-def test_masked_positions_take_no_part(normalise):
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
+def test_masked_positions_take_no_part(normalize):
     student, teacher = maps()
     mask = torch.zeros(3, 11, dtype=torch.bool)
     mask[:, 2:9] = True
-    short = attention_kl(student[:, 2:9], teacher[:, 2:9], normalise=normalise)
+    short = attention_kl(student[:, 2:9], teacher[:, 2:9], normalize=normalize)
     spoiled = student.detach().masked_fill(~mask, float("nan")).requires_grad_()
-    long = attention_kl(spoiled, teacher, mask, normalise=normalise)
+    long = attention_kl(spoiled, teacher, mask, normalize=normalize)
     torch.testing.assert_close(long, short)
     long.sum().backward()
     assert spoiled.grad.isfinite().all() and (spoiled.grad[~mask] == 0).all()
 
 
-@pytest.mark.parametrize("normalise", NORMALISATIONS)
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
 @pytest.mark.parametrize("empty", ["student", "teacher", "mask"])
-def test_no_mass_gives_zero_and_zero_gradient(normalise, empty):
+def test_no_mass_gives_zero_and_zero_gradient(normalize, empty):
     student, teacher = (tensor.detach().float() for tensor in maps())
     mask = torch.ones(3, 11, dtype=torch.bool)
     {"student": student, "teacher": teacher, "mask": mask}[empty][1] = 0
     student.requires_grad_()
-    divergence = attention_kl(student, teacher, mask, normalise=normalise)
+    divergence = attention_kl(student, teacher, mask, normalize=normalize)
     divergence.sum().backward()
     assert divergence[1] == 0 and (student.grad[1] == 0).all()
     assert student.grad.isfinite().all() and (student.grad[[0, 2]] != 0).any(1).all()
 
 
-@pytest.mark.parametrize("normalise", NORMALISATIONS)
-def test_zeros_inside_a_map_stay_finite(normalise):
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
+def test_zeros_inside_a_map_stay_finite(normalize):
     student, teacher = (tensor.detach().float() for tensor in maps())
     student[0, 3] = teacher[0, 4] = 0
     student.requires_grad_()
-    divergence = attention_kl(student, teacher, normalise=normalise)
+    divergence = attention_kl(student, teacher, normalize=normalize)
     divergence.sum().backward()
     assert divergence.isfinite().all() and student.grad.isfinite().all()
 
@@ -79,13 +79,13 @@ def test_divergence_is_positive_and_knows_shares_alone(tokens, seed, factor):
     assert (divergence >= -1e-12).all()
     torch.testing.assert_close(attention_kl(student * factor, teacher), divergence)
     torch.testing.assert_close(attention_kl(teacher * factor, teacher), torch.zeros_like(divergence))
-    assert (attention_kl(student, teacher, normalise="softmax") >= -1e-12).all()
+    assert (attention_kl(student, teacher, normalize="softmax") >= -1e-12).all()
 
 
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        ({"normalise": "l2"}, "sum, softmax, official"),
+        ({"normalize": "l2"}, "sum, softmax, official"),
         ({"student_map": torch.ones(2, 5)}, "student_map"),
         ({"student_map": torch.ones(4), "teacher_map": torch.ones(4)}, "student_map"),
         ({"mask": torch.ones(2, 4)}, "mask must be bool"),

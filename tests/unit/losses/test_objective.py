@@ -155,7 +155,7 @@ def test_pairs_can_be_weighted_by_the_teachers_attention():
     ("arguments", "named"),
     [
         ({"alpha": -1.0}, "alpha"),
-        ({"normalise": "l1"}, "normalise"),
+        ({"normalize": "l1"}, "normalize"),
         ({"weighting": "pairs"}, "weighting"),
         ({"language_mean": "words"}, "language_mean"),
     ],

@@ -6,7 +6,7 @@ import logging
 import pytest
 
 from medalign.distributed import log
-from medalign.observability.progress import Progress, duration
+from medalign.observability.progress import TrainState, duration
 
 
 class Terminal(io.StringIO):
@@ -25,7 +25,7 @@ def lines(caplog, monkeypatch):
 def work(stream: io.StringIO, seconds: float) -> None:
     """Ten batches of four samples, `seconds` each."""
     now = 0.0
-    with Progress("evaluate", 40, "samples", interval=30, stream=stream, clock=lambda: now) as progress:
+    with TrainState("evaluate", 40, "samples", interval=30, stream=stream, clock=lambda: now) as progress:
         for _ in range(10):
             now += seconds
             progress.add(4)
@@ -60,7 +60,7 @@ def test_other_ranks_say_nothing(stream, lines, monkeypatch):
 
 
 def test_work_that_fails_is_not_said_to_be_done(lines):
-    with pytest.raises(KeyError), Progress("evaluate", 40, "samples") as progress:
+    with pytest.raises(KeyError), TrainState("evaluate", 40, "samples") as progress:
         progress.add(4)
         raise KeyError
     assert len(lines.messages) == 2 and lines.messages[-1].startswith("evaluate: 4 of 40 samples")

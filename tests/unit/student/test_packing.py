@@ -91,7 +91,7 @@ def test_packed_equals_padded(tmp_path, teacher_folder, kind, language, settings
 
 
 def test_text_beside_images(student_folder, teacher_folder):
-    """The second of three samples has no image: no image is counted for it, and its neighbours keep theirs."""
+    """The second of three samples has no image: no image is counted for it, and its neighbors keep theirs."""
     student = load(student_folder).train()
     one, two = tiny.batch(texts=((5, 4),), seed=1), tiny.batch(texts=((3, 6),), seed=2)
     text = tiny.packed(tiny.batch(texts=((7, 3),), images=False, seed=3))

@@ -54,7 +54,7 @@ def test_beams_share_the_decision_of_their_sample():
 
 
 def test_each_sample_of_a_packed_batch_has_its_own_decision():
-    """The third sample asks nothing: its first token decides, and no token of its neighbours."""
+    """The third sample asks nothing: its first token decides, and no token of its neighbors."""
     mixture, hidden, question = inputs()
     hidden, question = torch.cat([hidden, torch.randn(1, 8, 6)]), torch.cat([question, torch.zeros(1, 8).bool()])
     mixture.begin(question)

@@ -9,7 +9,7 @@ from transformers import Gemma2Config, MistralConfig
 from medalign.config import LoraConfig, StudentConfig
 from medalign.errors import ConfigError
 from medalign.geometry import gather_images
-from medalign.student import taps
+from medalign.student import capture
 from medalign.student.loading import load_student
 from medalign.student.model import Student, check_causality
 from medalign.student.packing import layout
@@ -70,9 +70,9 @@ def test_the_map_has_the_windows_and_the_softcap_of_the_model(tmp_path, side, ki
     """Gemma 2 caps every block's scores and slides in every other block; its even block is tapped, with both."""
     folder = tiny.save_student(tmp_path / "student", kind=kind, **language)
     assert_map_is_the_mean_of_eager_attention(folder, side, attention=backend)
-    read = taps.Tap.read
+    read = capture.Tap.read
     with pytest.MonkeyPatch.context() as patch, pytest.raises(AssertionError, match="not close"):
-        patch.setattr(taps.Tap, "read", lambda *arguments: read(*arguments[:-1], {}))  # tells it nothing
+        patch.setattr(capture.Tap, "read", lambda *arguments: read(*arguments[:-1], {}))  # tells it nothing
         assert_map_is_the_mean_of_eager_attention(folder, side, attention=backend)
 
 
@@ -81,7 +81,7 @@ def test_a_packed_batch_is_read_by_its_sequences():
     draw = torch.Generator().manual_seed(0)
     query, key = torch.randn(2, 4, 12, 8, generator=draw), torch.randn(2, 2, 12, 8, generator=draw)
     rows, columns = torch.rand(2, 12, generator=draw) < 0.4, torch.rand(2, 12, generator=draw) < 0.6
-    apart, packed = taps.Tap(), taps.Tap()
+    apart, packed = capture.Tap(), capture.Tap()
     with apart.reading(rows, columns, torch.ones_like(rows)):
         apart.read(query, key, 0.3, {})
     flat = [tensor.transpose(0, 1).flatten(1, 2)[None] for tensor in (query, key)]
@@ -110,7 +110,7 @@ def test_a_backend_without_its_mask_is_caught(student_folder, monkeypatch):
     """The start-up check must fail when causality is lost, as it is without the mask function."""
     student = load(student_folder, attention="eager")
     monkeypatch.setattr(
-        taps,
+        capture,
         "_backend",
         lambda *_: (
             lambda module, q, k, v, mask, **kw: (

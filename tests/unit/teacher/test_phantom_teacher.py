@@ -10,8 +10,8 @@ import torch
 from tokenizers import Tokenizer
 
 import medalign
-from medalign.data.phantom import stream, study
 from medalign.geometry import CanvasFrame, PatchGrid, coverage, square_canvas, view
+from medalign.phantom import stream, study
 from medalign.teacher.clip import load_teacher
 from medalign.teacher.targets import teacher_targets
 

@@ -9,7 +9,7 @@ from torch import nn
 from medalign.errors import ConfigError
 from medalign.geometry import PatchGrid, resample_features, resample_map
 from medalign.teacher.clip import load_teacher
-from medalign.teacher.targets import Beside, assert_replicated, teacher_targets
+from medalign.teacher.targets import AsyncTeacher, assert_replicated, teacher_targets
 
 GOLDEN = Path(__file__).parents[3].parent / "shared" / "golden" / "official_losses.npz"
 ROW_STEP, COLUMN_STEP = 7, 5  # the golden file keeps every 7th row and 5th column of the 576 x 576 matrix
@@ -39,14 +39,14 @@ def test_targets_on_the_teachers_own_grid_are_untouched(folder, pixels):
 
 def test_without_cuda_the_teacher_looks_in_line(folder, pixels):
     teacher = load_teacher(folder)
-    beside = Beside(teacher, PatchGrid(4, 4), torch.device("cpu"))
-    assert beside.stream is None
-    expected, found = teacher_targets(teacher, pixels, PatchGrid(4, 4)), beside.look(pixels)()
+    async_teacher = AsyncTeacher(teacher, PatchGrid(4, 4), torch.device("cpu"))
+    assert async_teacher.stream is None
+    expected, found = teacher_targets(teacher, pixels, PatchGrid(4, 4)), async_teacher.submit(pixels)()
     assert torch.equal(found.features, expected.features) and torch.equal(found.attention, expected.attention)
 
 
 class Streams:
-    """CUDA's streams as far as `Beside` uses them; `log` says what happened, in the order of the calls."""
+    """CUDA's streams as far as `AsyncTeacher` uses them; `log` says what happened, in the order of the calls."""
 
     def __init__(self, patch):
         self.log, self.now, self.names = [], "student", {}
@@ -83,7 +83,7 @@ def test_the_teachers_stream_waits_for_the_pixels_and_the_students_for_the_targe
     teacher, streams = load_teacher(folder), Streams(monkeypatch)
     streams.names[id(pixels)] = "pixels"
     teacher.register_forward_hook(lambda *_: streams.log.append(f"the teacher looks on {streams.now}"))
-    targets = Beside(teacher, PatchGrid(4, 4), torch.device("cuda", 0)).look(pixels)
+    targets = AsyncTeacher(teacher, PatchGrid(4, 4), torch.device("cuda", 0)).submit(pixels)
     looking = ["teacher waits for student", "the teacher looks on teacher", "pixels kept for teacher"]
     assert streams.log == looking and streams.now == "student"
     found = targets()
@@ -115,7 +115,7 @@ def test_attention_is_resampled_as_the_released_code_does(golden):
     torch.testing.assert_close(resampled, torch.from_numpy(golden["interp_attn24"]), rtol=1e-4, atol=1e-6)
 
 
-def test_features_are_resampled_before_they_are_normalised_as_in_the_released_code(golden):
+def test_features_are_resampled_before_they_are_normalized_as_in_the_released_code(golden):
     source = torch.from_numpy(golden["interp_feat14"])[None]
     features = nn.functional.normalize(resample_features(source, PatchGrid(14, 14), PatchGrid(24, 24))[0], dim=-1)
     sample = (features @ features.T)[::ROW_STEP, ::COLUMN_STEP]

@@ -6,29 +6,29 @@ from dataclasses import replace
 
 import pytest
 
-from medalign.checkpoint.state import Progress
+from medalign.checkpoint.state import TrainState
 from medalign.config import Config
 from medalign.errors import DataError, DivergedError
-from medalign.training.loop import _advance, _require_numbers
+from medalign.training.trainer import _check_finite, _update_state
 from tests import tiny
 
 
 def test_counts_go_on_after_a_resume_and_stop_the_run(caplog: pytest.LogCaptureFixture) -> None:
     config = Config()
-    config.train.batch_size, config.data.max_bad_share = 50, 0.02
+    config.train.batch_size, config.data.max_skip_fraction = 50, 0.02
     good = tiny.batch()
     bad = replace(good, skipped=("train/shard-000001.tar/k7: checksum differs",), truncated=1)
-    resumed = Progress(step=3, samples=150, ranks=1, skipped=2, truncated=4)
-    now = _advance(resumed, config, 4, [bad, good], "cpu")
+    resumed = TrainState(step=3, samples=150, ranks=1, skipped=2, truncated=4)
+    now = _update_state(resumed, config, 4, [bad, good], "cpu")
     assert (now.step, now.samples, now.skipped, now.truncated) == (4, 200, 3, 5)
-    now = _advance(now, config, 5, [bad, good], "cpu")
-    now = _advance(now, config, 6, [bad, bad], "cpu")  # 6 of 300 are 2 %, which is borne
+    now = _update_state(now, config, 5, [bad, good], "cpu")
+    now = _update_state(now, config, 6, [bad, bad], "cpu")  # 6 of 300 are 2 %, which is borne
     with pytest.raises(DataError, match=r"8 of 350 .*max_bad_share 0\.02.*shard-000001\.tar/k7.*"):
-        _advance(now, config, 7, [bad, bad], "cpu")
+        _update_state(now, config, 7, [bad, bad], "cpu")
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_names_the_samples() -> None:
     batch = tiny.batch()
-    _require_numbers({"loss/language": 1.0, "optim/grad_norm": 2.0}, 7, [batch])
+    _check_finite({"loss/language": 1.0, "optim/grad_norm": 2.0}, 7, [batch])
     with pytest.raises(DivergedError, match=rf"step 7: optim/grad_norm is inf; .*train\.lr.*{batch.keys[0]}"):
-        _require_numbers({"loss/language": 1.0, "optim/grad_norm": float("inf")}, 7, [batch])
+        _check_finite({"loss/language": 1.0, "optim/grad_norm": float("inf")}, 7, [batch])

@@ -12,7 +12,7 @@ from PIL import Image
 
 from medalign import config, run
 from medalign.contracts import IGNORE, Batch, Sample
-from medalign.data.collate import Collator
+from medalign.data.batches.collator import Collator
 from medalign.student.loading import load_processor, load_student
 from medalign.student.model import Student
 from medalign.teacher.clip import Teacher
@@ -156,7 +156,7 @@ def test_values_and_gradients_are_those_of_a_plain_implementation(settings, cut,
         ("teacher", "features", "after_norm"),
         ("losses", "language_mean", "tokens"),
         ("losses", "attention_rows", "prompt"),
-        ("losses", "normalise", "sum"),
+        ("losses", "normalize", "sum"),
     ],
 )
 def test_each_choice_counts(settings, section, name, value):

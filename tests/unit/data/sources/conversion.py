@@ -9,13 +9,13 @@ from typing import Any
 from tiny_data import picture
 
 from medalign.contracts import Sample
-from medalign.data.index import ShardIndex
-from medalign.data.sources import find
-from medalign.data.sources.account import Account
-from medalign.data.sources.convert import convert
+from medalign.data.shards.index import ShardIndex
+from medalign.datasets import find
+from medalign.datasets.convert import convert
+from medalign.datasets.report import ConversionReport
 
 
-def pack(name: str, folder: Path, output: Path, **chosen: Any) -> Account:
+def pack(name: str, folder: Path, output: Path, **chosen: Any) -> ConversionReport:
     """Convert with one process, with the source's settings in `chosen`."""
     return convert(find(name), folder, output, chosen=chosen, workers=1)
 
@@ -36,6 +36,6 @@ def write_picture(path: Path, seed: int, width: int = 40, height: int = 24) -> N
     path.write_bytes(picture(seed, width, height, "png" if path.suffix == ".png" else "jpg"))
 
 
-def skipped(account: Account) -> dict[str, str]:
+def skipped(account: ConversionReport) -> dict[str, str]:
     """Reason of each skipped sample."""
     return {one.key: one.reason for one in account.skipped}

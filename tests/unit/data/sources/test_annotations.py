@@ -11,8 +11,8 @@ import pytest
 from conversion import pack, samples, skipped, write_picture
 from test_odd_values import SOURCES, nested
 
-from medalign.data.samples import BadSample
-from medalign.data.sources.annotations import check_depth, parse_json, read_csv
+from medalign.data.samples.sample import BadSample
+from medalign.datasets.annotations import check_depth, parse_json, read_csv
 from medalign.errors import DataError
 
 # Of each source the file that is damaged, once `SOURCES` has written a good one.

@@ -21,14 +21,14 @@ from conversion import skipped
 from tiny_data import picture
 
 from medalign.__main__ import main
-from medalign.data.index import ShardIndex
-from medalign.data.records import Record
-from medalign.data.sources import files, find, known
-from medalign.data.sources import parts as parts_module
-from medalign.data.sources.account import kind
-from medalign.data.sources.convert import convert
-from medalign.data.sources.hashing import Hashing, own_salt, read_salt
-from medalign.data.sources.pool import in_processes
+from medalign.data.shards.index import ShardIndex
+from medalign.data.shards.records import Record
+from medalign.datasets import files, find, known
+from medalign.datasets import parts as parts_module
+from medalign.datasets.convert import convert
+from medalign.datasets.hashing import Hashing, own_salt, read_salt
+from medalign.datasets.pool import in_processes
+from medalign.datasets.report import kind
 from medalign.errors import ConfigError, DataError
 
 JSONL = find("jsonl")

@@ -14,7 +14,7 @@ from conversion import pack, samples, skipped
 from tiny_data import picture
 
 from medalign.__main__ import main
-from medalign.data.sources.splitting import Groups, share_split, unit_hash
+from medalign.datasets.splitting import Groups, share_split, unit_hash
 from medalign.errors import ConfigError
 
 EMPTY = "patient is empty; --group-by patient needs it in each line"

@@ -12,9 +12,9 @@ from PIL import Image
 from tiny_data import picture
 from tiny_text import encoder
 
-from medalign.data.collate import Collator, TowerView
-from medalign.data.index import ShardIndex
-from medalign.data.loader import batches
+from medalign.data.batches.collator import Collator, PreprocessCfg
+from medalign.data.batches.loader import batches
+from medalign.data.shards.index import ShardIndex
 from medalign.errors import DataError
 from medalign.geometry import PatchGrid
 
@@ -130,7 +130,7 @@ def test_bad_lines_are_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["CMYK", "LAB", "YCbCr", "RGBX"])
-def test_colours_that_png_does_not_have_become_rgb(tmp_path: Path, mode: str) -> None:
+def test_colors_that_png_does_not_have_become_rgb(tmp_path: Path, mode: str) -> None:
     source = folder(tmp_path / "in", row(1, image="a.tiff"), row(2))
     Image.linear_gradient("L").resize((40, 24)).convert("RGB").convert(mode if mode != "LAB" else "RGB").save(
         source / "a.tiff"
@@ -257,7 +257,7 @@ def test_real_data(tmp_path: Path, name: str, counts: dict[str, int], boxes: int
     assert any(s.images[0].width != s.images[0].height for s in shown)
     if name == "covid_chestxray":
         assert sum(bool(index.read(i).boxes) for i in range(len(index))) == boxes
-    view = TowerView(12, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    view = PreprocessCfg(12, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     reader = Collator(encoder(), view, view, PatchGrid(3, 3), padding_side="left", with_answer=False)
     read = list(batches(index, reader, 4, range(12)))
     assert sum(len(batch.keys) for _, batch in read) == 12

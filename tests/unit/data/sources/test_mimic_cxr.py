@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from conversion import pack, samples, skipped, write_picture
 
-from medalign.data.sources import find
-from medalign.data.sources.convert import convert
-from medalign.data.sources.hashing import Hashing
-from medalign.data.sources.reports import split_sections
+from medalign.datasets import find
+from medalign.datasets.convert import convert
+from medalign.datasets.hashing import Hashing
+from medalign.datasets.report_text import split_sections
 from medalign.errors import DataError
 
 REPORT = """                                 FINAL REPORT

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from conversion import pack, samples, skipped, write_json, write_picture
 
-from medalign.data.samples import BadSample
-from medalign.data.sources.texts import as_text, field, text
+from medalign.data.samples.sample import BadSample
+from medalign.datasets.texts import as_text, field, text
 
 HALF = "ok \ud83d"  # the first half of an emoji
 

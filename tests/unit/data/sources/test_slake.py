@@ -10,7 +10,7 @@ import pytest
 from conversion import pack, samples, skipped, write_json, write_picture
 from PIL import Image
 
-from medalign.data.index import ShardIndex
+from medalign.data.shards.index import ShardIndex
 from medalign.errors import DataError
 
 
@@ -54,11 +54,11 @@ def slake(tmp_path: Path) -> Path:
     for image in (0, 1):
         place = folder / "imgs" / f"xmlab{image}"
         write_picture(place / "source.jpg", image, 40, 24)
-        grey = np.zeros((24, 40), np.uint8)
-        grey[2:8, 3:13] = 70
-        grey[10:14, 20:24] = 135
-        grey[10:14, 30:34] = 136
-        stored = grey if image else np.stack([grey, grey, grey, np.full_like(grey, 255)], -1)
+        gray = np.zeros((24, 40), np.uint8)
+        gray[2:8, 3:13] = 70
+        gray[10:14, 20:24] = 135
+        gray[10:14, 30:34] = 136
+        stored = gray if image else np.stack([gray, gray, gray, np.full_like(gray, 255)], -1)
         buffer = io.BytesIO()
         Image.fromarray(stored).save(buffer, "PNG")
         (place / "mask.png").write_bytes(buffer.getvalue())
@@ -113,7 +113,7 @@ def test_damaged_annotations(slake: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"mask\.txt is not UTF-8"):
         pack("slake", slake, tmp_path / "c")
     (slake / "mask.txt").write_text("nothing")
-    with pytest.raises(DataError, match=r"mask\.txt names no grey value"):
+    with pytest.raises(DataError, match=r"mask\.txt names no gray value"):
         pack("slake", slake, tmp_path / "c")
 
 

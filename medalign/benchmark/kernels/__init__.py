@@ -1,0 +1,1 @@
+"""The kernels measured, compiled ahead of time and tuned, behind `medalign bench`."""

@@ -1,0 +1,1 @@
+"""The attention map for the benchmark."""

@@ -1,0 +1,185 @@
+"""The attention map for the benchmark: its cost by count, problems to measure it on, entries to tune."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from medalign.benchmark.kernels.attention_map.binaries import binaries
+from medalign.benchmark.kernels.case import Choice, Cost, CostModel, KernelCase, Problem
+from medalign.kernels import gpu
+from medalign.kernels.attention_map import attention_map, chunked, tile_table
+from medalign.kernels.attention_map.arguments import AttentionMapArgs
+from medalign.kernels.attention_map.tile_table import Tiles
+
+TOKENS = (576, 1024, 2304, 4096, 16384)  # of the image
+SMALL_TOKENS = (40, 70)  # on the CPU, where the kernels are interpreted
+
+
+class Shape(NamedTuple):
+    """A prompt: some words, the image, the question (its rows), the answer; heads of `width` channels."""
+
+    image: int
+    question: int
+    others: int
+    heads: int
+    key_heads: int
+    width: int
+
+    @property
+    def length(self) -> int:
+        return self.image + self.question + self.others
+
+    def __str__(self) -> str:
+        return f"L={self.length} N={self.image} R={self.question} heads={self.heads}/{self.key_heads} d={self.width}"
+
+
+def shape_of(image: int, on_gpu: bool) -> Shape:
+    return Shape(image, 40, 152, 32, 8, 128) if on_gpu else Shape(image, 5, 11, 4, 2, 16)
+
+
+def eager(query_BHLD: torch.Tensor, key_BKLD: torch.Tensor, rows_BL: torch.Tensor, columns_BL: torch.Tensor) -> Any:
+    """The released code's form: the weights of every row and head, of which the question's are kept."""
+    key_BHLD = key_BKLD.repeat_interleave(query_BHLD.shape[1] // key_BKLD.shape[1], dim=1)
+    scores_BHLL = query_BHLD @ key_BHLD.transpose(2, 3) * query_BHLD.shape[-1] ** -0.5
+    future_LL = torch.ones_like(scores_BHLL[0, 0], dtype=torch.bool).triu(1)
+    weights_BHLL = scores_BHLL.masked_fill(future_LL, float("-inf")).softmax(-1, dtype=torch.float32)
+    chosen_BHLL = weights_BHLL * (rows_BL[:, :, None] & columns_BL[:, None, :])[:, None]
+    return chosen_BHLL.sum((1, 2)) / (query_BHLD.shape[1] * rows_BL.sum(1, keepdim=True))
+
+
+def accounts() -> Iterator[CostModel]:
+    for tokens in TOKENS:
+        shape = shape_of(tokens, on_gpu=True)
+        costs = {"least": least_cost(shape), "eager": eager_cost(shape), "triton": triton_cost(shape)}
+        yield CostModel(f"B=1 {shape} bf16", costs)
+
+
+def least_cost(s: Shape, size: int = 2) -> Cost:
+    """Scores, dQ and dK once each; the rows' queries and the keys read once, both whole gradients written."""
+    pairs = s.heads * s.question
+    elements = (pairs + s.key_heads * s.length) + (s.heads + s.key_heads) * s.length
+    return Cost(6 * pairs * s.length * s.width, elements * s.width * size)
+
+
+def eager_cost(s: Shape, size: int = 2) -> Cost:
+    """Every operation of autograd on the eager form on its own, for all L rows of every head.
+
+    L x L: scores written (1), scaled (2), hidden (2), softmax, in float32 (3), the rows chosen, in float32 (4), their
+    sum (2); backward, down to the softmax in float32: the sum spread (2), chosen (4), the softmax (6), then hidden
+    (2), scaled (2), read by two products (2). L x d: keys repeated (3), read by the scores (2), by their gradients
+    (2), whose results are written and summed over the group (4).
+    """
+    elements = s.heads * (32 * s.length**2 + 11 * s.length * s.width)
+    return Cost(6 * s.heads * s.length**2 * s.width, elements * size)
+
+
+def triton_cost(s: Shape, size: int = 2) -> Cost:
+    """Scores over L and over the columns; scores, scores and dQ, scores and dK. Each kernel reads its operands once.
+
+    Whole gradients are first filled with zeros; then the rows of dQ and all of dK are written. What else is written is
+    two numbers a pair and one a key and key head.
+    """
+    pairs, keys = s.heads * s.question, s.key_heads * s.length
+    products = (s.length + s.image) + 5 * s.length
+    read = 4 * (pairs + keys)
+    written = (s.heads + s.key_heads) * s.length + pairs + keys
+    numbers = 4 * (6 * pairs + 2 * keys)
+    return Cost(2 * pairs * products * s.width, (read + written) * s.width * size + numbers)
+
+
+def problems(device: torch.device, dtype: torch.dtype, tokens: Sequence[int] | None) -> Iterator[Problem]:
+    on_gpu = device.type == "cuda"
+    for each in tokens or (TOKENS if on_gpu else SMALL_TOKENS):
+        yield problem(device, dtype, shape_of(each, on_gpu))
+
+
+def problem(device: torch.device, dtype: torch.dtype, shape: Shape) -> Problem:
+    generator = torch.Generator(device).manual_seed(0)
+    make = functools.partial(torch.randn, generator=generator, device=device)
+    query = make(1, shape.heads, shape.length, shape.width).to(dtype).requires_grad_()
+    key = make(1, shape.key_heads, shape.length, shape.width).to(dtype).requires_grad_()
+    place_L = torch.arange(shape.length, device=device)[None]
+    first = shape.others // 2
+    columns = (place_L >= first) & (place_L < first + shape.image)
+    rows = (place_L >= first + shape.image) & (place_L < first + shape.image + shape.question)
+    upstream = make(1, shape.length)
+    compiled = torch.compile(eager)
+    paths = {
+        "eager": lambda: eager(query, key, rows, columns),
+        "torch.compile": lambda: compiled(query, key, rows, columns),
+        "chunked": lambda: attention_map(query, key, rows, columns, impl="chunked"),
+    }
+    if gpu.refusal(device, dtype) is None:
+        paths["triton"] = lambda: attention_map(query, key, rows, columns, impl="triton")
+    name = f"B=1 {shape} {str(dtype).removeprefix('torch.')}"
+    expected = functools.partial(_exact, query, key, rows, columns, upstream)
+    return Problem(name, (query, key), paths, upstream, expected, *_tolerances(dtype))
+
+
+def _exact(
+    query: torch.Tensor, key: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, upstream: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """By the chunked path in float64, which needs no L x L matrix and is tested against the specification."""
+    wide_query, wide_key = (tensor.detach().double().requires_grad_() for tensor in (query, key))
+    sight = AttentionMapArgs(rows, columns, torch.ones_like(rows), query.shape[-1] ** -0.5)
+    value = chunked.attention_map(wide_query, wide_key, sight)
+    return value.detach(), *torch.autograd.grad(value, (wide_query, wide_key), upstream.double())
+
+
+def _tolerances(dtype: torch.dtype) -> tuple[tuple[float, float], str]:
+    if dtype == torch.float32:
+        return (1e-5, 1e-4), "sums of thousands of float32 terms"
+    rounding = torch.finfo(dtype).eps
+    why = (
+        f"score gradients and the result are each rounded to {dtype}, {rounding / 2:.0e}; scores are summed in float32"
+    )
+    return (1e-4, 2 * rounding), why
+
+
+def choices(device: torch.device) -> Iterator[Choice]:
+    """Entries for the device's architecture, each on a problem that takes it."""
+    architecture, on_gpu = gpu.architecture(device), device.type == "cuda"
+    for kind in tile_table.table()[architecture]:
+        precision, width, _ = kind.replace(",", "").split()
+        dtype = torch.float32 if precision == "single" or not on_gpu else torch.bfloat16
+        shape = shape_of(2304 if on_gpu else 20, on_gpu)._replace(width=int(width))
+        solved = problem(device, dtype, shape)
+        place = architecture, kind
+        candidates = [tiles._asdict() for tiles in _candidates(precision, int(width))]
+        yield Choice(
+            name=" / ".join(place),
+            problem=solved.name,
+            current=tile_table.table()[architecture][kind]._asdict(),
+            candidates=candidates if on_gpu else candidates[:2],
+            use=functools.partial(_use, place),
+            step=functools.partial(_step, solved),
+            table=tile_table.TABLE,
+            write=functools.partial(tile_table.write, place),
+        )
+
+
+def _step(solved: Problem) -> None:
+    torch.autograd.grad(solved.paths["triton"](), solved.leaves, solved.upstream)
+
+
+def _candidates(precision: str, width: int) -> list[Tiles]:
+    single = precision == "single"
+    return [
+        Tiles(pairs, keys, 32 if single else width, warps, stages)
+        for pairs in ((16, 32) if single else (64, 128))
+        for keys in ((16, 32) if single else (32, 64, 128))
+        for warps in (4, 8)
+        for stages in ((1, 2) if single else (2, 3))
+    ]
+
+
+def _use(place: tuple[str, str], candidate: Mapping[str, Any]) -> None:
+    architecture, kind = place
+    tile_table.table()[architecture][kind] = Tiles(**candidate)
+
+
+CASE = KernelCase("attention_map", binaries, accounts, problems, choices)

@@ -1,0 +1,1 @@
+"""Token similarity for the benchmark."""

@@ -1,0 +1,168 @@
+"""Token similarity for the benchmark: its cost by count, problems to measure it on, entries to tune."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from medalign.benchmark.kernels.case import Choice, Cost, CostModel, KernelCase, Problem
+from medalign.benchmark.kernels.token_similarity.binaries import binaries
+from medalign.kernels import gpu
+from medalign.kernels.token_similarity import chunked, tile_table, token_similarity, triton
+from medalign.kernels.token_similarity.tile_table import FEW, ODD, SINGLE, Tile
+
+TOKENS = (576, 1024, 2304, 4096, 16384)  # a LLaVA image, and images in tiles
+SMALL_TOKENS = (64, 150)  # on the CPU: the interpreter takes a millisecond where a GPU takes a nanosecond
+WIDTHS, SMALL_WIDTHS = (4096, 1024), (96, 40)  # student, teacher
+
+
+def eager(student_BND: torch.Tensor, teacher_BND: torch.Tensor) -> torch.Tensor:
+    """The released code's form: two N x N matrices, their squared difference, and autograd's copies of them."""
+    student_BND, teacher_BND = F.normalize(student_BND, dim=-1), F.normalize(teacher_BND, dim=-1)
+    difference_BNN = student_BND @ student_BND.transpose(1, 2) - teacher_BND @ teacher_BND.transpose(1, 2)
+    return (difference_BNN**2).mean((1, 2))
+
+
+def accounts() -> Iterator[CostModel]:
+    for tokens in TOKENS:
+        samples, (width, teacher_width) = samples_of(tokens), WIDTHS
+        shape = samples, tokens, width, teacher_width
+        costs = {"least": least_cost(*shape), "eager": eager_cost(*shape), "triton": triton_cost(*shape)}
+        yield CostModel(f"B={samples} N={tokens} d={width} b={teacher_width} bf16", costs)
+
+
+def samples_of(tokens: int) -> int:
+    return 4 if tokens <= 2304 else 1
+
+
+def least_cost(samples: int, tokens: int, width: int, teacher_width: int, size: int = 2) -> Cost:
+    """D's upper half, and D times the features; features read once, the gradient written once."""
+    operations = tokens**2 * (3 * width + teacher_width)
+    return Cost(samples * operations, samples * tokens * (2 * width + teacher_width) * size)
+
+
+def eager_cost(samples: int, tokens: int, width: int, teacher_width: int, size: int = 2) -> Cost:
+    """Every operation of autograd on the eager form on its own, reading its operands and writing its result.
+
+    N x N: both similarities written (2), their difference (3), its square (2), the mean (1); backward: the spread mean
+    (1), the square's gradient (3), the product's two factors' gradients read it (2). N x d: length and division
+    (3, teacher's too), the similarity reads its factors (2, teacher's too); backward: two products write and read
+    (4), their sum (3), through the normalization (6).
+    """
+    operations = 2 * tokens**2 * (3 * width + teacher_width)
+    elements = 14 * tokens**2 + tokens * (18 * width + 5 * teacher_width)
+    return Cost(samples * operations, samples * elements * size)
+
+
+def triton_cost(samples: int, tokens: int, width: int, teacher_width: int, size: int = 2) -> Cost:
+    """Tiles as they are launched on sm_90, padding included; forward and backward.
+
+    Bytes: `prepare` reads the features; each panel reads them for D, is written and read, and the features are read
+    again for the gradient and for the normalization; the gradient is written, and read and written by the backward
+    pass. Between the tiles of a launch the level-2 cache is taken to hold what they share.
+    """
+    tile = tile_table.differences("sm_90", (torch.bfloat16, torch.bfloat16), True, tokens, samples)
+    count, height = triton.panels(tokens)
+    rows, columns = height // tile.rows, count * height // tile.columns
+    tiles = count * (rows * columns - rows * (rows - 1) // 2)
+    operations = 2 * tiles * tile.rows * tile.columns * (width + teacher_width)
+    operations += 2 * (count * height) * tokens * width
+    features = tokens * (width + teacher_width)
+    elements = features + count * (features + 2 * height * count * height + tokens * width) + 4 * tokens * width
+    return Cost(samples * operations, samples * elements * size)
+
+
+def problems(device: torch.device, dtype: torch.dtype, tokens: Sequence[int] | None) -> Iterator[Problem]:
+    on_gpu = device.type == "cuda"
+    for each in tokens or (TOKENS if on_gpu else SMALL_TOKENS):
+        yield problem(device, dtype, each, *(WIDTHS if on_gpu else SMALL_WIDTHS))
+
+
+def problem(device: torch.device, dtype: torch.dtype, tokens: int, width: int, teacher_width: int) -> Problem:
+    samples = samples_of(tokens)
+    generator = torch.Generator(device).manual_seed(0)
+    make = functools.partial(torch.randn, generator=generator, device=device)
+    student = make(samples, tokens, width).to(dtype).requires_grad_()
+    teacher = make(samples, tokens, teacher_width).to(dtype)
+    upstream = torch.linspace(0.5, 2, samples, device=device)
+    compiled = torch.compile(eager, fullgraph=True)
+    paths = {
+        "eager": lambda: eager(student, teacher),
+        "torch.compile": lambda: compiled(student, teacher),
+        "chunked": lambda: token_similarity(student, teacher, impl="chunked"),
+    }
+    if triton.available(device, dtype, dtype) is None:
+        paths["triton"] = lambda: token_similarity(student, teacher, impl="triton")
+    name = f"B={samples} N={tokens} d={width} b={teacher_width} {str(dtype).removeprefix('torch.')}"
+    expected = functools.partial(_exact, student, teacher, upstream)
+    return Problem(name, (student,), paths, upstream, expected, *_tolerances(dtype))
+
+
+def _exact(student: torch.Tensor, teacher: torch.Tensor, upstream: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """By the chunked path in float64, which needs no N x N matrix and is tested against the specification."""
+    wide = student.detach().double().requires_grad_()
+    value = chunked.token_similarity(wide, teacher.double(), None, None)
+    return value.detach(), *torch.autograd.grad(value, wide, upstream.double())
+
+
+def _tolerances(dtype: torch.dtype) -> tuple[tuple[float, float], str]:
+    if dtype == torch.float32:
+        return (1e-5, 1e-4), "sums of thousands of float32 terms, of cosines ten times their difference"
+    rounding = torch.finfo(dtype).eps
+    why = f"D, the gradient and its product with the upstream one are each rounded to {dtype}, {rounding / 2:.0e}"
+    return (1e-4, 3 * rounding), why
+
+
+def choices(device: torch.device) -> Iterator[Choice]:
+    """Entries for the device's architecture, each on a problem that takes it."""
+    architecture = gpu.architecture(device)
+    on_gpu = device.type == "cuda"
+    wide, few = (2304, 576) if on_gpu else (64, 64)
+    width, teacher_width = WIDTHS if on_gpu else SMALL_WIDTHS
+    table = tile_table.table()[architecture]
+    for kernel, kind in ((kernel, kind) for kernel, kinds in table.items() for kind in kinds):
+        dtype = torch.float32 if kind.startswith(SINGLE) or not on_gpu else torch.bfloat16
+        tokens, odd = (few if kind == FEW else wide), int("odd" in kind)
+        solved = problem(device, dtype, tokens, width - odd, teacher_width - odd)
+        place = architecture, kernel, kind
+        yield Choice(
+            name=" / ".join(place),
+            problem=solved.name,
+            current=table[kernel][kind]._asdict(),
+            candidates=_candidates(architecture, kernel, kind, few=not on_gpu),
+            use=functools.partial(_use, place),
+            step=functools.partial(_step, solved),
+            table=tile_table.TABLE,
+            write=functools.partial(tile_table.write, place),
+        )
+
+
+def _step(solved: Problem) -> None:
+    torch.autograd.grad(solved.paths["triton"](), solved.leaves, solved.upstream)
+
+
+def _candidates(architecture: str, kernel: str, kind: str, few: bool) -> Sequence[Mapping[str, Any]]:
+    """Tiles whose sides divide the grain and whose operands fit; square ones where mirror images are made."""
+    sides = (64,) if kind in (FEW, ODD) else (32, 64) if kind.startswith(SINGLE) else (64, 128)
+    size = 4 if kind.startswith(SINGLE) else 2
+    tiles = (
+        Tile(rows, columns, depth, warps, stages)
+        for rows, columns, depth, warps, stages in itertools.product(sides, sides, (32, 64), (4, 8), (2, 3, 4))
+        if rows == columns or kernel != "differences"
+    )
+    limit = gpu.ARCHITECTURES[architecture].shared_memory
+    fitting = [tile._asdict() for tile in tiles if tile.shared_memory(size) <= limit]
+    return fitting[:2] if few else fitting
+
+
+def _use(place: tuple[str, str, str], candidate: Mapping[str, Any]) -> None:
+    architecture, kernel, kind = place
+    tile_table.table()[architecture][kernel][kind] = Tile(**candidate)
+
+
+CASE = KernelCase("token_similarity", binaries, accounts, problems, choices)

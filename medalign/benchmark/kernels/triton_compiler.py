@@ -1,0 +1,72 @@
+"""Compiles kernels ahead of time for a GPU that need not be there, and reads what came out of it."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from medalign.benchmark.kernels.case import Binary
+from medalign.errors import KernelError
+from medalign.kernels.gpu import ARCHITECTURES, interpreting
+
+FAILURES = (triton.TritonError, RuntimeError)  # what compiling and launching a kernel may raise
+TENSOR_CORES = ("wgmma.mma_async", "tcgen05.mma", "mma.sync")
+_CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+class Compiled(NamedTuple):
+    registers: int  # of one thread
+    stack: int  # bytes of one thread; where spilled registers go
+    spills: int  # loads and stores of one thread's spilled registers, in the machine code
+    shared_memory: int  # bytes of one program
+    tensor_cores: str  # the tensor-core instruction in the PTX; "" for none
+
+
+def compile_ahead(binary: Binary, architecture: str) -> Compiled:
+    """Raises KernelError if the kernels were loaded to be interpreted, or do not compile."""
+    if interpreting():
+        raise KernelError("kernels that Triton interprets cannot be compiled; unset TRITON_INTERPRET and start again")
+    if architecture not in ARCHITECTURES:
+        raise KernelError(f"{architecture}: no such architecture; choose one of {', '.join(ARCHITECTURES)}")
+    names = binary.function.arg_names
+    types = {name: "constexpr" if name in binary.constants else binary.types[name] for name in names}
+    divisible = {(names.index(name),): [["tt.divisibility", 16]] for name in binary.divisible}
+    source = ASTSource(binary.function, types, dict(binary.constants), divisible)
+    target = GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
+    try:
+        kernel = triton.compile(source, target, {"num_warps": binary.warps, "num_stages": binary.stages})
+    except FAILURES as error:
+        raise KernelError(f"{binary.name} does not compile for {architecture}: {error}") from error
+    return _inspect(kernel.asm["cubin"], kernel.asm["ptx"], kernel.metadata.shared)
+
+
+def _inspect(cubin: bytes, ptx: str, shared: int) -> Compiled:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.cubin"
+        file.write_bytes(cubin)
+        usage = _dump("--dump-resource-usage", file)
+        code = _dump("--dump-sass", file)
+    counted = {name: int(number) for name, number in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+    return Compiled(
+        registers=counted["REG"],
+        stack=counted["STACK"] + counted["LOCAL"],
+        spills=len(re.findall(r"\b(?:LDL|STL)\b", code)),
+        shared_memory=shared,
+        tensor_cores=next((name for name in TENSOR_CORES if name in ptx), ""),
+    )
+
+
+def _dump(what: str, file: Path) -> str:
+    environment = {"PATH": os.defpath + os.pathsep + str(_CUOBJDUMP.parent)}
+    done = subprocess.run([_CUOBJDUMP, what, file], capture_output=True, text=True, check=False, env=environment)
+    if done.returncode:
+        raise KernelError(f"{_CUOBJDUMP} {what}: {done.stderr.strip() or done.stdout.strip()}")
+    return done.stdout

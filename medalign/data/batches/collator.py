@@ -1,0 +1,180 @@
+"""Samples to a batch: tokens padded, spans as masks, and for both towers a view of one canvas.
+
+Shape suffixes as in `geometry`: I images, N student image tokens, B samples, L tokens; S, T pixels of the towers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+
+from medalign.contracts import IGNORE, Batch, Sample
+from medalign.data.batches.attention_rows import official_rows
+from medalign.data.batches.prompts import Encoded, PromptEncoder
+from medalign.errors import ConfigError
+from medalign.geometry import CanvasFrame, PatchGrid, coverage, square_canvas, view
+
+
+@dataclass(frozen=True)
+class PreprocessCfg:
+    """What a vision tower wants: size x size pixels, normalized by mean and standard deviation of RGB in [0, 1]."""
+
+    size: int
+    mean: Sequence[float]
+    std: Sequence[float]
+
+    @property
+    def mean_color(self) -> tuple[int, int, int]:
+        """The color that becomes (about) zero, in 0 to 255."""
+        red, green, blue = (int(value * 255) for value in self.mean)
+        return red, green, blue
+
+    def of(self, canvas: Image.Image) -> torch.Tensor:
+        """float32 [3, size, size]."""
+        return view(canvas, self.size, self.mean, self.std)
+
+
+class Prepared(NamedTuple):
+    """One sample, ready to be put into a batch."""
+
+    key: str
+    encoded: Encoded
+    student_views: list[torch.Tensor]  # [3, S, S] an image
+    teacher_views: list[torch.Tensor]  # [3, T, T] an image
+    patch_valid: list[np.ndarray]  # [N] bool an image
+
+
+class Collator:
+    """Samples to a `Batch`. Both towers see the same square canvas.
+
+    Args:
+        encoder: the student's prompts.
+        student_view: the student's tower; its mean color pads the canvas.
+        teacher_view: the teacher's tower; None leaves teacher_pixels empty, [I, 3, 0, 0].
+        grid: the student's image tokens.
+        padding_side: "right" to train, "left" to generate.
+        with_answer: append the answer and its labels.
+        attention_rows: "prompt", or "official" (see `data.rows`).
+        packed: lay the samples end to end in one row, without padding.
+        pad_token_id: None takes the encoder's.
+    """
+
+    def __init__(
+        self,
+        encoder: PromptEncoder,
+        student_view: PreprocessCfg,
+        teacher_view: PreprocessCfg | None,
+        grid: PatchGrid,
+        *,
+        padding_side: Literal["right", "left"] = "right",
+        with_answer: bool = True,
+        attention_rows: Literal["prompt", "official"] = "prompt",
+        packed: bool = False,
+        pad_token_id: int | None = None,
+    ) -> None:
+        if grid.size != encoder.tokens_per_image:
+            raise ConfigError(
+                f"the student's grid has {grid.rows} x {grid.columns} patches, but an image takes "
+                f"{encoder.tokens_per_image} tokens; the two must be equal"
+            )
+        self.encoder = encoder
+        self.student_view = student_view
+        self.teacher_view = teacher_view
+        self.grid = grid
+        self.padding_side = padding_side
+        self.with_answer = with_answer
+        self.attention_rows = attention_rows
+        self.packed = packed
+        self.pad_token_id = encoder.pad_token_id if pad_token_id is None else pad_token_id
+        if attention_rows == "official":
+            self._require_colon()
+
+    def __call__(self, samples: Sequence[Sample]) -> Batch:
+        """Raises BadSample (a DataError) for the first sample that cannot be used."""
+        return self.join([self.prepare(sample) for sample in samples])
+
+    @property
+    def pixels(self) -> int:
+        """Pixels a side that a picture needs: the larger tower's."""
+        return max(self.student_view.size, self.teacher_view.size if self.teacher_view else 0)
+
+    def dummy_batch(self) -> Batch:
+        """A batch that counts for nothing, for a rank without a sample of its own: text alone, nothing supervised."""
+        sample = Sample("filler", "none", "vqa", "-", "yes", "open", ())
+        batch = self.join([self.prepare(sample)])
+        return replace(batch, labels=torch.full_like(batch.labels, IGNORE), keys=(), cuts=(), truncated=0)
+
+    def prepare(self, sample: Sample) -> Prepared:
+        """All work that one sample needs. Raises BadSample."""
+        canvases = [square_canvas(image, self.student_view.mean_color) for image in sample.images]
+        frames = [CanvasFrame(*image.size) for image in sample.images]
+        return Prepared(
+            key=sample.key,
+            encoded=self.encoder.encode(sample, with_answer=self.with_answer),
+            student_views=[self.student_view.of(canvas) for canvas in canvases],
+            teacher_views=[self.teacher_view.of(canvas) for canvas in canvases] if self.teacher_view else [],
+            patch_valid=[coverage([frame.picture], self.grid) > 0 for frame in frames],
+        )
+
+    def join(self, prepared: Sequence[Prepared]) -> Batch:
+        """Pad and stack, or pack. Images are numbered through the batch, in the order of the samples."""
+        texts = [p.encoded for p in prepared]
+        owners = [row for row, p in enumerate(prepared) for _ in p.student_views]
+        image_index, before = [], 0
+        for p in prepared:
+            image_index.append([i + before if i >= 0 else -1 for i in p.encoded.image_index])
+            before += len(p.student_views)
+        dummy = not owners
+        return Batch(
+            input_ids=self._rows([t.input_ids for t in texts], self.pad_token_id),
+            attention_mask=self._rows([[True] * len(t.input_ids) for t in texts], False),
+            labels=self._rows([t.labels for t in texts], IGNORE),
+            question_mask=self._rows([t.question_mask for t in texts], False),
+            image_index=self._rows(image_index, -1),
+            student_pixels=self._pixels([v for p in prepared for v in p.student_views], self.student_view),
+            teacher_pixels=self._pixels([v for p in prepared for v in p.teacher_views], self.teacher_view, len(owners)),
+            image_weight=torch.zeros(1) if dummy else torch.ones(len(owners)),
+            patch_valid=self._patch_valid([v for p in prepared for v in p.patch_valid]),
+            image_sample=torch.tensor(owners or [0]),
+            attention_rows=self._official_rows(texts) if self.attention_rows == "official" else None,
+            lengths=tuple(len(t.input_ids) for t in texts) if self.packed else (),
+            keys=tuple(p.key for p in prepared),
+            cuts=tuple((t.question_cut, t.answer_cut) for t in texts),
+            truncated=sum(t.truncated for t in texts),
+        )
+
+    def _official_rows(self, texts: Sequence[Encoded]) -> torch.Tensor:
+        return self._rows([official_rows(text, self.encoder.tokenizer) for text in texts], False)
+
+    def _require_colon(self) -> None:
+        """Raise ConfigError where the template itself gives a question no row."""
+        question = Sample("probe", "none", "vqa", "-", "-", "open", (Image.new("L", (1, 1)),))
+        if not any(official_rows(self.encoder.encode(question, with_answer=False), self.encoder.tokenizer)):
+            raise ConfigError(
+                "losses.attention_rows is official, but the student's chat template writes no ':' after the image; use "
+                "a template in the form of vicuna_v1 (USER: ... ASSISTANT:), or set losses.attention_rows prompt"
+            )
+
+    def _rows(self, rows: Sequence[Sequence[int]], padding: int) -> torch.Tensor:
+        """[B, L], or [1, L] of all samples end to end."""
+        tensors = [torch.tensor(row) for row in rows]
+        if self.packed:
+            return torch.cat(tensors)[None]
+        return torch.nn.utils.rnn.pad_sequence(
+            tensors, batch_first=True, padding_value=padding, padding_side=self.padding_side
+        )
+
+    def _pixels(self, views: list[torch.Tensor], tower: PreprocessCfg | None, images: int = 0) -> torch.Tensor:
+        if tower is None:
+            return torch.zeros(max(images, 1), 3, 0, 0)
+        if not views:  # every rank calls its towers once a micro-batch; a black picture stands in
+            views = [tower.of(Image.new("RGB", (tower.size, tower.size)))]
+        return torch.stack(views)
+
+    def _patch_valid(self, rows: list[np.ndarray]) -> torch.Tensor:
+        return torch.from_numpy(np.stack(rows) if rows else np.zeros((1, self.grid.size), dtype=bool))

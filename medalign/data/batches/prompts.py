@@ -1,0 +1,151 @@
+"""A sample's text as tokens, through the model's own chat template, with its label mask and spans.
+
+The sequence of a sample: the template up to the question, each image as `tokens_per_image` image tokens, the question,
+the template up to where the model speaks, then the answer and the token that ends its turn. Only the last two are
+supervised. Nothing is found by counting: positions come from token ids.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from medalign.contracts import IGNORE, Sample
+from medalign.data.batches.conversation import Conversation
+from medalign.data.samples.sample import BadSample, sample_context
+from medalign.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One sample as tokens; four lists of one length."""
+
+    input_ids: list[int]
+    labels: list[int]  # IGNORE outside the answer
+    question_mask: list[bool]  # prompt tokens after the last image token; all False without an image
+    image_index: list[int]  # number of the image within the sample at its tokens, -1 elsewhere
+    question_cut: int = 0  # tokens of the question that were cut to the length limit
+    answer_cut: int = 0  # tokens of the answer, its end included, that were cut
+
+    @property
+    def truncated(self) -> bool:
+        """Whether the text was cut to the length limit."""
+        return self.question_cut + self.answer_cut > 0
+
+
+class PromptEncoder:
+    """Samples to tokens for one student.
+
+    Args:
+        processor: the student's processor or tokenizer, with a chat template that takes lists of typed content.
+        image_token_id: the id that stands for an image.
+        tokens_per_image: N, image tokens of one image.
+        max_length: longest sequence, image tokens included.
+        most_images: images of the sample that has most; max_length must hold them.
+        setting: what the user calls max_length, for errors.
+
+    Raises ConfigError where template, tokenizer, image token and length limit do not fit together.
+    """
+
+    def __init__(
+        self,
+        processor: Any,
+        *,
+        image_token_id: int,
+        tokens_per_image: int,
+        max_length: int,
+        max_images: int = 1,
+        setting: str = "data.max_length",
+    ) -> None:
+        self._conversation = Conversation(processor, image_token_id)
+        self.tokenizer: Any = self._conversation.tokenizer
+        self.image_token_id = image_token_id
+        self.tokens_per_image = tokens_per_image
+        self.max_length = max_length
+        self._setting = setting
+        self._probe_images(max_images)
+
+    @property
+    def pad_token_id(self) -> int:
+        """The tokenizer's padding token, or its end-of-sequence token where it has none."""
+        pad = self.tokenizer.pad_token_id
+        return self.tokenizer.eos_token_id if pad is None else pad
+
+    @property
+    def end_token_id(self) -> int:
+        """The token that ends an answer: the template's own, or the tokenizer's end of sequence where it has none."""
+        return self._conversation.end_token_id
+
+    def encode(self, sample: Sample, *, with_answer: bool) -> Encoded:
+        """The sample as tokens, cut to the limit: first the answer's end (one token stays), then the question's.
+
+        Raises BadSample where the text cannot be used, ConfigError where the limit holds no text at all.
+        """
+        room = self.max_length - with_answer
+        question, images = sample.question, len(sample.images)
+        with sample_context(f"{sample.shard}/{sample.key}"):
+            prompt = self._conversation.prompt(images, question)
+            whole = self._length(prompt)
+            if whole > room:
+                question, prompt = self._cut_question(sample, room)
+            answer = self._conversation.answer(prompt, images, question, sample.answer) if with_answer else []
+        length = self._length(prompt)
+        return self._spans(prompt, answer, keep=self.max_length - length, question_cut=whole - length)
+
+    def _spans(self, prompt: list[int], answer: list[int], keep: int, question_cut: int) -> Encoded:
+        ids: list[int] = []
+        image_index: list[int] = []
+        images = after_image = 0
+        for token in prompt:
+            image = token == self.image_token_id
+            count = self.tokens_per_image if image else 1
+            ids += [token] * count
+            image_index += [images if image else -1] * count
+            if image:
+                images, after_image = images + 1, len(ids)
+        question = [images > 0 and i >= after_image for i in range(len(ids))]
+        kept = answer[:keep]
+        return Encoded(
+            input_ids=ids + kept,
+            labels=[IGNORE] * len(ids) + kept,
+            question_mask=question + [False] * len(kept),
+            image_index=image_index + [-1] * len(kept),
+            question_cut=question_cut,
+            answer_cut=len(answer) - len(kept),
+        )
+
+    def _cut_question(self, sample: Sample, room: int) -> tuple[str, list[int]]:
+        """As much of the question's beginning as fits, found by bisection over its characters, and its prompt."""
+        images = len(sample.images)
+        kept, best = "", self._conversation.prompt(images, "")
+        if self._length(best) > room:
+            raise ConfigError(
+                f"{self._setting} is {self.max_length}, but the template and {images} images of "
+                f"{self.tokens_per_image} tokens take {self._length(best)} ({sample.shard}/{sample.key}); raise it"
+            )
+        fits, longest = 0, len(sample.question)
+        while fits < longest:
+            middle = (fits + longest + 1) // 2
+            question = sample.question[:middle].rstrip()
+            ids = self._conversation.prompt(images, question)
+            if self._length(ids) <= room:
+                fits, kept, best = middle, question, ids
+            else:
+                longest = middle - 1
+        return kept, best
+
+    def _length(self, prompt: list[int]) -> int:
+        return len(prompt) + prompt.count(self.image_token_id) * (self.tokens_per_image - 1)
+
+    def _probe_images(self, images: int) -> None:
+        """Require that the template writes so many images, and that they leave room for text."""
+        try:
+            empty = self._length(self._conversation.prompt(images, ""))
+        except BadSample as error:
+            raise ConfigError(f"{error}; change the template, or pack samples of one image") from error
+        if empty >= self.max_length:
+            shown = "one image" if images == 1 else f"the {images} images of the largest sample, each"
+            raise ConfigError(
+                f"{self._setting} is {self.max_length}, but the template and {shown} of {self.tokens_per_image} "
+                f"tokens, take {empty}; raise it to more than {empty}"
+            )

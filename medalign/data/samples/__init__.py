@@ -1,0 +1,1 @@
+"""Bytes to a checked sample: pictures, DICOM, text."""

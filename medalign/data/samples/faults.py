@@ -1,0 +1,48 @@
+"""What libraries raise for the content of one sample, so that it is left out and named instead of ending the run."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+
+from jinja2 import TemplateError
+from PIL import Image
+
+from medalign.data.samples.bad_sample import BadSample
+
+_FOREIGN = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    BufferError,
+    EOFError,
+    Image.DecompressionBombError,
+    LookupError,
+    OSError,
+    RuntimeError,  # and RecursionError, NotImplementedError
+    SyntaxError,
+    TemplateError,
+    TypeError,
+    ValueError,
+    struct.error,
+    zlib.error,
+)
+
+
+class decoding:
+    """Makes a BadSample of what a decoder, a chat template or a tokenizer raises inside.
+
+    `what`, if anything, is put before the reason. Errors of this project pass as they are.
+    """
+
+    def __init__(self, what: str = "") -> None:
+        self._what = what
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: object) -> None:
+        # Libraries written in Rust, such as tokenizers, raise errors that have no class of their own.
+        if isinstance(error, _FOREIGN) or type(error) is Exception:
+            what = f"{self._what}: " if self._what else ""
+            raise BadSample(f"{what}it cannot be used ({type(error).__name__}: {error})") from error

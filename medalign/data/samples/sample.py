@@ -1,0 +1,155 @@
+"""Bytes of a shard's members to a `Sample`, and every check that a sample must pass.
+
+The same checks run when a sample is packed (it is then refused by name) and when it is read (it is then replaced
+and counted), so what is documented in `shards` is what the trainer sees.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from PIL import Image
+
+from medalign.contracts import Sample
+from medalign.data.samples import values
+from medalign.data.samples.bad_sample import BadSample, image_name, sample_context
+from medalign.data.samples.decode import decode_image, picture_header
+from medalign.data.samples.image_tags import check_count, strip_tags
+
+__all__ = [
+    "ANSWER_TYPES",
+    "REPORT_PROMPT",
+    "SAMPLE_FIELDS",
+    "TASKS",
+    "BadSample",
+    "check_fields",
+    "decode_image",
+    "image_name",
+    "sample_context",
+    "parse_fields",
+    "picture_header",
+    "to_sample",
+]
+
+REPORT_PROMPT = "Describe the findings in this image."
+TASKS = ("vqa", "report")
+ANSWER_TYPES = ("closed", "open", "")
+SAMPLE_FIELDS = ("task", "question", "answer", "answer_type", "boxes")  # the rest becomes Sample.metadata
+
+_BOX_SLACK = 1.0  # pixels; annotators' tools count the last pixel in or out
+
+
+def parse_fields(data: bytes) -> dict[str, Any]:
+    """The JSON member of a sample as a dictionary. Raises BadSample if it is not one."""
+    if not data.strip():
+        raise BadSample("annotation is empty")
+    try:
+        fields = json.loads(data)
+    except RecursionError as error:
+        raise BadSample("annotation is not JSON that can be read (it is nested too deep)") from error
+    except ValueError as error:
+        raise BadSample(f"annotation is not JSON ({error})") from error
+    if not isinstance(fields, dict):
+        raise BadSample(f"annotation is a JSON {type(fields).__name__}, not an object")
+    return fields
+
+
+def check_fields(fields: dict[str, Any], size: tuple[int, int] | None, images: int) -> None:
+    """Raises BadSample for the first field that breaks the schema; `size` is that of the first of `images` images."""
+    _check_values(fields)
+    task = fields.get("task")
+    if task not in TASKS:
+        raise BadSample(f"task is {task!r}; known are 'vqa' and 'report'")
+    for name in ("question", "answer") if task == "vqa" else ("report",):
+        text = fields.get(name)
+        if not isinstance(text, str) or not text.strip():
+            raise BadSample(f"{name} is {'empty' if text is None or text == '' else repr(text)}; task {task} needs it")
+    question = fields.get("question") or ""
+    if not isinstance(question, str):
+        raise BadSample(f"question is {question!r}, not text")
+    asked, tags = strip_tags(question)
+    check_count(tags, images)
+    if task == "vqa" and not asked.strip():
+        raise BadSample(f"question is {question!r}, and asks nothing; task vqa needs it")
+    answer_type = fields.get("answer_type") or ""
+    if answer_type not in ANSWER_TYPES:
+        raise BadSample(f"answer_type is {answer_type!r}; known are 'closed', 'open' and ''")
+    boxes = fields.get("boxes") or []
+    if not isinstance(boxes, list):
+        raise BadSample(f"boxes is {boxes!r}, not a list of [x0, y0, x1, y1]")
+    if boxes and size is None:
+        raise BadSample("boxes are given, but there is no image")
+    for box in boxes:
+        _check_box(box, size or (0, 0))
+
+
+def _check_values(fields: dict[str, Any]) -> None:
+    """Raises BadSample for text or a number that is none, in any field; for boxes see `_check_box`."""
+    for name, value in fields.items():
+        if fault := values.fault(name):
+            raise BadSample(f"the field {name!r} {fault}")
+        if fault := values.fault(value, numbers=name != "boxes"):
+            raise BadSample(f"{name} {fault}")
+
+
+def _check_box(box: Any, size: tuple[int, int]) -> None:
+    numbers = isinstance(box, list) and len(box) == 4
+    if not numbers or not all(type(v) in (int, float) and abs(v) < math.inf for v in box):
+        raise BadSample(f"box {box!r} is not four numbers [x0, y0, x1, y1]")
+    x0, y0, x1, y1 = box
+    if not (x0 < x1 and y0 < y1):
+        raise BadSample(f"box {box!r} is empty; x0 < x1 and y0 < y1 must hold")
+    if max(x1, y1) <= 1 or (x1 - x0 < 1 and y1 - y0 < 1):
+        extent = "a single pixel" if max(x1 - x0, y1 - y0) == 1 else "smaller than a pixel"
+        raise BadSample(f"box {box!r} is {extent}; boxes are in pixels, not shares of the image")
+    if min(x0, y0) < -_BOX_SLACK or x1 > size[0] + _BOX_SLACK or y1 > size[1] + _BOX_SLACK:
+        raise BadSample(f"box {box!r} lies outside the image of {size[0]} x {size[1]} pixels")
+
+
+def to_sample(
+    shard: str,
+    key: str,
+    fields: dict[str, Any],
+    images: Sequence[Image.Image],
+    stored_size: tuple[int, int] | None = None,
+) -> Sample:
+    """A checked sample. A report without a question asks the default one; its answer is the report.
+
+    Args:
+        images: in their order; boxes are those of the first.
+        stored_size: width and height that boxes refer to, where the first was decoded smaller; boxes shrink with it.
+
+    Raises BadSample.
+    """
+    first = images[0] if images else None
+    size = (stored_size or first.size) if first else None
+    if first and size:
+        _check_size(first.size, size)
+    check_fields(fields, size, len(images))
+    report = fields["task"] == "report"
+    across, down = (first.width / size[0], first.height / size[1]) if first and size else (1.0, 1.0)
+    boxes = fields.get("boxes") or []
+    return Sample(
+        key=key,
+        shard=shard,
+        task=fields["task"],
+        question=strip_tags(fields.get("question") or "")[0].strip() or REPORT_PROMPT,
+        answer=(fields["report"] if report else fields["answer"]).strip(),
+        answer_type="" if report else fields.get("answer_type") or "",
+        images=tuple(images),
+        boxes=tuple((x0 * across, y0 * down, x1 * across, y1 * down) for x0, y0, x1, y1 in boxes),
+        metadata={name: value for name, value in fields.items() if name not in SAMPLE_FIELDS},
+    )
+
+
+def _check_size(decoded: tuple[int, int], indexed: tuple[int, int]) -> None:
+    """Raises BadSample where the index was made for other pixels, as before images were turned upright."""
+    if not any(decoded == tuple(-(-side // scale) for side in indexed) for scale in (1, 2, 4, 8)):
+        width, height = indexed
+        raise BadSample(
+            f"image has {decoded[0]} x {decoded[1]} pixels, but the index says {width} x {height}; rebuild it with "
+            "`medalign shards index DIR`, and check the boxes"
+        )

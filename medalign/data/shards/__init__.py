@@ -1,0 +1,1 @@
+"""Tars and their index: writing, scanning, reading."""

@@ -1,0 +1,87 @@
+"""VQA-RAD (Lau et al. 2018): clinicians' questions about head, chest and abdomen images of MedPix."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from medalign.data.samples.sample import BadSample
+from medalign.data.shards.records import Record, Refused
+from medalign.datasets.annotations import read_entries
+from medalign.datasets.base import Chosen, DatasetConverter, Item, Setting
+from medalign.datasets.files import lacking, read_picture, require_name
+from medalign.datasets.splitting import Groups, share, share_split
+from medalign.datasets.texts import field, text
+from medalign.distributed import log
+
+QUESTIONS = "VQA_RAD Dataset Public.json"
+IMAGES = "VQA_RAD Image Folder"
+
+LAYOUT = """\
+VQA_RAD Dataset Public.json    the questions
+VQA_RAD Image Folder/          synpic100132.jpg, ...
+
+Written are train/ and test/. The published test questions (phrase_type test_freeform, test_para) are about images
+that train has too: 202 of the 203. Their score says how well images are remembered. With --split image every
+question about an image, and about other images of its case, falls on one side."""
+
+
+def validate_layout(folder: Path, _chosen: Chosen) -> list[str]:
+    return lacking(folder, {QUESTIONS: "the questions", IMAGES: "the images"})
+
+
+def iter_items(folder: Path, chosen: Chosen) -> Iterator[Item | Refused]:
+    if chosen["split"] == "published":
+        log.warning("VQA-RAD's published test split asks about images that train has too; --split image parts them")
+    rows: dict[int, dict[str, Any]] = {}
+    cases = Groups()
+    for number, entry in enumerate(read_entries(folder / QUESTIONS)):
+        try:
+            row = entry.fields()
+            image = require_name(row, "image_name")
+        except BadSample as error:
+            yield Refused(entry.place, str(error))
+            continue
+        rows[number] = row
+        # One case has several images in places; its address is the same for them.
+        cases.add([text(row.get("image_case_url")) or image, image])
+    for number, row in rows.items():
+        published = "test" if text(row.get("phrase_type")).startswith("test") else "train"
+        parted = share_split(cases.name(row["image_name"]), chosen["test_share"])
+        split = parted if chosen["split"] == "image" else published
+        yield Item(split, f"vqarad-{number:04d}", {**row, "published_split": published})
+
+
+def build_record(folder: Path, item: Item, _chosen: Chosen) -> Record:
+    row = item.data
+    fields = {
+        "id": item.key,
+        "task": "vqa",
+        "question": field(row, "question"),
+        "answer": field(row, "answer"),  # some are numbers
+        "answer_type": text(row.get("answer_type")).lower(),
+        "split": item.split,
+        "published_split": row["published_split"],
+        "case": row["image_name"],
+        "qid": text(row.get("qid")),
+        "organ": text(row.get("image_organ")),
+        "question_type": text(row.get("question_type")),
+        "phrase_type": text(row.get("phrase_type")),
+    }
+    return Record(item.key, (read_picture(folder / IMAGES, row["image_name"]),), fields)
+
+
+CONVERTER = DatasetConverter(
+    "vqa-rad",
+    "VQA-RAD: clinicians' questions on radiology",
+    LAYOUT,
+    validate_layout,
+    iter_items,
+    build_record,
+    (
+        Setting("split", "the published one, or one that parts images and cases", "published", ("published", "image")),
+        Setting("test-share", "share of the cases that --split image tests on", 0.2, parse=share),
+    ),
+    "VQA-RAD (Open Science Framework, osf.io/89kps)",
+)

@@ -1,0 +1,105 @@
+"""Answers of a trained student, each with why it ended and with its question's attention to the image."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any
+
+import torch
+
+from medalign.contracts import Batch, Sample
+from medalign.data.batches.collator import Collator
+from medalign.data.batches.loader import batches
+from medalign.data.shards.index import ShardIndex
+from medalign.evaluation.grounding import grounding
+from medalign.evaluation.metrics import Prediction
+from medalign.evaluation.metrics.predictions import LENGTH, STOP
+from medalign.geometry import CanvasFrame
+from medalign.student.model import Student
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer. `attention` is the question's map over its first image, N values, or None without an image."""
+
+    text: str
+    attention: list[float] | None
+    finish_reason: str = ""  # STOP: an end token; LENGTH: the limit of new tokens
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """A batch of predictions, and what has happened on the way to it."""
+
+    rows: list[Prediction]
+    unreadable: tuple[str, ...]  # "shard/key: reason" of samples that were left out
+    cut: int  # questions cut to the length limit
+
+
+def answer(student: Student, tokenizer: Any, batch: Batch, max_new_tokens: int) -> list[Answer]:
+    """Greedy answers to a left-padded batch of questions."""
+    ends = student.end_tokens
+    ids, maps_IN = student.generate(
+        batch,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=ends,
+    )
+    words = [list(takewhile(lambda token: token not in ends, row)) for row in ids.tolist()]
+    texts = [text.strip() for text in tokenizer.batch_decode(words, skip_special_tokens=True)]
+    first: dict[int, list[float]] = {}
+    if maps_IN is not None:
+        for image, sample in enumerate(batch.image_sample.tolist()):
+            first.setdefault(sample, maps_IN[image].tolist())
+    reasons = finish_reasons(ids, student.end_tokens)
+    return [Answer(text, first.get(row), reasons[row]) for row, text in enumerate(texts)]
+
+
+def finish_reasons(ids_BT: torch.Tensor, ends: Sequence[int]) -> list[str]:
+    """Why each answer ended: STOP where it has one of the end tokens given to `generate`, else LENGTH."""
+    ended_B = torch.isin(ids_BT, torch.tensor(ends, device=ids_BT.device)).any(1)
+    return [STOP if ended else LENGTH for ended in ended_B.tolist()]
+
+
+def predict(
+    student: Student,
+    tokenizer: Any,
+    index: ShardIndex,
+    collator: Collator,
+    *,
+    batch_size: int,
+    max_new_tokens: int,
+    device: torch.device,
+    numbers: Sequence[int] | None = None,
+) -> Iterator[Predicted]:
+    """Predictions for samples of an index, in order, a batch at a time."""
+    for samples, batch in batches(index, collator, batch_size, numbers):
+        answers = answer(student, tokenizer, batch.to(device), max_new_tokens)
+        rows = [_prediction(student, sample, given) for sample, given in zip(samples, answers, strict=True)]
+        yield Predicted(rows, batch.skipped, batch.truncated)
+
+
+def _prediction(student: Student, sample: Sample, given: Answer) -> Prediction:
+    row = Prediction(
+        key=sample.key,
+        task=sample.task,
+        question=sample.question,
+        answer=sample.answer,
+        answer_type=sample.answer_type,
+        prediction=given.text,
+        finish_reason=given.finish_reason,
+        empty=not given.text,
+    )
+    if given.attention is None:
+        return row
+    frame = CanvasFrame(*sample.images[0].size)
+    row.attention, row.image_size = given.attention, (frame.width, frame.height)
+    row.boxes = [list(box) for box in sample.boxes]
+    ground = grounding(given.attention, sample.boxes, frame, student.anatomy.grid)
+    if ground is not None:
+        row.attention_inside, row.box_area = ground.inside, ground.area
+        row.pointing_hit, row.pointing_chance = ground.hit, ground.chance
+    return row

@@ -1,0 +1,209 @@
+"""The scores of several runs as tables: for the page, for the terminal, for JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from medalign.evaluation.report.runs import RunRecord
+
+
+@dataclass(frozen=True)
+class Column:
+    """One score: where it lies in scores.json, and how it is shown."""
+
+    key: str
+    label: str
+    count: str  # key of the number of samples behind it
+    scale: float = 100.0  # shares are shown in per cent
+    chance: str = ""  # key of the score without the picture
+    chance_label: str = ""
+
+
+COLUMNS = (
+    Column("closed_accuracy", "closed accuracy", "closed_n", chance="closed_majority", chance_label="commonest answer"),
+    Column("open_recall", "open recall", "open_n"),
+    Column("open_exact", "open exact", "open_n"),
+    Column("bleu", "BLEU", "report_n", scale=1.0),
+    Column("rouge_l", "ROUGE-L", "report_n"),
+    Column("attention_inside", "attention inside", "grounding_n", chance="box_area", chance_label="area"),
+    Column("pointing_hits", "pointing hits", "pointing_n", chance="pointing_chance", chance_label="random patch"),
+)
+# Facts of an evaluation that must be equal for its scores to be compared with those of another one.
+COMPARED = ("max_new_tokens", "max_length", "limit", "answers_signature", "bleu_signature", "rouge_l_signature")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One score of one run, in the units shown; None where the run has no such sample."""
+
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+    chance: float | None = None
+    count: int = 0
+    best: bool = False
+
+    @property
+    def lift(self) -> float | None:
+        """How many times what chance gives."""
+        return self.value / self.chance if self.value is not None and self.chance else None
+
+
+@dataclass(frozen=True)
+class Table:
+    """One data set: columns that some run has a score for, and a row of cells for each run scored on it."""
+
+    name: str
+    columns: list[Column]
+    rows: list[tuple[RunRecord, list[Cell]]]
+
+    def counts(self, column: int) -> str:
+        """The number of samples behind a column: one number, or the range over the runs."""
+        counts = sorted({cells[column].count for _, cells in self.rows if cells[column].value is not None})
+        return f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+
+    @property
+    def longest_answer(self) -> str:
+        """The limit of new tokens, or the limits where the runs differ; "" where no run says it."""
+        scores = [run.evaluations[self.name].scores for run, _ in self.rows]
+        known = {one["max_new_tokens"] for one in scores if "max_new_tokens" in one}
+        return " or ".join(map(str, sorted(known)))
+
+    def remarks(self) -> list[str]:
+        """What the cells do not tell: what each run's scores leave out, and settings in which the runs differ."""
+        alone = len(self.rows) == 1
+        lines = []
+        for run, _ in self.rows:
+            told = remarks(run.evaluations[self.name].scores)
+            lines += told if alone else [f"{run.title}: {line}" for line in told]
+        return lines + self._differences()
+
+    def _differences(self) -> list[str]:
+        lines = []
+        for key in COMPARED:
+            scores = {run.title: run.evaluations[self.name].scores for run, _ in self.rows}
+            values = {title: one[key] for title, one in scores.items() if key in one}  # older files do not say it
+            if len(set(values.values())) > 1:
+                told = ", ".join(f"{title} {value}" for title, value in values.items())
+                lines.append(f"{key} differs, so the scores cannot be compared: {told}")
+        return lines
+
+    def chance(self, column: int) -> float | None:
+        """What chance gives in a column, where the runs agree on it."""
+        values = {round(c.chance, 9) for _, cells in self.rows if (c := cells[column]).chance is not None}
+        return values.pop() if len(values) == 1 else None
+
+
+def score_table(runs: Sequence[RunRecord], name: str) -> Table:
+    """The table of one data set. The best value of a column is marked where there are several and they differ."""
+    scored = [(run, run.evaluations[name].scores) for run in runs if name in run.evaluations]
+    columns = [column for column in COLUMNS if any(column.key in scores for _, scores in scored)]
+    best = {}
+    for column in columns:
+        values = [scores[column.key] for _, scores in scored if column.key in scores]
+        if len(set(values)) > 1:
+            best[column.key] = max(values)
+    rows = [(run, [_cell(scores, column, best.get(column.key)) for column in columns]) for run, scores in scored]
+    return Table(name, columns, rows)
+
+
+def _cell(scores: dict[str, Any], column: Column, best: float | None) -> Cell:
+    def shown(key: str) -> float | None:
+        return scores[key] * column.scale if scores.get(key) is not None else None
+
+    if column.key not in scores:
+        return Cell()
+    return Cell(
+        value=shown(column.key),
+        low=shown(f"{column.key}_low"),
+        high=shown(f"{column.key}_high"),
+        chance=shown(column.chance) if column.chance else None,
+        count=scores.get(column.count, 0),
+        best=scores[column.key] == best,
+    )
+
+
+def as_text(table: Table) -> str:
+    """Aligned columns: per cent (BLEU in points), the best of a column with a star, chance in the last row."""
+    head = [table.name, *(column.label for column in table.columns)]
+    counts = ["", *(f"n {table.counts(i)}" for i in range(len(table.columns)))]
+    lines = [head, counts]
+    for run, cells in table.rows:
+        lines.append([run.title, *("-" if c.value is None else f"{'*' * c.best}{c.value:.1f}" for c in cells)])
+    chances = [table.chance(i) for i in range(len(table.columns))]
+    if any(chance is not None for chance in chances):
+        lines.append(["(chance)", *("" if chance is None else f"{chance:.1f}" for chance in chances)])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    aligned = [
+        "  ".join(
+            [line[0].ljust(widths[0]), *(text.rjust(width) for text, width in zip(line[1:], widths[1:], strict=True))]
+        )
+        for line in lines
+    ]
+    return "\n".join(line.rstrip() for line in aligned)
+
+
+def remarks(scores: dict[str, Any]) -> list[str]:
+    """What a row of the table does not tell: answers that were cut or are empty, samples that are in no score."""
+    n, unreadable = scores["n"], scores.get("unreadable", 0)
+    texts = {
+        "unreadable": f"of {n + unreadable} samples could not be read and are in no score",
+        "truncated": f"of {n} questions were cut to {scores.get('max_length')} tokens (--max-length)",
+        "answers_cut": f"of {n} answers were cut at {scores.get('max_new_tokens')} tokens (--max-new-tokens)",
+        "answers_empty": f"of {n} answers are empty",
+        "without_image": f"of {n} samples have no image; no score of the attention counts them",
+        "ungrounded": f"of {n} samples have boxes beside their picture only; no score of the attention counts them",
+        "duplicates": f"of {n} samples have key, question and answer of one in another folder; both count",
+    }
+    lines = [f"{scores[key]} {text}" for key, text in texts.items() if scores.get(key)]
+    if scores.get("limit") is not None and scores["limit"] < scores["samples"]:
+        lines.append(f"only the first {scores['limit']} of {scores['samples']} samples were asked (--limit)")
+    return lines
+
+
+@dataclass(frozen=True)
+class Course:
+    """How a run's training went. None where the run's metrics do not say."""
+
+    run: RunRecord
+    steps: int | None
+    samples_per_second: float | None  # median over the rows, as all speeds
+    tokens_per_second: float | None
+    data_wait_share: float | None
+    peak_gib: float | None
+    skipped: int | None  # bad samples replaced, over the whole run
+    truncated: int | None  # texts cut to the length limit, over the whole run
+    unreadable: int | None  # samples that the evaluations could not read
+
+    @property
+    def known(self) -> bool:
+        return self.steps is not None
+
+
+def course(run: RunRecord) -> Course:
+    """The numbers of a run's training. The counts in its rows are totals since the start, so the last row tells."""
+
+    def values(key: str) -> list[float]:
+        return [row[key] for row in run.rows if row.get(key) is not None]
+
+    def middle(key: str) -> float | None:
+        return median(values(key)) if values(key) else None
+
+    def total(key: str) -> int | None:
+        return int(values(key)[-1]) if values(key) else None
+
+    unread = [e.scores["unreadable"] for e in run.evaluations.values() if "unreadable" in e.scores]
+    return Course(
+        run=run,
+        steps=total("step"),
+        samples_per_second=middle("speed/samples_per_second"),
+        tokens_per_second=middle("speed/tokens_per_second"),
+        data_wait_share=middle("speed/data_wait_share"),
+        peak_gib=max(values("memory/peak_gib"), default=None),
+        skipped=total("data/skipped"),
+        truncated=total("data/truncated"),
+        unreadable=sum(unread) if unread else None,
+    )

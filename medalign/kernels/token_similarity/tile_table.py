@@ -1,0 +1,112 @@
+"""Which tiles the kernels take: fixed, for each architecture, in `tile_table.json`, with the reason.
+
+The table is made offline, by hand or by `medalign bench kernels --tune`; nothing is tried out at run time.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from medalign.kernels.gpu import ARCHITECTURES
+
+TABLE = Path(__file__).with_name("tile_table.json")
+GRAIN = 128  # every tile's sides divide it: tokens are padded to a multiple
+HALF, FEW, ODD = "half", "half, few tiles", "half, odd width"
+SINGLE, SINGLE_ODD = "single", "single, odd width"
+WAVES = 2  # with fewer tiles than this a multiprocessor, smaller ones spread the work better
+
+
+class Tile(NamedTuple):
+    """Rows and columns of a result's tile, the depth of one step, warps of a program, stages of its pipeline."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+    def shared_memory(self, element_size: int) -> int:
+        """Bytes of one program, at most: the operands of every stage, the result between layouts, and sums."""
+        operands = self.stages * (self.rows + self.columns) * self.depth * element_size
+        return operands + self.rows * self.columns * 4 + 1024
+
+
+@functools.cache
+def table() -> dict[str, dict[str, dict[str, Tile]]]:
+    """Architecture -> kernel -> kind -> tile."""
+    stored = json.loads(TABLE.read_text(encoding="utf-8"))
+    return {
+        architecture: {
+            kernel: {kind: Tile(*(entry[name] for name in Tile._fields)) for kind, entry in kinds.items()}
+            for kernel, kinds in kernels.items()
+        }
+        for architecture, kernels in stored.items()
+    }
+
+
+def kinds(kernel: str, *dtypes: torch.dtype) -> tuple[str, ...]:
+    """The kinds of tile that `kernel` may take for features of these types."""
+    if torch.float32 in dtypes:
+        return SINGLE, SINGLE_ODD
+    return (HALF, FEW, ODD) if kernel == "differences" else (HALF, ODD)
+
+
+def differences(
+    architecture: str, dtypes: tuple[torch.dtype, torch.dtype], aligned: bool, tokens: int, samples: int
+) -> Tile:
+    """`dtypes` of student and teacher; `aligned`: whether every token begins at a multiple of 16 elements."""
+    tiles = table()[architecture]["differences"]
+    if torch.float32 in dtypes:
+        return tiles[SINGLE if aligned else SINGLE_ODD]
+    if not aligned:
+        return tiles[ODD]
+    side = -(-tokens // tiles[HALF].rows)
+    enough = WAVES * ARCHITECTURES[architecture].multiprocessors
+    return tiles[HALF if samples * side * (side + 1) / 2 >= enough else FEW]
+
+
+def gradients(architecture: str, student: torch.dtype, aligned: bool) -> Tile:
+    tiles = table()[architecture]["gradients"]
+    if student == torch.float32:
+        return tiles[SINGLE if aligned else SINGLE_ODD]
+    return tiles[HALF if aligned else ODD]
+
+
+def shared_memory(architecture: str, student: torch.dtype, teacher: torch.dtype) -> int:
+    """Bytes that the hungriest kernel asks for."""
+    tiles = table()[architecture]
+    size = max(student.itemsize, teacher.itemsize)
+    pairs = [tiles["differences"][kind].shared_memory(size) for kind in kinds("differences", student, teacher)]
+    products = [tiles["gradients"][kind].shared_memory(student.itemsize) for kind in kinds("gradients", student)]
+    return max(pairs + products)
+
+
+def write(place: tuple[str, str, str], tile: Mapping[str, Any], reason: str, file: Path) -> None:
+    """Put a tile into a table on disk; `place` is its architecture, kernel and kind."""
+    stored = json.loads(file.read_text(encoding="utf-8"))
+    architecture, kernel, kind = place
+    stored[architecture][kernel][kind] = {**tile, "reason": reason}
+    file.write_text(_one_line_an_entry(stored), encoding="utf-8")
+
+
+def _one_line_an_entry(stored: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
+    def block(items: Mapping[str, str], indent: str) -> str:
+        return "{\n" + ",\n".join(f'{indent} "{name}": {text}' for name, text in items.items()) + f"\n{indent}}}"
+
+    architectures = {
+        architecture: block(
+            {
+                kernel: block({kind: json.dumps(entry) for kind, entry in kinds.items()}, "  ")
+                for kernel, kinds in kernels.items()
+            },
+            " ",
+        )
+        for architecture, kernels in stored.items()
+    }
+    return block(architectures, "") + "\n"
