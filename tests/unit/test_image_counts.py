@@ -53,8 +53,8 @@ def test_distilling_without_images_is_refused(
     def loaded(*_: object, **__: object) -> None:
         raise AssertionError("a model was loaded")
 
-    for loads in ("load_processor", "load_student", "load_anatomy"):
-        monkeypatch.setattr(run.loading, loads, loaded)
+    for module, loads in ((run, "check_student"), (run.loading, "load_processor"), (run.loading, "load_student")):
+        monkeypatch.setattr(module, loads, loaded)
     monkeypatch.setattr(run, "load_teacher", loaded)
     monkeypatch.setattr(run.deepspeed_engine, "start", lambda _: None)
     monkeypatch.setattr(run.deepspeed_engine, "stop", lambda: None)
