@@ -1,14 +1,14 @@
 """What distillation costs: whole training steps, side by side in one process, on one rank.
 
-    python tools/benchmark_step.py                     # the packaged student, and a wider one with 576 image tokens
-    python tools/benchmark_step.py --preset phantom --rounds 5
-    python tools/benchmark_step.py --preset llava --output step_gpu.json    # on a GPU, at LLaVA-Med's shapes
+    python -m tools.benchmarks.step                     # the packaged student, and a wider one with 576 image tokens
+    python -m tools.benchmarks.step --preset phantom --rounds 5
+    python -m tools.benchmarks.step --preset llava --output step_gpu.json    # on a GPU, at LLaVA-Med's shapes
 
-Five forms of the same step, in turn: plain fine-tuning; both losses, with the teacher's targets given and with the
-teacher on line; and the released code's form, which precomputes the targets, with targets given and on line. What each
-form is stands in tools/step_benchmark/forms.py. `packing` lays the samples of micro-batches of phantoms end to end.
+Five forms of the same step take turns: plain fine-tuning; both losses, with precomputed targets and with the teacher
+running online; and the form of the released code, with precomputed targets and online. `forms.py` describes each form.
+The preset `packing` compares padded and packed micro-batches of phantoms.
 
-Writes medians, ratios, and on a GPU memory and utilization, with the command, to tools/results/step_cpu.json.
+Writes the command, medians, ratios, and on a GPU memory and utilization, to tools/benchmarks/results/step_cpu.json.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from step_benchmark import models
-from step_benchmark.forms import Bench
-from step_benchmark.measuring import assemble, measure, real_shapes
-from step_benchmark.models import LLAVA, TINY, Text
-from step_benchmark.packing import measure_packing
-from step_benchmark.utilization import card_name
 
 from medalign import distributed
 from medalign.engine import engine as door
 from medalign.run import build_teacher
+from tools.benchmarks.step import models
+from tools.benchmarks.step.forms import Bench
+from tools.benchmarks.step.measuring import assemble, measure, real_shapes
+from tools.benchmarks.step.models import LLAVA, TINY, Text
+from tools.benchmarks.step.packing import measure_packing
+from tools.benchmarks.step.utilization import card_name
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[3]
 DEFAULT_PRESETS = ("phantom", "wide", "packing")
 
 
@@ -86,7 +86,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, help="samples in a step (default: the preset's)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default %(default)s)")
     parser.add_argument("--engine", default="zero2", help="DeepSpeed settings of ds_configs/ (default %(default)s)")
-    parser.add_argument("--output", type=Path, default=ROOT / "tools/results/step_cpu.json")
+    parser.add_argument("--output", type=Path, default=ROOT / "tools/benchmarks/results/step_cpu.json")
     return parser.parse_args()
 
 
@@ -104,7 +104,7 @@ def main() -> None:
     place = card_name(distributed.device())
     machine = f"{platform.machine()}, {options.threads} threads" if place == "CPU" else place
     facts = {
-        "command": shlex.join(["python", "tools/benchmark_step.py", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", "tools.benchmarks.step", *sys.argv[1:]]),
         "machine": f"{machine}, torch {torch.__version__}",
     }
     options.output.parent.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,7 @@ from torch import nn
 from medalign.contracts import IGNORE, Batch
 from medalign.student.model import Student
 
-FORMULA = "FLOPs of the plain step / (seconds * peak); the same FLOPs for every form; see tools/step_benchmark"
+FORMULA = "FLOPs of the plain step / (seconds * peak); the same FLOPs for every form; see tools/benchmarks/step"
 # Dense bf16 operations per second by the data sheets; the first name that is part of the card's counts.
 PEAKS = {
     "A100": 312e12,
@@ -47,7 +47,8 @@ def plain_flops(student: Student, batch: Batch) -> float:
     samples, length = batch.input_ids.shape
     kept = int((batch.labels[:, 1:] != IGNORE).any(0).sum()) * samples
     model: Any = student.model.get_base_model()
-    language, tower = student.anatomy.language_model.config, model.model.vision_tower
+    language: Any = student.anatomy.language_model.config
+    tower = model.model.vision_tower
     blocks = sum(_linear(block) for block in student.anatomy.blocks) * samples * length
     head_width = getattr(language, "head_dim", None) or language.hidden_size // language.num_attention_heads
     causal = 2 * length**2 * head_width * language.num_attention_heads  # two products, 2 operations, half the pairs

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Real images and free text through every part: pack, train under ZeRO-3 with the teacher on line, evaluate, draw.
 #
-#   bash tools/real_input.sh VQA_FOLDER REPORT_FOLDER [OUTPUT]
+#   bash tools/benchmarks/real_input.sh VQA_FOLDER REPORT_FOLDER [OUTPUT]
 #
 # The folders hold annotations.jsonl and images (see the README). The packaged student is far too small to answer
 # radiologists' questions well: what this shows is that all parts run, not what a 7B student would score.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 source tools/install.sh
 
 vqa=$1 reports=$2 out=${3:-runs/real}
@@ -23,4 +23,4 @@ for name in vqa reports; do
     medalign evaluate "$out/run" --data "$out/$name/test" --name "$name" --max-new-tokens 48
 done
 medalign report "$out/run" --output "$out/report.html"
-python tools/real_input_figures.py "$out"
+python -m tools.benchmarks.real_input_figures "$out"

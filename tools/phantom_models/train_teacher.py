@@ -1,7 +1,7 @@
 """Train the phantoms' teacher: a small CLIP, contrastively, on phantom films and their reports.
 
-    python tools/train_phantom_teacher.py                   # train, save, evaluate
-    python tools/train_phantom_teacher.py --evaluate-only   # the saved weights alone
+    python -m tools.phantom_models.train_teacher                   # train, save, evaluate
+    python -m tools.phantom_models.train_teacher --evaluate-only   # the saved weights alone
 
 The films are those of the "pretrain" stream, which no train, val or test split shares. Beside the contrastive loss
 stand two linear heads, thrown away afterwards: one names every finding with its place from the image embedding, one
@@ -24,7 +24,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from open_clip import ClipLoss
-from phantom_teacher_evaluation import evaluate
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from torch import nn
@@ -36,8 +35,9 @@ from medalign.phantom import KINDS, Finding, stream, study
 from medalign.phantom.contracts import SIDES, ZONES
 from medalign.teacher.clip import build_clip
 from medalign.teacher.source import CONFIG_NAME, WEIGHTS_NAME
+from tools.phantom_models.teacher_evaluation import evaluate
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 IMAGE_SIZE, CONTEXT, EMBEDDING = 96, 48, 64
 PATCH, WIDTH = 8, 96
 GRID = PatchGrid(IMAGE_SIZE // PATCH, IMAGE_SIZE // PATCH)
@@ -212,13 +212,13 @@ def main() -> None:
     parser.add_argument("--studies", type=int, default=8000, help="films in the pool that training draws from")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=ROOT / "medalign/assets/phantom_teacher")
-    parser.add_argument("--results", type=Path, default=ROOT / "tools/results/phantom_teacher.json")
+    parser.add_argument("--results", type=Path, default=ROOT / "tools/benchmarks/results/phantom_teacher.json")
     parser.add_argument("--held-out", type=int, default=1000, help="films of the test stream to evaluate on")
     parser.add_argument("--calibration", type=int, default=1000, help="films of the val stream to set thresholds on")
     parser.add_argument("--evaluate-only", action="store_true", help="evaluate the saved weights, train nothing")
     options = parser.parse_args()
     started = time.monotonic()
-    command = shlex.join(["python", "tools/train_phantom_teacher.py", *sys.argv[1:]])
+    command = shlex.join(["python", "-m", "tools.phantom_models.train_teacher", *sys.argv[1:]])
     if options.evaluate_only:
         training = json.loads(options.results.read_text())["training"] if options.results.is_file() else None
     else:

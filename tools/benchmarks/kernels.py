@@ -1,7 +1,7 @@
 """Time and memory of the distillation kernels: the eager form of the released code against the chunked path.
 
-    python tools/benchmark_kernels.py --output tools/results/kernels_cpu.json
-    python tools/benchmark_kernels.py --quick
+    python -m tools.benchmarks.kernels --output tools/benchmarks/results/kernels_cpu.json
+    python -m tools.benchmarks.kernels --quick
 
 Every measurement is forward and backward together in a process of its own, so that no path inherits another's
 buffers. Times are medians over repetitions after one unmeasured run, by the wall clock and by processor time: on one
@@ -163,7 +163,7 @@ def measure(case: Case, path: str, device: str, repeats: int, threads: int) -> d
 def in_fresh_process(case: Case, path: str, options: argparse.Namespace) -> dict[str, object]:
     request = json.dumps({"case": asdict(case), "path": path})
     shared = ["--device", options.device, "--threads", str(options.threads), "--repeats", str(options.repeats)]
-    command = [sys.executable, __file__, *shared, "--measure", request]
+    command = [sys.executable, "-m", "tools.benchmarks.kernels", *shared, "--measure", request]
     environment = os.environ | {"OMP_NUM_THREADS": str(options.threads)}
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
     return json.loads(done.stdout.splitlines()[-1])
@@ -233,7 +233,7 @@ def main() -> None:
         options.output.parent.mkdir(parents=True, exist_ok=True)
     cases = [compare(case, options) for case in (QUICK if options.quick else FULL)]
     document = {
-        "command": " ".join(["python", "tools/benchmark_kernels.py", *sys.argv[1:]]),
+        "command": " ".join(["python", "-m", "tools.benchmarks.kernels", *sys.argv[1:]]),
         "what": "forward and backward together, float32; ratios are to the first path of each case",
         "threads": options.threads,
         "machine": machine(options.device),

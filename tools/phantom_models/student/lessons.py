@@ -12,14 +12,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from phantom_student import folder
-from phantom_student.pictures import Pool, Turn, fit, scene
 from torch import Tensor
 from tqdm import tqdm
 
 from medalign.contracts import IGNORE
 from medalign.geometry import CanvasFrame, square_canvas, view
 from medalign.phantom import Study, stream, study
+from tools.phantom_models.student import folder
+from tools.phantom_models.student.pictures import Pool, Turn, fit, scene
 
 REPORT_REQUESTS = (
     "Describe the findings.",

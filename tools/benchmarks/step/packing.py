@@ -14,8 +14,8 @@ from medalign.data.order.order import GlobalOrder
 from medalign.data.shards.index import ShardIndex
 from medalign.run import build_collator
 from medalign.student.loading import load_processor
-from step_benchmark.forms import FORMS, Bench
-from step_benchmark.measuring import WARM_UP
+from tools.benchmarks.step.forms import FORMS, Bench
+from tools.benchmarks.step.measuring import WARM_UP
 
 
 def measure_packing(bench: Bench, samples: int, rounds: int, folder: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -23,7 +24,7 @@ from medalign.student.model import Student
 from medalign.teacher.clip import Teacher, load_teacher
 from medalign.teacher.source import CONFIG_NAME
 
-ASSETS = Path(__file__).resolve().parents[2] / "medalign" / "assets"
+ASSETS = Path(__file__).resolve().parents[3] / "medalign" / "assets"
 LLAVA_TEACHER = {"image_size": 336, "layers": 24, "width": 1024, "patch_size": 14}  # ViT-L/14 at 336 pixels
 TINY_TEACHER = {"image_size": 32, "layers": 2, "width": 64, "patch_size": 8}
 
@@ -41,9 +42,9 @@ class Text:
 class Shape:
     """A student of random weights: `language` and `vision` are settings of Mistral and of CLIP's tower."""
 
-    language: dict[str, int]
-    vision: dict[str, int]
-    teacher: dict[str, int]
+    language: dict[str, Any]
+    vision: dict[str, Any]
+    teacher: dict[str, Any]
     text: Text
     rank: int = 32
 
@@ -118,7 +119,7 @@ def tapped_layer(blocks: int) -> int:
 def random_student(shape: Shape, config: StudentConfig, device: torch.device, dtype: torch.dtype) -> Student:
     text = MistralConfig(**shape.language, head_dim=None, sliding_window=None, max_position_embeddings=4096)
     image_token = shape.language["vocab_size"] - 1
-    whole = LlavaConfig(vision_config=CLIPVisionConfig(**shape.vision), text_config=text, image_token_id=image_token)
+    whole = LlavaConfig(vision_config=CLIPVisionConfig(**shape.vision), text_config=text, image_token_index=image_token)
     return _untrained(whole, config, device, dtype)
 
 

@@ -18,9 +18,9 @@ from medalign.engine.settings import deepspeed_settings
 from medalign.run import parameter_groups
 from medalign.student.model import Student
 from medalign.teacher.clip import Teacher
-from step_benchmark import models, utilization
-from step_benchmark.forms import FORMS, Bench, Form
-from step_benchmark.models import Shape, Text
+from tools.benchmarks.step import models, utilization
+from tools.benchmarks.step.forms import FORMS, Bench, Form
+from tools.benchmarks.step.models import Shape, Text
 
 WARM_UP = 2  # rounds: compilation, allocation, and ZeRO-3's record of the order of the weights
 AGREE = {torch.float32: 1e-3, torch.bfloat16: 2e-2}  # bf16: eager attention rounds weights to 8 bits, and the rest too
@@ -126,8 +126,8 @@ def _facts(bench: Bench, flops: float, rounds: int) -> dict[str, Any]:
 
 def _ratios(rows: dict[str, dict[str, Any]]) -> dict[str, float | None]:
     def ratio(one: str, other: str) -> float | None:
-        seconds = [rows[name].get("seconds") for name in (one, other)]
-        return round(seconds[0] / seconds[1], 3) if all(seconds) else None
+        numerator, denominator = (rows[name].get("seconds") for name in (one, other))
+        return round(numerator / denominator, 3) if numerator and denominator else None
 
     return {
         "medalign_given_to_plain": ratio("medalign_given", "plain"),

@@ -1,8 +1,8 @@
 """What reading costs, side by side in one run: our index against the usual pipelines, on one core.
 
-    python tools/benchmark_data.py                        # all parts; tools/results/data_cpu.json
-    python tools/benchmark_data.py --samples 400 --rounds 5
-    python tools/benchmark_data.py --index-samples 1000000
+    python -m tools.benchmarks.data                        # all parts; tools/benchmarks/results/data_cpu.json
+    python -m tools.benchmarks.data --samples 400 --rounds 5
+    python -m tools.benchmarks.data --index-samples 1000000
 
 Speed: gray JPEGs of 512 and of 2,500 pixels a side, stored in a webdataset tar and as files, to 336 x 336 pixels,
 with little and with much noise. The ways take turns, so that the machine's moods hit all alike:
@@ -52,7 +52,8 @@ from medalign.geometry import resize, square_canvas
 
 SIZE = 336
 HAS_LITDATA = importlib.util.find_spec("litdata") is not None
-RESULT = Path(__file__).parent / "results" / "data_cpu.json"
+ROOT = Path(__file__).resolve().parents[2]
+RESULT = ROOT / "tools/benchmarks/results/data_cpu.json"
 
 
 def film(side: int, seed: int, noise: int = 2) -> bytes:
@@ -242,8 +243,8 @@ def large_index(samples: int) -> dict[str, object]:
         shared = (folder / table.TABLE_NAME).stat().st_size
         found = []
         for position in (10, 1_000_000 if samples > 1_000_100 else samples // 2) * 2:
-            command = [sys.executable, __file__, "--first-batch", str(folder), str(position)]
-            answer = subprocess.run(command, check=True, capture_output=True, text=True).stdout  # noqa: S603
+            command = [sys.executable, "-m", "tools.benchmarks.data", "--first-batch", str(folder), str(position)]
+            answer = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout  # noqa: S603
             found.append(json.loads(answer))
     return {"samples": samples, "mapped_mib_shared_by_a_node": round(shared / 2**20), "first_batch": found}
 
@@ -262,7 +263,7 @@ def main() -> None:
     if not HAS_LITDATA:
         print("litdata is not installed and is not measured; pip install litdata brings it", file=sys.stderr)
     result = {
-        "command": shlex.join(["python", "tools/benchmark_data.py", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", "tools.benchmarks.data", *sys.argv[1:]]),
         "machine": f"{platform.machine()}, one core, CPU time of the process",
         "versions": {"pillow": Image.__version__, "webdataset": webdataset.__version__, "torch": torch.__version__},
         "litdata": importlib.metadata.version("litdata") if HAS_LITDATA else "not installed, not measured",

@@ -1,11 +1,11 @@
 """Train the base student of the phantom test bed: a small LLaVA that has seen text and pictures, but no disease.
 
-    OMP_NUM_THREADS=1 python tools/train_phantom_student.py      # as the packaged one was made: from nothing to its end
+    OMP_NUM_THREADS=1 python -m tools.phantom_models.train_student      # from scratch, as the packaged one was made
 
 1. The vision tower learns to restore radiographs and random pictures from noisy copies with missing patches, and to
    outline the plain shapes that are drawn on them.
 2. Tower, projector and language model learn to answer questions about plain shapes, greys, format and exposure
-   (`phantom_student/pictures.py`), while the tower goes on restoring. A question's attention is taught to point at
+   (`student/pictures.py`), while the tower goes on restoring. A question's attention is taught to point at
    what it asks about, as grounded captions teach it to general models: without that, a model of this size does not
    leave the plateau of guessing within the steps that two cores can spend.
 3. Beside it the language model reads reports and medical questions of radiographs that it is not shown: it knows the
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -29,8 +30,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jsonargparse import auto_cli
-from phantom_student import folder
-from phantom_student.lessons import (
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from medalign.contracts import IGNORE
+from medalign.phantom import stream, study
+from tools.phantom_models.student import folder
+from tools.phantom_models.student.lessons import (
     Course,
     Lesson,
     blind_accuracy,
@@ -39,12 +45,7 @@ from phantom_student.lessons import (
     phantom_texts,
     shape_questions,
 )
-from phantom_student.pictures import SHAPES, TONES, Turn
-from torch import Tensor, nn
-from tqdm import tqdm
-
-from medalign.contracts import IGNORE
-from medalign.phantom import stream, study
+from tools.phantom_models.student.pictures import SHAPES, TONES, Turn
 
 OUTLINES = 10.0  # weight of the shapes' outlines
 POINTING = (1, 2)  # blocks of the language model whose attention is taught to point
@@ -219,7 +220,7 @@ def accuracy(model, course: Course, asked: list[tuple[Tensor, Turn]], batch: int
 
 def main(
     output: Path = Path("medalign/assets/phantom_student"),
-    results: Path = Path("tools/results/phantom_student.json"),
+    results: Path = Path("tools/benchmarks/results/phantom_student.json"),
     seed: int = 0,
     studies: int = 3000,
     tower_steps: int = 600,
@@ -264,7 +265,7 @@ def main(
     findings = finding_questions(seed, 250)
     size = folder.save(model, processor, output)
     record = {
-        "command": " ".join(["python", *sys.argv]),
+        "command": shlex.join(["python", "-m", "tools.phantom_models.train_student", *sys.argv[1:]]),
         "seconds": round(time.perf_counter() - began),
         "folder_bytes": size,
         "parameters": sizes,

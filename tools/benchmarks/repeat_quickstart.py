@@ -1,13 +1,13 @@
 """The quickstart's table over several seeds: every score of every arm, and the differences between arms.
 
-    python tools/repeat_quickstart.py --seeds 0 1 2
-    python tools/repeat_quickstart.py --seeds 0 1 2 --arms steered     # this arm only
+    python -m tools.benchmarks.repeat_quickstart --seeds 0 1 2
+    python -m tools.benchmarks.repeat_quickstart --seeds 0 1 2 --arms steered     # this arm only
 
-Runs tools/quickstart.sh once per seed (what is finished is not run again) and writes tools/results/quickstart.json.
-With --arms, the scores of the other arms are taken from that file: a seed repeats to the last digit on one machine. A
-seed fixes the films, the order and the start of the adapters; the base student and the teacher stay the same. Scores
-and differences have a 95 % t-interval over the seeds. The differences are paired: both arms of a seed see the same
-films in the same order and answer the same questions.
+Runs tools/quickstart.sh once per seed (finished arms are not run again) and writes results/quickstart.json. With
+--arms, the scores of the other arms are taken from that file: on one machine, a seed repeats to the last digit. A seed
+determines the films, their order and the initial adapters; the base student and the teacher stay the same. Scores and
+differences have a 95 % t-interval over the seeds. The differences are paired: both arms of a seed see the same films in
+the same order and answer the same questions.
 
 The arm "blind" is not a model: it gives each question its most common answer in the training split, which is the score
 without the film. Two arms are controls: "steered" has the language loss and W but no teacher, "untrained" is MedAlign
@@ -32,7 +32,7 @@ from typing import Any
 
 from scipy import stats
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 ARMS = ("base", "language", "steered", "untrained", "medalign")
 SCORES = (
     "closed_accuracy",
@@ -202,7 +202,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="arms to run; default: all")
     parser.add_argument("--folder", type=Path, default=Path("runs/seeds"))
-    parser.add_argument("--output", type=Path, default=ROOT / "tools/results/quickstart.json")
+    parser.add_argument("--output", type=Path, default=ROOT / "tools/benchmarks/results/quickstart.json")
     options = parser.parse_args()
     others = [arm for arm in ARMS if arm not in options.arms]
     by_seed: dict[int, dict[str, Scores]] = stored(options.output, options.seeds, others) if others else {}
@@ -210,7 +210,7 @@ def main() -> None:
         found = run(seed, options.folder / f"seed-{seed}", options.arms)
         by_seed[seed] = {**by_seed.get(seed, {}), **found}
     facts: dict[str, Any] = {
-        "command": shlex.join(["python", "tools/repeat_quickstart.py", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", "tools.benchmarks.repeat_quickstart", *sys.argv[1:]]),
         "seeds": options.seeds,
         "questions": [next(iter(scores.values()))["n"] for scores in by_seed.values()],
         "spread": "standard deviation over the seeds",

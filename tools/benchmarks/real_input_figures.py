@@ -1,6 +1,6 @@
-"""The figures of a run of tools/real_input.sh, gathered from its folder into one JSON file.
+"""The figures of a run of tools/benchmarks/real_input.sh, gathered from its folder into one JSON file.
 
-python tools/real_input_figures.py runs/real --output tools/results/real_input.json
+python -m tools.benchmarks.real_input_figures runs/real --output tools/benchmarks/results/real_input.json
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def gather(folder: Path) -> dict:
     for one in scores.values():
         one.pop("data")  # paths of this machine
     return {
-        "command": "bash tools/real_input.sh VQA_FOLDER REPORT_FOLDER",
+        "command": "bash tools/benchmarks/real_input.sh VQA_FOLDER REPORT_FOLDER",
         "packed": {name: {"splits": one["splits"], "refused": one["skipped"]} for name, one in packed.items()},
         "steps": rows[-1]["step"],
         "replaced": rows[-1]["data/skipped"],
@@ -44,7 +44,7 @@ def main(folder: Path, output: Path | None = None):
     """Gather the figures of a run on real input.
 
     Args:
-        folder: the output folder of tools/real_input.sh.
+        folder: the output folder of tools/benchmarks/real_input.sh.
         output: JSON file; without it they lie in FOLDER/figures.json.
     """
     path = output or folder / "figures.json"

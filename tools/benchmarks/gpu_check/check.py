@@ -1,7 +1,7 @@
 """What has to be seen on a GPU, in one command and ten minutes: tests, kernels, whole steps, a short search for tiles.
 
     tools/gpu_check.sh                    # installs into .venv where packages are missing, then runs this
-    python tools/gpu_check.py --tiny      # a rehearsal on the CPU, at small sizes
+    python -m tools.benchmarks.gpu_check --tiny      # a rehearsal on the CPU, at small sizes
 
 Each stage is a process of its own with a time limit; the most important come first, a stage that fails or runs out of
 time does not stop the next, and none begins after the whole time is spent. Writes gpu_check.json and gpu_check.md into
@@ -26,7 +26,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+from tools.benchmarks.gpu_check import page
+
+ROOT = Path(__file__).resolve().parents[3]
+RESULTS = ROOT / "tools" / "benchmarks" / "results" / "gpu_check"
 # Modules that the stages import, the package itself left out: it is taken from this checkout.
 NEEDED = (
     "torch torchvision triton deepspeed transformers peft open_clip wandb webdataset safetensors jsonargparse yaml "
@@ -81,18 +84,18 @@ def stages(tiny: bool, output: Path) -> list[Stage]:
     interpreted = {"TRITON_INTERPRET": "1"} if tiny else {}
     tables = ("--tables", str(output / "tables"))
     return [
-        Stage("machine", 60, ("tools/gpu_check_machine.py",)),
+        Stage("machine", 60, ("-m", "tools.benchmarks.gpu_check.machine")),
         _tests("token similarity", 100, ("tests/gpu/test_token_similarity.py", *rehearsed), interpreted),
         _tests("attention map", 130, ("tests/gpu/test_attention_map.py", *rehearsed), interpreted),
         _tests("training", 200, others, {}),
         Stage("kernels", 70, (*bench, *measured, "--skip", "torch.compile"), "kernels.json", variables=interpreted),
-        Stage("step", 150, ("tools/benchmark_step.py", *steps), "step.json"),
+        Stage("step", 150, ("-m", "tools.benchmarks.step", *steps), "step.json"),
         Stage("tiles", 100, (*bench, "--tune", *tuned, *tables), "tiles.json", variables=interpreted),
     ]
 
 
 def _tests(name: str, limit: int, words: tuple[str, ...], variables: dict[str, str]) -> Stage:
-    pytest = ("-m", "pytest", "-v", "-p", "gpu_check_outcomes", *words)
+    pytest = ("-m", "pytest", "-v", "-p", "tools.benchmarks.gpu_check.outcomes", *words)
     return Stage(name, limit, pytest, tests=True, variables=variables)
 
 
@@ -123,7 +126,7 @@ def run(stage: Stage, output: Path, seconds: float, tiny: bool) -> dict[str, Any
 
 
 def _variables(stage: Stage, outcomes: Path, tiny: bool) -> dict[str, str]:
-    ours = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tools'}", "TRITON_INTERPRET": "0"}
+    ours = {"PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "0"}
     ours |= {"GPU_CHECK_OUTCOMES": str(outcomes), "TOKENIZERS_PARALLELISM": "false", "WANDB_MODE": "offline"}
     if tiny:
         ours |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
@@ -187,8 +190,9 @@ def _line(row: dict[str, Any]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    default = ROOT / "tools" / "results" / "gpu_check"
-    parser.add_argument("--output", type=Path, default=default, metavar="DIR", help="default tools/results/gpu_check")
+    parser.add_argument(
+        "--output", type=Path, default=RESULTS, metavar="DIR", help=f"default {RESULTS.relative_to(ROOT)}"
+    )
     parser.add_argument("--minutes", type=float, default=9.5, help="for all stages together (default %(default)s)")
     parser.add_argument("--tiny", action="store_true", help="rehearse on the CPU, at small sizes")
     parser.add_argument("--missing", action="store_true", help="say which packages are missing; status 1 if any is")
@@ -198,19 +202,13 @@ def main() -> int:
         print(f"{sys.executable}: {lacking}", file=sys.stderr)
     if lacking or options.missing:
         return int(bool(lacking))
-    import gpu_check_page
-
     output = options.output.resolve()
     shutil.rmtree(output / "tables", ignore_errors=True)
     (output / "logs").mkdir(parents=True, exist_ok=True)
     document = check(output, options.minutes, options.tiny)
     (output / "gpu_check.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    (output / "gpu_check.md").write_text(gpu_check_page.render(document), encoding="utf-8")
-    for line in gpu_check_page.failures(document):
+    (output / "gpu_check.md").write_text(page.render(document), encoding="utf-8")
+    for line in page.failures(document):
         print(f"FAILED {line}")
     print(f"{'something failed' if document['failed'] else 'all went well'}: {output / 'gpu_check.md'}")
     return int(bool(document["failed"]))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
