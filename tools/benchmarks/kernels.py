@@ -1,35 +1,43 @@
-"""Time and memory of the distillation kernels: the eager form of the released code against the chunked path.
+"""Time and memory of the distillation kernels on the CPU: the form of the released code against the chunked path.
 
-    python -m tools.benchmarks.kernels --output tools/benchmarks/results/kernels_cpu.json
-    python -m tools.benchmarks.kernels --quick
+    python -m tools.benchmarks.kernels            # minutes; writes tools/benchmarks/results/kernels_cpu.json
+    python -m tools.benchmarks.kernels --quick    # seconds, at small sizes; writes only with --output
 
-Every measurement is forward and backward together in a process of its own, so that no path inherits another's
-buffers. Times are medians over repetitions after one unmeasured run, by the wall clock and by processor time: on one
-CPU thread the latter hardly depends on what else the machine does. Extra memory is the peak over what the inputs
-take: resident memory of the process on the CPU, allocated memory on a GPU.
+Measures with the package's own benchmark (`medalign bench kernels`), on one thread, with a separate process for each
+measurement, so that no path inherits the buffers of another. Every run is forward and backward together. Times are
+medians, by the wall clock and by processor time; on one thread the latter hardly depends on the load of the machine.
+Extra memory is the peak of resident memory beyond the inputs, in the first run. GPUs are measured by
+`medalign bench kernels --device cuda`.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from medalign.kernels import attention_map, token_similarity
+from medalign.benchmark.kernels import eager
+from medalign.benchmark.kernels.measurement import cpu_times, peak_megabytes, value_and_gradients
+from medalign.benchmark.kernels.token_similarity import cases as token_similarity
+from medalign.kernels import attention_map
 
-MEGABYTE = 2**20
-SHORT = 5.0  # seconds; a measurement below it takes up to ten times the repetitions asked for
+ROOT = Path(__file__).resolve().parents[2]
+RESULT = ROOT / "tools/benchmarks/results/kernels_cpu.json"
+CPU = torch.device("cpu")
+SHORT = 5.0  # seconds; measurements that take less run up to ten times the requested repetitions
 
 
 @dataclass(frozen=True)
@@ -62,116 +70,70 @@ QUICK = (
 )
 
 
-def eager_similarity(student_BND: torch.Tensor, teacher_BND: torch.Tensor) -> torch.Tensor:
-    """The released code's form: two N x N matrices, their squared difference, and autograd's copies of them."""
-    student_BND, teacher_BND = F.normalize(student_BND, dim=-1), F.normalize(teacher_BND, dim=-1)
-    difference_BNN = student_BND @ student_BND.transpose(1, 2) - teacher_BND @ teacher_BND.transpose(1, 2)
-    return (difference_BNN**2).mean((1, 2))
+def step_of(case: Case, path: str) -> Callable[[], tuple[torch.Tensor, ...]]:
+    """A function that solves the case once and returns the value and its gradients."""
+    if case.kind == "attention":
+        return attention_step(case, path)
+    shape = case.tokens, case.width, case.teacher_width, case.samples
+    return functools.partial(value_and_gradients, token_similarity.problem(CPU, torch.float32, *shape), path)
 
 
-def similarity_step(case: Case, path: str, device: str) -> Callable[[], torch.Tensor]:
-    student = torch.randn(case.samples, case.tokens, case.width, device=device, requires_grad=True)
-    teacher = torch.randn(case.samples, case.tokens, case.teacher_width, device=device)
-
-    def step() -> torch.Tensor:
-        student.grad = None
-        eager = path == "eager"
-        loss = (eager_similarity(student, teacher) if eager else token_similarity(student, teacher, impl=path)).sum()
-        loss.backward()
-        return loss.detach()
-
-    return step
-
-
-def attention_step(case: Case, path: str, device: str) -> Callable[[], torch.Tensor]:
-    """The attention of a decoder block, projections left out: they cost the same whichever way it attends."""
+def attention_step(case: Case, path: str) -> Callable[[], tuple[torch.Tensor, ...]]:
+    """The attention of one decoder block. Projections are left out: they cost the same on every path."""
     head_width = case.width // case.heads
 
     def leaf(heads: int) -> torch.Tensor:
-        return torch.randn(case.samples, heads, case.tokens, head_width, device=device, requires_grad=True)
+        return torch.randn(case.samples, heads, case.tokens, head_width, requires_grad=True)
 
     leaves = query, key, value = leaf(case.heads), leaf(case.key_heads), leaf(case.key_heads)
-    place_L = torch.arange(case.tokens, device=device)
-    first_row = case.tokens - 2 * case.question  # the image ends where the question begins
-    columns_BL = ((place_L >= case.question) & (place_L < first_row)).repeat(case.samples, 1)
-    rows_BL = ((place_L >= first_row) & (place_L < first_row + case.question)).repeat(case.samples, 1)
-    future_LL = torch.ones(case.tokens, case.tokens, dtype=torch.bool, device=device).triu(1)
+    place_L = torch.arange(case.tokens)
+    first, last = case.tokens - 2 * case.question, case.tokens - case.question  # the image ends where rows begin
+    columns_BL = ((place_L >= case.question) & (place_L < first)).repeat(case.samples, 1)
+    rows_BL = ((place_L >= first) & (place_L < last)).repeat(case.samples, 1)
 
     def attend() -> tuple[torch.Tensor, torch.Tensor | None]:
         if path == "eager":
-            group = case.heads // case.key_heads
-            repeated_BHLD = key.repeat_interleave(group, 1)
-            scores_BHLL = query @ repeated_BHLD.transpose(2, 3) / head_width**0.5
-            weights_BHLL = scores_BHLL.masked_fill(future_LL, torch.finfo(torch.float32).min).softmax(-1)
-            mapped_BL = weights_BHLL[:, :, rows_BL[0]].mean((1, 2)) * columns_BL
-            return weights_BHLL @ value.repeat_interleave(group, 1), mapped_BL
-        mapped = attention_map(query, key, rows_BL, columns_BL) if path == "sdpa+map" else None
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True), mapped
+            weights_BHLL = eager.attention_weights(query, key)
+            captured_BL = eager.map_from_weights(weights_BHLL[:, :, first:last], rows_BL[:, first:last], columns_BL)
+            return weights_BHLL @ value.repeat_interleave(case.heads // case.key_heads, 1), captured_BL
+        captured = attention_map(query, key, rows_BL, columns_BL) if path == "sdpa+map" else None
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True), captured
 
-    def step() -> torch.Tensor:
-        for each in leaves:
-            each.grad = None
-        mixed, mapped_BL = attend()
-        loss = mixed.square().mean()
-        if mapped_BL is not None:
-            loss = loss + mapped_BL.square().sum()
-        loss.backward()
-        return loss.detach()
+    def step() -> tuple[torch.Tensor, ...]:
+        output, captured_BL = attend()
+        loss = output.square().mean()
+        if captured_BL is not None:
+            loss = loss + captured_BL.square().sum()
+        return loss.detach(), *torch.autograd.grad(loss, leaves)
 
     return step
 
 
-def resident(field: str) -> float:
-    """VmRSS (now) or VmHWM (the peak) of this process, in MB."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) / 1024
-    raise RuntimeError(f"/proc/self/status has no {field}")
-
-
-def measure(case: Case, path: str, device: str, repeats: int, threads: int) -> dict[str, object]:
-    """Runs inside the fresh process."""
+def measure(case: Case, path: str, repeats: int, threads: int) -> dict[str, object]:
+    """Measure one path; runs in a separate process."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    make = similarity_step if case.kind == "similarity" else attention_step
-    make(QUICK[0 if case.kind == "similarity" else 2], path, device)()  # loads the libraries
-    step = make(case, path, device)
-    on_gpu = device.startswith("cuda")
-    if on_gpu:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated() / MEGABYTE
-    else:
-        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-        before = resident("VmRSS")
-    step()
-    if on_gpu:
-        torch.cuda.synchronize()
-    peak = torch.cuda.max_memory_allocated() / MEGABYTE if on_gpu else resident("VmHWM")
-    wall: list[float] = []
-    processor: list[float] = []
-    while len(wall) < repeats or (len(wall) < 10 * repeats and sum(wall) < SHORT):
-        start, busy = time.perf_counter(), time.process_time()
-        step()
-        if on_gpu:
-            torch.cuda.synchronize()
-        wall.append(time.perf_counter() - start)
-        processor.append(time.process_time() - busy)
-    return {"wall": wall, "processor": processor, "extra_megabytes": round(peak - before, 1)}
+    step_of(next(quick for quick in QUICK if quick.kind == case.kind), path)()  # loads the libraries
+    step = step_of(case, path)
+    extra = peak_megabytes(step, CPU)
+    times = cpu_times(step, repeats, SHORT)
+    wall, processor = [each.wall for each in times], [each.processor for each in times]
+    return {"wall": wall, "processor": processor, "extra_megabytes": round(extra, 1)}
 
 
-def in_fresh_process(case: Case, path: str, options: argparse.Namespace) -> dict[str, object]:
+def in_fresh_process(case: Case, path: str, options: argparse.Namespace) -> dict[str, Any]:
+    """What `measure` returns, from a separate process."""
     request = json.dumps({"case": asdict(case), "path": path})
-    shared = ["--device", options.device, "--threads", str(options.threads), "--repeats", str(options.repeats)]
+    shared = ["--threads", str(options.threads), "--repeats", str(options.repeats)]
     command = [sys.executable, "-m", "tools.benchmarks.kernels", *shared, "--measure", request]
     environment = os.environ | {"OMP_NUM_THREADS": str(options.threads)}
-    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True, env=environment)
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def compare(case: Case, options: argparse.Namespace) -> dict[str, object]:
-    """All paths of a case, `rounds` times in turn; ratios to the first path."""
-    runs: dict[str, list[dict]] = {path: [] for path in case.paths}
+    """All paths of a case, taking turns for `rounds` rounds, with ratios to the first path."""
+    runs: dict[str, list[dict[str, Any]]] = {path: [] for path in case.paths}
     for _ in range(options.rounds):
         for path in case.paths:
             runs[path].append(in_fresh_process(case, path, options))
@@ -196,9 +158,9 @@ def compare(case: Case, options: argparse.Namespace) -> dict[str, object]:
     return asdict(case) | {"results": rows}
 
 
-def machine(device: str) -> dict[str, object]:
-    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else _processor()
-    return {"device": device, "name": name, "python": platform.python_version(), "torch": torch.__version__}
+def machine() -> dict[str, object]:
+    """The processor and the versions that were measured."""
+    return {"device": "cpu", "name": _processor(), "python": platform.python_version(), "torch": torch.__version__}
 
 
 def _processor() -> str:
@@ -209,38 +171,35 @@ def _processor() -> str:
 
 
 def parse() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, help="write the figures to this JSON file")
-    parser.add_argument("--quick", action="store_true", help="small sizes, seconds instead of minutes")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
-    parser.add_argument(
-        "--repeats", type=int, default=3, help="timed runs in each process at least (default: %(default)s)"
-    )
-    parser.add_argument("--rounds", type=int, default=1, help="processes for each path (default: %(default)s)")
+    parser.add_argument("--output", type=Path, help=f"JSON file (default {RESULT.relative_to(ROOT)} without --quick)")
+    parser.add_argument("--quick", action="store_true", help="small sizes: seconds instead of minutes")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default %(default)s)")
+    parser.add_argument("--repeats", type=int, default=3, help="minimum timed runs per process (default %(default)s)")
+    parser.add_argument("--rounds", type=int, default=1, help="processes per path (default %(default)s)")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def main() -> None:
+    """Measure all cases, print them, and write them as JSON."""
     options = parse()
     if options.measure:
         request = json.loads(options.measure)
-        case = Case(**request["case"])
-        print(json.dumps(measure(case, request["path"], options.device, options.repeats, options.threads)))
+        print(json.dumps(measure(Case(**request["case"]), request["path"], options.repeats, options.threads)))
         return
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-    cases = [compare(case, options) for case in (QUICK if options.quick else FULL)]
+    output = options.output or (None if options.quick else RESULT)
     document = {
-        "command": " ".join(["python", "-m", "tools.benchmarks.kernels", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", "tools.benchmarks.kernels", *sys.argv[1:]]),
         "what": "forward and backward together, float32; ratios are to the first path of each case",
         "threads": options.threads,
-        "machine": machine(options.device),
-        "cases": cases,
+        "machine": machine(),
+        "cases": [compare(case, options) for case in (QUICK if options.quick else FULL)],
     }
-    if options.output:
-        options.output.write_text(json.dumps(document, indent=1) + "\n")
+    if output:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(document, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ class Problem:
 
 
 @dataclass(frozen=True)
-class Choice:
+class TuningEntry:
     """One entry of a table of configurations, to be tuned on a GPU."""
 
     name: str
@@ -82,7 +82,7 @@ class KernelCase:
 
     name: str
     binaries: Callable[[str], Iterable[Binary]]  # architecture ("sm_90") -> every configuration dispatch can choose
-    accounts: Callable[[], Iterable[CostModel]]
+    cost_models: Callable[[], Iterable[CostModel]]
     # device, element type, token counts (None: the case's own for the device) -> problems, made when their turn comes
     problems: Callable[[torch.device, torch.dtype, Sequence[int] | None], Iterable[Problem]]
-    choices: Callable[[torch.device], Iterable[Choice]]  # the entries for the architecture of the device
+    tuning_entries: Callable[[torch.device], Iterable[TuningEntry]]  # the entries for the architecture of the device

@@ -13,7 +13,7 @@ import torch
 from medalign.benchmark.kernels import registry
 from medalign.benchmark.kernels.compilation import compile_all
 from medalign.benchmark.kernels.measurement import measure_all
-from medalign.benchmark.kernels.roofline import TITLE, account_all
+from medalign.benchmark.kernels.roofline import TITLE, cost_rows
 from medalign.benchmark.kernels.text import as_table
 from medalign.benchmark.kernels.tuning import tune_all
 from medalign.errors import KernelError
@@ -25,9 +25,9 @@ Rows = list[dict[str, Any]]
 
 def compilation(kernel: str | None, architectures: Sequence[str]) -> dict[str, Rows]:
     """Binaries, and the account of their cost."""
-    cases = registry.chosen(kernel)
+    cases = registry.select_cases(kernel)
     binaries = compile_all(cases, architectures)
-    return {f"compiled ahead of time, triton {_triton_version()}": binaries, TITLE: account_all(cases)}
+    return {f"compiled ahead of time, triton {_triton_version()}": binaries, TITLE: cost_rows(cases)}
 
 
 def measurement(
@@ -36,7 +36,7 @@ def measurement(
     """`dtype` is bf16 on a GPU and fp32 on the CPU unless named: Triton's interpreter does not multiply bf16."""
     place = torch.device(device)
     chosen = DTYPES[dtype or ("bf16" if place.type == "cuda" else "fp32")]
-    rows = measure_all(registry.chosen(kernel), place, chosen, tokens, repeats, skip)
+    rows = measure_all(registry.select_cases(kernel), place, chosen, tokens, repeats, skip)
     return {f"value and gradient together, measured on {_machine(place)}, torch {torch.__version__}": rows}
 
 
@@ -45,7 +45,7 @@ def tuning(
 ) -> dict[str, Rows]:
     """`folder` is where the tables are written in place of the package, `seconds` the longest time per entry."""
     place = torch.device(device)
-    rows = tune_all(registry.chosen(kernel), place, repeats, folder, seconds)
+    rows = tune_all(registry.select_cases(kernel), place, repeats, folder, seconds)
     return {f"tuned on {_machine(place)}": rows}
 
 

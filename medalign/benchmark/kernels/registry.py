@@ -10,7 +10,7 @@ from medalign.errors import ConfigError
 CASES = (token_similarity.CASE, attention_map.CASE)
 
 
-def chosen(name: str | None) -> tuple[KernelCase, ...]:
+def select_cases(name: str | None) -> tuple[KernelCase, ...]:
     """The case called `name`, or all of them. Raises ConfigError for a name that is not there."""
     if name is None:
         return CASES

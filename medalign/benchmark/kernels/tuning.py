@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from medalign.benchmark.kernels.case import Choice, KernelCase
+from medalign.benchmark.kernels.case import KernelCase, TuningEntry
 from medalign.benchmark.kernels.measurement import milliseconds
 from medalign.errors import KernelError
 from medalign.kernels import gpu
@@ -42,9 +42,9 @@ def tune_all(
         raise KernelError(f"there is nothing to tune on: {refusal}")
     rows = []
     for case in cases:
-        for choice in case.choices(device):
-            file = choice.table if folder is None else _copied(choice.table, folder / f"{case.name}.json")
-            rows.append({"operation": case.name} | _tune(choice, device, repeats, file, seconds))
+        for entry in case.tuning_entries(device):
+            file = entry.table if folder is None else _copied(entry.table, folder / f"{case.name}.json")
+            rows.append({"operation": case.name} | _tune(entry, device, repeats, file, seconds))
     return rows
 
 
@@ -55,31 +55,31 @@ def _copied(table: Path, target: Path) -> Path:
     return target
 
 
-def _tune(choice: Choice, device: torch.device, repeats: int, file: Path, seconds: float | None) -> dict[str, Any]:
+def _tune(entry: TuningEntry, device: torch.device, repeats: int, file: Path, seconds: float | None) -> dict[str, Any]:
     from medalign.benchmark.kernels.triton_compiler import FAILURES
 
-    candidates = [choice.current, *(candidate for candidate in choice.candidates if candidate != choice.current)]
+    candidates = [entry.current, *(candidate for candidate in entry.candidates if candidate != entry.current)]
     times: dict[int, float] = {}
     begun, tried = time.monotonic(), 0
     for number, candidate in enumerate(candidates):
         if times and seconds is not None and time.monotonic() - begun > seconds:
             break
         tried += 1
-        choice.use(candidate)
+        entry.use(candidate)
         try:
-            times[number] = statistics.median(milliseconds(choice.step, device, repeats))
+            times[number] = statistics.median(milliseconds(entry.step, device, repeats))
         except FAILURES as error:
-            log.info("%s: %s is out: %s", choice.name, candidate, error)
+            log.info("%s: %s is out: %s", entry.name, candidate, error)
     if not times:
-        raise KernelError(f"{choice.name}: none of {len(candidates)} candidates runs on {device}")
+        raise KernelError(f"{entry.name}: none of {len(candidates)} candidates runs on {device}")
     best = min(times, key=times.__getitem__)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "the interpreter"
     left = f" ({len(candidates) - tried} not tried)" if tried < len(candidates) else ""
     reason = (
-        f"{times[best]:.4g} ms, the fastest of {len(times)}{left} on {name}, {choice.problem}, "
+        f"{times[best]:.4g} ms, the fastest of {len(times)}{left} on {name}, {entry.problem}, "
         f"torch {torch.__version__}, {datetime.date.today().isoformat()}"
     )
-    choice.use(candidates[best])
-    choice.write(candidates[best], reason, file)
+    entry.use(candidates[best])
+    entry.write(candidates[best], reason, file)
     found = {"ms": times[best], "before": times.get(0, float("nan")), "slowest": max(times.values())}
-    return {"entry": choice.name, **candidates[best]} | found | {"tried": tried, "of": len(candidates)}
+    return {"entry": entry.name, **candidates[best]} | found | {"tried": tried, "of": len(candidates)}

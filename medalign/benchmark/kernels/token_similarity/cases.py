@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
-from medalign.benchmark.kernels.case import Choice, Cost, CostModel, KernelCase, Problem
+from medalign.benchmark.kernels import eager
+from medalign.benchmark.kernels.case import Cost, CostModel, KernelCase, Problem, TuningEntry
 from medalign.benchmark.kernels.token_similarity.binaries import binaries
 from medalign.kernels import gpu
 from medalign.kernels.token_similarity import chunked, tile_table, token_similarity, triton
@@ -21,14 +21,7 @@ SMALL_TOKENS = (64, 150)  # on the CPU: the interpreter takes a millisecond wher
 WIDTHS, SMALL_WIDTHS = (4096, 1024), (96, 40)  # student, teacher
 
 
-def eager(student_BND: torch.Tensor, teacher_BND: torch.Tensor) -> torch.Tensor:
-    """The released code's form: two N x N matrices, their squared difference, and autograd's copies of them."""
-    student_BND, teacher_BND = F.normalize(student_BND, dim=-1), F.normalize(teacher_BND, dim=-1)
-    difference_BNN = student_BND @ student_BND.transpose(1, 2) - teacher_BND @ teacher_BND.transpose(1, 2)
-    return (difference_BNN**2).mean((1, 2))
-
-
-def accounts() -> Iterator[CostModel]:
+def cost_models() -> Iterator[CostModel]:
     for tokens in TOKENS:
         samples, (width, teacher_width) = samples_of(tokens), WIDTHS
         shape = samples, tokens, width, teacher_width
@@ -83,16 +76,19 @@ def problems(device: torch.device, dtype: torch.dtype, tokens: Sequence[int] | N
         yield problem(device, dtype, each, *(WIDTHS if on_gpu else SMALL_WIDTHS))
 
 
-def problem(device: torch.device, dtype: torch.dtype, tokens: int, width: int, teacher_width: int) -> Problem:
-    samples = samples_of(tokens)
+def problem(
+    device: torch.device, dtype: torch.dtype, tokens: int, width: int, teacher_width: int, samples: int | None = None
+) -> Problem:
+    """Random features of one size; `samples` is as many as `samples_of` says unless given."""
+    samples = samples_of(tokens) if samples is None else samples
     generator = torch.Generator(device).manual_seed(0)
     make = functools.partial(torch.randn, generator=generator, device=device)
     student = make(samples, tokens, width).to(dtype).requires_grad_()
     teacher = make(samples, tokens, teacher_width).to(dtype)
     upstream = torch.linspace(0.5, 2, samples, device=device)
-    compiled = torch.compile(eager, fullgraph=True)
+    compiled = torch.compile(eager.token_similarity, fullgraph=True)
     paths = {
-        "eager": lambda: eager(student, teacher),
+        "eager": lambda: eager.token_similarity(student, teacher),
         "torch.compile": lambda: compiled(student, teacher),
         "chunked": lambda: token_similarity(student, teacher, impl="chunked"),
     }
@@ -118,7 +114,7 @@ def _tolerances(dtype: torch.dtype) -> tuple[tuple[float, float], str]:
     return (1e-4, 3 * rounding), why
 
 
-def choices(device: torch.device) -> Iterator[Choice]:
+def tuning_entries(device: torch.device) -> Iterator[TuningEntry]:
     """Entries for the device's architecture, each on a problem that takes it."""
     architecture = gpu.architecture(device)
     on_gpu = device.type == "cuda"
@@ -130,7 +126,7 @@ def choices(device: torch.device) -> Iterator[Choice]:
         tokens, odd = (few if kind == FEW else wide), int("odd" in kind)
         solved = problem(device, dtype, tokens, width - odd, teacher_width - odd)
         place = architecture, kernel, kind
-        yield Choice(
+        yield TuningEntry(
             name=" / ".join(place),
             problem=solved.name,
             current=table[kernel][kind]._asdict(),
@@ -165,4 +161,4 @@ def _use(place: tuple[str, str, str], candidate: Mapping[str, Any]) -> None:
     tile_table.table()[architecture][kernel][kind] = Tile(**candidate)
 
 
-CASE = KernelCase("token_similarity", binaries, accounts, problems, choices)
+CASE = KernelCase("token_similarity", binaries, cost_models, problems, tuning_entries)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from medalign.errors import KernelError
 from medalign.kernels import dispatch, token_similarity
-from tests.kernels.allocations import LargestTensor
+from tests.unit.kernels.allocations import LargestTensor
 
 IMPLEMENTATIONS = ("reference", "chunked")
 # float64 against float64: only the order of summation differs.

@@ -11,7 +11,7 @@ from medalign.losses import attention_kl
 from medalign.student.query_mixture import QueryMixture
 from medalign.student.steering import Steering
 
-GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "golden" / "official_losses.npz"
+GOLDEN = Path(__file__).resolve().parents[4] / "shared" / "golden" / "official_losses.npz"
 pytestmark = pytest.mark.skipif(not GOLDEN.exists(), reason=f"golden values not found at {GOLDEN}")
 IMPLEMENTATIONS = ("reference", "chunked")
 

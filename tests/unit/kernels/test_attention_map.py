@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from medalign.errors import KernelError
 from medalign.kernels import attention_map
 from medalign.kernels.attention_map import chunked
-from tests.kernels.allocations import LargestTensor
+from tests.unit.kernels.allocations import LargestTensor
 
 IMPLEMENTATIONS = ("reference", "chunked")
 EXACT = {"rtol": 1e-9, "atol": 1e-14}
@@ -31,22 +31,24 @@ def inputs(length, heads=6, key_heads=2, width=5, dtype=torch.float64, seed=0):
     return tensors, rows, columns, valid
 
 
-def map_and_gradients(impl, tensors, rows, columns, valid, scale=None, **sight):
-    found = attention_map(*tensors, rows, columns, attention_mask=valid, scale=scale, impl=impl, **sight)
+def map_and_gradients(impl, tensors, rows, columns, valid, scale=None, **options):
+    found = attention_map(*tensors, rows, columns, attention_mask=valid, scale=scale, impl=impl, **options)
     upstream = torch.randn(found.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     return found.detach(), *torch.autograd.grad(found, tensors, upstream.to(found.dtype))
 
 
 @pytest.mark.parametrize("heads", [(6, 6), (6, 2), (4, 1), (1, 1)])
 @pytest.mark.parametrize("length", [1, 2, 17, 60])
-@pytest.mark.parametrize("sight", [{}, {"scale": 0.7}, {"softcap": 0.9}, {"window": 9}, {"softcap": 0.9, "window": 9}])
-def test_chunked_is_the_reference(length, heads, sight):
+@pytest.mark.parametrize(
+    "options", [{}, {"scale": 0.7}, {"softcap": 0.9}, {"window": 9}, {"softcap": 0.9, "window": 9}]
+)
+def test_chunked_is_the_reference(length, heads, options):
     tensors, rows, columns, valid = inputs(length, *heads)
     if length == 1:
         rows[:3] = True
         columns[:] = True
-    expected = map_and_gradients("reference", tensors, rows, columns, valid, **sight)
-    found = map_and_gradients("chunked", tensors, rows, columns, valid, **sight)
+    expected = map_and_gradients("reference", tensors, rows, columns, valid, **options)
+    found = map_and_gradients("chunked", tensors, rows, columns, valid, **options)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, **EXACT)
         assert one.isfinite().all()
@@ -62,12 +64,12 @@ def test_chunks_of_few_rows_add_up(monkeypatch, elements):
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-@pytest.mark.parametrize("sight", [{}, {"softcap": 0.9, "window": 4}])
-def test_gradcheck(impl, sight):
+@pytest.mark.parametrize("options", [{}, {"softcap": 0.9, "window": 4}])
+def test_gradcheck(impl, options):
     (query, key), rows, columns, valid = inputs(9, heads=2, key_heads=1, width=2)
 
     def tapped(query, key):
-        return attention_map(query, key, rows, columns, attention_mask=valid, impl=impl, **sight)
+        return attention_map(query, key, rows, columns, attention_mask=valid, impl=impl, **options)
 
     assert torch.autograd.gradcheck(tapped, (query, key))
 
@@ -103,13 +105,13 @@ def packed(tensors, rows, columns, valid):
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-@pytest.mark.parametrize("sight", [{}, {"softcap": 0.9, "window": 9}])
-def test_a_packed_batch_is_the_padded_one(impl, sight):
+@pytest.mark.parametrize("options", [{}, {"softcap": 0.9, "window": 9}])
+def test_a_packed_batch_is_the_padded_one(impl, options):
     tensors, rows, columns, valid = inputs(40)
     ragged, ragged_rows, ragged_columns, ends = packed(tensors, rows, columns, valid)
     upstream = torch.randn(valid.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    expected = attention_map(*tensors, rows, columns, attention_mask=valid, impl="reference", **sight)
-    found = attention_map(*ragged, ragged_rows, ragged_columns, cu_seqlens=ends, impl=impl, **sight)
+    expected = attention_map(*tensors, rows, columns, attention_mask=valid, impl="reference", **options)
+    found = attention_map(*ragged, ragged_rows, ragged_columns, cu_seqlens=ends, impl=impl, **options)
     torch.testing.assert_close(found[0], expected[valid], **EXACT)
     wanted = torch.autograd.grad(expected, tensors, upstream)
     for one, other in zip(torch.autograd.grad(found, ragged, upstream[valid][None]), wanted, strict=True):

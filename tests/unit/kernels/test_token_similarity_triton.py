@@ -18,7 +18,7 @@ from medalign.errors import KernelError
 from medalign.kernels import dispatch, gpu, token_similarity
 from medalign.kernels.token_similarity import tile_table
 from medalign.kernels.token_similarity import triton as room
-from tests.kernels.allocations import LargestTensor
+from tests.unit.kernels.allocations import LargestTensor
 
 # Relative, in norm: cosines are good to some 1e-7, and D = cos - cos' of unrelated features is a tenth of them.
 NEAR = 3e-6

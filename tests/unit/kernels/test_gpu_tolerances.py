@@ -9,7 +9,7 @@ from medalign.kernels.token_similarity.reference import cosines
 from tests.gpu import tolerances
 from tests.gpu.test_attention_map import solve as solve_attention
 from tests.gpu.test_token_similarity import error, solve
-from tests.kernels.test_attention_map import inputs
+from tests.unit.kernels.test_attention_map import inputs
 
 
 def tf32(tensor: torch.Tensor) -> torch.Tensor:

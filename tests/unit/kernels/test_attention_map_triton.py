@@ -6,11 +6,11 @@ import torch
 from medalign.errors import KernelError
 from medalign.kernels import attention_map
 from medalign.kernels.attention_map import tile_table, triton_kernels
-from tests.kernels.allocations import LargestTensor
-from tests.kernels.test_attention_map import inputs, map_and_gradients, packed
+from tests.unit.kernels.allocations import LargestTensor
+from tests.unit.kernels.test_attention_map import inputs, map_and_gradients, packed
 
 NEAR = 2e-6  # relative error in norm: sums of some hundred float32 terms, each good to 6e-8
-SIGHTS = ({}, {"scale": 0.7}, {"softcap": 0.9}, {"window": 37}, {"softcap": 0.9, "window": 37})
+OPTIONS = ({}, {"scale": 0.7}, {"softcap": 0.9}, {"window": 37}, {"softcap": 0.9, "window": 37})
 
 
 def single(tensors):
@@ -24,17 +24,17 @@ def assert_near(found, expected, limit=NEAR):
         assert error < limit, f"{name}: {error:.1e}"
 
 
-@pytest.mark.parametrize("sight", SIGHTS)
+@pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize(
     ("length", "heads", "key_heads", "width"), [(1, 2, 1, 64), (17, 6, 2, 80), (60, 3, 3, 5), (97, 2, 1, 33)]
 )
-def test_value_and_gradients(length, heads, key_heads, width, sight):
+def test_value_and_gradients(length, heads, key_heads, width, options):
     tensors, rows, columns, valid = inputs(length, heads, key_heads, width)
     if length == 1:
         rows[:3] = True
         columns[:] = True
-    expected = map_and_gradients("reference", tensors, rows, columns, valid, **sight)
-    assert_near(map_and_gradients("triton", single(tensors), rows, columns, valid, **sight), expected)
+    expected = map_and_gradients("reference", tensors, rows, columns, valid, **options)
+    assert_near(map_and_gradients("triton", single(tensors), rows, columns, valid, **options), expected)
 
 
 @pytest.mark.parametrize(("length", "width"), [(196, 96), (575, 64), (576, 192)])
@@ -48,15 +48,15 @@ def test_lengths_of_real_images(monkeypatch, length, width):
     assert_near(map_and_gradients("triton", single(tensors), rows, columns, valid), expected)
 
 
-@pytest.mark.parametrize("sight", [{}, {"softcap": 0.9, "window": 9}])
-def test_a_packed_batch_is_the_padded_one(sight):
+@pytest.mark.parametrize("options", [{}, {"softcap": 0.9, "window": 9}])
+def test_a_packed_batch_is_the_padded_one(options):
     tensors, rows, columns, valid = inputs(50, 4, 2, 20)
     ragged, ragged_rows, ragged_columns, ends = packed(tensors, rows, columns, valid)
     upstream = torch.randn(valid.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    expected = attention_map(*tensors, rows, columns, attention_mask=valid, impl="reference", **sight)
+    expected = attention_map(*tensors, rows, columns, attention_mask=valid, impl="reference", **options)
     gradients = torch.autograd.grad(expected, tensors, upstream)
     ragged = single(ragged)
-    found = attention_map(*ragged, ragged_rows, ragged_columns, cu_seqlens=ends, impl="triton", **sight)
+    found = attention_map(*ragged, ragged_rows, ragged_columns, cu_seqlens=ends, impl="triton", **options)
     results = found, *torch.autograd.grad(found, ragged, upstream[valid][None].float())
     wanted = [expected[valid], *(gradient.transpose(1, 2)[valid] for gradient in gradients)]
     assert_near([results[0][0], *(result[0].transpose(0, 1) for result in results[1:])], wanted)

@@ -102,7 +102,7 @@ def test_a_wrong_kernel_is_an_error(monkeypatch):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
 def test_no_gpu_is_said(capsys):
     assert main([*SMALL, "--device", "cuda"]) == 2
-    assert "no CUDA device is there" in capsys.readouterr().err
+    assert "no CUDA device found" in capsys.readouterr().err
 
 
 def test_tuning_writes_the_table(tmp_path, monkeypatch):
@@ -150,7 +150,7 @@ def test_the_table_is_stored_as_tuning_writes_it():
 
 def test_an_unknown_kernel():
     with pytest.raises(ConfigError, match="softmax: no such kernel; choose one of token_similarity"):
-        registry.chosen("softmax")
+        registry.select_cases("softmax")
 
 
 def test_an_interpreted_kernel_is_not_compiled():
