@@ -1,4 +1,4 @@
-"""How far a kernel may lie from the specification in float64: from its types' rounding and the lengths of its sums.
+"""The allowed error of a kernel relative to the reference in float64, derived from rounding and the lengths of sums.
 
 All are relative errors in norm. Products of half precision are exact in float32. Float32 is multiplied as three TF32
 products (`input_precision="tf32x3"`): what they leave out, the product of the two low parts and the last bits of the

@@ -1,23 +1,23 @@
-"""What reading costs, side by side in one run: our index against the usual pipelines, on one core.
+"""The cost of reading data: the index of medalign compared with common pipelines, on one core.
 
     python -m tools.benchmarks.data                        # all parts; tools/benchmarks/results/data_cpu.json
     python -m tools.benchmarks.data --samples 400 --rounds 5
     python -m tools.benchmarks.data --index-samples 1000000
 
 Speed: gray JPEGs of 512 and of 2,500 pixels a side, stored in a webdataset tar and as files, to 336 x 336 pixels,
-with little and with much noise. The ways take turns, so that the machine's moods hit all alike:
+with little and with much noise. The readers take turns, so that other load on the machine affects all of them:
 
-    medalign     byte ranges from the index, checksum, gray decoding, reduced scale where the film is far larger,
-                 resized as the towers' views are
+    medalign     byte ranges from the index, checksum, gray decoding, at reduced scale for much larger films,
+                 resized as for the towers
     webdataset   WebDataset(...).decode("pilrgb"), resized
     files        torch's Dataset of files through its DataLoader (no workers), opened and converted to RGB, resized
     litdata      StreamingDataset over its own chunks of the same JPEG bytes, opened and converted to RGB, resized;
-                 only where it is installed (pip install litdata); the result says so where it is not
+                 only if it is installed (pip install litdata); the result states if it is not
 
-At 512 pixels the result must be equal to the last bit, or the run stops; at 2,500 the largest and mean difference in
-gray levels are written down. `at_most` is what no way could surpass that reads these bytes with this decoder: the times
-if ours took no longer than decoding at an eighth of the scale, where every code is read and next to nothing is made of
-it. Memory and resume: a synthetic index whose rows all point into one real shard.
+At 512 pixels the results must be bit-identical, or the run stops; at 2,500 the largest and mean difference in gray
+levels are recorded. `at_most` is an upper bound for any reader of these bytes with this decoder: the ratio if medalign
+took no longer than decoding at an eighth of the scale, which reads every code and computes almost no pixels. Memory and
+resume are measured on a synthetic index whose rows all point into one real shard.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ RESULT = ROOT / "tools/benchmarks/results/data_cpu.json"
 
 
 def film(side: int, seed: int, noise: int = 2) -> bytes:
-    """A gray JPEG with soft structure and noise of so many gray levels; the more noise, the more bytes to decode."""
+    """A gray JPEG with smooth structure and noise of `noise` gray levels; more noise means more bytes to decode."""
     draw = np.random.default_rng(seed)
     coarse = Image.fromarray(draw.integers(0, 256, (24, 24), dtype=np.uint8))
     soft = np.asarray(coarse.resize((side, side), Image.Resampling.BICUBIC), dtype=np.int16)
@@ -68,10 +68,10 @@ def film(side: int, seed: int, noise: int = 2) -> bytes:
 
 
 def ours(folder: Path) -> Iterator[np.ndarray]:
-    """[336, 336, 1] each: the channels of a gray picture are alike, and the towers' views spread them."""
+    """Arrays [336, 336, 1]: the channels of a gray picture are equal, and the towers' views expand them."""
     index = ShardIndex.open(folder / "shards")
-    for number in GlobalOrder(len(index), 0, shuffle=False).epoch(0):
-        canvas = square_canvas(index.read(int(number), at_least=SIZE).images[0])
+    for position in GlobalOrder(len(index), 0, shuffle=False).epoch(0):
+        canvas = square_canvas(index.read(int(position), at_least=SIZE).images[0])
         yield resize(canvas, SIZE)[..., None]
 
 
@@ -102,7 +102,7 @@ def files(folder: Path) -> Iterator[np.ndarray]:
 
 
 def write_chunks(records: list[Record], folder: Path) -> None:
-    """The pictures as litdata packs them, each as its JPEG bytes, since its own picture types decode otherwise."""
+    """Write the pictures as litdata chunks of JPEG bytes, since litdata decodes its own picture types differently."""
     from litdata.streaming.cache import Cache
 
     cache = Cache(str(folder), chunk_bytes="64MB")
@@ -113,7 +113,7 @@ def write_chunks(records: list[Record], folder: Path) -> None:
 
 
 def chunks(folder: Path) -> Iterator[np.ndarray]:
-    os.environ["LITDATA_DISABLE_VERSION_CHECK"] = "1"  # it may ask the net for a newer one
+    os.environ["LITDATA_DISABLE_VERSION_CHECK"] = "1"  # it may look for a newer version online
     from litdata import StreamingDataset
 
     for sample in StreamingDataset(str(folder / "chunks"), shuffle=False):
@@ -141,7 +141,7 @@ def speed(side: int, noise: int, samples: int, rounds: int) -> dict[str, object]
         equal = compare(folder, side)
         ways = {**WAYS, "codes": lambda _: map(read_codes, records)}
         seconds: dict[str, list[float]] = {way: [] for way in ways}
-        for _ in range(rounds + 1):  # the first round warms the disk's cache and is left out
+        for _ in range(rounds + 1):  # the first round warms the disk cache and is discarded
             for way, read in ways.items():
                 began = time.process_time()
                 assert sum(1 for _ in read(folder)) == samples
@@ -158,7 +158,7 @@ def speed(side: int, noise: int, samples: int, rounds: int) -> dict[str, object]
 
 
 def read_codes(record: Record) -> Image.Image:
-    """The picture at an eighth of the scale: all Huffman codes are read, one value of 64 is made a pixel."""
+    """The picture at an eighth of the scale: all Huffman codes are read, one value in 64 becomes a pixel."""
     image = Image.open(io.BytesIO(record.images[0].data), formats=("JPEG",))
     image.draft(None, (image.width // 8, image.height // 8))
     image.load()
@@ -166,7 +166,7 @@ def read_codes(record: Record) -> Image.Image:
 
 
 def times(seconds: dict[str, list[float]]) -> dict[str, object]:
-    """Ours against the others: of medians, the least and the most of a round, and the most that could be."""
+    """Ratios to medalign: of the medians, the extremes over single rounds, and the upper bound."""
     measured = {way: np.array(rounds[1:]) for way, rounds in seconds.items()}
     median = {way: float(np.median(rounds)) for way, rounds in measured.items()}
     others = [way for way in WAYS if way != "medalign"]
@@ -179,11 +179,11 @@ def times(seconds: dict[str, list[float]]) -> dict[str, object]:
 
 
 def compare(folder: Path, side: int) -> dict[str, object]:
-    """Require the same pixels of all ways; where ours decodes at reduced scale, measure how far they are apart."""
+    """Require the same pixels from all readers; where medalign decodes at reduced scale, measure the difference."""
     apart, largest, count = 0.0, 0, 0
     for mine, theirs, *others in zip(*(read(folder) for read in WAYS.values()), strict=True):
         if theirs.shape != (SIZE, SIZE, 3) or not all(np.array_equal(theirs, other) for other in others):
-            raise SystemExit(f"{', '.join(list(WAYS)[1:])} differ among them; the comparison would not be fair")
+            raise SystemExit(f"{', '.join(list(WAYS)[1:])} differ, so the comparison would be unfair")
         difference = np.abs(mine.astype(int) - theirs)
         apart, largest, count = apart + difference.mean(), max(largest, int(difference.max())), count + 1
     if side < 2 * SIZE and largest:
@@ -192,7 +192,7 @@ def compare(folder: Path, side: int) -> dict[str, object]:
 
 
 def synthetic(folder: Path, samples: int) -> None:
-    """An index of so many samples in 1,000 shards, all of them links to one real shard of one real sample."""
+    """Write an index of `samples` samples in 1,000 shards, all of them links to one shard with one sample."""
     fields = {"task": "vqa", "question": "is there a nodule?", "answer": "no"}
     write_shards([Record("real", (Picture(film(336, 0), "jpg"),), fields)], folder / "one")
     real = table.read_table(folder / "one")
@@ -204,7 +204,7 @@ def synthetic(folder: Path, samples: int) -> None:
     text = folder / listing.INDEX_NAME
     header = {"format": listing.FORMAT, "version": listing.VERSION, "samples": each * 1000}
     header["shards"] = [{"name": name, "bytes": size, "samples": count} for name, size, count in entries]
-    text.write_text(json.dumps(header) + "\n")  # the rows are written in their mapped form alone
+    text.write_text(json.dumps(header) + "\n")  # the rows are written in their mapped form only
     rows = np.repeat(real.rows, each * 1000)
     rows["shard"] = np.arange(each * 1000) // each
     keys = b"".join(b"sample-%010d" % i for i in range(each * 1000))
@@ -221,7 +221,7 @@ def synthetic(folder: Path, samples: int) -> None:
 
 
 def first_batch(folder: Path, position: int) -> None:
-    """In a process of its own: from the index's folder to a decoded batch at this position, and what it holds."""
+    """Print the time from opening the index to a decoded batch at a position, and the memory; runs in a new process."""
     began = time.perf_counter()
     index = ShardIndex.open(folder)
     order = GlobalOrder(len(index), 0, shards=index.shard_sizes(0))
@@ -261,7 +261,7 @@ def main() -> None:
         return first_batch(Path(chosen.first_batch[0]), int(chosen.first_batch[1]))
     torch.set_num_threads(1)
     if not HAS_LITDATA:
-        print("litdata is not installed and is not measured; pip install litdata brings it", file=sys.stderr)
+        print("litdata is not installed, so it is not measured; pip install litdata", file=sys.stderr)
     result = {
         "command": shlex.join(["python", "-m", "tools.benchmarks.data", *sys.argv[1:]]),
         "machine": f"{platform.machine()}, one core, CPU time of the process",

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Real images and free text through every part: pack, train under ZeRO-3 with the teacher on line, evaluate, draw.
+# Real images and free text through the whole pipeline: pack, train with ZeRO-3 and the teacher online, evaluate, report.
 #
 #   bash tools/benchmarks/real_input.sh VQA_FOLDER REPORT_FOLDER [OUTPUT]
 #
-# The folders hold annotations.jsonl and images (see the README). The packaged student is far too small to answer
-# radiologists' questions well: what this shows is that all parts run, not what a 7B student would score.
+# The folders hold annotations.jsonl and images (see docs/datasets.md). The packaged student is far too small to answer
+# radiologists' questions well: this shows that every part runs, not what a 7B student would score.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 source tools/install.sh

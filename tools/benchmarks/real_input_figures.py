@@ -1,4 +1,4 @@
-"""The figures of a run of tools/benchmarks/real_input.sh, gathered from its folder into one JSON file.
+"""Collects the figures of a run of tools/benchmarks/real_input.sh into one JSON file.
 
 python -m tools.benchmarks.real_input_figures runs/real --output tools/benchmarks/results/real_input.json
 """
@@ -13,11 +13,11 @@ from jsonargparse import auto_cli
 
 from medalign.observability.sinks import read_rows
 
-ROWS = 5  # logged steps at each end that a loss is the mean of
+ROWS = 5  # logged steps at each end over which a loss is averaged
 
 
 def gather(folder: Path) -> dict:
-    """What was packed, refused, replaced and cut; each loss at the start and the end; the scores."""
+    """Counts of packed, refused, replaced and truncated samples; each loss at the start and the end; the scores."""
     rows = read_rows(folder / "run/metrics.jsonl")
     packed = {name: json.loads((folder / name / "conversion.json").read_text()) for name in ("vqa", "reports")}
     losses = {
@@ -27,7 +27,7 @@ def gather(folder: Path) -> dict:
     }
     scores = {name: json.loads((folder / f"run/evaluation/{name}/scores.json").read_text()) for name in packed}
     for one in scores.values():
-        one.pop("data")  # paths of this machine
+        one.pop("data")  # an absolute path
     return {
         "command": "bash tools/benchmarks/real_input.sh VQA_FOLDER REPORT_FOLDER",
         "packed": {name: {"splits": one["splits"], "refused": one["skipped"]} for name, one in packed.items()},
@@ -41,11 +41,11 @@ def gather(folder: Path) -> dict:
 
 
 def main(folder: Path, output: Path | None = None):
-    """Gather the figures of a run on real input.
+    """Collect the figures of a run on real input.
 
     Args:
         folder: the output folder of tools/benchmarks/real_input.sh.
-        output: JSON file; without it they lie in FOLDER/figures.json.
+        output: JSON file; default FOLDER/figures.json.
     """
     path = output or folder / "figures.json"
     path.write_text(json.dumps(gather(folder), indent=2) + "\n")

@@ -1,10 +1,10 @@
-"""Train the base student of the phantom test bed: a small LLaVA that has seen text and pictures, but no disease.
+"""Train the packaged base student: a small LLaVA that has seen text and pictures, but no disease.
 
     OMP_NUM_THREADS=1 python -m tools.phantom_models.train_student      # from scratch, as the packaged one was made
 
 1. The vision tower learns to restore radiographs and random pictures from noisy copies with missing patches, and to
    outline the plain shapes that are drawn on them.
-2. Tower, projector and language model learn to answer questions about plain shapes, greys, format and exposure
+2. Tower, projector and language model learn to answer questions about plain shapes, gray levels, format and exposure
    (`student/pictures.py`), while the tower goes on restoring. A question's attention is taught to point at
    what it asks about, as grounded captions teach it to general models: without that, a model of this size does not
    leave the plateau of guessing within the steps that two cores can spend.
@@ -77,7 +77,7 @@ class Restorer(nn.Module):
 
 
 def spoil(clean_BSS: Tensor, generator: torch.Generator, missing: float) -> Tensor:
-    """Noise everywhere and a share of patches greyed out."""
+    """Noise everywhere and a share of patches grayed out."""
     grid = folder.IMAGE_SIZE // folder.PATCH
     keep = torch.rand(len(clean_BSS), 1, grid, grid, generator=generator) >= missing
     keep_BSS = F.interpolate(keep.float(), scale_factor=folder.PATCH)[:, 0]
@@ -102,7 +102,7 @@ def decode(model, ids_BL: Tensor, tokens_BND: Tensor | None, attend: bool = Fals
 
 
 def next_token_loss(model, hidden_BLD: Tensor, labels_BL: Tensor) -> Tensor:
-    """Mean loss at the labelled positions; logits are made there alone."""
+    """Mean loss at the labeled positions; logits are computed only there."""
     wanted = labels_BL[:, 1:]
     chosen = wanted != IGNORE
     return F.cross_entropy(model.lm_head(hidden_BLD[:, :-1][chosen]), wanted[chosen])
@@ -136,7 +136,7 @@ def optimise(parameters: list[nn.Parameter], steps: int, rate: float) -> Iterato
 
 
 def train_tower(model, restorer: Restorer, course: Course, seed: int, steps: int, batch: int) -> dict[str, float]:
-    """Step 1: the tower alone. Returns the last mean losses."""
+    """Step 1: the tower only. Returns the last mean losses."""
     rng, generator = np.random.default_rng([seed, 1]), torch.Generator().manual_seed(seed)
     losses = Running()
     parameters = [*model.model.vision_tower.parameters(), *restorer.parameters()]
@@ -170,8 +170,8 @@ def train_whole(
         tokens = patch_tokens(model, spoil(lesson.clean_BSS, generator, 0.0))
         terms = lesson_losses(model, course, lesson, tokens, rng)
         restoration, outlines = restorer(tokens, lesson.clean_BSS, lesson.cover_BCSS)
-        told = terms["captions"] + point * terms["pointing"] + 0.3 * terms["reading"]
-        (told + restoration + OUTLINES * outlines).backward()
+        taught = terms["captions"] + point * terms["pointing"] + 0.3 * terms["reading"]
+        (taught + restoration + OUTLINES * outlines).backward()
         bar.set_postfix_str(losses.add(**terms, restoration=restoration, outlines=outlines), refresh=False)
     return losses.value
 
@@ -180,11 +180,11 @@ def lesson_losses(
     model, course: Course, lesson: Lesson, tokens_BND: Tensor, rng: np.random.Generator
 ) -> dict[str, Tensor]:
     """What the language model learns from one lesson and from some reading beside it."""
-    told = decode(model, lesson.ids_BL, tokens_BND, attend=True)
+    decoded = decode(model, lesson.ids_BL, tokens_BND, attend=True)
     ids_BL, labels_BL = course.reading(rng, max(1, len(lesson.ids_BL) // 4), 4)
     return {
-        "captions": next_token_loss(model, told.last_hidden_state, lesson.labels_BL),
-        "pointing": pointing_loss(told.attentions, lesson, model.config.image_token_id),
+        "captions": next_token_loss(model, decoded.last_hidden_state, lesson.labels_BL),
+        "pointing": pointing_loss(decoded.attentions, lesson, model.config.image_token_id),
         "reading": next_token_loss(model, decode(model, ids_BL, None).last_hidden_state, labels_BL),
     }
 
@@ -233,17 +233,17 @@ def main(
     blocks: int = 4,
     vocabulary: int = 1500,
 ):
-    """Train and save the base student of the phantom test bed.
+    """Train and save the base student.
 
     Args:
         output: folder to write, loadable with AutoModelForImageTextToText and AutoProcessor.
         results: JSON file for losses and accuracies.
         seed: of weights, pictures and texts.
         studies: radiographs that are rendered once and drawn upon.
-        tower_steps: steps of restoration alone.
+        tower_steps: steps of restoration only.
         steps: steps of captions and reading.
-        batch: pictures a step.
-        turns: questions a picture.
+        batch: pictures per step.
+        turns: questions per picture.
         unrelated: share of conversations with a medical turn about another radiograph.
         point: weight of the loss that turns a question's attention to the shape or place it speaks of.
         width: hidden width of the language model.

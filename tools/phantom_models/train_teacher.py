@@ -1,12 +1,13 @@
 """Train the phantoms' teacher: a small CLIP, contrastively, on phantom films and their reports.
 
     python -m tools.phantom_models.train_teacher                   # train, save, evaluate
-    python -m tools.phantom_models.train_teacher --evaluate-only   # the saved weights alone
+    python -m tools.phantom_models.train_teacher --evaluate-only   # the saved weights only
 
-The films are those of the "pretrain" stream, which no train, val or test split shares. Beside the contrastive loss
-stand two linear heads, thrown away afterwards: one names every finding with its place from the image embedding, one
-says of every patch what it shows, learnt from the masks. Reports alone let a model of this size stop at the largest
-findings (effusion, heart size), which tell most films of a batch apart: after 700 steps it was still blind to the rest.
+The films come from the "pretrain" stream, which shares no study with the train, val and test splits. Two linear heads
+add losses to the contrastive one and are discarded afterwards: one predicts every finding and its location from the
+image embedding, the other predicts what each patch shows, supervised by the masks. With reports only, a model of this
+size learns the largest findings (effusion, heart size), which distinguish most films of a batch, and no others: after
+700 steps it still missed the rest.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What each method costs by count, and the least time that implies: derived figures, none of them measured."""
+"""The counted cost of each method and the minimum time it implies. All figures are derived, none measured."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ TITLE = "counted from shapes; times derived from data sheets, not measured: no m
 
 
 def cost_rows(cases: Sequence[KernelCase]) -> list[dict[str, Any]]:
-    """One row for each problem and method: operations, bytes, and the time both imply."""
+    """One row per problem and method: operations, bytes, and the time that they imply."""
     return [
         _row(case.name, model, method, cost)
         for case in cases

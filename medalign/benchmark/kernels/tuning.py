@@ -1,4 +1,4 @@
-"""The tables of configurations, tried out on the GPU at hand and written: offline, never at run time."""
+"""Tuning of the tile tables on the GPU at hand: offline, never at run time."""
 
 from __future__ import annotations
 
@@ -28,18 +28,25 @@ def tune_all(
     folder: Path | None = None,
     seconds: float | None = None,
 ) -> list[dict[str, Any]]:
-    """Time the candidates of every entry for this device's architecture; write the fastest with its reason.
+    """Time the candidates of every entry for this device's architecture, and write the fastest with its reason.
 
     Args:
-        folder: where copies of the tables are written, one file per operation; without it, the package's own are.
-        seconds: the longest time per entry. The table's own candidate is tried first, so that a search that is cut
-            short never takes a slower one.
+        cases: the operations.
+        device: where to time the candidates.
+        repeats: timed runs per candidate; approximate on a GPU.
+        folder: where to write copies of the tables, one file per operation; None to change the packaged tables.
+        seconds: time limit per entry. The current tile is timed first, so a search that is cut short never selects a
+            slower one.
 
-    One row per entry. Raises KernelError where kernels cannot run.
+    Returns:
+        One row per entry.
+
+    Raises:
+        KernelError: kernels cannot run on the device.
     """
     refusal = gpu.refusal(device)
     if refusal:
-        raise KernelError(f"there is nothing to tune on: {refusal}")
+        raise KernelError(f"kernels cannot be tuned here: {refusal}")
     rows = []
     for case in cases:
         for entry in case.tuning_entries(device):
@@ -69,7 +76,7 @@ def _tune(entry: TuningEntry, device: torch.device, repeats: int, file: Path, se
         try:
             times[number] = statistics.median(milliseconds(entry.step, device, repeats))
         except FAILURES as error:
-            log.info("%s: %s is out: %s", entry.name, candidate, error)
+            log.info("%s: %s does not run: %s", entry.name, candidate, error)
     if not times:
         raise KernelError(f"{entry.name}: none of {len(candidates)} candidates runs on {device}")
     best = min(times, key=times.__getitem__)

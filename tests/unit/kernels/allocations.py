@@ -1,4 +1,4 @@
-"""Records every tensor that an operation produces, forward and backward, however short its life."""
+"""Records every tensor that an operation allocates, forward and backward, including temporary ones."""
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode

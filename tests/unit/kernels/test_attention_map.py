@@ -237,5 +237,5 @@ def test_bad_arguments_are_named(arguments, named):
 @pytest.mark.parametrize("ends", [[0, 5], [1, 6], [0, 4, 2, 6]])
 def test_sequences_that_do_not_fill_the_batch_are_refused(ends):
     mask = torch.ones(1, 6, dtype=torch.bool)
-    with pytest.raises(ValueError, match=r"cu_seqlens must rise from 0 to the query's 6 tokens, got \["):
+    with pytest.raises(ValueError, match=r"cu_seqlens must increase from 0 to the query's 6 tokens, got \["):
         attention_map(torch.zeros(1, 1, 6, 4), torch.zeros(1, 1, 6, 4), mask, mask, cu_seqlens=torch.tensor(ends))

@@ -86,7 +86,7 @@ def test_a_nan_that_counts_is_refused():
     tensors, rows, columns, valid = inputs(40)
     tensors = single(tensors)
     tensors[1].data[0, 1, 3, 2] = float("nan")
-    with pytest.raises(ValueError, match="NaN or infinity at tokens that count, in key;"):
+    with pytest.raises(ValueError, match="NaN or infinity at valid tokens of key;"):
         map_and_gradients("triton", tensors, rows, columns, valid)
 
 
@@ -193,5 +193,5 @@ def test_a_card_with_too_little_shared_memory_is_named(monkeypatch):
 
     monkeypatch.setattr(triton_kernels, "log_sum_kernel", Kernel())
     tensors, rows, columns, _ = inputs(6, width=200, dtype=torch.float32)
-    with pytest.raises(KernelError, match=r"200 channels a head .*Required: 131872.*101376.*choose impl=.chunked"):
+    with pytest.raises(KernelError, match=r"200 channels per head .*Required: 131872.*101376.*choose impl=.chunked"):
         attention_map(*tensors, rows, columns, impl="triton")

@@ -1,4 +1,4 @@
-"""Token similarity: the chunked path against the specification, its invariances, its memory, its complaints."""
+"""Token similarity: the chunked path against the specification, its invariances, its memory, its errors."""
 
 import logging
 

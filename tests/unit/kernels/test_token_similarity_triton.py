@@ -136,7 +136,7 @@ def test_masked_tokens_do_not_count_whatever_they_hold():
 def test_a_token_that_is_not_finite_is_refused(value):
     student, teacher = inputs(2, 20)
     student[0, 3, 4] = value
-    with np.errstate(invalid="ignore"), pytest.raises(ValueError, match="tokens that count, in student;"):
+    with np.errstate(invalid="ignore"), pytest.raises(ValueError, match="valid tokens of student;"):
         solve("triton", student, teacher)
 
 
@@ -204,7 +204,7 @@ class TestRefusals:
         return token_similarity(torch.zeros(1, 4, 3, dtype=dtype), torch.zeros(1, 4, 2), impl="triton")
 
     def test_float64(self):
-        with pytest.raises(KernelError, match='float64 is none of float32, .*; convert the input, or choose impl="chu'):
+        with pytest.raises(KernelError, match='float64 is not float32, .*; convert the input, or choose impl="chu'):
             self.solve(torch.float64)
 
     def test_no_triton(self, monkeypatch):
@@ -214,13 +214,13 @@ class TestRefusals:
 
     def test_no_gpu(self, monkeypatch):
         monkeypatch.delenv("TRITON_INTERPRET")
-        with pytest.raises(KernelError, match="the tensors are on cpu and the kernels are for CUDA; move them"):
+        with pytest.raises(KernelError, match="the tensors are on cpu and the kernels need CUDA; move them"):
             self.solve()
 
     @pytest.mark.parametrize(
         ("lacking", "reason"),
         [
-            ("compiler", r"no C compiler; install one \(apt install gcc\), or cho"),
+            ("compiler", r"no C compiler was found; install one \(apt install gcc\), or cho"),
             ("headers", r"Python's headers are not"),
         ],
     )
@@ -241,7 +241,7 @@ class TestRefusals:
 
     def test_too_little_shared_memory(self, monkeypatch):
         monkeypatch.setattr(gpu, "shared_memory", lambda device: 1000)
-        with pytest.raises(KernelError, match=r"needs \d+ bytes of shared memory, cpu has 1000; choose impl"):
+        with pytest.raises(KernelError, match=r"needs \d+ bytes of shared memory and cpu has 1000; choose impl"):
             self.solve()
 
 

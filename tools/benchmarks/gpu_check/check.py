@@ -1,12 +1,12 @@
-"""What has to be seen on a GPU, in one command and ten minutes: tests, kernels, whole steps, a short search for tiles.
+"""Everything that needs a GPU, checked by one command in ten minutes: tests, kernels, training steps, tile tuning.
 
-    tools/gpu_check.sh                    # installs into .venv where packages are missing, then runs this
+    tools/gpu_check.sh                    # installs missing packages into .venv, then runs this
     python -m tools.benchmarks.gpu_check --tiny      # a rehearsal on the CPU, at small sizes
 
-Each stage is a process of its own with a time limit; the most important come first, a stage that fails or runs out of
-time does not stop the next, and none begins after the whole time is spent. Writes gpu_check.json and gpu_check.md into
-`--output`, with the logs beside them, and the searched tiles into tables/ there: the package's own tables stay as they
-are. The status is 0 if all went well, 1 if something failed, 2 if there is no GPU.
+Each stage is a separate process with a time limit, the most important stages first. A stage that fails or exceeds its
+limit does not stop the following ones; no stage starts after the total time has passed. Writes gpu_check.json,
+gpu_check.md, logs/ and tables/ (the tuned tiles) into `--output`; the package's own tables are not changed. The exit
+status is 0 if everything passed, 1 if something failed, 2 if there is no GPU.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from tools.benchmarks.gpu_check import page
 
 ROOT = Path(__file__).resolve().parents[3]
 RESULTS = ROOT / "tools" / "benchmarks" / "results" / "gpu_check"
-# Modules that the stages import, the package itself left out: it is taken from this checkout.
+# Modules that the stages import, except the package itself, which is taken from this checkout.
 NEEDED = (
     "torch torchvision triton deepspeed transformers peft open_clip wandb webdataset safetensors jsonargparse yaml "
     "numpy PIL tqdm matplotlib jinja2 sacrebleu rouge_score psutil defusedxml fsspec pytest pytest_timeout hypothesis"
 )
 OLDEST = (3, 11)
-PATIENCE = 4  # a rehearsal may share its cores with others; its limits are longer by this
-TAIL = 25  # lines of the log of a stage that failed
+PATIENCE = 4  # factor on the time limits of a rehearsal, which may share its CPU cores
+TAIL = 25  # lines of the log of a failed stage
 
-# Words for the kernels' tests, the kernels' benchmark, the step benchmark and the search for tiles.
+# Arguments of the kernel tests, the kernel benchmark, the step benchmark and the tuning.
 Words = tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...], tuple[str, ...]]
 REAL: Words = (
     (),
@@ -57,7 +57,7 @@ TINY: Words = (
 
 @dataclass(frozen=True)
 class Stage:
-    """One process. `figures` is the JSON file that it writes; tests write what became of each into a file."""
+    """One process. `figures` is the JSON file that it writes; a stage of tests writes their outcomes to a file."""
 
     name: str
     limit: int  # seconds
@@ -68,16 +68,16 @@ class Stage:
 
 
 def missing() -> str:
-    """What this interpreter lacks to run the stages, in words; empty if nothing."""
+    """What this interpreter lacks to run the stages, as a sentence; empty if nothing."""
     if sys.version_info < OLDEST:
         found, wanted = (".".join(map(str, version[:2])) for version in (sys.version_info, OLDEST))
-        return f"this is Python {found}, and {wanted} or newer is needed; name one with PYTHON=/path/to/python"
+        return f"this is Python {found}, and {wanted} or newer is needed; set PYTHON=/path/to/python"
     names = [name for name in NEEDED.split() if importlib.util.find_spec(name) is None]
     return f"these packages are missing: {', '.join(names)}" if names else ""
 
 
 def stages(tiny: bool, output: Path) -> list[Stage]:
-    """By importance. `output` is where the tables go."""
+    """The stages, most important first. The tuned tables are written below `output`."""
     bench = ("-m", "medalign", "bench", "kernels")
     rehearsed, measured, steps, tuned = TINY if tiny else REAL
     others = ("tests/gpu/test_teacher_stream.py", "tests/gpu/test_flash_attention.py", "tests/gpu/test_training.py")
@@ -100,7 +100,7 @@ def _tests(name: str, limit: int, words: tuple[str, ...], variables: dict[str, s
 
 
 def run(stage: Stage, output: Path, seconds: float, tiny: bool) -> dict[str, Any]:
-    """The stage's row: status, time, what became of its tests, its figures."""
+    """Run a stage; returns its row with status, time, outcomes of tests and figures."""
     logs = output / "logs"
     log, outcomes, figures = (logs / f"{stage.name.replace(' ', '_')}{end}" for end in (".txt", ".jsonl", ".json"))
     for stale in (log, outcomes, figures):
@@ -134,7 +134,7 @@ def _variables(stage: Stage, outcomes: Path, tiny: bool) -> dict[str, str]:
 
 
 def _within(seconds: float, command: list[str], log: Any, variables: dict[str, str]) -> str:
-    """Runs it in a process group of its own, which is killed as a whole when the time is over."""
+    """Run a command in a new process group, and kill the whole group when the time is over."""
     process = subprocess.Popen(
         command, cwd=ROOT, env=variables, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
     )
@@ -150,14 +150,14 @@ def _within(seconds: float, command: list[str], log: Any, variables: dict[str, s
 
 
 def check(output: Path, minutes: float, tiny: bool) -> dict[str, Any]:
-    """All stages, one after the other, for as long as there is time."""
+    """Run the stages one after the other while there is time."""
     began, deadline = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), time.monotonic() + 60 * minutes
     rows: list[dict[str, Any]] = []
     for stage in stages(tiny, output):
         left = deadline - time.monotonic()
         print(f"{stage.name}: ", end="", flush=True)
         if left < 5:
-            rows.append({"stage": stage.name, "status": "not run: the time was spent", "seconds": 0.0})
+            rows.append({"stage": stage.name, "status": "not run: no time left", "seconds": 0.0})
         else:
             rows.append(run(stage, output, min(stage.limit * (PATIENCE if tiny else 1), left), tiny))
         print(_line(rows[-1]), flush=True)
@@ -174,11 +174,11 @@ def check(output: Path, minutes: float, tiny: bool) -> dict[str, Any]:
 
 
 def _require_card(row: dict[str, Any]) -> None:
-    """Nothing else can run without one: status 2."""
+    """Exit with status 2 if there is no GPU, without which no other stage can run."""
     if row.get("figures", {}).get("card"):
         return
     print("\n".join(row.get("tail", [])))
-    print("no CUDA device is there (is the driver loaded? nvidia-smi -L); --tiny rehearses on the CPU")
+    print("no CUDA device found (is the driver loaded? nvidia-smi -L); --tiny rehearses on the CPU")
     raise SystemExit(2)
 
 
@@ -189,13 +189,14 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def main() -> int:
+    """Run the check; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--output", type=Path, default=RESULTS, metavar="DIR", help=f"default {RESULTS.relative_to(ROOT)}"
     )
     parser.add_argument("--minutes", type=float, default=9.5, help="for all stages together (default %(default)s)")
     parser.add_argument("--tiny", action="store_true", help="rehearse on the CPU, at small sizes")
-    parser.add_argument("--missing", action="store_true", help="say which packages are missing; status 1 if any is")
+    parser.add_argument("--missing", action="store_true", help="only list missing packages; status 1 if there are any")
     options = parser.parse_args()
     lacking = missing()
     if lacking:
@@ -210,5 +211,5 @@ def main() -> int:
     (output / "gpu_check.md").write_text(page.render(document), encoding="utf-8")
     for line in page.failures(document):
         print(f"FAILED {line}")
-    print(f"{'something failed' if document['failed'] else 'all went well'}: {output / 'gpu_check.md'}")
+    print(f"{'something failed' if document['failed'] else 'everything passed'}: {output / 'gpu_check.md'}")
     return int(bool(document["failed"]))

@@ -1,4 +1,4 @@
-"""What the check ran on, as one JSON object on standard output."""
+"""Prints the machine and the versions that the check runs on, as one JSON object."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ PACKAGES = ("torch", "triton", "deepspeed", "transformers", "peft", "open_clip_t
 
 
 def main() -> None:
-    facts = {"python": platform.python_version(), "commit": _say("git", "rev-parse", "--short", "HEAD")}
+    """Print the object."""
+    facts = {"python": platform.python_version(), "commit": _first_line("git", "rev-parse", "--short", "HEAD")}
     facts |= {name: _version(name) for name in PACKAGES}
     facts["triton can build"] = gpu.missing_to_build() or "yes"
     card: dict[str, object] = {"card": None}
@@ -26,7 +27,7 @@ def main() -> None:
             "card": torch.cuda.get_device_name(),
             "capability": ".".join(map(str, torch.cuda.get_device_capability())),
             "cuda": torch.version.cuda,
-            "driver": _say("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+            "driver": _first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
             "memory_gib": round(total / 2**30, 1),
             "free_gib": round(free / 2**30, 1),
         }
@@ -40,7 +41,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _say(*command: str) -> str | None:
+def _first_line(*command: str) -> str | None:
     if not shutil.which(command[0]):
         return None
     lines = subprocess.run(command, capture_output=True, text=True, check=False).stdout.splitlines()

@@ -1,4 +1,4 @@
-"""A pytest plugin: one JSON line per test as soon as it is over, so that a killed run has said what it found."""
+"""A pytest plugin that writes one JSON line per test as soon as it ends, so that a killed run keeps its outcomes."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-VARIABLE = "GPU_CHECK_OUTCOMES"  # the file
+VARIABLE = "GPU_CHECK_OUTCOMES"  # names the file
 
 
 def pytest_runtest_logreport(report: Any) -> None:
+    """Append the outcome of a test; called by pytest after each phase."""
     if report.when != "call" and report.passed:
         return
     row = {"test": report.nodeid, "outcome": report.outcome, "seconds": round(report.duration, 2)}
@@ -21,7 +22,7 @@ def pytest_runtest_logreport(report: Any) -> None:
 
 
 def _reason(report: Any) -> str:
-    """One line: of a skip what it was told, of a failure what was raised."""
+    """One line: the reason for a skip, or the error of a failure."""
     if report.skipped:
         return str(report.longrepr[2]).removeprefix("Skipped: ")
     crash = getattr(report.longrepr, "reprcrash", None)

@@ -1,4 +1,4 @@
-"""The check's JSON as a page of Markdown."""
+"""The results of the check as a page of Markdown."""
 
 from __future__ import annotations
 
@@ -7,43 +7,43 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 NOTES = """\
-Tests hold each kernel against the specification in float64, within limits that `tests/gpu/tolerances.py` derives. A run
-that was killed goes on to the bit with eager attention; SDPA and flash-attention sum parts of their gradients in any
-order. What needs several cards is not covered here: NCCL between ranks, ZeRO's partitions. `torch.compile` is left out
-of the kernels' benchmark, for the time that it takes to compile.
+Tests compare each kernel with the reference in float64, within limits that `tests/gpu/tolerances.py` derives. With
+eager attention, a run that was killed resumes bit-identically; SDPA and flash-attention sum parts of their gradients in
+varying order. What needs several GPUs (NCCL between ranks, ZeRO partitions) is not covered. The kernel benchmark skips
+`torch.compile`, which takes too long to compile.
 """
 FORMS = {
     "plain": "plain fine-tuning",
-    "medalign_given": "both losses, targets given",
-    "medalign_online": "both losses, teacher on line",
-    "released_given": "the released code's form, targets given",
-    "released_online": "the released code's form, teacher on line",
+    "medalign_given": "both losses, precomputed targets",
+    "medalign_online": "both losses, teacher online",
+    "released_given": "released code, precomputed targets",
+    "released_online": "released code, teacher online",
 }
 
 
 def render(document: dict[str, Any]) -> str:
-    """The whole page."""
+    """Format the whole page."""
     parts = ["# GPU check", *_head(document), "## Stages", _stages(document)]
     failed = list(failures(document))
     if failed:
-        parts += ["## What failed", "\n".join(f"- {line}" for line in failed), *_tails(document)]
+        parts += ["## Failures", "\n".join(f"- {line}" for line in failed), *_tails(document)]
     for row in document["stages"]:
         figures = row.get("figures")
         if figures and row["stage"] == "step":
-            parts += ["## Whole steps", *_steps(figures)]
+            parts += ["## Training steps", *_steps(figures)]
         elif figures:
-            title = {"kernels": "## Kernels", "tiles": "## Tiles, after a short search"}[row["stage"]]
+            title = {"kernels": "## Kernels", "tiles": "## Tiles, after a short tuning"}[row["stage"]]
             parts += [title, *(f"{name}\n\n{table(rows)}" for name, rows in figures.items())]
     skipped = list(_skipped(document))
     if skipped:
-        parts += ["## Tests that were skipped", "\n".join(f"- {line}" for line in skipped)]
+        parts += ["## Skipped tests", "\n".join(f"- {line}" for line in skipped)]
     return "\n\n".join([*parts, "## Notes", NOTES.strip()]) + "\n"
 
 
 def failures(document: dict[str, Any]) -> Iterator[str]:
     """One line per failed test, and per stage that failed without one."""
     if not document["machine"]:
-        yield "machine: nothing could be said about it"
+        yield "machine: it could not be described"
     for row in document["stages"]:
         bad = [test for test in row.get("tests", []) if test["outcome"] == "failed"]
         for test in bad:
@@ -53,9 +53,9 @@ def failures(document: dict[str, Any]) -> Iterator[str]:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The keys of the first row are the head."""
+    """Format rows with the keys of the first row as header."""
     if not rows:
-        return "nothing"
+        return "no rows"
     head = list(rows[0])
     lines = [head, ["---"] * len(head), *([_cell(row.get(name)) for name in head] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -63,16 +63,16 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 def _cell(value: Any) -> str:
     if value is None:
-        return "not known"
+        return "unknown"
     return f"{value:.4g}" if isinstance(value, float) else str(value).replace("|", "/")
 
 
 def _head(document: dict[str, Any]) -> Iterator[str]:
     if document["rehearsal"]:
-        yield "**A rehearsal on the CPU, at small sizes: nothing here says anything about a GPU.**"
+        yield "**A rehearsal on the CPU at small sizes: these figures say nothing about a GPU.**"
     machine = [{"": name, "value": value} for name, value in document["machine"].items()]
     yield table(machine)
-    verdict = f"failed: {', '.join(document['failed'])}" if document["failed"] else "all went well"
+    verdict = f"failed: {', '.join(document['failed'])}" if document["failed"] else "everything passed"
     yield f"{document['began']}, {document['seconds']:.0f} s: **{verdict}**."
 
 

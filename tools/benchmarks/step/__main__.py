@@ -1,4 +1,4 @@
-"""What distillation costs: whole training steps, side by side in one process, on one rank.
+"""The cost of distillation: complete training steps of several forms in one process, on one rank.
 
     python -m tools.benchmarks.step                     # the packaged student, and a wider one with 576 image tokens
     python -m tools.benchmarks.step --preset phantom --rounds 5
@@ -75,7 +75,7 @@ PRESETS: dict[str, Callable[[argparse.Namespace, Path], dict[str, Any]]] = {
     "wide": wide,
     "packing": packing,
     "llava": llava,
-    "tiny": llava,  # the same at sizes that a CPU takes in seconds, for tests
+    "tiny": llava,  # the same at sizes that run in seconds on a CPU, for tests
 }
 
 
@@ -83,7 +83,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, nargs="+", default=list(DEFAULT_PRESETS))
     parser.add_argument("--rounds", type=int, default=15, help="timed steps of each form (default %(default)s)")
-    parser.add_argument("--samples", type=int, help="samples in a step (default: the preset's)")
+    parser.add_argument("--samples", type=int, help="samples per step (default: the preset's)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default %(default)s)")
     parser.add_argument("--engine", default="zero2", help="DeepSpeed settings of ds_configs/ (default %(default)s)")
     parser.add_argument("--output", type=Path, default=ROOT / "tools/benchmarks/results/step_cpu.json")

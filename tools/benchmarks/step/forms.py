@@ -1,14 +1,14 @@
-"""The forms of a training step that the benchmark compares, all taken by one student under one engine.
+"""The forms of a training step that the benchmark compares, all run by one student and one engine.
 
     plain             language loss only: no teacher, no tap, no W
-    medalign_given    both distillation losses, the teacher's targets given
-    medalign_online   both losses, the teacher on line
-    released_given    the released code's form: eager attention with the weights of every block kept, N x N similarity
-                      matrices in autograd, the teacher's matrix given (the released code precomputes it)
-    released_online   the same, with the teacher on line
+    medalign_given    both distillation losses, with precomputed targets of the teacher
+    medalign_online   both losses, with the teacher running online
+    released_given    the form of the released code: eager attention that keeps the weights of every block, N x N
+                      similarity matrices in autograd, the teacher's matrix precomputed
+    released_online   the same, with the teacher running online
 
-Targets that are given lie on the host and are copied to the device in each step. Rates are 0: every form meets the same
-weights in every round, though the optimizer does all of its work.
+Precomputed targets are in host memory and are copied to the device in each step. Learning rates are 0: the weights stay
+the same in all rounds, while the optimizer does all of its work.
 
 B samples, L tokens, I images, N image tokens.
 """
@@ -41,7 +41,7 @@ class Form(NamedTuple):
     name: str
     distils: bool
     released: bool = False
-    given: bool = False  # the teacher's targets
+    given: bool = False  # whether the teacher's targets are precomputed
 
 
 FORMS = (
@@ -54,7 +54,7 @@ FORMS = (
 
 
 class ReleasedStudent(Student):
-    """The attention weights of every block are made and kept, and the map is cut out of one."""
+    """Computes and keeps the attention weights of every block, and takes the map from one of them."""
 
     def forward(self, batch: Batch, *, tap: bool = True) -> StudentOutput:
         kept = (batch.labels[:, 1:] != IGNORE).any(0).nonzero()[:, 0]

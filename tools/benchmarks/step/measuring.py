@@ -1,4 +1,4 @@
-"""Time and memory of each form, in turn, so that other load on the machine affects all alike; blocks that fit."""
+"""Time and memory of each form, interleaved so that other load on the machine affects all of them; blocks that fit."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from tools.benchmarks.step import models, utilization
 from tools.benchmarks.step.forms import FORMS, Bench, Form
 from tools.benchmarks.step.models import Shape, Text
 
-WARM_UP = 2  # rounds: compilation, allocation, and ZeRO-3's record of the order of the weights
-AGREE = {torch.float32: 1e-3, torch.bfloat16: 2e-2}  # bf16: eager attention rounds weights to 8 bits, and the rest too
+WARM_UP = 2  # rounds, for compilation, allocation, and ZeRO-3's trace of the order of the weights
+AGREE = {torch.float32: 1e-3, torch.bfloat16: 2e-2}  # bf16 rounds attention weights and activations to 8 bits
 GIB = 2**30
-SPARE = 0.9  # share of the free memory that is planned for: fragments and libraries take some
+SPARE = 0.9  # share of the free memory to use: fragmentation and libraries take the rest
 
 MakeStudent = Callable[[StudentConfig, torch.device, torch.dtype], Student]
 
 
 def assemble(config: Config, make: MakeStudent, teacher: Teacher, samples: int, text: Text) -> Bench:
-    """One rank: no weight is sharded while it is loaded."""
+    """Build student, engine and batch on one rank, where weights are not sharded while they are loaded."""
     device = next(teacher.parameters()).device
     student = make(config.student, device, next(teacher.parameters()).dtype)
     student.train()
@@ -40,9 +40,11 @@ def assemble(config: Config, make: MakeStudent, teacher: Teacher, samples: int, 
 
 
 def measure(bench: Bench, rounds: int, name: str) -> dict[str, Any]:
-    """One row per form; its memory is counted without the teacher's weights where it has no teacher.
+    """Measure all forms; memory excludes the teacher's weights for forms without an online teacher.
 
-    Raises AssertionError if forms that must compute the same loss do not."""
+    Raises:
+        AssertionError: forms that must compute the same loss do not.
+    """
     device = bench.engine.device
     times: dict[str, list[float]] = {form.name: [] for form in FORMS}
     peaks, losses = dict.fromkeys(times, 0.0), dict.fromkeys(times, float("nan"))
@@ -92,7 +94,7 @@ def _require_same(losses: dict[str, float], lost: set[str], dtype: torch.dtype) 
 
 
 def _row(times: Sequence[float], peak: float, loss: float, flops: float, device: torch.device) -> dict[str, Any]:
-    """MFU and memory are None where they are not known: on the CPU, on a card that is not in the table."""
+    """One row of figures; MFU and memory are None where unknown: on the CPU, or on a GPU that is not in the table."""
     seconds = statistics.median(times)
     fifths = statistics.quantiles(times, n=5, method="inclusive") if len(times) > 1 else [seconds] * 4
     most = utilization.peak(utilization.card_name(device))
@@ -141,7 +143,7 @@ def _ratios(rows: dict[str, dict[str, Any]]) -> dict[str, float | None]:
 def real_shapes(
     shape: Shape, samples: int, rounds: int, engine: str, folder: Path, device: torch.device, dtype: torch.dtype
 ) -> dict[str, Any]:
-    """Random weights at the shape, with as many of its blocks as the card's free memory holds."""
+    """Measure a student of random weights, with as many blocks as fit into the free memory of the GPU."""
     teacher = models.random_teacher(shape.teacher, folder, device, dtype)
 
     def bench_of(blocks: int) -> Bench:
@@ -157,7 +159,7 @@ def real_shapes(
 
 
 def plan_blocks(bench_of: Callable[[int], Bench], wanted: int, device: torch.device) -> dict[str, Any]:
-    """How many blocks fit, from the peaks of the greediest form with 2 and with 4: a straight line through both."""
+    """The number of blocks that fit, extrapolated linearly from the peaks of the largest form with 2 and 4 blocks."""
     greedy = next(form for form in FORMS if form.name == "released_online")
     peaks = []
     for blocks in (2, 4):

@@ -1,4 +1,4 @@
-"""Students and teachers to benchmark: the packaged ones, and random weights at other shapes, made where they run."""
+"""Students and teachers to benchmark: the packaged ones, and random weights at other shapes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TINY_TEACHER = {"image_size": 32, "layers": 2, "width": 64, "patch_size": 8}
 
 @dataclass(frozen=True)
 class Text:
-    """Tokens of a sample around its image."""
+    """Numbers of text tokens of a sample."""
 
     before: int = 1
     question: int = 24
@@ -101,7 +101,7 @@ TINY = Shape(
 
 
 def settings(samples: int, engine: str, layer: int | None = None, rank: int | None = None) -> Config:
-    """The packaged recipe's settings, for micro-batches that are whole steps."""
+    """The settings of the packaged recipe, with one micro-batch per step."""
     words = ["--data.train", "none", "--train.batch_size", str(samples), "--train.micro_batch_size", str(samples)]
     words += ["--engine.deepspeed", engine]
     if layer is not None:
@@ -112,7 +112,7 @@ def settings(samples: int, engine: str, layer: int | None = None, rank: int | No
 
 
 def tapped_layer(blocks: int) -> int:
-    """The block that lies as deep as 20 of 32, and never the first."""
+    """The block at the relative depth of block 20 of 32, and never the first."""
     return max(1, blocks * 20 // 32)
 
 
@@ -124,7 +124,7 @@ def random_student(shape: Shape, config: StudentConfig, device: torch.device, dt
 
 
 def wide_student(config: StudentConfig, device: torch.device, dtype: torch.dtype) -> Student:
-    """The packaged student's kind at LLaVA's 576 image tokens, with a decoder of width 512 and 6 blocks."""
+    """The architecture of the packaged student with LLaVA's 576 image tokens, width 512 and 6 blocks."""
     whole = AutoConfig.from_pretrained(ASSETS / "phantom_student")
     whole.vision_config.image_size, whole.vision_config.patch_size = 336, 14
     text = whole.text_config
@@ -134,7 +134,7 @@ def wide_student(config: StudentConfig, device: torch.device, dtype: torch.dtype
 
 
 def _untrained(whole: PreTrainedConfig, config: StudentConfig, device: torch.device, dtype: torch.dtype) -> Student:
-    """Drawn on the device: billions of random numbers take minutes on a CPU."""
+    """A student of random weights, generated on the device: billions of random numbers take minutes on a CPU."""
     names = attention_names(config.attention, dtype)
     with torch.device(device):
         model = AutoModelForImageTextToText.from_config(whole, dtype=dtype, attn_implementation=names)
@@ -146,7 +146,7 @@ def packaged_student(config: StudentConfig, _device: torch.device, dtype: torch.
 
 
 def random_teacher(vision: dict[str, int], folder: Path, device: torch.device, dtype: torch.dtype) -> Teacher:
-    """A tower of open_clip with random weights; `folder` gets its description."""
+    """A tower of open_clip with random weights; its configuration is written to `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG_NAME).write_text(json.dumps({"model_cfg": {"embed_dim": 16, "vision_cfg": vision}}))
     return load_teacher(folder, device, dtype, random_weights_seed=0)

@@ -1,4 +1,4 @@
-"""The same micro-batches of phantoms, questions and reports mixed, with padding and without."""
+"""The same micro-batches of phantoms, with questions and reports mixed, padded and packed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tools.benchmarks.step.measuring import WARM_UP
 
 
 def measure_packing(bench: Bench, samples: int, rounds: int, folder: Path) -> dict[str, Any]:
-    """On the packaged student. Raises AssertionError if the two ways do not compute the same loss."""
+    """Measure the packaged student. Raises AssertionError if padding and packing do not give the same loss."""
     form = next(form for form in FORMS if form.name == "medalign_online")
     phantom.write(folder, 80, 1, 0)
     index = ShardIndex.open(folder / "train")
@@ -38,7 +38,7 @@ def measure_packing(bench: Bench, samples: int, rounds: int, folder: Path) -> di
                 times[way].append(time.perf_counter() - began)
             if way == "padded":
                 padding.append(1 - float(bench.batch.attention_mask.float().mean()))
-        assert abs(losses[0] - losses[1]) < 1e-3 * abs(losses[0]), "the two ways must agree"
+        assert abs(losses[0] - losses[1]) < 1e-3 * abs(losses[0]), "padding and packing must give the same loss"
     medians = {way: statistics.median(values) for way, values in times.items()}
     return {
         "samples": samples,

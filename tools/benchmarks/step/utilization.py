@@ -1,12 +1,12 @@
-"""Model FLOPs utilization: what the plain step must compute, over what the card could have computed in the time.
+"""Model FLOPs utilization (MFU): the operations of the plain step, divided by what the GPU could compute in the time.
 
     MFU = FLOPs of the plain step / (seconds per step * peak FLOPs per second)
 
-The numerator is the same for every form, so that the teacher, the losses and eager attention lower it. A multiplication
-and an addition are two operations. Each linear layer of the language model counts 2 per weight and token forward, 2 for
+The numerator is the same for every form, so the teacher, the losses and eager attention lower the MFU. A multiply-add
+is two operations. Each linear layer of the language model counts 2 per weight and token forward, 2 for
 the gradient of its input, and 2 more for the gradient of its weights where they train (LoRA); attention counts two
 products over the causal half forward and twice that backward; the output layer counts at the kept positions only; the
-vision tower and the projector run forward only. Every block counts as one that passes a gradient on.
+vision tower and the projector run forward only. Every block is counted as passing a gradient to the one before.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from medalign.contracts import IGNORE, Batch
 from medalign.student.model import Student
 
 FORMULA = "FLOPs of the plain step / (seconds * peak); the same FLOPs for every form; see tools/benchmarks/step"
-# Dense bf16 operations per second by the data sheets; the first name that is part of the card's counts.
+# Dense bf16 operations per second from the data sheets; the first name contained in the GPU's name is used.
 PEAKS = {
     "A100": 312e12,
     "H100 PCIe": 756e12,
@@ -34,16 +34,17 @@ PEAKS = {
 
 
 def peak(card: str) -> float | None:
-    """Of the card by its name; None where it is not in the table."""
+    """The peak of a GPU by its name; None if it is not in the table."""
     return next((operations for name, operations in PEAKS.items() if name in card), None)
 
 
 def card_name(device: torch.device) -> str:
+    """The name of the GPU, or "CPU"."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
 def plain_flops(student: Student, batch: Batch) -> float:
-    """Of one plain step, forward and backward."""
+    """The operations of one plain step, forward and backward."""
     samples, length = batch.input_ids.shape
     kept = int((batch.labels[:, 1:] != IGNORE).any(0).sum()) * samples
     model: Any = student.model.get_base_model()
@@ -55,14 +56,14 @@ def plain_flops(student: Student, batch: Batch) -> float:
     attention = 3 * causal * samples * len(student.anatomy.blocks)
     images, patches = len(batch.image_weight), student.anatomy.grid.size
     vision = tower.config
-    looked = _forward(tower) * images * (patches + 1)
-    looked += 4 * (patches + 1) ** 2 * vision.hidden_size * vision.num_hidden_layers * images
-    projected = _forward(student.anatomy.projector) * images * patches
-    return blocks + attention + _linear(model.lm_head) * kept + looked + projected
+    vision_flops = _forward(tower) * images * (patches + 1)
+    vision_flops += 4 * (patches + 1) ** 2 * vision.hidden_size * vision.num_hidden_layers * images
+    projector_flops = _forward(student.anatomy.projector) * images * patches
+    return blocks + attention + _linear(model.lm_head) * kept + vision_flops + projector_flops
 
 
 def _linear(module: nn.Module) -> float:
-    """Operations per token of all linear layers inside, forward and backward."""
+    """Operations per token of all linear layers in a module, forward and backward."""
     return sum(
         (6 if layer.weight.requires_grad else 4) * layer.in_features * layer.out_features for layer in _layers(module)
     )

@@ -1,4 +1,4 @@
-"""The attention map for the benchmark: its cost by count, problems to measure it on, entries to tune."""
+"""The benchmark case of the attention map: cost models, problems to measure, entries to tune."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from medalign.kernels.attention_map import attention_map, chunked, tile_table
 from medalign.kernels.attention_map.arguments import AttentionMapArgs
 from medalign.kernels.attention_map.tile_table import Tiles
 
-TOKENS = (576, 1024, 2304, 4096, 16384)  # of the image
+TOKENS = (576, 1024, 2304, 4096, 16384)  # per image
 SMALL_TOKENS = (40, 70)  # on the CPU, where the kernels are interpreted
 
 
 class Shape(NamedTuple):
-    """A prompt: some words, the image, the question (its rows), the answer; heads of `width` channels."""
+    """A prompt: text, the image, the question (the rows), the answer; heads of `width` channels."""
 
     image: int
     question: int
@@ -50,19 +50,19 @@ def cost_models() -> Iterator[CostModel]:
 
 
 def least_cost(shape: Shape, size: int = 2) -> Cost:
-    """Scores, dQ and dK once each; the rows' queries and the keys read once, both whole gradients written."""
+    """Scores, dQ and dK once each; the queries of the rows and the keys read once, both whole gradients written."""
     pairs = shape.heads * shape.question
     elements = (pairs + shape.key_heads * shape.length) + (shape.heads + shape.key_heads) * shape.length
     return Cost(6 * pairs * shape.length * shape.width, elements * shape.width * size)
 
 
 def eager_cost(shape: Shape, size: int = 2) -> Cost:
-    """Every operation of autograd on the eager form on its own, for all L rows of every head.
+    """Each operation of autograd on the eager form separately, for all L rows of every head.
 
-    L x L: scores written (1), scaled (2), hidden (2), softmax, in float32 (3), the rows chosen, in float32 (4), their
-    sum (2); backward, down to the softmax in float32: the sum spread (2), chosen (4), the softmax (6), then hidden
-    (2), scaled (2), read by two products (2). L x d: keys repeated (3), read by the scores (2), by their gradients
-    (2), whose results are written and summed over the group (4).
+    L x L, in elements of half precision: scores written (1), scaled (2), masked (2), softmax in float32 (3), rows
+    selected in float32 (4), summed (2); backward, in float32 up to the softmax: sum (2), selection (4), softmax (6),
+    then mask (2), scale (2), read by two products (2). L x d: keys repeated (3), read by the scores (2) and by their
+    gradients (2), whose results are written and summed over the group (4).
     """
     elements = shape.heads * (32 * shape.length**2 + 11 * shape.length * shape.width)
     return Cost(6 * shape.heads * shape.length**2 * shape.width, elements * size)
@@ -71,8 +71,8 @@ def eager_cost(shape: Shape, size: int = 2) -> Cost:
 def triton_cost(shape: Shape, size: int = 2) -> Cost:
     """Scores over L and over the columns; scores, scores and dQ, scores and dK. Each kernel reads its operands once.
 
-    Whole gradients are first filled with zeros; then the rows of dQ and all of dK are written. What else is written is
-    two numbers a pair and one a key and key head.
+    The gradients are first filled with zeros; then the rows of dQ and all of dK are written. In addition, two numbers
+    per pair and one per key and key head are written.
     """
     pairs, keys = shape.heads * shape.question, shape.key_heads * shape.length
     products = (shape.length + shape.image) + 5 * shape.length
@@ -114,7 +114,7 @@ def problem(device: torch.device, dtype: torch.dtype, shape: Shape) -> Problem:
 def _exact(
     query: torch.Tensor, key: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, upstream: torch.Tensor
 ) -> tuple[torch.Tensor, ...]:
-    """By the chunked path in float64, which needs no L x L matrix and is tested against the specification."""
+    """The chunked implementation in float64, which needs no L x L matrix and is tested against the reference."""
     wide_query, wide_key = (tensor.detach().double().requires_grad_() for tensor in (query, key))
     args = AttentionMapArgs(rows, columns, torch.ones_like(rows), query.shape[-1] ** -0.5)
     value = chunked.attention_map(wide_query, wide_key, args)
@@ -132,7 +132,7 @@ def _tolerances(dtype: torch.dtype) -> tuple[tuple[float, float], str]:
 
 
 def tuning_entries(device: torch.device) -> Iterator[TuningEntry]:
-    """Entries for the device's architecture, each on a problem that takes it."""
+    """The entries for the device's architecture, each with a problem that uses it."""
     architecture, on_gpu = gpu.architecture(device), device.type == "cuda"
     for kind in tile_table.table()[architecture]:
         precision, width, _ = kind.replace(",", "").split()
