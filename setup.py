@@ -47,7 +47,7 @@ setup(
         "dicom": ["pydicom>=3"],
         "parquet": ["pyarrow>=18"],
         "remote": ["aiohttp>=3.10", "s3fs>=2025.3"],
-        "benchmark": ["litdata>=0.2.76"],  # compared with in tools/benchmark_data.py
+        "benchmark": ["litdata>=0.2.76"],  # compared with in tools/benchmarks/data.py
         "dev": [
             "pytest>=8",
             "pytest-timeout>=2.3",

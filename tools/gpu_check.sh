@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# What has to be seen on a GPU, in under ten minutes after the installation: see tools/gpu_check.py, which does it.
-# Takes the environment that it is started in if that has all packages (PYTHON chooses the interpreter), else makes .venv.
+# Tests and measures everything that needs a GPU, in under ten minutes after the installation (tools/benchmarks/gpu_check).
+# Uses the current environment if it has all packages (PYTHON selects the interpreter), otherwise creates .venv.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python="${PYTHON:-python3}"
-if ! "$python" tools/gpu_check.py --missing; then
-    trap 'echo "gpu_check: .venv could not be made. Without internet, start this in an environment with the packages that are named above." >&2' EXIT
+if ! "$python" -m tools.benchmarks.gpu_check --missing; then
+    trap 'echo "gpu_check: .venv could not be created. Without internet access, run this in an environment that has the packages listed above." >&2' EXIT
     source tools/install.sh
     trap - EXIT
     python=python
 fi
-exec "$python" tools/gpu_check.py "$@"
+exec "$python" -m tools.benchmarks.gpu_check "$@"

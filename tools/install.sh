@@ -1,5 +1,5 @@
-# Sourced by the other scripts: makes .venv with the tested versions when it is missing or out of date, and enters it.
-# PYTHON chooses the interpreter (3.11 or newer).
+# Sourced by the other scripts: creates or updates .venv with the tested versions and activates it.
+# PYTHON selects the interpreter (3.11 or newer).
 venv=.venv
 stamp=$venv/.installed
 if [ ! -x $venv/bin/python ]; then
@@ -7,13 +7,13 @@ if [ ! -x $venv/bin/python ]; then
 fi
 if ! cat setup.py tools/constraints.txt | cmp -s - $stamp; then
     echo "installing medalign into $venv (first time: a few minutes and about 6 GB)" >&2
-    # torch first: DeepSpeed's own set-up imports it
+    # torch first: DeepSpeed's setup imports it
     $venv/bin/pip install -q -c tools/constraints.txt torch torchvision
     $venv/bin/pip install -q -c tools/constraints.txt -e '.[dev]'
     cat setup.py tools/constraints.txt > $stamp
 fi
 export PATH="$PWD/$venv/bin:$PATH"
-# Without an NVIDIA GPU, DeepSpeed has to be told to use the CPU.
+# Without an NVIDIA GPU, DeepSpeed needs an explicit choice of the CPU.
 if [ -z "${DS_ACCELERATOR:-}" ] && ! nvidia-smi -L > /dev/null 2>&1; then
     export DS_ACCELERATOR=cpu
 fi

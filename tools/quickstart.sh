@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# From nothing to a report: phantoms, three students under DeepSpeed ZeRO-3, scores on held-out films.
+# The whole pipeline: phantoms, three students trained with DeepSpeed ZeRO-3, scores on held-out films, a report.
 #
-#   bash tools/quickstart.sh [FOLDER]      default runs/quickstart; the same folder again goes on where it stopped
+#   bash tools/quickstart.sh [FOLDER]      default runs/quickstart; an existing folder is resumed
 #
 # SEED (0), STEPS (the recipe's), TRAIN and VAL (studies), RANKS and ARMS ("base language medalign"; two more are
 # controls, "steered" and "untrained") can be set in the environment.
@@ -20,14 +20,14 @@ if [ "$gpus" -gt 0 ]; then
 else
     ranks=${RANKS:-2} engine=cpu
     micro=$((32 / ranks))
-    # One core a rank: two ranks that share their threads only get in each other's way.
+    # Divide the cores among the ranks; sharing them slows all ranks down.
     cores=$(nproc)
     export OMP_NUM_THREADS=$((cores / ranks > 0 ? cores / ranks : 1))
 fi
 
 mkdir -p "$out"
 if [ "$(cat "$out/seed" 2> /dev/null || echo "$seed")" != "$seed" ]; then
-    echo "$out was begun with SEED=$(cat "$out/seed"); name another folder for SEED=$seed" >&2
+    echo "$out was started with SEED=$(cat "$out/seed"); use another folder for SEED=$seed" >&2
     exit 2
 fi
 echo "$seed" > "$out/seed"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that must hold before a change lands: ruff, the type checker, all tests. Makes .venv if it is missing.
+# All checks that a change must pass: ruff, the type checker, all tests. Creates .venv if it is missing.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source tools/install.sh

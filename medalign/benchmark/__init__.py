@@ -1,1 +1,1 @@
-"""What the kernels are and do: compiled ahead of time, counted, measured, tuned. `medalign bench` prints it."""
+"""Benchmarks of the package's own code, behind `medalign bench`."""

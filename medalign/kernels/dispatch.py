@@ -1,8 +1,9 @@
-"""Which implementation of a kernel runs. A path asked for by name is taken or refused, never replaced.
+"""Selection of an operation's implementation. An implementation requested by name runs or raises, with no fallback.
 
-An operation lists its implementations by name. One that does not run everywhere comes with a function
-`available(device, *dtypes)`: None where it can run, else the reason with the remedy. "auto" takes the fused kernels on
-CUDA where they can run, and the chunked path elsewhere; on the CPU a fused kernel would only be interpreted.
+An operation lists its implementations by name. One that does not run everywhere comes with a condition, a function of
+the device and the dtypes, which returns None if it can run and otherwise the reason and the remedy. "auto" selects the
+fused kernels on CUDA where they can run, and the chunked implementation everywhere else: on the CPU, Triton could only
+interpret a fused kernel.
 """
 
 from __future__ import annotations
@@ -31,22 +32,32 @@ def choose(
     known: Implementations,
     conditions: Conditions,
 ) -> Callable[..., torch.Tensor]:
-    """The implementation of `operation` to run on `inputs`, whose first tensor says the device.
+    """Select the implementation of an operation. The choice and its reason are logged once per process.
 
-    `impl` is a name in `known`, or "auto". The choice and its reason are logged once a process.
-    Raises KernelError if `impl` is neither (the message lists what exists), or if its condition refuses.
+    Args:
+        operation: the operation's name, for messages.
+        impl: "auto", or a name in `known`.
+        inputs: the tensors of the call; the first determines the device.
+        known: the implementations by name.
+        conditions: the conditions of implementations that do not run everywhere.
+
+    Returns:
+        The implementation.
+
+    Raises:
+        KernelError: `impl` does not exist (the message lists the names that do), or its condition rejects the inputs.
     """
     device, dtypes = inputs[0].device, tuple(each.dtype for each in inputs)
     if impl == AUTO:
         name, reason = _automatic(device, dtypes, conditions)
     elif impl in known:
-        name, reason = impl, "asked for by name"
+        name, reason = impl, "requested by name"
         refusal = conditions[name](device, *dtypes) if name in conditions else None
         if refusal:
             raise KernelError(f'{operation}: impl="{name}" cannot run: {refusal}')
     else:
         available = ", ".join((AUTO, *known))
-        raise KernelError(f'{operation}: impl="{impl}" does not exist here; choose one of: {available}')
+        raise KernelError(f'{operation}: impl="{impl}" does not exist; choose one of: {available}')
     _announce(operation, name, device.type, reason)
     return known[name]
 
@@ -66,7 +77,7 @@ def _announce(operation: str, name: str, device_type: str, reason: str) -> None:
 
 
 def run(implementation: Callable[..., torch.Tensor], *arguments: Any) -> torch.Tensor:
-    """Call it outside autocast, which would otherwise round its float32 products to half precision."""
+    """Call an implementation with autocast disabled, which would round its float32 products to half precision."""
     device = next(argument.device for argument in arguments if torch.is_tensor(argument))
     with torch.autocast(device.type, enabled=False):
         return implementation(*arguments)

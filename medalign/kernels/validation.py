@@ -1,4 +1,4 @@
-"""What every kernel demands of its arguments. Each message names the argument, what it is, and what is wanted."""
+"""Argument checks shared by the kernels. Each message names the argument, what was passed, and what is expected."""
 
 from __future__ import annotations
 
@@ -8,27 +8,29 @@ import torch
 
 
 def describe(tensor: torch.Tensor) -> str:
+    """Shape, dtype and device, for messages."""
     return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
 
 
 def require_features(operation: str, name: str, tensor: torch.Tensor, dimensions: str) -> None:
-    """A floating tensor with as many dimensions as there are letters in `dimensions`, e.g. "BND"."""
+    """Require a floating-point tensor with one dimension per letter of `dimensions`, for example "BND"."""
     if not torch.is_tensor(tensor):
         raise ValueError(f"{operation}: {name} must be a tensor, got {type(tensor).__name__}")
     if tensor.ndim != len(dimensions) or not tensor.is_floating_point():
         wanted = ", ".join(dimensions)
-        raise ValueError(f"{operation}: {name} must be a floating tensor [{wanted}], got {describe(tensor)}")
+        raise ValueError(f"{operation}: {name} must be a floating-point tensor [{wanted}], got {describe(tensor)}")
 
 
 def require_shape(operation: str, name: str, tensor: torch.Tensor, shape: Sequence[int], because: str) -> None:
+    """Require this shape; `because` names the arguments that it must match."""
     if tuple(tensor.shape) != tuple(shape):
         raise ValueError(
-            f"{operation}: {name} must have shape {tuple(shape)} to go with {because}, got {describe(tensor)}"
+            f"{operation}: {name} must have shape {tuple(shape)} to match {because}, got {describe(tensor)}"
         )
 
 
 def require_mask(operation: str, name: str, mask: torch.Tensor, shape: Sequence[int], like: torch.Tensor) -> None:
-    """A bool tensor of `shape` on the device of `like`."""
+    """Require a bool tensor of `shape` on the device of `like`."""
     if not torch.is_tensor(mask):
         raise ValueError(f"{operation}: {name} must be a bool tensor, got {type(mask).__name__}")
     if mask.dtype != torch.bool:
@@ -38,25 +40,28 @@ def require_mask(operation: str, name: str, mask: torch.Tensor, shape: Sequence[
 
 
 def require_device(operation: str, name: str, tensor: torch.Tensor, like: torch.Tensor) -> None:
+    """Require the device of `like`."""
     if tensor.device != like.device:
-        raise ValueError(f"{operation}: {name} is on {tensor.device}, the first argument on {like.device}; move one")
+        raise ValueError(
+            f"{operation}: {name} is on {tensor.device} and the first argument on {like.device}; move one of them"
+        )
 
 
 def require_numbers(operation: str, result: torch.Tensor, **inputs: torch.Tensor) -> None:
-    """Refuse a result that is not finite, and name the inputs that are not.
+    """Reject a result that is not finite, and name the inputs that are not finite.
 
-    On the CPU alone: to look, the host would have to wait for another device at every step. There the result carries
-    the NaN into the loss, and the trainer stops at it.
+    Checked on the CPU only: on a GPU, the host would have to wait for the device at every step. There, the NaN reaches
+    the loss, and the trainer stops.
     """
     if result.device.type != "cpu" or torch.isfinite(result).all():
         return
-    guilty = [name for name, tensor in inputs.items() if not torch.isfinite(tensor).all()]
+    names = [name for name, tensor in inputs.items() if not torch.isfinite(tensor).all()]
     raise ValueError(
-        f"{operation}: NaN or infinity at tokens that count, in {' and '.join(guilty) or 'no input alone'}; "
-        "leave such tokens out by the mask, or look for the layer that makes them"
+        f"{operation}: NaN or infinity at valid tokens of {' and '.join(names) or 'the result only'}; "
+        "mask these tokens out, or look for the layer that produces them"
     )
 
 
 def compute_dtype(*tensors: torch.Tensor) -> torch.dtype:
-    """float64 if any of the inputs is, else float32: half precision is never summed in."""
+    """float64 if any input is float64, otherwise float32: sums are never accumulated in half precision."""
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32

@@ -1,4 +1,4 @@
-"""tools/gpu_check: the whole program, small and on the CPU, and what it does when a stage goes wrong."""
+"""tools/gpu_check.sh: the whole program, small and on the CPU, and what it does when a stage goes wrong."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from pathlib import Path
 
 import pytest
 
+from tools.benchmarks.gpu_check import check
+
 ROOT = Path(__file__).parents[2]
-TABLES = [
-    ROOT / "medalign" / "kernels" / name / "configurations.json" for name in ("attention_map", "token_similarity")
-]
+TABLES = [ROOT / "medalign" / "kernels" / name / "tile_table.json" for name in ("attention_map", "token_similarity")]
 
 
 @pytest.mark.timeout(1200)  # a minute on two idle cores
 def test_the_whole_program_on_the_cpu(tmp_path):
     packaged = [table.read_bytes() for table in TABLES]
-    command = [sys.executable, "tools/gpu_check.py", "--tiny", "--output", tmp_path, "--minutes", "18"]
+    command = [sys.executable, "-m", "tools.benchmarks.gpu_check", "--tiny", "--output", tmp_path, "--minutes", "18"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     page = (tmp_path / "gpu_check.md").read_text()
     assert done.returncode == 0, done.stdout + page
@@ -40,9 +40,9 @@ def test_the_whole_program_on_the_cpu(tmp_path):
     assert json.loads((tmp_path / "tables" / "attention_map.json").read_text()).keys() == {"sm_80", "sm_90", "sm_100"}
     for text in (
         "A rehearsal on the CPU",
-        "all went well",
-        "teacher on line",
-        "Tests that were skipped",
+        "everything passed",
+        "teacher online",
+        "Skipped tests",
         "gradient error",
     ):
         assert text in page
@@ -57,27 +57,19 @@ def assert_every_form_took_the_same_step(found):
     assert found["peak_tflops"] == "not known for CPU: MFU is null"
 
 
-@pytest.fixture
-def program(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
-    import gpu_check
-
-    return gpu_check
+def stage(name, code, limit=60, **more):
+    return check.Stage(name, limit, ("-c", code), **more)
 
 
-def stage(program, name, code, limit=60, **more):
-    return program.Stage(name, limit, ("-c", code), **more)
-
-
-def run(program, monkeypatch, tmp_path, *stages, minutes="1"):
-    machine = stage(program, "machine", 'print(\'{"card": "NVIDIA Test"}\')')
-    monkeypatch.setattr(program, "stages", lambda tiny, output: [machine, *stages])
-    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--output", str(tmp_path), "--minutes", minutes])
-    status = program.main()
+def run(monkeypatch, tmp_path, *stages, minutes="1"):
+    machine = stage("machine", 'print(\'{"card": "NVIDIA Test"}\')')
+    monkeypatch.setattr(check, "stages", lambda tiny, output: [machine, *stages])
+    monkeypatch.setattr(sys, "argv", ["gpu_check", "--output", str(tmp_path), "--minutes", minutes])
+    status = check.main()
     return status, json.loads((tmp_path / "gpu_check.json").read_text()), (tmp_path / "gpu_check.md").read_text()
 
 
-def test_it_goes_on_after_a_failure_and_says_what_failed(program, monkeypatch, tmp_path, capsys):
+def test_it_goes_on_after_a_failure_and_says_what_failed(monkeypatch, tmp_path, capsys):
     tested = 'import os; open(os.environ["GPU_CHECK_OUTCOMES"], "w").write(%r); raise SystemExit(1)'
     rows = [
         {"test": "t.py::good", "outcome": "passed", "seconds": 1},
@@ -85,12 +77,11 @@ def test_it_goes_on_after_a_failure_and_says_what_failed(program, monkeypatch, t
     ]
     written = "import sys; open(sys.argv[-1], 'w').write('{\"on NVIDIA Test\": [{\"ms\": 1.5}]}')"
     status, document, page = run(
-        program,
         monkeypatch,
         tmp_path,
-        stage(program, "tests", tested % "\n".join(map(json.dumps, rows)), tests=True),
-        stage(program, "broken", "raise RuntimeError('no such card')"),
-        stage(program, "kernels", written, figures="kernels.json"),
+        stage("tests", tested % "\n".join(map(json.dumps, rows)), tests=True),
+        stage("broken", "raise RuntimeError('no such card')"),
+        stage("kernels", written, figures="kernels.json"),
     )
     assert status == 1 and document["failed"] == ["tests", "broken"]
     assert [row["status"] for row in document["stages"]] == ["failed: status 1", "failed: status 1", "ok"]
@@ -100,7 +91,7 @@ def test_it_goes_on_after_a_failure_and_says_what_failed(program, monkeypatch, t
     assert "RuntimeError: no such card" in page and "| 1.5 |" in page
 
 
-def test_a_stage_out_of_time_is_killed_with_its_children_and_the_whole_time_is_kept(program, monkeypatch, tmp_path):
+def test_a_stage_out_of_time_is_killed_with_its_children_and_the_whole_time_is_kept(monkeypatch, tmp_path):
     child = tmp_path / "child"
     forks = (
         "import subprocess, sys, time; p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']);"
@@ -108,47 +99,46 @@ def test_a_stage_out_of_time_is_killed_with_its_children_and_the_whole_time_is_k
     )
     began = time.monotonic()
     status, document, page = run(
-        program,
         monkeypatch,
         tmp_path,
-        stage(program, "slow", forks, limit=3),
-        stage(program, "after", "import time; time.sleep(60)"),
-        stage(program, "last", "print(1)"),
+        stage("slow", forks, limit=3),
+        stage("after", "import time; time.sleep(60)"),
+        stage("last", "print(1)"),
         minutes="0.2",
     )
     assert status == 1 and time.monotonic() - began < 40
     assert document["stages"][0]["status"] == "out of time: killed after 3 s"
     assert document["stages"][1]["status"].startswith("out of time: killed after")
-    assert document["stages"][2]["status"] == "not run: the time was spent"
-    assert "last: not run: the time was spent" in page
+    assert document["stages"][2]["status"] == "not run: no time left"
+    assert "last: not run: no time left" in page
     state = Path(f"/proc/{child.read_text()}/stat")
     assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"
 
 
-def test_tests_that_are_all_skipped_on_a_gpu_are_a_failure(program, monkeypatch, tmp_path):
+def test_tests_that_are_all_skipped_on_a_gpu_are_a_failure(monkeypatch, tmp_path):
     skipped = json.dumps({"test": "t.py::one", "outcome": "skipped", "seconds": 0, "reason": "no CUDA"})
     code = f'import os; open(os.environ["GPU_CHECK_OUTCOMES"], "w").write({skipped!r})'
-    status, document, _ = run(program, monkeypatch, tmp_path, stage(program, "tests", code, tests=True))
+    status, document, _ = run(monkeypatch, tmp_path, stage("tests", code, tests=True))
     assert status == 1 and document["stages"][0]["status"] == "failed: every test was skipped"
 
 
-def test_without_a_gpu_it_stops_at_once(program, monkeypatch, tmp_path, capsys):
-    machine = stage(program, "machine", "print('{\"card\": null}')")
-    monkeypatch.setattr(program, "stages", lambda tiny, output: [machine, stage(program, "next", "1/0")])
-    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--output", str(tmp_path)])
+def test_without_a_gpu_it_stops_at_once(monkeypatch, tmp_path, capsys):
+    machine = stage("machine", "print('{\"card\": null}')")
+    monkeypatch.setattr(check, "stages", lambda tiny, output: [machine, stage("next", "1/0")])
+    monkeypatch.setattr(sys, "argv", ["gpu_check", "--output", str(tmp_path)])
     with pytest.raises(SystemExit) as stopped:
-        program.main()
-    assert stopped.value.code == 2 and "no CUDA device is there" in capsys.readouterr().out
+        check.main()
+    assert stopped.value.code == 2 and "no CUDA device found" in capsys.readouterr().out
 
 
-def test_what_is_missing_is_named(program, monkeypatch, capsys):
-    monkeypatch.setattr(program, "NEEDED", "torch no_such_package")
-    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--missing"])
-    assert program.main() == 1
+def test_what_is_missing_is_named(monkeypatch, capsys):
+    monkeypatch.setattr(check, "NEEDED", "torch no_such_package")
+    monkeypatch.setattr(sys, "argv", ["gpu_check", "--missing"])
+    assert check.main() == 1
     assert "these packages are missing: no_such_package" in capsys.readouterr().err
-    monkeypatch.setattr(program, "OLDEST", (4, 0))
-    assert program.main() == 1
-    assert "and 4.0 or newer is needed; name one with PYTHON=" in capsys.readouterr().err
+    monkeypatch.setattr(check, "OLDEST", (4, 0))
+    assert check.main() == 1
+    assert "and 4.0 or newer is needed; set PYTHON=" in capsys.readouterr().err
 
 
 def test_an_installation_that_fails_says_what_to_do(tmp_path):
@@ -164,4 +154,4 @@ def test_an_installation_that_fails_says_what_to_do(tmp_path):
         check=False,
     )
     assert done.returncode != 0
-    assert ".venv could not be made. Without internet, start this in an environment" in done.stderr
+    assert ".venv could not be created. Without internet access, run this in an environment" in done.stderr

@@ -30,4 +30,4 @@ def test_quickstart(tmp_path: Path) -> None:
     assert "base" in page and "medalign" in page and "data:image" in page
     assert str(folder / "report.html") in done.stdout + done.stderr
     refused = subprocess.run(command, cwd=ROOT, env=os.environ | few | {"SEED": "5"}, capture_output=True, text=True)
-    assert refused.returncode == 2 and "was begun with SEED=0" in refused.stderr
+    assert refused.returncode == 2 and "was started with SEED=0" in refused.stderr

@@ -10,7 +10,7 @@ import torch
 from medalign.kernels import attention_map
 from tests.gpu import tolerances
 from tests.gpu.test_token_similarity import DTYPES, error
-from tests.kernels.test_attention_map import inputs, packed
+from tests.unit.kernels.test_attention_map import inputs, packed
 
 pytestmark = pytest.mark.gpu
 
@@ -34,7 +34,7 @@ SMALL = {
     "width 80": Case(30, 2, 2, 80),
     "width 256": Case(30, 2, 1, 136),
 }
-SIGHTS = {
+OPTIONS = {
     "plain": {},
     "softcap": {"softcap": 5.0},
     "window": {"window": 37},
@@ -42,7 +42,7 @@ SIGHTS = {
 }
 
 # Each form of the scores at the real shape; other shapes with all of them at once, for each is a binary to compile.
-CASES = [*(("llava", sight) for sight in SIGHTS), *((name, "both") for name in REAL if name != "llava")]
+CASES = [*(("llava", options) for options in OPTIONS), *((name, "both") for name in REAL if name != "llava")]
 
 
 def make(case: Case, device: torch.device, dtype: torch.dtype, layout: str = "padded"):
@@ -74,14 +74,14 @@ def unit(gradients) -> float:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("name", "sight"), CASES)
+@pytest.mark.parametrize(("name", "options"), CASES)
 @pytest.mark.parametrize("layout", ["padded", "packed"])
-def test_value_and_gradients(device, rehearsing, layout, name, dtype, sight):
+def test_value_and_gradients(device, rehearsing, layout, name, dtype, options):
     if rehearsing and dtype == torch.bfloat16:
         pytest.skip("Triton's interpreter does not multiply bf16")
     case = (SMALL if rehearsing else REAL)[name]
     tensors, rows, columns, settings = make(case, device, dtype, layout)
-    settings |= SIGHTS[sight]
+    settings |= OPTIONS[options]
     upstream = torch.randn(rows.shape, generator=torch.Generator(device).manual_seed(1), device=device)
     wide = tuple(tensor.detach().double().requires_grad_() for tensor in tensors)
     expected = solve("reference", wide, rows, columns, upstream, **settings)

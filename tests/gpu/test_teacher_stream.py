@@ -1,4 +1,4 @@
-"""The teacher's own CUDA stream, with the allocator handing memory on while the other stream still reads it."""
+"""The teacher's separate CUDA stream, while the allocator reuses memory that the other stream still reads."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PAUSE = 200_000_000  # clock cycles that a stream sleeps, a tenth of a second
 
 @pytest.fixture
 def teacher(cuda, teacher_folder) -> Teacher:
-    """It sleeps before it looks: whatever happens on the other stream happens first."""
+    """It sleeps before it reads, so that the work of the other stream comes first."""
     teacher = load_teacher(teacher_folder, cuda)
     teacher.register_forward_pre_hook(lambda *_: torch.cuda._sleep(PAUSE))
     return teacher
@@ -34,7 +34,7 @@ def expected(teacher: Teacher, pixels: torch.Tensor):
 
 
 def overwritten(cuda: torch.device, beside: AsyncTeacher) -> tuple[bool, bool]:
-    """Pixels are freed at once and their memory asked for again: was it handed out, and did the targets change?"""
+    """Frees pixels at once and allocates again; was their memory reused, and did the targets change?"""
     wanted = expected(beside.teacher, draw(cuda, 0))
     torch.cuda.empty_cache()
     pixels = draw(cuda, 0)
@@ -50,8 +50,8 @@ def overwritten(cuda: torch.device, beside: AsyncTeacher) -> tuple[bool, bool]:
 
 
 def same(found, wanted) -> bool:
-    """Another stream may take another algorithm, whose sums differ in order; what was overwritten is NaN, or another
-    picture's."""
+    """Another stream may use another algorithm, whose sums differ in order; overwritten memory gives NaN, or the
+    targets of another picture."""
     return all(torch.allclose(one, other, rtol=1e-3, atol=1e-4) for one, other in zip(found, wanted, strict=True))
 
 
@@ -66,7 +66,7 @@ def test_without_the_record_the_memory_would_be_overwritten(cuda, teacher, monke
 
 
 def test_targets_are_kept_until_the_student_has_read_them(cuda, teacher):
-    """The student's stream is late; meanwhile the teacher looks at other pictures and needs memory."""
+    """The student's stream is late; meanwhile, the teacher encodes other pictures and needs memory."""
     beside = AsyncTeacher(teacher, GRID, cuda)
     wanted = [expected(teacher, draw(cuda, seed)) for seed in range(3)]
     read = []

@@ -1,8 +1,8 @@
 """Training of tiny models on one rank: NCCL, every packaged ZeRO setting, bf16, and a kill with a resume.
 
-What is claimed of a GPU: with eager attention a run that was killed goes on to the bit, since the kernels and all else
-that a step runs then sum in one order. SDPA and flash-attention sum parts of their gradients in any order: two runs of
-the same settings agree within rounding, and so does a run that was killed.
+With eager attention, a run that was killed resumes bit-identically on a GPU, since every operation of a step sums in a
+fixed order. SDPA and flash-attention sum parts of their gradients in varying order: two runs with the same settings
+agree within rounding, and so does a run that was killed.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""How far a kernel may lie from the specification in float64: from its types' rounding and the lengths of its sums.
+"""The allowed error of a kernel relative to the reference in float64, derived from rounding and the lengths of sums.
 
 All are relative errors in norm. Products of half precision are exact in float32. Float32 is multiplied as three TF32
 products (`input_precision="tf32x3"`): what they leave out, the product of the two low parts and the last bits of the
 operands, is 2^-21 of each product, with either sign, so 2^-21 / sqrt(K) of a sum of K unrelated products. Tensor cores
 cut off partial sums, 2^-23 each, where they add 8 products at a time; partial sums of unrelated products stay near
 1 / sqrt(K) of the lengths, so the K / 8 cuts make sqrt(K) / 8 * 2^-23. `SAFETY` covers that neither is a bound. One
-TF32 product in place of three errs by 2^-10.5 / sqrt(K), which the gradients' limits refuse (tests/kernels).
+TF32 product in place of three errs by 2^-10.5 / sqrt(K), which the gradients' limits refuse (tests/unit/kernels).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the process of a GPU test does: `python -m tests.gpu.workers FUNCTION FOLDER`, as in `tests.distributed`."""
+"""The processes of GPU tests: `python -m tests.gpu.workers FUNCTION FOLDER`, as in `tests.distributed`."""
 
 from __future__ import annotations
 
@@ -14,15 +14,20 @@ from tests.distributed.workers import scenarios as scenarios  # named on the com
 
 
 def collectives(_settings: dict[str, Any]) -> dict[str, Any]:
-    """Each collective that ZeRO and the trainer use, on one rank: it gives back what it was given."""
+    """Run each collective of ZeRO and the trainer on one rank, where the output equals the input."""
     door.start({})
     device = distributed.device()
     given = torch.arange(6, dtype=torch.bfloat16, device=device)
-    summed, gathered, scattered, told = given.clone(), torch.empty_like(given), torch.empty_like(given), given.clone()
+    summed, gathered, scattered, broadcast = (
+        given.clone(),
+        torch.empty_like(given),
+        torch.empty_like(given),
+        given.clone(),
+    )
     dist.all_reduce(summed)
     dist.all_gather_into_tensor(gathered, given)
     dist.reduce_scatter_tensor(scattered, given)
-    dist.broadcast(told, 0)
+    dist.broadcast(broadcast, 0)
     dist.barrier()
     same = {
         name: torch.equal(tensor, given)
@@ -30,7 +35,7 @@ def collectives(_settings: dict[str, Any]) -> dict[str, Any]:
             ("all_reduce", summed),
             ("all_gather", gathered),
             ("reduce_scatter", scattered),
-            ("broadcast", told),
+            ("broadcast", broadcast),
         )
     }
     backend = dist.get_backend()

@@ -1,6 +1,5 @@
 """What the base student is taught to look at: the tokens that ask, and the patches that they ask about."""
 
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,23 +8,13 @@ import torch
 from transformers import AutoProcessor
 
 import medalign
+from tools.phantom_models import train_student as tool
 
-ROOT = Path(__file__).parents[2]
 STUDENT = Path(medalign.__file__).parent / "assets" / "phantom_student"
 
 
 @pytest.fixture(scope="module")
-def tool():
-    """The training script, imported as it runs: with tools/ on the path."""
-    sys.path.insert(0, str(ROOT / "tools"))
-    import train_phantom_student
-
-    yield train_phantom_student
-    sys.path.remove(str(ROOT / "tools"))
-
-
-@pytest.fixture(scope="module")
-def course(tool):
+def course():
     return tool.Course(0, 8, AutoProcessor.from_pretrained(STUDENT))
 
 
@@ -34,7 +23,7 @@ def lesson(course):
     return course.lesson(np.random.default_rng(0), count=6, turns=5, unrelated=0.0)
 
 
-def test_question_tokens_decode_to_the_question(tool, course):
+def test_question_tokens_decode_to_the_question(course):
     made = tool.Turn("Where is the disc?", "top left"), tool.Turn("Is there a ring?", "no")
     code = course.encode(list(made), image=True)
     said = [course.tokenizer.decode(code.ids[start:end]) for start, end in code.questions]
@@ -50,7 +39,7 @@ def test_a_question_points_at_patches_that_it_speaks_of(lesson):
     assert not (lesson.rows_BTL[..., 1:2] > 0).any(), "the first tokens are the picture's opening"
 
 
-def test_pointing_is_least_where_attention_is_where_it_should_be(tool, lesson):
+def test_pointing_is_least_where_attention_is_where_it_should_be(lesson):
     image_id = AutoProcessor.from_pretrained(STUDENT).tokenizer.convert_tokens_to_ids("<image>")
     length = lesson.ids_BL.shape[1]
     image_BL = lesson.ids_BL == image_id

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import subprocess
@@ -12,22 +11,14 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tools.benchmarks import repeat_quickstart as tool
+
 DATA_WAIT = '{"step": 10, "speed/data_wait_share": 0.25}\n'
 CONFIG = "run:\n  dir: {arm}\n  seed: 0\nlosses:\n  alpha: {alpha}\n  impl: auto\nstudent:\n  lora:\n    alpha: 32\n"
 
 
-@pytest.fixture(scope="module")
-def tool() -> Any:
-    specification = importlib.util.spec_from_file_location("repeat_quickstart", ROOT / "tools/repeat_quickstart.py")
-    assert specification and specification.loader
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
-def by_seed(tool: Any) -> dict[int, dict[str, dict[str, float]]]:
+def by_seed() -> dict[int, dict[str, dict[str, float]]]:
     """Three seeds: whatever the seed gives, MedAlign is 0.04, 0.05, 0.06 above language in closed accuracy."""
     base = {0: 0.5, 1: 0.7, 2: 0.6}
     lead = {0: 0.04, 1: 0.05, 2: 0.06}
@@ -44,7 +35,7 @@ def by_seed(tool: Any) -> dict[int, dict[str, dict[str, float]]]:
     return found
 
 
-def test_every_score_has_its_seeds_and_its_interval(tool, by_seed):
+def test_every_score_has_its_seeds_and_its_interval(by_seed):
     arms = tool.table(by_seed)
     assert list(arms) == ["blind", "base", "language", "steered", "untrained", "medalign"]
     found = arms["base"]["closed_accuracy"]
@@ -55,7 +46,7 @@ def test_every_score_has_its_seeds_and_its_interval(tool, by_seed):
     assert arms["steered"]["bleu"]["seeds"] == [5.0, 6.0] and "bleu" not in arms["blind"]
 
 
-def test_differences_are_those_of_each_seed(tool, by_seed):
+def test_differences_are_those_of_each_seed(by_seed):
     """Their interval is that of the paired differences, far narrower than the arms' own over such unequal seeds."""
     found = tool.differences(by_seed)
     assert list(found) == ["medalign - language", "medalign - steered", "medalign - untrained"]
@@ -74,14 +65,14 @@ def test_differences_are_those_of_each_seed(tool, by_seed):
     assert found["medalign - steered"]["bleu"]["seeds"] == [0.0, 2.0]  # of the seeds that have both
 
 
-def test_one_seed_has_no_interval(tool, by_seed):
+def test_one_seed_has_no_interval(by_seed):
     assert tool.summary([0.5]) == {"mean": 0.5, "seeds": [0.5]}
     only = {0: by_seed[0]}
     assert "low" not in tool.differences(only)["medalign - language"]["bleu"]
     assert "[" not in tool.as_text(tool.table(only), tool.SCORES)
 
 
-def test_the_text_shows_bleu_and_differences_with_intervals(tool, by_seed):
+def test_the_text_shows_bleu_and_differences_with_intervals(by_seed):
     lines = tool.as_text(tool.differences(by_seed), tool.COMPARED).splitlines()
     assert lines[0].split() == ["closed_accuracy", "open_exact", "bleu"]
     assert lines[1].startswith("medalign - language") and "0.050 [0.025, 0.075]" in lines[1]
@@ -90,7 +81,7 @@ def test_the_text_shows_bleu_and_differences_with_intervals(tool, by_seed):
 
 
 @pytest.fixture
-def finished(tool: Any, tmp_path: Path) -> Path:
+def finished(tmp_path: Path) -> Path:
     """Every arm with scores, as the quickstart leaves them; no questions to be blind at."""
     for arm in tool.ARMS:
         tool.scores_file(tmp_path, arm).parent.mkdir(parents=True)
@@ -100,7 +91,7 @@ def finished(tool: Any, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_finished_arms_are_not_run_again(tool, finished, monkeypatch, capsys):
+def test_finished_arms_are_not_run_again(finished, monkeypatch, capsys):
     started = []
 
     def start(command: list[str], env: dict[str, str], **_: Any) -> None:
@@ -118,7 +109,7 @@ def test_finished_arms_are_not_run_again(tool, finished, monkeypatch, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_arms_that_cannot_be_compared_are_told(tool, finished, monkeypatch, capsys):
+def test_arms_that_cannot_be_compared_are_told(finished, monkeypatch, capsys):
     monkeypatch.setattr(tool, "blind", lambda _data: {})
     config = finished / "steered/config.yaml"
     config.write_text(config.read_text().replace("    alpha: 32", "    alpha: 64"))
@@ -130,11 +121,11 @@ def test_arms_that_cannot_be_compared_are_told(tool, finished, monkeypatch, caps
         tool.run(0, finished)
 
 
-def test_the_json_holds_arms_and_differences(tool, by_seed, tmp_path, monkeypatch, capsys):
+def test_the_json_holds_arms_and_differences(by_seed, tmp_path, monkeypatch, capsys):
     by_seed[1]["base"]["n"] = by_seed[0]["base"]["n"] = 20
     monkeypatch.setattr(tool, "run", lambda seed, _folder, _arms: by_seed[seed])
     output = tmp_path / "quickstart.json"
-    monkeypatch.setattr(sys, "argv", ["repeat_quickstart.py", "--seeds", "0", "1", "--output", str(output)])
+    monkeypatch.setattr(sys, "argv", ["repeat_quickstart", "--seeds", "0", "1", "--output", str(output)])
     tool.main()
     written = json.loads(output.read_text())
     assert written["questions"] == [20, 20]
@@ -143,13 +134,13 @@ def test_the_json_holds_arms_and_differences(tool, by_seed, tmp_path, monkeypatc
     assert "medalign - steered" in capsys.readouterr().out
 
 
-def test_one_arm_is_run_beside_the_stored_ones(tool, by_seed, tmp_path, monkeypatch):
+def test_one_arm_is_run_beside_the_stored_ones(by_seed, tmp_path, monkeypatch):
     for scores in by_seed.values():
         for arm in tool.ARMS:
             scores[arm]["n"] = 20
     monkeypatch.setattr(tool, "run", lambda seed, _folder, arms: {a: by_seed[seed][a] for a in (*arms, "blind")})
     output = tmp_path / "quickstart.json"
-    words = ["repeat_quickstart.py", "--output", str(output)]
+    words = ["repeat_quickstart", "--output", str(output)]
     monkeypatch.setattr(sys, "argv", [*words, "--arms", "steered"])
     with pytest.raises(SystemExit, match="does not hold base, language, untrained, medalign for seeds"):
         tool.main()

@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from medalign.losses.language_model import language_model
-
-TOOLS = Path(__file__).resolve().parents[2] / "tools"
-
-
-@pytest.fixture
-def benchmark(monkeypatch):
-    monkeypatch.syspath_prepend(str(TOOLS))
-    from step_benchmark import forms, models, utilization
-
-    return forms, models, utilization
+from tools.benchmarks.step import measuring, models, utilization
 
 
-def test_operations_are_those_that_torch_counts(benchmark):
+def test_operations_are_those_that_torch_counts():
     """Apart from attention, of which torch counts both halves, and the patches' convolution, which is left out."""
-    forms, models, utilization = benchmark
     config = models.settings(2, "cpu", 2, models.TINY.rank).student
     student = models.random_student(models.TINY, config, torch.device("cpu"), torch.float32)
     student.steering = None
@@ -50,18 +38,16 @@ def test_operations_are_those_that_torch_counts(benchmark):
         ("Tesla V100-SXM2-32GB", None),
     ],
 )
-def test_peaks_by_name(benchmark, card, peak):
-    assert benchmark[2].peak(card) == peak
+def test_peaks_by_name(card, peak):
+    assert utilization.peak(card) == peak
 
 
-def test_the_tapped_block_lies_as_deep_as_twenty_of_thirty_two(benchmark):
-    assert [benchmark[1].tapped_layer(blocks) for blocks in (2, 4, 12, 32)] == [1, 2, 7, 20]
+def test_the_tapped_block_lies_as_deep_as_twenty_of_thirty_two():
+    assert [models.tapped_layer(blocks) for blocks in (2, 4, 12, 32)] == [1, 2, 7, 20]
 
 
-def test_blocks_follow_from_two_peaks(benchmark, monkeypatch):
+def test_blocks_follow_from_two_peaks(monkeypatch):
     """5 GiB beside the blocks, 2 GiB for each of them, and 0.9 of 60 GiB free."""
-    from step_benchmark import measuring
-
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 1 * 2**30)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (60 * 2**30, 80 * 2**30))

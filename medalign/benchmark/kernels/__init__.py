@@ -1,1 +1,1 @@
-"""The kernels measured, compiled ahead of time and tuned, behind `medalign bench`."""
+"""Measurement, ahead-of-time compilation, cost models and tuning of the kernels, behind `medalign bench kernels`."""

@@ -1,7 +1,7 @@
-"""What a kernel's folder tells the benchmark about it: its binaries, its cost, problems to measure it on.
+"""The types that describe an operation to the benchmark: its binaries, its cost, problems to measure, tuning entries.
 
-Each folder with kernels has a `cases.py` with a list `CASES` of `KernelCase`; `medalign.benchmark` reads the lists
-and knows nothing else of the kernels.
+Each operation has a folder here, whose `cases.py` defines a `KernelCase`. `registry` lists the cases; the rest of the
+benchmark knows nothing else about the operations.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ import torch
 
 @dataclass(frozen=True)
 class Binary:
-    """One kernel as dispatch launches it, to be compiled ahead of time."""
+    """One kernel, as the operation launches it, to be compiled ahead of time."""
 
     name: str  # kernel and variant: unique within an architecture
     function: Any  # the triton.jit function
-    types: Mapping[str, str]  # argument -> Triton's name of its type ("*bf16", "i32", ...), the constants left out
+    types: Mapping[str, str]  # argument -> Triton's name of its type ("*bf16", "i32", ...), without the constants
     constants: Mapping[str, Any]  # constexpr argument -> value
     warps: int
     stages: int
     divisible: tuple[str, ...] = ()  # arguments (pointers, sizes) that are multiples of 16 in this variant
-    tensor_cores: bool = True  # whether the code must hold tensor-core instructions
+    tensor_cores: bool = True  # whether the code must contain tensor-core instructions
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Operations (an addition and a multiplication are two) and bytes to and from memory, counted from shapes."""
+    """Operations (a multiply-add is two) and bytes to and from memory, counted from shapes."""
 
     operations: float
     bytes: float
@@ -38,42 +38,42 @@ class Cost:
 
 @dataclass(frozen=True)
 class CostModel:
-    """The cost of one problem, value and gradient together, for each way to solve it.
+    """The cost of one problem, value and gradient together, for each method.
 
-    `costs` has "least" (what any method must do: its inputs read once, its results written once, the fewest
+    `costs` has the entries "least" (a lower bound for any method: inputs read once, results written once, the fewest
     operations known), "eager", and the implementations.
     """
 
     problem: str
     costs: Mapping[str, Cost]
-    half: bool = True  # products at half precision's speed, else at TF32's
+    half: bool = True  # products at the speed of half precision, otherwise of TF32
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Inputs of one size, and the paths that solve it."""
+    """Inputs of one size, and the functions that compute the operation on them."""
 
     name: str
     leaves: tuple[torch.Tensor, ...]
     paths: Mapping[str, Callable[[], torch.Tensor]]  # name -> the value, differentiable in `leaves`
     upstream: torch.Tensor  # gradient of the value, of its shape
     expected: Callable[[], tuple[torch.Tensor, ...]]  # value and gradients of the leaves, in float64
-    tolerances: tuple[float, float]  # of value and of gradients, relative, in norm
-    why: str  # the reason for them
+    tolerances: tuple[float, float]  # relative errors in norm of the value and of the gradients
+    why: str  # the reason for the tolerances
 
 
 @dataclass(frozen=True)
-class Choice:
-    """One entry of a table of configurations, to be tuned on a GPU."""
+class TuningEntry:
+    """One entry of a tile table, to be tuned on a GPU."""
 
     name: str
-    problem: str  # what `step` solves, in words
-    current: Mapping[str, Any]  # what the table holds
+    problem: str  # description of the problem that `step` solves
+    current: Mapping[str, Any]  # the tile in the table
     candidates: Sequence[Mapping[str, Any]]
-    use: Callable[[Mapping[str, Any]], None]  # take this candidate from now on, in this process
-    step: Callable[[], object]  # what is timed
-    table: Path  # the packaged one
-    write: Callable[[Mapping[str, Any], str, Path], None]  # into a table on disk, with the reason
+    use: Callable[[Mapping[str, Any]], None]  # selects this candidate for the rest of the process
+    step: Callable[[], object]  # the function to time
+    table: Path  # the packaged table
+    write: Callable[[Mapping[str, Any], str, Path], None]  # candidate, reason, file
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,10 @@ class KernelCase:
     """One operation with kernels."""
 
     name: str
-    binaries: Callable[[str], Iterable[Binary]]  # architecture ("sm_90") -> every configuration dispatch can choose
-    accounts: Callable[[], Iterable[CostModel]]
-    # device, element type, token counts (None: the case's own for the device) -> problems, made when their turn comes
+    binaries: Callable[[str], Iterable[Binary]]  # architecture ("sm_90") -> every binary that can be launched
+    cost_models: Callable[[], Iterable[CostModel]]
+    # device, element type, token counts (None: the case's own for the device) -> problems, created one at a time
     problems: Callable[[torch.device, torch.dtype, Sequence[int] | None], Iterable[Problem]]
-    choices: Callable[[torch.device], Iterable[Choice]]  # the entries for the architecture of the device
+    tuning_entries: Callable[
+        [torch.device], Iterable[TuningEntry]
+    ]  # the table's entries for the architecture of the device

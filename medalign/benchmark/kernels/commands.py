@@ -1,4 +1,4 @@
-"""The body of `medalign bench kernels`: what was asked for, as tables of text and as one JSON file."""
+"""The implementation of `medalign bench kernels`: each function returns tables, which are printed and saved as JSON."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from medalign.benchmark.kernels import registry
 from medalign.benchmark.kernels.compilation import compile_all
 from medalign.benchmark.kernels.measurement import measure_all
-from medalign.benchmark.kernels.roofline import TITLE, account_all
+from medalign.benchmark.kernels.roofline import TITLE, cost_rows
 from medalign.benchmark.kernels.text import as_table
 from medalign.benchmark.kernels.tuning import tune_all
 from medalign.errors import KernelError
@@ -24,33 +24,33 @@ Rows = list[dict[str, Any]]
 
 
 def compilation(kernel: str | None, architectures: Sequence[str]) -> dict[str, Rows]:
-    """Binaries, and the account of their cost."""
-    cases = registry.chosen(kernel)
+    """Compile all binaries; returns their figures and the cost models."""
+    cases = registry.select_cases(kernel)
     binaries = compile_all(cases, architectures)
-    return {f"compiled ahead of time, triton {_triton_version()}": binaries, TITLE: account_all(cases)}
+    return {f"compiled ahead of time, triton {_triton_version()}": binaries, TITLE: cost_rows(cases)}
 
 
 def measurement(
     kernel: str | None, device: str, dtype: str | None, tokens: Sequence[int] | None, repeats: int, skip: Sequence[str]
 ) -> dict[str, Rows]:
-    """`dtype` is bf16 on a GPU and fp32 on the CPU unless named: Triton's interpreter does not multiply bf16."""
+    """Measure all paths. `dtype` defaults to bf16 on a GPU and to fp32 on the CPU: Triton cannot interpret bf16."""
     place = torch.device(device)
     chosen = DTYPES[dtype or ("bf16" if place.type == "cuda" else "fp32")]
-    rows = measure_all(registry.chosen(kernel), place, chosen, tokens, repeats, skip)
+    rows = measure_all(registry.select_cases(kernel), place, chosen, tokens, repeats, skip)
     return {f"value and gradient together, measured on {_machine(place)}, torch {torch.__version__}": rows}
 
 
 def tuning(
     kernel: str | None, device: str, repeats: int, folder: Path | None = None, seconds: float | None = None
 ) -> dict[str, Rows]:
-    """`folder` is where the tables are written in place of the package, `seconds` the longest time per entry."""
+    """Tune the tile tables; see `tune_all` for `folder` and `seconds`."""
     place = torch.device(device)
-    rows = tune_all(registry.chosen(kernel), place, repeats, folder, seconds)
+    rows = tune_all(registry.select_cases(kernel), place, repeats, folder, seconds)
     return {f"tuned on {_machine(place)}": rows}
 
 
 def format_tables(tables: dict[str, Rows], output: Path | None) -> str:
-    """The tables as text; with `output` also as JSON."""
+    """Format the tables as text, and write them to `output` as JSON if given."""
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(tables, indent=1) + "\n", encoding="utf-8")
@@ -58,7 +58,7 @@ def format_tables(tables: dict[str, Rows], output: Path | None) -> str:
 
 
 def raise_on_failed_checks(tables: dict[str, Rows]) -> None:
-    """Raises KernelError if a compiled binary is not as it should be."""
+    """Raise KernelError if a compiled binary has a complaint."""
     bad = [
         f"{row['architecture']} {row['kernel']}: {row['complaint']}"
         for rows in tables.values()
@@ -66,7 +66,7 @@ def raise_on_failed_checks(tables: dict[str, Rows]) -> None:
         if row.get("complaint")
     ]
     if bad:
-        raise KernelError("binaries not fit for use; change the table of configurations: " + "; ".join(bad))
+        raise KernelError("unusable binaries; change the tile table: " + "; ".join(bad))
 
 
 def _machine(device: torch.device) -> str:

@@ -1,4 +1,4 @@
-"""Every binary that dispatch can choose, compiled for GPUs that need not be there."""
+"""Compilation of every binary that can be launched, for GPUs that need not be present."""
 
 from __future__ import annotations
 
@@ -11,7 +11,14 @@ from medalign.kernels.gpu import ARCHITECTURES
 
 
 def compile_all(cases: Sequence[KernelCase], architectures: Sequence[str]) -> list[dict[str, Any]]:
-    """One row a binary. Raises KernelError if one does not compile, or if triton is not installed."""
+    """Compile all binaries.
+
+    Returns:
+        One row per binary.
+
+    Raises:
+        KernelError: a binary does not compile, or triton is not installed.
+    """
     try:
         from medalign.benchmark.kernels.triton_compiler import compile_ahead
     except ImportError as error:
@@ -30,7 +37,7 @@ def compile_all(cases: Sequence[KernelCase], architectures: Sequence[str]) -> li
 
 
 def _complaint(wants_tensor_cores: bool, architecture: str, found: Any) -> str:
-    """What is wrong with a binary; empty if nothing is."""
+    """The defects of a binary; empty if there are none."""
     card = ARCHITECTURES[architecture]
     complaints = []
     if wants_tensor_cores and not found.tensor_cores.startswith(card.tensor_core):

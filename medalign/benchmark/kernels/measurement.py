@@ -6,15 +6,25 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from medalign.benchmark.kernels.case import KernelCase, Problem
 from medalign.errors import KernelError
 
-WARM_UP = 2  # unmeasured runs: compilation, allocation, clocks
-IMPLEMENTATIONS = ("chunked", "triton")  # must be within the tolerance; the other paths are there to compare with
+IMPLEMENTATIONS = ("chunked", "triton")  # must be within the tolerance; the other paths are baselines
+MEGABYTE = 2**20
+_FIGURES = ("value error", "gradient error", "ms", "p20", "p80", "extra MB")
+
+Step = Callable[[], Any]
+
+
+class CpuTime(NamedTuple):
+    """Seconds of one run. On one thread, processor time hardly depends on the load of the machine."""
+
+    wall: float
+    processor: float
 
 
 def measure_all(
@@ -25,100 +35,110 @@ def measure_all(
     repeats: int,
     skip: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
-    """One row for each problem and path. Raises KernelError for an implementation beyond its tolerance."""
+    """Measure every problem of the cases.
+
+    Args:
+        cases: the operations.
+        device: where the problems are created and solved.
+        dtype: element type of the inputs.
+        tokens: token counts of the problems; None for each case's own.
+        repeats: timed runs per path; approximate on a GPU.
+        skip: names of paths to leave out.
+
+    Returns:
+        One row per problem and path: errors relative to float64, milliseconds (median, 20th and 80th percentile) and
+        megabytes beyond the inputs. The figures of a path that runs out of memory are NaN.
+
+    Raises:
+        KernelError: an implementation exceeds its tolerance, or there is no CUDA device.
+    """
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise KernelError("no CUDA device is there; measure with --device cpu, or compile ahead of time with --compile")
+        raise KernelError("no CUDA device found; measure with --device cpu, or compile ahead of time with --compile")
     rows = []
     for case in cases:
         for problem in case.problems(device, dtype, tokens):
-            wanted = problem.expected()
-            for path, forward in problem.paths.items():
+            expected = problem.expected()
+            for path in problem.paths:
                 if path not in skip:
-                    rows.append({"operation": case.name} | _row(problem, path, forward, wanted, device, repeats))
+                    rows.append({"operation": case.name} | _row(problem, path, expected, device, repeats))
     return rows
 
 
+def value_and_gradients(problem: Problem, path: str) -> tuple[torch.Tensor, ...]:
+    """Solve a problem once: its value, then the gradient of each leaf."""
+    value = problem.paths[path]()
+    return value.detach(), *torch.autograd.grad(value, problem.leaves, problem.upstream.to(value.dtype))
+
+
 def _row(
-    problem: Problem,
-    path: str,
-    forward: Callable[[], torch.Tensor],
-    wanted: tuple[torch.Tensor, ...],
-    device: torch.device,
-    repeats: int,
+    problem: Problem, path: str, expected: tuple[torch.Tensor, ...], device: torch.device, repeats: int
 ) -> dict[str, Any]:
     def step() -> tuple[torch.Tensor, ...]:
-        value = forward()
-        return value.detach(), *torch.autograd.grad(value, problem.leaves, problem.upstream.to(value.dtype))
+        return value_and_gradients(problem, path)
 
     row: dict[str, Any] = {"problem": problem.name, "path": path}
     try:
-        errors = [_error(one, other) for one, other in zip(step(), wanted, strict=True)]
-        times, megabytes = milliseconds(step, device, repeats), _peak(step, device)
+        errors = [_relative_error(one, other) for one, other in zip(step(), expected, strict=True)]
+        times, megabytes = milliseconds(step, device, repeats), peak_megabytes(step, device)
     except torch.OutOfMemoryError:
-        unknown = float("nan")
-        return row | dict.fromkeys(("value error", "gradient error", "ms", "p20", "p80", "extra MB"), unknown)
+        return row | dict.fromkeys(_FIGURES, float("nan"))
     value_error, gradient_error = errors[0], max(errors[1:])
     if path in IMPLEMENTATIONS:
         _check_tolerance(problem, path, value_error, gradient_error)
-    fifths = statistics.quantiles(times, n=5, method="inclusive")
-    return row | {
-        "value error": value_error,
-        "gradient error": gradient_error,
-        "ms": statistics.median(times),
-        "p20": fifths[0],
-        "p80": fifths[-1],
-        "extra MB": megabytes,
-    }
+    fifths = statistics.quantiles(times, n=5, method="inclusive") if len(times) > 1 else times
+    figures = (value_error, gradient_error, statistics.median(times), fifths[0], fifths[-1], megabytes)
+    return row | dict(zip(_FIGURES, figures, strict=True))
 
 
 def _check_tolerance(problem: Problem, path: str, value_error: float, gradient_error: float) -> None:
     value_limit, gradient_limit = problem.tolerances
-    if not (value_error <= value_limit and gradient_error <= gradient_limit):  # NaN is beyond every limit
+    if not (value_error <= value_limit and gradient_error <= gradient_limit):  # NaN exceeds every limit
         raise KernelError(
             f"{path} is wrong on {problem.name}: relative error {value_error:.1e} of the value (allowed "
             f"{value_limit:.0e}), {gradient_error:.1e} of the gradients (allowed {gradient_limit:.0e}: {problem.why}); "
-            "train with the other implementations and report this"
+            "train with another implementation and report this"
         )
 
 
-def _error(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    return float((found.double() - wanted).norm() / wanted.norm().clamp_min(1e-300))
+def _relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found.double() - expected).norm() / expected.norm().clamp_min(1e-300))
 
 
-def milliseconds(step: Callable[[], object], device: torch.device, repeats: int) -> list[float]:
-    """Of each of `repeats` runs: by the device's own clock where it has one."""
-    for _ in range(WARM_UP if device.type == "cuda" else 0):
+def milliseconds(step: Step, device: torch.device, repeats: int) -> list[float]:
+    """The time of each run: exactly `repeats` runs on the CPU, about as many on a GPU."""
+    if device.type == "cuda":
+        from medalign.benchmark.kernels.triton_timing import gpu_milliseconds
+
+        return gpu_milliseconds(step, repeats)
+    return [1e3 * each.wall for each in cpu_times(step, repeats)]
+
+
+def cpu_times(step: Step, repeats: int, short: float = 0.0) -> list[CpuTime]:
+    """Time `repeats` runs, and up to ten times as many while all of them together take less than `short` seconds."""
+    times: list[CpuTime] = []
+    while len(times) < repeats or (len(times) < 10 * repeats and sum(each.wall for each in times) < short):
+        start = CpuTime(time.perf_counter(), time.process_time())
         step()
-    times = []
-    for _ in range(repeats):
-        if device.type == "cuda":
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            torch.cuda.synchronize(device)
-            start.record()
-            step()
-            end.record()
-            torch.cuda.synchronize(device)
-            times.append(start.elapsed_time(end))
-        else:
-            begun = time.perf_counter()
-            step()
-            times.append(1e3 * (time.perf_counter() - begun))
+        times.append(CpuTime(time.perf_counter() - start.wall, time.process_time() - start.processor))
     return times
 
 
-def _peak(step: Callable[[], object], device: torch.device) -> float:
-    """Megabytes at the peak beyond what the inputs take."""
+def peak_megabytes(step: Step, device: torch.device) -> float:
+    """Peak memory of one run beyond what was in use before it; NaN where the system does not report it.
+
+    Allocated memory on a GPU, resident memory of the process on the CPU.
+    """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         allocated = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         step()
         torch.cuda.synchronize(device)
-        return (torch.cuda.max_memory_allocated(device) - allocated) / 2**20
+        return (torch.cuda.max_memory_allocated(device) - allocated) / MEGABYTE
     status = Path("/proc/self/status")
     if not status.exists():
         return float("nan")
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = _resident(status, "VmRSS")
     step()
     return _resident(status, "VmHWM") - before

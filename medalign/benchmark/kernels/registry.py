@@ -1,4 +1,4 @@
-"""Every operation with kernels, one line each."""
+"""The operations that the benchmark covers."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from medalign.errors import ConfigError
 CASES = (token_similarity.CASE, attention_map.CASE)
 
 
-def chosen(name: str | None) -> tuple[KernelCase, ...]:
-    """The case called `name`, or all of them. Raises ConfigError for a name that is not there."""
+def select_cases(name: str | None) -> tuple[KernelCase, ...]:
+    """The case named `name`, or all cases for None. Raises ConfigError for an unknown name."""
     if name is None:
         return CASES
     found = tuple(case for case in CASES if case.name == name)

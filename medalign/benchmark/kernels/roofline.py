@@ -1,4 +1,4 @@
-"""What each method costs by count, and the least time that implies: derived figures, none of them measured."""
+"""The counted cost of each method and the minimum time it implies. All figures are derived, none measured."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from medalign.kernels.gpu import ARCHITECTURES, Architecture
 TITLE = "counted from shapes; times derived from data sheets, not measured: no method can be faster on that card"
 
 
-def account_all(cases: Sequence[KernelCase]) -> list[dict[str, Any]]:
-    """One row for each problem and method: operations, bytes, and the time both imply."""
+def cost_rows(cases: Sequence[KernelCase]) -> list[dict[str, Any]]:
+    """One row per problem and method: operations, bytes, and the time that they imply."""
     return [
-        _row(case.name, account, method, cost)
+        _row(case.name, model, method, cost)
         for case in cases
-        for account in case.accounts()
-        for method, cost in account.costs.items()
+        for model in case.cost_models()
+        for method, cost in model.costs.items()
     ]
 
 
-def _row(operation: str, account: CostModel, method: str, cost: Cost) -> dict[str, Any]:
+def _row(operation: str, model: CostModel, method: str, cost: Cost) -> dict[str, Any]:
     times = {
-        f"{card.card.split()[0]} us (derived)": round(1e6 * _time(cost, card, account.half), 1)
+        f"{card.card.split()[0]} us (derived)": round(1e6 * _time(cost, card, model.half), 1)
         for card in ARCHITECTURES.values()
     }
     counts = {
         "Gop": round(cost.operations / 1e9, 2),
         "MB": round(cost.bytes / 1e6, 1),
-        "op/least": round(cost.operations / account.costs["least"].operations, 2),
-        "bytes/least": round(cost.bytes / account.costs["least"].bytes, 2),
+        "op/least": round(cost.operations / model.costs["least"].operations, 2),
+        "bytes/least": round(cost.bytes / model.costs["least"].bytes, 2),
     }
-    return {"operation": operation, "problem": account.problem, "method": method} | counts | times
+    return {"operation": operation, "problem": model.problem, "method": method} | counts | times
 
 
 def _time(cost: Cost, card: Architecture, half: bool) -> float:

@@ -7,7 +7,7 @@ from typing import Any
 
 
 def as_table(title: str, rows: Sequence[Mapping[str, Any]]) -> str:
-    """The keys of the first row are the head of the table; numbers are set flush right."""
+    """Format rows with the keys of the first row as header; numbers are right-aligned."""
     if not rows:
         return f"{title}\n  nothing"
     head = list(rows[0])

@@ -1,4 +1,4 @@
-"""Compiles kernels ahead of time for a GPU that need not be there, and reads what came out of it."""
+"""Ahead-of-time compilation of kernels for a GPU that need not be present, and inspection of the result."""
 
 from __future__ import annotations
 
@@ -23,19 +23,21 @@ _CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuo
 
 
 class Compiled(NamedTuple):
-    registers: int  # of one thread
-    stack: int  # bytes of one thread; where spilled registers go
-    spills: int  # loads and stores of one thread's spilled registers, in the machine code
-    shared_memory: int  # bytes of one program
-    tensor_cores: str  # the tensor-core instruction in the PTX; "" for none
+    """Figures of a compiled binary."""
+
+    registers: int  # per thread
+    stack: int  # bytes per thread, which hold spilled registers
+    spills: int  # loads and stores of spilled registers in the machine code of one thread
+    shared_memory: int  # bytes per program
+    tensor_cores: str  # tensor-core instruction in the PTX, or ""
 
 
 def compile_ahead(binary: Binary, architecture: str) -> Compiled:
-    """Raises KernelError if the kernels were loaded to be interpreted, or do not compile."""
+    """Compile one binary. Raises KernelError if it does not compile, or if Triton interprets its kernels."""
     if interpreting():
-        raise KernelError("kernels that Triton interprets cannot be compiled; unset TRITON_INTERPRET and start again")
+        raise KernelError("interpreted kernels cannot be compiled; unset TRITON_INTERPRET and start again")
     if architecture not in ARCHITECTURES:
-        raise KernelError(f"{architecture}: no such architecture; choose one of {', '.join(ARCHITECTURES)}")
+        raise KernelError(f"{architecture} is not a known architecture; choose one of {', '.join(ARCHITECTURES)}")
     names = binary.function.arg_names
     types = {name: "constexpr" if name in binary.constants else binary.types[name] for name in names}
     divisible = {(names.index(name),): [["tt.divisibility", 16]] for name in binary.divisible}

@@ -1,4 +1,4 @@
-"""The tables of configurations, tried out on the GPU at hand and written: offline, never at run time."""
+"""Tuning of the tile tables on the GPU at hand: offline, never at run time."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from medalign.benchmark.kernels.case import Choice, KernelCase
+from medalign.benchmark.kernels.case import KernelCase, TuningEntry
 from medalign.benchmark.kernels.measurement import milliseconds
 from medalign.errors import KernelError
 from medalign.kernels import gpu
@@ -28,23 +28,30 @@ def tune_all(
     folder: Path | None = None,
     seconds: float | None = None,
 ) -> list[dict[str, Any]]:
-    """Time the candidates of every entry for this device's architecture; write the fastest with its reason.
+    """Time the candidates of every entry for this device's architecture, and write the fastest with its reason.
 
     Args:
-        folder: where copies of the tables are written, one file per operation; without it, the package's own are.
-        seconds: the longest time per entry. The table's own candidate is tried first, so that a search that is cut
-            short never takes a slower one.
+        cases: the operations.
+        device: where to time the candidates.
+        repeats: timed runs per candidate; approximate on a GPU.
+        folder: where to write copies of the tables, one file per operation; None to change the packaged tables.
+        seconds: time limit per entry. The current tile is timed first, so a search that is cut short never selects a
+            slower one.
 
-    One row per entry. Raises KernelError where kernels cannot run.
+    Returns:
+        One row per entry.
+
+    Raises:
+        KernelError: kernels cannot run on the device.
     """
     refusal = gpu.refusal(device)
     if refusal:
-        raise KernelError(f"there is nothing to tune on: {refusal}")
+        raise KernelError(f"kernels cannot be tuned here: {refusal}")
     rows = []
     for case in cases:
-        for choice in case.choices(device):
-            file = choice.table if folder is None else _copied(choice.table, folder / f"{case.name}.json")
-            rows.append({"operation": case.name} | _tune(choice, device, repeats, file, seconds))
+        for entry in case.tuning_entries(device):
+            file = entry.table if folder is None else _copied(entry.table, folder / f"{case.name}.json")
+            rows.append({"operation": case.name} | _tune(entry, device, repeats, file, seconds))
     return rows
 
 
@@ -55,31 +62,31 @@ def _copied(table: Path, target: Path) -> Path:
     return target
 
 
-def _tune(choice: Choice, device: torch.device, repeats: int, file: Path, seconds: float | None) -> dict[str, Any]:
+def _tune(entry: TuningEntry, device: torch.device, repeats: int, file: Path, seconds: float | None) -> dict[str, Any]:
     from medalign.benchmark.kernels.triton_compiler import FAILURES
 
-    candidates = [choice.current, *(candidate for candidate in choice.candidates if candidate != choice.current)]
+    candidates = [entry.current, *(candidate for candidate in entry.candidates if candidate != entry.current)]
     times: dict[int, float] = {}
     begun, tried = time.monotonic(), 0
     for number, candidate in enumerate(candidates):
         if times and seconds is not None and time.monotonic() - begun > seconds:
             break
         tried += 1
-        choice.use(candidate)
+        entry.use(candidate)
         try:
-            times[number] = statistics.median(milliseconds(choice.step, device, repeats))
+            times[number] = statistics.median(milliseconds(entry.step, device, repeats))
         except FAILURES as error:
-            log.info("%s: %s is out: %s", choice.name, candidate, error)
+            log.info("%s: %s does not run: %s", entry.name, candidate, error)
     if not times:
-        raise KernelError(f"{choice.name}: none of {len(candidates)} candidates runs on {device}")
+        raise KernelError(f"{entry.name}: none of {len(candidates)} candidates runs on {device}")
     best = min(times, key=times.__getitem__)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "the interpreter"
     left = f" ({len(candidates) - tried} not tried)" if tried < len(candidates) else ""
     reason = (
-        f"{times[best]:.4g} ms, the fastest of {len(times)}{left} on {name}, {choice.problem}, "
+        f"{times[best]:.4g} ms, the fastest of {len(times)}{left} on {name}, {entry.problem}, "
         f"torch {torch.__version__}, {datetime.date.today().isoformat()}"
     )
-    choice.use(candidates[best])
-    choice.write(candidates[best], reason, file)
+    entry.use(candidates[best])
+    entry.write(candidates[best], reason, file)
     found = {"ms": times[best], "before": times.get(0, float("nan")), "slowest": max(times.values())}
-    return {"entry": choice.name, **candidates[best]} | found | {"tried": tried, "of": len(candidates)}
+    return {"entry": entry.name, **candidates[best]} | found | {"tried": tried, "of": len(candidates)}

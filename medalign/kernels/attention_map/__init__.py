@@ -1,4 +1,4 @@
-"""The attention of the question's tokens to the image, mean over heads and question rows (the paper's m)."""
+"""The attention from the question's tokens to the image, averaged over heads and question rows (the paper's m)."""
 
 from __future__ import annotations
 
@@ -29,37 +29,38 @@ def attention_map(
     cu_seqlens: torch.Tensor | None = None,
     impl: str = "auto",
 ) -> torch.Tensor:
-    """The causal softmax of the chosen rows over all valid keys, averaged over heads and rows.
+    """Average the causal attention of the given rows over heads and rows; the softmax covers all valid keys.
 
     Args:
         query: `[B, H, L, d]`, after the rotary embedding.
         key: `[B, H_kv, L, d]`, after the rotary embedding; query head h reads key head `h // (H / H_kv)`.
-        rows: `[B, L]` bool, the tokens whose attention is averaged. Rows at padding do not count.
-        columns: `[B, L]` bool, the tokens whose share is returned. The softmax runs over the others too.
-        attention_mask: `[B, L]` bool, False at padding; no padding without it.
-        scale: factor on the scores; `1 / sqrt(d)` without it.
-        softcap: scores s become `softcap * tanh(s / softcap)`, as in Gemma 2; unchanged without it.
-        window: a row sees this many tokens, itself the last of them; all before it without it.
-        cu_seqlens: `[S + 1]` integers from 0 to L, for a packed batch: B is 1, and S sequences lie end to end, the
-            s-th from `cu_seqlens[s]` to before `cu_seqlens[s + 1]`. Each one sees itself alone and has its own mean.
+        rows: `[B, L]` bool, the tokens whose attention is averaged. Rows at padding are ignored.
+        columns: `[B, L]` bool, the tokens whose attention is returned. The softmax also covers the other tokens.
+        attention_mask: `[B, L]` bool, False at padding; None if there is no padding.
+        scale: factor on the scores; None for `1 / sqrt(d)`.
+        softcap: scores s become `softcap * tanh(s / softcap)`, as in Gemma 2; None for no cap.
+        window: each row attends to this many tokens, itself included; None for all earlier tokens.
+        cu_seqlens: `[S + 1]` integers from 0 to L, for a packed batch: B is 1 and holds S sequences end to end, where
+            sequence s occupies tokens `cu_seqlens[s]` to `cu_seqlens[s + 1] - 1`. Each sequence attends only to itself
+            and has its own mean.
         impl: "auto", or an implementation by name.
 
     Returns:
-        `[B, L]` float32 (float64 if query or key is), zero outside `columns`. All zero, with zero gradient, for a
-        sample without rows. Differentiable in query and key, over all keys.
+        `[B, L]` float32 (float64 if query or key is float64), zero outside `columns`. A sample without rows gives zero,
+        with zero gradient. Differentiable with respect to query and key, including keys outside `columns`.
 
     Raises:
-        ValueError: arguments that do not fit each other; on the CPU also NaN at a valid token.
-        KernelError: an `impl` that does not exist or cannot run here.
+        ValueError: arguments do not match each other, or (on the CPU only) a valid token holds NaN or infinity.
+        KernelError: `impl` does not exist or cannot run; the message gives the reason and the remedy.
     """
     _validate(query, key, rows, columns, attention_mask)
-    _validate_sight(query, softcap, window, cu_seqlens)
+    _validate_options(query, softcap, window, cu_seqlens)
     implementation = dispatch.choose(_OPERATION, impl, (query, key), _KNOWN, _CONDITIONS)
     valid = torch.ones_like(rows) if attention_mask is None else attention_mask
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     rows, columns, valid = ((mask & valid).contiguous() for mask in (rows, columns, valid))
-    sight = AttentionMapArgs(rows, columns, valid, scale, softcap, window, cu_seqlens)
-    found = dispatch.run(implementation, query, key, sight)
+    args = AttentionMapArgs(rows, columns, valid, scale, softcap, window, cu_seqlens)
+    found = dispatch.run(implementation, query, key, args)
     require_numbers(_OPERATION, found, query=query, key=key)
     return found
 
@@ -76,7 +77,7 @@ def _validate(
     batch, heads, length, width = query.shape
     if key.shape != (batch, key.shape[1], length, width) or key.shape[1] == 0 or heads % key.shape[1]:
         raise ValueError(
-            f"{_OPERATION}: key {describe(key)} does not go with query {describe(query)}: batch, length and width "
+            f"{_OPERATION}: key {describe(key)} does not match query {describe(query)}: batch, length and width "
             "must be equal and the query heads a multiple of the key heads"
         )
     require_device(_OPERATION, "key", key, query)
@@ -85,13 +86,13 @@ def _validate(
             require_mask(_OPERATION, name, mask, (batch, length), query)  # type: ignore[arg-type]
 
 
-def _validate_sight(
+def _validate_options(
     query: torch.Tensor, softcap: float | None, window: int | None, cu_seqlens: torch.Tensor | None
 ) -> None:
     if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"{_OPERATION}: softcap must be a positive number, got {softcap}; leave it out for none")
+        raise ValueError(f"{_OPERATION}: softcap must be a positive number, got {softcap}; omit it for none")
     if window is not None and (not isinstance(window, int) or window < 1):
-        raise ValueError(f"{_OPERATION}: window must be an integer of at least 1, got {window}; leave it out for none")
+        raise ValueError(f"{_OPERATION}: window must be an integer of at least 1, got {window}; omit it for none")
     if cu_seqlens is None:
         return
     batch, _, length, _ = query.shape
@@ -100,14 +101,15 @@ def _validate_sight(
         raise ValueError(f"{_OPERATION}: cu_seqlens must be an int32 or int64 tensor [S + 1], got {got}")
     if batch != 1 or len(cu_seqlens) < 2:
         raise ValueError(
-            f"{_OPERATION}: cu_seqlens of {len(cu_seqlens)} entries goes with one sample of packed sequences and has "
+            f"{_OPERATION}: cu_seqlens of {len(cu_seqlens)} entries needs one sample of packed sequences and "
             f"at least 2 entries, got query {describe(query)}"
         )
     require_device(_OPERATION, "cu_seqlens", cu_seqlens, query)
-    # On a GPU the content is not looked at: that would make the host wait for the device at every step.
+    # The values are checked on the CPU only: on a GPU, the host would have to wait for the device at every step.
     if cu_seqlens.device.type == "cpu":
         steps = cu_seqlens.diff()
         if cu_seqlens[0] != 0 or cu_seqlens[-1] != length or (steps < 0).any():
             raise ValueError(
-                f"{_OPERATION}: cu_seqlens must rise from 0 to the query's {length} tokens, got {cu_seqlens.tolist()}"
+                f"{_OPERATION}: cu_seqlens must increase from 0 to the query's {length} tokens, "
+                f"got {cu_seqlens.tolist()}"
             )

@@ -1,7 +1,7 @@
-"""Which tiles the kernels take: fixed, for each architecture, in `tile_table.json`, with the reason.
+"""The tile sizes of the kernels: fixed for each architecture in `tile_table.json`, with the reason for each.
 
-The table is made offline, by hand or by `medalign bench kernels --tune`; nothing is tried out at run time. The kinds
-are by element type and by the channels that a head is padded to.
+The table is written offline, by hand or by `medalign bench kernels --tune`; nothing is tuned at run time. An entry
+is chosen by element type and padded head width.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ WIDTHS = (64, 128, 256)  # channels that heads are padded to
 
 
 class Tiles(NamedTuple):
-    """Pairs and keys of a tile, channels that a product of two tiles takes at a time, warps of a program, stages."""
+    """Pairs and keys per tile, channels per step of a product, warps per program, pipeline stages."""
 
     pairs: int
     keys: int
@@ -39,18 +39,18 @@ def table() -> dict[str, dict[str, Tiles]]:
 
 
 def padded(width: int) -> int:
-    """The channels a head of `width` is padded to."""
-    return next(most for most in WIDTHS if width <= most)
+    """The number of channels that a head of `width` is padded to."""
+    return next(limit for limit in WIDTHS if width <= limit)
 
 
 def tiles(architecture: str, dtype: torch.dtype, width: int) -> Tiles:
-    """For heads of `width` channels, at most the last of `WIDTHS`."""
+    """The tiles for heads of `width` channels, which must not exceed the last of `WIDTHS`."""
     precision = "single" if dtype == torch.float32 else "half"
     return table()[architecture][f"{precision}, {padded(width)} channels"]
 
 
 def write(place: tuple[str, str], entry: Mapping[str, Any], reason: str, file: Path) -> None:
-    """Put an entry into a table on disk; `place` is its architecture and kind."""
+    """Write an entry into a table on disk; `place` is its architecture and kind."""
     stored = json.loads(file.read_text(encoding="utf-8"))
     architecture, kind = place
     stored[architecture][kind] = {**entry, "reason": reason}
@@ -58,7 +58,7 @@ def write(place: tuple[str, str], entry: Mapping[str, Any], reason: str, file: P
 
 
 def one_line_an_entry(stored: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
-    """The table as JSON, in the form that it is kept in."""
+    """The table as JSON with one line per entry, as it is stored."""
 
     def block(items: Mapping[str, str], indent: str) -> str:
         return "{\n" + ",\n".join(f'{indent} "{name}": {text}' for name, text in items.items()) + f"\n{indent}}}"

@@ -1,22 +1,23 @@
-"""The attention map on a GPU: Triton kernels for value and gradient, question rows alone, nothing L x L.
+"""The attention map on a GPU: Triton kernels for value and gradient, from question rows only, without L x L buffers.
 
-Counted before it was written, for F = H R pairs of query head and row, L keys of which N are columns, d channels,
-e bytes an element; a product of two tiles costs 2 d operations an entry.
+Cost of the alternatives, for F = H R pairs of query head and row, L keys of which N are columns, d channels, and e
+bytes per element; a product of two tiles costs 2 d operations per entry.
 
     value      two passes: log-sum-exp over L, then the columns               2 F d (L + N)
                one pass that keeps P of the columns and rescales it           2 F d L, and 4 F N bytes written, read
-    gradient   inner = sum P g, then dQ, then dK (each forms the scores anew) 2 F d 5 L
+    gradient   inner = sum P g, then dQ, then dK (each recomputes the scores) 2 F d 5 L
                inner from sum P g K - inner sum P K                           2 F d 5 L, and cancels in half precision
-               dQ and dK in one pass, dQ in partial sums a tile of keys       2 F d 4 L, and 8 F d L / 64 bytes
-    bytes      Q rows and K, twice for the value, thrice for the gradient     e d (F + K L) a pass, mostly from L2
+               dQ and dK in one pass, dQ in partial sums per tile       2 F d 4 L, and 8 F d L / 64 bytes
+    bytes      Q rows and K, twice for the value, thrice for the gradient     e d (F + K L) per pass, mostly from L2
 
-At 32 heads of 128, R = 40, L = 768, N = 576 that is 0.4 G operations for the value and 1.3 G for the gradient, where
-the decoder block it hangs on takes 340 G forward: time is launches and latency, so the scheme with the fewest passes
-over memory and no partial sums wins: two kernels forward, two backward (inner and dQ share one). Widths are padded to
-a power of two, for the same reason. Each sum is formed by one program in a fixed order; no atomics.
+With 32 heads of 128 channels, R = 40, L = 768 and N = 576, that is 0.4 G operations for the value and 1.3 G for the
+gradient, while the decoder block takes 340 G in its forward pass. Launches and latency dominate, so the scheme with the
+fewest passes over memory and no partial sums is used: two kernels forward and two backward (inner and dQ share one).
+Widths are padded to a power of two for the same reason. One program computes each sum in a fixed order; there are no
+atomics.
 
-A variant from Q, K and target straight to the KL was counted and left out: the normalization needs the whole map, so
-the pass over the columns must end before; it would save B L floats (12 kB) and no pass over Q or K.
+Fusing the KL loss into the kernel would save B L floats (12 kB) and no pass over Q or K: the normalization needs the
+whole map, so the pass over the columns must end first.
 """
 
 from __future__ import annotations
@@ -32,24 +33,24 @@ from medalign.kernels.attention_map import tile_table
 from medalign.kernels.attention_map.arguments import AttentionMapArgs
 from medalign.kernels.validation import describe
 
-WIDEST = tile_table.WIDTHS[-1]  # channels of a head: the gradients of a tile are kept in registers
-BOUNDARY = 16  # elements, and bytes of an address: where vectors begin, so that loads are wide and binaries few
-HEADROOM = 2.0**10  # of score gradients in half precision: they are at most twice this, and small shares stay normal
+WIDEST = tile_table.WIDTHS[-1]  # channels per head: the gradients of a tile are kept in registers
+BOUNDARY = 16  # alignment of vectors in elements, and of addresses in bytes, for wide loads and few binaries
+HEADROOM = 2.0**10  # scale of score gradients in half precision: at most twice this, and small values stay normal
 
 
-def attention_map(query_BHLD: torch.Tensor, key_BKLD: torch.Tensor, sight: AttentionMapArgs) -> torch.Tensor:
+def attention_map(query_BHLD: torch.Tensor, key_BKLD: torch.Tensor, args: AttentionMapArgs) -> torch.Tensor:
     """See `medalign.kernels.attention_map`. Raises KernelError for heads wider than 256."""
     if query_BHLD.shape[-1] > WIDEST:
         raise KernelError(
-            f'attention_map: impl="triton" takes heads of at most {WIDEST} channels, got query {describe(query_BHLD)}; '
-            'choose impl="chunked"'
+            f'attention_map: impl="triton" supports heads of at most {WIDEST} channels, '
+            f'got query {describe(query_BHLD)}; choose impl="chunked"'
         )
     common = torch.promote_types(query_BHLD.dtype, key_BKLD.dtype)
-    return _AttentionMap.apply(_by_channel(query_BHLD.to(common)), _by_channel(key_BKLD.to(common)), sight)
+    return _AttentionMap.apply(_by_channel(query_BHLD.to(common)), _by_channel(key_BKLD.to(common)), args)
 
 
 def _by_channel(tensor: torch.Tensor) -> torch.Tensor:
-    """Channels end to end, each vector on a boundary; a copy only where that is not so."""
+    """The tensor with contiguous channels and aligned vectors; copied only if necessary."""
     steps = *tensor.stride()[:-1], tensor.data_ptr()
     if tensor.stride(-1) == 1 and not any(step % BOUNDARY for step in steps):
         return tensor
@@ -57,37 +58,37 @@ def _by_channel(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _like(tensor: torch.Tensor) -> torch.Tensor:
-    """Zeros of the same shape, each vector on a boundary."""
+    """Zeros of the same shape, with aligned vectors."""
     *shape, width = tensor.shape
     return tensor.new_zeros(*shape, -(-width // BOUNDARY) * BOUNDARY)[..., :width]
 
 
 class _AttentionMap(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query_BHLD: torch.Tensor, key_BKLD: torch.Tensor, sight: AttentionMapArgs) -> torch.Tensor:
-        call = _Call(query_BHLD, key_BKLD, sight)
+    def forward(ctx: Any, query_BHLD: torch.Tensor, key_BKLD: torch.Tensor, args: AttentionMapArgs) -> torch.Tensor:
+        call = _Call(query_BHLD, key_BKLD, args)
         log_sum_HT = query_BHLD.new_empty(call.heads, call.tokens, dtype=torch.float32)
         partial_KT = query_BHLD.new_zeros(call.key_heads, call.tokens, dtype=torch.float32)
         call.over_pairs("log_sum_kernel", log_sum=log_sum_HT)
-        columns, share_S = sight.columns_BL.view(torch.uint8), call.share_S
+        columns, share_S = args.columns_BL.view(torch.uint8), call.share_S
         call.over_keys("column_kernel", log_sum=log_sum_HT, columns=columns, share=share_S, partial=partial_KT)
         ctx.save_for_backward(query_BHLD, key_BKLD, log_sum_HT)
-        ctx.sight = sight
+        ctx.args = args
         return partial_KT.sum(0).view(columns.shape)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream_BL: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query_BHLD, key_BKLD, log_sum_HT = ctx.saved_tensors
-        call = _Call(query_BHLD, key_BKLD, ctx.sight)
-        upstream_BL = upstream_BL.float().contiguous().masked_fill(~ctx.sight.columns_BL, 0)
+        call = _Call(query_BHLD, key_BKLD, ctx.args)
+        upstream_BL = upstream_BL.float().contiguous().masked_fill(~ctx.args.columns_BL, 0)
         largest = upstream_BL.abs().amax()
         largest = torch.where(largest == 0, 1.0, largest)
         shared = {
             "log_sum": log_sum_HT,
             "inner": torch.empty_like(log_sum_HT),
             "upstream": upstream_BL.div_(largest).mul_(HEADROOM),
-            "factor": call.share_S * (ctx.sight.scale * largest / HEADROOM),
+            "factor": call.share_S * (ctx.args.scale * largest / HEADROOM),
         }
         wanted = ctx.needs_input_grad[0]
         query_gradient = _like(query_BHLD) if wanted else query_BHLD  # else not written
@@ -109,25 +110,25 @@ def _strides(name: str, tensor: torch.Tensor) -> dict[str, int]:
 
 
 class _Call:
-    """What every launch for the same query, key and sight has in common. Never waits for the device.
+    """The arguments common to all launches for one query, key and args. Never waits for the device.
 
-    Tiles lie within a segment; how many there are is known on the device alone. So a grid is as large as it could
-    have to be, and a table names the segment of each tile: programs that find none leave at once.
+    Tiles lie within a segment, and their number is known only on the device. The grid therefore has the maximum size,
+    and a table maps each tile to its segment; programs without a segment return at once.
     """
 
-    def __init__(self, query_BHLD: torch.Tensor, key_BKLD: torch.Tensor, sight: AttentionMapArgs) -> None:
-        self.heads, self.key_heads, self.tokens = query_BHLD.shape[1], key_BKLD.shape[1], sight.rows_BL.numel()
+    def __init__(self, query_BHLD: torch.Tensor, key_BKLD: torch.Tensor, args: AttentionMapArgs) -> None:
+        self.heads, self.key_heads, self.tokens = query_BHLD.shape[1], key_BKLD.shape[1], args.rows_BL.numel()
         self.group = self.heads // self.key_heads
-        self.bounds_S = sight.bounds()
-        self.share_S, self.before_S = sight.shares(self.heads)
+        self.bounds_S = args.bounds()
+        self.share_S, self.before_S = args.shares(self.heads)
         self.device = query_BHLD.device
         width = query_BHLD.shape[-1]
         self.tiles = tile_table.tiles(gpu.architecture(self.device), query_BHLD.dtype, width)
         self.common: dict[str, Any] = {
             "query": query_BHLD,
             "key": key_BKLD,
-            "valid": sight.valid_BL.view(torch.uint8),
-            "row_token": sight.rows_BL.flatten().byte().argsort(descending=True, stable=True).int(),
+            "valid": args.valid_BL.view(torch.uint8),
+            "row_token": args.rows_BL.flatten().byte().argsort(descending=True, stable=True).int(),
             "row_first": self.before_S.int(),
             "segment_first": self.bounds_S.int(),
             **_strides("query", query_BHLD),
@@ -135,10 +136,10 @@ class _Call:
             "length": query_BHLD.shape[2],
             "tokens": self.tokens,
             "segments": len(self.bounds_S) - 1,
-            "window": min(sight.window or self.tokens, self.tokens),
-            "scale": float(sight.scale),
-            "softcap": float(sight.softcap or 1.0),
-            **constants(self.tiles, query_BHLD.dtype, width, self.group, capped=sight.softcap is not None),
+            "window": min(args.window or self.tokens, self.tokens),
+            "scale": float(args.scale),
+            "softcap": float(args.softcap or 1.0),
+            **constants(self.tiles, query_BHLD.dtype, width, self.group, capped=args.softcap is not None),
             "num_warps": self.tiles.warps,
             "num_stages": self.tiles.stages,
         }
@@ -152,10 +153,10 @@ class _Call:
         """Launch a kernel over tiles of keys."""
         self._launch(kernel, self.bounds_S.diff(), self.tokens, self.tiles.keys, arguments)
 
-    def _launch(self, kernel: str, items_S: torch.Tensor, most: int, block: int, arguments: dict[str, Any]) -> None:
+    def _launch(self, kernel: str, items_S: torch.Tensor, limit: int, block: int, arguments: dict[str, Any]) -> None:
         tiles_S = (items_S + block - 1) // block
         end_S = tiles_S.cumsum(0)
-        bound = most // block + len(tiles_S)
+        bound = limit // block + len(tiles_S)
         segment = torch.searchsorted(end_S, torch.arange(bound, device=self.device), right=True)
         tables = {"tile_segment": segment.int(), "tile_first": (end_S - tiles_S).int()}
         kernels = _kernels()
@@ -164,13 +165,13 @@ class _Call:
                 kernels[kernel][(bound, self.key_heads)](**self.common, **arguments, **tables)
         except kernels["OutOfResources"] as error:
             raise KernelError(
-                f"attention_map: {self.device} has less than a program of {kernel} needs at {self.common['WIDTH']} "
-                f'channels a head ({error}); choose impl="chunked"'
+                f"attention_map: {self.device} lacks the resources for {kernel} at {self.common['WIDTH']} "
+                f'channels per head ({error}); choose impl="chunked"'
             ) from error
 
 
 def constants(tiles: tile_table.Tiles, dtype: torch.dtype, width: int, group: int, capped: bool) -> dict[str, Any]:
-    """What is compiled into every kernel."""
+    """The compile-time constants of every kernel."""
     return {
         "GROUP": group,
         "WIDTH": width,
@@ -185,7 +186,7 @@ def constants(tiles: tile_table.Tiles, dtype: torch.dtype, width: int, group: in
 
 @functools.cache
 def _kernels() -> dict[str, Any]:
-    """By name; loaded at the first use, since triton is not there on every machine and slow to import."""
+    """The kernels by name; imported on first use, because Triton is slow to import and not installed everywhere."""
     from medalign.kernels.attention_map import triton_kernels
 
     return vars(triton_kernels)

@@ -1,8 +1,8 @@
-"""The four kernels of the attention map, for the device; `triton` in this folder launches them and says why four.
+"""The four device kernels of the attention map; `triton.py` in this folder launches them and explains the design.
 
 The grid is tiles x key heads. A tile is F pairs of (row, query head of the key head's group), or N keys, of one
-segment; `tile_segment` and `tile_first` tell which. Rows come from a list, so that question rows alone are read. A
-token is numbered through the whole batch, and its sample is the same throughout a segment. Scores are in base 2.
+segment, which `tile_segment` and `tile_first` determine. Rows come from a list, so only question rows are read. Tokens
+are numbered across the whole batch, and all tokens of a segment belong to one sample. Scores are in base 2.
 
 Suffixes: F pairs of a tile, N keys of a tile, D channels (padded to a power of two; WIDTH of them are real).
 """
@@ -14,7 +14,7 @@ from triton.runtime.errors import OutOfResources
 __all__ = ["OutOfResources", "column_kernel", "key_gradient_kernel", "log_sum_kernel", "query_gradient_kernel"]
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-RUN_SIZES = ("length", "tokens", "segments", "window")  # change from batch to batch: one binary for all of them
+RUN_SIZES = ("length", "tokens", "segments", "window")  # change from batch to batch: one binary serves all values
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""How far the student's token-to-token similarity lies from the teacher's (the paper's L_vis)."""
+"""The squared difference between the token similarities of student and teacher (the paper's L_vis)."""
 
 from __future__ import annotations
 
@@ -24,22 +24,23 @@ def token_similarity(
     *,
     impl: str = "auto",
 ) -> torch.Tensor:
-    """For each sample, the mean over valid pairs (i, j) of `w_i w_j (cos(s_i, s_j) - cos(t_i, t_j))^2`.
+    """Average `w_i w_j (cos(s_i, s_j) - cos(t_i, t_j))^2` over the valid pairs (i, j) of each sample.
 
     Args:
         student: `[B, N, d]`, any float dtype. The only argument that receives a gradient.
-        teacher: `[B, N, b]`, any float dtype; a constant.
-        mask: `[B, N]` bool, True at valid tokens; all are valid without it.
-        weight: `[B, N]` float, w; a constant; 1 without it. The mean is over the number of pairs, not over w.
+        teacher: `[B, N, b]`, any float dtype; treated as a constant.
+        mask: `[B, N]` bool, True at valid tokens; None if all are valid.
+        weight: `[B, N]` float, w; treated as a constant; None for 1. The sum is divided by the number of pairs, not by
+            the sum of weights.
         impl: "auto", or an implementation by name.
 
     Returns:
-        `[B]` float32 (float64 if student or teacher is). A sample without a valid token gives 0, with gradient 0.
-        A token of norm 0 has cosine 0 with every token and receives no gradient.
+        `[B]` float32 (float64 if student or teacher is float64). A sample without a valid token gives 0, with gradient
+        0. A token of norm 0 has cosine 0 with every token and receives no gradient.
 
     Raises:
-        ValueError: arguments that do not fit each other; on the CPU also NaN at a valid token.
-        KernelError: an `impl` that does not exist or cannot run here; the message says why and what to do.
+        ValueError: arguments do not match each other, or (on the CPU only) a valid token holds NaN or infinity.
+        KernelError: `impl` does not exist or cannot run; the message gives the reason and the remedy.
     """
     _validate(student, teacher, mask, weight)
     implementation = dispatch.choose("token_similarity", impl, (student, teacher), _KNOWN, _CONDITIONS)

@@ -1,16 +1,16 @@
-"""Token similarity in memory linear in the tokens: value and gradient formed together, panel by panel.
+"""Token similarity in memory linear in the tokens: value and gradient are computed together, panel by panel.
 
 With unit rows s_i, t_i, and D_ij = s_i . s_j - t_i . t_j:
 
     loss   = 1 / n^2 * sum_ij w_i w_j D_ij^2
     dl/ds_i = 4 / n^2 * sum_j w_i w_j D_ij s_j
-    dl/dx_i = (dl/ds_i - (dl/ds_i . s_i) s_i) / |x_i|          x_i the token before it was normalized
+    dl/dx_i = (dl/ds_i - (dl/ds_i . s_i) s_i) / |x_i|          x_i is the token before normalization
 
-The upstream gradient is one number a sample, so the gradient is formed beside the value, kept, and scaled in the
-backward pass. D is symmetric: a panel of rows a..e needs the columns from a on alone, and serves the rows below it
-through its transpose. That is N^2 (3 d + b) operations against 2 N^2 (3 d + b) for autograd on the eager form.
-Expanding the square into d x d Gram matrices would need no panels at all, but it subtracts
-numbers near 1 to find a loss near 0.001, which float32 does not carry.
+The upstream gradient is one number per sample, so the gradient is computed with the value, stored, and scaled in the
+backward pass. D is symmetric: a panel of rows a to e needs only the columns from a on, and its transpose serves the
+rows below it. That takes N^2 (3 d + b) operations, compared with 2 N^2 (3 d + b) for autograd on the eager form.
+Expanding the square into d x d Gram matrices would avoid panels, but it would compute a loss near 0.001 as a difference
+of numbers near 1, for which float32 is not precise enough.
 
 G samples of a group, R rows of a panel, C columns of a panel, N tokens, D channels.
 """
@@ -25,8 +25,8 @@ from medalign.kernels.token_similarity.reference import SMALLEST_NORM
 from medalign.kernels.validation import compute_dtype
 
 TALLEST_PANEL = 256  # rows; enough for matrix products at full speed
-LEAST_PANELS = 4  # each panel halves less of the symmetric work the taller it is
-GROUP_ELEMENTS = 2**18  # samples are taken together while one panel of all of them stays below this (1 MB)
+LEAST_PANELS = 4  # taller panels save less of the symmetric work
+GROUP_ELEMENTS = 2**18  # samples are computed together while one panel of all of them stays below this (1 MB)
 
 
 def token_similarity(
@@ -53,7 +53,7 @@ class _TokenSimilarity(torch.autograd.Function):
         samples, tokens = student_BND.shape[:2]
         dtype = compute_dtype(student_BND, teacher_BND)
         loss_B = student_BND.new_zeros(samples, dtype=dtype)
-        # bfloat16 has the range of float32 and may keep the gradient; in float16 a gradient over N^2 would vanish.
+        # bfloat16 has the range of float32 and can store the gradient; in float16, a gradient over N^2 would vanish.
         kept = dtype if student_BND.dtype == torch.float16 else student_BND.dtype
         gradient_BND = torch.empty_like(student_BND, dtype=kept) if differentiate else None
         height = panel_height(tokens)
@@ -75,13 +75,14 @@ class _TokenSimilarity(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream_B: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (gradient_BND,) = ctx.saved_tensors
-        # The product is formed in the wider type of the two and rounded once.
+        # The product is computed in the wider of the two types and rounded once.
         scaled_BND = torch.empty_like(gradient_BND, dtype=ctx.student_dtype)
         torch.mul(gradient_BND, upstream_B[:, None, None], out=scaled_BND)
         return scaled_BND, None, None, None, None
 
 
 def panel_height(tokens: int) -> int:
+    """Rows per panel."""
     return max(1, min(TALLEST_PANEL, -(-tokens // LEAST_PANELS)))
 
 
@@ -94,7 +95,7 @@ def _group(
     height: int,
     differentiate: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Loss [G] and its gradient [G, N, D] for samples that are taken together."""
+    """Loss [G] and its gradient [G, N, D] for samples that are computed together."""
     samples, tokens = student_GND.shape[:2]
     unit_GND, inverse_GN = _unit_rows(student_GND, mask_GN, dtype)
     target_GND, _ = _unit_rows(teacher_GND, mask_GN, dtype)
@@ -110,7 +111,7 @@ def _group(
             weighted_GRC = panel_GRC
         else:
             weighted_GRC = panel_GRC * weight_GN[:, rows, None] * weight_GN[:, None, top:]
-        # Beyond the square on the diagonal, every entry stands for itself and its mirror image.
+        # Outside the square on the diagonal, each entry also stands for its mirror image.
         side = rows.stop - rows.start
         squares_GRC = panel_GRC * weighted_GRC
         sum_G += 2 * squares_GRC.sum((1, 2)) - squares_GRC[:, :, :side].sum((1, 2))
@@ -128,7 +129,7 @@ def _group(
 def _unit_rows(
     features_GND: torch.Tensor, mask_GN: torch.Tensor | None, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens scaled to length 1, and the factor that did it; both 0 where there is no direction or no token."""
+    """Tokens scaled to norm 1, and the scale factors; both 0 where the token is not valid or has no direction."""
     unit_GND = features_GND.to(dtype, copy=True)
     if mask_GN is not None:
         unit_GND.masked_fill_(~mask_GN[..., None], 0)

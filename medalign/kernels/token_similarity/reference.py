@@ -1,4 +1,4 @@
-"""The specification of token similarity, by plain autograd; N x N matrices and all.
+"""The specification of token similarity, in plain autograd, with N x N matrices in memory.
 
     loss_b = 1 / n_b^2 * sum_ij w_i w_j (cos(s_i, s_j) - cos(t_i, t_j))^2        (the paper's L_vis)
 
@@ -11,7 +11,7 @@ import torch
 
 from medalign.kernels.validation import compute_dtype
 
-SMALLEST_NORM = 1e-12  # a token below it has no direction
+SMALLEST_NORM = 1e-12  # tokens with a smaller norm have no direction
 
 
 def token_similarity(
@@ -34,7 +34,7 @@ def token_similarity(
 
 
 def cosines(features_BND: torch.Tensor, valid_BN: torch.Tensor) -> torch.Tensor:
-    """Cosine of every pair of tokens [B, N, N]; 0 for tokens that are not valid or have no length."""
+    """Cosine of every pair of tokens [B, N, N]; 0 for tokens that are not valid or have norm 0."""
     features_BND = features_BND.masked_fill(~valid_BN[..., None], 0)
     norm_BN1 = torch.linalg.vector_norm(features_BND, dim=-1, keepdim=True)
     unit_BND = features_BND / norm_BN1.clamp_min(SMALLEST_NORM)

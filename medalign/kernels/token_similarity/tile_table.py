@@ -1,6 +1,6 @@
-"""Which tiles the kernels take: fixed, for each architecture, in `tile_table.json`, with the reason.
+"""The tile sizes of the kernels: fixed for each architecture in `tile_table.json`, with the reason for each.
 
-The table is made offline, by hand or by `medalign bench kernels --tune`; nothing is tried out at run time.
+The table is written offline, by hand or by `medalign bench kernels --tune`; nothing is tuned at run time.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import torch
 from medalign.kernels.gpu import ARCHITECTURES
 
 TABLE = Path(__file__).with_name("tile_table.json")
-GRAIN = 128  # every tile's sides divide it: tokens are padded to a multiple
+GRAIN = 128  # tokens are padded to a multiple; the sides of every tile divide it
 HALF, FEW, ODD = "half", "half, few tiles", "half, odd width"
 SINGLE, SINGLE_ODD = "single", "single, odd width"
-WAVES = 2  # with fewer tiles than this a multiprocessor, smaller ones spread the work better
+WAVES = 2  # with fewer tiles than this per multiprocessor, smaller tiles spread the work better
 
 
 class Tile(NamedTuple):
-    """Rows and columns of a result's tile, the depth of one step, warps of a program, stages of its pipeline."""
+    """Rows and columns of a tile of the result, depth of one step, warps per program, pipeline stages."""
 
     rows: int
     columns: int
@@ -32,7 +32,7 @@ class Tile(NamedTuple):
     stages: int
 
     def shared_memory(self, element_size: int) -> int:
-        """Bytes of one program, at most: the operands of every stage, the result between layouts, and sums."""
+        """An upper bound of the bytes per program: operands of all stages, layout conversion, and sums."""
         operands = self.stages * (self.rows + self.columns) * self.depth * element_size
         return operands + self.rows * self.columns * 4 + 1024
 
@@ -51,7 +51,7 @@ def table() -> dict[str, dict[str, dict[str, Tile]]]:
 
 
 def kinds(kernel: str, *dtypes: torch.dtype) -> tuple[str, ...]:
-    """The kinds of tile that `kernel` may take for features of these types."""
+    """The kinds of tile that `kernel` may use for features of these types."""
     if torch.float32 in dtypes:
         return SINGLE, SINGLE_ODD
     return (HALF, FEW, ODD) if kernel == "differences" else (HALF, ODD)
@@ -60,7 +60,15 @@ def kinds(kernel: str, *dtypes: torch.dtype) -> tuple[str, ...]:
 def differences(
     architecture: str, dtypes: tuple[torch.dtype, torch.dtype], aligned: bool, tokens: int, samples: int
 ) -> Tile:
-    """`dtypes` of student and teacher; `aligned`: whether every token begins at a multiple of 16 elements."""
+    """The tile of the `differences` kernel.
+
+    Args:
+        architecture: a key of `ARCHITECTURES`.
+        dtypes: of student and teacher.
+        aligned: whether every token begins at a multiple of 16 elements.
+        tokens: per sample.
+        samples: computed in one launch.
+    """
     tiles = table()[architecture]["differences"]
     if torch.float32 in dtypes:
         return tiles[SINGLE if aligned else SINGLE_ODD]
@@ -72,6 +80,7 @@ def differences(
 
 
 def gradients(architecture: str, student: torch.dtype, aligned: bool) -> Tile:
+    """The tile of the `gradients` kernel; see `differences` for the arguments."""
     tiles = table()[architecture]["gradients"]
     if student == torch.float32:
         return tiles[SINGLE if aligned else SINGLE_ODD]
@@ -79,7 +88,7 @@ def gradients(architecture: str, student: torch.dtype, aligned: bool) -> Tile:
 
 
 def shared_memory(architecture: str, student: torch.dtype, teacher: torch.dtype) -> int:
-    """Bytes that the hungriest kernel asks for."""
+    """Bytes of shared memory per program of the kernel that needs the most."""
     tiles = table()[architecture]
     size = max(student.itemsize, teacher.itemsize)
     pairs = [tiles["differences"][kind].shared_memory(size) for kind in kinds("differences", student, teacher)]
@@ -88,7 +97,7 @@ def shared_memory(architecture: str, student: torch.dtype, teacher: torch.dtype)
 
 
 def write(place: tuple[str, str, str], tile: Mapping[str, Any], reason: str, file: Path) -> None:
-    """Put a tile into a table on disk; `place` is its architecture, kernel and kind."""
+    """Write a tile into a table on disk; `place` is its architecture, kernel and kind."""
     stored = json.loads(file.read_text(encoding="utf-8"))
     architecture, kernel, kind = place
     stored[architecture][kernel][kind] = {**tile, "reason": reason}

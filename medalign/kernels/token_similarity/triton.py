@@ -5,10 +5,10 @@ With unit rows s_i, t_i, and D_ij = s_i . s_j - t_i . t_j, as in `chunked`:
     loss    = 1 / n^2 * sum_ij w_i w_j D_ij^2
     dl/dx_i = 4 w_i / (n^2 |x_i|) * (sum_j w_j D_ij s_j - r_i s_i),      r_i = sum_j w_j D_ij (s_i . s_j)
 
-Counted before it was written, for N tokens, d and b channels, an image, a panel of P rows:
+Operations per image of the alternatives, for N tokens, d and b channels, and panels of P rows:
 
     autograd on the eager form                        2 N^2 (3d + b)    four N x N float32 matrices
-    plain recomputation in the backward pass          2 N^2 (3d + 2b)
+    recomputation in the backward pass                2 N^2 (3d + 2b)
     one pass, gradient rows kept on chip              2 N^2 (2d + b)    64 rows x 4096 x 4 bytes = 1 MB: no room
     one pass, D recomputed for each 256 channels      2 N^2 (d + (d + b) d / 256): 20 times as much at d = 4096
     one pass, D in panels of P rows                   2 N^2 (2d + b)    P N elements written and read once
@@ -16,14 +16,14 @@ Counted before it was written, for N tokens, d and b channels, an image, a panel
     upper half of everything, transposed panels       N^2 (3d + b)      but dl/dx lives in float32 and is read and
                                                                         written N / P times
 
-The last but one is taken: for one tile of 576 image tokens it does the least known, in two launches, and beyond it
-needs no accumulation in memory, so that every result is written once, by one program, in a fixed order (no atomics;
-two runs are bit-equal). The normalization costs no pass: lengths multiply finished products (features of half
-precision are then multiplied exactly), the factors of D's columns go into the panel, and r_i falls out of D's tile.
-The panel is in the features' own type, as tensor cores want; float16, whose range is short, with the column factors
-scaled to at most 1. Float32 is multiplied as three TF32 products, which keeps its accuracy.
+The last but one is used. For an image of 576 tokens it takes the fewest operations known, in two launches. For more
+tokens it needs no accumulation in memory: one program writes each result once, in a fixed order, without atomics, so
+two runs are equal to the bit. The normalization needs no extra pass: norms scale finished products (so that products of
+half-precision features are exact), the factors of D's columns are applied to the panel, and r_i is a sum over D's tile.
+The panel has the dtype of the features, as tensor cores require; in float16, whose range is small, the column factors
+are scaled to at most 1. Float32 is multiplied as three TF32 products, which preserves its accuracy.
 
-The upstream gradient is one number a sample: the backward pass is one multiplication, in float32 and rounded once.
+The upstream gradient is one number per sample: the backward pass is one multiplication in float32, rounded once.
 """
 
 from __future__ import annotations
@@ -37,21 +37,21 @@ from medalign.kernels.token_similarity import tile_table
 from medalign.kernels.token_similarity.reference import SMALLEST_NORM
 from medalign.kernels.token_similarity.tile_table import GRAIN
 
-TALLEST_PANEL = 2048  # rows; 16 row tiles x the channel tiles fill a card
-WORKSPACE_ELEMENTS = 2**25  # samples are taken together while their panels stay below this (64 MB in half precision)
-BOUNDARY = 16  # elements; also bytes, of an address
+TALLEST_PANEL = 2048  # rows; 16 row tiles x the channel tiles fill a GPU
+WORKSPACE_ELEMENTS = 2**25  # samples are computed together while their panels stay below this (64 MB in half precision)
+BOUNDARY = 16  # alignment in elements, and of addresses in bytes
 PREPARE_ROWS, PREPARE_CHANNELS = 8, 512
 
 
 def available(device: torch.device, student: torch.dtype, teacher: torch.dtype) -> str | None:
-    """Why the kernels cannot run on `device` for student and teacher of these types, and the remedy; else None."""
+    """Why the kernels cannot run on `device` with these dtypes of student and teacher, and the remedy; or None."""
     refusal = gpu.refusal(device, student, teacher)
     if refusal:
         return refusal
     needed = tile_table.shared_memory(gpu.architecture(device), student, teacher)
     there = gpu.shared_memory(device)
     if needed > there:
-        return f'a program needs {needed} bytes of shared memory, {device} has {there}; choose impl="chunked"'
+        return f'a program needs {needed} bytes of shared memory and {device} has {there}; choose impl="chunked"'
     return None
 
 
@@ -80,7 +80,7 @@ class _TokenSimilarity(torch.autograd.Function):
         loss_B = student_BND.new_zeros(samples, dtype=torch.float32)
         gradient_BND = None
         if differentiate:
-            # bfloat16 has the range of float32 and may keep the gradient; float16 would lose a gradient over N^2.
+            # bfloat16 has the range of float32 and can store the gradient; float16 would lose a gradient over N^2.
             kept = torch.float32 if student_BND.dtype == torch.float16 else student_BND.dtype
             gradient_BND = torch.empty(student_BND.shape, dtype=kept, device=student_BND.device)
         count, height = panels(tokens)
@@ -108,26 +108,26 @@ class _TokenSimilarity(torch.autograd.Function):
 
 
 def panels(tokens: int) -> tuple[int, int]:
-    """How many panels, and their height in whole grains: as few as the tallest allows, all of one height."""
+    """The number of panels and their common height, a multiple of `GRAIN`: as few panels as `TALLEST_PANEL` allows."""
     count = max(1, -(-tokens // TALLEST_PANEL))
     return count, -(-tokens // (count * GRAIN)) * GRAIN
 
 
 def _by_channel(tensor: torch.Tensor) -> torch.Tensor:
-    """A token's channels end to end and, where their number allows it, on a boundary for wide loads."""
+    """The tensor with contiguous channels and, where their number allows it, aligned tokens for wide loads."""
     if tensor.stride(-1) == 1 and (tensor.shape[-1] % BOUNDARY or _aligned(tensor)):
         return tensor
     return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _aligned(tensor: torch.Tensor) -> bool:
-    """As Triton sees it, which compiles wide loads where addresses and steps are multiples of 16."""
+    """Whether Triton compiles wide loads for it: addresses and strides are multiples of 16."""
     steps = tensor.stride(0), tensor.stride(1), tensor.shape[-1], tensor.data_ptr()
     return not any(step % BOUNDARY for step in steps)
 
 
 def _teacher(teacher: torch.Tensor, student_dtype: torch.dtype) -> torch.Tensor:
-    """In the student's type or in float32, to neither of which any number is lost: fewer binaries."""
+    """The teacher in the student's dtype or in float32, whichever is lossless; this limits the number of binaries."""
     return teacher if teacher.dtype == student_dtype else teacher.float()
 
 
@@ -198,7 +198,7 @@ class _Group:
             self.factor_GN /= self.undo_G[:, None]
 
     def _panel(self, top: int) -> torch.Tensor:
-        """Sum over the panel's rows [G]; the gradient of these rows is written."""
+        """The sum over the panel's rows [G]; also writes the gradient of these rows."""
         tile, height = self.difference_tile, self.height
         wanted = self.gradient_GND is not None
         shape = (self.samples, height, self.padded)
@@ -260,7 +260,7 @@ class _Group:
         )
 
     def _features(self) -> dict[str, Any]:
-        """What the kernels that read student and teacher have in common."""
+        """The arguments of the kernels that read student and teacher."""
         return {
             "student": self.student_GND,
             "teacher": self.teacher_GND,
@@ -278,12 +278,12 @@ class _Group:
 
 
 def precision(dtype: torch.dtype) -> str:
-    """How tensor cores multiply: float32 as three TF32 products; halves as they are."""
+    """The precision of tensor-core products: three TF32 products for float32, exact products for half precision."""
     return "tf32x3" if dtype == torch.float32 else "ieee"
 
 
 def _launch(kernel: str, grid: tuple[int, ...], **arguments: Any) -> None:
-    # Imported at the first use: triton is not there on every machine, and slow to import.
+    # Imported on first use: Triton is slow to import and not installed everywhere.
     from medalign.kernels.token_similarity import triton_kernels
 
     getattr(triton_kernels, kernel)[grid](**arguments)

@@ -1,8 +1,8 @@
-"""The three kernels of token similarity, for the device; `triton` in this folder launches them and says why three.
+"""The three device kernels of token similarity; `triton.py` in this folder launches them and explains the design.
 
-Tokens are padded to whole tiles: the vectors over tokens (inverse lengths, weights) have room for the padding and
-hold 0 there, as they do at tokens that are masked or have no length. Such a token's features are never read. Every
-element of every result is written by one program, which sums in a fixed order.
+Tokens are padded to whole tiles. The vectors over tokens (inverse norms, weights) include the padding and are 0 there,
+as at tokens that are masked or have norm 0; the features of such tokens are never read. One program writes each element
+of a result, and sums in a fixed order.
 
 Suffixes: R rows and C columns of a tile (tokens both), K channels of a step, J tokens of a step, D channels of a tile.
 """
@@ -10,7 +10,7 @@ Suffixes: R rows and C columns of a tile (tokens both), K channels of a step, J 
 import triton
 import triton.language as tl
 
-CHANGING = ["tokens", "top"]  # differ from call to call: one binary serves all of their values
+CHANGING = ["tokens", "top"]  # change from call to call: one binary serves all values
 
 
 @triton.jit(do_not_specialize=["tokens"])

@@ -1,7 +1,5 @@
 """The packaged teacher sees the findings: it looks at them, where the same tower untrained does not."""
 
-import importlib
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,23 +12,12 @@ from medalign.geometry import CanvasFrame, PatchGrid, coverage, square_canvas, v
 from medalign.phantom import stream, study
 from medalign.teacher.clip import load_teacher
 from medalign.teacher.targets import teacher_targets
+from tools.phantom_models import teacher_evaluation, train_teacher
 
 FOLDER = Path(medalign.__file__).parent / "assets" / "phantom_teacher"
 STUDENT_GRID = PatchGrid(8, 8)
 LARGEST = 10 * 2**20  # bytes
 FILMS = 120
-TOOLS = Path(medalign.__file__).parents[1] / "tools"
-
-
-@pytest.fixture(scope="module")
-def tools():
-    """The scripts that train and evaluate it, imported as they run: with tools/ on the path."""
-    sys.path.insert(0, str(TOOLS))
-    try:
-        names = ("train_phantom_teacher", "phantom_teacher_evaluation")
-        yield tuple(importlib.import_module(name) for name in names)
-    finally:
-        sys.path.remove(str(TOOLS))
 
 
 @pytest.fixture(scope="module")
@@ -63,28 +50,28 @@ def test_its_attention_gathers_on_findings_and_that_of_an_untrained_tower_does_n
     assert concentration(films, random_weights_seed=0) < 1.2
 
 
-def test_it_tells_findings_apart_and_looks_at_them_as_published(tools):
+def test_it_tells_findings_apart_and_looks_at_them_as_published():
     """Published on 1,000 films: mean AUC 0.957, attention 4.78 times the area.
 
     Of 150 films some 37 show a kind: an AUC then has a standard error of at most 0.04 (the nodule's), the mean of
     five about 0.01; the attention's share has one of 0.02 in 0.62. The limits lie more than five of them below.
     """
-    training, evaluation = tools
     tokenizer = Tokenizer.from_file(str(FOLDER / "tokenizer.json"))
     teacher = load_teacher(FOLDER)
-    test, held_out = (evaluation.films(teacher, 150, 5, split) for split in ("test", "val"))
-    scores = evaluation.zero_shot(FOLDER, lambda texts: training.tokenize(tokenizer, texts), test, held_out)["mean"]
+    test, held_out = (teacher_evaluation.films(teacher, 150, 5, split) for split in ("test", "val"))
+    scores = teacher_evaluation.zero_shot(
+        FOLDER, lambda texts: train_teacher.tokenize(tokenizer, texts), test, held_out
+    )["mean"]
     assert scores["auc"] > 0.9
     assert scores["calibrated_accuracy"] > max(scores["accuracy"], scores["chance"]) + 0.05
-    assert evaluation.attention(teacher, test)["all"]["ratio"] > 3
+    assert teacher_evaluation.attention(teacher, test)["all"]["ratio"] > 3
 
 
-def test_the_threshold_is_the_one_of_most_right_answers(tools):
-    _, evaluation = tools
+def test_the_threshold_is_the_one_of_most_right_answers():
     draw = np.random.default_rng(0)
     for _ in range(20):
         truth = draw.random(40) < 0.3
         margins = draw.normal(3 + truth, 1)
-        found = ((margins > evaluation.best_threshold(margins, truth)) == truth).mean()
+        found = ((margins > teacher_evaluation.best_threshold(margins, truth)) == truth).mean()
         assert found == max(((margins > at) == truth).mean() for at in [*margins, margins.min() - 1])
-    assert evaluation.best_threshold(np.array([1.0, 2.0]), np.array([False, False])) > 2
+    assert teacher_evaluation.best_threshold(np.array([1.0, 2.0]), np.array([False, False])) > 2

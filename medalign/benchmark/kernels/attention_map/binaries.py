@@ -1,4 +1,4 @@
-"""The binaries of the attention map's kernels that dispatch can choose."""
+"""Every binary of the attention map's kernels that can be launched."""
 
 from __future__ import annotations
 
@@ -18,11 +18,10 @@ _FLOATS = ("log_sum", "share", "partial", "upstream", "factor", "inner")
 
 
 def binaries(architecture: str) -> Iterator[Binary]:
-    """Every configuration at its largest: whole vectors, a softcap. Beside them what else makes another binary.
+    """Every tile in its most demanding form (full width, with a softcap), and examples of the other variants.
 
-    Head widths below the padded one, groups of other sizes and scores without a cap change constants, not tiles.
-    Float32 has tiles smaller than the 64 rows that the instructions of newer cards want: `mma.sync`, which every card
-    has.
+    Narrower heads, other group sizes and scores without a cap change constants, not tiles. The float32 tiles are
+    smaller than the 64 rows that the instructions of newer GPUs require, so they use `mma.sync`, which every GPU has.
     """
     for width in tile_table.WIDTHS:
         for dtype in (torch.bfloat16, torch.float32):
@@ -47,7 +46,7 @@ def _binary(
     types |= dict.fromkeys(("query", "key", "gradient"), f"*{_NAMES[dtype]}") | {"scale": "fp32", "softcap": "fp32"}
     used = {name: types.get(name, "i32") for name in function.arg_names if name not in constants}
     divisible = tuple(name for name in used if name in types and types[name].startswith("*") or "_by_" in name)
-    parts = (_NAMES[dtype], str(width), "softcap" if capped else "", "" if wanted else "inner sums alone")
+    parts = (_NAMES[dtype], str(width), "softcap" if capped else "", "" if wanted else "inner sums only")
     name = f"{kernel.removesuffix('_kernel')} {' '.join(part for part in parts if part)}"
     newest = dtype != torch.float32
     return Binary(name, function, used, constants, tiles.warps, tiles.stages, divisible, tensor_cores=newest)

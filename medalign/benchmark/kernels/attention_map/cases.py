@@ -1,4 +1,4 @@
-"""The attention map for the benchmark: its cost by count, problems to measure it on, entries to tune."""
+"""The benchmark case of the attention map: cost models, problems to measure, entries to tune."""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ from typing import Any, NamedTuple
 
 import torch
 
+from medalign.benchmark.kernels import eager
 from medalign.benchmark.kernels.attention_map.binaries import binaries
-from medalign.benchmark.kernels.case import Choice, Cost, CostModel, KernelCase, Problem
+from medalign.benchmark.kernels.case import Cost, CostModel, KernelCase, Problem, TuningEntry
 from medalign.kernels import gpu
 from medalign.kernels.attention_map import attention_map, chunked, tile_table
 from medalign.kernels.attention_map.arguments import AttentionMapArgs
 from medalign.kernels.attention_map.tile_table import Tiles
 
-TOKENS = (576, 1024, 2304, 4096, 16384)  # of the image
+TOKENS = (576, 1024, 2304, 4096, 16384)  # per image
 SMALL_TOKENS = (40, 70)  # on the CPU, where the kernels are interpreted
 
 
 class Shape(NamedTuple):
-    """A prompt: some words, the image, the question (its rows), the answer; heads of `width` channels."""
+    """A prompt: text, the image, the question (the rows), the answer; heads of `width` channels."""
 
     image: int
     question: int
@@ -41,54 +42,44 @@ def shape_of(image: int, on_gpu: bool) -> Shape:
     return Shape(image, 40, 152, 32, 8, 128) if on_gpu else Shape(image, 5, 11, 4, 2, 16)
 
 
-def eager(query_BHLD: torch.Tensor, key_BKLD: torch.Tensor, rows_BL: torch.Tensor, columns_BL: torch.Tensor) -> Any:
-    """The released code's form: the weights of every row and head, of which the question's are kept."""
-    key_BHLD = key_BKLD.repeat_interleave(query_BHLD.shape[1] // key_BKLD.shape[1], dim=1)
-    scores_BHLL = query_BHLD @ key_BHLD.transpose(2, 3) * query_BHLD.shape[-1] ** -0.5
-    future_LL = torch.ones_like(scores_BHLL[0, 0], dtype=torch.bool).triu(1)
-    weights_BHLL = scores_BHLL.masked_fill(future_LL, float("-inf")).softmax(-1, dtype=torch.float32)
-    chosen_BHLL = weights_BHLL * (rows_BL[:, :, None] & columns_BL[:, None, :])[:, None]
-    return chosen_BHLL.sum((1, 2)) / (query_BHLD.shape[1] * rows_BL.sum(1, keepdim=True))
-
-
-def accounts() -> Iterator[CostModel]:
+def cost_models() -> Iterator[CostModel]:
     for tokens in TOKENS:
         shape = shape_of(tokens, on_gpu=True)
         costs = {"least": least_cost(shape), "eager": eager_cost(shape), "triton": triton_cost(shape)}
         yield CostModel(f"B=1 {shape} bf16", costs)
 
 
-def least_cost(s: Shape, size: int = 2) -> Cost:
-    """Scores, dQ and dK once each; the rows' queries and the keys read once, both whole gradients written."""
-    pairs = s.heads * s.question
-    elements = (pairs + s.key_heads * s.length) + (s.heads + s.key_heads) * s.length
-    return Cost(6 * pairs * s.length * s.width, elements * s.width * size)
+def least_cost(shape: Shape, size: int = 2) -> Cost:
+    """Scores, dQ and dK once each; the queries of the rows and the keys read once, both whole gradients written."""
+    pairs = shape.heads * shape.question
+    elements = (pairs + shape.key_heads * shape.length) + (shape.heads + shape.key_heads) * shape.length
+    return Cost(6 * pairs * shape.length * shape.width, elements * shape.width * size)
 
 
-def eager_cost(s: Shape, size: int = 2) -> Cost:
-    """Every operation of autograd on the eager form on its own, for all L rows of every head.
+def eager_cost(shape: Shape, size: int = 2) -> Cost:
+    """Each operation of autograd on the eager form separately, for all L rows of every head.
 
-    L x L: scores written (1), scaled (2), hidden (2), softmax, in float32 (3), the rows chosen, in float32 (4), their
-    sum (2); backward, down to the softmax in float32: the sum spread (2), chosen (4), the softmax (6), then hidden
-    (2), scaled (2), read by two products (2). L x d: keys repeated (3), read by the scores (2), by their gradients
-    (2), whose results are written and summed over the group (4).
+    L x L, in elements of half precision: scores written (1), scaled (2), masked (2), softmax in float32 (3), rows
+    selected in float32 (4), summed (2); backward, in float32 up to the softmax: sum (2), selection (4), softmax (6),
+    then mask (2), scale (2), read by two products (2). L x d: keys repeated (3), read by the scores (2) and by their
+    gradients (2), whose results are written and summed over the group (4).
     """
-    elements = s.heads * (32 * s.length**2 + 11 * s.length * s.width)
-    return Cost(6 * s.heads * s.length**2 * s.width, elements * size)
+    elements = shape.heads * (32 * shape.length**2 + 11 * shape.length * shape.width)
+    return Cost(6 * shape.heads * shape.length**2 * shape.width, elements * size)
 
 
-def triton_cost(s: Shape, size: int = 2) -> Cost:
+def triton_cost(shape: Shape, size: int = 2) -> Cost:
     """Scores over L and over the columns; scores, scores and dQ, scores and dK. Each kernel reads its operands once.
 
-    Whole gradients are first filled with zeros; then the rows of dQ and all of dK are written. What else is written is
-    two numbers a pair and one a key and key head.
+    The gradients are first filled with zeros; then the rows of dQ and all of dK are written. In addition, two numbers
+    per pair and one per key and key head are written.
     """
-    pairs, keys = s.heads * s.question, s.key_heads * s.length
-    products = (s.length + s.image) + 5 * s.length
+    pairs, keys = shape.heads * shape.question, shape.key_heads * shape.length
+    products = (shape.length + shape.image) + 5 * shape.length
     read = 4 * (pairs + keys)
-    written = (s.heads + s.key_heads) * s.length + pairs + keys
+    written = (shape.heads + shape.key_heads) * shape.length + pairs + keys
     numbers = 4 * (6 * pairs + 2 * keys)
-    return Cost(2 * pairs * products * s.width, (read + written) * s.width * size + numbers)
+    return Cost(2 * pairs * products * shape.width, (read + written) * shape.width * size + numbers)
 
 
 def problems(device: torch.device, dtype: torch.dtype, tokens: Sequence[int] | None) -> Iterator[Problem]:
@@ -107,9 +98,9 @@ def problem(device: torch.device, dtype: torch.dtype, shape: Shape) -> Problem:
     columns = (place_L >= first) & (place_L < first + shape.image)
     rows = (place_L >= first + shape.image) & (place_L < first + shape.image + shape.question)
     upstream = make(1, shape.length)
-    compiled = torch.compile(eager)
+    compiled = torch.compile(eager.attention_map)
     paths = {
-        "eager": lambda: eager(query, key, rows, columns),
+        "eager": lambda: eager.attention_map(query, key, rows, columns),
         "torch.compile": lambda: compiled(query, key, rows, columns),
         "chunked": lambda: attention_map(query, key, rows, columns, impl="chunked"),
     }
@@ -123,10 +114,10 @@ def problem(device: torch.device, dtype: torch.dtype, shape: Shape) -> Problem:
 def _exact(
     query: torch.Tensor, key: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, upstream: torch.Tensor
 ) -> tuple[torch.Tensor, ...]:
-    """By the chunked path in float64, which needs no L x L matrix and is tested against the specification."""
+    """The chunked implementation in float64, which needs no L x L matrix and is tested against the reference."""
     wide_query, wide_key = (tensor.detach().double().requires_grad_() for tensor in (query, key))
-    sight = AttentionMapArgs(rows, columns, torch.ones_like(rows), query.shape[-1] ** -0.5)
-    value = chunked.attention_map(wide_query, wide_key, sight)
+    args = AttentionMapArgs(rows, columns, torch.ones_like(rows), query.shape[-1] ** -0.5)
+    value = chunked.attention_map(wide_query, wide_key, args)
     return value.detach(), *torch.autograd.grad(value, (wide_query, wide_key), upstream.double())
 
 
@@ -140,8 +131,8 @@ def _tolerances(dtype: torch.dtype) -> tuple[tuple[float, float], str]:
     return (1e-4, 2 * rounding), why
 
 
-def choices(device: torch.device) -> Iterator[Choice]:
-    """Entries for the device's architecture, each on a problem that takes it."""
+def tuning_entries(device: torch.device) -> Iterator[TuningEntry]:
+    """The entries for the device's architecture, each with a problem that uses it."""
     architecture, on_gpu = gpu.architecture(device), device.type == "cuda"
     for kind in tile_table.table()[architecture]:
         precision, width, _ = kind.replace(",", "").split()
@@ -150,7 +141,7 @@ def choices(device: torch.device) -> Iterator[Choice]:
         solved = problem(device, dtype, shape)
         place = architecture, kind
         candidates = [tiles._asdict() for tiles in _candidates(precision, int(width))]
-        yield Choice(
+        yield TuningEntry(
             name=" / ".join(place),
             problem=solved.name,
             current=tile_table.table()[architecture][kind]._asdict(),
@@ -182,4 +173,4 @@ def _use(place: tuple[str, str], candidate: Mapping[str, Any]) -> None:
     tile_table.table()[architecture][kind] = Tiles(**candidate)
 
 
-CASE = KernelCase("attention_map", binaries, accounts, problems, choices)
+CASE = KernelCase("attention_map", binaries, cost_models, problems, tuning_entries)

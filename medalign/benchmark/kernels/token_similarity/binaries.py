@@ -1,4 +1,4 @@
-"""Every binary of token similarity that dispatch can choose, for compilation ahead of time."""
+"""Every binary of the token similarity kernels that can be launched."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from medalign.kernels.token_similarity import tile_table, triton
 from medalign.kernels.token_similarity.reference import SMALLEST_NORM
 from medalign.kernels.token_similarity.tile_table import Tile
 
-# What `triton._teacher` leaves: the teacher in the student's type or in float32.
+# As `triton._teacher` converts: the teacher in the student's dtype or in float32.
 _F32, _BF16, _F16 = torch.float32, torch.bfloat16, torch.float16
 PAIRS = ((_BF16, _BF16), (_BF16, _F32), (_F16, _F16), (_F16, _F32), (_F32, _F32))
 _NAMES = {_F32: "fp32", _BF16: "bf16", _F16: "fp16"}
@@ -24,7 +24,7 @@ _FLOATS = (*_VECTORS, "along", "share", "undo", "sums")
 
 
 def binaries(architecture: str) -> Iterator[Binary]:
-    """Those of one architecture. Types and boundaries are as `triton` hands the arguments over."""
+    """The binaries of one architecture, with the argument types and alignment that `triton` passes."""
     tiles = tile_table.table()[architecture]
     for student, teacher in PAIRS:
         yield _prepare(student, teacher)
@@ -57,7 +57,7 @@ def _differences(student: torch.dtype, teacher: torch.dtype, tile: Tile, gradien
         "BLOCK": tile.rows,
         "CHANNELS": tile.depth,
     }
-    what = f"{kind}{'' if gradient else ', value alone'}"
+    what = f"{kind}{'' if gradient else ', value only'}"
     name = f"differences {_NAMES[student]}/{_NAMES[teacher]} ({what})"
     return _binary("differences", name, student, teacher, constants, tile, "odd" not in kind)
 

@@ -1,4 +1,4 @@
-"""Token similarity for the benchmark: its cost by count, problems to measure it on, entries to tune."""
+"""The benchmark case of token similarity: cost models, problems to measure, entries to tune."""
 
 from __future__ import annotations
 
@@ -8,27 +8,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
-from medalign.benchmark.kernels.case import Choice, Cost, CostModel, KernelCase, Problem
+from medalign.benchmark.kernels import eager
+from medalign.benchmark.kernels.case import Cost, CostModel, KernelCase, Problem, TuningEntry
 from medalign.benchmark.kernels.token_similarity.binaries import binaries
 from medalign.kernels import gpu
 from medalign.kernels.token_similarity import chunked, tile_table, token_similarity, triton
 from medalign.kernels.token_similarity.tile_table import FEW, ODD, SINGLE, Tile
 
-TOKENS = (576, 1024, 2304, 4096, 16384)  # a LLaVA image, and images in tiles
-SMALL_TOKENS = (64, 150)  # on the CPU: the interpreter takes a millisecond where a GPU takes a nanosecond
+TOKENS = (576, 1024, 2304, 4096, 16384)  # a LLaVA image, and tiled images
+SMALL_TOKENS = (64, 150)  # on the CPU, where the kernels are interpreted
 WIDTHS, SMALL_WIDTHS = (4096, 1024), (96, 40)  # student, teacher
 
 
-def eager(student_BND: torch.Tensor, teacher_BND: torch.Tensor) -> torch.Tensor:
-    """The released code's form: two N x N matrices, their squared difference, and autograd's copies of them."""
-    student_BND, teacher_BND = F.normalize(student_BND, dim=-1), F.normalize(teacher_BND, dim=-1)
-    difference_BNN = student_BND @ student_BND.transpose(1, 2) - teacher_BND @ teacher_BND.transpose(1, 2)
-    return (difference_BNN**2).mean((1, 2))
-
-
-def accounts() -> Iterator[CostModel]:
+def cost_models() -> Iterator[CostModel]:
     for tokens in TOKENS:
         samples, (width, teacher_width) = samples_of(tokens), WIDTHS
         shape = samples, tokens, width, teacher_width
@@ -47,12 +40,12 @@ def least_cost(samples: int, tokens: int, width: int, teacher_width: int, size: 
 
 
 def eager_cost(samples: int, tokens: int, width: int, teacher_width: int, size: int = 2) -> Cost:
-    """Every operation of autograd on the eager form on its own, reading its operands and writing its result.
+    """Each operation of autograd on the eager form separately, reading its operands and writing its result.
 
-    N x N: both similarities written (2), their difference (3), its square (2), the mean (1); backward: the spread mean
-    (1), the square's gradient (3), the product's two factors' gradients read it (2). N x d: length and division
-    (3, teacher's too), the similarity reads its factors (2, teacher's too); backward: two products write and read
-    (4), their sum (3), through the normalization (6).
+    N x N: both similarities written (2), their difference (3), its square (2), the mean (1); backward: gradient of the
+    mean (1) and of the square (3), read by the gradients of the product's two factors (2). N x d: norm and division (3,
+    also for the teacher), factors read by the similarity (2, also for the teacher); backward: two products write and
+    read (4), their sum (3), through the normalization (6).
     """
     operations = 2 * tokens**2 * (3 * width + teacher_width)
     elements = 14 * tokens**2 + tokens * (18 * width + 5 * teacher_width)
@@ -60,11 +53,11 @@ def eager_cost(samples: int, tokens: int, width: int, teacher_width: int, size: 
 
 
 def triton_cost(samples: int, tokens: int, width: int, teacher_width: int, size: int = 2) -> Cost:
-    """Tiles as they are launched on sm_90, padding included; forward and backward.
+    """Tiles as launched on sm_90, including padding, forward and backward.
 
-    Bytes: `prepare` reads the features; each panel reads them for D, is written and read, and the features are read
-    again for the gradient and for the normalization; the gradient is written, and read and written by the backward
-    pass. Between the tiles of a launch the level-2 cache is taken to hold what they share.
+    Bytes: `prepare` reads the features; each panel reads them for D and is written and read; the features are read
+    again for the gradient and for the normalization; the gradient is written, then read and written by the backward
+    pass. The L2 cache is assumed to hold the data that the tiles of a launch share.
     """
     tile = tile_table.differences("sm_90", (torch.bfloat16, torch.bfloat16), True, tokens, samples)
     count, height = triton.panels(tokens)
@@ -83,16 +76,19 @@ def problems(device: torch.device, dtype: torch.dtype, tokens: Sequence[int] | N
         yield problem(device, dtype, each, *(WIDTHS if on_gpu else SMALL_WIDTHS))
 
 
-def problem(device: torch.device, dtype: torch.dtype, tokens: int, width: int, teacher_width: int) -> Problem:
-    samples = samples_of(tokens)
+def problem(
+    device: torch.device, dtype: torch.dtype, tokens: int, width: int, teacher_width: int, samples: int | None = None
+) -> Problem:
+    """Random features of one size; the number of samples defaults to `samples_of(tokens)`."""
+    samples = samples_of(tokens) if samples is None else samples
     generator = torch.Generator(device).manual_seed(0)
     make = functools.partial(torch.randn, generator=generator, device=device)
     student = make(samples, tokens, width).to(dtype).requires_grad_()
     teacher = make(samples, tokens, teacher_width).to(dtype)
     upstream = torch.linspace(0.5, 2, samples, device=device)
-    compiled = torch.compile(eager, fullgraph=True)
+    compiled = torch.compile(eager.token_similarity, fullgraph=True)
     paths = {
-        "eager": lambda: eager(student, teacher),
+        "eager": lambda: eager.token_similarity(student, teacher),
         "torch.compile": lambda: compiled(student, teacher),
         "chunked": lambda: token_similarity(student, teacher, impl="chunked"),
     }
@@ -104,7 +100,7 @@ def problem(device: torch.device, dtype: torch.dtype, tokens: int, width: int, t
 
 
 def _exact(student: torch.Tensor, teacher: torch.Tensor, upstream: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """By the chunked path in float64, which needs no N x N matrix and is tested against the specification."""
+    """The chunked implementation in float64, which needs no N x N matrix and is tested against the reference."""
     wide = student.detach().double().requires_grad_()
     value = chunked.token_similarity(wide, teacher.double(), None, None)
     return value.detach(), *torch.autograd.grad(value, wide, upstream.double())
@@ -118,8 +114,8 @@ def _tolerances(dtype: torch.dtype) -> tuple[tuple[float, float], str]:
     return (1e-4, 3 * rounding), why
 
 
-def choices(device: torch.device) -> Iterator[Choice]:
-    """Entries for the device's architecture, each on a problem that takes it."""
+def tuning_entries(device: torch.device) -> Iterator[TuningEntry]:
+    """The entries for the device's architecture, each with a problem that uses it."""
     architecture = gpu.architecture(device)
     on_gpu = device.type == "cuda"
     wide, few = (2304, 576) if on_gpu else (64, 64)
@@ -130,7 +126,7 @@ def choices(device: torch.device) -> Iterator[Choice]:
         tokens, odd = (few if kind == FEW else wide), int("odd" in kind)
         solved = problem(device, dtype, tokens, width - odd, teacher_width - odd)
         place = architecture, kernel, kind
-        yield Choice(
+        yield TuningEntry(
             name=" / ".join(place),
             problem=solved.name,
             current=table[kernel][kind]._asdict(),
@@ -147,7 +143,7 @@ def _step(solved: Problem) -> None:
 
 
 def _candidates(architecture: str, kernel: str, kind: str, few: bool) -> Sequence[Mapping[str, Any]]:
-    """Tiles whose sides divide the grain and whose operands fit; square ones where mirror images are made."""
+    """Tiles whose sides divide the grain and whose operands fit; square where mirror images are written."""
     sides = (64,) if kind in (FEW, ODD) else (32, 64) if kind.startswith(SINGLE) else (64, 128)
     size = 4 if kind.startswith(SINGLE) else 2
     tiles = (
@@ -165,4 +161,4 @@ def _use(place: tuple[str, str, str], candidate: Mapping[str, Any]) -> None:
     tile_table.table()[architecture][kernel][kind] = Tile(**candidate)
 
 
-CASE = KernelCase("token_similarity", binaries, accounts, problems, choices)
+CASE = KernelCase("token_similarity", binaries, cost_models, problems, tuning_entries)

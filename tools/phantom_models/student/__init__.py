@@ -1,0 +1,1 @@
+"""What the packaged base student is trained on: pictures, lessons, and its folder on disk."""
