@@ -82,7 +82,7 @@ def _train(config: Config, folder: Path, ds_settings: dict[str, Any]) -> None:
         sinks = _write_config_and_open_loggers(config, folder, progress) if distributed.is_main() else []
 
     def save(now: TrainState) -> None:
-        state.save(engine, folder / "checkpoints", now, config.checkpoint.keep, write_export)
+        state.save(engine, folder / "checkpoints", now, config.checkpoint.save_total_limit, write_export)
 
     def write_export(target: Path) -> None:
         whole = engine.gather_parameters([pair for group in student.trainable().values() for pair in group])

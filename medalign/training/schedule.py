@@ -38,10 +38,18 @@ def describe_length(config: Config, samples: int) -> str:
     return f"{text}: {steps * train.batch_size / samples:.4g} epochs of {samples} samples"
 
 
+def warmup_steps(config: TrainConfig) -> int:
+    """Steps over which the learning rate rises, after `resolve_steps`."""
+    if config.warmup_steps is not None:
+        return config.warmup_steps
+    assert config.warmup_ratio is not None, "train.warmup_ratio or train.warmup_steps must be set"
+    return math.ceil(config.warmup_ratio * total_steps(config))
+
+
 def factor(step: int, config: TrainConfig) -> float:
     """What step number `step` (from 0) multiplies its peak rate by: a linear rise, then half a cosine to 0."""
     steps = total_steps(config)
-    warmup = math.ceil(config.warmup * steps)
+    warmup = warmup_steps(config)
     if step < warmup:
         return (step + 1) / warmup
     progress = (step - warmup) / max(1, steps - warmup)

@@ -21,7 +21,7 @@ PAPER = {
     "student.train_projector": False,
     "student.query_mixture": False,
     "train.lr": 2e-4,
-    "train.warmup": 0.03,
+    "train.warmup_ratio": 0.03,
     "train.weight_decay": 0.0,
     "train.precision": "auto",  # bf16 on a GPU
     "train.batch_size": 32,
