@@ -266,10 +266,17 @@ def probe(collator: Collator) -> Batch:
 
 
 def parameter_groups(student: Student, config: Config) -> list[dict[str, Any]]:
-    """One group a kind of parameter, with its learning rate and weight decay."""
+    """One group per kind of parameter, with its learning rate, weight decay and settings of AdamW."""
     peaks, decays = schedule.peaks(config.train), schedule.decays(config.train)
     return [
-        {"name": name, "params": [p for _, p in named], "lr": peaks[name], "weight_decay": decays[name]}
+        {
+            "name": name,
+            "params": [p for _, p in named],
+            "lr": peaks[name],
+            "weight_decay": decays[name],
+            "betas": config.optimizer.betas,
+            "eps": config.optimizer.eps,
+        }
         for name, named in student.trainable().items()
     ]
 
@@ -305,7 +312,7 @@ def _require_same_run(config: Config, now: TrainState, found: Path, path: Path) 
 
 
 def _require_same(before: Config, now: Config, path: Path) -> None:
-    for section in ("run", "data", "teacher", "student", "losses", "train"):
+    for section in ("run", "data", "teacher", "student", "losses", "train", "optimizer"):
         for key, value in vars(getattr(now, section)).items():
             old, name = getattr(getattr(before, section), key), f"{section}.{key}"
             # A model's folder may have moved with everything above it; its own name stays.

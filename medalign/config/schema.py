@@ -189,6 +189,21 @@ class TrainConfig:
 
 
 @dataclass
+class OptimizerConfig:
+    """AdamW, and the course of its learning rates after the warm-up. The rates themselves are in train."""
+
+    betas: tuple[HalfOpenUnitInterval, HalfOpenUnitInterval] = (0.9, 0.999)
+    """AdamW's decay rates of the first and second moment."""
+    eps: PositiveFloat = 1e-8
+    """AdamW's term in the denominator."""
+    schedule: LearningRateSchedule = "cosine"
+    """From the peak, reached at the end of the warm-up, down to the minimum: along half a cosine, or linearly. constant
+    stays at the peak."""
+    min_lr_ratio: ClosedUnitInterval = 0.0
+    """Minimum of each learning rate, as a share of its peak; without effect for a constant schedule."""
+
+
+@dataclass
 class CheckpointConfig:
     """What is kept on disk."""
 
@@ -232,6 +247,7 @@ class Config:
     student: StudentConfig = field(default_factory=StudentConfig)
     losses: LossConfig = field(default_factory=LossConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     log: LogConfig = field(default_factory=LogConfig)

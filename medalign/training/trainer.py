@@ -45,7 +45,7 @@ def train(
         distributed.seed_step(config.run.seed, number)
         with speed.waiting():
             micro_batches, fault = _next_batch_or_error(batches)
-        now = rates(number, config.train)
+        now = rates(number, config)
         losses = step(micro_batches, now, fault)
         _check_finite(losses, number + 1, micro_batches)
         done = number + 1

@@ -79,7 +79,7 @@ def test_an_official_recipe_differs_from_ours_by_its_form_alone(task):
 def test_every_packaged_recipe_resolves(name):
     settings = resolve_steps(config.load(name, WORDS), 1797)
     assert total_steps(settings.train) > 0
-    assert rates(0, settings.train)["adapters"] > 0
+    assert rates(0, settings)["adapters"] > 0
     assert config.load(name, [*WORDS, "--train.steps", "3"]).train.epochs is None
 
 
