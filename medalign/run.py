@@ -183,10 +183,7 @@ def build_objective(config: Config) -> Objective:
 
 def open_index(config: Config) -> ShardIndex:
     """The training folders' index."""
-    data = config.data
-    cache = Path(data.cache_dir) if data.cache_dir else None
-    access = StorageOptions(retries=data.retries, cache=cache, cache_bytes=int(data.cache_gib * 2**30))
-    return ShardIndex.open(data.folders, access)
+    return ShardIndex.open(config.data.folders, StorageOptions.from_settings(config.data))
 
 
 def require_images(config: Config, index: ShardIndex) -> None:
