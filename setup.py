@@ -11,7 +11,8 @@ setup(
     packages=[*find_packages(include=["medalign", "medalign.*"]), "medalign.ds_configs"],
     package_dir={"medalign.ds_configs": "ds_configs"},
     package_data={
-        "medalign": ["recipes/*.yaml", "assets/*/*"],
+        "medalign": ["assets/*/*"],
+        "medalign.config": ["recipes/*.yaml"],
         "medalign.evaluation.report": ["*.html.jinja"],
         "medalign.kernels": ["*/tile_table.json"],
         "medalign.ds_configs": ["*.json"],

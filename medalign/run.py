@@ -82,7 +82,7 @@ def _train(config: Config, folder: Path, ds_settings: dict[str, Any]) -> None:
         sinks = _write_config_and_open_loggers(config, folder, progress) if distributed.is_main() else []
 
     def save(now: TrainState) -> None:
-        state.save(engine, folder / "checkpoints", now, config.checkpoint.keep, write_export)
+        state.save(engine, folder / "checkpoints", now, config.checkpoint.save_total_limit, write_export)
 
     def write_export(target: Path) -> None:
         whole = engine.gather_parameters([pair for group in student.trainable().values() for pair in group])
@@ -183,10 +183,7 @@ def build_objective(config: Config) -> Objective:
 
 def open_index(config: Config) -> ShardIndex:
     """The training folders' index."""
-    data = config.data
-    cache = Path(data.cache_dir) if data.cache_dir else None
-    access = StorageOptions(retries=data.retries, cache=cache, cache_bytes=int(data.cache_gib * 2**30))
-    return ShardIndex.open(data.folders, access)
+    return ShardIndex.open(config.data.folders, StorageOptions.from_settings(config.data))
 
 
 def require_images(config: Config, index: ShardIndex) -> None:
@@ -266,10 +263,17 @@ def probe(collator: Collator) -> Batch:
 
 
 def parameter_groups(student: Student, config: Config) -> list[dict[str, Any]]:
-    """One group a kind of parameter, with its learning rate and weight decay."""
+    """One group per kind of parameter, with its learning rate, weight decay and settings of AdamW."""
     peaks, decays = schedule.peaks(config.train), schedule.decays(config.train)
     return [
-        {"name": name, "params": [p for _, p in named], "lr": peaks[name], "weight_decay": decays[name]}
+        {
+            "name": name,
+            "params": [p for _, p in named],
+            "lr": peaks[name],
+            "weight_decay": decays[name],
+            "betas": config.optimizer.betas,
+            "eps": config.optimizer.eps,
+        }
         for name, named in student.trainable().items()
     ]
 
@@ -305,7 +309,7 @@ def _require_same_run(config: Config, now: TrainState, found: Path, path: Path) 
 
 
 def _require_same(before: Config, now: Config, path: Path) -> None:
-    for section in ("run", "data", "teacher", "student", "losses", "train"):
+    for section in ("run", "data", "teacher", "student", "losses", "train", "optimizer"):
         for key, value in vars(getattr(now, section)).items():
             old, name = getattr(getattr(before, section), key), f"{section}.{key}"
             # A model's folder may have moved with everything above it; its own name stays.

@@ -66,13 +66,14 @@ class Engine:
 
     Args:
         student: the whole module, with everything that learns already attached.
-        groups: parameter groups as torch's AdamW takes them; "name" entries are kept.
+        groups: parameter groups as torch's AdamW takes them, with "lr", "weight_decay", "betas" and "eps"; "name"
+            entries are kept.
         settings: a complete DeepSpeed configuration.
     """
 
     def __init__(self, student: nn.Module, groups: Sequence[dict[str, Any]], settings: Mapping[str, Any]) -> None:
         _announce_compilation(settings)
-        optimizer = torch.optim.AdamW(list(groups), betas=(0.9, 0.999), eps=1e-8)
+        optimizer = torch.optim.AdamW(list(groups))
         self._engine, self.optimizer, _, _ = deepspeed.initialize(
             model=student, optimizer=optimizer, config=dict(settings), dist_init_required=False
         )

@@ -36,7 +36,7 @@ def deepspeed_settings(config: Config, world: int) -> dict[str, Any]:
         "train_batch_size": plan.accumulation * config.train.micro_batch_size * world,
         "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
         "gradient_accumulation_steps": plan.accumulation,
-        "gradient_clipping": config.train.clip,
+        "gradient_clipping": config.train.max_grad_norm,
         "bf16.enabled": precision(config) is torch.bfloat16,
         "steps_per_print": 2**31,
         # AdamW of torch runs on every device and needs no compiler on the node.

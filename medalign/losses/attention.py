@@ -5,11 +5,14 @@ I or B images, N image tokens.
 
 from __future__ import annotations
 
+from typing import get_args
+
 import torch
 
+from medalign.config.schema import Normalization
 from medalign.contracts import LossTerm
 
-NORMALIZATIONS = ("sum", "softmax", "official")
+NORMALIZATIONS = get_args(Normalization)
 SMALLEST = 1e-12  # a map of less mass says nothing; a share below it is taken for it inside the logarithm
 
 

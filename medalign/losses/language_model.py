@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import torch
 import torch.nn.functional as F
 
+from medalign.config.schema import LanguageMean
 from medalign.contracts import IGNORE, LossTerm
 
-MEANS = ("tokens", "samples")
+MEANS = get_args(LanguageMean)
 
 
 def language_model(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import torch
 
+from medalign.config.schema import PairWeighting
 from medalign.contracts import LossTerm
 from medalign.kernels import token_similarity
 
-WEIGHTINGS = ("uniform", "teacher_attention")
+WEIGHTINGS = get_args(PairWeighting)
 
 
 def similarity_term(

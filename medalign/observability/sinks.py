@@ -15,13 +15,12 @@ from typing import Any, Literal, Protocol, TextIO
 
 from tqdm import tqdm
 
+from medalign.config.schema import WandbMode
 from medalign.distributed import log
 from medalign.errors import DataError
 from medalign.observability.files import write_text
 from medalign.observability.privacy import public_config
 from medalign.observability.progress import duration
-
-WandbMode = Literal["off", "offline", "online"]
 
 
 class Sink(Protocol):

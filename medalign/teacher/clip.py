@@ -8,7 +8,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import open_clip
 import torch
@@ -17,11 +17,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from medalign.config.schema import TeacherFeatures
 from medalign.errors import CheckpointError, ConfigError
 from medalign.geometry import PatchGrid
 from medalign.teacher.source import TeacherSource, find
 
-FEATURES = ("after_norm", "before_norm")
+FEATURES = get_args(TeacherFeatures)
 _STUB_TEXT = {"context_length": 1, "vocab_size": 1, "width": 8, "heads": 1, "layers": 1}
 
 

@@ -1,12 +1,14 @@
-"""The length of a run, and the learning rate as a function of the step: nothing to save, nothing to restore."""
+"""The length of a run, and the learning rate as a function of the step. There is no state to save or restore."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from fractions import Fraction
 
 from medalign.config import Config, TrainConfig
+from medalign.config.schema import LearningRateSchedule
 
 
 def resolve_steps(config: Config, samples: int) -> Config:
@@ -29,7 +31,7 @@ def total_steps(config: TrainConfig) -> int:
 
 
 def describe_length(config: Config, samples: int) -> str:
-    """One line: how many steps, and how often each sample comes (folders mixed by weight have no epoch)."""
+    """One line: the number of steps, and of epochs (folders mixed by weight have none)."""
     train = config.train
     steps = total_steps(train)
     text = f"{steps} steps of {train.batch_size} samples"
@@ -38,28 +40,52 @@ def describe_length(config: Config, samples: int) -> str:
     return f"{text}: {steps * train.batch_size / samples:.4g} epochs of {samples} samples"
 
 
-def factor(step: int, config: TrainConfig) -> float:
-    """What step number `step` (from 0) multiplies its peak rate by: a linear rise, then half a cosine to 0."""
-    steps = total_steps(config)
-    warmup = math.ceil(config.warmup * steps)
+def warmup_steps(config: TrainConfig) -> int:
+    """Steps over which the learning rate rises, after `resolve_steps`."""
+    if config.warmup_steps is not None:
+        return config.warmup_steps
+    assert config.warmup_ratio is not None, "train.warmup_ratio or train.warmup_steps must be set"
+    return math.ceil(config.warmup_ratio * total_steps(config))
+
+
+def factor(step: int, config: Config) -> float:
+    """What the peak learning rates are multiplied by.
+
+    Args:
+        step: index of the step, from 0.
+        config: the settings, after `resolve_steps`.
+
+    Returns:
+        A number in (0, 1]: a linear rise over the warm-up, then `optimizer.schedule` down to `optimizer.min_lr_ratio`.
+    """
+    steps, warmup = total_steps(config.train), warmup_steps(config.train)
     if step < warmup:
         return (step + 1) / warmup
     progress = (step - warmup) / max(1, steps - warmup)
-    return 0.5 * (1 + math.cos(math.pi * progress))
+    floor = config.optimizer.min_lr_ratio
+    return floor + (1 - floor) * _SHAPES[config.optimizer.schedule](progress)
 
 
-def rates(step: int, config: TrainConfig) -> dict[str, float]:
+_SHAPES: Mapping[LearningRateSchedule, Callable[[float], float]] = {
+    "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
+    "linear": lambda progress: 1 - progress,
+    "constant": lambda progress: 1.0,
+}
+"""From 1 to 0, as a function of the share of the steps after the warm-up."""
+
+
+def rates(step: int, config: Config) -> dict[str, float]:
     """The learning rate of each parameter group at a step."""
     now = factor(step, config)
-    return {group: peak * now for group, peak in peaks(config).items()}
+    return {group: peak * now for group, peak in peaks(config.train).items()}
 
 
 def peaks(config: TrainConfig) -> dict[str, float]:
-    """The highest rate of each parameter group."""
+    """The peak learning rate of each parameter group."""
     return {"adapters": config.lr, "mixture": config.lr, "steering": config.lr, "projector": config.projector_lr}
 
 
 def decays(config: TrainConfig) -> dict[str, float]:
-    """Weight decay of each parameter group. W starts at zero and is never pulled back to it."""
+    """The weight decay of each parameter group. W starts at zero and does not decay toward it."""
     decay = config.weight_decay
     return {"adapters": decay, "mixture": decay, "steering": 0.0, "projector": decay}

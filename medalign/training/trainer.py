@@ -45,19 +45,19 @@ def train(
         distributed.seed_step(config.run.seed, number)
         with speed.waiting():
             micro_batches, fault = _next_batch_or_error(batches)
-        now = rates(number, config.train)
+        now = rates(number, config)
         losses = step(micro_batches, now, fault)
         _check_finite(losses, number + 1, micro_batches)
         done = number + 1
         progress = _update_state(progress, config, done, micro_batches, device)
         progress = replace(progress, seconds=time.perf_counter() - started)
         speed.add(sum(len(b.keys) for b in micro_batches), sum(int(b.attention_mask.sum()) for b in micro_batches))
-        if done % config.log.every == 0 or done == total:
+        if done % config.log.interval == 0 or done == total:
             row = losses | _rates(step.engine.rates()) | speed.reduce() | _state(progress, device)
             for sink in sinks:
                 sink.log(done, row)
         _update_progress_bar(sinks, done)
-        if done % config.checkpoint.every == 0 or done == total:
+        if done % config.checkpoint.interval == 0 or done == total:
             began = time.perf_counter()
             save(progress)
             log.info("step %d: checkpoint written in %.1f s", done, time.perf_counter() - began)

@@ -42,7 +42,7 @@ def _engine(
     config = Config()
     config.engine.deepspeed, config.train.precision = name, precision
     config.train.batch_size, config.train.micro_batch_size = micro_batches * distributed.world_size(), 1
-    config.train.clip = 0.0
+    config.train.max_grad_norm = 0.0
     layers = _layers(torch.bfloat16 if precision == "bf16" else torch.float32)
     groups = [
         {"name": group, "params": list(layer.parameters()), "lr": RATES[group], "weight_decay": DECAYS[group]}

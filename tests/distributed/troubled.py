@@ -37,7 +37,7 @@ def troubles(settings: dict[str, Any]) -> dict[str, Any]:
     door.start({})
     folder = Path(settings["folder"])
     config = configure(settings | MICRO)
-    config.train.steps, config.checkpoint.every = 3, 1
+    config.train.steps, config.checkpoint.interval = 3, 1
     engine, student, step = build(config)
     # On the CPU the kernels of distillation refuse what is no number before the loss can be one.
     language = TrainStep(engine, None, Objective(0.0, 0.0), student.anatomy.grid)

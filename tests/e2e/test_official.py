@@ -15,7 +15,7 @@ def test_an_epoch_of_the_official_recipe(shards, student_folder, teacher_folder,
     folder, samples = tmp_path / "official", len(ShardIndex.open(shards / "val"))
     words = ["--student.path", student_folder, "--teacher.path", teacher_folder, "--data.train", shards / "val"]
     words += ["--student.layer", "2", "--student.query_mixture", "true", "--train.epochs", "1"]
-    words += ["--train.batch_size", "8", "--engine.deepspeed", "cpu", "--data.workers", "0", "--log.every", "1"]
+    words += ["--train.batch_size", "8", "--engine.deepspeed", "cpu", "--data.workers", "0", "--log.interval", "1"]
     (output,) = train(Path("official_vqa"), folder, *map(str, words))
     steps = math.floor(samples / 8 + 0.5)
     assert f"{steps} steps of 8 samples" in output

@@ -106,8 +106,8 @@ def recipe(tmp_path_factory, student_folder, teacher_folder) -> Path:
         f"data: {{train: {folder}/shards/train, max_length: 220}}\n"
         "train: {steps: 8, batch_size: 4, micro_batch_size: 2, lr: 1.0e-3}\n"
         f"engine: {{deepspeed: {engine}}}\n"
-        "checkpoint: {every: 3, keep: 2}\n"
-        "log: {every: 1, wandb: 'off'}\n"
+        "checkpoint: {interval: 3, save_total_limit: 2}\n"
+        "log: {interval: 1, wandb: 'off'}\n"
     )
     return folder / "tiny.yaml"
 

@@ -1,6 +1,7 @@
 """What a run may change when it goes on, and what it may not."""
 
 import json
+import re
 from dataclasses import asdict, replace
 
 import pytest
@@ -33,9 +34,20 @@ def goes_on(tmp_path):
     return go
 
 
-@pytest.mark.parametrize("word, value", [("run.seed", "5"), ("train.lr", "0.5"), ("student.layer", "3")])
+@pytest.mark.parametrize(
+    "word, value",
+    [
+        ("run.seed", "5"),
+        ("train.lr", "0.5"),
+        ("student.layer", "3"),
+        ("optimizer.betas", "[0.9, 0.95]"),
+        ("optimizer.schedule", "linear"),
+        ("optimizer.min_lr_ratio", "0.1"),
+    ],
+)
 def test_what_shapes_the_run_must_stay(goes_on, word, value):
-    with pytest.raises(ConfigError, match=rf"config\.yaml has {word} = .*the command says {value}.*--run\.dir"):
+    said = re.escape(value.replace("[", "(").replace("]", ")"))
+    with pytest.raises(ConfigError, match=rf"config\.yaml has {word} = .*the command says {said}.*--run\.dir"):
         goes_on(f"--{word}", value)
 
 

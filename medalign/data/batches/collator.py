@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from medalign.config.schema import AttentionRows
 from medalign.contracts import IGNORE, Batch, Sample
 from medalign.data.batches.attention_rows import official_rows
 from medalign.data.batches.prompts import Encoded, PromptEncoder
@@ -73,7 +74,7 @@ class Collator:
         *,
         padding_side: Literal["right", "left"] = "right",
         with_answer: bool = True,
-        attention_rows: Literal["prompt", "official"] = "prompt",
+        attention_rows: AttentionRows = "prompt",
         packed: bool = False,
         pad_token_id: int | None = None,
     ) -> None:

@@ -24,7 +24,7 @@ from medalign.errors import ConfigError, DataError, MedAlignError
 log = logging.getLogger("medalign")
 
 REPLACED_WITHIN = 10_000  # samples from a bad one on; beyond them the data are lost rather than one sample
-JUDGED_AFTER = 100  # samples; fewer bad ones than max_bad_share of so many are always borne
+JUDGED_AFTER = 100  # samples; fewer bad ones than max_skip_fraction of so many are always borne
 
 
 class TrainLoader:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, TypeVar
 
+from medalign.config.schema import DataConfig
 from medalign.data.storage.cache import RangeCache, file_lock
 from medalign.data.storage.filesystems import failures, open_system, reason_of, remedy_of
 from medalign.errors import ConfigError, DataError
@@ -43,6 +44,12 @@ class StorageOptions:
     read_ahead: int = 16  # remote reads under way at a time
     cache: Path | None = None  # folder for ranges read from afar
     cache_bytes: int = 0  # most bytes in it
+
+    @classmethod
+    def from_settings(cls, data: DataConfig) -> StorageOptions:
+        """The options of a run."""
+        cache = Path(data.cache_dir) if data.cache_dir else None
+        return cls(retries=data.retries, cache=cache, cache_bytes=int(data.cache_gib * 2**30))
 
 
 class Storage(Protocol):

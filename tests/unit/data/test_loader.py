@@ -252,7 +252,7 @@ def test_bad_sample_gets_the_next_one_and_is_named(shards: Path, workers: int) -
 def test_too_many_bad_samples_stop_the_run() -> None:
     check_skip_rate(1, 10, 0.01)  # one of the first hundred is always borne
     check_skip_rate(100, 10_000, 0.01)
-    with pytest.raises(DataError, match=r"2 of 10 samples .*max_bad_share 0\.01.*the last were a/b: checksum"):
+    with pytest.raises(DataError, match=r"2 of 10 samples .*max_skip_fraction 0\.01.*the last were a/b: checksum"):
         check_skip_rate(2, 10, 0.01, ["a/b: checksum"])
     with pytest.raises(DataError, match=r"101 of 10000 samples .*other ranks"):
         check_skip_rate(101, 10_000, 0.01)

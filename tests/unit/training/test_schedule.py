@@ -1,15 +1,20 @@
 """The length of a run; the learning rate is a function of the step."""
 
+import math
 from dataclasses import replace
 
 import pytest
 
-from medalign.config import Config, DataConfig, TrainConfig
+from medalign.config import Config, DataConfig, OptimizerConfig, TrainConfig
 from medalign.training.schedule import decays, describe_length, factor, rates, resolve_steps
 
 
+def settings(schedule="cosine", min_lr_ratio=0.0, **train):
+    return Config(train=TrainConfig(**train), optimizer=OptimizerConfig(schedule=schedule, min_lr_ratio=min_lr_ratio))
+
+
 def test_linear_rise_then_cosine_to_zero():
-    config = TrainConfig(steps=100, warmup=0.1)
+    config = settings(steps=100, warmup_ratio=0.1)
     assert [factor(step, config) for step in (0, 4, 9)] == pytest.approx([0.1, 0.5, 1.0])
     assert factor(10, config) == 1.0
     assert factor(55, config) == pytest.approx(0.5)
@@ -17,13 +22,36 @@ def test_linear_rise_then_cosine_to_zero():
 
 
 def test_no_warmup_starts_at_the_peak():
-    assert factor(0, TrainConfig(steps=10, warmup=0.0)) == 1.0
+    assert factor(0, settings(steps=10, warmup_ratio=0.0)) == 1.0
+
+
+@pytest.mark.parametrize("minimum", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize(
+    ("schedule", "formula"),
+    [
+        ("cosine", lambda t, low: low + (1 - low) * (1 + math.cos(math.pi * t)) / 2),
+        ("linear", lambda t, low: 1 - t * (1 - low)),
+        ("constant", lambda t, low: 1.0),
+    ],
+)
+def test_a_schedule_follows_its_formula(schedule, formula, minimum):
+    config = settings(schedule, minimum, steps=50, warmup_ratio=None, warmup_steps=10)
+    found = [factor(step, config) for step in range(50)]
+    assert found[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
+    assert found[10:] == pytest.approx([formula(step / 40, minimum) for step in range(40)])
+
+
+def test_the_defaults_are_the_cosine_to_zero_to_the_last_bit():
+    config = Config(train=TrainConfig(steps=505))
+    warmup = math.ceil(0.03 * 505)
+    cosine = [0.5 * (1 + math.cos(math.pi * ((step - warmup) / (505 - warmup)))) for step in range(warmup, 505)]
+    assert [factor(step, config) for step in range(warmup, 505)] == cosine
 
 
 def test_groups_have_their_own_rate_and_decay():
-    config = TrainConfig(steps=10, warmup=0.0, lr=1.0, projector_lr=0.1, weight_decay=0.2)
+    config = settings(steps=10, warmup_ratio=0.0, lr=1.0, projector_lr=0.1, weight_decay=0.2)
     assert rates(0, config) == {"adapters": 1.0, "mixture": 1.0, "steering": 1.0, "projector": 0.1}
-    assert decays(config) == {"adapters": 0.2, "mixture": 0.2, "steering": 0.0, "projector": 0.2}
+    assert decays(config.train) == {"adapters": 0.2, "mixture": 0.2, "steering": 0.0, "projector": 0.2}
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ class Course:
         self.pool = Pool(np.stack(canvases), frames)
 
     def pictures(self, rng: np.random.Generator, count: int) -> tuple[Tensor, Tensor]:
-        """Clean pictures [B, S, S], normalised, and the cover of their shapes [B, C, S, S]."""
+        """Clean pictures [B, S, S], normalized, and the cover of their shapes [B, C, S, S]."""
         scenes = [scene(rng, self.pool) for _ in range(count)]
         cover = torch.from_numpy(np.stack([made.cover for made in scenes]))
         return normalize(np.stack([made.picture for made in scenes])), cover

@@ -21,7 +21,7 @@ PAPER = {
     "student.train_projector": False,
     "student.query_mixture": False,
     "train.lr": 2e-4,
-    "train.warmup": 0.03,
+    "train.warmup_ratio": 0.03,
     "train.weight_decay": 0.0,
     "train.precision": "auto",  # bf16 on a GPU
     "train.batch_size": 32,
@@ -79,7 +79,7 @@ def test_an_official_recipe_differs_from_ours_by_its_form_alone(task):
 def test_every_packaged_recipe_resolves(name):
     settings = resolve_steps(config.load(name, WORDS), 1797)
     assert total_steps(settings.train) > 0
-    assert rates(0, settings.train)["adapters"] > 0
+    assert rates(0, settings)["adapters"] > 0
     assert config.load(name, [*WORDS, "--train.steps", "3"]).train.epochs is None
 
 

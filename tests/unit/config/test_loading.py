@@ -24,6 +24,7 @@ def test_overrides_win_and_types_are_kept(recipe):
     assert settings.train.steps == 5 and settings.losses.alpha == 2.0 and settings.data.folders == ["x"]
     assert settings.student.lora.rank == 8 and settings.log.wandb == "off"
     assert settings.teacher.random_weights_seed == 3
+    assert type(settings.train.steps) is int and type(settings.losses.alpha) is float  # not jsonargparse's subclasses
 
 
 def test_the_dump_is_complete_and_reads_back(recipe, tmp_path):
@@ -38,13 +39,13 @@ def test_the_dump_is_complete_and_reads_back(recipe, tmp_path):
     [
         (["--train.stps", "5"], "'train.stps' in the command line; the nearest known key is 'train.steps'"),
         (["--train.steps", "many"], '^the command line: .*"train.steps".*int.*many'),
-        (["--run.seed", "-1"], "run.seed is -1; it must be from 0 to 4294967295"),
+        (["--run.seed", "-1"], "run.seed is -1; it must be >= 0 and < 4294967296"),
         (["--run.seed", "4294967296"], "run.seed is 4294967296"),
         (["--losses.impl", "magic"], "losses.impl.*magic"),
-        (["--losses.alpha", "-1"], "losses.alpha is -1.0"),
-        (["--train.micro_batch_size", "0"], "train.micro_batch_size is 0"),
+        (["--losses.alpha", "-1"], "losses.alpha is -1; it must be >= 0"),
+        (["--train.micro_batch_size", "0"], "train.micro_batch_size is 0; it must be > 0"),
         (["stray"], "stray"),
-        (["--student.layer", "0"], "student.layer is 0"),
+        (["--student.layer", "0"], "student.layer is 0; it must be > 0 .the tapped block needs one before it"),
     ],
 )
 def test_bad_words_are_named(recipe, words, message):
@@ -101,10 +102,17 @@ def test_every_kernel_can_be_asked_for(impl):
         ("student.lora.dropout", "3"),
         ("data.max_skip_fraction", "7"),
         ("data.max_length", "0"),
+        ("data.workers", "-1"),
+        ("data.shuffle_block", "0"),
+        ("data.weights", "[-1]"),
+        ("train.warmup_ratio", "1.5"),
+        ("train.max_grad_norm", "-2"),
+        ("checkpoint.save_total_limit", "0"),
+        ("log.interval", "0"),
     ],
 )
 def test_values_that_mean_nothing_are_refused_by_name(word, value):
-    with pytest.raises(ConfigError, match=word.replace(".", r"\.") + f" is {value}"):
+    with pytest.raises(ConfigError, match=word.replace(".", r"\.") + f" is {value.strip('[]')}; it must be "):
         config.load("phantom", ["--data.train", "c", f"--{word}", value])
 
 
@@ -138,17 +146,41 @@ def test_steps_or_epochs_decide_and_the_command_line_beats_the_recipe(recipe, tm
 
 
 @pytest.mark.parametrize(
+    ("text", "words", "decides"),
+    [
+        ("", [], (0.03, None)),
+        ("train: {warmup_steps: 7}", [], (None, 7)),
+        ("train: {warmup_steps: 7}", ["--train.warmup_ratio", "0.5"], (0.5, None)),
+        ("train: {warmup_ratio: 0.1}", ["--train.warmup_steps=0"], (None, 0)),
+    ],
+)
+def test_a_ratio_or_steps_decide_the_warmup(recipe, tmp_path, text, words, decides):
+    path = tmp_path / "warmup.yaml"
+    path.write_text(NEEDED + text)
+    settings = config.load(str(path), words)
+    assert (settings.train.warmup_ratio, settings.train.warmup_steps) == decides
+    path.write_text(config.dump(settings))
+    assert config.read(path) == settings
+
+
+@pytest.mark.parametrize(
     ("text", "words", "message"),
     [
+        (
+            "train: {warmup_ratio: 0.1, warmup_steps: 7}",
+            [],
+            "train.warmup_ratio is 0.1 and train.warmup_steps is 7; set one of them",
+        ),
+        ("train: {warmup_ratio: null}", [], "neither train.warmup_ratio nor train.warmup_steps is set"),
         ("train: {steps: 7, epochs: 9}", [], "train.steps is 7 and train.epochs is 9.0; set one of them"),
         ("", ["--train.steps", "7", "--train.epochs", "9"], "train.steps is 7 and train.epochs is 9.0"),
         ("train: {steps: null}", [], "neither train.steps nor train.epochs"),
         ("train: {epochs: 9}", ["--train.epochs", "null"], "neither train.steps nor train.epochs"),
-        ("train: {epochs: 0}", [], "train.epochs is 0.0; it must be a number above 0"),
+        ("train: {epochs: 0}", [], "train.epochs is 0; it must be > 0 and < inf .train.steps 0 writes"),
         ("train: {epochs: .nan}", [], "train.epochs is nan"),
         ("train: {epochs: .inf}", [], "train.epochs is inf"),
         ("train: {epochs: true}", [], "train.epochs"),
-        ("train: {steps: -1}", [], "train.steps is -1; it must not be negative"),
+        ("train: {steps: -1}", [], "train.steps is -1; it must be >= 0"),
         (
             "train: {epochs: 9}",
             ["--data.weights", "[1]"],
@@ -156,7 +188,7 @@ def test_steps_or_epochs_decide_and_the_command_line_beats_the_recipe(recipe, tm
         ),
     ],
 )
-def test_a_run_of_unclear_length_is_refused(tmp_path, text, words, message):
+def test_alternatives_that_leave_the_choice_open_are_refused(tmp_path, text, words, message):
     path = tmp_path / "length.yaml"
     path.write_text(NEEDED + text)
     with pytest.raises(ConfigError, match=message):

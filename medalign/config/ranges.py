@@ -1,0 +1,41 @@
+"""The ranges of numbers that settings may have: jsonargparse checks them, a type checker sees the plain number."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    ClosedUnitInterval = float
+    HalfOpenUnitInterval = float
+    NonNegativeFloat = float
+    NonNegativeInt = int
+    PositiveFiniteFloat = float
+    PositiveFloat = float
+    PositiveInt = int
+    Seed = int
+else:
+    from jsonargparse.typing import (
+        ClosedUnitInterval,
+        NonNegativeFloat,
+        NonNegativeInt,
+        PositiveFloat,
+        PositiveInt,
+        restricted_number_type,
+    )
+
+    HalfOpenUnitInterval = restricted_number_type("HalfOpenUnitInterval", float, [(">=", 0), ("<", 1)])
+    PositiveFiniteFloat = restricted_number_type("PositiveFiniteFloat", float, [(">", 0), ("<", math.inf)])
+    # The seeds of single steps (`distributed.seed_step`) are 64-bit numbers as long as this one has 32 bits.
+    Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**32)])
+
+__all__ = [
+    "ClosedUnitInterval",
+    "HalfOpenUnitInterval",
+    "NonNegativeFloat",
+    "NonNegativeInt",
+    "PositiveFiniteFloat",
+    "PositiveFloat",
+    "PositiveInt",
+    "Seed",
+]

@@ -1,0 +1,258 @@
+"""The settings of a run, as dataclasses.
+
+The text under a field is its documentation: `medalign train --help` and the configuration page are generated from it.
+jsonargparse checks each value against the type of its field, including the range of a number.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from medalign.config.ranges import (
+    ClosedUnitInterval,
+    HalfOpenUnitInterval,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFiniteFloat,
+    PositiveFloat,
+    PositiveInt,
+    Seed,
+)
+
+TeacherFeatures = Literal["after_norm", "before_norm"]
+AttentionBackend = Literal["auto", "sdpa", "flash_attention_2", "eager"]
+QueryMixtureForm = Literal["beside_lora", "official"]
+Normalization = Literal["sum", "softmax", "official"]
+LanguageMean = Literal["tokens", "samples"]
+AttentionRows = Literal["prompt", "official"]
+PairWeighting = Literal["uniform", "teacher_attention"]
+KernelImpl = Literal["auto", "reference", "chunked", "triton"]
+Precision = Literal["auto", "bf16", "fp32"]
+LearningRateSchedule = Literal["cosine", "linear", "constant"]
+WandbMode = Literal["off", "offline", "online"]
+
+
+@dataclass
+class RunConfig:
+    """The run as a whole."""
+
+    dir: str = "runs/default"
+    """Folder of the run: configuration, metrics, checkpoints, export. The same folder again resumes the run."""
+    seed: Seed = 0
+    """Determines the data order, the initial LoRA weights and every dropout mask. From 0 to 2^32 - 1."""
+
+
+@dataclass
+class DataConfig:
+    """Where the samples come from and how they are read."""
+
+    train: list[str] | str = field(default_factory=list)
+    """Folder of shards to train on, or a list of folders."""
+    workers: NonNegativeInt = 0
+    """Loader processes per rank; 0 reads in the training process. The batches are the same for any number."""
+    max_length: PositiveInt = 1024
+    """Longest sample in tokens. It must hold all images of the largest sample: text beyond it is cut, images never."""
+    packing: bool = False
+    """Concatenate the samples of a micro-batch in one row instead of padding them. Each attends only to itself."""
+    max_skip_fraction: ClosedUnitInterval = 0.01
+    """The run stops when more than this share of the samples cannot be read; fewer than 100 count as 100."""
+    weights: list[PositiveFloat] = field(default_factory=list)
+    """One weight per folder: how often its samples are drawn. Empty: all folders form one data set, and each sample is
+    drawn once per epoch."""
+    shuffle_block: PositiveInt = 65536
+    """Samples shuffled together. A larger data set is read block by block; each block is whole shards, drawn at random.
+    """
+    length_groups: NonNegativeInt = 0
+    """Number of global batches whose samples are sorted by length and divided again, to reduce padding. 0 or 1: off."""
+    retries: NonNegativeInt = 5
+    """Attempts, after the first, to read from a shard that cannot be read, with growing pauses."""
+    cache_dir: str = ""
+    """Folder for what is read from remote shards, shared by the processes of a node. Empty: ~/.cache/medalign, for
+    indexes only."""
+    cache_gib: NonNegativeFloat = 0.0
+    """Maximum size of cache_dir in GiB; 0 caches no samples."""
+
+    @property
+    def folders(self) -> list[str]:
+        """The training folders, one or many."""
+        return [self.train] if isinstance(self.train, str) else self.train
+
+
+@dataclass
+class TeacherConfig:
+    """The frozen medical CLIP."""
+
+    path: str = ""
+    """Folder with open_clip_config.json and open_clip_model.safetensors, or open_clip:ARCHITECTURE/FILE."""
+    random_weights_seed: int | None = None
+    """A control experiment: replace the trained weights by random ones from this seed."""
+    features: TeacherFeatures = "after_norm"
+    """Patch features of the last block: after the tower's final norm, or before it, as in the released code."""
+
+
+@dataclass
+class LoraConfig:
+    """Low-rank adapters on every linear layer of the student's language model."""
+
+    rank: PositiveInt = 32
+    """Rank r."""
+    alpha: int = 16
+    """The adapter's output is multiplied by alpha / r."""
+    dropout: HalfOpenUnitInterval = 0.0
+    """Dropout before the adapter."""
+
+
+@dataclass
+class StudentConfig:
+    """The vision-language model that is trained."""
+
+    path: str = ""
+    """Local folder of a LLaVA-class model with tokenizer and processor."""
+    layer: PositiveInt = 20
+    """The tapped decoder block l, counted from 0: its input is aligned with the teacher's features, its attention with
+    the teacher's attention. At least 1, because block l needs one before it."""
+    steering: bool = True
+    """Attach the learnable matrix W to the image tokens that enter block l."""
+    epsilon: float = 1.0
+    """Strength of the steering: X + epsilon X W^T."""
+    query_mixture: bool = False
+    """Attach the query-adaptive mixture of LoRA experts to the query projection of block l."""
+    query_mixture_form: QueryMixtureForm = "beside_lora"
+    """beside_lora: the projection keeps its LoRA. official, as in the released code: it has none, and the experts have
+    LoRA's initial weights and dropout. The router reads the last question token in both: the released one reads the
+    token after the last ":", which is the answer's first in training and does not exist yet in generation."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """The adapters."""
+    train_projector: bool = False
+    """Train the projector between vision tower and language model too."""
+    attention: AttentionBackend = "auto"
+    """Attention of every block. auto: flash_attention_2 if flash-attn and a GPU are available, else sdpa."""
+    gradient_checkpointing: bool = False
+    """Recompute blocks in the backward pass to save memory, all except the tapped one."""
+
+
+@dataclass
+class LossConfig:
+    """L = L_LM + alpha L_vis + beta L_att."""
+
+    alpha: NonNegativeFloat = 1.0
+    """Coefficient of the spatial alignment loss; 0 disables it."""
+    beta: NonNegativeFloat = 0.06
+    """Coefficient of the attention loss; 0 disables it."""
+    normalize: Normalization = "sum"
+    """How attention becomes a distribution: divided by its sum; softmax of its values; divided by its L2 norm, as in
+    the released code (official; the loss may then be negative)."""
+    language_mean: LanguageMean = "tokens"
+    """The language loss is the mean over the answer tokens of the global batch, or (samples, as in the released code)
+    the mean over each sample's answer tokens, then over the samples of the global batch."""
+    attention_rows: AttentionRows = "prompt"
+    """Tokens after the image whose attention is distilled: all of the prompt, or (official, as in the released code) up
+    to the last ":" of prompt and answer together."""
+    weighting: PairWeighting = "uniform"
+    """Weights of the token pairs in the spatial loss: all equal, or by the teacher's attention to both."""
+    ignore_padding: bool = False
+    """Exclude patches that show only canvas padding from both distillation losses."""
+    impl: KernelImpl = "auto"
+    """Implementation of the kernels. auto: triton on a GPU if it can run, else chunked. A named implementation that
+    cannot run is an error."""
+
+
+@dataclass
+class TrainConfig:
+    """The optimization."""
+
+    steps: NonNegativeInt | None = 1000
+    """Optimizer steps of the whole run; 0 writes the untrained student as a run. null if train.epochs is set."""
+    epochs: PositiveFiniteFloat | None = None
+    """Passes over the training samples, in place of train.steps: epochs * samples / batch_size steps, rounded to the
+    nearest whole number (halves up), at least 1. Whichever of the two the command line sets replaces the recipe's."""
+    batch_size: PositiveInt = 32
+    """Samples per step, over all ranks and accumulated micro-batches."""
+    micro_batch_size: PositiveInt = 4
+    """Samples per forward pass of one rank."""
+    lr: NonNegativeFloat = 2e-4
+    """Peak learning rate of the adapters, W and the mixture."""
+    projector_lr: NonNegativeFloat = 2e-5
+    """Peak learning rate of the projector."""
+    weight_decay: float = 0.0
+    """Weight decay of the adapters and the projector; W never decays."""
+    warmup_ratio: ClosedUnitInterval | None = 0.03
+    """Share of the steps over which the learning rate rises linearly to its peak. null if train.warmup_steps is set."""
+    warmup_steps: NonNegativeInt | None = None
+    """Steps of the rise, in place of train.warmup_ratio. Whichever of the two the command line sets replaces the
+    recipe's."""
+    max_grad_norm: NonNegativeFloat = 1.0
+    """Gradients are clipped to this norm; 0 disables clipping."""
+    precision: Precision = "auto"
+    """auto: bf16 on a GPU, fp32 on a CPU."""
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW, and the course of its learning rates after the warm-up. The rates themselves are in train."""
+
+    betas: tuple[HalfOpenUnitInterval, HalfOpenUnitInterval] = (0.9, 0.999)
+    """AdamW's decay rates of the first and second moment."""
+    eps: PositiveFloat = 1e-8
+    """AdamW's term in the denominator."""
+    schedule: LearningRateSchedule = "cosine"
+    """From the peak, reached at the end of the warm-up, down to the minimum: along half a cosine, or linearly. constant
+    stays at the peak."""
+    min_lr_ratio: ClosedUnitInterval = 0.0
+    """Minimum of each learning rate, as a share of its peak; without effect for a constant schedule."""
+
+
+@dataclass
+class CheckpointConfig:
+    """What is kept on disk."""
+
+    interval: PositiveInt = 500
+    """Steps between two checkpoints; the last step always writes one."""
+    save_total_limit: PositiveInt = 2
+    """Number of checkpoints to keep; older ones are deleted."""
+
+
+@dataclass
+class EngineConfig:
+    """How the state is distributed over the ranks."""
+
+    deepspeed: str = "zero3"
+    """Name of a DeepSpeed configuration in ds_configs/, or a path to one."""
+
+
+@dataclass
+class LogConfig:
+    """What is logged during the run: numbers, and settings without paths; no image or text of the data."""
+
+    interval: PositiveInt = 10
+    """Steps between two rows of metrics."""
+    wandb: WandbMode = "offline"
+    """Weights & Biases: off, kept in the run's folder, or sent."""
+    project: str = "medalign"
+    """W&B project."""
+    entity: str | None = None
+    """W&B team."""
+    name: str | None = None
+    """Name of the run in W&B. By default its random id, because a folder's name may identify patients."""
+
+
+@dataclass
+class Config:
+    """All settings of a run."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    student: StudentConfig = field(default_factory=StudentConfig)
+    losses: LossConfig = field(default_factory=LossConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    @property
+    def distils(self) -> bool:
+        """Whether the teacher is needed at all."""
+        return self.losses.alpha > 0 or self.losses.beta > 0

@@ -1,0 +1,65 @@
+"""The checks across settings. The range of each one is part of its field's type."""
+
+from __future__ import annotations
+
+from medalign.config.keys import ALTERNATIVES
+from medalign.config.schema import Config
+from medalign.errors import ConfigError
+
+
+def validate(config: Config, *, models: bool = True) -> None:
+    """Check that no setting is missing and that none contradicts another.
+
+    Args:
+        models: whether the paths of the models are needed.
+
+    Raises:
+        ConfigError: names the settings and the remedy.
+    """
+    for first, second in ALTERNATIVES:
+        _require_one(config, first, second)
+    _check_paths(config, models)
+    _check_mixture(config)
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise ConfigError(message)
+
+
+def _require_one(config: Config, first: str, second: str) -> None:
+    """Exactly one of two settings must be set."""
+    values = [getattr(getattr(config, section), name) for section, name in (first.split("."), second.split("."))]
+    found = sum(value is not None for value in values)
+    _require(found < 2, f"{first} is {values[0]} and {second} is {values[1]}; set one of them")
+    _require(found > 0, f"neither {first} nor {second} is set; set one of them")
+
+
+def _check_paths(config: Config, models: bool) -> None:
+    data = config.data
+    _require(
+        not models or bool(config.student.path),
+        "student.path is not set: name a local model folder with --student.path DIR",
+    )
+    _require(
+        not models or not config.distils or bool(config.teacher.path),
+        "teacher.path is not set; set it, or set losses.alpha 0 and losses.beta 0",
+    )
+    _require(
+        config.train.steps == 0 or bool(data.folders),
+        "data.train is not set: name shard folders with --data.train DIR",
+    )
+    _require(not data.cache_gib or bool(data.cache_dir), "data.cache_gib is set; name its folder with --data.cache_dir")
+
+
+def _check_mixture(config: Config) -> None:
+    data, epochs = config.data, config.train.epochs
+    _require(
+        not data.weights or len(data.weights) == len(data.folders),
+        f"data.weights holds {len(data.weights)} numbers for {len(data.folders)} folders; give one per folder",
+    )
+    _require(
+        epochs is None or not data.weights,
+        f"train.epochs is {epochs} and data.weights is {data.weights}: folders mixed by weight have no common epoch; "
+        "set train.steps",
+    )
