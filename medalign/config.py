@@ -120,7 +120,7 @@ class StudentConfig:
 
 @dataclass
 class LossConfig:
-    """L = L_LM + alpha L_vis + beta L_att."""
+    """L = L_LM + alpha L_vis + beta L_att, and terms of your own."""
 
     alpha: float = 1.0
     """Coefficient of the spatial alignment loss; 0 leaves it out."""
@@ -141,6 +141,9 @@ class LossConfig:
     """Leave patches that show only canvas padding out of both distillation losses."""
     impl: Literal["auto", "reference", "chunked", "triton"] = "auto"
     """Implementation of the kernels. auto: triton on a GPU if it can run, else chunked. A name is taken or refused."""
+    extra: list[str] = field(default_factory=list)
+    """Import paths (package.module.factory) of callables that take the Config and return a further loss term. A term
+    that needs the teacher requires teacher.path."""
 
 
 @dataclass
@@ -220,8 +223,9 @@ class Config:
 
     @property
     def distils(self) -> bool:
-        """Whether the teacher is needed at all."""
-        return self.losses.alpha > 0 or self.losses.beta > 0
+        """Whether the teacher is loaded."""
+        extra = bool(self.losses.extra and self.teacher.path)
+        return self.losses.alpha > 0 or self.losses.beta > 0 or extra
 
 
 def recipes() -> list[str]:

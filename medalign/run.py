@@ -29,7 +29,7 @@ from medalign.engine import engine as deepspeed_engine
 from medalign.engine.engine import Engine
 from medalign.engine.settings import deepspeed_settings, precision
 from medalign.errors import ConfigError
-from medalign.losses.objective import Objective
+from medalign.losses.build import build_objective
 from medalign.observability.files import write_text
 from medalign.observability.sinks import ConsoleSink, JsonlSink, Sink, WandbSink
 from medalign.student import loading
@@ -166,19 +166,6 @@ def check_collator(config: Config, teacher_view: PreprocessCfg | None, max_image
     """
     anatomy, processor = check_student(config.student)
     return collator_of(config, anatomy, processor, teacher_view, max_images), processor
-
-
-def build_objective(config: Config) -> Objective:
-    losses = config.losses
-    return Objective(
-        alpha=losses.alpha,
-        beta=losses.beta,
-        normalize=losses.normalize,
-        language_mean=losses.language_mean,
-        weighting=losses.weighting,
-        ignore_padding=losses.ignore_padding,
-        impl=losses.impl,
-    )
 
 
 def open_index(config: Config) -> ShardIndex:

@@ -55,7 +55,8 @@ class TrainStep:
             reports.append({name: term.sum.detach() for name, term in report.terms.items()})
         sums = distributed.sum_over_ranks(_add(reports))
         means = {name: float(value) / max(totals[name], 1.0) for name, value in sums.items()}
-        total = sum(self.objective.coefficient(name) * mean for name, mean in means.items())
+        coefficients = self.objective.coefficients
+        total = sum(coefficients[name] * mean for name, mean in means.items())
         return {f"loss/{name}": mean for name, mean in means.items()} | {"loss/total": total, "optim/grad_norm": norm}
 
     def _totals(self, batches: Sequence[Batch], fault: MedAlignError | None) -> dict[str, float]:
