@@ -24,8 +24,9 @@ from medalign.engine.engine import Engine
 from medalign.errors import DataError
 from medalign.losses import LanguageTerm, Objective
 from medalign.student.model import Student
-from medalign.training import trainer
+from medalign.training.callbacks import Checkpointing
 from medalign.training.step import TrainStep
+from medalign.training.trainer import Trainer
 from tests import tiny
 from tests.distributed.workers import build, configure, main, share
 
@@ -80,7 +81,13 @@ def _latest(root: Path) -> str:
 def _loop(config: Config, step: TrainStep, batches: Callable[[], Iterator[list[Batch]]]) -> dict[str, Any]:
     saved: list[int] = []
     begun = TrainState(step=0, samples=0, ranks=2)
-    said = raised(lambda: trainer.train(config, step, batches(), begun, [], lambda now: saved.append(now.step)))
+
+    def save(now: TrainState) -> Path:
+        saved.append(now.step)
+        return Path()
+
+    checkpointing = Checkpointing(config.checkpoint.every, save)
+    said = raised(lambda: Trainer(config, step, batches(), begun, [checkpointing]).fit())
     return {"raised": said, "saved": saved}
 
 

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import tarfile
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
