@@ -25,11 +25,12 @@ class Profiler(Callback):
     def __init__(self, steps: int, folder: Path) -> None:
         self.steps = steps
         self.folder = folder
-        self._first = 0
+        self._first = self._last = 0
         self._profile: profile | None = None
 
     def on_train_start(self, trainer: Trainer) -> None:
         self._first = min(trainer.state.step + SKIPPED, trainer.total_steps - 1)
+        self._last = min(self._first + self.steps, trainer.total_steps)
 
     def on_step_start(self, trainer: Trainer) -> None:
         if trainer.state.step == self._first:
@@ -37,7 +38,7 @@ class Profiler(Callback):
             self._profile.start()
 
     def on_step_end(self, trainer: Trainer) -> None:
-        if trainer.state.step == min(self._first + self.steps, trainer.total_steps):
+        if trainer.state.step == self._last:
             self._write()
 
     def on_exception(self, trainer: Trainer, error: BaseException) -> None:
@@ -52,4 +53,4 @@ class Profiler(Callback):
         path = self.folder / f"rank-{distributed.rank()}.json"
         self._profile.export_chrome_trace(str(path))
         self._profile = None
-        log.info("trace of %d steps written to %s", self.steps, path)
+        log.info("trace of %d steps written to %s", self._last - self._first, path)
