@@ -133,7 +133,7 @@ def _build(
         assert_replicated(teacher)
     processor = loading.load_processor(config.student)
     collator = build_collator(config, student, processor, teacher, max_images)
-    check_causality(student, probe(collator).to(engine.device))
+    check_causality(student, sanity_batch(collator).to(engine.device))
     return engine, teacher, student, collator
 
 
@@ -161,7 +161,7 @@ def build_collator(
 def collator_of(
     config: Config, anatomy: ModelSpec, processor: Any, teacher_view: PreprocessCfg | None, max_images: int
 ) -> Collator:
-    """Samples of up to `max_images` images to batches, for models of which only the shapes are known."""
+    """Samples of up to `max_images` images to batches, for models of which only the shapes are needed."""
     eye = loading.eye(processor, anatomy.image_size)
     encoder = PromptEncoder(
         processor,
@@ -176,9 +176,10 @@ def collator_of(
 
 
 def check_collator(config: Config, teacher_view: PreprocessCfg | None, max_images: int) -> tuple[Collator, Any]:
-    """The collator and the processor of a student of which no weight is read.
+    """The collator and the processor of the student, without reading its weights.
 
-    Raises ConfigError, in seconds, for every reason known before that why the student cannot be trained.
+    Raises:
+        ConfigError: within seconds, for everything that can be known without the weights and prevents training.
     """
     anatomy, processor = check_student(config.student)
     return collator_of(config, anatomy, processor, teacher_view, max_images), processor
@@ -205,9 +206,14 @@ def _max_images(*indexes: ShardIndex | None) -> int:
 
 
 def require_images(config: Config, index: ShardIndex) -> None:
-    """Log how many samples of each folder have an image. Raises ConfigError where none has and images are distilled."""
-    bare = [index.without_image(number) for number in range(len(config.data.folders))]
-    counts = [int(index.shard_sizes(number).sum()) for number in range(len(config.data.folders))]
+    """Log how many samples of each folder have an image.
+
+    Raises:
+        ConfigError: none has, and images are distilled.
+    """
+    folders = range(len(config.data.folders))
+    bare = [index.without_image(folder) for folder in folders]
+    counts = [int(index.shard_sizes(folder).sum()) for folder in folders]
     for folder, samples, without in zip(config.data.folders, counts, bare, strict=True):
         log.info("%s: %d samples, %s", folder, samples, image_share(samples, without))
     if sum(bare) < sum(counts):
@@ -228,8 +234,8 @@ def build_order(config: Config, index: ShardIndex) -> Order:
     order: Order
     if data.weights:
         streams = [
-            GlobalOrder(int(shards.sum()), seed, shards=shards, block=data.shuffle_block, stream=number)
-            for number, shards in enumerate(sizes)
+            GlobalOrder(int(shards.sum()), seed, shards=shards, block=data.shuffle_block, stream=folder)
+            for folder, shards in enumerate(sizes)
         ]
         order = Mixture(streams, data.weights, seed)
     else:
@@ -287,15 +293,15 @@ def build_callbacks(config: Config, folder: Path, held_out: ShardIndex | None, c
     return callbacks
 
 
-def probe(collator: Collator) -> Batch:
-    """A small batch, two questions of unlike length about a gray picture, to try the model on before the first step."""
+def sanity_batch(collator: Collator) -> Batch:
+    """Two questions of different lengths about a gray image, to check the model before the first step."""
     gray = Image.new("RGB", (8, 8), (128, 128, 128))
     questions = ("Is this study normal?", "Where is the abnormality?")
     return collator([Sample("probe", "none", "vqa", question, "yes", "closed", (gray,)) for question in questions])
 
 
 def parameter_groups(student: Student, config: Config) -> list[dict[str, Any]]:
-    """One group a kind of parameter, with its learning rate and weight decay."""
+    """One group per kind of parameter, with its learning rate and weight decay."""
     peaks, decays = schedule.peaks(config.train), schedule.decays(config.train)
     return [
         {"name": name, "params": [p for _, p in named], "lr": peaks[name], "weight_decay": decays[name]}
@@ -304,13 +310,17 @@ def parameter_groups(student: Student, config: Config) -> list[dict[str, Any]]:
 
 
 def _write_config_and_open_loggers(config: Config, folder: Path, now: TrainState) -> list[MetricLogger]:
-    """Only now, when nothing can refuse the run any more, are its settings written down."""
+    """Write config.yaml and open the loggers, once nothing can refuse the run any more; only rank 0 calls it."""
     write_text(folder / "config.yaml", settings.dump(config))
     return build_loggers(config, folder, now)
 
 
 def _require_same_run(config: Config, now: TrainState, found: Path, path: Path) -> None:
-    """Raises ConfigError where `found` is a checkpoint of other settings, another ZeRO stage or other data."""
+    """Check that the checkpoint `found` belongs to these settings, this ZeRO stage and this data.
+
+    Raises:
+        ConfigError: it does not.
+    """
     engine = ""
     if path.is_file():
         written = settings.read(path)

@@ -46,8 +46,10 @@ class LanguageTerm(LossTerm):
 def language_model(
     logits_BKV: torch.Tensor, kept_K: torch.Tensor, labels_BL: torch.Tensor, sample_BL: torch.Tensor | None = None
 ) -> LossValue:
-    """The summed loss and the number of supervised tokens; with `sample_BL`, the sum over the samples of each sample's
-    mean loss, and the number of samples with a supervised token.
+    """The summed loss and the number of supervised tokens.
+
+    With `sample_BL`, the sum over the samples of each sample's mean loss, and the number of samples with a supervised
+    token.
 
     Args:
         logits_BKV: any float dtype; the logit at position p predicts the label at p + 1. Only the rows that
@@ -56,6 +58,9 @@ def language_model(
         labels_BL: int64, not shifted; IGNORE where nothing is learned. The first label has no token before it
             that could predict it and does not count.
         sample_BL: int64, index of the sample that each token belongs to, from 0. Padding may have any index.
+
+    Returns:
+        Sum and count, float32 scalars.
 
     Raises:
         ValueError: shapes that do not fit, or a supervised token whose logit was not kept.
@@ -95,9 +100,9 @@ def supervised_samples(labels_BL: torch.Tensor, sample_BL: torch.Tensor) -> torc
 
 
 def supervised_by_sample(labels_BL: torch.Tensor, sample_BL: torch.Tensor) -> torch.Tensor:
-    """How many labels of each sample count, float32; as many entries as the batch has tokens, 0 beyond its samples.
+    """How many labels of each sample count, [B * L] float32; 0 beyond the batch's samples.
 
-    Of that length because it is known without waiting for the device.
+    The length is that of the tokens because it is known without waiting for the device.
     """
     supervised_BL = (labels_BL[:, 1:] != IGNORE).float()
     tokens_S = torch.zeros(labels_BL.numel(), device=labels_BL.device)

@@ -21,7 +21,7 @@ _COUNT = "count/"  # before the name of a term: its count, summed beside its val
 
 
 class BatchList(Protocol):
-    """Micro-batches of which the number is known; read one after the other."""
+    """A known number of micro-batches, read one after the other."""
 
     def __len__(self) -> int: ...
 
@@ -48,9 +48,15 @@ class TrainStep:
     def __call__(
         self, micro_batches: Sequence[Batch], rates: dict[str, float], fault: MedAlignError | None = None
     ) -> dict[str, float]:
-        """Update once. Returns the loss terms as means over the global batch, and the gradient's norm.
+        """Update once. Every rank must call it.
 
-        `fault` says why this rank has no micro-batches; every rank raises it, before the first forward pass.
+        Args:
+            micro_batches: this rank's part of the global batch.
+            rates: the learning rate of each parameter group.
+            fault: why this rank has no micro-batches; every rank raises it, before the first forward pass.
+
+        Returns:
+            `loss/NAME` of each term as a mean over the global batch, `loss/total`, and `optim/grad_norm`.
         """
         batches = [batch.to(self.engine.device) for batch in micro_batches]
         totals = self._totals(batches, fault)
@@ -103,10 +109,13 @@ class TrainStep:
         return {f"loss/{name}": mean for name, mean in means.items()} | {"loss/total": total}
 
     def _totals(self, batches: Sequence[Batch], fault: MedAlignError | None) -> dict[str, float]:
-        """The count of every term over the global batch; raises where a rank has a fault instead of batches.
+        """The count of every term over the global batch. Every rank must call it.
 
         The counts are known before the first forward pass, so each loss is a mean over the global batch however it is
         cut into ranks and micro-batches.
+
+        Raises:
+            MedAlignError: the fault of the first rank that has one instead of batches, on every rank.
         """
         none = torch.zeros((), device=self.engine.device)
         counts = [self.objective.counts(batch) for batch in batches]
