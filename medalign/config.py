@@ -179,8 +179,8 @@ class TrainConfig:
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """auto: bf16 on a GPU, fp32 on a CPU."""
     evaluate_every: int = 0
-    """Steps between two evaluations of the losses on data.validation, and one after the last step; 0 does not. The
-    checkpoint with the lowest total is kept, and checkpoints/best names it."""
+    """Steps between two evaluations of the losses on data.validation; 0 is off. The last step is evaluated too. Each
+    new lowest total writes a checkpoint, which is kept until there is a lower one; checkpoints/best names it."""
 
 
 @dataclass
@@ -216,7 +216,7 @@ class LogConfig:
     name: str | None = None
     """Name of the run in W&B. By default its random id: a folder's name may tell of patients."""
     profile_steps: int = 0
-    """Steps that torch.profiler traces into profile/ in the run's folder, after the first three; 0 does not."""
+    """Steps that torch.profiler traces into profile/ in the run's folder, after the first three; 0 is off."""
 
 
 @dataclass

@@ -10,9 +10,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from medalign import config
 from medalign.checkpoint.state import TrainState
 from medalign.config import Config
-from medalign.errors import DataError
+from medalign.errors import ConfigError, DataError
 from medalign.training.callbacks import Callback, Checkpointing, Profiler, Validation
 from medalign.training.trainer import Trainer
 from tests import tiny
@@ -64,11 +65,11 @@ class Recorder(Callback):
 
 
 def build(*callbacks: Callback, steps: int = 3, log: int = 2, step: int = 0, validation=(), batches=None) -> Trainer:
-    config = Config()
-    config.train.steps, config.log.every = steps, log
+    settings = Config()
+    settings.train.steps, settings.log.every = steps, log
     stream = itertools.repeat([tiny.batch()]) if batches is None else batches
     state = TrainState(step=step, samples=0, ranks=1)
-    return Trainer(config, FakeStep(list(validation)), stream, state, callbacks)
+    return Trainer(settings, FakeStep(list(validation)), stream, state, callbacks)
 
 
 def test_hooks_are_called_in_order():
@@ -136,3 +137,16 @@ def test_a_trace_is_written_however_short_the_run_is(tmp_path, caplog, steps, tr
         build(Profiler(2, tmp_path / "profile"), steps=steps).fit()
     assert json.loads((tmp_path / "profile" / "rank-0.json").read_text())["traceEvents"]
     assert f"trace of {traced} steps" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--train.evaluate_every", "5"], "train.evaluate_every is 5, but there are no held-out shards"),
+        (["--train.evaluate_every", "-1"], "train.evaluate_every.*-1"),
+        (["--log.profile_steps", "-1"], "log.profile_steps.*-1"),
+    ],
+)
+def test_settings_of_callbacks_that_cannot_be_are_refused(words, message):
+    with pytest.raises(ConfigError, match=message):
+        config.load("phantom", ["--data.train", "c", *words])
