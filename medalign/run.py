@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from medalign.checkpoint.state import TrainState
 from medalign.config import Config
 from medalign.contracts import Batch, Sample
 from medalign.data.batches.collator import Collator, PreprocessCfg
-from medalign.data.batches.loader import TrainLoader
+from medalign.data.batches.loader import TrainLoader, ValidationLoader
 from medalign.data.batches.prompts import PromptEncoder
 from medalign.data.order.mixture import LengthGroupedOrder, Mixture
 from medalign.data.order.order import GlobalOrder, Order
@@ -29,23 +29,33 @@ from medalign.engine import engine as deepspeed_engine
 from medalign.engine.engine import Engine
 from medalign.engine.settings import deepspeed_settings, precision
 from medalign.errors import ConfigError
-from medalign.losses.objective import Objective
+from medalign.losses.build import build_objective
 from medalign.observability.files import write_text
-from medalign.observability.sinks import ConsoleSink, JsonlSink, Sink, WandbSink
+from medalign.observability.sinks import ConsoleSink, JsonlSink, WandbSink
 from medalign.student import loading
 from medalign.student.checks import check_student
 from medalign.student.families import ModelSpec
 from medalign.student.model import Student, check_causality
 from medalign.teacher.clip import Teacher, load_teacher
 from medalign.teacher.targets import assert_replicated
-from medalign.training import schedule, trainer
+from medalign.training import schedule
+from medalign.training.callbacks import Callback, Checkpointing, ConsoleLogger, MetricLogger, Profiler, Validation
 from medalign.training.step import TrainStep
+from medalign.training.trainer import Trainer
 
 log = logging.getLogger("medalign")
 
 
-def train(config: Config) -> Path:
-    """Train, or go on with, the run in `config.run.dir`. Every rank calls it. Returns the run's folder."""
+def train(config: Config, callbacks: Sequence[Callback] = ()) -> Path:
+    """Train, or resume, the run in `config.run.dir`. Every rank must call it.
+
+    Args:
+        config: the whole configuration.
+        callbacks: called after the run's own, but before checkpoints are written.
+
+    Returns:
+        The run's folder.
+    """
     distributed.adopt_launcher()
     distributed.set_up_logging()
     folder = Path(config.run.dir)
@@ -53,58 +63,64 @@ def train(config: Config) -> Path:
     deepspeed_engine.start(ds_settings)
     try:
         with lock.held(folder):
-            _train(config, folder, ds_settings)
+            _train(config, folder, ds_settings, callbacks)
     finally:
         deepspeed_engine.stop()
     return folder
 
 
-def _train(config: Config, folder: Path, ds_settings: dict[str, Any]) -> None:
+def _train(config: Config, folder: Path, ds_settings: dict[str, Any], callbacks: Sequence[Callback]) -> None:
     with distributed.raise_on_all_ranks():
-        index = open_index(config) if config.train.steps != 0 else None
+        objective = build_objective(config)
+        index, held_out = open_indexes(config)
         if index is not None:
             require_images(config, index)
-        check_collator(config, None, index.max_images if index else 1)
+        check_collator(config, None, _max_images(index, held_out))
     found = state.latest(folder / "checkpoints")
     stage, data = deepspeed_engine.stage(ds_settings), index.fingerprint() if index else ()
-    progress = TrainState(step=0, samples=0, ranks=distributed.world_size(), stage=stage, data=data)
+    now = TrainState(step=0, samples=0, ranks=distributed.world_size(), stage=stage, data=data)
     if found:
         with distributed.raise_on_all_ranks():
-            _require_same_run(config, progress, found, folder / "config.yaml")
+            _require_same_run(config, now, found, folder / "config.yaml")
     samples = len(index) if index else 0
     config = schedule.resolve_steps(config, samples)
     log.info("%s", schedule.describe_length(config, samples))
-    engine, teacher, student, collator = _build(config, ds_settings, index)
+    engine, teacher, student, collator = _build(config, ds_settings, _max_images(index, held_out))
     if found:
-        progress = replace(state.load(engine, found), stage=stage, data=data)
+        now = replace(state.load(engine, found), stage=stage, data=data)
         log.info("going on from %s", found)
     with distributed.raise_on_all_ranks():
-        sinks = _write_config_and_open_loggers(config, folder, progress) if distributed.is_main() else []
+        loggers = _write_config_and_open_loggers(config, folder, now) if distributed.is_main() else []
+    save = _saver(config, folder / "checkpoints", engine, student)
+    try:
+        if index is None:
+            if not found:
+                save(now)
+        elif now.step < schedule.total_steps(config.train):
+            step = TrainStep(engine, teacher, objective, student.anatomy.grid)
+            batches = iter(build_loader(config, index, collator, now))
+            hooks = [*loggers, *build_callbacks(config, folder, held_out, collator), *callbacks]
+            hooks.append(Checkpointing(config.checkpoint.interval, save))
+            now = Trainer(config, step, batches, now, hooks).fit()
+    finally:
+        for logger in loggers:
+            logger.close()
+    _log_summary(config, folder, now)
 
-    def save(now: TrainState) -> None:
-        state.save(engine, folder / "checkpoints", now, config.checkpoint.save_total_limit, write_export)
+
+def _saver(config: Config, root: Path, engine: Engine, student: Student) -> Callable[[TrainState], Path]:
+    """The function that writes the checkpoint of a state; every rank must call it."""
 
     def write_export(target: Path) -> None:
         whole = engine.gather_parameters([pair for group in student.trainable().values() for pair in group])
         if distributed.is_main():
             export.write(student, whole, config.student, config.data.max_length, target)
 
-    try:
-        if index is None:
-            if not found:
-                save(progress)
-        elif progress.step < schedule.total_steps(config.train):
-            step = TrainStep(engine, teacher, build_objective(config), student.anatomy.grid)
-            batches = iter(build_loader(config, index, collator, progress))
-            progress = trainer.train(config, step, batches, progress, sinks, save)
-    finally:
-        for sink in sinks:
-            sink.close()
-    _log_summary(config, folder, progress)
+    return lambda now: state.save(engine, root, now, config.checkpoint.save_total_limit, write_export)
 
 
 def _build(
-    config: Config, ds_settings: dict[str, Any], index: ShardIndex | None
+    config: Config, ds_settings: dict[str, Any], max_images: int
 ) -> tuple[Engine, Teacher | None, Student, Collator]:
     # The teacher comes first: what is built once ZeRO-3 partitions modules would be partitioned too.
     teacher = build_teacher(config)
@@ -116,8 +132,8 @@ def _build(
     if teacher is not None:
         assert_replicated(teacher)
     processor = loading.load_processor(config.student)
-    collator = build_collator(config, student, processor, teacher, index.max_images if index else 1)
-    check_causality(student, probe(collator).to(engine.device))
+    collator = build_collator(config, student, processor, teacher, max_images)
+    check_causality(student, sanity_batch(collator).to(engine.device))
     return engine, teacher, student, collator
 
 
@@ -145,7 +161,7 @@ def build_collator(
 def collator_of(
     config: Config, anatomy: ModelSpec, processor: Any, teacher_view: PreprocessCfg | None, max_images: int
 ) -> Collator:
-    """Samples of up to `max_images` images to batches, for models of which only the shapes are known."""
+    """Samples of up to `max_images` images to batches, for models of which only the shapes are needed."""
     eye = loading.eye(processor, anatomy.image_size)
     encoder = PromptEncoder(
         processor,
@@ -160,36 +176,42 @@ def collator_of(
 
 
 def check_collator(config: Config, teacher_view: PreprocessCfg | None, max_images: int) -> tuple[Collator, Any]:
-    """The collator and the processor of a student of which no weight is read.
+    """The collator and the processor of the student, without reading its weights.
 
-    Raises ConfigError, in seconds, for every reason known before that why the student cannot be trained.
+    Raises:
+        ConfigError: within seconds, for everything that can be known without the weights and prevents training.
     """
     anatomy, processor = check_student(config.student)
     return collator_of(config, anatomy, processor, teacher_view, max_images), processor
 
 
-def build_objective(config: Config) -> Objective:
-    losses = config.losses
-    return Objective(
-        alpha=losses.alpha,
-        beta=losses.beta,
-        normalize=losses.normalize,
-        language_mean=losses.language_mean,
-        weighting=losses.weighting,
-        ignore_padding=losses.ignore_padding,
-        impl=losses.impl,
-    )
+def open_index(config: Config, folders: Sequence[str] | None = None) -> ShardIndex:
+    """The index of these folders of shards; by default, of the training folders."""
+    data = config.data
+    return ShardIndex.open(data.folders if folders is None else folders, StorageOptions.from_settings(data))
 
 
-def open_index(config: Config) -> ShardIndex:
-    """The training folders' index."""
-    return ShardIndex.open(config.data.folders, StorageOptions.from_settings(config.data))
+def open_indexes(config: Config) -> tuple[ShardIndex | None, ShardIndex | None]:
+    """The index of the training folders, and that of the held-out folders; None for what the run does not read."""
+    if config.train.steps == 0:
+        return None, None
+    held_out = open_index(config, config.data.validation_folders) if config.train.evaluate_every else None
+    return open_index(config), held_out
+
+
+def _max_images(*indexes: ShardIndex | None) -> int:
+    return max((index.max_images for index in indexes if index is not None), default=1)
 
 
 def require_images(config: Config, index: ShardIndex) -> None:
-    """Log how many samples of each folder have an image. Raises ConfigError where none has and images are distilled."""
-    bare = [index.without_image(number) for number in range(len(config.data.folders))]
-    counts = [int(index.shard_sizes(number).sum()) for number in range(len(config.data.folders))]
+    """Log how many samples of each folder have an image.
+
+    Raises:
+        ConfigError: none has, and images are distilled.
+    """
+    folders = range(len(config.data.folders))
+    bare = [index.without_image(folder) for folder in folders]
+    counts = [int(index.shard_sizes(folder).sum()) for folder in folders]
     for folder, samples, without in zip(config.data.folders, counts, bare, strict=True):
         log.info("%s: %d samples, %s", folder, samples, image_share(samples, without))
     if sum(bare) < sum(counts):
@@ -210,8 +232,8 @@ def build_order(config: Config, index: ShardIndex) -> Order:
     order: Order
     if data.weights:
         streams = [
-            GlobalOrder(int(shards.sum()), seed, shards=shards, block=data.shuffle_block, stream=number)
-            for number, shards in enumerate(sizes)
+            GlobalOrder(int(shards.sum()), seed, shards=shards, block=data.shuffle_block, stream=folder)
+            for folder, shards in enumerate(sizes)
         ]
         order = Mixture(streams, data.weights, seed)
     else:
@@ -237,26 +259,40 @@ def build_loader(config: Config, index: ShardIndex, collator: Collator, progress
     )
 
 
-def build_sinks(config: Config, folder: Path, progress: TrainState) -> list[Sink]:
-    """Where the numbers of this run go; rank 0 alone calls it."""
+def build_loggers(config: Config, folder: Path, now: TrainState) -> list[MetricLogger]:
+    """The callbacks that write the metrics of this run; only rank 0 calls it."""
     whole = {section: vars(getattr(config, section)) for section in vars(config)}
-    log_settings = config.log
+    settings = config.log
+    wandb = WandbSink(
+        settings.wandb, folder, project=settings.project, entity=settings.entity, name=settings.name, config=whole
+    )
     return [
-        ConsoleSink(schedule.total_steps(config.train), start=progress.step),
-        JsonlSink(folder / "metrics.jsonl", resumed_step=progress.step),
-        WandbSink(
-            log_settings.wandb,
-            folder,
-            project=log_settings.project,
-            entity=log_settings.entity,
-            name=log_settings.name,
-            config=whole,
-        ),
+        ConsoleLogger(ConsoleSink(schedule.total_steps(config.train), start=now.step)),
+        MetricLogger(JsonlSink(folder / "metrics.jsonl", resumed_step=now.step)),
+        MetricLogger(wandb),
     ]
 
 
-def probe(collator: Collator) -> Batch:
-    """A small batch, two questions of unlike length about a gray picture, to try the model on before the first step."""
+def build_callbacks(config: Config, folder: Path, held_out: ShardIndex | None, collator: Collator) -> list[Callback]:
+    """The callbacks of every rank that the settings ask for, apart from checkpoints."""
+    callbacks: list[Callback] = []
+    if config.log.profile_steps:
+        callbacks.append(Profiler(config.log.profile_steps, folder / "profile"))
+    if held_out is not None:
+        batches = ValidationLoader(
+            held_out,
+            collator,
+            micro_batch=config.train.micro_batch_size,
+            rank=distributed.rank(),
+            world=distributed.world_size(),
+            workers=config.data.workers,
+        )
+        callbacks.append(Validation(config.train.evaluate_every, batches))
+    return callbacks
+
+
+def sanity_batch(collator: Collator) -> Batch:
+    """Two questions of different lengths about a gray image, to check the model before the first step."""
     gray = Image.new("RGB", (8, 8), (128, 128, 128))
     questions = ("Is this study normal?", "Where is the abnormality?")
     return collator([Sample("probe", "none", "vqa", question, "yes", "closed", (gray,)) for question in questions])
@@ -278,14 +314,18 @@ def parameter_groups(student: Student, config: Config) -> list[dict[str, Any]]:
     ]
 
 
-def _write_config_and_open_loggers(config: Config, folder: Path, progress: TrainState) -> list[Sink]:
-    """Only now, when nothing can refuse the run any more, are its settings written down."""
+def _write_config_and_open_loggers(config: Config, folder: Path, now: TrainState) -> list[MetricLogger]:
+    """Write config.yaml and open the loggers, once nothing can refuse the run any more; only rank 0 calls it."""
     write_text(folder / "config.yaml", settings.dump(config))
-    return build_sinks(config, folder, progress)
+    return build_loggers(config, folder, now)
 
 
 def _require_same_run(config: Config, now: TrainState, found: Path, path: Path) -> None:
-    """Raises ConfigError where `found` is a checkpoint of other settings, another ZeRO stage or other data."""
+    """Check that the checkpoint `found` belongs to these settings, this ZeRO stage and this data.
+
+    Raises:
+        ConfigError: it does not.
+    """
     engine = ""
     if path.is_file():
         written = settings.read(path)
@@ -326,12 +366,14 @@ _MODELS: Sequence[str] = ("student.path", "teacher.path")
 _MAY_CHANGE: Sequence[str] = (
     "run.dir",
     "data.train",
+    "data.validation",
     "data.workers",
     "data.packing",
     "data.retries",
     "data.cache_dir",
     "data.cache_gib",
     "train.micro_batch_size",
+    "train.evaluate_every",
     "student.gradient_checkpointing",
 )
 

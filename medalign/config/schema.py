@@ -49,6 +49,8 @@ class DataConfig:
 
     train: list[str] | str = field(default_factory=list)
     """Folder of shards to train on, or a list of folders."""
+    validation: list[str] | str = field(default_factory=list)
+    """Folder of held-out shards, or a list of folders, for train.evaluate_every."""
     workers: NonNegativeInt = 0
     """Loader processes per rank; 0 reads in the training process. The batches are the same for any number."""
     max_length: PositiveInt = 1024
@@ -77,6 +79,11 @@ class DataConfig:
     def folders(self) -> list[str]:
         """The training folders, one or many."""
         return [self.train] if isinstance(self.train, str) else self.train
+
+    @property
+    def validation_folders(self) -> list[str]:
+        """The folders of held-out shards, none or many."""
+        return [self.validation] if isinstance(self.validation, str) else self.validation
 
 
 @dataclass
@@ -156,6 +163,9 @@ class LossConfig:
     impl: KernelImpl = "auto"
     """Implementation of the kernels. auto: triton on a GPU if it can run, else chunked. A named implementation that
     cannot run is an error."""
+    extra: list[str] = field(default_factory=list)
+    """Import paths (package.module.factory) of callables that take the Config and return a further loss term. A term
+    that needs the teacher requires teacher.path."""
 
 
 @dataclass
@@ -186,6 +196,9 @@ class TrainConfig:
     """Gradients are clipped to this norm; 0 disables clipping."""
     precision: Precision = "auto"
     """auto: bf16 on a GPU, fp32 on a CPU."""
+    evaluate_every: NonNegativeInt = 0
+    """Steps between two evaluations of the losses on data.validation; 0 is off. The last step is evaluated too. Each
+    new lowest total writes a checkpoint, which is kept until there is a lower one; checkpoints/best names it."""
 
 
 @dataclass
@@ -235,6 +248,8 @@ class LogConfig:
     """W&B team."""
     name: str | None = None
     """Name of the run in W&B. By default its random id, because a folder's name may identify patients."""
+    profile_steps: NonNegativeInt = 0
+    """Steps that torch.profiler traces into profile/ in the run's folder, after the first three; 0 is off."""
 
 
 @dataclass
@@ -254,5 +269,6 @@ class Config:
 
     @property
     def distils(self) -> bool:
-        """Whether the teacher is needed at all."""
-        return self.losses.alpha > 0 or self.losses.beta > 0
+        """Whether the teacher is loaded."""
+        extra = bool(self.losses.extra and self.teacher.path)
+        return self.losses.alpha > 0 or self.losses.beta > 0 or extra

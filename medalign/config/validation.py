@@ -49,6 +49,11 @@ def _check_paths(config: Config, models: bool) -> None:
         config.train.steps == 0 or bool(data.folders),
         "data.train is not set: name shard folders with --data.train DIR",
     )
+    _require(
+        not config.train.evaluate_every or bool(data.validation_folders),
+        f"train.evaluate_every is {config.train.evaluate_every}, but there are no held-out shards; name their folder "
+        "with --data.validation DIR",
+    )
     _require(not data.cache_gib or bool(data.cache_dir), "data.cache_gib is set; name its folder with --data.cache_dir")
 
 

@@ -7,6 +7,7 @@ import errno
 import resource
 import shutil
 from collections import namedtuple
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -54,6 +55,21 @@ def test_save_keeps_the_newest_and_latest_names_the_last(tmp_path):
     assert newest == tmp_path / "step-000015"
     engine = FakeEngine()
     assert state.load(engine, newest) == at(15) and engine.loaded == [newest]
+
+
+def test_the_best_checkpoint_is_named_and_never_removed(tmp_path):
+    for step in (5, 10, 15, 20):
+        now = replace(at(step), best_step=min(step, 10), best_loss=0.5)
+        state.save(FakeEngine(), tmp_path, now, 1, export)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "latest", "step-000010", "step-000020"]
+    assert (tmp_path / "best").read_text() == "step-000010\n"
+    assert state.load(FakeEngine(), tmp_path / "step-000020") == now
+
+
+def test_a_best_checkpoint_that_is_gone_is_not_named(tmp_path):
+    state.save(FakeEngine(), tmp_path, replace(at(10), best_step=10, best_loss=0.5), 1, export)
+    state.save(FakeEngine(), tmp_path, replace(at(5), best_step=2, best_loss=0.7), 1, export)  # went back
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-000005"]
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from medalign.__main__ import main
 from medalign.contracts import IGNORE, Batch, Sample
 from medalign.data.batches import loader as loading
 from medalign.data.batches.collator import Collator, Prepared, PreprocessCfg
-from medalign.data.batches.loader import TrainLoader, batches, check_skip_rate
+from medalign.data.batches.loader import TrainLoader, ValidationLoader, batches, check_skip_rate
 from medalign.data.order.order import GlobalOrder
 from medalign.data.shards.index import ShardIndex
 from medalign.data.shards.records import Record, json_bytes
@@ -320,3 +320,18 @@ def test_jpeg_and_gray_reach_both_towers_as_rgb(tmp_path: Path) -> None:
     (got,) = [batch for _, batch in batches(ShardIndex.open(tmp_path / "out"), collator(), 1)]
     assert got.student_pixels.shape[1] == got.teacher_pixels.shape[1] == 3
     assert torch.isfinite(got.student_pixels).all()
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_held_out_samples_come_once_however_many_ranks_share_them(shards: Path, world: int) -> None:
+    """The micro-batches are those of one rank; a rank without one left gets a batch without weight."""
+    index = ShardIndex.open(shards)
+    ranks = [ValidationLoader(index, collator(), micro_batch=3, rank=rank, world=world) for rank in range(world)]
+    whole = list(ValidationLoader(index, collator(), micro_batch=3))
+    assert [key for batch in whole for key in batch.keys] == [index.read(i).key for i in range(len(index))]
+    found = [list(rank) for rank in ranks]
+    assert {len(rank) for rank in ranks} == {len(batches) for batches in found} == {-(-len(whole) // world)}
+    dealt = [batch for turn in zip(*found, strict=True) for batch in turn]
+    for one, two in zip(whole, dealt, strict=False):
+        assert_same(one, two)
+    assert all(batch.keys == () and batch.image_weight.sum() == 0 for batch in dealt[len(whole) :])

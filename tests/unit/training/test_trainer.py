@@ -1,0 +1,152 @@
+"""The trainer calls the hooks of its callbacks in order, and knows none of them."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from medalign import config
+from medalign.checkpoint.state import TrainState
+from medalign.config import Config
+from medalign.errors import ConfigError, DataError
+from medalign.training.callbacks import Callback, Checkpointing, Profiler, Validation
+from medalign.training.trainer import Trainer
+from tests import tiny
+
+
+class FakeStep:
+    """Takes no step; the validation losses are given."""
+
+    def __init__(self, validation: list[float]) -> None:
+        rates = {"adapters": 0.1, "steering": 0.2}
+        self.engine = SimpleNamespace(device=torch.device("cpu"), rates=lambda: rates)
+        self.validation = iter(validation)
+
+    def __call__(self, micro_batches, rates, fault):
+        if fault is not None:
+            raise fault
+        return {"loss/total": 1.0, "optim/grad_norm": 0.5}
+
+    def evaluate(self, batches):
+        return {"loss/total": next(self.validation)}
+
+
+class Recorder(Callback):
+    """Writes down every hook that it is called with."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple] = []
+
+    def on_train_start(self, trainer):
+        self.calls.append(("train start", trainer.state.step))
+
+    def on_step_start(self, trainer):
+        self.calls.append(("step start", trainer.state.step))
+
+    def on_step_end(self, trainer):
+        self.calls.append(("step end", trainer.state.step))
+
+    def on_log(self, trainer, values):
+        self.calls.append(("log", trainer.state.step, next(iter(values))))
+
+    def on_checkpoint(self, trainer, folder):
+        self.calls.append(("checkpoint", trainer.state.step, folder.name))
+
+    def on_train_end(self, trainer):
+        self.calls.append(("train end", trainer.state.step))
+
+    def on_exception(self, trainer, error):
+        self.calls.append(("exception", trainer.state.step, str(error)))
+
+
+def build(*callbacks: Callback, steps: int = 3, log: int = 2, step: int = 0, validation=(), batches=None) -> Trainer:
+    settings = Config()
+    settings.train.steps, settings.log.interval = steps, log
+    stream = itertools.repeat([tiny.batch()]) if batches is None else batches
+    state = TrainState(step=step, samples=0, ranks=1)
+    return Trainer(settings, FakeStep(list(validation)), stream, state, callbacks)
+
+
+def test_hooks_are_called_in_order():
+    recorder = Recorder()
+    state = build(recorder, Checkpointing(2, lambda now: Path(f"step-{now.step}"))).fit()
+    assert state.step == 3
+    assert recorder.calls == [
+        ("train start", 0),
+        ("step start", 0),
+        ("step end", 1),
+        ("step start", 1),
+        ("log", 2, "loss/total"),
+        ("step end", 2),
+        ("checkpoint", 2, "step-2"),
+        ("step start", 2),
+        ("log", 3, "loss/total"),
+        ("step end", 3),
+        ("checkpoint", 3, "step-3"),
+        ("train end", 3),
+    ]
+
+
+def test_a_resumed_run_takes_the_remaining_steps_and_a_finished_one_none():
+    recorder = Recorder()
+    build(recorder, step=2).fit()
+    assert [call for call in recorder.calls if call[0] == "step end"] == [("step end", 3)]
+    finished = Recorder()
+    build(finished, step=3).fit()
+    assert finished.calls == [("train start", 3), ("train end", 3)]
+
+
+def test_an_exception_reaches_every_callback_and_the_caller():
+    def batches():
+        yield [tiny.batch()]
+        raise DataError("a shard is lost")
+
+    recorder = Recorder()
+    with pytest.raises(DataError, match="a shard is lost"):
+        build(recorder, batches=batches()).fit()
+    assert recorder.calls[-1] == ("exception", 1, "a shard is lost")
+
+
+def test_the_best_step_has_a_checkpoint_beside_those_at_intervals():
+    saved: list[TrainState] = []
+
+    def save(now: TrainState) -> Path:
+        saved.append(now)
+        return Path()
+
+    recorder = Recorder()
+    trainer = build(
+        Validation(2, []), recorder, Checkpointing(5, save), steps=9, log=100, validation=[3.0, 2.0, 2.5, 2.0, 4.0]
+    )
+    state = trainer.fit()
+    logged = [call for call in recorder.calls if call[0] == "log"]
+    assert [step for _, step, name in logged if name == "validation/loss/total"] == [2, 4, 6, 8, 9]
+    assert [now.step for now in saved] == [2, 4, 5, 9]  # better at 2 and 4; 5 by interval; the last
+    assert (state.best_step, state.best_loss) == (4, 2.0)
+    assert [now.best_step for now in saved] == [2, 4, 4, 4]
+
+
+@pytest.mark.parametrize(("steps", "traced"), [(8, 2), (4, 1), (1, 1)])
+def test_a_trace_is_written_however_short_the_run_is(tmp_path, caplog, steps, traced):
+    with caplog.at_level("INFO", logger="medalign"):
+        build(Profiler(2, tmp_path / "profile"), steps=steps).fit()
+    assert json.loads((tmp_path / "profile" / "rank-0.json").read_text())["traceEvents"]
+    assert f"trace of {traced} steps" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--train.evaluate_every", "5"], "train.evaluate_every is 5, but there are no held-out shards"),
+        (["--train.evaluate_every", "-1"], "train.evaluate_every.*-1"),
+        (["--log.profile_steps", "-1"], "log.profile_steps.*-1"),
+    ],
+)
+def test_settings_of_callbacks_that_cannot_be_are_refused(words, message):
+    with pytest.raises(ConfigError, match=message):
+        config.load("phantom", ["--data.train", "c", *words])
