@@ -5,7 +5,7 @@ from setuptools import find_packages, setup
 setup(
     name="medalign",
     version="0.1.0",
-    description="Distil a medical CLIP's sight into a medical vision-language model, at scale",
+    description="Distill what a medical CLIP sees into a medical vision-language model, at scale",
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=[*find_packages(include=["medalign", "medalign.*"]), "medalign.ds_configs"],
@@ -67,5 +67,5 @@ setup(
             "sentencepiece>=0.2",
         ],
     },
-    entry_points={"console_scripts": ["medalign=medalign.__main__:main"]},
+    entry_points={"console_scripts": ["medalign=medalign.cli.main:main"]},
 )

@@ -168,7 +168,7 @@ def as_text(view: BatchView, color: bool) -> str:
 
 def as_html(view: BatchView) -> str:
     """One page that loads nothing from elsewhere."""
-    text = (resources.files("medalign.evaluation") / "batch.html.jinja").read_text(encoding="utf-8")
+    text = (resources.files("medalign.evaluation.report") / "batch.html.jinja").read_text(encoding="utf-8")
     template = jinja2.Environment(autoescape=True).from_string(text)
     colors = {kind: color for kind, (_, color) in _SHOWN.items()}
     return template.render(view=view, colors=colors, cut_color=_CUT[1], data_uri=_data_uri)
