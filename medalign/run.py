@@ -32,6 +32,7 @@ from medalign.errors import ConfigError
 from medalign.losses.objective import Objective
 from medalign.observability.files import write_text
 from medalign.observability.sinks import ConsoleSink, JsonlSink, Sink, WandbSink
+from medalign.run_folder import RunFolder
 from medalign.student import loading
 from medalign.student.checks import check_student
 from medalign.student.families import ModelSpec
@@ -65,12 +66,12 @@ def _train(config: Config, folder: Path, ds_settings: dict[str, Any]) -> None:
         if index is not None:
             require_images(config, index)
         check_collator(config, None, index.max_images if index else 1)
-    found = state.latest(folder / "checkpoints")
+    found = state.latest(RunFolder(folder).checkpoints.path)
     stage, data = deepspeed_engine.stage(ds_settings), index.fingerprint() if index else ()
     progress = TrainState(step=0, samples=0, ranks=distributed.world_size(), stage=stage, data=data)
     if found:
         with distributed.raise_on_all_ranks():
-            _require_same_run(config, progress, found, folder / "config.yaml")
+            _require_same_run(config, progress, found, RunFolder(folder).config)
     samples = len(index) if index else 0
     config = schedule.resolve_steps(config, samples)
     log.info("%s", schedule.describe_length(config, samples))
@@ -82,7 +83,7 @@ def _train(config: Config, folder: Path, ds_settings: dict[str, Any]) -> None:
         sinks = _write_config_and_open_loggers(config, folder, progress) if distributed.is_main() else []
 
     def save(now: TrainState) -> None:
-        state.save(engine, folder / "checkpoints", now, config.checkpoint.keep, write_export)
+        state.save(engine, RunFolder(folder).checkpoints.path, now, config.checkpoint.keep, write_export)
 
     def write_export(target: Path) -> None:
         whole = engine.gather_parameters([pair for group in student.trainable().values() for pair in group])
@@ -246,7 +247,7 @@ def build_sinks(config: Config, folder: Path, progress: TrainState) -> list[Sink
     log_settings = config.log
     return [
         ConsoleSink(schedule.total_steps(config.train), start=progress.step),
-        JsonlSink(folder / "metrics.jsonl", resumed_step=progress.step),
+        JsonlSink(RunFolder(folder).metrics, resumed_step=progress.step),
         WandbSink(
             log_settings.wandb,
             folder,
@@ -276,7 +277,7 @@ def parameter_groups(student: Student, config: Config) -> list[dict[str, Any]]:
 
 def _write_config_and_open_loggers(config: Config, folder: Path, progress: TrainState) -> list[Sink]:
     """Only now, when nothing can refuse the run any more, are its settings written down."""
-    write_text(folder / "config.yaml", settings.dump(config))
+    write_text(RunFolder(folder).config, settings.dump(config))
     return build_sinks(config, folder, progress)
 
 

@@ -46,6 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Evaluate, print the table of scores and log where they are. Returns the exit status."""
     from medalign.evaluation.report.page import format_evaluation
     from medalign.inference import evaluate
+    from medalign.run_folder import RunFolder
 
     folder = evaluate(
         arguments.run,
@@ -59,7 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
         base=arguments.student,
     )
     sys.stdout.write(format_evaluation(folder) + "\n")
-    others = len(list(folder.parent.glob("*/scores.json"))) - 1
+    others = len(RunFolder(folder.parents[1]).evaluations()) - 1
     note = f"; {others} more in {folder.parent}, medalign report shows all" if others else ""
     log.info("predictions and scores: %s%s", folder, note)
     return 0
