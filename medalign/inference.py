@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 from medalign import distributed
 from medalign.checkpoint import export
 from medalign.contracts import Sample
-from medalign.data.batches.collator import Collator, PreprocessCfg
+from medalign.data.batches.collator import Collator
 from medalign.data.batches.prompts import PromptEncoder
 from medalign.data.samples.bad_sample import sample_context
 from medalign.data.samples.decode import decode_image, has_several_frames
@@ -193,7 +193,6 @@ def open_student(
     config = export.settings(source)
     processor = loading.load_processor(config if base is None else type(config)(**{**vars(config), "path": base}))
     anatomy = student.anatomy
-    eye = loading.eye(processor, anatomy.image_size)
     encoder = PromptEncoder(
         processor,
         image_token_id=anatomy.image_token_id,
@@ -203,7 +202,7 @@ def open_student(
         setting="--max-length",
     )
     student.end_with(encoder.end_token_id)
-    view = PreprocessCfg(eye.size, eye.mean, eye.std)
+    view = loading.preprocess_cfg(processor, anatomy.image_size)
     collator = Collator(encoder, view, None, anatomy.grid, padding_side="left", with_answer=False)
     return student, processor.tokenizer, collator
 

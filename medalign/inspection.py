@@ -8,12 +8,11 @@ from itertools import islice
 
 from medalign import run
 from medalign.config import Config
-from medalign.data.batches.collator import PreprocessCfg
 from medalign.data.batches.loader import TrainLoader, rank_indices_and_prefetch
 from medalign.data.order.order import Order, StepPlan
 from medalign.data.shards.index import ShardIndex
 from medalign.evaluation.report.batches import BatchView, view_batch
-from medalign.teacher.source import teacher_eye
+from medalign.teacher.source import read_preprocess_cfg
 from medalign.training.schedule import describe_length, resolve_steps
 
 log = logging.getLogger("medalign")
@@ -45,8 +44,7 @@ def view_global_batch(config: Config, step: int) -> BatchView:
     """The global batch of a step, read and collated as in training. It needs no weights."""
     index = run.open_index(config)
     run.require_images(config, index)
-    eye = teacher_eye(config.teacher.path) if config.distils else None
-    teacher = PreprocessCfg(*eye) if eye else None
+    teacher = read_preprocess_cfg(config.teacher.path) if config.distils else None
     collator, processor = run.check_collator(config, teacher, index.max_images)
     loader = TrainLoader(
         index,

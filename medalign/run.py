@@ -17,7 +17,7 @@ from medalign.checkpoint import export, lock, state
 from medalign.checkpoint.state import TrainState
 from medalign.config import Config
 from medalign.contracts import Batch, Sample
-from medalign.data.batches.collator import Collator, PreprocessCfg
+from medalign.data.batches.collator import Collator
 from medalign.data.batches.loader import TrainLoader
 from medalign.data.batches.prompts import PromptEncoder
 from medalign.data.order.mixture import LengthGroupedOrder, Mixture
@@ -29,6 +29,7 @@ from medalign.engine import engine as deepspeed_engine
 from medalign.engine.engine import Engine
 from medalign.engine.settings import deepspeed_settings, precision
 from medalign.errors import ConfigError
+from medalign.geometry import PreprocessCfg
 from medalign.losses.objective import Objective
 from medalign.observability.files import write_text
 from medalign.observability.sinks import ConsoleSink, JsonlSink, Sink, WandbSink
@@ -139,15 +140,14 @@ def build_collator(
     config: Config, student: Student, processor: Any, teacher: Teacher | None, max_images: int
 ) -> Collator:
     """Samples to batches, for this student and this teacher."""
-    view = PreprocessCfg(teacher.image_size, teacher.mean, teacher.std) if teacher is not None else None
-    return collator_of(config, student.anatomy, processor, view, max_images)
+    teacher_view = teacher.preprocess_cfg if teacher is not None else None
+    return collator_of(config, student.anatomy, processor, teacher_view, max_images)
 
 
 def collator_of(
     config: Config, anatomy: ModelSpec, processor: Any, teacher_view: PreprocessCfg | None, max_images: int
 ) -> Collator:
     """Samples of up to `max_images` images to batches, for models of which only the shapes are known."""
-    eye = loading.eye(processor, anatomy.image_size)
     encoder = PromptEncoder(
         processor,
         image_token_id=anatomy.image_token_id,
@@ -155,7 +155,7 @@ def collator_of(
         max_length=config.data.max_length,
         max_images=max_images,
     )
-    view = PreprocessCfg(eye.size, eye.mean, eye.std)
+    view = loading.preprocess_cfg(processor, anatomy.image_size)
     rows = config.losses.attention_rows
     return Collator(encoder, view, teacher_view, anatomy.grid, packed=config.data.packing, attention_rows=rows)
 
