@@ -11,7 +11,7 @@ setup(
     packages=[*find_packages(include=["medalign", "medalign.*"]), "medalign.ds_configs"],
     package_dir={"medalign.ds_configs": "ds_configs"},
     package_data={
-        "medalign": ["recipes/*.yaml", "assets/*/*"],
+        "medalign": ["recipes/*.yaml", "assets/*/*", "py.typed"],
         "medalign.evaluation.report": ["*.html.jinja"],
         "medalign.kernels": ["*/tile_table.json"],
         "medalign.ds_configs": ["*.json"],
@@ -20,11 +20,11 @@ setup(
         "torch>=2.6",
         "torchvision>=0.21",
         'triton>=3.3; platform_system == "Linux"',  # the fused kernels; torch for CUDA brings the same
-        "deepspeed>=0.19.8",
-        "transformers>=5.20,<6",
-        "peft>=0.21",
-        "open_clip_torch>=3.3",
-        "wandb>=0.31",
+        "deepspeed>=0.19.8,<0.20",  # private parts: see engine/engine.py
+        "transformers>=5.20,<6",  # a private function: see student/capture.py
+        "peft>=0.21,<1",
+        "open_clip_torch>=3.3,<4",  # the layout of its transformer blocks: see teacher/clip.py
+        "wandb>=0.31,<1",  # experimental settings: see observability/sinks.py
         "webdataset>=1.0",
         "safetensors>=0.5",
         "jsonargparse[signatures]>=4.40",

@@ -425,7 +425,7 @@ def _keys(kind: type, prefix: str = "") -> Iterator[str]:
             yield prefix + item.name
 
 
-def _flat(values: dict, prefix: str = "") -> Iterator[str]:
+def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
     for key, value in values.items():
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{key}.")

@@ -30,7 +30,7 @@ class CommandParser(argparse.ArgumentParser):
         self.complete: Callable[[CommandParser], None] | None = None
         self.takes_recipe = False
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:  # type: ignore[override]
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
         """Parse the words of this command; argparse calls it for the command that was given."""
         if self.complete is not None:
             complete, self.complete = self.complete, None
