@@ -5,13 +5,13 @@ from setuptools import find_packages, setup
 setup(
     name="medalign",
     version="0.1.0",
-    description="Distil a medical CLIP's sight into a medical vision-language model, at scale",
+    description="Distill what a medical CLIP sees into a medical vision-language model, at scale",
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=[*find_packages(include=["medalign", "medalign.*"]), "medalign.ds_configs"],
     package_dir={"medalign.ds_configs": "ds_configs"},
     package_data={
-        "medalign": ["assets/*/*"],
+        "medalign": ["assets/*/*", "py.typed"],
         "medalign.config": ["recipes/*.yaml"],
         "medalign.evaluation.report": ["*.html.jinja"],
         "medalign.kernels": ["*/tile_table.json"],
@@ -21,11 +21,11 @@ setup(
         "torch>=2.6",
         "torchvision>=0.21",
         'triton>=3.3; platform_system == "Linux"',  # the fused kernels; torch for CUDA brings the same
-        "deepspeed>=0.19.8",
-        "transformers>=5.20,<6",
-        "peft>=0.21",
-        "open_clip_torch>=3.3",
-        "wandb>=0.31",
+        "deepspeed>=0.19.8,<0.20",  # private parts: see engine/engine.py
+        "transformers>=5.20,<6",  # a private function: see student/capture.py
+        "peft>=0.21,<1",
+        "open_clip_torch>=3.3,<4",  # the layout of its transformer blocks: see teacher/clip.py
+        "wandb>=0.31,<1",  # experimental settings: see observability/sinks.py
         "webdataset>=1.0",
         "safetensors>=0.5",
         "jsonargparse[signatures]>=4.40",
@@ -68,5 +68,5 @@ setup(
             "sentencepiece>=0.2",
         ],
     },
-    entry_points={"console_scripts": ["medalign=medalign.__main__:main"]},
+    entry_points={"console_scripts": ["medalign=medalign.cli.main:main"]},
 )

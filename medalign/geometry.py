@@ -104,11 +104,31 @@ def _resize_gray(image: Image.Image, size: int) -> np.ndarray:
     return np.asarray(columns.resize((pixels, size), Image.Resampling.BICUBIC)).reshape(size, -1)[:, :size]
 
 
-def view(canvas: Image.Image, size: int, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
-    """The canvas (RGB, or gray alike in all three) as a tower wants it: size x size, normalized; float32 [3, S, S]."""
-    values = torch.from_numpy(resize(canvas, size).astype(np.float32))
-    pixels = (values.permute(2, 0, 1) if values.ndim == 3 else values[None]) / 255
-    return (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+@dataclass(frozen=True)
+class PreprocessCfg:
+    """How a vision tower takes its pixels: the input size, and the normalization of RGB values in [0, 1].
+
+    Attributes:
+        size: pixels per side, S.
+        mean: subtracted from each channel.
+        std: divides each channel after that.
+    """
+
+    size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    @property
+    def mean_color(self) -> tuple[int, int, int]:
+        """The RGB color, 0 to 255, that becomes (about) zero."""
+        red, green, blue = (int(value * 255) for value in self.mean)
+        return red, green, blue
+
+    def view(self, canvas: Image.Image) -> torch.Tensor:
+        """The canvas (RGB, or L for equal channels) resized and normalized: float32 [3, S, S]."""
+        values = torch.from_numpy(resize(canvas, self.size).astype(np.float32))
+        pixels = (values.permute(2, 0, 1) if values.ndim == 3 else values[None]) / 255
+        return (pixels - torch.tensor(self.mean).view(3, 1, 1)) / torch.tensor(self.std).view(3, 1, 1)
 
 
 def resample_features(features_IMD: torch.Tensor, source: PatchGrid, target: PatchGrid) -> torch.Tensor:

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 from medalign import distributed
 from medalign.checkpoint import export
 from medalign.contracts import Sample
-from medalign.data.batches.collator import Collator, PreprocessCfg
+from medalign.data.batches.collator import Collator
 from medalign.data.batches.prompts import PromptEncoder
 from medalign.data.samples.bad_sample import sample_context
 from medalign.data.samples.decode import decode_image, has_several_frames
@@ -25,10 +25,10 @@ from medalign.evaluation.generation import Answer, Predicted, answer, predict
 from medalign.evaluation.metrics import Prediction, score, unfinished, write_predictions
 from medalign.evaluation.metrics.predictions import LENGTH
 from medalign.evaluation.report.pictures import overlay
-from medalign.evaluation.report.runs import home_of
 from medalign.evaluation.tally import Tally
 from medalign.observability.files import write_text
 from medalign.observability.progress import TrainState
+from medalign.run_folder import EvaluationFolder, find_run
 from medalign.student import loading
 from medalign.student.model import Student
 
@@ -108,7 +108,7 @@ def evaluate(
         device=distributed.device(),
     )
     tally = Tally(max_skip_fraction)
-    _write_predictions(folder / "predictions.jsonl", _rows(ask, indexes, limit, tally))
+    _write_predictions(EvaluationFolder(folder).predictions, _rows(ask, indexes, limit, tally))
     grid, longest = student.anatomy.grid, collator.encoder.max_length
     tally.warn(longest, max_new_tokens)
     facts = {
@@ -121,7 +121,7 @@ def evaluate(
         "max_new_tokens": max_new_tokens,
         **tally.counts(),
     }
-    write_text(folder / "scores.json", json.dumps(score(tally.rows) | facts, indent=2) + "\n")
+    write_text(EvaluationFolder(folder).scores, json.dumps(score(tally.rows) | facts, indent=2) + "\n")
     return folder
 
 
@@ -139,13 +139,13 @@ def _open(data: Sequence[str]) -> list[ShardIndex]:
 
 def _evaluation_folder(run: Path, data: Sequence[str], name: str | None) -> Path:
     """Where an evaluation is written: by default it is called as the first folder of shards."""
-    home, prefix = home_of(run)
+    home, prefix = find_run(run)
     said = f"--name {name!r}"
     if name is None:
         name, said = _name_of(data[0]), f"--data {data[0]} names no evaluation: --name"
     if name in ("", ".", "..") or Path(name).name != name:
-        raise ConfigError(f"{said} must be the plain name of a folder in {home / 'evaluation'}")
-    return home / "evaluation" / (prefix + name)
+        raise ConfigError(f"{said} must be the plain name of a folder in {home.evaluation_root}")
+    return home.evaluation(prefix + name).path
 
 
 def _name_of(place: str) -> str:
@@ -193,7 +193,6 @@ def open_student(
     config = export.settings(source)
     processor = loading.load_processor(config if base is None else type(config)(**{**vars(config), "path": base}))
     anatomy = student.anatomy
-    eye = loading.eye(processor, anatomy.image_size)
     encoder = PromptEncoder(
         processor,
         image_token_id=anatomy.image_token_id,
@@ -203,7 +202,7 @@ def open_student(
         setting="--max-length",
     )
     student.end_with(encoder.end_token_id)
-    view = PreprocessCfg(eye.size, eye.mean, eye.std)
+    view = loading.preprocess_cfg(processor, anatomy.image_size)
     collator = Collator(encoder, view, None, anatomy.grid, padding_side="left", with_answer=False)
     return student, processor.tokenizer, collator
 

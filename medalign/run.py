@@ -17,7 +17,7 @@ from medalign.checkpoint import export, lock, state
 from medalign.checkpoint.state import TrainState
 from medalign.config import Config
 from medalign.contracts import Batch, Sample
-from medalign.data.batches.collator import Collator, PreprocessCfg
+from medalign.data.batches.collator import Collator
 from medalign.data.batches.loader import TrainLoader, ValidationLoader
 from medalign.data.batches.prompts import PromptEncoder
 from medalign.data.order.mixture import LengthGroupedOrder, Mixture
@@ -29,9 +29,11 @@ from medalign.engine import engine as deepspeed_engine
 from medalign.engine.engine import Engine
 from medalign.engine.settings import deepspeed_settings, precision
 from medalign.errors import ConfigError
+from medalign.geometry import PreprocessCfg
 from medalign.losses.build import build_objective
 from medalign.observability.files import write_text
 from medalign.observability.sinks import ConsoleSink, JsonlSink, WandbSink
+from medalign.run_folder import RunFolder
 from medalign.student import loading
 from medalign.student.checks import check_student
 from medalign.student.families import ModelSpec
@@ -76,12 +78,12 @@ def _train(config: Config, folder: Path, ds_settings: dict[str, Any], callbacks:
         if index is not None:
             require_images(config, index)
         check_collator(config, None, _max_images(index, held_out))
-    found = state.latest(folder / "checkpoints")
+    found = state.latest(RunFolder(folder).checkpoints.path)
     stage, data = deepspeed_engine.stage(ds_settings), index.fingerprint() if index else ()
     now = TrainState(step=0, samples=0, ranks=distributed.world_size(), stage=stage, data=data)
     if found:
         with distributed.raise_on_all_ranks():
-            _require_same_run(config, now, found, folder / "config.yaml")
+            _require_same_run(config, now, found, RunFolder(folder).config)
     samples = len(index) if index else 0
     config = schedule.resolve_steps(config, samples)
     log.info("%s", schedule.describe_length(config, samples))
@@ -91,7 +93,7 @@ def _train(config: Config, folder: Path, ds_settings: dict[str, Any], callbacks:
         log.info("going on from %s", found)
     with distributed.raise_on_all_ranks():
         loggers = _write_config_and_open_loggers(config, folder, now) if distributed.is_main() else []
-    save = _saver(config, folder / "checkpoints", engine, student)
+    save = _saver(config, RunFolder(folder).checkpoints.path, engine, student)
     try:
         if index is None:
             if not found:
@@ -154,15 +156,14 @@ def build_collator(
     config: Config, student: Student, processor: Any, teacher: Teacher | None, max_images: int
 ) -> Collator:
     """Samples to batches, for this student and this teacher."""
-    view = PreprocessCfg(teacher.image_size, teacher.mean, teacher.std) if teacher is not None else None
-    return collator_of(config, student.anatomy, processor, view, max_images)
+    teacher_view = teacher.preprocess_cfg if teacher is not None else None
+    return collator_of(config, student.anatomy, processor, teacher_view, max_images)
 
 
 def collator_of(
     config: Config, anatomy: ModelSpec, processor: Any, teacher_view: PreprocessCfg | None, max_images: int
 ) -> Collator:
     """Samples of up to `max_images` images to batches, for models of which only the shapes are needed."""
-    eye = loading.eye(processor, anatomy.image_size)
     encoder = PromptEncoder(
         processor,
         image_token_id=anatomy.image_token_id,
@@ -170,7 +171,7 @@ def collator_of(
         max_length=config.data.max_length,
         max_images=max_images,
     )
-    view = PreprocessCfg(eye.size, eye.mean, eye.std)
+    view = loading.preprocess_cfg(processor, anatomy.image_size)
     rows = config.losses.attention_rows
     return Collator(encoder, view, teacher_view, anatomy.grid, packed=config.data.packing, attention_rows=rows)
 
@@ -268,7 +269,7 @@ def build_loggers(config: Config, folder: Path, now: TrainState) -> list[MetricL
     )
     return [
         ConsoleLogger(ConsoleSink(schedule.total_steps(config.train), start=now.step)),
-        MetricLogger(JsonlSink(folder / "metrics.jsonl", resumed_step=now.step)),
+        MetricLogger(JsonlSink(RunFolder(folder).metrics, resumed_step=now.step)),
         MetricLogger(wandb),
     ]
 
@@ -277,7 +278,7 @@ def build_callbacks(config: Config, folder: Path, held_out: ShardIndex | None, c
     """The callbacks of every rank that the settings ask for, apart from checkpoints."""
     callbacks: list[Callback] = []
     if config.log.profile_steps:
-        callbacks.append(Profiler(config.log.profile_steps, folder / "profile"))
+        callbacks.append(Profiler(config.log.profile_steps, RunFolder(folder).profile))
     if held_out is not None:
         batches = ValidationLoader(
             held_out,
@@ -316,7 +317,7 @@ def parameter_groups(student: Student, config: Config) -> list[dict[str, Any]]:
 
 def _write_config_and_open_loggers(config: Config, folder: Path, now: TrainState) -> list[MetricLogger]:
     """Write config.yaml and open the loggers, once nothing can refuse the run any more; only rank 0 calls it."""
-    write_text(folder / "config.yaml", settings.dump(config))
+    write_text(RunFolder(folder).config, settings.dump(config))
     return build_loggers(config, folder, now)
 
 

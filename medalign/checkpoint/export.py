@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from medalign.config import DataConfig, LoraConfig, StudentConfig
 from medalign.errors import CheckpointError, ConfigError
+from medalign.run_folder import CheckpointFolder, RunFolder
 from medalign.student import loading
 from medalign.student.checks import check_student
 from medalign.student.model import Student
@@ -49,14 +50,13 @@ def write(
 
 def find(run: Path) -> Path:
     """The export that a path means: an export itself, a checkpoint, or a run (its latest checkpoint)."""
-    pointer = run / "checkpoints" / "latest"
-    candidates = [run, run / "export"]
-    if pointer.is_file():
-        candidates.append(pointer.parent / pointer.read_text().strip() / "export")
+    checkpoints = RunFolder(run).checkpoints
+    latest = checkpoints.read_latest()
+    candidates = [run, CheckpointFolder(run).export, *([latest.export] if latest else [])]
     for folder in candidates:
         if (folder / "medalign.json").is_file():
             return folder
-    raise CheckpointError(f"{run} holds no trained student: not an export, and no checkpoint under {run}/checkpoints")
+    raise CheckpointError(f"{run} holds no trained student: not an export, and no checkpoint under {checkpoints.path}")
 
 
 def settings(folder: Path) -> StudentConfig:

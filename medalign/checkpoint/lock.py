@@ -11,6 +11,7 @@ from pathlib import Path
 
 from medalign import distributed
 from medalign.errors import ConfigError
+from medalign.run_folder import RunFolder
 
 log = logging.getLogger("medalign")
 
@@ -34,7 +35,7 @@ def _take(folder: Path, stack: ExitStack) -> None:
         raise ConfigError(f"run.dir {folder} is a file; name a folder with --run.dir")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = stack.enter_context((folder / "lock").open("w"))
+        file = stack.enter_context(RunFolder(folder).lock.open("w"))
     except OSError as error:
         raise ConfigError(
             f"run.dir {folder} cannot be written ({error.strerror or error}); name another folder with --run.dir"

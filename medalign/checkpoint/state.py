@@ -1,12 +1,4 @@
-"""Checkpoints that are either whole or absent.
-
-    checkpoints/
-      latest              name of the newest whole checkpoint, replaced in one rename
-      best                name of the checkpoint with the lowest loss on held-out shards, if any was evaluated
-      step-000500/
-        state/            DeepSpeed's shards: what learns, the optimizer
-        export/           the trained student, as `medalign export` gives it
-        progress.json     step, samples, ranks, what was skipped and cut
+"""Checkpoints that are either whole or absent; `medalign.run_folder` shows their files.
 
 A checkpoint is written under a name that nobody reads (`.partial-...`), flushed to disk, renamed, and only then
 named by `latest`. Whatever kills the run, `latest` names a whole one. DeepSpeed's shards are its own pickle
@@ -18,7 +10,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,6 +21,7 @@ from safetensors import SafetensorError
 from medalign import distributed
 from medalign.engine.engine import Engine, to_universal
 from medalign.errors import CheckpointError
+from medalign.run_folder import CheckpointFolder, CheckpointsFolder
 
 log = logging.getLogger("medalign")
 _PARTIAL = ".partial-"
@@ -67,11 +59,11 @@ def save(engine: Engine, root: Path, progress: TrainState, keep: int, export: Ca
     Raises CheckpointError, on every rank, if the disk of one is full; then the checkpoints that were there are
     untouched.
     """
-    final = root / f"step-{progress.step:06d}"
+    final = CheckpointsFolder(root).step(progress.step).path
     partial = root / f"{_PARTIAL}{final.name}"
 
     def commit() -> None:
-        (partial / "progress.json").write_text(json.dumps(asdict(progress)) + "\n")
+        CheckpointFolder(partial).progress.write_text(json.dumps(asdict(progress)) + "\n")
         _commit(partial, final, root)
 
     failed = f"checkpoint {final} could not be written"
@@ -80,7 +72,7 @@ def save(engine: Engine, root: Path, progress: TrainState, keep: int, export: Ca
         for act in (
             _on_main(lambda: _prepare(engine, root, partial)),
             lambda: engine.save(partial),
-            lambda: export(partial / "export"),
+            lambda: export(CheckpointFolder(partial).export),
             _on_main(commit),
         ):
             with distributed.raise_on_all_ranks(), _disk(failed, remedy):  # at its end, every rank has written its part
@@ -127,32 +119,33 @@ def latest(root: Path) -> Path | None:
     name = ""
     with distributed.raise_on_all_ranks():
         if distributed.is_main():
-            name = _named(root / "latest")
+            name = _named(CheckpointsFolder(root))
     name = distributed.broadcast_from_main(name)
     return root / name if name else None
 
 
-def _named(pointer: Path) -> str:
-    if not pointer.is_file():
+def _named(checkpoints: CheckpointsFolder) -> str:
+    found = checkpoints.read_latest()
+    if found is None:
         return ""
-    root, name = pointer.parent, pointer.read_text().strip()
-    if not (root / name / "progress.json").is_file():
-        others = sorted(path.name for path in root.glob("step-*") if (path / "progress.json").is_file())
-        remedy = f"write {others[-1]} into {pointer}" if others else f"remove {root} to start anew"
-        raise CheckpointError(f"{pointer} names {name}, which is not there; {remedy}")
-    return name
+    if not found.progress.is_file():
+        pointer = checkpoints.latest
+        others = [one.path.name for one in checkpoints.by_step().values() if one.progress.is_file()]
+        remedy = f"write {others[-1]} into {pointer}" if others else f"remove {checkpoints.path} to start again"
+        raise CheckpointError(f"{pointer} names {found.path.name}, which is not there; {remedy}")
+    return found.path.name
 
 
 def read_state(folder: Path) -> TrainState:
     """Where the run stood when the checkpoint was written. Raises CheckpointError if its file is damaged."""
-    path = folder / "progress.json"
+    path = CheckpointFolder(folder).progress
     try:
         values = json.loads(path.read_text())
         return TrainState(**{**values, "data": tuple(values.get("data", ()))})
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{path} cannot be read ({error}): it is damaged or of another version; "
-            f"write the name of an earlier checkpoint into {folder.parent / 'latest'}"
+            f"write the name of an earlier checkpoint into {CheckpointsFolder(folder.parent).latest}"
         ) from error
 
 
@@ -207,25 +200,25 @@ def _commit(partial: Path, final: Path, root: Path) -> None:
     if final.exists():  # the same step again, after a resume from an older checkpoint
         shutil.rmtree(final)
     partial.rename(final)
-    _point(root, "latest", final.name)
+    _point(CheckpointsFolder(root).latest, final.name)
 
 
-def _point(root: Path, pointer: str, name: str) -> None:
+def _point(pointer: Path, name: str) -> None:
     """Make the file `pointer` name a checkpoint, in one rename."""
-    scratch = root / f".{pointer}"
+    scratch = pointer.with_name(f".{pointer.name}")
     scratch.write_text(name + "\n")
     _flush(scratch)
-    scratch.replace(root / pointer)
-    _flush(root)
+    scratch.replace(pointer)
+    _flush(pointer.parent)
 
 
 def _point_to_best(root: Path, step: int | None) -> None:
     """Let `best` name the checkpoint of the best step, or nothing where that is gone."""
     name = "" if step is None else f"step-{step:06d}"
     if name and (root / name).is_dir():
-        _point(root, "best", name)
+        _point(CheckpointsFolder(root).best, name)
     else:
-        (root / "best").unlink(missing_ok=True)
+        CheckpointsFolder(root).best.unlink(missing_ok=True)
 
 
 def _flush(path: Path) -> None:
@@ -241,9 +234,9 @@ def _prune(root: Path, newest: Path, keep: int, best_step: int | None) -> None:
 
     Those beyond it go too: they are of a way that the run left when `latest` was set back.
     """
-    whole = {int(path.name[5:]): path for path in root.iterdir() if re.fullmatch(r"step-\d+", path.name)}
-    last = int(newest.name[5:])
-    kept = sorted(step for step in whole if step <= last)[-keep:]
+    whole = {step: found.path for step, found in CheckpointsFolder(root).by_step().items()}
+    last = CheckpointFolder(newest).step
+    kept = [step for step in whole if step <= last][-keep:]
     for step, path in whole.items():
         if step in kept or step == best_step:
             continue

@@ -1,4 +1,4 @@
-"""`medalign shards CONVERTER`: a data set's folder to shards, with the options of its source."""
+"""`medalign shards CONVERTER`: a data set's folder to shards, with the options of its converter."""
 
 from __future__ import annotations
 
@@ -7,30 +7,29 @@ import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
+from medalign.cli.parser import CommandParser, Subparsers
 from medalign.cli.values import argument_type, count
-from medalign.data.shards.table import image_share, read_table
-from medalign.data.shards.writer import PackReport, build_index
-from medalign.datasets import known
-from medalign.datasets.base import IDENTIFIERS, DatasetConverter, Setting
-from medalign.datasets.convert import REPORT_NAME, convert
-from medalign.datasets.hashing import Hashing, own_salt, read_salt
-from medalign.datasets.report import ConversionReport, kind
 from medalign.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from medalign.data.shards.writer import PackReport
+    from medalign.datasets.base import DatasetConverter, Setting
+    from medalign.datasets.hashing import Hashing
+    from medalign.datasets.report import ConversionReport
 
 log = logging.getLogger("medalign")
 
-_NAMED = 20  # refused samples that the log names; the report file names all
+_MAX_NAMED = 20  # refused samples that the log names; the report file names all
 
-_DESCRIPTION = f"""\
+_DESCRIPTION = """\
 Pack a data set into WebDataset shards.
 
 Each split goes into its own folder, OUTPUT/SPLIT, with an index. Samples that cannot be used are skipped; they are
-counted by reason, and named in OUTPUT/{REPORT_NAME}. After an interruption the same command goes on where it stopped.
+counted by reason, and named in OUTPUT/{report}. After an interruption the same command continues where it stopped.
 
-medalign shards CONVERTER --help shows what the folder of a source must hold and what is written."""
+medalign shards CONVERTER --help shows what the folder of a data set must hold and what is written."""
 
 _EPILOG = """\
 examples:
@@ -39,39 +38,61 @@ examples:
   medalign shards slake --input Slake1.0 --output shards/slake --workers 8
   medalign shards mimic-cxr-jpg --input mimic-cxr-jpg/2.1.0 --output shards/mimic --hash-ids"""
 
+_INDEX = """\
+Write index.jsonl beside the tar files of each folder, as any WebDataset tool packed them: KEY.json, KEY.jpg, KEY.png
+or KEY.dcm, and KEY.1.jpg, KEY.2.png, ... for further images of a sample. KEY ends at the first dot of the base name
+and may be a path, as in train/0001.jpg. The tar files are only read.
 
-def run(words: Sequence[str]) -> int:
-    """Convert as the words say. Returns the exit status: 0, for errors are raised."""
-    chosen = _parser().parse_args(words)
-    if chosen.converter is None:
-        return _index(chosen.folders)
-    source: DatasetConverter = chosen.converter
-    account = _convert(source, chosen)
-    for split, report in account.splits.items():
-        _say_written(chosen.output / split, report)
-    _say_notes(account.notes)
-    for one in account.skipped[:_NAMED]:
-        log.warning("refused %s", one)
-    for reason, times in account.reasons().items():
+Of an image with several frames, the first is shown; such images are counted. A sample that cannot be used gets no row
+and is named, also one with a member that may be an image under a name that is not known. Texts and labels in other
+members of a sample (KEY.txt, KEY.cls, ...) are not read; they are counted."""
+
+
+def register(subparsers: Subparsers) -> None:
+    """Add the command to `medalign`. The converters and their options follow when the command is used."""
+    parser = subparsers.add_parser(
+        "shards",
+        help="pack a data set into WebDataset shards; index tar files from other tools",
+        epilog=_EPILOG,
+    )
+    parser.set_defaults(command=run)
+    parser.complete = _add_converters
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Convert a data set, or index tar files. Returns the exit status."""
+    if arguments.converter is None:
+        return _index(arguments.folders)
+    report = _convert(arguments.converter, arguments)
+    for split, packed in report.splits.items():
+        _log_written(arguments.output / split, packed)
+    _log_notes(report.notes)
+    for skipped in report.skipped[:_MAX_NAMED]:
+        log.warning("refused %s", skipped)
+    for reason, times in report.reasons().items():
         log.warning("refused in all %d: %s", times, reason)
-    if len(account.skipped) > _NAMED:
-        log.warning("every refused sample is named in %s", chosen.output / REPORT_NAME)
+    if len(report.skipped) > _MAX_NAMED:
+        from medalign.datasets.convert import REPORT_NAME
+
+        log.warning("every refused sample is named in %s", arguments.output / REPORT_NAME)
     return 0
 
 
 def _index(folders: Sequence[Path]) -> int:
-    """Write the index of tars that are there already. Returns the exit status: 0, for errors are raised."""
+    """Write the index of existing tar files. Returns the exit status."""
+    from medalign.data.shards.writer import build_index
+
     empty = []
     for folder in folders:
         report = build_index(folder)
-        _say_written(folder, report)
-        _say_notes(report.notes)
+        _log_written(folder, report)
+        _log_notes(report.notes)
         for note in report.passed_over:
             log.warning("%s", note)
-        for reason in report.refused[:_NAMED]:
+        for reason in report.refused[:_MAX_NAMED]:
             log.warning("refused: %s", reason)
-        if len(report.refused) > _NAMED:
-            _say_kinds(report.refused)
+        if len(report.refused) > _MAX_NAMED:
+            _log_kinds(report.refused)
         if not report.written:
             empty.append(str(folder))
     if empty:
@@ -79,110 +100,111 @@ def _index(folders: Sequence[Path]) -> int:
     return 0
 
 
-def _say_kinds(refused: Sequence[str]) -> None:
-    """How many samples were refused for each kind of reason."""
+def _log_kinds(refused: Sequence[str]) -> None:
+    """Log how many samples were refused for each kind of reason."""
+    from medalign.datasets.report import kind
+
     for reason, times in Counter(kind(line.partition(": ")[2]) for line in refused).most_common():
         log.warning("refused in all %d: %s", times, reason)
 
 
-def _say_written(folder: Path, report: PackReport) -> None:
-    """How many samples a folder has, and how many of them have an image: none at all is most often a slip."""
+def _log_written(folder: Path, report: PackReport) -> None:
+    """Log how many samples a folder has and how many have an image; no image at all is most often a mistake."""
+    from medalign.data.shards.table import image_share, read_table
+
     if not report.written:
         log.info("%s: 0 samples in %d shards", folder, report.shards)
         return
-    bare = read_table(folder).without_image
-    told = f"{report.written} samples in {report.shards} shards"
-    if bare:
-        log.warning("%s: %s; %s", folder, told, image_share(report.written, bare))
+    without_image = read_table(folder).without_image
+    size = f"{report.written} samples in {report.shards} shards"
+    if without_image:
+        log.warning("%s: %s; %s", folder, size, image_share(report.written, without_image))
     else:
-        log.info("%s: %s, all with images", folder, told)
+        log.info("%s: %s, all with images", folder, size)
 
 
-def _say_notes(notes: Mapping[str, int]) -> None:
+def _log_notes(notes: Mapping[str, int]) -> None:
     for note, times in notes.items():
         log.warning("%s: %d times", note, times)
 
 
-def _convert(source: DatasetConverter, chosen: argparse.Namespace) -> ConversionReport:
-    settings = {name: getattr(chosen, name) for name in source.defaults()}
-    with tqdm(unit=" samples", desc=source.name, disable=None) as bar:
+def _convert(converter: DatasetConverter, arguments: argparse.Namespace) -> ConversionReport:
+    from tqdm import tqdm
+
+    from medalign.datasets.convert import convert
+
+    settings = {name: getattr(arguments, name) for name in converter.defaults()}
+    with tqdm(unit=" samples", desc=converter.name, disable=None) as bar:
 
         def show(done: int, total: int) -> None:
             bar.total = total
             bar.update(done - bar.n)
 
         return convert(
-            source,
-            chosen.input,
-            chosen.output,
+            converter,
+            arguments.input,
+            arguments.output,
             chosen=settings,
-            samples_per_shard=chosen.samples_per_shard,
-            workers=chosen.workers,
-            hashing=_hashing(chosen),
+            samples_per_shard=arguments.samples_per_shard,
+            workers=arguments.workers,
+            hashing=_hashing(arguments),
             progress=show,
         )
 
 
-def _hashing(chosen: argparse.Namespace) -> Hashing | None:
-    if not chosen.hash_ids:
-        if chosen.salt or chosen.hash_fields:
+def _hashing(arguments: argparse.Namespace) -> Hashing | None:
+    from medalign.datasets.base import IDENTIFIERS
+    from medalign.datasets.hashing import Hashing, own_salt, read_salt
+
+    if not arguments.hash_ids:
+        if arguments.salt or arguments.hash_fields:
             raise ConfigError("--salt and --hash-fields say how to hash; give --hash-ids to hash at all")
         return None
-    path = chosen.salt or own_salt(chosen.output)
+    path = arguments.salt or own_salt(arguments.output)
     log.info("identifiers are hashed with the salt %s; keep it apart from the shards", path)
-    return Hashing(read_salt(path), IDENTIFIERS | set(chosen.hash_fields))
+    return Hashing(read_salt(path), IDENTIFIERS | set(arguments.hash_fields))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="medalign shards",
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    sources = parser.add_subparsers(title="sources", required=True, metavar="CONVERTER")
-    for source in known().values():
-        one = sources.add_parser(
-            source.name,
-            help=source.title,
-            description=_teach(source),
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        one.set_defaults(converter=source)
+def _add_converters(parser: CommandParser) -> None:
+    """Add a command for each converter, and `index`."""
+    from medalign.datasets import known
+    from medalign.datasets.convert import REPORT_NAME
+
+    parser.description = _DESCRIPTION.format(report=REPORT_NAME)
+    converters = parser.add_subparsers(title="converters", required=True, metavar="CONVERTER")
+    for converter in known().values():
+        one = converters.add_parser(converter.name, help=converter.title, description=_describe(converter))
+        one.set_defaults(converter=converter)
         _add_common(one)
-        if source.settings:
-            group = one.add_argument_group(f"options of {source.name}")
-            for setting in source.settings:
+        if converter.settings:
+            group = one.add_argument_group(f"options of {converter.name}")
+            for setting in converter.settings:
                 _add_setting(group, setting)
-    index = sources.add_parser(
+    index = converters.add_parser(
         "index",
-        help="no data set: write the index of tars that any WebDataset tool packed",
-        description="Write index.jsonl beside the tars of each folder, as any WebDataset tool packed them: KEY.json, "
-        "KEY.jpg, KEY.png or KEY.dcm, and KEY.1.jpg, KEY.2.png, ... for a sample's further images; KEY ends at the "
-        "first point of the base name and may be a path, as in train/0001.jpg. Tars are only read. Images with several "
-        "frames are counted; the first is shown. Samples that cannot be used get no row and are named, also those "
-        "with a member that may be an image under a name that is not known. Texts and labels beside a sample (KEY.txt, "
-        "KEY.cls, ...) are not read, and counted.",
+        help="not a data set: write the index of tar files from any WebDataset tool",
+        description=_INDEX,
     )
     index.set_defaults(converter=None)
     index.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="folder of .tar files")
-    return parser
 
 
-def _teach(source: DatasetConverter) -> str:
-    where = f"Get it under the name: {source.public_name}\n\n" if source.public_name else ""
-    return f"{source.title[0].upper()}{source.title[1:]}.\n\n{where}The folder:\n\n{source.layout}"
+def _describe(converter: DatasetConverter) -> str:
+    source = f"Get it under the name: {converter.public_name}\n\n" if converter.public_name else ""
+    return f"{converter.title[0].upper()}{converter.title[1:]}.\n\n{source}The folder:\n\n{converter.layout}"
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
+    from medalign.datasets.base import IDENTIFIERS
+
     parser.add_argument("--input", type=Path, required=True, metavar="DIR", help="folder to read")
     parser.add_argument(
-        "--output", type=Path, required=True, metavar="DIR", help="folder to write one folder a split into"
+        "--output", type=Path, required=True, metavar="DIR", help="folder to write one folder per split into"
     )
     parser.add_argument(
-        "--samples-per-shard", type=count, default=1000, metavar="N", help="listed samples a shard (default 1000)"
+        "--samples-per-shard", type=count, default=1000, metavar="N", help="listed samples per shard (default 1000)"
     )
-    parser.add_argument("--workers", type=count, metavar="N", help="processes (default: one a core, at most 8)")
+    parser.add_argument("--workers", type=count, metavar="N", help="processes (default: one per core, at most 8)")
     parser.add_argument(
         "--hash-ids",
         action="store_true",
@@ -196,15 +218,15 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         "--salt",
         type=Path,
         metavar="FILE",
-        help="the key of the hashes, 16 bytes or more (default: OUTPUT.salt, made once, for its owner's eyes alone)",
+        help="the key of the hashes, 16 bytes or more (default: OUTPUT.salt, made once, readable only by its owner)",
     )
 
 
-def _add_setting(group, setting: Setting) -> None:
+def _add_setting(group: argparse._ArgumentGroup, setting: Setting) -> None:
     default = " ".join(setting.default) if setting.several and setting.default else setting.default
-    told = setting.help if setting.default is None else f"{setting.help} (default {default})"
-    several = {"nargs": "+"} if setting.several else {}
-    choices = {"choices": setting.choices} if setting.choices else {"metavar": "VALUE"}
+    text = setting.help if setting.default is None else f"{setting.help} (default {default})"
+    several: dict[str, Any] = {"nargs": "+"} if setting.several else {}
+    choices: dict[str, Any] = {"choices": setting.choices} if setting.choices else {"metavar": "VALUE"}
     group.add_argument(
-        f"--{setting.name}", type=argument_type(setting.parse), default=setting.default, help=told, **several, **choices
+        f"--{setting.name}", type=argument_type(setting.parse), default=setting.default, help=text, **several, **choices
     )

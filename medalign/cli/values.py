@@ -1,4 +1,4 @@
-"""Numbers on the command line, with errors that say in plain words what is wanted."""
+"""Numbers on the command line, with errors that say what is expected."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Value = TypeVar("Value")
 
 
 def argument_type(parse: Callable[[str], Value]) -> Callable[[str], Value]:
-    """`parse` for argparse, which would name the function instead of telling what a ValueError says."""
+    """`parse` for argparse, which would otherwise not show the message of its ValueError."""
 
     def parsed(text: str) -> Value:
         try:

@@ -54,7 +54,7 @@ def in_processes(
             raise
 
 
-def _here(job: Callable, jobs: Sequence[Any], progress: Callable[[int], object] | None) -> None:
+def _here(job: Callable[..., Any], jobs: Sequence[Any], progress: Callable[[int], object] | None) -> None:
     done = 0
 
     def report(more: int) -> None:
@@ -67,7 +67,7 @@ def _here(job: Callable, jobs: Sequence[Any], progress: Callable[[int], object] 
         job(one, report)
 
 
-def _watch(waiting: list[Future], count: Any, progress: Callable[[int], object] | None) -> None:
+def _watch(waiting: list[Future[Any]], count: Any, progress: Callable[[int], object] | None) -> None:
     left = set(waiting)
     while left:
         finished, left = wait(left, timeout=_POLL, return_when=FIRST_EXCEPTION)
@@ -96,7 +96,7 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _work(job: Callable, one: Any) -> None:
+def _work(job: Callable[..., Any], one: Any) -> None:
     job(one, _report)
 
 

@@ -25,11 +25,12 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from medalign import distributed
 from medalign.distributed import log
+from medalign.run_folder import CheckpointFolder
 
 # Calls inside DeepSpeed and transformers that nobody here can change; they would bury a run's own lines.
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|deepspeed|transformers")
 
-_TAG = "state"  # DeepSpeed's own folder inside a checkpoint
+_TAG = CheckpointFolder.STATE
 
 
 def start(settings: Mapping[str, Any]) -> None:

@@ -21,6 +21,7 @@ from medalign.errors import DataError
 from medalign.observability.files import write_text
 from medalign.observability.privacy import public_config
 from medalign.observability.progress import duration
+from medalign.run_folder import RunFolder
 
 
 class Sink(Protocol):
@@ -176,7 +177,7 @@ class WandbSink:
         if mode == "off":
             return
         run_dir.mkdir(parents=True, exist_ok=True)
-        identity = _run_id(run_dir / "wandb_run_id")
+        identity = _run_id(RunFolder(run_dir).wandb_run_id)
         arguments: dict[str, Any] = {
             "project": project,
             "entity": entity,

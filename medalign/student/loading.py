@@ -8,7 +8,6 @@ import logging
 import sys
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from medalign.config import StudentConfig
 from medalign.errors import CheckpointError, ConfigError
+from medalign.geometry import PreprocessCfg
 from medalign.student.capture import tapped_name
 from medalign.student.families import ModelSpec, anatomy
 from medalign.student.model import Student, require_layer
@@ -29,15 +29,6 @@ from medalign.student.query_mixture import QueryMixture
 from medalign.student.steering import Steering
 
 log = logging.getLogger("medalign")
-
-
-@dataclass(frozen=True)
-class Eye:
-    """How the student's vision tower wants its pixels."""
-
-    size: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
 
 
 def load_student(config: StudentConfig, dtype: torch.dtype, seed: int = 0) -> Student:
@@ -101,7 +92,7 @@ def load_processor(config: StudentConfig) -> Any:
         ) from error
 
 
-def eye(processor: Any, image_size: int) -> Eye:
+def preprocess_cfg(processor: Any, image_size: int) -> PreprocessCfg:
     """Normalization from the model's own image processor, size from its vision tower."""
     image = getattr(processor, "image_processor", None)
     mean, std = (tuple(getattr(image, name, None) or ()) for name in ("image_mean", "image_std"))
@@ -110,7 +101,7 @@ def eye(processor: Any, image_size: int) -> Eye:
             f"the student's image processor ({type(image).__name__}) has image_mean {list(mean)} and image_std "
             f"{list(std)}; three numbers each are needed, in preprocessor_config.json or processor_config.json"
         )
-    return Eye(image_size, mean, std)
+    return PreprocessCfg(image_size, mean, std)
 
 
 def adapter_state(student: Student, whole: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

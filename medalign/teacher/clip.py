@@ -19,7 +19,7 @@ from torch import nn
 
 from medalign.config.schema import TeacherFeatures
 from medalign.errors import CheckpointError, ConfigError
-from medalign.geometry import PatchGrid
+from medalign.geometry import PatchGrid, PreprocessCfg
 from medalign.teacher.source import TeacherSource, find
 
 FEATURES = get_args(TeacherFeatures)
@@ -136,9 +136,7 @@ class Teacher(nn.Module):
     def __init__(self, tower: Tower, mean: Sequence[float], std: Sequence[float]):
         super().__init__()
         self.tower = tower
-        self.image_size = tower.image_size[0]
-        self.mean = tuple(mean)
-        self.std = tuple(std)
+        self.preprocess_cfg = PreprocessCfg(tower.image_size[0], (mean[0], mean[1], mean[2]), (std[0], std[1], std[2]))
         self.requires_grad_(False)
         super().train(False)
 

@@ -15,6 +15,7 @@ from typing import Any
 import open_clip
 
 from medalign.errors import ConfigError
+from medalign.geometry import PreprocessCfg
 
 CONFIG_NAME, WEIGHTS_NAME = "open_clip_config.json", "open_clip_model.safetensors"
 SCHEME = "open_clip:"
@@ -40,10 +41,11 @@ def find(path: str | Path) -> TeacherSource:
     return source
 
 
-def teacher_eye(path: str | Path) -> tuple[int, Sequence[float], Sequence[float]]:
-    """Pixels a side, mean and standard deviation of a teacher's pictures; its weights are not read."""
+def read_preprocess_cfg(path: str | Path) -> PreprocessCfg:
+    """How a teacher takes its pixels, from its configuration; its weights are not read."""
     source = find(path)
-    return _side(source, "image_size"), source.mean, source.std
+    mean, std = source.mean, source.std
+    return PreprocessCfg(_side(source, "image_size"), (mean[0], mean[1], mean[2]), (std[0], std[1], std[2]))
 
 
 def _require_vision(source: TeacherSource) -> None:

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2] / PACKAGE
 # A room is a folder or a single file directly under medalign/. Files on one floor may import each other (without
 # cycles), folders may not. A new room is given its floor here.
 FLOORS = (
-    ("__init__", "errors", "geometry", "contracts", "distributed"),
+    ("__init__", "errors", "geometry", "contracts", "distributed", "run_folder"),
     ("config",),
     ("kernels", "data", "observability"),
     ("losses", "teacher", "student", "datasets", "phantom"),
@@ -43,6 +43,12 @@ DOORS = {
 
 PICKLERS = ("pickle", "cPickle", "dill", "joblib", "cloudpickle", "shelve")
 HARMLESS = "pickle.UnpicklingError"  # what torch.load(weights_only=True) raises
+
+# Names of files and folders in a run's folder: only run_folder.py spells them. Those of the second line are common
+# words, and a breach only where they are joined to a path.
+LAYOUT_OWNER = "run_folder.py"
+RUN_FILES = {"config.yaml", "metrics.jsonl", "wandb_run_id", "progress.json", "predictions.jsonl", "scores.json"}
+RUN_FOLDERS = {"checkpoints", "latest", "export", "evaluation", "lock", "state", "wandb"}
 
 Sources = Mapping[str, str]  # path under medalign/ -> text
 
@@ -152,6 +158,29 @@ def dangers(texts: Sources) -> list[str]:
     return found
 
 
+def layout_breaches(texts: Sources) -> list[str]:
+    """Paths of a run's folder that are spelled outside the file that owns its layout."""
+    return [
+        f"{path}:{line} spells {name!r} of a run's folder; take it from {LAYOUT_OWNER}"
+        for path, text in texts.items()
+        if path != LAYOUT_OWNER
+        for node in ast.walk(ast.parse(text))
+        for name, line in layout_names(node)
+    ]
+
+
+def layout_names(node: ast.AST) -> Iterator[tuple[str, int]]:
+    if isinstance(node, ast.Constant) and node.value in RUN_FILES:
+        yield str(node.value), node.lineno
+    elif isinstance(node, ast.JoinedStr):
+        parts = [str(part.value) for part in node.values if isinstance(part, ast.Constant)]
+        yield from ((part, node.lineno) for part in parts if part.startswith("step-"))
+    elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div):
+        joined = str(node.right.value) if isinstance(node.right, ast.Constant) else ""
+        if joined.split("/")[0] in RUN_FOLDERS:
+            yield joined, node.lineno
+
+
 def call_dangers(call: ast.Call) -> list[str]:
     name = ast.unparse(call.func)
     options = {keyword.arg: keyword.value for keyword in call.keywords}
@@ -175,7 +204,7 @@ def is_constant(node: ast.expr | None, value: object) -> bool:
     )
 
 
-@pytest.mark.parametrize("check", [floor_breaches, cycles, door_breaches, dangers])
+@pytest.mark.parametrize("check", [floor_breaches, cycles, door_breaches, dangers, layout_breaches])
 def test_the_house_stands(check):
     assert check(sources()) == []
 
@@ -205,6 +234,11 @@ BREACHES = [
     (dangers, {"run.py": "np.load(f, allow_pickle=True)"}, "allows pickle"),
     (dangers, {"run.py": "build(trust_remote_code=True)"}, "trusts remote code"),
     (dangers, {"run.py": "build(**{'trust_remote_code': True})"}, "trusts remote code"),
+    (layout_breaches, {"run.py": "folder / 'metrics.jsonl'"}, "spells 'metrics.jsonl'"),
+    (layout_breaches, {"run.py": "NAME = 'scores.json'"}, "spells 'scores.json'"),
+    (layout_breaches, {"run.py": "folder / 'checkpoints' / name"}, "spells 'checkpoints'"),
+    (layout_breaches, {"run.py": "folder / 'evaluation/val'"}, "spells 'evaluation/val'"),
+    (layout_breaches, {"run.py": "f'step-{step:06d}'"}, "spells 'step-'"),
 ]
 
 
@@ -224,7 +258,10 @@ def test_the_checks_let_good_sources_pass():
         "engine/zero/build.py": "import deepspeed",
         "run.py": "from medalign.data import shards\nfrom medalign.engine.zero.build import x\nlogger.print('x')",
         "__main__.py": "from medalign.run import main",
+        "run_folder.py": "path / 'checkpoints' / f'step-{step:06d}'",
+        "cli/export.py": "add('export', 'writes RUN/evaluation/NAME/scores.json')",
         "teacher/clip.py": "import pickle\ntry:\n    x = 1\nexcept pickle.UnpicklingError:\n    pass",
         "engine/zero/__init__.py": "",
     }
-    assert [check(texts) for check in (floor_breaches, cycles, door_breaches, dangers)] == [[], [], [], []]
+    checks = (floor_breaches, cycles, door_breaches, dangers, layout_breaches)
+    assert [check(texts) for check in checks] == [[], [], [], [], []]

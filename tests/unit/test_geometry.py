@@ -10,12 +10,12 @@ from PIL import Image
 from medalign.geometry import (
     CanvasFrame,
     PatchGrid,
+    PreprocessCfg,
     coverage,
     gather_images,
     resample_map,
     resize,
     square_canvas,
-    view,
 )
 
 
@@ -53,7 +53,7 @@ def test_resampling_keeps_a_constant_and_a_ramp():
 
 
 def test_view_normalizes():
-    pixels = view(Image.new("RGB", (9, 9), (255, 255, 255)), 4, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+    pixels = PreprocessCfg(4, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)).view(Image.new("RGB", (9, 9), (255, 255, 255)))
     assert pixels.shape == (3, 4, 4) and torch.allclose(pixels, torch.full_like(pixels, 2.0))
 
 
@@ -66,7 +66,8 @@ def test_gather_images_orders_tokens_by_image():
 def test_a_gray_square_gives_the_pixels_of_its_rgb_form():
     gray = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 50), dtype=np.uint8))
     mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.25)
-    one, three = view(square_canvas(gray), 33, mean, std), view(gray.convert("RGB"), 33, mean, std)
+    tower = PreprocessCfg(33, mean, std)
+    one, three = tower.view(square_canvas(gray)), tower.view(gray.convert("RGB"))
     assert one.shape == (3, 33, 33)
     assert torch.equal(one, three)
 

@@ -8,7 +8,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import medalign
-from medalign.geometry import square_canvas, view
+from medalign.geometry import PreprocessCfg, square_canvas
 
 FOLDER = Path(medalign.__file__).parent / "assets" / "phantom_student"
 LIMIT_BYTES = 15 * 2**20
@@ -82,7 +82,7 @@ def test_the_processor_makes_one_token_a_patch_and_the_pixels_of_the_canvas(proc
     inputs = processor(images=canvas, text=text, return_tensors="pt")
     assert (inputs["input_ids"] == model.config.image_token_id).sum() == 64
     images = processor.image_processor
-    ours = view(canvas, model.config.vision_config.image_size, images.image_mean, images.image_std)
+    ours = PreprocessCfg(model.config.vision_config.image_size, images.image_mean, images.image_std).view(canvas)
     # The processor resizes on 8-bit tensors, the view with Pillow: they may differ by a few gray levels.
     assert (inputs["pixel_values"][0] - ours).abs().max() < 8 / 255 / images.image_std[0]
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from medalign.geometry import CanvasFrame, coverage, square_canvas, view
+from medalign.geometry import CanvasFrame, coverage, square_canvas
 from medalign.phantom import KINDS, Study, stream, study
 from medalign.teacher.clip import Teacher, build_clip, load_teacher
 from medalign.teacher.source import CONFIG_NAME, WEIGHTS_NAME
@@ -49,7 +49,7 @@ class Films(NamedTuple):
 def films(teacher: Teacher, count: int, seed: int, split: str) -> Films:
     """The first `count` films of a split's stream."""
     items = [study(stream(seed, split), index) for index in range(count)]
-    pixels = [view(square_canvas(i.image), teacher.image_size, teacher.mean, teacher.std) for i in items]
+    pixels = [teacher.preprocess_cfg.view(square_canvas(i.image)) for i in items]
     return Films(items, torch.stack(pixels))
 
 

@@ -31,7 +31,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
-from medalign.geometry import CanvasFrame, PatchGrid, square_canvas, view
+from medalign.geometry import CanvasFrame, PatchGrid, PreprocessCfg, square_canvas
 from medalign.phantom import KINDS, Finding, stream, study
 from medalign.phantom.contracts import SIDES, ZONES
 from medalign.teacher.clip import build_clip
@@ -91,7 +91,7 @@ def render(count: int, seed: int) -> Pool:
     reports = []
     for index in tqdm(range(count), desc="films", mininterval=5):
         item = study(stream(seed, "pretrain"), index)
-        pixels = view(square_canvas(item.image), IMAGE_SIZE, (0, 0, 0), (1, 1, 1))
+        pixels = PreprocessCfg(IMAGE_SIZE, (0, 0, 0), (1, 1, 1)).view(square_canvas(item.image))
         films[index] = (pixels[0] * 255).round().to(torch.uint8)
         for found in item.findings:
             sites[index, SITES.index((found.kind, found.side, found.zone))] = 1

@@ -6,7 +6,7 @@ Shape suffixes as in `geometry`: I images, N student image tokens, B samples, L 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -18,26 +18,7 @@ from medalign.contracts import IGNORE, Batch, Sample
 from medalign.data.batches.attention_rows import official_rows
 from medalign.data.batches.prompts import Encoded, PromptEncoder
 from medalign.errors import ConfigError
-from medalign.geometry import CanvasFrame, PatchGrid, coverage, square_canvas, view
-
-
-@dataclass(frozen=True)
-class PreprocessCfg:
-    """What a vision tower wants: size x size pixels, normalized by mean and standard deviation of RGB in [0, 1]."""
-
-    size: int
-    mean: Sequence[float]
-    std: Sequence[float]
-
-    @property
-    def mean_color(self) -> tuple[int, int, int]:
-        """The color that becomes (about) zero, in 0 to 255."""
-        red, green, blue = (int(value * 255) for value in self.mean)
-        return red, green, blue
-
-    def of(self, canvas: Image.Image) -> torch.Tensor:
-        """float32 [3, size, size]."""
-        return view(canvas, self.size, self.mean, self.std)
+from medalign.geometry import CanvasFrame, PatchGrid, PreprocessCfg, coverage, square_canvas
 
 
 class Prepared(NamedTuple):
@@ -117,8 +98,8 @@ class Collator:
         return Prepared(
             key=sample.key,
             encoded=self.encoder.encode(sample, with_answer=self.with_answer),
-            student_views=[self.student_view.of(canvas) for canvas in canvases],
-            teacher_views=[self.teacher_view.of(canvas) for canvas in canvases] if self.teacher_view else [],
+            student_views=[self.student_view.view(canvas) for canvas in canvases],
+            teacher_views=[self.teacher_view.view(canvas) for canvas in canvases] if self.teacher_view else [],
             patch_valid=[coverage([frame.picture], self.grid) > 0 for frame in frames],
         )
 
@@ -174,7 +155,7 @@ class Collator:
         if tower is None:
             return torch.zeros(max(images, 1), 3, 0, 0)
         if not views:  # every rank calls its towers once a micro-batch; a black picture stands in
-            views = [tower.of(Image.new("RGB", (tower.size, tower.size)))]
+            views = [tower.view(Image.new("RGB", (tower.size, tower.size)))]
         return torch.stack(views)
 
     def _patch_valid(self, rows: list[np.ndarray]) -> torch.Tensor:

@@ -188,7 +188,7 @@ class IndexSampler:
         return self._source.draws()
 
 
-class _Reader(Dataset):
+class _Reader(Dataset[Any]):
     """Sample numbers to a batch. Errors are given back, not raised: a worker would bury their message."""
 
     def __init__(self, index: ShardIndex, collator: Collator) -> None:

@@ -142,10 +142,10 @@ class GlobalOrder:
     def _generator(self, epoch: int, purpose: int = 0, number: int = 0) -> np.random.Generator:
         return generator(self.seed, epoch, purpose, number, *([self._stream] if self._stream else []))
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, object]:
         return {k: v for k, v in self.__dict__.items() if k not in ("_layout", "_shuffled")}
 
-    def __setstate__(self, state: dict) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
         self._layout = lru_cache(2)(self._lay_out)
         self._shuffled = lru_cache(3)(self._shuffle_block)

@@ -184,7 +184,7 @@ def _chunks(path: Path, lines: IO[bytes], shards: int) -> Iterator[tuple[int, np
         first += len(rows)
 
 
-def _pack(row: dict[str, Any], shards: int) -> tuple[tuple, list[tuple[int, int, int]]]:
+def _pack(row: dict[str, Any], shards: int) -> tuple[tuple[Any, ...], list[tuple[int, int, int]]]:
     """The row, and block, length and checksum of each image after its first."""
     if not 0 <= row["shard"] < shards:
         raise ValueError(f"shard {row['shard']} of {shards}")

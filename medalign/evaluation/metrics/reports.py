@@ -74,7 +74,7 @@ def _scorer() -> Any:
     from rouge_score.rouge_scorer import RougeScorer
     from rouge_score.tokenizers import Tokenizer
 
-    class Unicode(Tokenizer):
+    class Unicode(Tokenizer):  # type: ignore[misc]  # sacrebleu has no types
         def tokenize(self, text: str) -> list[str]:
             return rouge_tokens(text)
 

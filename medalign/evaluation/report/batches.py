@@ -16,6 +16,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from medalign.contracts import IGNORE, Batch
+from medalign.geometry import PreprocessCfg
 
 IMAGE, QUESTION, ANSWER, OTHER = "image", "question", "answer", "template"
 # For the terminal an SGR code, for pictures a color; both on light and dark grounds.
@@ -124,7 +125,12 @@ class BatchView:
 
 
 def view_batch(
-    batches: Sequence[Batch], tokenizer: Any, student: Any, teacher: Any | None, title: str, max_length: int
+    batches: Sequence[Batch],
+    tokenizer: Any,
+    student: PreprocessCfg,
+    teacher: PreprocessCfg | None,
+    title: str,
+    max_length: int,
 ) -> BatchView:
     """The micro-batches of a step as rows. `student` and `teacher` hold the `mean` and `std` of their pixels."""
     rows: list[Row] = []
@@ -168,7 +174,7 @@ def as_text(view: BatchView, color: bool) -> str:
 
 def as_html(view: BatchView) -> str:
     """One page that loads nothing from elsewhere."""
-    text = (resources.files("medalign.evaluation") / "batch.html.jinja").read_text(encoding="utf-8")
+    text = (resources.files("medalign.evaluation.report") / "batch.html.jinja").read_text(encoding="utf-8")
     template = jinja2.Environment(autoescape=True).from_string(text)
     colors = {kind: color for kind, (_, color) in _SHOWN.items()}
     return template.render(view=view, colors=colors, cut_color=_CUT[1], data_uri=_data_uri)
@@ -217,7 +223,7 @@ def _pieces(batch: Batch, places: tuple[torch.Tensor, ...], tokenizer: Any) -> I
         yield Piece(kind, text, int(part[0]), len(part))
 
 
-def _picture(pixels: torch.Tensor, tower: Any) -> Image.Image:
+def _picture(pixels: torch.Tensor, tower: PreprocessCfg) -> Image.Image:
     """Normalized pixels [3, S, S] as a picture again."""
     shown = pixels * torch.tensor(tower.std)[:, None, None] + torch.tensor(tower.mean)[:, None, None]
     return Image.fromarray((shown.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy())

@@ -16,6 +16,7 @@ from medalign.evaluation.metrics import Prediction
 from medalign.evaluation.metrics.scores import correctness
 from medalign.evaluation.report.pictures import overlay, plain
 from medalign.evaluation.report.runs import Evaluation, RunRecord
+from medalign.run_folder import EvaluationFolder
 
 LARGEST = 512  # pixels of a picture's long side in the report
 
@@ -84,7 +85,7 @@ def _spread(keys: Sequence[str], count: int) -> list[str]:
 def _pictures(evaluation: Evaluation, keys: Sequence[str]) -> dict[str, tuple[Image.Image, int]]:
     """The first image of each sample that has one, to which boxes and attention belong, and how many there are."""
     if not evaluation.data:
-        raise DataError(f"{evaluation.folder / 'scores.json'} does not name the shards")
+        raise DataError(f"{EvaluationFolder(evaluation.folder).scores} does not name the shards")
     opened = cache(ShardIndex.open)
     found = {}
     for key in keys:

@@ -87,7 +87,7 @@ def as_data(tables: Sequence[Table], courses: Sequence[Course]) -> dict[str, Any
 def _template() -> Template:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["number"] = _number
-    return environment.from_string(resources.files("medalign.evaluation").joinpath(TEMPLATE).read_text("utf-8"))
+    return environment.from_string(resources.files("medalign.evaluation.report").joinpath(TEMPLATE).read_text("utf-8"))
 
 
 def _number(value: float | None, digits: int = 1) -> str:

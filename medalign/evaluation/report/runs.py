@@ -16,6 +16,7 @@ from medalign.errors import ConfigError, DataError
 from medalign.evaluation.metrics import Prediction, read_predictions
 from medalign.geometry import PatchGrid
 from medalign.observability.sinks import read_rows
+from medalign.run_folder import EvaluationFolder, RunFolder, find_run
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Evaluation:
     @cached_property
     def predictions(self) -> dict[str, Prediction]:
         """Predictions by key, in order; none without the file. A key that comes twice names its folder too."""
-        path = self.folder / "predictions.jsonl"
+        path = EvaluationFolder(self.folder).predictions
         rows = read_predictions(path) if path.is_file() else []
         times = Counter(row.key for row in rows)
         return {row.key if times[row.key] == 1 else f"{self.data[row.folder]}/{row.key}": row for row in rows}
@@ -71,21 +72,9 @@ def read_runs(paths: Sequence[Path], titles: Sequence[str] | None = None) -> lis
 
 def read_evaluation(folder: Path) -> RunRecord:
     """One evaluation alone, as a run that has no other."""
-    evaluation = Evaluation(folder, _read_scores(folder / "scores.json"))
+    evaluation = Evaluation(folder, _read_scores(EvaluationFolder(folder).scores))
     run = folder.absolute().parents[1]
     return RunRecord(run, run.name, config={}, rows=[], evaluations={folder.name: evaluation})
-
-
-def home_of(path: Path) -> tuple[Path, str]:
-    """The folder whose evaluation/ belongs to a run, a checkpoint or an export, and what its names there begin with.
-
-    Those of a checkpoint begin with its step and lie in its run's folder, for a checkpoint is deleted when it is old.
-    """
-    whole = path.resolve()
-    for folder in (whole, whole.parent):
-        if folder.parent.name == "checkpoints" and folder.name.startswith("step-"):
-            return folder.parents[1], f"{folder.name}-"
-    return path, ""
 
 
 def evaluation_names(runs: Sequence[RunRecord]) -> list[str]:
@@ -105,19 +94,18 @@ def config_differences(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]
 def _read_run(path: Path, title: str) -> RunRecord:
     if not path.is_dir():
         raise DataError(f"run folder {path} does not exist")
-    home, prefix = home_of(path)
-    scores = sorted(home.glob(f"evaluation/{prefix}*/scores.json"))
-    if not scores:
-        lacks = f"{home}/evaluation/{prefix}*/scores.json" if prefix else "evaluation/*/scores.json"
+    home, prefix = find_run(path)
+    evaluated = home.evaluations(prefix)
+    if not evaluated:
+        lacks = (home if prefix else RunFolder(Path())).evaluation(f"{prefix}*").scores
         raise DataError(f"run {path} has no {lacks}; evaluate it first (medalign evaluate)")
-    metrics = home / "metrics.jsonl"
     return RunRecord(
         path=path,
         title=title,
-        config=_read_config(home / "config.yaml"),
-        rows=read_rows(metrics) if metrics.is_file() else [],
+        config=_read_config(home.config),
+        rows=read_rows(home.metrics) if home.metrics.is_file() else [],
         evaluations={
-            file.parent.name.removeprefix(prefix): Evaluation(file.parent, _read_scores(file)) for file in scores
+            one.path.name.removeprefix(prefix): Evaluation(one.path, _read_scores(one.scores)) for one in evaluated
         },
     )
 

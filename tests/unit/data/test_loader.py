@@ -18,7 +18,7 @@ from tiny_text import encoder
 from medalign.__main__ import main
 from medalign.contracts import IGNORE, Batch, Sample
 from medalign.data.batches import loader as loading
-from medalign.data.batches.collator import Collator, Prepared, PreprocessCfg
+from medalign.data.batches.collator import Collator, Prepared
 from medalign.data.batches.loader import TrainLoader, ValidationLoader, batches, check_skip_rate
 from medalign.data.order.order import GlobalOrder
 from medalign.data.shards.index import ShardIndex
@@ -26,7 +26,7 @@ from medalign.data.shards.records import Record, json_bytes
 from medalign.data.shards.writer import write_shards
 from medalign.data.storage.byte_ranges import StorageOptions
 from medalign.errors import ConfigError, DataError
-from medalign.geometry import PatchGrid
+from medalign.geometry import PatchGrid, PreprocessCfg
 
 STUDENT = PreprocessCfg(12, (0.5, 0.4, 0.3), (0.2, 0.2, 0.2))
 TEACHER = PreprocessCfg(16, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))

@@ -8,9 +8,9 @@ from PIL import Image
 from tiny_text import TEMPLATE, encoder
 
 from medalign.contracts import Sample
-from medalign.data.batches.collator import Collator, PreprocessCfg
+from medalign.data.batches.collator import Collator
 from medalign.errors import ConfigError
-from medalign.geometry import PatchGrid
+from medalign.geometry import PatchGrid, PreprocessCfg
 
 VIEW = PreprocessCfg(12, (0.5, 0.4, 0.3), (0.2, 0.2, 0.2))
 

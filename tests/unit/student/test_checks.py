@@ -25,7 +25,7 @@ from transformers import (
 from medalign.config import StudentConfig
 from medalign.errors import ConfigError
 from medalign.student.checks import check_student
-from medalign.student.loading import eye
+from medalign.student.loading import preprocess_cfg
 from tests import tiny
 
 Edit = Callable[[Path], None]
@@ -207,4 +207,4 @@ def test_a_processor_without_the_pixels_mean(student: Path) -> None:
     )(student)
     _, processor = check_student(config(student))
     with pytest.raises(ConfigError, match=r"CLIPImageProcessor\) has image_mean \[0.5\] and image_std \[0.2.*three"):
-        eye(processor, 32)
+        preprocess_cfg(processor, 32)

@@ -8,15 +8,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from medalign.errors import CheckpointError, ConfigError
-from medalign.geometry import PatchGrid
+from medalign.geometry import PatchGrid, PreprocessCfg
 from medalign.teacher.clip import ConvStem, build_clip, class_attention, load_teacher
-from medalign.teacher.source import CONFIG_NAME, WEIGHTS_NAME, teacher_eye
+from medalign.teacher.source import CONFIG_NAME, WEIGHTS_NAME, read_preprocess_cfg
 
 
 def test_a_teacher_tells_how_it_wants_its_images(folder):
     teacher = load_teacher(folder)
-    assert (teacher.grid, teacher.width, teacher.image_size) == (PatchGrid(6, 6), 24, 48)
-    assert (teacher.mean, teacher.std) == ((0.4,) * 3, (0.2,) * 3)
+    assert (teacher.grid, teacher.width) == (PatchGrid(6, 6), 24)
+    assert teacher.preprocess_cfg == PreprocessCfg(48, (0.4,) * 3, (0.2,) * 3)
 
 
 def test_features_are_those_of_the_whole_clip_after_its_final_norm(folder, pixels):
@@ -128,7 +128,7 @@ def test_any_open_clip_model_by_name_and_file(tmp_path, suffix):
     file = tmp_path / f"weights{suffix}"
     save_file(model.state_dict(), file) if suffix != ".pt" else torch.save({"state_dict": model.state_dict()}, file)
     teacher = load_teacher(f"open_clip:ViT-S-32-alt/{file}")
-    pixels = torch.randn(1, 3, teacher.image_size, teacher.image_size)
+    pixels = torch.randn(1, 3, teacher.preprocess_cfg.size, teacher.preprocess_cfg.size)
     model.visual.eval().output_tokens = True
     torch.testing.assert_close(teacher(pixels)[0], model.visual(pixels)[1])
 
@@ -183,7 +183,7 @@ def test_a_config_that_cannot_be_used_is_refused_by_file_and_key(folder, section
         load_teacher(folder)
     if "cannot build" not in message:  # all but this is seen without building the tower
         with pytest.raises(ConfigError, match=message):
-            teacher_eye(folder)
+            read_preprocess_cfg(folder)
 
 
 @pytest.mark.parametrize("pool", ["avg", "none"])

@@ -8,7 +8,7 @@ import torch
 from tokenizers import Tokenizer
 
 import medalign
-from medalign.geometry import CanvasFrame, PatchGrid, coverage, square_canvas, view
+from medalign.geometry import CanvasFrame, PatchGrid, coverage, square_canvas
 from medalign.phantom import stream, study
 from medalign.teacher.clip import load_teacher
 from medalign.teacher.targets import teacher_targets
@@ -35,7 +35,7 @@ def concentration(films, **how) -> float:
     """Share of attention inside the boxes over their share of the canvas, on the student's grid."""
     items, inside = films
     teacher = load_teacher(FOLDER, **how)
-    pixels = [view(square_canvas(item.image), teacher.image_size, teacher.mean, teacher.std) for item in items]
+    pixels = [teacher.preprocess_cfg.view(square_canvas(item.image)) for item in items]
     attention = teacher_targets(teacher, torch.stack(pixels), STUDENT_GRID).attention
     share = (attention * inside).sum(1) / attention.sum(1)
     return float(share.mean() / inside.mean())

@@ -36,7 +36,8 @@ def assemble(config: Config, make: MakeStudent, teacher: Teacher, samples: int, 
     student = make(config.student, device, next(teacher.parameters()).dtype)
     student.train()
     engine = Engine(student, parameter_groups(student, config), deepspeed_settings(config, 1))
-    return Bench(engine, student, teacher, config, models.make_batch(student, teacher.image_size, samples, text))
+    batch = models.make_batch(student, teacher.preprocess_cfg.size, samples, text)
+    return Bench(engine, student, teacher, config, batch)
 
 
 def measure(bench: Bench, rounds: int, name: str) -> dict[str, Any]:

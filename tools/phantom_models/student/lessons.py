@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from medalign.contracts import IGNORE
-from medalign.geometry import CanvasFrame, square_canvas, view
+from medalign.geometry import CanvasFrame, PreprocessCfg, square_canvas
 from medalign.phantom import Study, stream, study
 from tools.phantom_models.student import folder
 from tools.phantom_models.student.pictures import Pool, Turn, fit, scene
@@ -139,7 +139,7 @@ def finding_questions(seed: int, studies: int) -> list[tuple[Tensor, Turn]]:
     asked = []
     for index in range(studies):
         made = study(stream(seed, "test"), index)
-        pixels = view(square_canvas(made.image), folder.IMAGE_SIZE, folder.MEAN, folder.STD)
+        pixels = PreprocessCfg(folder.IMAGE_SIZE, folder.MEAN, folder.STD).view(square_canvas(made.image))
         asked += [(pixels[0], Turn(question.question, question.answer)) for question in made.questions]
     return asked
 

@@ -12,11 +12,11 @@ from PIL import Image
 from tiny_data import picture
 from tiny_text import encoder
 
-from medalign.data.batches.collator import Collator, PreprocessCfg
+from medalign.data.batches.collator import Collator
 from medalign.data.batches.loader import batches
 from medalign.data.shards.index import ShardIndex
 from medalign.errors import DataError
-from medalign.geometry import PatchGrid
+from medalign.geometry import PatchGrid, PreprocessCfg
 
 REAL = Path(__file__).resolve().parents[5] / "shared" / "data"
 

@@ -1,0 +1,66 @@
+"""`medalign evaluate`: the scores of a run on held-out shards."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+
+from medalign.cli.parser import Subparsers, add_command, add_lengths, add_run
+from medalign.cli.values import count, share
+
+log = logging.getLogger("medalign")
+
+
+def register(subparsers: Subparsers) -> None:
+    """Add the command to `medalign`."""
+    parser = add_command(
+        subparsers,
+        "evaluate",
+        run,
+        "score a run on held-out shards",
+        "Writes RUN/evaluation/NAME/predictions.jsonl and scores.json and prints the scores: closed accuracy, open\n"
+        "recall, BLEU and ROUGE-L of reports, and for samples with boxes the share of the attention inside them (of\n"
+        "the question's tokens, at the tapped block) and the pointing game. Counts answers that are empty or cut at\n"
+        "--max-new-tokens. For a checkpoint RUN/checkpoints/step-N, NAME begins with step-N.\n\n"
+        "example: medalign evaluate runs/first --data data/val",
+    )
+    add_run(parser)
+    add_lengths(parser)
+    parser.add_argument("--data", nargs="+", required=True, metavar="SHARDS", help="folders of shards")
+    parser.add_argument(
+        "--name", metavar="NAME", help="default: the first folder's; an evaluation of that name is replaced"
+    )
+    parser.add_argument("--batch-size", type=count, default=32, metavar="N", help="default %(default)s")
+    parser.add_argument("--limit", type=count, metavar="N", help="score only the first N samples")
+    parser.add_argument(
+        "--max-skip-fraction",
+        type=share,
+        default=0.01,
+        metavar="SHARE",
+        help="stop when more of the samples cannot be read; fewer than 100 count as 100 (default %(default)s)",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Evaluate, print the table of scores and log where they are. Returns the exit status."""
+    from medalign.evaluation.report.page import format_evaluation
+    from medalign.inference import evaluate
+    from medalign.run_folder import RunFolder
+
+    folder = evaluate(
+        arguments.run,
+        arguments.data,
+        name=arguments.name,
+        batch_size=arguments.batch_size,
+        limit=arguments.limit,
+        max_new_tokens=arguments.max_new_tokens,
+        max_length=arguments.max_length,
+        max_skip_fraction=arguments.max_skip_fraction,
+        base=arguments.student,
+    )
+    sys.stdout.write(format_evaluation(folder) + "\n")
+    others = len(RunFolder(folder.parents[1]).evaluations()) - 1
+    note = f"; {others} more in {folder.parent}, medalign report shows all" if others else ""
+    log.info("predictions and scores: %s%s", folder, note)
+    return 0

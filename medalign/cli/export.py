@@ -1,0 +1,40 @@
+"""`medalign export`: the trained student of a run as safetensors."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+
+from medalign.cli.parser import Subparsers, add_command, add_run
+
+log = logging.getLogger("medalign")
+
+
+def register(subparsers: Subparsers) -> None:
+    """Add the command to `medalign`."""
+    parser = add_command(
+        subparsers,
+        "export",
+        run,
+        "write the trained student as safetensors",
+        "An adapter, W and their settings, which `medalign generate` loads; with --merge an ordinary model folder\n"
+        "for transformers (only where W is off, because W acts only on image tokens).\n\n"
+        "example: medalign export runs/first --output student",
+    )
+    add_run(parser)
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="new folder")
+    parser.add_argument("--merge", action="store_true", help="fold the adapter into the base model's weights")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Write the export and log its folder. Returns the exit status."""
+    from medalign.checkpoint import export
+
+    source = export.find(arguments.run)
+    if arguments.merge:
+        export.merge(source, arguments.output, arguments.student)
+    else:
+        export.copy(source, arguments.output)
+    log.info("%s", arguments.output)
+    return 0

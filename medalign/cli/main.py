@@ -1,0 +1,67 @@
+"""The `medalign` command: finds the command among the words, runs it, and turns errors into an exit status."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+
+from medalign import __version__
+from medalign.cli import bench, evaluate, export, generate, inspect, phantom, report, shards, train
+from medalign.cli.parser import CommandParser
+from medalign.errors import MedAlignError, plain
+
+log = logging.getLogger("medalign")
+
+COMMANDS = (phantom, shards, inspect, train, generate, evaluate, report, export, bench)
+
+_EPILOG = """
+a first run, from nothing to a report:
+  medalign phantom --output data --train 2000 --val 200
+  deepspeed --module medalign train phantom --data.train data/train --run.dir runs/first
+  medalign evaluate runs/first --data data/val
+  medalign report runs/first --output report.html
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        arguments: the words after `medalign`; by default those of this process.
+
+    Returns:
+        The exit status: 0; 2 after an error that the user can correct; 130 after an interrupt.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    # The deepspeed launcher inserts its own option; the rank comes from the environment.
+    words = [word for word in words if not word.startswith("--local_rank")]
+    try:
+        chosen = build_parser().parse_args(words)
+        from medalign import distributed  # imports torch, which --help does without
+
+        distributed.set_up_logging()
+        return int(chosen.command(chosen))
+    except MedAlignError as error:
+        log.error("error: %s", error)
+        return 2
+    except OSError as error:  # a file that cannot be read or written, for which no caller had a better message
+        log.error("error: %s", plain(error))
+        return 2
+    except KeyboardInterrupt:
+        log.error("interrupted")
+        return 130
+
+
+def build_parser() -> CommandParser:
+    """The parser of `medalign` with all commands."""
+    parser = CommandParser(
+        prog="medalign",
+        description="Distill what a medical CLIP sees into a medical vision-language model, and measure the result.",
+        epilog=_EPILOG,
+    )
+    parser.add_argument("--version", action="version", version=f"medalign {__version__}")
+    subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    for command in COMMANDS:
+        command.register(subparsers)
+    return parser

@@ -1,0 +1,41 @@
+"""`medalign train`: a student from a recipe."""
+
+from __future__ import annotations
+
+import argparse
+
+from medalign.cli.parser import CommandParser, Subparsers, add_recipe_command, require_recipe
+
+_SUMMARY = "train a student from a recipe"
+
+
+def register(subparsers: Subparsers) -> None:
+    """Add the command to `medalign`."""
+    parser = add_recipe_command(subparsers, "train", run, _SUMMARY, _SUMMARY)
+    parser.usage = "medalign train RECIPE [--section.key VALUE ...]"
+    parser.complete = _describe
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Train as the recipe and the settings say. Every rank calls it. Returns the exit status."""
+    recipe = require_recipe(arguments, "train")
+    from medalign.config import load
+
+    config = load(recipe, arguments.overrides)
+    from medalign.run import train
+
+    train(config)
+    return 0
+
+
+def _describe(parser: CommandParser) -> None:
+    from medalign.config import describe_settings, recipes
+
+    parser.description = (
+        f"Train a student from a recipe.\n\n"
+        f"RECIPE is a packaged one ({', '.join(recipes())}) or a path to a YAML file.\n"
+        "Any setting below can be overridden. The same command again continues from the last checkpoint.\n\n"
+        "on all GPUs of a node:  deepspeed --module medalign train RECIPE ...\n"
+        "under SLURM:            srun --kill-on-bad-exit=1 python -m medalign train RECIPE ...\n"
+        "on one rank:            medalign train RECIPE ...\n\n" + describe_settings()
+    )

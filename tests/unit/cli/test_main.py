@@ -1,0 +1,81 @@
+"""The command line as a whole: plain reasons and exit statuses instead of tracebacks, and help that loads no model."""
+
+from __future__ import annotations
+
+import errno
+import subprocess
+import sys
+
+import pytest
+
+from medalign.cli import main as command
+from medalign.cli import train
+from medalign.cli.main import COMMANDS
+
+HEAVY = ("torch", "numpy", "transformers", "deepspeed", "jsonargparse", "PIL")
+
+
+def test_an_unexpected_file_error_is_a_plain_reason(monkeypatch, capsys):
+    def full(_arguments):
+        raise OSError(errno.ENOSPC, "No space left on device", "/runs/mine/metrics.jsonl")
+
+    monkeypatch.setattr(train, "run", full)
+    assert command.main(["train", "phantom"]) == 2
+    assert capsys.readouterr().err == "error: /runs/mine/metrics.jsonl: No space left on device\n"
+
+
+def test_the_help_says_srun_as_the_readme_does(capsys):
+    with pytest.raises(SystemExit) as end:
+        command.main(["train", "--help"])
+    assert end.value.code == 0
+    assert "srun --kill-on-bad-exit=1 python -m medalign train" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [[], ["phantom"], ["generate"], ["evaluate"], ["report"], ["export"], ["bench"]])
+def test_help_imports_nothing_heavy(words):
+    script = (
+        "import sys\nfrom medalign.cli.main import main\n"
+        f"try:\n    main({[*words, '--help']!r})\n"
+        f"except SystemExit:\n    print('loaded:', [name for name in {HEAVY!r} if name in sys.modules])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "loaded: []"
+
+
+def test_every_command_is_listed_once(capsys):
+    with pytest.raises(SystemExit):
+        command.main(["--help"])
+    out = capsys.readouterr().out
+    for module in COMMANDS:
+        assert out.count(f"\n    {module.__name__.rpartition('.')[2]} ") == 1
+
+
+@pytest.mark.parametrize("name", ["train", "inspect"])
+def test_a_recipe_comes_before_the_settings(name, capsys):
+    assert command.main([name, "--train.steps", "3"]) == 2
+    assert f"name a recipe first: medalign {name} RECIPE; packaged are" in capsys.readouterr().err
+
+
+def test_the_settings_of_a_recipe_stay_as_they_were_given(monkeypatch):
+    given = []
+    monkeypatch.setattr(train, "run", lambda arguments: given.append((arguments.recipe, arguments.overrides)) or 0)
+    words = ["--data.train+", "a b", "--losses.alpha", "-1", "--run.dir=x", "--data.weights", "[1, 2]"]
+    assert command.main(["--local_rank=3", "train", "phantom", *words]) == 0
+    assert given == [("phantom", words)]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["export", "run", "--output", "x", "--nothing"], "medalign: error: unrecognized arguments: --nothing"),
+        (["nothing"], "invalid choice: 'nothing'"),
+        ([], "the following arguments are required: COMMAND"),
+        (["shards", "nothing"], "medalign shards: error: argument CONVERTER: invalid choice: 'nothing'"),
+        (["phantom", "--output", "x", "--train", "0"], "argument --train: '0' is not a whole number of at least 1"),
+    ],
+)
+def test_words_that_cannot_be_parsed(words, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        command.main(words)
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err
