@@ -1,12 +1,14 @@
-"""mkdocs hook: writes the quickstart's tables into its results page, from the file of scores.
+"""The quickstart's tables, from the file of scores.
 
-A test requires the README's table to be the text of `scores()`.
+As a hook of mkdocs it writes them into the results page. `python docs/quickstart_table.py` writes the README's table,
+which a test compares with the file.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +16,9 @@ from typing import Any
 
 from scipy import stats
 
-RESULTS = Path(__file__).resolve().parents[1] / "tools/results/quickstart.json"
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "tools/results/quickstart.json"
+README = ROOT / "README.md"
 
 ARMS = {
     "blind": "without the film: the most common training answer",
@@ -33,7 +37,7 @@ SCORES = {
     "attention_inside": "attention in boxes",
     "pointing_hits": "pointing hits",
 }
-SHORT = [name for name in SCORES if name != "open_recall"]
+SHORT = tuple(name for name in SCORES if name != "open_recall")  # the README's
 POINTS = ("bleu",)  # from 0 to 100 already; all others are shares
 COMPARED = ("language", "steered", "untrained")
 
@@ -42,10 +46,11 @@ Scores = Mapping[str, Mapping[str, Any]]  # score -> its mean, its spread and it
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Replaces `{{ quickstart }}` and `{{ quickstart_differences }}`."""
-    for mark, table in (("{{ quickstart }}", scores), ("{{ quickstart_differences }}", differences)):
-        if mark in markdown:
-            markdown = markdown.replace(mark, table(load()) if table is differences else scores(load(), [*SCORES]))
-    return markdown
+    if "{{ quickstart" not in markdown:
+        return markdown
+    facts = load()
+    markdown = markdown.replace("{{ quickstart }}", scores(facts, tuple(SCORES)))
+    return markdown.replace("{{ quickstart_differences }}", differences(facts))
 
 
 def load() -> dict[str, Any]:
@@ -53,7 +58,7 @@ def load() -> dict[str, Any]:
     return json.loads(RESULTS.read_text(encoding="utf-8"))
 
 
-def scores(facts: Mapping[str, Any], names: Sequence[str] = tuple(SHORT)) -> str:
+def scores(facts: Mapping[str, Any], names: Sequence[str] = SHORT) -> str:
     """One row per arm that the file holds: mean and standard deviation over the seeds, in per cent."""
     rows = []
     for arm, title in ARMS.items():
@@ -105,3 +110,14 @@ def _points(name: str, value: float) -> float:
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _update_readme() -> None:
+    """Replaces the README's only table of scores."""
+    text = README.read_text(encoding="utf-8")
+    old = r"\|  \| closed accuracy \|(?:.*\n)(?:\|.*\n)+"
+    README.write_text(re.sub(old, lambda _: scores(load()) + "\n", text), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    _update_readme()

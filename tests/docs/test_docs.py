@@ -82,7 +82,7 @@ def test_every_option_exists(help_of):
 def test_what_a_page_names_exists(page):
     text, known = page.read_text(encoding="utf-8"), settings()
     sections = "|".join(item.name for item in fields(Config))
-    for name in re.findall(rf"[`-]((?:{sections})(?:\.[a-z_]+)+)(?![\w.*])", text):
+    for name in re.findall(rf"[`-]((?:{sections})(?:\.[a-z_]+)+)(?![\w.*(])", text):
         assert name in known or (page.parent / name).exists(), f"there is no setting {name}"
     for path in re.findall(r"(?<![\w/.-])(?:tools|tests|slurm|ds_configs)/[\w./-]*\w", text):
         assert (ROOT / path).exists() or path.startswith(GENERATED), f"there is no {path}"
