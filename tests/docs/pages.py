@@ -13,7 +13,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[2]
 FRONT = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
 PAGES = [*FRONT, *sorted((ROOT / "docs").rglob("*.md"))]
-RUNS, NEEDS = "runs", "needs: "
+RUNS, RUNS_AS, NEEDS = "runs", "runs as ", "needs: "
 _BLOCK = re.compile(r"(?:<!-- (?P<mark>[^>]*?) -->\n)?```(?P<language>bash|python)\n(?P<text>.*?)```", re.DOTALL)
 
 
@@ -21,7 +21,7 @@ class Block(NamedTuple):
     """A fenced block of commands or of Python."""
 
     page: str
-    mark: str  # "runs", or "needs: ..." for what a test does not have
+    mark: str  # "runs", "runs as FILE" for a module that others import, or "needs: ..." for what a test lacks
     language: str
     text: str
 

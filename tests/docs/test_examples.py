@@ -12,7 +12,9 @@ import pytest
 
 from medalign import phantom
 from medalign.evaluation.metrics import Prediction, write_predictions
-from tests.docs.pages import ROOT, RUNS, blocks
+from tests.docs.pages import ROOT, RUNS, RUNS_AS, blocks
+
+EXAMPLE = "example.py"
 
 
 def run(words: list[str], folder: Path) -> None:
@@ -21,13 +23,13 @@ def run(words: list[str], folder: Path) -> None:
     assert found.returncode == 0, f"{' '.join(words)[:200]}\n{found.stdout[-2000:]}\n{found.stderr[-4000:]}"
 
 
-def programs() -> dict[str, str]:
-    """Page -> its blocks of Python, put together."""
-    found: defaultdict[str, str] = defaultdict(str)
+def programs() -> dict[str, dict[str, str]]:
+    """Page -> file -> text. Blocks that name no file are put together in example.py, which is run."""
+    found: defaultdict[str, defaultdict[str, str]] = defaultdict(lambda: defaultdict(str))
     for block in blocks("python"):
-        if block.mark == RUNS:
-            found[block.page] += block.text + "\n"
-    return found
+        if block.mark == RUNS or block.mark.startswith(RUNS_AS):
+            found[block.page][block.mark.removeprefix(RUNS_AS) if block.mark != RUNS else EXAMPLE] += block.text + "\n"
+    return {page: dict(files) for page, files in found.items()}
 
 
 @pytest.fixture
@@ -46,9 +48,9 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("page", programs())
 def test_python_runs(page, folder):
-    script = folder / "example.py"
-    script.write_text(programs()[page], encoding="utf-8")
-    run([sys.executable, str(script)], folder)
+    for name, text in programs()[page].items():
+        (folder / name).write_text(text, encoding="utf-8")
+    run([sys.executable, EXAMPLE], folder)
 
 
 def test_commands_run(tmp_path):
