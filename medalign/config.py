@@ -38,6 +38,8 @@ class DataConfig:
 
     train: list[str] | str = field(default_factory=list)
     """Folder of shards to train on, or a list of folders."""
+    validation: list[str] | str = field(default_factory=list)
+    """Folder of held-out shards, or a list of folders, for train.evaluate_every."""
     workers: int = 0
     """Loader processes for each rank; 0 reads in the trainer itself. The batches are the same for any number."""
     max_length: int = 1024
@@ -64,6 +66,11 @@ class DataConfig:
     def folders(self) -> list[str]:
         """The training folders, one or many."""
         return [self.train] if isinstance(self.train, str) else self.train
+
+    @property
+    def validation_folders(self) -> list[str]:
+        """The folders of held-out shards, none or many."""
+        return [self.validation] if isinstance(self.validation, str) else self.validation
 
 
 @dataclass
@@ -120,7 +127,7 @@ class StudentConfig:
 
 @dataclass
 class LossConfig:
-    """L = L_LM + alpha L_vis + beta L_att."""
+    """L = L_LM + alpha L_vis + beta L_att, and terms of your own."""
 
     alpha: float = 1.0
     """Coefficient of the spatial alignment loss; 0 leaves it out."""
@@ -141,6 +148,9 @@ class LossConfig:
     """Leave patches that show only canvas padding out of both distillation losses."""
     impl: Literal["auto", "reference", "chunked", "triton"] = "auto"
     """Implementation of the kernels. auto: triton on a GPU if it can run, else chunked. A name is taken or refused."""
+    extra: list[str] = field(default_factory=list)
+    """Import paths (package.module.factory) of callables that take the Config and return a further loss term. A term
+    that needs the teacher requires teacher.path."""
 
 
 @dataclass
@@ -168,6 +178,9 @@ class TrainConfig:
     """Largest norm of the gradient; 0 does not clip."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """auto: bf16 on a GPU, fp32 on a CPU."""
+    evaluate_every: int = 0
+    """Steps between two evaluations of the losses on data.validation, and one after the last step; 0 does not. The
+    checkpoint with the lowest total is kept, and checkpoints/best names it."""
 
 
 @dataclass
@@ -202,6 +215,8 @@ class LogConfig:
     """W&B team."""
     name: str | None = None
     """Name of the run in W&B. By default its random id: a folder's name may tell of patients."""
+    profile_steps: int = 0
+    """Steps that torch.profiler traces into profile/ in the run's folder, after the first three; 0 does not."""
 
 
 @dataclass
@@ -220,8 +235,9 @@ class Config:
 
     @property
     def distils(self) -> bool:
-        """Whether the teacher is needed at all."""
-        return self.losses.alpha > 0 or self.losses.beta > 0
+        """Whether the teacher is loaded."""
+        extra = bool(self.losses.extra and self.teacher.path)
+        return self.losses.alpha > 0 or self.losses.beta > 0 or extra
 
 
 def recipes() -> list[str]:
@@ -316,6 +332,15 @@ def validate(config: Config, *, models: bool = True) -> None:
         value = getattr(getattr(config, section), name)
         require(value >= 1, f"{key} is {value}; it must be at least 1")
     data = config.data
+    for key in ("train.evaluate_every", "log.profile_steps"):
+        section, name = key.split(".")
+        value = getattr(getattr(config, section), name)
+        require(value >= 0, f"{key} is {value}; it must not be negative")
+    require(
+        not train.evaluate_every or bool(data.validation_folders),
+        f"train.evaluate_every is {train.evaluate_every}, but there are no held-out shards; name their folder with "
+        "--data.validation DIR",
+    )
     require(
         not data.weights or len(data.weights) == len(data.folders),
         f"data.weights holds {len(data.weights)} numbers for {len(data.folders)} folders; give one each",

@@ -91,8 +91,8 @@ class StudentOutput(NamedTuple):
 
 
 @dataclass(frozen=True)
-class LossTerm:
-    """A sum and the count it is to be divided by, both of this micro-batch alone."""
+class LossValue:
+    """The sum of a loss term and the count to divide it by, both of one micro-batch."""
 
     sum: torch.Tensor  # scalar float32, carries gradient
     count: torch.Tensor  # scalar float32
@@ -102,5 +102,5 @@ class LossTerm:
 class LossReport:
     """The terms of one micro-batch and the scalar to differentiate."""
 
-    terms: dict[str, LossTerm]
+    terms: dict[str, LossValue]
     total: torch.Tensor  # scalar float32

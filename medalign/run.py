@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from medalign.checkpoint.state import TrainState
 from medalign.config import Config
 from medalign.contracts import Batch, Sample
 from medalign.data.batches.collator import Collator, PreprocessCfg
-from medalign.data.batches.loader import TrainLoader
+from medalign.data.batches.loader import TrainLoader, ValidationLoader
 from medalign.data.batches.prompts import PromptEncoder
 from medalign.data.order.mixture import LengthGroupedOrder, Mixture
 from medalign.data.order.order import GlobalOrder, Order
@@ -29,23 +29,33 @@ from medalign.engine import engine as deepspeed_engine
 from medalign.engine.engine import Engine
 from medalign.engine.settings import deepspeed_settings, precision
 from medalign.errors import ConfigError
-from medalign.losses.objective import Objective
+from medalign.losses.build import build_objective
 from medalign.observability.files import write_text
-from medalign.observability.sinks import ConsoleSink, JsonlSink, Sink, WandbSink
+from medalign.observability.sinks import ConsoleSink, JsonlSink, WandbSink
 from medalign.student import loading
 from medalign.student.checks import check_student
 from medalign.student.families import ModelSpec
 from medalign.student.model import Student, check_causality
 from medalign.teacher.clip import Teacher, load_teacher
 from medalign.teacher.targets import assert_replicated
-from medalign.training import schedule, trainer
+from medalign.training import schedule
+from medalign.training.callbacks import Callback, Checkpointing, ConsoleLogger, MetricLogger, Profiler, Validation
 from medalign.training.step import TrainStep
+from medalign.training.trainer import Trainer
 
 log = logging.getLogger("medalign")
 
 
-def train(config: Config) -> Path:
-    """Train, or go on with, the run in `config.run.dir`. Every rank calls it. Returns the run's folder."""
+def train(config: Config, callbacks: Sequence[Callback] = ()) -> Path:
+    """Train, or resume, the run in `config.run.dir`. Every rank must call it.
+
+    Args:
+        config: the whole configuration.
+        callbacks: called after the run's own, but before checkpoints are written.
+
+    Returns:
+        The run's folder.
+    """
     distributed.adopt_launcher()
     distributed.set_up_logging()
     folder = Path(config.run.dir)
@@ -53,58 +63,64 @@ def train(config: Config) -> Path:
     deepspeed_engine.start(ds_settings)
     try:
         with lock.held(folder):
-            _train(config, folder, ds_settings)
+            _train(config, folder, ds_settings, callbacks)
     finally:
         deepspeed_engine.stop()
     return folder
 
 
-def _train(config: Config, folder: Path, ds_settings: dict[str, Any]) -> None:
+def _train(config: Config, folder: Path, ds_settings: dict[str, Any], callbacks: Sequence[Callback]) -> None:
     with distributed.raise_on_all_ranks():
-        index = open_index(config) if config.train.steps != 0 else None
+        objective = build_objective(config)
+        index, held_out = open_indexes(config)
         if index is not None:
             require_images(config, index)
-        check_collator(config, None, index.max_images if index else 1)
+        check_collator(config, None, _max_images(index, held_out))
     found = state.latest(folder / "checkpoints")
     stage, data = deepspeed_engine.stage(ds_settings), index.fingerprint() if index else ()
-    progress = TrainState(step=0, samples=0, ranks=distributed.world_size(), stage=stage, data=data)
+    now = TrainState(step=0, samples=0, ranks=distributed.world_size(), stage=stage, data=data)
     if found:
         with distributed.raise_on_all_ranks():
-            _require_same_run(config, progress, found, folder / "config.yaml")
+            _require_same_run(config, now, found, folder / "config.yaml")
     samples = len(index) if index else 0
     config = schedule.resolve_steps(config, samples)
     log.info("%s", schedule.describe_length(config, samples))
-    engine, teacher, student, collator = _build(config, ds_settings, index)
+    engine, teacher, student, collator = _build(config, ds_settings, _max_images(index, held_out))
     if found:
-        progress = replace(state.load(engine, found), stage=stage, data=data)
+        now = replace(state.load(engine, found), stage=stage, data=data)
         log.info("going on from %s", found)
     with distributed.raise_on_all_ranks():
-        sinks = _write_config_and_open_loggers(config, folder, progress) if distributed.is_main() else []
+        loggers = _write_config_and_open_loggers(config, folder, now) if distributed.is_main() else []
+    save = _saver(config, folder / "checkpoints", engine, student)
+    try:
+        if index is None:
+            if not found:
+                save(now)
+        elif now.step < schedule.total_steps(config.train):
+            step = TrainStep(engine, teacher, objective, student.anatomy.grid)
+            batches = iter(build_loader(config, index, collator, now))
+            hooks = [*loggers, *build_callbacks(config, folder, held_out, collator), *callbacks]
+            hooks.append(Checkpointing(config.checkpoint.every, save))
+            now = Trainer(config, step, batches, now, hooks).fit()
+    finally:
+        for logger in loggers:
+            logger.close()
+    _log_summary(config, folder, now)
 
-    def save(now: TrainState) -> None:
-        state.save(engine, folder / "checkpoints", now, config.checkpoint.keep, write_export)
+
+def _saver(config: Config, root: Path, engine: Engine, student: Student) -> Callable[[TrainState], Path]:
+    """The function that writes the checkpoint of a state; every rank must call it."""
 
     def write_export(target: Path) -> None:
         whole = engine.gather_parameters([pair for group in student.trainable().values() for pair in group])
         if distributed.is_main():
             export.write(student, whole, config.student, config.data.max_length, target)
 
-    try:
-        if index is None:
-            if not found:
-                save(progress)
-        elif progress.step < schedule.total_steps(config.train):
-            step = TrainStep(engine, teacher, build_objective(config), student.anatomy.grid)
-            batches = iter(build_loader(config, index, collator, progress))
-            progress = trainer.train(config, step, batches, progress, sinks, save)
-    finally:
-        for sink in sinks:
-            sink.close()
-    _log_summary(config, folder, progress)
+    return lambda now: state.save(engine, root, now, config.checkpoint.keep, write_export)
 
 
 def _build(
-    config: Config, ds_settings: dict[str, Any], index: ShardIndex | None
+    config: Config, ds_settings: dict[str, Any], max_images: int
 ) -> tuple[Engine, Teacher | None, Student, Collator]:
     # The teacher comes first: what is built once ZeRO-3 partitions modules would be partitioned too.
     teacher = build_teacher(config)
@@ -116,7 +132,7 @@ def _build(
     if teacher is not None:
         assert_replicated(teacher)
     processor = loading.load_processor(config.student)
-    collator = build_collator(config, student, processor, teacher, index.max_images if index else 1)
+    collator = build_collator(config, student, processor, teacher, max_images)
     check_causality(student, probe(collator).to(engine.device))
     return engine, teacher, student, collator
 
@@ -168,25 +184,24 @@ def check_collator(config: Config, teacher_view: PreprocessCfg | None, max_image
     return collator_of(config, anatomy, processor, teacher_view, max_images), processor
 
 
-def build_objective(config: Config) -> Objective:
-    losses = config.losses
-    return Objective(
-        alpha=losses.alpha,
-        beta=losses.beta,
-        normalize=losses.normalize,
-        language_mean=losses.language_mean,
-        weighting=losses.weighting,
-        ignore_padding=losses.ignore_padding,
-        impl=losses.impl,
-    )
-
-
-def open_index(config: Config) -> ShardIndex:
-    """The training folders' index."""
+def open_index(config: Config, folders: Sequence[str] | None = None) -> ShardIndex:
+    """The index of these folders of shards; by default, of the training folders."""
     data = config.data
     cache = Path(data.cache_dir) if data.cache_dir else None
     access = StorageOptions(retries=data.retries, cache=cache, cache_bytes=int(data.cache_gib * 2**30))
-    return ShardIndex.open(data.folders, access)
+    return ShardIndex.open(data.folders if folders is None else folders, access)
+
+
+def open_indexes(config: Config) -> tuple[ShardIndex | None, ShardIndex | None]:
+    """The index of the training folders, and that of the held-out folders; None for what the run does not read."""
+    if config.train.steps == 0:
+        return None, None
+    held_out = open_index(config, config.data.validation_folders) if config.train.evaluate_every else None
+    return open_index(config), held_out
+
+
+def _max_images(*indexes: ShardIndex | None) -> int:
+    return max((index.max_images for index in indexes if index is not None), default=1)
 
 
 def require_images(config: Config, index: ShardIndex) -> None:
@@ -240,22 +255,36 @@ def build_loader(config: Config, index: ShardIndex, collator: Collator, progress
     )
 
 
-def build_sinks(config: Config, folder: Path, progress: TrainState) -> list[Sink]:
-    """Where the numbers of this run go; rank 0 alone calls it."""
+def build_loggers(config: Config, folder: Path, now: TrainState) -> list[MetricLogger]:
+    """The callbacks that write the metrics of this run; only rank 0 calls it."""
     whole = {section: vars(getattr(config, section)) for section in vars(config)}
-    log_settings = config.log
+    settings = config.log
+    wandb = WandbSink(
+        settings.wandb, folder, project=settings.project, entity=settings.entity, name=settings.name, config=whole
+    )
     return [
-        ConsoleSink(schedule.total_steps(config.train), start=progress.step),
-        JsonlSink(folder / "metrics.jsonl", resumed_step=progress.step),
-        WandbSink(
-            log_settings.wandb,
-            folder,
-            project=log_settings.project,
-            entity=log_settings.entity,
-            name=log_settings.name,
-            config=whole,
-        ),
+        ConsoleLogger(ConsoleSink(schedule.total_steps(config.train), start=now.step)),
+        MetricLogger(JsonlSink(folder / "metrics.jsonl", resumed_step=now.step)),
+        MetricLogger(wandb),
     ]
+
+
+def build_callbacks(config: Config, folder: Path, held_out: ShardIndex | None, collator: Collator) -> list[Callback]:
+    """The callbacks of every rank that the settings ask for, apart from checkpoints."""
+    callbacks: list[Callback] = []
+    if config.log.profile_steps:
+        callbacks.append(Profiler(config.log.profile_steps, folder / "profile"))
+    if held_out is not None:
+        batches = ValidationLoader(
+            held_out,
+            collator,
+            micro_batch=config.train.micro_batch_size,
+            rank=distributed.rank(),
+            world=distributed.world_size(),
+            workers=config.data.workers,
+        )
+        callbacks.append(Validation(config.train.evaluate_every, batches))
+    return callbacks
 
 
 def probe(collator: Collator) -> Batch:
@@ -274,10 +303,10 @@ def parameter_groups(student: Student, config: Config) -> list[dict[str, Any]]:
     ]
 
 
-def _write_config_and_open_loggers(config: Config, folder: Path, progress: TrainState) -> list[Sink]:
+def _write_config_and_open_loggers(config: Config, folder: Path, now: TrainState) -> list[MetricLogger]:
     """Only now, when nothing can refuse the run any more, are its settings written down."""
     write_text(folder / "config.yaml", settings.dump(config))
-    return build_sinks(config, folder, progress)
+    return build_loggers(config, folder, now)
 
 
 def _require_same_run(config: Config, now: TrainState, found: Path, path: Path) -> None:
@@ -322,12 +351,14 @@ _MODELS: Sequence[str] = ("student.path", "teacher.path")
 _MAY_CHANGE: Sequence[str] = (
     "run.dir",
     "data.train",
+    "data.validation",
     "data.workers",
     "data.packing",
     "data.retries",
     "data.cache_dir",
     "data.cache_gib",
     "train.micro_batch_size",
+    "train.evaluate_every",
     "student.gradient_checkpointing",
 )
 

@@ -2,6 +2,7 @@
 
     checkpoints/
       latest              name of the newest whole checkpoint, replaced in one rename
+      best                name of the checkpoint with the lowest loss on held-out shards, if any was evaluated
       step-000500/
         state/            DeepSpeed's shards: what learns, the optimizer
         export/           the trained student, as `medalign export` gives it
@@ -47,6 +48,8 @@ class TrainState:
     seconds: float = 0.0  # spent in the training loop of rank 0, checkpoints included, pauses between starts left out
     stage: int | None = None  # of ZeRO; None where it was not written down
     data: tuple[str, ...] = ()  # fingerprint of each training folder; empty where it was not written down
+    best_step: int | None = None  # the step with the lowest loss on held-out shards; None where none was evaluated
+    best_loss: float | None = None  # that loss
 
 
 def bytes_needed(engine: Engine) -> int:
@@ -87,7 +90,8 @@ def save(engine: Engine, root: Path, progress: TrainState, keep: int, export: Ca
             shutil.rmtree(partial, ignore_errors=True)
         raise
     if distributed.is_main():
-        _prune(root, final, keep)
+        _prune(root, final, keep, progress.best_step)
+        _point_to_best(root, progress.best_step)
     return final
 
 
@@ -203,11 +207,25 @@ def _commit(partial: Path, final: Path, root: Path) -> None:
     if final.exists():  # the same step again, after a resume from an older checkpoint
         shutil.rmtree(final)
     partial.rename(final)
-    pointer = root / ".latest"
-    pointer.write_text(final.name + "\n")
-    _flush(pointer)
-    pointer.replace(root / "latest")
+    _point(root, "latest", final.name)
+
+
+def _point(root: Path, pointer: str, name: str) -> None:
+    """Make the file `pointer` name a checkpoint, in one rename."""
+    scratch = root / f".{pointer}"
+    scratch.write_text(name + "\n")
+    _flush(scratch)
+    scratch.replace(root / pointer)
     _flush(root)
+
+
+def _point_to_best(root: Path, step: int | None) -> None:
+    """Let `best` name the checkpoint of the best step, or nothing where that is gone."""
+    name = "" if step is None else f"step-{step:06d}"
+    if name and (root / name).is_dir():
+        _point(root, "best", name)
+    else:
+        (root / "best").unlink(missing_ok=True)
 
 
 def _flush(path: Path) -> None:
@@ -218,8 +236,8 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
-def _prune(root: Path, newest: Path, keep: int) -> None:
-    """Remove all but the `keep` newest up to `newest`, which `latest` names.
+def _prune(root: Path, newest: Path, keep: int, best_step: int | None) -> None:
+    """Remove all but the `keep` newest up to `newest`, which `latest` names, and that of the best step.
 
     Those beyond it go too: they are of a way that the run left when `latest` was set back.
     """
@@ -227,7 +245,7 @@ def _prune(root: Path, newest: Path, keep: int) -> None:
     last = int(newest.name[5:])
     kept = sorted(step for step in whole if step <= last)[-keep:]
     for step, path in whole.items():
-        if step in kept:
+        if step in kept or step == best_step:
             continue
         if step > last:
             log.warning("%s is removed: the run went back to before it, and is at step %d again", path, last)

@@ -7,10 +7,43 @@ from __future__ import annotations
 
 import torch
 
-from medalign.contracts import LossTerm
+from medalign.contracts import Batch, LossValue, StudentOutput, TeacherTargets
+from medalign.losses.term import LossTerm, check_choice
 
 NORMALIZATIONS = ("sum", "softmax", "official")
-SMALLEST = 1e-12  # a map of less mass says nothing; a share below it is taken for it inside the logarithm
+SMALLEST = 1e-12  # a map of less mass has no loss; a smaller share counts as this inside the logarithm
+
+
+class AttentionTerm(LossTerm):
+    """The attention loss, named "attention".
+
+    Args:
+        coefficient: the paper's beta.
+        normalize: how attention becomes a distribution: "sum", "softmax" or "official", see `attention_kl`.
+        ignore_padding: leave out patches that show only canvas padding.
+
+    Raises:
+        ValueError: a negative coefficient, or an unknown `normalize`.
+    """
+
+    def __init__(self, coefficient: float, *, normalize: str = "sum", ignore_padding: bool = False) -> None:
+        super().__init__("attention", coefficient)
+        check_choice("normalize", normalize, NORMALIZATIONS)
+        self.normalize = normalize
+        self.ignore_padding = ignore_padding
+
+    def count(self, batch: Batch) -> torch.Tensor:
+        """Real images whose sample has rows of the attention loss."""
+        return image_weights(batch).sum()
+
+    def compute(self, output: StudentOutput, targets: TeacherTargets | None, batch: Batch) -> LossValue | None:
+        """The divergence summed over the images that count."""
+        if output.attention is None or targets is None:
+            return None
+        mask_IN = batch.patch_valid if self.ignore_padding else None
+        weight_I = image_weights(batch)
+        divergence_I = attention_kl(output.attention, targets.attention, mask_IN, normalize=self.normalize)
+        return LossValue(sum=(divergence_I * weight_I).sum(), count=weight_I.sum())
 
 
 def attention_kl(
@@ -68,7 +101,7 @@ def _normalized(map_BN: torch.Tensor, valid_BN: torch.Tensor, normalize: str) ->
 
 def _validate(student_map: torch.Tensor, teacher_map: torch.Tensor, mask: torch.Tensor | None, normalize: str) -> None:
     if normalize not in NORMALIZATIONS:
-        raise ValueError(f'attention_kl: normalize="{normalize}" is none of {", ".join(NORMALIZATIONS)}')
+        raise ValueError(f'attention_kl: normalize="{normalize}" is not one of {", ".join(NORMALIZATIONS)}')
     if student_map.ndim != 2 or student_map.shape != teacher_map.shape:
         raise ValueError(
             f"attention_kl: student_map {tuple(student_map.shape)} and teacher_map {tuple(teacher_map.shape)} "
@@ -80,13 +113,9 @@ def _validate(student_map: torch.Tensor, teacher_map: torch.Tensor, mask: torch.
         )
 
 
-def attention_term(
-    student_IN: torch.Tensor,
-    teacher_IN: torch.Tensor,
-    weight_I: torch.Tensor,
-    mask_IN: torch.Tensor | None,
-    normalize: str,
-) -> LossTerm:
-    """The divergence summed over images, each with its weight (0: no real image, or no question about it)."""
-    divergence_I = attention_kl(student_IN, teacher_IN, mask_IN, normalize=normalize)
-    return LossTerm(sum=(divergence_I * weight_I).sum(), count=weight_I.sum())
+def image_weights(batch: Batch) -> torch.Tensor:
+    """1 for each real image whose sample has rows of the attention loss, otherwise 0; [I] float32."""
+    row_of_sample = batch.sample_of_token().flatten(), batch.rows.flatten().float()
+    samples = len(batch.bounds()) - 1
+    has_rows_S = torch.zeros(samples, device=batch.input_ids.device).index_add_(0, *row_of_sample) > 0
+    return batch.image_weight.float() * has_rows_S[batch.image_sample]

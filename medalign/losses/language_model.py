@@ -1,18 +1,51 @@
-"""Next-token negative log-likelihood on the answer tokens (the paper's L_LM). B samples, K kept positions, V words."""
+"""Next-token negative log-likelihood on the answer tokens (the paper's L_LM).
+
+B samples, L tokens, K kept positions, V vocabulary, T supervised tokens, S samples of a packed batch.
+"""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 
-from medalign.contracts import IGNORE, LossTerm
+from medalign.contracts import IGNORE, Batch, LossValue, StudentOutput, TeacherTargets
+from medalign.losses.term import LossTerm, check_choice
 
 MEANS = ("tokens", "samples")
 
 
+class LanguageTerm(LossTerm):
+    """The language loss, named "language".
+
+    Args:
+        coefficient: factor in the total.
+        mean: over the answer "tokens" of the global batch, or over its "samples" of each sample's mean.
+
+    Raises:
+        ValueError: a negative coefficient, or an unknown `mean`.
+    """
+
+    def __init__(self, coefficient: float = 1.0, *, mean: str = "tokens") -> None:
+        super().__init__("language", coefficient)
+        check_choice("language_mean", mean, MEANS)
+        self.mean = mean
+
+    def count(self, batch: Batch) -> torch.Tensor:
+        """Supervised tokens, or samples with a supervised token."""
+        sample_BL = self._sample_of_token(batch)
+        return supervised_tokens(batch.labels) if sample_BL is None else supervised_samples(batch.labels, sample_BL)
+
+    def compute(self, output: StudentOutput, targets: TeacherTargets | None, batch: Batch) -> LossValue:
+        """The summed loss and its count."""
+        return language_model(output.logits, output.kept, batch.labels, self._sample_of_token(batch))
+
+    def _sample_of_token(self, batch: Batch) -> torch.Tensor | None:
+        return batch.sample_of_token() if self.mean == "samples" else None
+
+
 def language_model(
     logits_BKV: torch.Tensor, kept_K: torch.Tensor, labels_BL: torch.Tensor, sample_BL: torch.Tensor | None = None
-) -> LossTerm:
+) -> LossValue:
     """The summed loss and the number of supervised tokens; with `sample_BL`, the sum over the samples of each sample's
     mean loss, and the number of samples with a supervised token.
 
@@ -20,9 +53,9 @@ def language_model(
         logits_BKV: any float dtype; the logit at position p predicts the label at p + 1. Only the rows that
             predict a supervised token are widened to float32.
         kept_K: int64, the positions at which logits were kept.
-        labels_BL: int64, not shifted; IGNORE where nothing is learned. The first label has nothing before it that
-            could predict it and does not count.
-        sample_BL: int64, the number of the sample that each token belongs to, from 0 on. Padding belongs to any.
+        labels_BL: int64, not shifted; IGNORE where nothing is learned. The first label has no token before it
+            that could predict it and does not count.
+        sample_BL: int64, index of the sample that each token belongs to, from 0. Padding may have any index.
 
     Raises:
         ValueError: shapes that do not fit, or a supervised token whose logit was not kept.
@@ -44,11 +77,11 @@ def language_model(
         )
     logits_TV = logits_BKV[supervised_BK].float()
     if sample_BL is None:
-        return LossTerm(F.cross_entropy(logits_TV, target_T, reduction="sum"), count=supervised_BK.sum().float())
+        return LossValue(F.cross_entropy(logits_TV, target_T, reduction="sum"), count=supervised_BK.sum().float())
     loss_T = F.cross_entropy(logits_TV, target_T, reduction="none")
     sample_T = F.pad(sample_BL[:, 1:], (0, 1))[:, kept_K][supervised_BK]
     tokens_S = supervised_by_sample(labels_BL, sample_BL)
-    return LossTerm(sum=(loss_T / tokens_S[sample_T]).sum(), count=(tokens_S > 0).sum().float())
+    return LossValue(sum=(loss_T / tokens_S[sample_T]).sum(), count=(tokens_S > 0).sum().float())
 
 
 def supervised_tokens(labels_BL: torch.Tensor) -> torch.Tensor:

@@ -1,131 +1,79 @@
-"""The training loss: `L = L_LM + alpha L_vis + beta L_att` (the paper's total objective)."""
+"""The training loss: `L = sum of coefficient * term`; the paper's is `L_LM + alpha L_vis + beta L_att`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 
 import torch
 
-from medalign.contracts import Batch, LossReport, LossTerm, StudentOutput, TeacherTargets
-from medalign.losses.attention import NORMALIZATIONS, attention_term
-from medalign.losses.language_model import MEANS, language_model, supervised_samples, supervised_tokens
-from medalign.losses.token_similarity import WEIGHTINGS, attention_weights, similarity_term
-
-LANGUAGE, SIMILARITY, ATTENTION = "language", "similarity", "attention"
+from medalign.contracts import Batch, LossReport, StudentOutput, TeacherTargets
+from medalign.losses.term import LossTerm
 
 
 class Objective:
-    """Weighs and adds the terms "language", "similarity" and "attention".
+    """A weighted sum of terms.
 
     Args:
-        alpha: coefficient of the spatial alignment loss.
-        beta: coefficient of the attention loss.
-        normalize: how attention becomes a distribution: sum, softmax or official.
-        language_mean: the language loss is a mean over answer "tokens", or over "samples" of each one's mean.
-        ignore_padding: leave patches of canvas padding alone out of both distillation losses.
-        impl: implementation of the kernels.
-        weighting: weights of the token pairs in the spatial loss: "uniform", or "teacher_attention" (w_i w_j, w
-            the teacher's attention scaled to mean 1).
+        terms: the terms, in the order in which they are added.
 
     Raises:
-        ValueError: a negative coefficient, or a name that does not exist.
+        ValueError: two terms have the same name, or no term has a coefficient above 0.
     """
 
-    def __init__(
-        self,
-        alpha: float,
-        beta: float,
-        normalize: str = "sum",
-        ignore_padding: bool = False,
-        impl: str = "auto",
-        weighting: str = "uniform",
-        language_mean: str = "tokens",
-    ) -> None:
-        if alpha < 0 or beta < 0:
-            raise ValueError(f"Objective: alpha {alpha} and beta {beta} must not be negative")
-        for name, value, known in (
-            ("normalize", normalize, NORMALIZATIONS),
-            ("weighting", weighting, WEIGHTINGS),
-            ("language_mean", language_mean, MEANS),
-        ):
-            if value not in known:
-                raise ValueError(f'Objective: {name}="{value}" is none of {", ".join(known)}')
-        self.coefficients = {LANGUAGE: 1.0, SIMILARITY: alpha, ATTENTION: beta}
-        self.normalize = normalize
-        self.ignore_padding = ignore_padding
-        self.impl = impl
-        self.weighting = weighting
-        self.language_mean = language_mean
+    def __init__(self, terms: Sequence[LossTerm]) -> None:
+        repeated = [name for name, times in Counter(term.name for term in terms).items() if times > 1]
+        if repeated:
+            raise ValueError(f"Objective: several loss terms are named {', '.join(repeated)}; give each its own name")
+        if not any(term.coefficient > 0 for term in terms):
+            raise ValueError("Objective: no loss term has a coefficient above 0, so there is nothing to train")
+        self.terms = tuple(terms)
 
-    def coefficient(self, name: str) -> float:
-        """What the term `name` is multiplied with in the total."""
-        return self.coefficients[name]
+    @property
+    def coefficients(self) -> dict[str, float]:
+        """The coefficient of each term, by name."""
+        return {term.name: term.coefficient for term in self.terms}
 
     def counts(self, batch: Batch) -> dict[str, torch.Tensor]:
-        """The count of every term, from the batch alone: known before the forward pass, so that ranks can add up."""
-        sample_BL = self._samples(batch)
-        return {
-            LANGUAGE: supervised_tokens(batch.labels)
-            if sample_BL is None
-            else supervised_samples(batch.labels, sample_BL),
-            SIMILARITY: batch.image_weight.float().sum(),
-            ATTENTION: _asked_about(batch).sum(),
-        }
+        """The count of each term, by name, from the batch only; float32 scalars.
+
+        Known before the forward pass, so that all ranks can add them up first.
+        """
+        return {term.name: term.count(batch) for term in self.terms}
 
     def __call__(
         self, output: StudentOutput, targets: TeacherTargets | None, batch: Batch, scale: Mapping[str, float]
     ) -> LossReport:
-        """The terms of a micro-batch, and `total = sum of coefficient * term.sum * scale[name]`.
+        """The terms of a micro-batch, and `total = sum of coefficient * scale[name] * term.sum`.
 
-        `scale` holds for each term one over its count in the global batch (times whatever the caller's reduction
-        divides by). A term with coefficient 0 is reported without gradient where its inputs are there and left
-        out where they are not. Images of weight 0 stay in the graph, with gradient zero: under ZeRO-3 every rank
-        must run the same backward pass.
+        A term with coefficient 0 is computed without gradient; where one of its inputs is missing, it is left out.
 
-        Raises ValueError if a term has a coefficient and lacks an input.
+        Args:
+            output: the student's output for `batch`.
+            targets: the teacher's output; None when nothing is distilled.
+            batch: the micro-batch.
+            scale: for each term, one over its count in the global batch, times whatever the caller's reduction
+                divides by.
+
+        Raises:
+            ValueError: a term has a coefficient above 0 and one of its inputs is missing.
         """
-        terms = {LANGUAGE: language_model(output.logits, output.kept, batch.labels, self._samples(batch))}
-        for name, compute in ((SIMILARITY, self._similarity), (ATTENTION, self._attention)):
-            with torch.set_grad_enabled(torch.is_grad_enabled() and self.coefficients[name] > 0):
-                term = compute(output, targets, batch)
-            if term is not None:
-                terms[name] = term
-            elif self.coefficients[name] > 0:
+        values = {}
+        parts = []
+        for term in self.terms:
+            trained = term.coefficient > 0
+            with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
+                value = term.compute(output, targets, batch)
+            if value is not None:
+                values[term.name] = value
+                if trained:
+                    parts.append(term.coefficient * scale[term.name] * value.sum)
+            elif trained:
+                missing = "teacher targets" if targets is None else "captured values of the student"
                 raise ValueError(
-                    f"Objective: {name} has coefficient {self.coefficients[name]}, "
-                    f"but there are no {'teacher targets' if targets is None else 'tapped values of the student'}"
+                    f"Objective: {term.name} has coefficient {term.coefficient}, but there are no {missing}"
                 )
-        total = terms[LANGUAGE].sum * scale[LANGUAGE]
-        for name in (SIMILARITY, ATTENTION):
-            if name in terms and self.coefficients[name] > 0:
-                total = total + self.coefficients[name] * scale[name] * terms[name].sum
-        return LossReport(terms=terms, total=total)
-
-    def _similarity(self, output: StudentOutput, targets: TeacherTargets | None, batch: Batch) -> LossTerm | None:
-        if output.tokens is None or targets is None:
-            return None
-        mask = self._mask(batch)
-        weighted = self.weighting == "teacher_attention"
-        pair_weight = attention_weights(targets.attention, mask) if weighted else None
-        weight = batch.image_weight.float()
-        return similarity_term(output.tokens, targets.features, weight, mask, pair_weight, self.impl)
-
-    def _attention(self, output: StudentOutput, targets: TeacherTargets | None, batch: Batch) -> LossTerm | None:
-        if output.attention is None or targets is None:
-            return None
-        return attention_term(
-            output.attention, targets.attention, _asked_about(batch), self._mask(batch), self.normalize
-        )
-
-    def _samples(self, batch: Batch) -> torch.Tensor | None:
-        return batch.sample_of_token() if self.language_mean == "samples" else None
-
-    def _mask(self, batch: Batch) -> torch.Tensor | None:
-        return batch.patch_valid if self.ignore_padding else None
-
-
-def _asked_about(batch: Batch) -> torch.Tensor:
-    """1 for each real image whose sample has rows of the attention loss, else 0; [I] float32."""
-    asking = batch.sample_of_token().flatten(), batch.rows.flatten().float()
-    asking_S = torch.zeros(len(batch.bounds()) - 1, device=batch.input_ids.device).index_add_(0, *asking) > 0
-    return batch.image_weight.float() * asking_S[batch.image_sample]
+        total = parts[0]
+        for part in parts[1:]:
+            total = total + part
+        return LossReport(terms=values, total=total)

@@ -4,23 +4,62 @@ from __future__ import annotations
 
 import torch
 
-from medalign.contracts import LossTerm
+from medalign.contracts import Batch, LossValue, StudentOutput, TeacherTargets
 from medalign.kernels import token_similarity
+from medalign.losses.term import LossTerm, check_choice
 
 WEIGHTINGS = ("uniform", "teacher_attention")
 
 
-def similarity_term(
+class SimilarityTerm(LossTerm):
+    """The spatial alignment loss, named "similarity".
+
+    Args:
+        coefficient: the paper's alpha.
+        weighting: weights of the token pairs: "uniform", or "teacher_attention" (w_i w_j, w the teacher's attention
+            scaled to mean 1).
+        ignore_padding: leave out patches that show only canvas padding.
+        impl: implementation of the kernel.
+
+    Raises:
+        ValueError: a negative coefficient, or an unknown `weighting`.
+    """
+
+    def __init__(
+        self, coefficient: float, *, weighting: str = "uniform", ignore_padding: bool = False, impl: str = "auto"
+    ) -> None:
+        super().__init__("similarity", coefficient)
+        check_choice("weighting", weighting, WEIGHTINGS)
+        self.weighting = weighting
+        self.ignore_padding = ignore_padding
+        self.impl = impl
+
+    def count(self, batch: Batch) -> torch.Tensor:
+        """Real images."""
+        return batch.image_weight.float().sum()
+
+    def compute(self, output: StudentOutput, targets: TeacherTargets | None, batch: Batch) -> LossValue | None:
+        """The loss summed over the real images."""
+        if output.tokens is None or targets is None:
+            return None
+        mask_IN = batch.patch_valid if self.ignore_padding else None
+        weighted = self.weighting == "teacher_attention"
+        pair_weight_IN = attention_weights(targets.attention, mask_IN) if weighted else None
+        weight_I = batch.image_weight.float()
+        return similarity_loss(output.tokens, targets.features, weight_I, mask_IN, pair_weight_IN, self.impl)
+
+
+def similarity_loss(
     tokens_IND: torch.Tensor,
     features_INE: torch.Tensor,
     weight_I: torch.Tensor,
     mask_IN: torch.Tensor | None = None,
     pair_weight_IN: torch.Tensor | None = None,
     impl: str = "auto",
-) -> LossTerm:
+) -> LossValue:
     """The loss summed over images, each with its weight (0 for an image that is not real)."""
     loss_I = token_similarity(tokens_IND, features_INE, mask_IN, pair_weight_IN, impl=impl)
-    return LossTerm(sum=(loss_I * weight_I).sum(), count=weight_I.sum())
+    return LossValue(sum=(loss_I * weight_I).sum(), count=weight_I.sum())
 
 
 def attention_weights(attention_IN: torch.Tensor, mask_IN: torch.Tensor | None = None) -> torch.Tensor:

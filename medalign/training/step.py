@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import torch
 
@@ -16,6 +17,15 @@ from medalign.teacher.clip import Teacher
 from medalign.teacher.targets import AsyncTeacher
 
 _FAULTS = "faults"  # ranks without micro-batches, counted beside the terms
+_COUNT = "count/"  # before the name of a term: its count, summed beside its value
+
+
+class BatchList(Protocol):
+    """Micro-batches of which the number is known; read one after the other."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Batch]: ...
 
 
 class TrainStep:
@@ -55,8 +65,42 @@ class TrainStep:
             reports.append({name: term.sum.detach() for name, term in report.terms.items()})
         sums = distributed.sum_over_ranks(_add(reports))
         means = {name: float(value) / max(totals[name], 1.0) for name, value in sums.items()}
-        total = sum(self.objective.coefficient(name) * mean for name, mean in means.items())
-        return {f"loss/{name}": mean for name, mean in means.items()} | {"loss/total": total, "optim/grad_norm": norm}
+        return self._metrics(means) | {"optim/grad_norm": norm}
+
+    @torch.no_grad()
+    def evaluate(self, batches: BatchList) -> dict[str, float]:
+        """The loss terms as means over `batches` of all ranks, with teacher forcing and without dropout.
+
+        Every rank must call it, with the same number of batches. What one rank raises while it reads a batch, all
+        raise.
+
+        Args:
+            batches: this rank's micro-batches; iterated once.
+
+        Returns:
+            `loss/NAME` of each term, and `loss/total`; the same on every rank.
+        """
+        student, names = self.engine.student, list(self.objective.coefficients)
+        rows: list[dict[str, torch.Tensor]] = []
+        unread = iter(batches)
+        student.eval()
+        for _ in range(len(batches)):
+            with distributed.raise_on_all_ranks():
+                batch = next(unread).to(self.engine.device)
+            report = self._forward(batch, dict.fromkeys(names, 1.0))
+            rows.append(
+                {name: term.sum.double() for name, term in report.terms.items()}
+                | {f"{_COUNT}{name}": count.double() for name, count in self.objective.counts(batch).items()}
+            )
+        student.train()
+        sums = distributed.sum_over_ranks({name: torch.stack([row[name] for row in rows]).sum() for name in rows[0]})
+        means = {name: float(sums[name]) / max(float(sums[f"{_COUNT}{name}"]), 1.0) for name in names if name in sums}
+        return self._metrics(means)
+
+    def _metrics(self, means: dict[str, float]) -> dict[str, float]:
+        coefficients = self.objective.coefficients
+        total = sum(coefficients[name] * mean for name, mean in means.items())
+        return {f"loss/{name}": mean for name, mean in means.items()} | {"loss/total": total}
 
     def _totals(self, batches: Sequence[Batch], fault: MedAlignError | None) -> dict[str, float]:
         """The count of every term over the global batch; raises where a rank has a fault instead of batches.

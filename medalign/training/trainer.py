@@ -1,4 +1,4 @@
-"""The schedule of a run and nothing else: when to step, to write a row, to write a checkpoint."""
+"""The training loop. It takes steps and calls hooks; everything else that happens during a run is a callback."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -17,55 +18,126 @@ from medalign.contracts import Batch
 from medalign.data.batches.loader import check_skip_rate
 from medalign.errors import DivergedError, MedAlignError
 from medalign.observability.meters import Throughput, peak_memory_gib
-from medalign.observability.sinks import ConsoleSink, Sink
 from medalign.training.schedule import rates, total_steps
 from medalign.training.step import TrainStep
 
 log = logging.getLogger("medalign")
 
 
-def train(
-    config: Config,
-    step: TrainStep,
-    batches: Iterator[list[Batch]],
-    progress: TrainState,
-    sinks: Sequence[Sink],
-    save: Callable[[TrainState], None],
-) -> TrainState:
-    """Run from `progress.step` to the last step. `save` is called on every rank.
+class Callback:
+    """Hooks of a training run. Each does nothing unless a subclass overrides it.
+
+    Every rank calls the hooks at the same places, for its callbacks in their order. A callback whose hook communicates
+    between ranks must be attached on all of them; one that only writes may be attached on rank 0 only.
+    """
+
+    def on_train_start(self, trainer: Trainer) -> None:
+        """Called before the first step."""
+
+    def on_step_start(self, trainer: Trainer) -> None:
+        """Called before the batch is read; `trainer.state.step` steps are done."""
+
+    def on_step_end(self, trainer: Trainer) -> None:
+        """Called after the update; `trainer.state` includes the step, and its metrics are logged if they are due."""
+
+    def on_log(self, trainer: Trainer, values: Mapping[str, float]) -> None:
+        """Called with metrics of the step `trainer.state.step`: means over all ranks, except for memory."""
+
+    def on_checkpoint(self, trainer: Trainer, folder: Path) -> None:
+        """Called when a checkpoint is complete in `folder`."""
+
+    def on_train_end(self, trainer: Trainer) -> None:
+        """Called after the last step; not called if training ends with an exception."""
+
+    def on_exception(self, trainer: Trainer, error: BaseException) -> None:
+        """Called when training ends with `error`, possibly on this rank only: it must not wait for other ranks."""
+
+
+class Trainer:
+    """Runs the steps of a run and calls the hooks of its callbacks.
 
     Args:
-        batches: for each step from `progress.step` on, this rank's micro-batches.
-        sinks: where rows go; empty on ranks other than 0.
+        config: the whole configuration, with `train.steps` resolved.
+        step: one optimizer step.
+        batches: for each step from `state.step` on, this rank's micro-batches.
+        state: where the run stands.
+        callbacks: in the order in which their hooks are called.
     """
-    total, device = total_steps(config.train), step.engine.device
-    speed, row = Throughput(device), {}
-    started = time.perf_counter() - progress.seconds
-    for number in range(progress.step, total):
-        distributed.seed_step(config.run.seed, number)
-        with speed.waiting():
-            micro_batches, fault = _next_batch_or_error(batches)
-        now = rates(number, config.train)
-        losses = step(micro_batches, now, fault)
-        _check_finite(losses, number + 1, micro_batches)
-        done = number + 1
-        progress = _update_state(progress, config, done, micro_batches, device)
-        progress = replace(progress, seconds=time.perf_counter() - started)
-        speed.add(sum(len(b.keys) for b in micro_batches), sum(int(b.attention_mask.sum()) for b in micro_batches))
-        if done % config.log.every == 0 or done == total:
-            row = losses | _rates(step.engine.rates()) | speed.reduce() | _state(progress, device)
-            for sink in sinks:
-                sink.log(done, row)
-        _update_progress_bar(sinks, done)
-        if done % config.checkpoint.every == 0 or done == total:
-            began = time.perf_counter()
-            save(progress)
-            log.info("step %d: checkpoint written in %.1f s", done, time.perf_counter() - began)
-    return progress
+
+    def __init__(
+        self,
+        config: Config,
+        step: TrainStep,
+        batches: Iterator[list[Batch]],
+        state: TrainState,
+        callbacks: Sequence[Callback] = (),
+    ) -> None:
+        self.config = config
+        self.step = step
+        self.state = state
+        self.callbacks = tuple(callbacks)
+        self.total_steps = total_steps(config.train)
+        self._batches = batches
+        self._speed = Throughput(step.engine.device)
+        self._started = 0.0  # seconds of the clock at which the run would have begun without a pause
+
+    def fit(self) -> TrainState:
+        """Train up to the last step. Every rank must call it.
+
+        Returns:
+            Where the run stands at the end.
+
+        Raises:
+            DivergedError: a loss or the gradient's norm is not finite.
+            DataError: too many samples cannot be used, or a shard is lost.
+            CheckpointError: a checkpoint cannot be written.
+        """
+        self._speed = Throughput(self.step.engine.device)
+        self._started = time.perf_counter() - self.state.seconds
+        try:
+            self.call_hooks(lambda callback: callback.on_train_start(self))
+            while self.state.step < self.total_steps:
+                self._take_step()
+            self.call_hooks(lambda callback: callback.on_train_end(self))
+        except BaseException as error:
+            for callback in self.callbacks:
+                callback.on_exception(self, error)
+            raise
+        return self.state
+
+    def call_hooks(self, hook: Callable[[Callback], None]) -> None:
+        """Call a hook of every callback. Every rank must call it."""
+        for callback in self.callbacks:
+            hook(callback)
+
+    def log(self, values: Mapping[str, float]) -> None:
+        """Hand metrics of the current step to the callbacks. Every rank must call it."""
+        self.call_hooks(lambda callback: callback.on_log(self, values))
+
+    def _take_step(self) -> None:
+        config, index = self.config, self.state.step
+        self.call_hooks(lambda callback: callback.on_step_start(self))
+        distributed.seed_step(config.run.seed, index)
+        with self._speed.waiting():
+            micro_batches, fault = _next_batch_or_error(self._batches)
+        losses = self.step(micro_batches, rates(index, config.train), fault)
+        done = index + 1
+        _check_finite(losses, done, micro_batches)
+        device = self.step.engine.device
+        state = _update_state(self.state, config, done, micro_batches, device)
+        self.state = replace(state, seconds=time.perf_counter() - self._started)
+        self._speed.add(
+            samples=sum(len(batch.keys) for batch in micro_batches),
+            tokens=sum(int(batch.attention_mask.sum()) for batch in micro_batches),
+        )
+        if done % config.log.every == 0 or done == self.total_steps:
+            learning_rates = _learning_rates(self.step.engine.rates())
+            self.log(losses | learning_rates | self._speed.reduce() | _state_metrics(self.state, device))
+        self.call_hooks(lambda callback: callback.on_step_end(self))
 
 
 def _next_batch_or_error(batches: Iterator[list[Batch]]) -> tuple[list[Batch], MedAlignError | None]:
-    """This rank's micro-batches, or why there are none: the step tells the other ranks, which would wait for it."""
+    """This rank's micro-batches, or the error instead of them; the step raises it on all ranks."""
     try:
         return next(batches), None
     except MedAlignError as error:
@@ -73,7 +145,11 @@ def _next_batch_or_error(batches: Iterator[list[Batch]]) -> tuple[list[Batch], M
 
 
 def _check_finite(losses: Mapping[str, float], done: int, micro_batches: Sequence[Batch]) -> None:
-    """Stop on all ranks at the first step that is not a number; its weights are never written to a checkpoint."""
+    """Stop on all ranks at the first step that is not finite; its weights are never written to a checkpoint.
+
+    Raises:
+        DivergedError: a value of `losses` is not finite.
+    """
     lost = [f"{name} is {value}" for name, value in losses.items() if not math.isfinite(value)]
     if lost:
         keys = ", ".join(key for batch in micro_batches for key in batch.keys)
@@ -84,40 +160,39 @@ def _check_finite(losses: Mapping[str, float], done: int, micro_batches: Sequenc
 
 
 def _update_state(
-    progress: TrainState, config: Config, done: int, micro_batches: Sequence[Batch], device: object
+    state: TrainState, config: Config, done: int, micro_batches: Sequence[Batch], device: object
 ) -> TrainState:
+    """The state after step `done`, with the bad and cut samples of all ranks. Every rank must call it.
+
+    Raises:
+        DataError: the run has skipped more than `data.max_skip_fraction` of its samples; on all ranks.
+    """
     reasons = [reason for batch in micro_batches for reason in batch.skipped]
     for reason in reasons:
         log.warning("bad sample replaced: %s", reason)
-    bad = torch.tensor([len(reasons), sum(b.truncated for b in micro_batches)])
-    skipped, truncated = distributed.sum_over_ranks({"bad": bad.to(str(device))})["bad"].tolist()
-    progress = replace(
-        progress,
+    counts = torch.tensor([len(reasons), sum(batch.truncated for batch in micro_batches)])
+    skipped, truncated = distributed.sum_over_ranks({"counts": counts.to(str(device))})["counts"].tolist()
+    state = replace(
+        state,
         step=done,
         samples=done * config.train.batch_size,
-        skipped=progress.skipped + int(skipped),
-        truncated=progress.truncated + int(truncated),
+        skipped=state.skipped + int(skipped),
+        truncated=state.truncated + int(truncated),
     )
     # Of all ranks together, so that all stop at the same step and none waits for another.
-    check_skip_rate(progress.skipped, progress.samples, config.data.max_skip_fraction, reasons)
-    return progress
+    check_skip_rate(state.skipped, state.samples, config.data.max_skip_fraction, reasons)
+    return state
 
 
-def _rates(groups: Mapping[str, float]) -> dict[str, float]:
+def _learning_rates(groups: Mapping[str, float]) -> dict[str, float]:
     """The learning rates of a row: `optim/lr` is that of LoRA, `optim/lr_NAME` that of another parameter group."""
     return {"optim/lr" if name == "adapters" else f"optim/lr_{name}": rate for name, rate in groups.items()}
 
 
-def _state(progress: TrainState, device: object) -> dict[str, float]:
+def _state_metrics(state: TrainState, device: object) -> dict[str, float]:
     return {
-        "time/elapsed_seconds": progress.seconds,
-        "data/skipped": progress.skipped,
-        "data/truncated": progress.truncated,
+        "time/elapsed_seconds": state.seconds,
+        "data/skipped": state.skipped,
+        "data/truncated": state.truncated,
         "memory/peak_gib": peak_memory_gib(str(device)),
     }
-
-
-def _update_progress_bar(sinks: Sequence[Sink], done: int) -> None:
-    for sink in sinks:
-        if isinstance(sink, ConsoleSink):
-            sink.tick(done)

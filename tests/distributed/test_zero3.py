@@ -8,11 +8,15 @@ from typing import Any
 import pytest
 
 from tests.distributed.ranks import run_worker
+from tests.own_loss import COEFFICIENT
 
 COMMON = {"steps": 3, "batch": 4}
+OWN = {"extra": ["tests.own_loss.z_loss"]}
 ONE_RANK = {
     "whole": {"micro": 4},
     "accumulated": {"micro": 1},
+    "own term": {"micro": 4, **OWN},
+    "own term accumulated": {"micro": 1, **OWN},
     "zero2": {"micro": 4, "engine": "zero2"},
     "mixed": {"micro": 4, "text_only": [2, 3]},
     "still projector": {"micro": 4, "projector_lr": 0.0, "weight_decay": 0.5},
@@ -23,6 +27,7 @@ ONE_RANK = {
 }
 TWO_RANKS = {
     "halves": {"micro": 2},
+    "own term": {"micro": 2, **OWN},
     "mixed": {"micro": 2, "text_only": [2, 3]},
     "text": {"micro": 2, "text_only": [0, 1, 2, 3]},
     "packed": {"micro": 2, "packed": True, "text_only": [2, 3]},
@@ -59,6 +64,24 @@ def test_two_ranks_equal_one(one, two):
 
 def test_accumulation_equals_one_micro_batch(one):
     assert_same(one["whole"], one["accumulated"])
+
+
+def test_a_term_from_outside_the_package_is_trained(one):
+    """It is logged, it is part of the total, and its gradient moves the weights elsewhere than without it."""
+    own, without = one["own term"], one["whole"]
+    first, before = own["losses"][0], without["losses"][0]
+    assert first["loss/z_loss"] > 0
+    assert {name: first[name] for name in before if name not in ("loss/total", "optim/grad_norm")} == {
+        name: value for name, value in before.items() if name not in ("loss/total", "optim/grad_norm")
+    }
+    assert first["loss/total"] == pytest.approx(before["loss/total"] + COEFFICIENT * first["loss/z_loss"], rel=1e-6)
+    assert first["optim/grad_norm"] != before["optim/grad_norm"]
+    assert own["learnt"] != without["learnt"]
+
+
+def test_a_term_from_outside_does_not_depend_on_how_the_batch_is_cut(one, two):
+    assert_same(one["own term"], one["own term accumulated"])
+    assert_same(one["own term"], two[0]["own term"])
 
 
 def test_zero2_equals_zero3(one):

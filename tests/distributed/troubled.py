@@ -22,10 +22,11 @@ from medalign.contracts import Batch
 from medalign.engine import engine as door
 from medalign.engine.engine import Engine
 from medalign.errors import DataError
-from medalign.losses.objective import Objective
+from medalign.losses import LanguageTerm, Objective
 from medalign.student.model import Student
-from medalign.training import trainer
+from medalign.training.callbacks import Checkpointing
 from medalign.training.step import TrainStep
+from medalign.training.trainer import Trainer
 from tests import tiny
 from tests.distributed.workers import build, configure, main, share
 
@@ -40,7 +41,7 @@ def troubles(settings: dict[str, Any]) -> dict[str, Any]:
     config.train.steps, config.checkpoint.every = 3, 1
     engine, student, step = build(config)
     # On the CPU the kernels of distillation refuse what is no number before the loss can be one.
-    language = TrainStep(engine, None, Objective(0.0, 0.0), student.anatomy.grid)
+    language = TrainStep(engine, None, Objective([LanguageTerm()]), student.anatomy.grid)
     results = {
         "together": raised(lambda: _together(1)),
         "latest": _latest(folder / "seen"),
@@ -80,7 +81,13 @@ def _latest(root: Path) -> str:
 def _loop(config: Config, step: TrainStep, batches: Callable[[], Iterator[list[Batch]]]) -> dict[str, Any]:
     saved: list[int] = []
     begun = TrainState(step=0, samples=0, ranks=2)
-    said = raised(lambda: trainer.train(config, step, batches(), begun, [], lambda now: saved.append(now.step)))
+
+    def save(now: TrainState) -> Path:
+        saved.append(now.step)
+        return Path()
+
+    checkpointing = Checkpointing(config.checkpoint.every, save)
+    said = raised(lambda: Trainer(config, step, batches(), begun, [checkpointing]).fit())
     return {"raised": said, "saved": saved}
 
 

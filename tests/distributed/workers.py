@@ -18,7 +18,8 @@ from medalign.contracts import Batch
 from medalign.engine import engine as door
 from medalign.engine.engine import Engine
 from medalign.engine.settings import deepspeed_settings, precision
-from medalign.run import build_objective, build_teacher, parameter_groups
+from medalign.losses import build_objective
+from medalign.run import build_teacher, parameter_groups
 from medalign.student.loading import load_student
 from medalign.student.model import Student
 from medalign.teacher.targets import assert_replicated
@@ -33,6 +34,7 @@ def configure(settings: dict[str, Any]) -> Config:
     config.student.layer, config.student.lora = 2, LoraConfig(rank=4, alpha=8)
     config.student.train_projector = True
     config.losses.alpha, config.losses.beta = settings.get("alpha", 1.0), settings.get("beta", 0.5)
+    config.losses.extra = settings.get("extra", [])
     config.losses.language_mean = settings.get("language_mean", "tokens")
     config.train.steps, config.train.lr = 100, 1e-3
     config.train.projector_lr = settings.get("projector_lr", 1e-3)

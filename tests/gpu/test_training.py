@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from medalign.run import build_objective
+from medalign.losses import build_objective
 from medalign.student.loading import load_student
 from medalign.teacher.clip import load_teacher
 from medalign.teacher.targets import teacher_targets

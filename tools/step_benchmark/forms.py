@@ -21,12 +21,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from medalign.config import Config
-from medalign.contracts import IGNORE, Batch, LossReport, LossTerm, StudentOutput, TeacherTargets
+from medalign.config import Config, LossConfig
+from medalign.contracts import IGNORE, Batch, LossReport, LossValue, StudentOutput, TeacherTargets
 from medalign.engine.engine import Engine
 from medalign.geometry import gather_images
 from medalign.kernels.token_similarity.reference import cosines
-from medalign.losses.objective import Objective
+from medalign.losses import Objective, SimilarityTerm, build_terms
 from medalign.student.loading import attention_names
 from medalign.student.model import Student
 from medalign.student.packing import layout
@@ -80,10 +80,10 @@ class ReleasedStudent(Student):
         )
 
 
-class ReleasedObjective(Objective):
+class ReleasedSimilarity(SimilarityTerm):
     """The spatial loss from whole matrices [I, N, N], differentiated by autograd; the teacher's may be given."""
 
-    def _similarity(self, output: StudentOutput, targets: TeacherTargets | None, batch: Batch) -> LossTerm | None:
+    def compute(self, output: StudentOutput, targets: TeacherTargets | None, batch: Batch) -> LossValue | None:
         if output.tokens is None or targets is None:
             return None
         student_INN = cosines(output.tokens.float(), batch.patch_valid)
@@ -92,7 +92,7 @@ class ReleasedObjective(Objective):
         teacher_INN = targets.features if given else cosines(targets.features, batch.patch_valid)
         loss_I = (student_INN - teacher_INN).square().mean((1, 2))
         weight_I = batch.image_weight.float()
-        return LossTerm(sum=(loss_I * weight_I).sum(), count=weight_I.sum())
+        return LossValue(sum=(loss_I * weight_I).sum(), count=weight_I.sum())
 
 
 class GivenStep(TrainStep):
@@ -126,8 +126,10 @@ class Bench:
     def _step(self, form: Form) -> TrainStep:
         losses = self.config.losses
         alpha, beta = (losses.alpha, losses.beta) if form.distils else (0.0, 0.0)
-        kind = ReleasedObjective if form.released else Objective
-        objective = kind(alpha, beta, impl=losses.impl)
+        language, similarity, attention = build_terms(LossConfig(alpha=alpha, beta=beta, impl=losses.impl))
+        if form.released:
+            similarity = ReleasedSimilarity(alpha, impl=losses.impl)
+        objective = Objective([language, similarity, attention])
         grid = self.student.anatomy.grid
         if not form.given:
             return TrainStep(self.engine, self.teacher if form.distils else None, objective, grid)

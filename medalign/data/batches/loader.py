@@ -89,6 +89,53 @@ class TrainLoader:
         return rank_indices_and_prefetch(self.order, self.plan, self.rank, self.start_step, self.workers)
 
 
+class ValidationLoader:
+    """This rank's micro-batches of all held-out samples, in order, once per iteration.
+
+    Micro-batch k goes to rank k modulo the ranks, so its samples do not depend on how many ranks there are. Every rank
+    gets the same number; where a rank has none left, its last one is a batch without weight. A sample that cannot be
+    used is replaced as in training.
+
+    Args:
+        micro_batch: samples of one forward pass.
+        workers: reading processes; 0 reads in this one. The batches are the same.
+    """
+
+    def __init__(
+        self,
+        index: ShardIndex,
+        collator: Collator,
+        *,
+        micro_batch: int,
+        rank: int = 0,
+        world: int = 1,
+        workers: int = 0,
+    ) -> None:
+        starts = range(0, len(index), micro_batch)
+        parts = [list(range(start, min(start + micro_batch, len(index)))) for start in starts]
+        parts += [[]] * (-len(parts) % world)
+        self._parts = parts[rank::world]
+        self._workers = workers
+        self._reader = _Reader(index, collator)
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def __iter__(self) -> Iterator[Batch]:
+        micro_batches = DataLoader(
+            self._reader,
+            sampler=[MicroBatchIndices(part, []) for part in self._parts],
+            batch_size=None,
+            collate_fn=_as_is,
+            num_workers=self._workers,
+            generator=torch.Generator(),  # its own, so that loading draws nothing from the trainer's
+        )
+        for batch in micro_batches:
+            if isinstance(batch, MedAlignError):
+                raise batch
+            yield batch
+
+
 class MicroBatchIndices(NamedTuple):
     """Work for one reader."""
 

@@ -14,13 +14,13 @@ from matplotlib.figure import Figure
 
 from medalign.evaluation.report.runs import RunRecord
 
-PANELS = {
+TITLES = {  # of the paper's losses; they come first, any other loss after them
     "loss/total": "total loss",
     "loss/language": "language loss",
     "loss/similarity": "spatial alignment loss",
     "loss/attention": "attention loss",
-    "optim/grad_norm": "gradient norm",
 }
+LOSSES = ("loss/", "validation/loss/")
 SERIES = 6  # colors of the page; more runs begin again
 MOST_POINTS = 600  # of a raw curve; more are thinned out
 INK, RULE = "#010203", "#010204"  # stand-ins, replaced by the page's variables
@@ -35,14 +35,30 @@ class Panel:
 
 
 def panels(runs: Sequence[RunRecord]) -> list[Panel]:
-    """A panel for each quantity that any run has: the raw values pale, their smoothed course strong."""
+    """A panel for every loss that any run logged, and the gradient's norm: raw values pale, smoothed values strong."""
     drawn = []
-    for key, title in PANELS.items():
+    for key, title in _titles(runs).items():
         series = [(number, *_series(run, key)) for number, run in enumerate(runs)]
         present = [(number, steps, values) for number, steps, values in series if len(steps)]
         if present:
             drawn.append(Panel(title, _draw(key, title, present)))
     return drawn
+
+
+def _titles(runs: Sequence[RunRecord]) -> dict[str, str]:
+    """The title of each logged quantity, in the order of the panels."""
+    logged = dict.fromkeys(key for run in runs for row in run.rows for key in row if key.startswith(LOSSES))
+    losses = {
+        key: TITLES.get(key) or _title(key) for key in sorted(logged, key=lambda key: not key.startswith("loss/"))
+    }
+    return TITLES | losses | {"optim/grad_norm": "gradient norm"}
+
+
+def _title(key: str) -> str:
+    split, _, name = key.rpartition("loss/")
+    if split:
+        return f"validation: {TITLES.get(f'loss/{name}') or _title(f'loss/{name}')}"
+    return f"loss term {name}"
 
 
 def smoothed(values: np.ndarray, span: int) -> np.ndarray:

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import tarfile
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -256,6 +257,16 @@ def test_curves_take_the_page_s_colors(runs):
         assert "var(--series-1)" in panel.svg and "var(--series-0)" not in panel.svg  # the base was not trained
         assert not re.search(r"#0102|DejaVu|<metadata", panel.svg)
         assert f"var(--series-{SERIES})" not in panel.svg
+
+
+def test_every_loss_that_a_run_logged_is_drawn(runs):
+    records = read_runs(runs)
+    rows = [
+        {"step": step, "loss/z_loss": 2.0 / step, "loss/total": 1.0, "validation/loss/total": 1.5, "data/skipped": 0}
+        for step in (1, 2, 3)
+    ]
+    titles = [panel.title for panel in panels([replace(record, rows=rows) for record in records])]
+    assert titles == ["total loss", "loss term z_loss", "validation: total loss"]
 
 
 def test_smoothing_keeps_a_constant_and_does_not_lag():

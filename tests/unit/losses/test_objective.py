@@ -5,10 +5,16 @@ from dataclasses import replace
 import pytest
 import torch
 
+from medalign.config import LossConfig
 from medalign.contracts import IGNORE, Batch, StudentOutput, TeacherTargets
 from medalign.kernels import token_similarity
-from medalign.losses import Objective, attention_kl
+from medalign.losses import Objective, attention_kl, build_terms
 from medalign.losses.token_similarity import attention_weights
+
+
+def objective(alpha=1.0, beta=1.0, **settings):
+    return Objective(build_terms(LossConfig(alpha=alpha, beta=beta, **settings)))
+
 
 ONE = {"language": 1.0, "similarity": 1.0, "attention": 1.0}
 TOKENS, LENGTH, WIDTH = 4, 12, 6
@@ -58,7 +64,7 @@ def values(images=3):
 def test_total_is_the_weighted_sum_of_the_terms():
     _, output, targets = values()
     scale = {"language": 0.5, "similarity": 0.25, "attention": 2.0}
-    report = Objective(alpha=0.3, beta=0.7)(output, targets, batch(), scale)
+    report = objective(0.3, 0.7)(output, targets, batch(), scale)
     similarity = token_similarity(output.tokens, targets.features).sum()
     attention = attention_kl(output.attention, targets.attention).sum()
     torch.testing.assert_close(report.terms["similarity"].sum, similarity)
@@ -78,17 +84,17 @@ def test_total_is_the_weighted_sum_of_the_terms():
 )
 def test_counts_come_from_the_batch_and_agree_with_the_terms(weights, questions, mean, counts):
     _, output, targets = values(len(weights))
-    objective = Objective(1.0, 1.0, language_mean=mean)
+    losses = objective(language_mean=mean)
     micro_batch = batch(weights, questions)
-    found = objective.counts(micro_batch)
-    report = objective(output, targets, micro_batch, ONE)
+    found = losses.counts(micro_batch)
+    report = losses(output, targets, micro_batch, ONE)
     for name, count in zip(("language", "similarity", "attention"), counts, strict=True):
         assert found[name] == count == report.terms[name].count
 
 
 def test_images_of_weight_zero_stay_connected_with_zero_gradient():
     leaves, output, targets = values(1)
-    report = Objective(1.0, 1.0)(output, targets, batch((0,)), ONE)
+    report = objective()(output, targets, batch((0,)), ONE)
     report.total.backward()
     for name in ("tokens", "attention"):
         assert (leaves[name].grad == 0).all()
@@ -97,7 +103,7 @@ def test_images_of_weight_zero_stay_connected_with_zero_gradient():
 
 def test_an_image_nobody_asks_about_has_no_attention_loss():
     leaves, output, targets = values()
-    Objective(1.0, 1.0)(output, targets, batch(questions=(True, False)), ONE).total.backward()
+    objective()(output, targets, batch(questions=(True, False)), ONE).total.backward()
     assert (leaves["attention"].grad[2] == 0).all() and (leaves["attention"].grad[:2] != 0).any(1).all()
     assert (leaves["tokens"].grad != 0).any(-1).all()
 
@@ -106,35 +112,35 @@ def test_rows_of_their_own_decide_which_images_have_an_attention_loss():
     _, output, targets = values()
     rows = torch.zeros(2, LENGTH, dtype=torch.bool)
     rows[1, 10] = True  # inside the answer of sample 1
-    term = Objective(1.0, 1.0)(output, targets, replace(batch(), attention_rows=rows), ONE).terms["attention"]
-    assert term.count == 1 == Objective(1.0, 1.0).counts(replace(batch(), attention_rows=rows))["attention"]
+    term = objective()(output, targets, replace(batch(), attention_rows=rows), ONE).terms["attention"]
+    assert term.count == 1 == objective().counts(replace(batch(), attention_rows=rows))["attention"]
     torch.testing.assert_close(term.sum, attention_kl(output.attention, targets.attention)[2])
 
 
 def test_each_term_reaches_its_own_input_alone():
     for name, reached in (("similarity", "tokens"), ("attention", "attention"), ("language", "logits")):
         leaves, output, targets = values()
-        Objective(1.0, 1.0)(output, targets, batch(), ONE).terms[name].sum.backward()
+        objective()(output, targets, batch(), ONE).terms[name].sum.backward()
         assert [leaf for leaf, value in leaves.items() if value.grad is not None] == [reached]
 
 
 def test_coefficient_zero_is_reported_without_gradient_or_left_out():
     leaves, output, targets = values()
-    report = Objective(0.0, 0.0)(output, targets, batch(), ONE)
+    report = objective(0.0, 0.0)(output, targets, batch(), ONE)
     assert set(report.terms) == {"language", "similarity", "attention"}
     report.total.backward()
     assert leaves["tokens"].grad is None and not report.terms["similarity"].sum.requires_grad
     bare = StudentOutput(logits=output.logits, kept=output.kept, tokens=None, attention=None)
-    assert set(Objective(0.0, 0.0)(bare, None, batch(), ONE).terms) == {"language"}
+    assert set(objective(0.0, 0.0)(bare, None, batch(), ONE).terms) == {"language"}
     with pytest.raises(ValueError, match="similarity has coefficient"):
-        Objective(1.0, 0.0)(bare, targets, batch(), ONE)
+        objective(1.0, 0.0)(bare, targets, batch(), ONE)
     with pytest.raises(ValueError, match="attention has coefficient .* no teacher targets"):
-        Objective(0.0, 1.0)(output, None, batch(), ONE)
+        objective(0.0, 1.0)(output, None, batch(), ONE)
 
 
 def test_padding_can_be_ignored():
     leaves, output, targets = values()
-    Objective(1.0, 1.0, ignore_padding=True)(output, targets, batch(), ONE).total.backward()
+    objective(ignore_padding=True)(output, targets, batch(), ONE).total.backward()
     for name in ("tokens", "attention"):
         assert (leaves[name].grad[0, 3] == 0).all()
         assert (leaves[name].grad[0, :3] != 0).any()
@@ -142,7 +148,7 @@ def test_padding_can_be_ignored():
 
 def test_pairs_can_be_weighted_by_the_teachers_attention():
     _, output, targets = values()
-    report = Objective(1.0, 0.0, weighting="teacher_attention", ignore_padding=True)(output, targets, batch(), ONE)
+    report = objective(1.0, 0.0, weighting="teacher_attention", ignore_padding=True)(output, targets, batch(), ONE)
     mask = batch().patch_valid
     weight = attention_weights(targets.attention, mask)
     torch.testing.assert_close(weight.sum(1), mask.sum(1).float())
@@ -154,7 +160,7 @@ def test_pairs_can_be_weighted_by_the_teachers_attention():
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        ({"alpha": -1.0}, "alpha"),
+        ({"alpha": -1.0}, "similarity.*-1"),
         ({"normalize": "l1"}, "normalize"),
         ({"weighting": "pairs"}, "weighting"),
         ({"language_mean": "words"}, "language_mean"),
@@ -162,4 +168,4 @@ def test_pairs_can_be_weighted_by_the_teachers_attention():
 )
 def test_bad_settings_are_named(arguments, named):
     with pytest.raises(ValueError, match=named):
-        Objective(**({"alpha": 1.0, "beta": 1.0} | arguments))
+        objective(**arguments)

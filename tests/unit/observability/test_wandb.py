@@ -19,7 +19,7 @@ from medalign import config
 from medalign.checkpoint.state import TrainState
 from medalign.distributed import log
 from medalign.observability.sinks import WandbSink
-from medalign.run import build_sinks
+from medalign.run import build_loggers
 
 BLOCK, HEADER = 32768, 7  # LevelDB log framing; the file starts with a header of the same size
 
@@ -117,8 +117,8 @@ def test_a_run_is_named_by_its_id_unless_it_is_given_a_name(at_home):
     words = ["--data.train", "c", "--run.dir", str(folder), "--engine.deepspeed", "doe_cluster.json"]
     for name in (None, "trial"):
         settings = config.load("phantom", [*words, *(["--log.name", name] if name else [])])
-        for sink in build_sinks(settings, folder, TrainState(step=0, samples=0, ranks=1)):
-            sink.close()
+        for logger in build_loggers(settings, folder, TrainState(step=0, samples=0, ranks=1)):
+            logger.close()
     found = [list(records(path)) for path in offline_files(folder)]
     assert not any("doe" in str(record) for run in found for record in run)
     names = {record.run.display_name for run in found for record in run if record.HasField("run")}

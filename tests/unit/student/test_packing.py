@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import Gemma2Config, LlamaConfig, MistralConfig
 
-from medalign.config import LoraConfig, StudentConfig
+from medalign.config import LoraConfig, LossConfig, StudentConfig
 from medalign.contracts import Batch, StudentOutput
 from medalign.geometry import PatchGrid
-from medalign.losses.objective import Objective
+from medalign.losses import Objective, build_terms
 from medalign.student import model, packing
 from medalign.student.loading import load_student
 from medalign.student.model import Student, check_causality
@@ -42,7 +42,7 @@ def supervised_logits(output: StudentOutput, batch: Batch) -> torch.Tensor:
 
 def step(student: Student, batch: Batch, teacher_folder) -> tuple[StudentOutput, dict[str, float], dict]:
     """The student's output, the losses' sums and the gradients of their mean over the batch."""
-    objective = Objective(1.0, 0.5)
+    objective = Objective(build_terms(LossConfig(beta=0.5)))
     pixels = torch.nn.functional.interpolate(batch.teacher_pixels, size=48)
     targets = teacher_targets(load_teacher(teacher_folder), pixels, PatchGrid(4, 4))
     output = student(batch)
@@ -107,7 +107,7 @@ def test_text_beside_images(student_folder, teacher_folder):
     }
     lengths = tuple(part.input_ids.shape[1] for part in parts)
     joined = Batch(**flat, **images, image_sample=torch.tensor([0, 2]), lengths=lengths)
-    counts = Objective(1.0, 1.0).counts(joined)
+    counts = Objective(build_terms(LossConfig(beta=1.0))).counts(joined)
     assert [int(counts[name]) for name in TERMS] == [4 + 3 + 6, 2, 2]
     _, losses, _ = step(student, joined, teacher_folder)
     singles = [step(student, batch, teacher_folder)[1] for batch in (one, two)]

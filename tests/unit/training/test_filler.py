@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from medalign.config import LoraConfig, StudentConfig
+from medalign.config import LoraConfig, LossConfig, StudentConfig
 from medalign.contracts import IGNORE
 from medalign.geometry import PatchGrid
-from medalign.losses.objective import Objective
+from medalign.losses import Objective, build_terms
 from medalign.student.loading import load_student
 from medalign.teacher.clip import load_teacher
 from medalign.teacher.targets import teacher_targets
@@ -23,7 +23,7 @@ def test_nothing_supervised_and_no_image(student_folder, teacher_folder, coeffic
     student = load_student(config, torch.float32).train()
     batch = tiny.batch(texts=((1, 1),), images=False)
     batch = replace(batch, labels=torch.full_like(batch.labels, IGNORE), keys=())
-    objective = Objective(coefficient, coefficient)
+    objective = Objective(build_terms(LossConfig(alpha=coefficient, beta=coefficient)))
     assert {name: float(count) for name, count in objective.counts(batch).items()} == {
         "language": 0,
         "similarity": 0,

@@ -13,6 +13,7 @@ from PIL import Image
 from medalign import config, run
 from medalign.contracts import IGNORE, Batch, Sample
 from medalign.data.batches.collator import Collator
+from medalign.losses import build_objective
 from medalign.student.loading import load_processor, load_student
 from medalign.student.model import Student
 from medalign.teacher.clip import Teacher
@@ -63,7 +64,7 @@ def gradients(student: Student) -> dict[str, torch.Tensor]:
 
 
 def ours(settings, student, teacher, batches: list[Batch]) -> tuple[float, dict[str, torch.Tensor]]:
-    objective = run.build_objective(settings)
+    objective = build_objective(settings)
     counts = [objective.counts(batch) for batch in batches]
     scale = {name: 1 / float(sum(count[name] for count in counts)) for name in counts[0]}
     student.zero_grad()

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from medalign.config import LoraConfig, StudentConfig
+from medalign.config import LoraConfig, LossConfig, StudentConfig
 from medalign.geometry import PatchGrid
-from medalign.losses.objective import Objective
+from medalign.losses import Objective, build_terms
 from medalign.student.loading import load_student
 from medalign.teacher.clip import load_teacher
 from medalign.teacher.targets import teacher_targets
@@ -27,7 +27,7 @@ def reached(student_folder, teacher_folder):
         torch.manual_seed(1)
         for _, parameter in student.trainable()["adapters"] + student.trainable()["steering"]:
             torch.nn.init.normal_(parameter, std=0.1)
-        report = Objective(1.0, 1.0)(
+        report = Objective(build_terms(LossConfig(beta=1.0)))(
             student(batch), targets, batch, dict.fromkeys(("language", "similarity", "attention"), 1.0)
         )
         report.terms[term].sum.backward()

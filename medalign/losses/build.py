@@ -1,0 +1,78 @@
+"""The objective of a run, from its settings."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from medalign.config import Config, LossConfig
+from medalign.errors import ConfigError
+from medalign.losses.attention import AttentionTerm
+from medalign.losses.language_model import LanguageTerm
+from medalign.losses.objective import Objective
+from medalign.losses.term import LossTerm
+from medalign.losses.token_similarity import SimilarityTerm
+
+
+def build_objective(config: Config) -> Objective:
+    """The paper's terms, then those that `losses.extra` names.
+
+    Raises:
+        ConfigError: an entry of `losses.extra` does not lead to a loss term, or a name is used twice.
+    """
+    extra = [load_term(path, config) for path in config.losses.extra]
+    try:
+        return Objective([*build_terms(config.losses), *extra])
+    except ValueError as error:
+        raise ConfigError(f"losses.extra {config.losses.extra}: {error}") from error
+
+
+def build_terms(settings: LossConfig) -> list[LossTerm]:
+    """The paper's terms: "language", "similarity" (alpha) and "attention" (beta).
+
+    Raises:
+        ValueError: a negative coefficient, or a setting that is not one of its choices.
+    """
+    return [
+        LanguageTerm(mean=settings.language_mean),
+        SimilarityTerm(
+            settings.alpha,
+            weighting=settings.weighting,
+            ignore_padding=settings.ignore_padding,
+            impl=settings.impl,
+        ),
+        AttentionTerm(settings.beta, normalize=settings.normalize, ignore_padding=settings.ignore_padding),
+    ]
+
+
+def load_term(path: str, config: Config) -> LossTerm:
+    """The term that a callable of another package makes from the configuration.
+
+    Args:
+        path: import path `package.module.factory` of a callable that takes the `Config` and returns a `LossTerm`.
+        config: the configuration of the run.
+
+    Raises:
+        ConfigError: the path cannot be imported, or the callable returns something else.
+    """
+    factory = _import(path)
+    if not callable(factory):
+        raise ConfigError(f"losses.extra {path!r} is not callable; name a function that takes the Config")
+    term = factory(config)
+    if not isinstance(term, LossTerm):
+        raise ConfigError(
+            f"losses.extra {path!r} returned {type(term).__name__}; it must return a medalign.losses.LossTerm"
+        )
+    return term
+
+
+def _import(path: str) -> Any:
+    module, _, name = path.rpartition(".")
+    if not module:
+        raise ConfigError(f"losses.extra {path!r} is not an import path such as package.module.factory")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"losses.extra {path!r} cannot be imported: {error}; install its package, or add its folder to PYTHONPATH"
+        ) from error

@@ -1,0 +1,66 @@
+"""What every term of the training loss provides."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+
+from medalign.contracts import Batch, LossValue, StudentOutput, TeacherTargets
+
+RESERVED = ("total",)  # `loss/total` is the weighted sum of all terms
+
+
+class LossTerm(ABC):
+    """One term of the training loss: its name, its coefficient, what it counts and what it computes.
+
+    The loss of a step is the term's sum over the global batch divided by its count over the global batch. It therefore
+    does not depend on how the batch is cut into ranks and micro-batches.
+
+    Args:
+        name: unique among the terms of an objective; the term is logged as `loss/NAME`.
+        coefficient: factor of the term in the total. With 0 the term is reported, but not trained.
+
+    Raises:
+        ValueError: the coefficient is negative, or the name is reserved.
+    """
+
+    def __init__(self, name: str, coefficient: float) -> None:
+        if name in RESERVED:
+            raise ValueError(f"loss term {name!r}: the name is reserved; choose another one")
+        if not coefficient >= 0:
+            raise ValueError(f"loss term {name!r}: coefficient {coefficient} must not be negative")
+        self.name = name
+        self.coefficient = coefficient
+
+    @abstractmethod
+    def count(self, batch: Batch) -> torch.Tensor:
+        """What the term is divided by, for one micro-batch.
+
+        Called before the forward pass, so that the counts of all ranks and micro-batches can be added up first.
+
+        Returns:
+            Float32 scalar, on the batch's device.
+        """
+
+    @abstractmethod
+    def compute(self, output: StudentOutput, targets: TeacherTargets | None, batch: Batch) -> LossValue | None:
+        """The sum over a micro-batch, not divided, and its count.
+
+        Images of weight 0 must stay in the graph, with gradient zero: under ZeRO-3 every rank runs the same backward
+        pass. For the same reason, whether the result is None must not depend on the data.
+
+        Args:
+            output: the student's output for `batch`.
+            targets: the teacher's output; None when nothing is distilled.
+            batch: the micro-batch.
+
+        Returns:
+            The value, or None where an input is missing.
+        """
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise ValueError if `value`, an argument called `name`, is not one of `choices`."""
+    if value not in choices:
+        raise ValueError(f'{name}="{value}" is not one of {", ".join(choices)}')

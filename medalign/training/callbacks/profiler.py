@@ -1,0 +1,55 @@
+"""A trace of some steps by torch.profiler."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from torch.profiler import profile
+
+from medalign import distributed
+from medalign.training.trainer import Callback, Trainer
+
+log = logging.getLogger("medalign")
+SKIPPED = 3  # first steps of a start: they compile kernels and fill caches
+
+
+class Profiler(Callback):
+    """Traces `steps` steps, after the first few of this start, and writes one Chrome trace per rank.
+
+    Args:
+        steps: how many steps to trace; the trace ends with the run if that comes first.
+        folder: `rank-N.json` is written here; open it with chrome://tracing or Perfetto.
+    """
+
+    def __init__(self, steps: int, folder: Path) -> None:
+        self.steps = steps
+        self.folder = folder
+        self._first = 0
+        self._profile: profile | None = None
+
+    def on_train_start(self, trainer: Trainer) -> None:
+        self._first = min(trainer.state.step + SKIPPED, trainer.total_steps - 1)
+
+    def on_step_start(self, trainer: Trainer) -> None:
+        if trainer.state.step == self._first:
+            self._profile = profile()
+            self._profile.start()
+
+    def on_step_end(self, trainer: Trainer) -> None:
+        if trainer.state.step == min(self._first + self.steps, trainer.total_steps):
+            self._write()
+
+    def on_exception(self, trainer: Trainer, error: BaseException) -> None:
+        if self._profile is not None:
+            self._profile.stop()
+
+    def _write(self) -> None:
+        if self._profile is None:
+            return
+        self._profile.stop()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"rank-{distributed.rank()}.json"
+        self._profile.export_chrome_trace(str(path))
+        self._profile = None
+        log.info("trace of %d steps written to %s", self.steps, path)
