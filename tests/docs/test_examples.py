@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -15,6 +16,12 @@ from medalign.evaluation.metrics import Prediction, write_predictions
 from tests.docs.pages import ROOT, RUNS, RUNS_AS, blocks
 
 EXAMPLE = "example.py"
+ALL_COMMANDS = """
+import json, sys
+from medalign.__main__ import main
+for words in json.loads(sys.argv[1]):
+    assert main(words) == 0, words
+"""
 
 
 def run(words: list[str], folder: Path) -> None:
@@ -59,4 +66,5 @@ def test_commands_run(tmp_path):
         folder.mkdir()
         for words in block.commands():
             assert words[0] == "medalign", words
-            run([sys.executable, "-m", *words], folder)
+        lines = [words[1:] for words in block.commands()]
+        run([sys.executable, "-c", ALL_COMMANDS, json.dumps(lines)], folder)
