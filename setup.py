@@ -2,6 +2,8 @@
 
 from setuptools import find_packages, setup
 
+DOCS = ["mkdocs-material>=9.6,<10", "mkdocstrings[python]>=1,<2"]  # `mkdocs serve`, and tests/docs
+
 setup(
     name="medalign",
     version="0.1.0",
@@ -49,7 +51,9 @@ setup(
         "parquet": ["pyarrow>=18"],
         "remote": ["aiohttp>=3.10", "s3fs>=2025.3"],
         "benchmark": ["litdata>=0.2.76"],  # compared with in tools/benchmarks/data.py
+        "docs": DOCS,
         "dev": [
+            *DOCS,
             "pytest>=8",
             "pytest-timeout>=2.3",
             "hypothesis>=6.100",

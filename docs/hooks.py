@@ -21,7 +21,9 @@ def settings() -> str:
     for section in fields(config.Config):
         kind = get_type_hints(config.Config)[section.name]
         rows = "\n".join(_rows(kind, section.name))
-        parts.append(f"## {section.name}\n\n{kind.__doc__}\n\n| Setting | Default | Meaning |\n| --- | --- | --- |\n{rows}")
+        parts.append(
+            f"## {section.name}\n\n{kind.__doc__}\n\n| Setting | Default | Meaning |\n| --- | --- | --- |\n{rows}"
+        )
     return "\n\n".join(parts)
 
 

@@ -13,6 +13,16 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 from medalign.distributed import log
 from tests import tiny
 
+_MARKS = {"e2e": "slow", "distributed": "slow", "slurm": "slurm"}  # folder of tests -> mark of all in it
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks the tests of whole runs and of a cluster by their folder."""
+    for item in items:
+        mark = _MARKS.get(item.path.relative_to(Path(__file__).parent).parts[0])
+        if mark:
+            item.add_marker(mark)
+
 
 @pytest.fixture(scope="session")
 def student_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -18,7 +18,7 @@ from transformers import (
 
 IMAGE_SIZE, PATCH = 96, 12
 TOWER_WIDTH = 128
-MEAN, STD = [0.4] * 3, [0.25] * 3
+MEAN, STD = (0.4, 0.4, 0.4), (0.25, 0.25, 0.25)
 PAD, BOS, EOS, IMAGE = "<pad>", "<s>", "</s>", "<image>"
 MAX_TOKENS = 1024
 
@@ -102,7 +102,7 @@ def build_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenize
 def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
     """Images are resized to the tower's square as they are: whoever wants no distortion pads them beforehand."""
     size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
-    images = CLIPImageProcessor(size=size, do_center_crop=False, crop_size=size, image_mean=MEAN, image_std=STD)
+    images = CLIPImageProcessor(size=size, do_center_crop=False, crop_size=size, image_mean=list(MEAN), image_std=list(STD))
     return LlavaProcessor(
         image_processor=images,
         tokenizer=tokenizer,

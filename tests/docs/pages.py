@@ -1,0 +1,61 @@
+"""The documentation's pages, taken apart for the tests."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[2]
+FRONT = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+PAGES = [*FRONT, *sorted((ROOT / "docs").rglob("*.md"))]
+RUNS, RUNS_AS, NEEDS = "runs", "runs as ", "needs: "
+_BLOCK = re.compile(r"(?:<!-- (?P<mark>[^>]*?) -->\n)?```(?P<language>bash|python)\n(?P<text>.*?)```", re.DOTALL)
+
+
+class Block(NamedTuple):
+    """A fenced block of commands or of Python."""
+
+    page: str
+    mark: str  # "runs", "runs as FILE" for a module that others import, or "needs: ..." for what a test lacks
+    language: str
+    text: str
+
+    def commands(self) -> list[list[str]]:
+        """The words of each command, continued lines joined, comments left out."""
+        lines = self.text.replace("\\\n", " ").splitlines()
+        return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def blocks(language: str) -> Iterator[Block]:
+    """All blocks of a language, page by page."""
+    for page in PAGES:
+        for match in _BLOCK.finditer(page.read_text(encoding="utf-8")):
+            if match["language"] == language:
+                yield Block(str(page.relative_to(ROOT)), match["mark"] or "", language, match["text"])
+
+
+def medalign_commands() -> Iterator[tuple[str, list[str]]]:
+    """Page and arguments of each call of medalign, whichever launcher starts it."""
+    for block in blocks("bash"):
+        for words in block.commands():
+            if "medalign" in words:
+                yield block.page, words[words.index("medalign") + 1 :]
+
+
+def command_name(arguments: list[str]) -> str:
+    """The command that has its own help: "train", or "shards jsonl"."""
+    return " ".join(arguments[: 2 if arguments[0] == "shards" else 1])
+
+
+def hook(name: str) -> ModuleType:
+    """A module of docs/, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
