@@ -10,7 +10,7 @@ from pathlib import Path
 
 from medalign import __version__, distributed
 from medalign.cli.values import count, share
-from medalign.errors import ConfigError, MedAlignError, plain
+from medalign.errors import ConfigError, MedAlignError, format_os_error
 
 log = logging.getLogger("medalign")
 
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         log.error("error: %s", error)
         return 2
     except OSError as error:  # a file that cannot be read or written, and that nothing above knew better
-        log.error("error: %s", plain(error))
+        log.error("error: %s", format_os_error(error))
         return 2
     except KeyboardInterrupt:
         log.error("interrupted")
@@ -117,7 +117,7 @@ def _add_phantom(commands) -> None:
 def _phantom(chosen: argparse.Namespace) -> int:
     from medalign import phantom
 
-    reports = phantom.write(chosen.output, chosen.train, chosen.val, chosen.seed, chosen.reports)
+    reports = phantom.write_phantoms(chosen.output, chosen.train, chosen.val, chosen.seed, chosen.reports)
     _say_packed(chosen.output, reports)
     return 0
 

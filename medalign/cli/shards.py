@@ -13,10 +13,10 @@ from tqdm import tqdm
 from medalign.cli.values import argument_type, count
 from medalign.data.shards.table import image_share, read_table
 from medalign.data.shards.writer import PackReport, build_index
-from medalign.datasets import known
+from medalign.datasets import REGISTRY
 from medalign.datasets.base import IDENTIFIERS, DatasetConverter, Setting
 from medalign.datasets.convert import REPORT_NAME, convert
-from medalign.datasets.hashing import Hashing, own_salt, read_salt
+from medalign.datasets.hashing import Hashing, default_salt, read_salt
 from medalign.datasets.report import ConversionReport, kind
 from medalign.errors import ConfigError, DataError
 
@@ -66,7 +66,7 @@ def _index(folders: Sequence[Path]) -> int:
         report = build_index(folder)
         _say_written(folder, report)
         _say_notes(report.notes)
-        for note in report.passed_over:
+        for note in report.ignored:
             log.warning("%s", note)
         for reason in report.refused[:_NAMED]:
             log.warning("refused: %s", reason)
@@ -128,7 +128,7 @@ def _hashing(chosen: argparse.Namespace) -> Hashing | None:
         if chosen.salt or chosen.hash_fields:
             raise ConfigError("--salt and --hash-fields say how to hash; give --hash-ids to hash at all")
         return None
-    path = chosen.salt or own_salt(chosen.output)
+    path = chosen.salt or default_salt(chosen.output)
     log.info("identifiers are hashed with the salt %s; keep it apart from the shards", path)
     return Hashing(read_salt(path), IDENTIFIERS | set(chosen.hash_fields))
 
@@ -141,7 +141,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     sources = parser.add_subparsers(title="sources", required=True, metavar="CONVERTER")
-    for source in known().values():
+    for source in REGISTRY.values():
         one = sources.add_parser(
             source.name,
             help=source.title,

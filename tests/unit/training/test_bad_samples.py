@@ -23,7 +23,7 @@ def test_counts_go_on_after_a_resume_and_stop_the_run(caplog: pytest.LogCaptureF
     assert (now.step, now.samples, now.skipped, now.truncated) == (4, 200, 3, 5)
     now = _update_state(now, config, 5, [bad, good], "cpu")
     now = _update_state(now, config, 6, [bad, bad], "cpu")  # 6 of 300 are 2 %, which is borne
-    with pytest.raises(DataError, match=r"8 of 350 .*max_bad_share 0\.02.*shard-000001\.tar/k7.*"):
+    with pytest.raises(DataError, match=r"8 of 350 .*max_skip_fraction 0\.02.*shard-000001\.tar/k7.*"):
         _update_state(now, config, 7, [bad, bad], "cpu")
 
 
