@@ -61,7 +61,6 @@ def rows_of_tar(path: Path, shard: int, seen: KeySet, findings: Findings) -> Ite
     orphans = _orphans(samples, unnamed)
     split: dict[str, list[Run]] = {}
     ignored: Counter[str] = Counter()
-    samples, unnamed = _samples(scan(path, findings.ignored))
     with path.open("rb") as file:
         for key, runs in samples.items():
             if has_dotted_names([name for run in runs for name in run]):

@@ -445,7 +445,7 @@ def test_rows_that_the_header_was_not_written_for(shards: Path, monkeypatch: pyt
     written = path.read_bytes()
     path.write_bytes(written.replace(b'"width":40', b'"width":41', 1))
     with pytest.raises(
-        DataError, match=r"rows of .*index\.jsonl have the checksum \w{8}, its header lists \w{8}.*remove"
+        DataError, match=r"rows of .*index\.jsonl have the checksum \w{8}, its header lists \w{8}.*delete"
     ):
         ShardIndex.open(shards)
     assert not (shards / "index.bin").exists()
