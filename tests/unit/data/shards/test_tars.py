@@ -261,10 +261,7 @@ def test_damaged_tars(tmp_path: Path, whole: bytes) -> None:
     lost = whole[:second] + bytes(1024) + whole[second + 1024 :]
     assert f"there are 1024 bytes of zeros and then {size - second - 1024} bytes" in said_of(tmp_path, lost)
     overwritten = whole[:second] + b"x" * 512 + whole[second + 512 :]
-    assert (
-        f"there are {size - second} bytes that belong to no member"
-        in said_of(tmp_path, overwritten)
-    )
+    assert f"there are {size - second} bytes that belong to no member" in said_of(tmp_path, overwritten)
     assert f"{size - end} bytes of zeros and then 7 bytes" in said_of(tmp_path, whole + b"garbage")
     joined = whole[: end + 512] + whole  # where no archive begins that a tar fills up to whole records
     assert f"there are 512 bytes of zeros and then {size} bytes" in said_of(tmp_path, joined)
