@@ -1,4 +1,4 @@
-"""What one room hands to the next. See the shape legend in `geometry`; H heads, V vocabulary."""
+"""Data types passed between packages. Shape suffixes as in `geometry`; also H heads and V vocabulary size."""
 
 from __future__ import annotations
 
@@ -9,43 +9,43 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 
-IGNORE = -100  # label of a token that the language loss does not see
+IGNORE = -100  # label of a token that the language loss ignores
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One decoded question (or report request) about one or several images, as read from a shard."""
+    """One decoded question (or report request) about zero or more images, as read from a shard."""
 
-    key: str  # unique in its data set; the member's name in the tar
+    key: str  # unique in its data set; name of its members in the tar
     shard: str  # file name of the shard
     task: str  # "vqa" or "report"
-    question: str  # what the user asks; never empty
-    answer: str  # what the model should say (the report, for task "report"); never empty
+    question: str  # never empty
+    answer: str  # the target text (the report, for task "report"); never empty
     answer_type: str  # "closed", "open", or "" for reports
-    images: tuple[Image.Image, ...]  # L or RGB, upright, not yet on the canvas; may be empty
+    images: tuple[Image.Image, ...]  # mode L or RGB, upright, not yet on the canvas; may be empty
     boxes: tuple[tuple[float, float, float, float], ...] = ()  # pixels of the first stored image
-    metadata: dict[str, Any] = field(default_factory=dict)  # every other field of the JSON
+    metadata: dict[str, Any] = field(default_factory=dict)  # all other fields of the JSON
 
 
 @dataclass
 class Batch:
-    """A micro-batch, on one device. I counts the images; where a batch has none, one dummy with weight 0.
+    """A micro-batch on one device. I counts the images; without any image there is one dummy with weight 0.
 
-    Padded, B rows hold a sample each. Packed, one row (B is 1) holds S samples end to end, each of which sees itself
-    alone, and nothing is padding.
+    If padded, each of the B rows holds one sample. If packed, a single row (B = 1) holds S samples one after another
+    without padding, and each sample attends only to itself.
     """
 
     input_ids: torch.Tensor  # [B, L] int64; each image is N image tokens
     attention_mask: torch.Tensor  # [B, L] bool; False at padding
     labels: torch.Tensor  # [B, L] int64; IGNORE outside the answer, not shifted
-    question_mask: torch.Tensor  # [B, L] bool; prompt tokens after the (last) image, never the answer
-    image_index: torch.Tensor  # [B, L] int64; number of the image at its tokens, -1 elsewhere
+    question_mask: torch.Tensor  # [B, L] bool; prompt tokens after the last image, never the answer
+    image_index: torch.Tensor  # [B, L] int64; index of the image in the batch at its tokens, -1 elsewhere
     student_pixels: torch.Tensor  # [I, 3, S, S] float32
     teacher_pixels: torch.Tensor  # [I, 3, T, T] float32
-    image_weight: torch.Tensor  # [I] float32; 0 for the dummy, else 1
-    patch_valid: torch.Tensor  # [I, N] bool; False where the patch is canvas padding alone
-    image_sample: torch.Tensor  # [I] int64; number of the sample that the image belongs to
-    attention_rows: torch.Tensor | None = None  # [B, L] bool; rows of the attention loss where not question_mask
+    image_weight: torch.Tensor  # [I] float32; 0 for the dummy, otherwise 1
+    patch_valid: torch.Tensor  # [I, N] bool; False if the patch contains only canvas padding
+    image_sample: torch.Tensor  # [I] int64; index of the sample that the image belongs to
+    attention_rows: torch.Tensor | None = None  # [B, L] bool; rows of the attention loss, if not question_mask
     lengths: tuple[int, ...] = ()  # tokens of each sample of a packed batch; empty for a padded one
     keys: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()  # "shard/key: reason" of bad samples replaced in this batch
@@ -53,41 +53,42 @@ class Batch:
     truncated: int = 0  # samples whose text was cut to the length limit
 
     def to(self, device: torch.device) -> Batch:
+        """Return the batch with all tensors on this device."""
         tensors = {f.name: getattr(self, f.name) for f in fields(self) if torch.is_tensor(getattr(self, f.name))}
         return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
 
     @property
     def rows(self) -> torch.Tensor:
-        """[B, L] bool: tokens whose attention to the image is distilled."""
+        """Tokens whose attention to the image is distilled, bool [B, L]."""
         return self.question_mask if self.attention_rows is None else self.attention_rows
 
     def bounds(self) -> torch.Tensor:
-        """[S + 1] int64: where each sample begins among the B * L tokens, and where the last one ends."""
+        """Return the start of each sample among the B * L tokens, and the end of the last one, int64 [S + 1]."""
         rows, length = self.input_ids.shape
         ends = list(itertools.accumulate(self.lengths or (length,) * rows))
         return torch.tensor([0, *ends], device=self.input_ids.device)
 
     def sample_of_token(self) -> torch.Tensor:
-        """[B, L] int64: number of the sample that each token, or the padding beside it, belongs to."""
+        """Return the index of the sample that each token, or its padding, belongs to, int64 [B, L]."""
         tokens = torch.arange(self.input_ids.numel(), device=self.input_ids.device)
         return torch.searchsorted(self.bounds()[1:], tokens, right=True).view_as(self.input_ids)
 
 
 @dataclass(frozen=True)
 class TeacherTargets:
-    """What the student should match, already on the student's grid, in float32, without gradient."""
+    """Targets of the student, already on the student's grid, in float32, without gradient."""
 
     features: torch.Tensor  # [I, N, b]
-    attention: torch.Tensor  # [I, N]; the class token's attention to each patch, mean over heads
+    attention: torch.Tensor  # [I, N]; attention of the class token to each patch, mean over heads
 
 
 class StudentOutput(NamedTuple):
-    """What one forward pass of the student gives the losses. A tuple, so that ZeRO-3 finds the tensors in it."""
+    """Result of one forward pass of the student. A tuple, so that ZeRO-3 finds the tensors in it."""
 
-    logits: torch.Tensor  # [B, K, V]; logits at the K kept positions alone
+    logits: torch.Tensor  # [B, K, V]; logits at the K kept positions only
     kept: torch.Tensor  # [K] int64; positions (0..L-1) whose logits were kept
     tokens: torch.Tensor | None  # [I, N, d]; steered image tokens entering the tapped block
-    attention: torch.Tensor | None  # [I, N] float32; the question's attention at the tapped block
+    attention: torch.Tensor | None  # [I, N] float32; attention of the question at the tapped block
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ class LossValue:
 
 @dataclass(frozen=True)
 class LossReport:
-    """The terms of one micro-batch and the scalar to differentiate."""
+    """The loss terms of one micro-batch and the scalar to differentiate."""
 
     terms: dict[str, LossValue]
     total: torch.Tensor  # scalar float32

@@ -1,4 +1,4 @@
-"""Rank, world, seed, reductions, and a logger that speaks on rank 0 alone."""
+"""Rank, world size, seed, reductions, and a logger that writes on rank 0 only."""
 
 from __future__ import annotations
 
@@ -20,31 +20,38 @@ log = logging.getLogger("medalign")
 
 
 def rank() -> int:
+    """Return the rank of this process."""
     return int(os.environ.get("RANK", "0"))
 
 
 def world_size() -> int:
+    """Return the number of ranks."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def local_rank() -> int:
+    """Return the rank of this process on its node."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def is_main() -> bool:
+    """Return whether this is rank 0."""
     return rank() == 0
 
 
 def device() -> torch.device:
-    """The GPU of this rank, or the CPU."""
+    """Return the GPU of this rank, or the CPU."""
     return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def adopt_launcher() -> None:
-    """Fill in RANK, WORLD_SIZE, LOCAL_RANK and the master's address where the launcher did not.
+    """Set RANK, WORLD_SIZE, LOCAL_RANK and the master address if the launcher did not.
 
-    The deepspeed launcher and torchrun set them. `srun` sets SLURM's own names, which are translated. A bare
-    start is one rank on a free local port. Raises ConfigError in a batch script of several tasks without `srun`.
+    The deepspeed launcher and torchrun set them. `srun` sets SLURM's variables, which are translated. Without a
+    launcher there is one rank on a free local port.
+
+    Raises:
+        ConfigError: a batch script with several tasks was started without `srun`.
     """
     if "RANK" not in os.environ and "SLURM_PROCID" in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
         if "SLURM_STEP_NODELIST" not in os.environ:
@@ -56,7 +63,7 @@ def adopt_launcher() -> None:
         os.environ["WORLD_SIZE"] = os.environ["SLURM_NTASKS"]
         os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
         os.environ.setdefault("MASTER_ADDR", first_host(os.environ["SLURM_STEP_NODELIST"]))
-        # Every task of a job must come to the same port, and two jobs on a node to different ones.
+        # All tasks of a job must choose the same port, and two jobs on a node different ones.
         os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ["SLURM_JOB_ID"]) % 20000))
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
@@ -64,7 +71,11 @@ def adopt_launcher() -> None:
 
 
 def first_host(nodelist: str) -> str:
-    """The first host of a SLURM node list, such as `gpu` followed by `[03-07,12],login1` -> `gpu03`."""
+    """Return the first host of a SLURM node list: `gpu[03-07,12],login1` -> `gpu03`.
+
+    Raises:
+        ValueError: the text is not a node list.
+    """
     match = re.match(r"([^\[,]+)(?:\[([^\],-]+))?", nodelist)
     if match is None:
         raise ValueError(f"not a SLURM node list: {nodelist!r}")
@@ -72,7 +83,7 @@ def first_host(nodelist: str) -> str:
 
 
 def set_up_logging() -> None:
-    """Information from rank 0, warnings from every rank (with its number)."""
+    """Log information from rank 0, and warnings from every rank with its number."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s" if is_main() else f"[rank {rank()}] %(message)s"))
     log.handlers[:] = [handler]
@@ -81,12 +92,12 @@ def set_up_logging() -> None:
 
 
 def seed_step(seed: int, step: int) -> None:
-    """Make every random draw of a step a function of (seed, step, rank), so that no generator's state is saved."""
+    """Seed every random draw of a step with (seed, step, rank), so that no generator state needs to be saved."""
     torch.manual_seed((seed * 1_000_003 + step) * 4_099 + rank())
 
 
 def sum_over_ranks(values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Scalars summed over all ranks, in one reduction. Every rank passes the same names."""
+    """Sum scalars over all ranks in one reduction. Every rank must call it with the same names."""
     names = sorted(values)
     stacked = torch.stack([values[name].detach().double() for name in names])
     if _several():
@@ -95,20 +106,21 @@ def sum_over_ranks(values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor
 
 
 def barrier() -> None:
+    """Wait for all ranks. Every rank must call it."""
     if _several():
         dist.barrier()
 
 
 def broadcast_from_main(text: str) -> str:
-    """Rank 0's text on every rank, so that all take the same branch."""
-    return _said_by(0, text) if _several() else text
+    """Return the text of rank 0 on every rank, so that all take the same branch. Every rank must call it."""
+    return _broadcast_text(0, text) if _several() else text
 
 
 @contextmanager
 def raise_on_all_ranks() -> Iterator[None]:
-    """What one rank raises inside (a MedAlignError, or an OSError), all raise at the end. Every rank must enter.
+    """Re-raise a MedAlignError or an OSError of one rank on all ranks at the end of the block. Every rank must enter.
 
-    A rank that raises must not leave another one waiting for it inside.
+    The block must not contain a collective operation, because the other ranks would wait in it for a rank that raised.
     """
     fault: MedAlignError | None = None
     try:
@@ -116,43 +128,43 @@ def raise_on_all_ranks() -> Iterator[None]:
     except MedAlignError as error:
         fault = error
     except OSError as error:
-        fault = MedAlignError(errors.plain(error))
+        fault = MedAlignError(errors.format_os_error(error))
         fault.__cause__ = error
     raise_on_any_fault(fault)
 
 
 def raise_on_any_fault(fault: MedAlignError | None) -> None:
-    """Raise the fault of the first rank that has one, on every rank. Every rank must call it."""
+    """Raise the fault of the first rank that has one on every rank. Every rank must call it."""
     if not _several():
         if fault is not None:
             raise fault
         return
-    speaker = torch.tensor([dist.get_world_size() if fault is None else dist.get_rank()], device=device())
-    dist.all_reduce(speaker, dist.ReduceOp.MIN)
-    first = int(speaker.item())
+    source = torch.tensor([dist.get_world_size() if fault is None else dist.get_rank()], device=device())
+    dist.all_reduce(source, dist.ReduceOp.MIN)
+    first = int(source.item())
     if first == dist.get_world_size():
         return
-    kind, _, text = _said_by(first, f"{type(fault).__name__}:{fault}").partition(":")
+    kind, _, text = _broadcast_text(first, f"{type(fault).__name__}:{fault}").partition(":")
     raise getattr(errors, kind, MedAlignError)(text if first == 0 else f"rank {first}: {text}") from fault
 
 
-def _said_by(speaker: int, text: str) -> str:
-    """The text of one rank, on every rank."""
-    words = torch.tensor(list(text.encode()), dtype=torch.uint8, device=device())
-    length = torch.tensor([len(words)], device=device())
-    dist.broadcast(length, speaker)
-    if dist.get_rank() != speaker:
-        words = torch.empty(int(length.item()), dtype=torch.uint8, device=device())
-    if len(words):
-        dist.broadcast(words, speaker)
-    return bytes(words.tolist()).decode()
+def _broadcast_text(source: int, text: str) -> str:
+    """Broadcast the text of one rank to every rank."""
+    encoded = torch.tensor(list(text.encode()), dtype=torch.uint8, device=device())
+    length = torch.tensor([len(encoded)], device=device())
+    dist.broadcast(length, source)
+    if dist.get_rank() != source:
+        encoded = torch.empty(int(length.item()), dtype=torch.uint8, device=device())
+    if len(encoded):
+        dist.broadcast(encoded, source)
+    return bytes(encoded.tolist()).decode()
 
 
 def _several() -> bool:
     return dist.is_initialized() and dist.get_world_size() > 1
 
 
-TIMEOUT = timedelta(minutes=30)  # a rank that waits longer than this for another one gives up
+TIMEOUT = timedelta(minutes=30)  # a rank that waits longer than this for another rank fails
 
 
 def _free_port() -> int:

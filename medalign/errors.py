@@ -1,12 +1,12 @@
-"""The errors that users meet. Each message names the file or key, the value found, and the remedy."""
+"""Exceptions for invalid user input. Each message names the file or setting, the value found, and the remedy."""
 
 
 class MedAlignError(Exception):
-    """Base of every error that medalign raises for a user's input; the command prints it without a traceback."""
+    """Base class of all exceptions for a user's input; the command line prints them without a traceback."""
 
 
 class ConfigError(MedAlignError):
-    """A setting is unknown, ill-typed, or contradicts another one."""
+    """A setting is unknown, has the wrong type, or contradicts another one."""
 
 
 class DataError(MedAlignError):
@@ -22,9 +22,9 @@ class KernelError(MedAlignError):
 
 
 class DivergedError(MedAlignError):
-    """A loss or a gradient is no longer a number."""
+    """A loss or a gradient is not finite."""
 
 
-def plain(error: OSError) -> str:
-    """The file and what the system says of it, without its number."""
+def format_os_error(error: OSError) -> str:
+    """Return the file name and the message of the operating system, without the error number."""
     return f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)

@@ -1,8 +1,8 @@
-"""All arithmetic between pixels, the square canvas, patch grids and token positions.
+"""Conversions between pixels, the square canvas, patch grids and token positions.
 
-Student and teacher must see the same pixels at patch i. Both therefore look at one square canvas: the image,
-centerd, padded to a square. Every view is a plain resize of that canvas, so a patch grid of any fineness covers
-the same ground, and going from one grid to another is a bilinear resampling.
+Student and teacher must see the same pixels at patch i. Both therefore see one square canvas: the image, centered and
+padded to a square. Every view is a resized copy of this canvas, so patch grids of any resolution cover the same area,
+and converting from one grid to another is a bilinear resampling.
 
 Shape suffixes: I images, M teacher patches, N student image tokens, B samples, L tokens, D channels.
 """
@@ -22,37 +22,41 @@ Box = Sequence[float]  # x0, y0, x1, y1 in pixels of the upright image
 
 @dataclass(frozen=True)
 class PatchGrid:
-    """A grid of patches over the canvas, row-major: patch i lies at row i // columns, column i % columns."""
+    """A grid of patches over the canvas, row-major: patch i is at row i // columns, column i % columns."""
 
     rows: int
     columns: int
 
     @property
     def size(self) -> int:
+        """Number of patches."""
         return self.rows * self.columns
 
 
 @dataclass(frozen=True)
 class CanvasFrame:
-    """Where an image of width x height pixels lies on its square canvas of `side` pixels."""
+    """Position of an image of width x height pixels on its square canvas of `side` pixels."""
 
     width: int
     height: int
 
     @property
     def side(self) -> int:
+        """Side length of the canvas in pixels."""
         return max(self.width, self.height)
 
     @property
     def left(self) -> int:
+        """Padding on the left in pixels."""
         return (self.side - self.width) // 2
 
     @property
     def top(self) -> int:
+        """Padding at the top in pixels."""
         return (self.side - self.height) // 2
 
     def to_unit(self, box: Box) -> tuple[float, float, float, float]:
-        """A box in image pixels as fractions of the canvas, each in [0, 1]."""
+        """Convert a box in image pixels to fractions of the canvas, each in [0, 1]."""
         x0, y0, x1, y1 = box
         return (
             (x0 + self.left) / self.side,
@@ -63,14 +67,18 @@ class CanvasFrame:
 
     @property
     def picture(self) -> tuple[float, float, float, float]:
-        """The image itself, without the padding, as fractions of the canvas."""
+        """The area of the image, without the padding, in fractions of the canvas."""
         return self.to_unit((0, 0, self.width, self.height))
 
 
 def square_canvas(image: Image.Image, fill: tuple[int, int, int] = (0, 0, 0)) -> Image.Image:
-    """The image as RGB, centerd on a square of its longer side, padded with `fill`; a square gray one stays gray."""
+    """Center an image on a square with its longer side, padded with `fill`.
+
+    Returns:
+        The canvas in mode RGB, or the image itself if it is square and gray.
+    """
     if image.mode == "L" and image.width == image.height:
-        return image  # resizing one channel gives what resizing three alike gives, in a third of the time
+        return image  # resizing one channel gives the same values as resizing three equal ones, in a third of the time
     image = image.convert("RGB")
     frame = CanvasFrame(*image.size)
     if frame.width == frame.height:
@@ -81,18 +89,18 @@ def square_canvas(image: Image.Image, fill: tuple[int, int, int] = (0, 0, 0)) ->
 
 
 def resize(image: Image.Image, size: int) -> np.ndarray:
-    """To size x size, bicubic, by Pillow; uint8 [S, S, 3], of a gray image [S, S]."""
+    """Resize to size x size with Pillow's bicubic filter; uint8 [S, S, 3], or [S, S] for a gray image."""
     if image.mode == "L" and image.width == image.height != size:
         return _resize_gray(image, size)
     return np.array(image.resize((size, size), Image.Resampling.BICUBIC))
 
 
 def _resize_gray(image: Image.Image, size: int) -> np.ndarray:
-    """The very pixels of `image.resize` for a square gray image, in three quarters of the time.
+    """Resize a square gray image to the same pixels as `image.resize`, in three quarters of the time.
 
-    Pillow resizes each row, then each column of the outcome (of what is not square it may take the columns first), and
-    four bands beside each other in less time than one after another. So the quarters of the rows become the bands of
-    one picture, and then each four columns the bands of another.
+    Pillow resizes first the rows and then the columns (an image that is not square may start with the columns), and it
+    resizes four bands together faster than one after another. So the quarters of the rows become the bands of one
+    image, and then groups of four columns become the bands of another.
     """
     side = image.width
     quarter, pixels = -(-side // 4), -(-size // 4)
@@ -132,7 +140,7 @@ class PreprocessCfg:
 
 
 def resample_features(features_IMD: torch.Tensor, source: PatchGrid, target: PatchGrid) -> torch.Tensor:
-    """Patch features [I, M, D] on `source` to [I, N, D] on `target`, bilinear, `align_corners=False`."""
+    """Resample patch features [I, M, D] on `source` to [I, N, D] on `target`, bilinear, `align_corners=False`."""
     if source == target:
         return features_IMD
     grid_IDhw = features_IMD.transpose(1, 2).unflatten(2, (source.rows, source.columns))
@@ -141,19 +149,19 @@ def resample_features(features_IMD: torch.Tensor, source: PatchGrid, target: Pat
 
 
 def resample_map(map_IM: torch.Tensor, source: PatchGrid, target: PatchGrid) -> torch.Tensor:
-    """A value for each patch [I, M] on `source` to [I, N] on `target`."""
+    """Resample one value per patch, [I, M] on `source` to [I, N] on `target`."""
     return resample_features(map_IM[..., None], source, target)[..., 0]
 
 
 def coverage(unit_boxes: Sequence[tuple[float, float, float, float]], grid: PatchGrid) -> np.ndarray:
-    """The share of each patch that the union of the boxes covers, [N] in [0, 1]; exact, however small a box is.
+    """Fraction of each patch that the union of the boxes covers, [N] in [0, 1]. Exact for boxes of any size.
 
-    Boxes are fractions of the canvas; what lies beyond it covers nothing.
+    Boxes are in fractions of the canvas; parts outside the canvas are ignored.
     """
     scale = (grid.columns, grid.rows, grid.columns, grid.rows)
-    # In patches, and rounded: an edge that should fall between two patches must not miss that by a rounding error.
+    # In units of patches, rounded so that an edge between two patches is not missed because of a rounding error.
     boxes = (np.asarray(unit_boxes, dtype=np.float64).reshape(-1, 4) * scale).round(9)
-    # The edges of boxes and patches cut the canvas into cells, none of which is partly inside.
+    # The edges of boxes and patches divide the canvas into cells, each fully inside or fully outside of every box.
     x, y = _cuts(boxes[:, ::2], grid.columns), _cuts(boxes[:, 1::2], grid.rows)
     inside = np.zeros((len(y) - 1, len(x) - 1), dtype=bool)
     for x0, y0, x1, y1 in boxes:
@@ -164,17 +172,24 @@ def coverage(unit_boxes: Sequence[tuple[float, float, float, float]], grid: Patc
 
 
 def _cuts(edges: np.ndarray, patches: int) -> np.ndarray:
-    """Where one side of the canvas is cut, ascending, in patches."""
+    """Positions at which one side of the canvas is divided, ascending, in units of patches."""
     return np.unique(np.concatenate([np.arange(patches + 1.0), edges.clip(0, patches).ravel()]))
 
 
 def gather_images(values: torch.Tensor, image_index_BL: torch.Tensor, images: int, tokens: int) -> torch.Tensor:
-    """Values at image tokens, [B, L, ...] to [I, N, ...], in the order of the images in the batch.
+    """Gather the values at image tokens, [B, L, ...] to [I, N, ...], in the order of the images in the batch.
 
-    `image_index_BL` holds, at each image token, the number of its image in the batch, and -1 elsewhere. The
-    images appear in it in ascending order and each has exactly `tokens` tokens (the loader guarantees both).
+    Args:
+        values: [B, L, ...].
+        image_index_BL: index of the image in the batch at each image token, -1 elsewhere. The images occur in ascending
+            order and each has exactly `tokens` tokens (the loader guarantees both).
+        images: I.
+        tokens: N.
+
+    Raises:
+        ValueError: the number of image tokens is not images * tokens.
     """
     chosen = values[image_index_BL >= 0]
     if chosen.shape[0] != images * tokens:
-        raise ValueError(f"{chosen.shape[0]} image tokens in the batch, expected {images} images of {tokens}")
+        raise ValueError(f"{chosen.shape[0]} image tokens in the batch, expected {images} images with {tokens} each")
     return chosen.unflatten(0, (images, tokens))

@@ -37,7 +37,7 @@ def global_batches(
     ranks = [rank_indices_and_prefetch(order, plan, rank, steps.start, workers) for rank in range(plan.world)]
     for step in steps:
         draws = [draw for rank in ranks for draw in islice(rank, plan.accumulation)]
-        yield step, [index.key(number) for draw in draws for number in draw.numbers]
+        yield step, [index.key(i) for draw in draws for i in draw.indices]
 
 
 def view_global_batch(config: Config, step: int) -> BatchView:

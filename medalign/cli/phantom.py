@@ -43,7 +43,9 @@ def run(arguments: argparse.Namespace) -> int:
     """Write the shards and log how many samples each split has. Returns the exit status."""
     from medalign import phantom
 
-    reports = phantom.write(arguments.output, arguments.train, arguments.val, arguments.seed, arguments.reports)
+    reports = phantom.write_phantoms(
+        arguments.output, arguments.train, arguments.val, arguments.seed, arguments.reports
+    )
     for split, report in reports.items():
         log.info("%s: %d samples in %d shards", arguments.output / split, report.written, report.shards)
         for reason in report.refused:

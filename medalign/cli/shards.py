@@ -87,7 +87,7 @@ def _index(folders: Sequence[Path]) -> int:
         report = build_index(folder)
         _log_written(folder, report)
         _log_notes(report.notes)
-        for note in report.passed_over:
+        for note in report.ignored:
             log.warning("%s", note)
         for reason in report.refused[:_MAX_NAMED]:
             log.warning("refused: %s", reason)
@@ -154,25 +154,25 @@ def _convert(converter: DatasetConverter, arguments: argparse.Namespace) -> Conv
 
 def _hashing(arguments: argparse.Namespace) -> Hashing | None:
     from medalign.datasets.base import IDENTIFIERS
-    from medalign.datasets.hashing import Hashing, own_salt, read_salt
+    from medalign.datasets.hashing import Hashing, default_salt, read_salt
 
     if not arguments.hash_ids:
         if arguments.salt or arguments.hash_fields:
             raise ConfigError("--salt and --hash-fields say how to hash; give --hash-ids to hash at all")
         return None
-    path = arguments.salt or own_salt(arguments.output)
+    path = arguments.salt or default_salt(arguments.output)
     log.info("identifiers are hashed with the salt %s; keep it apart from the shards", path)
     return Hashing(read_salt(path), IDENTIFIERS | set(arguments.hash_fields))
 
 
 def _add_converters(parser: CommandParser) -> None:
     """Add a command for each converter, and `index`."""
-    from medalign.datasets import known
+    from medalign.datasets import REGISTRY
     from medalign.datasets.convert import REPORT_NAME
 
     parser.description = _DESCRIPTION.format(report=REPORT_NAME)
     converters = parser.add_subparsers(title="converters", required=True, metavar="CONVERTER")
-    for converter in known().values():
+    for converter in REGISTRY.values():
         one = converters.add_parser(converter.name, help=converter.title, description=_describe(converter))
         one.set_defaults(converter=converter)
         _add_common(one)

@@ -1,6 +1,6 @@
-"""Annotation files: JSON, JSON lines and CSV, whatever tool has written them.
+"""Read annotation files in JSON, JSON lines and CSV from various tools.
 
-In the JSON of published data sets NaN, which pandas writes for a missing value, is read as null.
+In JSON files of published data sets, NaN, which pandas writes for a missing value, is read as null.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from typing import Any
 
 from medalign.data.samples.sample import BadSample
 from medalign.datasets.texts import text
-from medalign.errors import DataError, plain
+from medalign.errors import DataError, format_os_error
 
-_LEVELS = 64  # of lists and objects in one another; Python's own tools end at a few hundred
-_TOO_DEEP = f"lists and objects nest deeper than {_LEVELS} levels"
-_DIGITS = 300  # of an integer; floats end at 308
+_LEVELS = 64  # nesting of lists and objects; Python's own functions fail at a few hundred
+_TOO_DEEP = f"lists and objects are nested deeper than {_LEVELS} levels"
+_DIGITS = 300  # of an integer; the largest float has 309
 _UTF32 = (b"\xff\xfe\0\0", b"\0\0\xfe\xff")
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
-_CONVERT = "a file from Windows is converted with iconv -f WINDOWS-1252 -t UTF-8"
+_CONVERT = "convert a file from Windows with iconv -f WINDOWS-1252 -t UTF-8"
 _LINES = (".jsonl", ".ndjson")
 
 
@@ -32,31 +32,31 @@ _LINES = (".jsonl", ".ndjson")
 class Entry:
     """One sample of an annotation file."""
 
-    place: str  # "train.json entry 0", counted from 0; in JSON lines "train.json line 1"
+    location: str  # "train.json entry 0", counted from 0; in JSON lines "train.json line 1"
     value: Any
     problem: str = ""  # why it cannot be read
 
     def fields(self) -> dict[str, Any]:
-        """The entry, an object. Raises BadSample for anything else."""
+        """Return the entry if it is an object. Raises BadSample otherwise."""
         if self.problem:
             raise BadSample(self.problem)
         if not isinstance(self.value, dict):
-            raise BadSample(f"a JSON {type(self.value).__name__}, not an object")
+            raise BadSample(f"it is a JSON {type(self.value).__name__}, not an object")
         return self.value
 
 
 def encoding_problem(head: bytes) -> str:
-    """What is wrong with a file that begins so, with the remedy; "" for one that may be UTF-8."""
+    """Return what is wrong with the encoding of a file that begins with `head`, and the remedy, or ""."""
     if head.startswith(b"\x1f\x8b"):
         return "is gzipped; unpack it with gunzip"
     if head.startswith(_UTF16 + _UTF32) or b"\0" in head[:4]:
         name = "UTF-32" if head.startswith(_UTF32) else "UTF-16"
-        return f"is {name}; convert it to UTF-8, as with iconv -f {name} -t UTF-8"
+        return f"is {name}; convert it to UTF-8, for example with iconv -f {name} -t UTF-8"
     return ""
 
 
 def decode_utf8(data: bytes) -> str:
-    """The text, without a byte order mark. Raises BadSample that names the byte and the remedy."""
+    """Decode UTF-8, without a byte order mark. Raises BadSample with the position of the error and the remedy."""
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -65,10 +65,14 @@ def decode_utf8(data: bytes) -> str:
 
 
 def parse_json(content: str, *, nan_is_null: bool = False) -> Any:
-    """A JSON value. Raises BadSample for what is not JSON, or nests too deep for any tool to handle.
+    """Parse a JSON value.
 
     Args:
-        nan_is_null: read NaN as null, and an integer that is longer than any float as infinity, which no field takes.
+        content: the text.
+        nan_is_null: read NaN as null, and an integer longer than any float as infinity, which all fields reject.
+
+    Raises:
+        BadSample: the text is not JSON, or nested too deep.
     """
     try:
         hooks: dict[str, Any] = {"parse_constant": _constant, "parse_int": _integer} if nan_is_null else {}
@@ -77,12 +81,12 @@ def parse_json(content: str, *, nan_is_null: bool = False) -> Any:
         raise BadSample(_TOO_DEEP) from error
     except json.JSONDecodeError as error:
         raise BadSample(f"not JSON ({error})") from error
-    except ValueError as error:  # Python's own limit, whose remedy is not the user's
+    except ValueError as error:  # Python's limit; its message gives a remedy that does not help the user
         raise BadSample("an integer has thousands of digits") from error
 
 
 def check_depth(value: Any) -> None:
-    """Raises BadSample for lists and objects that nest deeper than 64 levels."""
+    """Raise BadSample if lists and objects are nested deeper than 64 levels."""
     if _exceeds(value, _LEVELS):
         raise BadSample(_TOO_DEEP)
 
@@ -103,7 +107,7 @@ def _integer(digits: str) -> int | float:
 
 
 def read_json(path: Path) -> Any:
-    """The value of a JSON file, NaN as null. Raises DataError that names the file."""
+    """Read a JSON file, NaN as null. Raises DataError with the name of the file."""
     return _parsed(path, read_text(path))
 
 
@@ -111,13 +115,16 @@ def _parsed(path: Path, content: str) -> Any:
     try:
         return parse_json(content, nan_is_null=True)
     except BadSample as error:
-        raise DataError(f"{path} cannot be read: {error}; correct it, or fetch it again if it was cut short") from error
+        raise DataError(f"{path} cannot be read: {error}; correct it, or download it again") from error
 
 
 def read_entries(path: Path) -> list[Entry]:
-    """The samples of a file that holds a JSON list, or one JSON object per line. Raises DataError that names the file.
+    """Read the samples of a file that contains a JSON list, or one JSON object per line.
 
-    A file of JSON lines may be named `.json`. A line that cannot be read is an entry that says why.
+    A file with JSON lines may also be named `.json`. A line that cannot be read becomes an entry with a `problem`.
+
+    Raises:
+        DataError: the file cannot be read. The message contains its name.
     """
     content = read_text(path)
     if path.suffix in _LINES or _is_lines(content):
@@ -125,31 +132,31 @@ def read_entries(path: Path) -> list[Entry]:
         return [_entry(f"{path.name} line {number}", line) for number, line in lines]
     value = _parsed(path, content)
     if not isinstance(value, list):
-        raise DataError(f"{path} holds a JSON {type(value).__name__}; a list of samples is needed")
+        raise DataError(f"{path} contains a JSON {type(value).__name__}; it must be a list of samples")
     return [Entry(f"{path.name} entry {number}", one) for number, one in enumerate(value)]
 
 
 def _is_lines(content: str) -> bool:
-    """Whether lines are objects of their own: more than one, and among the first hundred one that can be read."""
+    """Return whether the text has several lines, and at least one of the first hundred is a complete object."""
     head = [line.strip() for line in content.lstrip().split("\n", 100)[:100]]
     if len(head) < 2 or not (head[0].startswith("{") and head[0].endswith("}")):
         return False
     return any(not _entry("", line).problem for line in head if line)
 
 
-def _entry(place: str, line: str) -> Entry:
+def _entry(location: str, line: str) -> Entry:
     try:
-        return Entry(place, parse_json(line, nan_is_null=True))
+        return Entry(location, parse_json(line, nan_is_null=True))
     except BadSample as error:
-        return Entry(place, None, str(error))
+        return Entry(location, None, str(error))
 
 
 def read_text(path: Path) -> str:
-    """A file's text. Raises DataError that names the file for one that cannot be read or is not UTF-8."""
+    """Read a UTF-8 file. Raises DataError with the name of the file if it cannot be read."""
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise DataError(f"{plain(error)}; the file cannot be read") from error
+        raise DataError(f"{format_os_error(error)}; the file cannot be read") from error
     problem = encoding_problem(data[:4])
     if problem:
         raise DataError(f"{path} {problem}")
@@ -160,9 +167,10 @@ def read_text(path: Path) -> str:
 
 
 def read_csv(path: Path, *columns: str) -> Iterator[dict[str, str]]:
-    """These columns of each row of a CSV file, gzipped or not; "" for an empty cell, and for NaN.
+    """Yield the given columns of each row of a CSV file, which may be gzipped. Empty cells and NaN are "".
 
-    Raises DataError for a file that cannot be read or lacks a column.
+    Raises:
+        DataError: the file cannot be read, or a column is missing.
     """
     gzipped = path.suffix == ".gz"
     try:
@@ -180,4 +188,4 @@ def read_csv(path: Path, *columns: str) -> Iterator[dict[str, str]]:
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 ({error.reason}); {_CONVERT}") from error
     except (OSError, EOFError, zlib.error, csv.Error) as error:
-        raise DataError(f"{path} cannot be read ({error}); fetch it again") from error
+        raise DataError(f"{path} cannot be read ({error}); download it again") from error

@@ -1,7 +1,7 @@
-"""What a converter is: a listing of a data set's folder, and the making of one record from one entry of the listing.
+"""Interface of a converter: it lists the samples of a data set's folder, and builds a record from a listed sample.
 
-The listing is cheap (annotations alone) and in a fixed order; making a record reads the picture. So the listing can be
-cut into parts that processes convert on their own, and a part that is done need not be done again.
+Listing is cheap (it only reads annotations) and has a fixed order; building a record reads the image. The listing can
+therefore be cut into parts that are converted by several processes, and finished parts need not be converted again.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from typing import Any
 from medalign.data.samples.sample import BadSample
 from medalign.data.shards.records import Record, Refused
 
-Chosen = Mapping[str, Any]  # the source's settings by name, underscores for hyphens
+Settings = Mapping[str, Any]  # settings of a converter by name, with underscores instead of hyphens
 
-# Fields that tell who or where: these are hashed on request. Converters name their fields so.
+# Fields that identify a person or an image; they are hashed on request. All converters use these names.
 IDENTIFIERS = frozenset({"id", "case", "patient", "study", "image", "images", "mask", "qid"})
 
 _SPLIT = re.compile(r"\w[\w-]*")
-_LONGEST_SPLIT = 200  # bytes; file systems hold names of 255, and the hidden neighbors' are longer
+_MAX_SPLIT_BYTES = 200  # file systems allow names of 255 bytes, and temporary folders have longer names
 
 
 @dataclass(frozen=True)
 class Setting:
-    """An option of one source, on the command line `--name`."""
+    """An option of one converter, `--name` on the command line."""
 
     name: str  # with hyphens
     help: str
@@ -38,33 +38,34 @@ class Setting:
 
 @dataclass(frozen=True)
 class Item:
-    """One sample to be, as the listing knows it. Raises BadSample for a split that names no folder."""
+    """One listed sample. Raises BadSample if the split is not a valid folder name."""
 
     split: str
     key: str  # unique in the data set
-    data: dict[str, Any]  # JSON values: all that `record` needs beside the folder
+    data: dict[str, Any]  # JSON values: all that `build_record` needs in addition to the folder
 
     def __post_init__(self) -> None:
-        # Points would let a split's folder meet the conversion's own files, or hide it.
-        if not _SPLIT.fullmatch(self.split) or len(self.split.encode()) > _LONGEST_SPLIT:
+        # A dot could make the folder of a split hidden, or equal to a temporary folder of the conversion.
+        if not _SPLIT.fullmatch(self.split) or len(self.split.encode()) > _MAX_SPLIT_BYTES:
             raise BadSample(
-                f"split is {self.split!r}; it names a folder, such as 'train': letters, digits, '_' and '-' alone, at "
-                f"most {_LONGEST_SPLIT} bytes"
+                f"split is {self.split!r}; it names a folder, for example 'train': use only letters, digits, '_' and "
+                f"'-', at most {_MAX_SPLIT_BYTES} bytes"
             )
 
 
 @dataclass(frozen=True)
 class DatasetConverter:
-    """A data set that can be packed."""
+    """A data set that can be converted."""
 
     name: str  # on the command line
     title: str
-    layout: str  # what the folder must hold, where to get it, what becomes of it: the command's help
-    validate_layout: Callable[[Path, Chosen], list[str]]  # one line a missing piece; empty for a whole folder
-    iter_items: Callable[[Path, Chosen], Iterator[Item | Refused]]
-    build_record: Callable[[Path, Item, Chosen], Record]  # raises BadSample
+    layout: str  # help text: the required files, where to get them, and what is written
+    validate_layout: Callable[[Path, Settings], list[str]]  # one line per missing file or folder; empty if complete
+    iter_items: Callable[[Path, Settings], Iterator[Item | Refused]]
+    build_record: Callable[[Path, Item, Settings], Record]  # raises BadSample
     settings: tuple[Setting, ...] = ()
-    public_name: str = ""  # what to search for, to get the data set
+    public_name: str = ""  # name under which the data set can be found
 
     def defaults(self) -> dict[str, Any]:
+        """Return the default of each setting."""
         return {setting.name.replace("-", "_"): setting.default for setting in self.settings}

@@ -1,4 +1,4 @@
-"""A source's folder: what it lacks, and reading its pictures."""
+"""Access to the folder of a data set: find missing files, and read images."""
 
 from __future__ import annotations
 
@@ -12,13 +12,18 @@ from PIL import Image
 
 from medalign.data.samples.decode import SEVERAL_FRAMES, decode_image, has_several_frames, picture_header
 from medalign.data.samples.sample import BadSample, image_name, sample_context
-from medalign.data.shards.members import MOST_IMAGES
+from medalign.data.shards.members import MAX_IMAGES
 from medalign.data.shards.records import Picture
 from medalign.datasets.texts import is_missing
 
 
-def lacking(folder: Path, wanted: Mapping[str, str]) -> list[str]:
-    """One line for each path of `wanted` (path to what it holds) that the folder lacks; "a|b" means either."""
+def missing_paths(folder: Path, wanted: Mapping[str, str]) -> list[str]:
+    """Return one line per path that is missing in the folder.
+
+    Args:
+        folder: the folder of the data set.
+        wanted: maps each path to a description; "a|b" means either.
+    """
     return [
         f"{names.replace('|', ' or ')}: {what}"
         for names, what in wanted.items()
@@ -27,21 +32,28 @@ def lacking(folder: Path, wanted: Mapping[str, str]) -> list[str]:
 
 
 def first_folder(folder: Path, *names: str) -> Path:
-    """The first of these folders that exists, else the first."""
+    """Return the first of these folders that exists, or the first one if none exists."""
     return next((folder / name for name in names if (folder / name).is_dir()), folder / names[0])
 
 
 def read_pictures(folder: Path, names: Any, fallback: Path | None = None) -> tuple[Picture, ...]:
-    """The pictures of one name, or of a list of names in its order, as in `read_picture`. Raises BadSample.
+    """Read one image, or a list of images in order, as in `read_picture`.
 
-    What cannot be read in the folder is looked for in the folder `fallback`: some name "images/a.jpg" beside images/.
+    Args:
+        folder: the folder that contains the images.
+        names: a path relative to the folder, or a list of paths.
+        fallback: searched if a file cannot be read in `folder`; some data sets name "images/a.jpg" relative to the
+            parent of images/.
+
+    Raises:
+        BadSample: an image cannot be read.
     """
     listed = names if isinstance(names, list) else [names]
-    if len(listed) > MOST_IMAGES:
-        raise BadSample(f"image names {len(listed)} pictures; at most {MOST_IMAGES} are read")
+    if len(listed) > MAX_IMAGES:
+        raise BadSample(f"image names {len(listed)} files; at most {MAX_IMAGES} are read")
     found = []
-    for number, name in enumerate(listed):
-        with sample_context(image_name(number, len(listed))):
+    for index, name in enumerate(listed):
+        with sample_context(image_name(index, len(listed))):
             found.append(_read_either(folder, fallback, name))
     return tuple(found)
 
@@ -59,35 +71,48 @@ def _read_either(folder: Path, fallback: Path | None, name: Any) -> Picture:
 
 
 def read_picture(folder: Path, name: Any) -> Picture:
-    """A picture, as in `as_png_or_jpeg`; `name` is relative to the folder and stays inside it. Raises BadSample."""
+    """Read an image as in `as_png_or_jpeg`. `name` is relative to the folder and must stay inside. Raises BadSample."""
     return as_png_or_jpeg(read_bytes(folder, name, "image"))
 
 
 def require_name(row: Mapping[str, Any], field: str) -> str:
-    """The path of a picture that a question names under `field`. Raises BadSample for one that names none."""
+    """Return the image path that a question gives in `field`. Raises BadSample if there is none."""
     name = row.get(field)
     if is_missing(name):
-        raise BadSample(f"no question with {field}")
+        raise BadSample(f"the question has no {field}")
     if not isinstance(name, str):
-        raise BadSample(f"{field} is {reprlib.repr(name)}, not a path")
+        raise BadSample(f"{field} is {reprlib.repr(name)}, which is not a path")
     return name
 
 
 def read_bytes(folder: Path, name: Any, role: str) -> bytes:
-    """A file's bytes. Raises BadSample for a name that is no text, leads out of the folder or cannot be read."""
+    """Read a file.
+
+    Args:
+        folder: the folder of the data set.
+        name: a path relative to the folder.
+        role: what the file is, for the message.
+
+    Raises:
+        BadSample: the name is not text or leads out of the folder, or the file cannot be read.
+    """
     if not isinstance(name, str) or not name:
-        raise BadSample(f"{role} is {name!r}; a path relative to the folder is needed")
+        raise BadSample(f"{role} is {name!r}; it must be a path relative to the folder")
     try:
         path = (folder / name).resolve()
         if not path.is_relative_to(folder.resolve()):
-            raise BadSample(f"{role} {name!r} lies outside the folder")
+            raise BadSample(f"{role} {name!r} is outside the folder")
         return path.read_bytes()
-    except (OSError, RuntimeError, ValueError) as error:  # a loop of links, and a NUL or half a character in the name
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+    ) as error:  # also a loop of links, and invalid characters
         raise BadSample(f"{role} {name!r} cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
 def as_png_or_jpeg(data: bytes) -> Picture:
-    """PNG and JPEG bytes as they came; other formats that are read (BMP, TIFF, ...) become 8-bit PNG."""
+    """Keep PNG and JPEG bytes unchanged, and convert other supported formats (BMP, TIFF, ...) to 8-bit PNG."""
     kind = picture_header(data)[0]
     notes = (SEVERAL_FRAMES,) if has_several_frames(data) else ()
     if kind in ("png", "jpg"):
@@ -96,7 +121,7 @@ def as_png_or_jpeg(data: bytes) -> Picture:
 
 
 def png(image: Image.Image) -> bytes:
-    """The picture, of a mode that PNG has, as PNG. Raises BadSample."""
+    """Encode an image as PNG. Raises BadSample if PNG does not support its mode."""
     buffer = io.BytesIO()
     try:
         image.save(buffer, "PNG")

@@ -1,4 +1,4 @@
-"""Under which fields the annotations of other tools name a sample's images."""
+"""Fields under which annotations of other tools name the images of a sample."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from medalign.datasets.texts import is_missing
 
 
 def named_images(row: Mapping[str, Any]) -> list[Any]:
-    """The images that a sample names under "image" or "images", one or a list. Raises BadSample where both differ."""
+    """Return the images named in "image" or "images", each one name or a list. Raises BadSample if they differ."""
     one, several = (_listed(row.get(name)) for name in ("image", "images"))
     if one and several and one != several:
         raise BadSample('"image" and "images" name different images')

@@ -1,4 +1,4 @@
-"""A folder with `annotations.jsonl` and pictures: the plain format that any data set can be brought into."""
+"""A folder with `annotations.jsonl` and images: the generic format for any data set."""
 
 from __future__ import annotations
 
@@ -11,51 +11,54 @@ from medalign.data.samples.image_tags import TAG, check_count, strip_tags
 from medalign.data.samples.sample import BadSample
 from medalign.data.shards.records import Record, Refused
 from medalign.datasets.annotations import decode_utf8, encoding_problem, parse_json
-from medalign.datasets.base import Chosen, DatasetConverter, Item, Setting
-from medalign.datasets.files import lacking, read_bytes, read_pictures
+from medalign.datasets.base import DatasetConverter, Item, Setting, Settings
+from medalign.datasets.files import missing_paths, read_bytes, read_pictures
 from medalign.datasets.grouped_split import Line, assign_splits
 from medalign.datasets.image_fields import named_images
-from medalign.datasets.splitting import share
+from medalign.datasets.splitting import parse_fraction
 from medalign.datasets.texts import is_missing
 from medalign.errors import ConfigError
 
 ANNOTATIONS = "annotations.jsonl"
 DEFAULT_SPLIT = "train"
-_TEST_SHARE = 0.2  # where the lines are split here and no other share is given
+_ASSIGNS = ("group_by", "test_share", "val_share")  # settings that imply the split "image"
+_TEST_SHARE = 0.2  # default if splits are assigned here
 
 LAYOUT = """\
-annotations.jsonl   one JSON object a line
-the pictures and masks that it names, by paths relative to the folder
+annotations.jsonl   one JSON object per line
+the images and masks that it names, with paths relative to the folder
 
 fields of a line:
-  id           the sample's key, unique
-  image        path of a picture, or a list of paths in order; null for a question without image; "images" will do too;
-               of a picture with several frames (TIFF, GIF, DICOM, ...) the first is shown, and they are counted
+  id           the key of the sample, unique
+  image        path of an image, or a list of paths in order; null for a question without an image; "images" is also
+               accepted; of an image with several frames (TIFF, GIF, DICOM, ...) the first is used, with a note
   task         "vqa" or "report"
-  question     what is asked; needed for vqa; where it holds <image>, there must be one per picture, and they are taken
-               out, for the model's chat template puts the pictures
-  answer       needed for vqa
-  answer_type  "closed", "open" or "", in letters of any size
-  report       the text to be written; needed for report
-  boxes        [[x0, y0, x1, y1], ...] in pixels of the (first) image as viewers show it, upright; may be left out
-  mask         path of a PNG of the (first) image's size; may be left out or ""
-  split        its own shard folder, named by letters, digits, "_" and "-"; "train" where it is left out or ""
-Other fields are kept as the sample's metadata.
+  question     required for vqa; if it contains <image>, there must be one per image; they are removed, because the
+               model's chat template places the images
+  answer       required for vqa
+  answer_type  "closed", "open" or "", in upper or lower case
+  report       the target text; required for report
+  boxes        optional: [[x0, y0, x1, y1], ...] in pixels of the first image, upright as in an image viewer
+  mask         optional: path of a PNG with the size of the first image, or ""
+  split        name of the shard folder: letters, digits, "_" and "-"; default "train"
+All other fields are kept as metadata of the sample.
 
---split image divides the lines without a split into train/ and test/. Lines that share an image stay together, and so
-do, with --group-by patient, lines with the same "patient". A line that names its split keeps it, and the lines that
-share an image with it follow. Images are compared by file, so a copy under another name is another image."""
-
-
-def validate_layout(folder: Path, _chosen: Chosen) -> list[str]:
-    return lacking(folder, {ANNOTATIONS: "one JSON object a line"})
+--split image assigns the lines without a split to train/ and test/. Lines that share an image get the same split, and
+with --group-by patient also lines with the same "patient". A line with a split keeps it, and the lines that share an
+image with it get the same split. Images are compared by file, so a copy with another name is another image."""
 
 
-def iter_items(folder: Path, chosen: Chosen) -> Iterator[Item | Refused]:
-    """One item a line; a line that cannot be read is refused with its number."""
+def validate_layout(folder: Path, _settings: Settings) -> list[str]:
+    return missing_paths(folder, {ANNOTATIONS: "one JSON object per line"})
+
+
+def iter_items(folder: Path, settings: Settings) -> Iterator[Item | Refused]:
+    """Yield one item per line; a line that cannot be read is refused with its number."""
     lines = _lines(folder)
-    if chosen["split"] == "image" or any(chosen[name] is not None for name in ("group_by", "test_share", "val_share")):
-        lines = assign_splits(lines, folder, chosen["group_by"] or (), *_shares(chosen))
+    if settings["split"] == "image" or any(
+        settings[name] is not None for name in ("group_by", "test_share", "val_share")
+    ):
+        lines = assign_splits(lines, folder, settings["group_by"] or (), *_shares(settings))
     for line in lines:
         if isinstance(line, Refused):
             yield line
@@ -63,15 +66,15 @@ def iter_items(folder: Path, chosen: Chosen) -> Iterator[Item | Refused]:
         try:
             yield Item(line.row.get("split") or DEFAULT_SPLIT, line.row["id"], line.row)
         except BadSample as error:
-            yield Refused(line.place, str(error))
+            yield Refused(line.location, str(error))
 
 
-def _shares(chosen: Chosen) -> tuple[float, float]:
-    """Of test and val. Raises ConfigError for more than the whole."""
-    test = _TEST_SHARE if chosen["test_share"] is None else chosen["test_share"]
-    val = chosen["val_share"] or 0.0
+def _shares(settings: Settings) -> tuple[float, float]:
+    """Fractions of test and val. Raises ConfigError if they are more than 1."""
+    test = _TEST_SHARE if settings["test_share"] is None else settings["test_share"]
+    val = settings["val_share"] or 0.0
     if test + val > 1:
-        raise ConfigError(f"--test-share {test} and --val-share {val} are more than 1 together")
+        raise ConfigError(f"--test-share {test} and --val-share {val} add up to more than 1")
     return test, val
 
 
@@ -81,52 +84,52 @@ def _lines(folder: Path) -> Iterator[Line | Refused]:
         for number, line in enumerate(file, start=1):
             if not line.removeprefix(BOM_UTF8).strip():
                 continue
-            place = f"{ANNOTATIONS} line {number}"
+            location = f"{ANNOTATIONS} line {number}"
             problem = _file_problem(line) if first else ""
             if problem:
-                yield Refused(place, problem)
+                yield Refused(location, problem)
                 return
             first = False
             try:
-                yield Line(place, _parse(line))
+                yield Line(location, _parse(line))
             except BadSample as error:
-                yield Refused(place, str(error))
+                yield Refused(location, str(error))
 
 
 def _file_problem(first: bytes) -> str:
-    """Why a file that begins with this line cannot be read line by line; "" where it can."""
+    """Why a file with this first line cannot be read line by line, or ""."""
     problem = encoding_problem(first[:4])
     if problem:
         return f"the file {problem}"
     if first.removeprefix(BOM_UTF8).lstrip().startswith(b"["):
-        return "one object a line is needed, this is one JSON list; convert it, as with jq -c '.[]'"
+        return "one object per line is required, but this is a JSON list; convert it, for example with jq -c '.[]'"
     return ""
 
 
 def _parse(line: bytes) -> dict[str, Any]:
     row = parse_json(decode_utf8(line))
     if not isinstance(row, dict):
-        raise BadSample(f"a JSON {type(row).__name__}, not an object")
+        raise BadSample(f"it is a JSON {type(row).__name__}, not an object")
     split = row.get("split")
     if split is not None and not isinstance(split, str):
-        raise BadSample(f"split is {split!r}; it names a folder, such as 'train'")
+        raise BadSample(f"split is {split!r}; it names a folder, for example 'train'")
     if not isinstance(row.get("id"), str) or not row["id"]:
-        raise BadSample(f"id is {row.get('id')!r}; each line needs a text that is its own")
-    given = row.get("answer_type")  # many write CLOSED or Open
+        raise BadSample(f"id is {row.get('id')!r}; each line needs a unique text")
+    given = row.get("answer_type")  # other tools also write CLOSED or Open
     return {**row, "answer_type": given.strip().lower()} if isinstance(given, str) else row
 
 
-def build_record(folder: Path, item: Item, _chosen: Chosen) -> Record:
+def build_record(folder: Path, item: Item, _settings: Settings) -> Record:
     row = dict(item.data)
     if "image" not in row and "images" not in row:
-        raise BadSample("no image is named; write null for a question without image")
+        raise BadSample("no image is named; write null for a question without an image")
     names = _images(row)
     tags = 0
     for name in ("question", "answer", "report"):
         if isinstance(row.get(name), str):
             stripped, count = strip_tags(row[name])
             if count and name != "question":
-                raise BadSample(f"{TAG} stands in the {name}")
+                raise BadSample(f"the {name} contains {TAG}")
             row[name] = stripped.strip() if count else row[name]
             tags += count
     check_count(tags, len(names))
@@ -135,11 +138,11 @@ def build_record(folder: Path, item: Item, _chosen: Chosen) -> Record:
 
 
 def _images(row: dict[str, Any]) -> list[Any]:
-    """The names of a line's pictures. Raises BadSample for one that is empty rather than null."""
+    """Names of the images of a line. Raises BadSample for a name that is empty rather than null."""
     for name in ("image", "images"):
         value = row.get(name)
         if value is not None and not isinstance(value, list) and is_missing(value):
-            raise BadSample(f"{name} is {value!r}; a path relative to the folder is needed")
+            raise BadSample(f"{name} is {value!r}; it must be a path relative to the folder")
     return named_images(row)
 
 
@@ -151,15 +154,19 @@ CONVERTER = DatasetConverter(
     iter_items,
     build_record,
     (
-        Setting("split", "the lines' own, or, for lines without, one by image", "given", ("given", "image")),
+        Setting("split", "keep the splits of the lines, or assign missing ones by image", "given", ("given", "image")),
         Setting(
-            "group-by", "fields, such as patient, whose lines stay together too; implies --split image", several=True
+            "group-by", "fields, such as patient, whose lines also stay together; implies --split image", several=True
         ),
         Setting(
-            "test-share", "share of the images or groups that go to test/; implies --split image, with 0.2", parse=share
+            "test-share",
+            "fraction of the images or groups in test/; implies --split image (default with it: 0.2)",
+            parse=parse_fraction,
         ),
         Setting(
-            "val-share", "share of the images or groups that go to val/; implies --split image, with 0", parse=share
+            "val-share",
+            "fraction of the images or groups in val/; implies --split image (default with it: 0)",
+            parse=parse_fraction,
         ),
     ),
 )

@@ -1,4 +1,4 @@
-"""Conversations in the JSON of LLaVA and LLaVA-Med: each turn becomes a sample."""
+"""Conversations in the JSON format of LLaVA and LLaVA-Med; each turn becomes a sample."""
 
 from __future__ import annotations
 
@@ -12,81 +12,83 @@ from typing import Any
 from medalign.data.samples.sample import BadSample
 from medalign.data.shards.records import Record, Refused
 from medalign.datasets.annotations import read_entries
-from medalign.datasets.base import Chosen, DatasetConverter, Item, Setting
-from medalign.datasets.conversations import Turn, holds_conversation, parse_entry
+from medalign.datasets.base import DatasetConverter, Item, Setting, Settings
+from medalign.datasets.conversations import Turn, has_conversation, parse_entry
 from medalign.datasets.files import first_folder, read_pictures
-from medalign.datasets.splitting import Groups, canonical_path, share, share_split
+from medalign.datasets.splitting import Groups, canonical_path, parse_fraction, split_by_hash
 from medalign.datasets.texts import as_text, text
 from medalign.errors import DataError
 
 LAYOUT = """\
 NAME.json         [{"id": "1", "image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\nIs it ...?"},
-                    {"from": "gpt", "value": "Yes."}, ...]}, ...]   (llava_med_instruct_60k.json and its like)
-images/a.jpg      the images; a path that is not found there, or without a folder images/, starts at the folder itself
+                    {"from": "gpt", "value": "Yes."}, ...]}, ...]   (for example llava_med_instruct_60k.json)
+images/a.jpg      the images; a path that is not found there, or any path without images/, is relative to the folder
 
-A file is a JSON list, or JSON lines (NAME.jsonl is read where there is no NAME.json). "images" is read like "image",
+A file contains a JSON list, or JSON lines (NAME.jsonl is read if there is no NAME.json). "images" is read like "image",
 and "messages" with "role" and "content" like "conversations" with "from" and "value".
 
-Each question with the answer that follows it is one sample; later ones do not show the earlier turns. "image" may be a
-list of images. The text holds one <image> per image, and an image belongs to the turn of its <image> and to later ones;
-in a text without <image> all images come before the first question. Any other number is refused. Entries without image
-and <image> are questions without image.
+Each question with the answer that follows it is one sample; earlier turns are not shown. "image" may be a list of
+images. The text contains one <image> per image, and an image belongs to the turn of its <image> and to later ones; in a
+text without <image>, all images come before the first question. Any other number is refused. Entries without an image
+and without <image> are questions without an image.
 
-One JSON file goes to train/ (--test-share: a share of its images to test/, where entries that share an image stay
-together); several go to folders of their names, as in train.json, test.json, with "_" for points and spaces. "domain"
-and "answer_type" are kept."""
+A single JSON file goes to train/ (with --test-share, a fraction of its images to test/, where entries that share an
+image stay together). Several files go to folders with their names, for example train.json and test.json, with "_" for
+dots and spaces. "domain" and "answer_type" are kept."""
 
 
-def _files(folder: Path, chosen: Chosen) -> list[Path]:
-    if chosen["annotations"]:
-        return [folder / name for name in chosen["annotations"]]
+def _files(folder: Path, settings: Settings) -> list[Path]:
+    if settings["annotations"]:
+        return [folder / name for name in settings["annotations"]]
     return sorted(folder.glob("*.json")) or sorted(folder.glob("*.jsonl"))
 
 
-def validate_layout(folder: Path, chosen: Chosen) -> list[str]:
-    files = _files(folder, chosen)
+def validate_layout(folder: Path, settings: Settings) -> list[str]:
+    files = _files(folder, settings)
     if not files:
         return ["a .json file with the conversations"]
     return [f"{path}: conversations" for path in files if not path.exists()]
 
 
-def iter_items(folder: Path, chosen: Chosen) -> Iterator[Item | Refused]:
-    files = _files(folder, chosen)
+def iter_items(folder: Path, settings: Settings) -> Iterator[Item | Refused]:
+    files = _files(folder, settings)
     for path in files:
         entries = read_entries(path)
         read = [entry.value for entry in entries if not entry.problem]
-        if read and not any(map(holds_conversation, read)):
-            raise DataError(f"{path} holds no conversations; name the right files with --annotations")
+        if read and not any(map(has_conversation, read)):
+            raise DataError(f"{path} contains no conversations; name the right files with --annotations")
         conversations: list[_Conversation] = []
         for number, entry in enumerate(entries):
             try:
-                conversations.append(_Conversation(number, entry.place, entry.fields(), *parse_entry(entry.fields())))
+                conversations.append(
+                    _Conversation(number, entry.location, entry.fields(), *parse_entry(entry.fields()))
+                )
             except BadSample as error:
-                yield Refused(entry.place, str(error))
+                yield Refused(entry.location, str(error))
         splits = [_split_of(path)] * len(conversations)
         if len(files) == 1:
-            splits = _splits_by_image(folder, conversations, chosen["test_share"])
+            splits = _splits_by_image(folder, conversations, settings["test_share"])
         for one, split in zip(conversations, splits, strict=True):
             yield from _samples(one, split, _key_of(path))
 
 
 @dataclass(frozen=True)
 class _Conversation:
-    """An entry: its number in the file, its images and its turns."""
+    """An entry: its index in the file, its images and its turns."""
 
     number: int
-    place: str
+    location: str
     row: dict[str, Any]
     images: list[Any]
     turns: list[Turn]
 
     @property
     def case(self) -> str:
-        return (text(self.images[0]) if self.images else "") or text(self.row.get("id")) or self.place
+        return (text(self.images[0]) if self.images else "") or text(self.row.get("id")) or self.location
 
 
 def _splits_by_image(folder: Path, conversations: Sequence[_Conversation], test_share: float) -> list[str]:
-    """The split of each entry, so that no image is in two."""
+    """Assign a split to each entry so that no image is in two splits."""
     if not test_share:
         return ["train"] * len(conversations)
     images, groups = os.path.realpath(first_folder(folder, "images", ".")), Groups()
@@ -95,11 +97,11 @@ def _splits_by_image(folder: Path, conversations: Sequence[_Conversation], test_
         names = [name for name in one.images if isinstance(name, str)]
         members.append([canonical_path(images, name, os.path.abspath(folder)) for name in names] or [one.case])
         groups.add(members[-1])
-    return [share_split(groups.name(names[0]), test_share) for names in members]
+    return [split_by_hash(groups.name(names[0]), test_share) for names in members]
 
 
 def _samples(one: _Conversation, split: str, prefix: str) -> Iterator[Item]:
-    """One item per turn, with the images that it shows in the form in which they were named."""
+    """Yield one item per turn, with the images shown up to it, in the form in which the entry names them."""
     shared = {name: one.row.get(name) for name in ("id", "domain", "answer_type")} | {"case": one.case}
     single = not isinstance(one.row.get("image") or one.row.get("images"), list)
     for index, turn in enumerate(one.turns):
@@ -115,16 +117,16 @@ def _samples(one: _Conversation, split: str, prefix: str) -> Iterator[Item]:
 
 
 def _split_of(path: Path) -> str:
-    """A folder's name from the file's: "train_v1_2" of "train v1.2.json"."""
+    """Derive the name of a folder from that of a file: "train_v1_2" from "train v1.2.json"."""
     return re.sub(r"^-|[^\w-]+", "_", path.stem[-40:])
 
 
 def _key_of(path: Path) -> str:
-    """What keys begin with: the file's name without points and white space, its last 40 bytes."""
+    """Prefix of the keys: the name of the file without dots and white space, its last 40 bytes."""
     return "_".join(path.stem.replace(".", "_").split()).encode("utf-8", "replace")[-40:].decode("utf-8", "ignore")
 
 
-def build_record(folder: Path, item: Item, _chosen: Chosen) -> Record:
+def build_record(folder: Path, item: Item, _settings: Settings) -> Record:
     row = item.data
     given = text(row["answer_type"]).lower()
     domain = row["domain"]
@@ -153,7 +155,7 @@ CONVERTER = DatasetConverter(
     build_record,
     (
         Setting("annotations", "JSON files of the folder to read (default: all)", None, several=True),
-        Setting("test-share", "share of the images of a single file that go to test/", 0.0, parse=share),
+        Setting("test-share", "fraction of the images of a single file in test/", 0.0, parse=parse_fraction),
     ),
     "LLaVA-Med (github.com/microsoft/LLaVA-Med lists its files)",
 )

@@ -10,8 +10,8 @@ from typing import Any
 from medalign.data.samples.sample import BadSample
 from medalign.data.shards.records import Record, Refused
 from medalign.datasets.annotations import decode_utf8, encoding_problem, read_csv
-from medalign.datasets.base import Chosen, DatasetConverter, Item
-from medalign.datasets.files import lacking, read_bytes, read_pictures
+from medalign.datasets.base import DatasetConverter, Item, Settings
+from medalign.datasets.files import missing_paths, read_bytes, read_pictures
 from medalign.datasets.report_text import SECTIONS, VIEWS, report_text, split_sections
 
 SPLIT = "mimic-cxr-2.0.0-split.csv"
@@ -22,13 +22,13 @@ files/p10/p10000032/s50414267/DICOM_ID.jpg             the images (MIMIC-CXR-JPG
 mimic-cxr-2.0.0-split.csv.gz (or .csv)                 the official split (MIMIC-CXR-JPG; 2.1.0 keeps the name)
 mimic-cxr-2.0.0-metadata.csv.gz (or .csv)              the views (MIMIC-CXR-JPG)
 mimic-cxr-reports/files/p10/p10000032/s50414267.txt    the reports (mimic-cxr-reports.zip of MIMIC-CXR;
-                                                       files/p10/p10000032/s50414267.txt will do as well)
+                                                       files/p10/p10000032/s50414267.txt is also accepted)
 
-Written are train/, val/ and test/ by the official split ("validate" becomes val), one sample a study with its frontal
-image: PA before AP; studies without one are skipped (--views study: with all its images, PA, then AP, then others;
---views all: one sample an image, all with the study's report). A report's findings and impression are found by their
-headings and kept apart in the metadata. Both data sets need a PhysioNet credential, and their terms hold for the
-shards too."""
+The output is train/, val/ and test/ of the official split ("validate" becomes val), with one sample per study and its
+frontal image, PA rather than AP; studies without one are skipped (--views study: with all its images, first PA, then
+AP, then others; --views all: one sample per image, each with the report of the study). Findings and impression of a
+report are recognized by their headings and kept separately in the metadata. Both data sets require a PhysioNet
+credential, and their terms also apply to the shards."""
 
 _REPORTS = ("mimic-cxr-reports/files", "mimic-cxr-reports", "files")
 _IDENTITY = ("dicom_id", "study_id", "subject_id")
@@ -36,20 +36,20 @@ _FRONTAL = {"PA": 0, "AP": 1}
 _NAMES = {"train": "train", "validate": "val", "test": "test"}
 
 
-def validate_layout(folder: Path, _chosen: Chosen) -> list[str]:
+def validate_layout(folder: Path, _settings: Settings) -> list[str]:
     wanted = {
         "files": "the images, files/p10/...",
         f"{SPLIT}.gz|{SPLIT}": "the official split",
         f"{METADATA}.gz|{METADATA}": "the views of the images",
     }
-    lines = lacking(folder, wanted)
+    lines = missing_paths(folder, wanted)
     if (folder / "files").is_dir() and not _has_reports(folder):
         lines.append("mimic-cxr-reports/files/p10/.../s*.txt: the reports; unpack mimic-cxr-reports.zip of MIMIC-CXR")
     return lines
 
 
-def iter_items(folder: Path, chosen: Chosen) -> Iterator[Item | Refused]:
-    """One item a study (or image), in the order of the split's table."""
+def iter_items(folder: Path, settings: Settings) -> Iterator[Item | Refused]:
+    """Yield one item per study (or image), in the order of the table of splits."""
     views = {
         row["dicom_id"]: row["ViewPosition"] for row in read_csv(_table(folder, METADATA), "dicom_id", "ViewPosition")
     }
@@ -64,19 +64,19 @@ def iter_items(folder: Path, chosen: Chosen) -> Iterator[Item | Refused]:
     for (patient, study), rows in studies.items():
         name = f"p{patient}-s{study}"
         if rows[0]["split"] not in _NAMES:
-            yield Refused(name, f"split is {rows[0]['split']!r}; known are train, validate, test")
+            yield Refused(name, f"split is {rows[0]['split']!r}; it must be train, validate or test")
             continue
-        samples = _samples({row["dicom_id"]: views.get(row["dicom_id"], "") for row in rows}, chosen["views"])
+        samples = _samples({row["dicom_id"]: views.get(row["dicom_id"], "") for row in rows}, settings["views"])
         if not samples:
             yield Refused(name, "study has no frontal image")
         for image, view in samples:
-            key = f"{name}-{image}" if chosen["views"] == "all" else name
+            key = f"{name}-{image}" if settings["views"] == "all" else name
             data = {"patient": f"p{patient}", "study": f"s{study}", "image": image, "view": view}
             yield Item(_NAMES[rows[0]["split"]], key, data)
 
 
 def _samples(pictures: dict[str, str], views: str) -> Sequence[tuple[Any, Any]]:
-    """Image and view of each sample of a study with these pictures and views; for "study" a list of each."""
+    """Image and view of each sample of a study with these images and views; lists of both for "study"."""
     if views == "all":
         return list(pictures.items())
     ordered = sorted(pictures.items(), key=lambda picture: (_FRONTAL.get(picture[1], 2), picture[0]))
@@ -85,7 +85,7 @@ def _samples(pictures: dict[str, str], views: str) -> Sequence[tuple[Any, Any]]:
     return [([image for image, _ in ordered], [view for _, view in ordered])]
 
 
-def build_record(folder: Path, item: Item, chosen: Chosen) -> Record:
+def build_record(folder: Path, item: Item, settings: Settings) -> Record:
     patient, study = item.data["patient"], item.data["study"]
     place = f"{patient[:3]}/{patient}/{study}"
     sections = split_sections(_report(folder, place))
@@ -93,7 +93,7 @@ def build_record(folder: Path, item: Item, chosen: Chosen) -> Record:
         "id": item.key,
         "task": "report",
         "question": "",
-        "report": report_text(sections, chosen["sections"]),
+        "report": report_text(sections, settings["sections"]),
         **sections,
         "split": item.split,
         "case": study,
@@ -109,7 +109,7 @@ def _table(folder: Path, name: str) -> Path:
 
 
 def _has_reports(folder: Path) -> bool:
-    """Whether any patient's folder holds text; p10/ and its like are looked into, not all 65,000 patients."""
+    """Return whether there are reports. Only folders such as p10/ are searched, not all 65,000 patients."""
     groups = (group for name in _REPORTS for group in sorted((folder / name).glob("p1[0-9]")))
     return any(any(patient.glob("s*.txt")) for group in groups for patient in islice(group.iterdir(), 100))
 

@@ -10,19 +10,19 @@ from typing import Any
 from medalign.data.samples.sample import BadSample
 from medalign.data.shards.records import Record, Refused
 from medalign.datasets.annotations import read_entries
-from medalign.datasets.base import Chosen, DatasetConverter, Item, Setting
+from medalign.datasets.base import DatasetConverter, Item, Setting, Settings
 from medalign.datasets.files import read_picture, require_name
-from medalign.datasets.splitting import share, share_split
+from medalign.datasets.splitting import parse_fraction, split_by_hash
 from medalign.datasets.texts import field, text
 
 LAYOUT = """\
-QA_information/Open-access/ACRIMA.json, ...      the questions, one file a data set
-QA_information/Restricted-access/...             only read with --access all: their images must be fetched one by one
+QA_information/Open-access/ACRIMA.json, ...      the questions, one file per data set
+QA_information/Restricted-access/...             read only with --access all: their images must be downloaded one by one
 Images/...                                       the images, as the questions name them
-(the folder OmniMedVQA/ of the archive may stand in between)
+(all of this may be in the folder OmniMedVQA/ of the archive)
 
-The question lists its choices, and the answer is the right one's text. There is no published split: all goes to test/
-unless --test-share says otherwise; an image's questions stay together."""
+The question lists its choices, and the answer is the text of the correct one. There is no published split: all samples
+go to test/ unless --test-share is below 1. All questions about an image are in the same split."""
 
 _CHOICES = "ABCD"
 
@@ -36,31 +36,31 @@ def _files(folder: Path, access: str) -> list[Path]:
     return [path for name in names for path in sorted((_root(folder) / "QA_information" / name).glob("*.json"))]
 
 
-def validate_layout(folder: Path, chosen: Chosen) -> list[str]:
-    lines = [] if _files(folder, chosen["access"]) else ["QA_information/Open-access/*.json: the questions"]
+def validate_layout(folder: Path, settings: Settings) -> list[str]:
+    lines = [] if _files(folder, settings["access"]) else ["QA_information/Open-access/*.json: the questions"]
     return lines + ([] if (_root(folder) / "Images").is_dir() else ["Images: the images"])
 
 
-def iter_items(folder: Path, chosen: Chosen) -> Iterator[Item | Refused]:
-    for path in _files(folder, chosen["access"]):
+def iter_items(folder: Path, settings: Settings) -> Iterator[Item | Refused]:
+    for path in _files(folder, settings["access"]):
         for number, entry in enumerate(read_entries(path)):
             try:
                 row = entry.fields()
                 require_name(row, "image_path")
             except BadSample as error:
-                yield Refused(entry.place, str(error))
+                yield Refused(entry.location, str(error))
                 continue
             key = "_".join(f"omni-{path.stem}-{number:06d}".replace(".", "_").split())
-            yield Item(share_split(normpath(row["image_path"]), chosen["test_share"]), key, row)
+            yield Item(split_by_hash(normpath(row["image_path"]), settings["test_share"]), key, row)
 
 
-def build_record(folder: Path, item: Item, _chosen: Chosen) -> Record:
+def build_record(folder: Path, item: Item, _settings: Settings) -> Record:
     row = item.data
     question, answer, options = field(row, "question"), field(row, "gt_answer"), _options(row)
     if not answer:
         raise BadSample("gt_answer is empty")
     if answer not in options:
-        raise BadSample("right answer is none of the choices")
+        raise BadSample("correct answer is not one of the choices")
     fields = {
         "id": item.key,
         "task": "vqa",
@@ -73,7 +73,7 @@ def build_record(folder: Path, item: Item, _chosen: Chosen) -> Record:
         "qid": text(row.get("question_id")),
         "dataset": text(row.get("dataset")),
         "question_type": text(row.get("question_type")),
-        "modality": text(row.get("modality_type") or row.get("modality")),  # one file names it so
+        "modality": text(row.get("modality_type") or row.get("modality")),  # one file uses the second name
     }
     return Record(item.key, (read_picture(_root(folder), row["image_path"]),), fields)
 
@@ -90,8 +90,8 @@ CONVERTER = DatasetConverter(
     iter_items,
     build_record,
     (
-        Setting("access", "open-access data sets alone, or all", "open", ("open", "all")),
-        Setting("test-share", "share of the images that go to test/; the rest to train/", 1.0, parse=share),
+        Setting("access", "only open-access data sets, or all", "open", ("open", "all")),
+        Setting("test-share", "fraction of the images in test/; the others are in train/", 1.0, parse=parse_fraction),
     ),
     "OmniMedVQA (OpenGVLab; foreverbeliever/OmniMedVQA on Hugging Face)",
 )

@@ -1,4 +1,4 @@
-"""Jobs over processes, with a count of what is done while they run."""
+"""Run jobs in several processes and count what is done."""
 
 from __future__ import annotations
 
@@ -13,48 +13,56 @@ from typing import Any
 
 from medalign.errors import DataError
 
-_MOST = 8  # processes by default: a disk feeds no more
-_POLL = 0.3  # seconds between two looks at the count
+_MAX_WORKERS = 8  # processes by default; a disk cannot supply more
+_POLL = 0.3  # seconds between two reads of the count
 
-_count: Any = None  # in a worker: the shared count of what all have done
-_stop: Any = None  # in a worker: set when all shall end
+_count: Any = None  # in a worker: the shared count of finished items
+_stop: Any = None  # in a worker: set when all workers must end
 
 
 def default_workers() -> int:
-    """One process a core that this process may use, at most 8."""
-    return min(_MOST, len(os.sched_getaffinity(0)))
+    """Return one process per core available to this process, at most 8."""
+    return min(_MAX_WORKERS, len(os.sched_getaffinity(0)))
 
 
-def in_processes(
+def run_in_processes(
     job: Callable[[Any, Callable[[int], object]], None],
     jobs: Sequence[Any],
     workers: int | None,
     progress: Callable[[int], object] | None = None,
 ) -> None:
-    """Do `job(one, report)` for each of `jobs`; where one worker is enough, in this process.
+    """Run `job(item, report)` for each item of `jobs`, in this process if one worker is enough.
 
-    A job calls `report(n)` for n more things done; `progress` is called with the sum over all. The first error of a
-    job ends the rest and is raised. Raises DataError if a process was killed.
+    The first error of a job ends the others and is raised.
+
+    Args:
+        job: calls `report(n)` when n more items are done.
+        jobs: arguments of the job.
+        workers: number of processes; None takes the default.
+        progress: called with the total number of finished items.
+
+    Raises:
+        DataError: a process was killed.
     """
     workers = min(workers or default_workers(), len(jobs))
     if workers <= 1:
-        _here(job, jobs, progress)
+        _run_here(job, jobs, progress)
         return
-    # Fresh processes: a forked one would inherit locks and threads in whatever state they are.
+    # spawn, because a forked process would inherit locks and threads in an undefined state.
     context = multiprocessing.get_context("spawn")
     count, stop = context.Value("q", 0), context.Event()
     with ProcessPoolExecutor(workers, context, _start, (count, stop)) as pool:
         try:
             _watch([pool.submit(_work, job, one) for one in jobs], count, progress)
         except BrokenProcessPool as error:
-            raise DataError("a converting process was killed (memory?); the same command goes on from here") from error
+            raise DataError("a converting process was killed (memory?); run the same command to continue") from error
         except BaseException:
             stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
             raise
 
 
-def _here(job: Callable[..., Any], jobs: Sequence[Any], progress: Callable[[int], object] | None) -> None:
+def _run_here(job: Callable[..., Any], jobs: Sequence[Any], progress: Callable[[int], object] | None) -> None:
     done = 0
 
     def report(more: int) -> None:
@@ -78,11 +86,11 @@ def _watch(waiting: list[Future[Any]], count: Any, progress: Callable[[int], obj
 
 
 class _Stopped(Exception):
-    """Another job failed or the user interrupted: this one ends at its next report."""
+    """Another job failed or the user interrupted; raised at the next report of this job."""
 
 
 def _start(count: Any, stop: Any) -> None:
-    """A worker begins. It leaves Ctrl-C to the parent, and ends with it, however that ends."""
+    """Initialize a worker. It leaves Ctrl-C to the parent process, and exits when the parent exits."""
     global _count, _stop
     _count, _stop = count, stop
     signal.signal(signal.SIGINT, signal.SIG_IGN)

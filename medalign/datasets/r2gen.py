@@ -1,4 +1,4 @@
-"""IU-Xray (or MIMIC-CXR) in the form of R2Gen (Chen et al. 2020): one annotation.json with the usual split."""
+"""IU-Xray or MIMIC-CXR in the format of R2Gen (Chen et al. 2020): one annotation.json with the usual split."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 from medalign.data.samples.sample import BadSample
 from medalign.data.shards.records import Record, Refused
 from medalign.datasets.annotations import Entry, read_json
-from medalign.datasets.base import Chosen, DatasetConverter, Item, Setting
-from medalign.datasets.files import lacking, read_pictures
+from medalign.datasets.base import DatasetConverter, Item, Setting, Settings
+from medalign.datasets.files import missing_paths, read_pictures
 from medalign.datasets.texts import field
 from medalign.errors import DataError
 
@@ -22,50 +22,50 @@ annotation.json   {"train": [{"id": "CXR2384_IM-0942", "report": "...",
                    "val": [...], "test": [...]}
 images/CXR2384_IM-0942/0.png, 1.png, ...
 
-Written are train/, val/ and test/, one sample a study with its first picture, as a rule the frontal one (--views
-study: with all its pictures, as this form of IU-Xray is used in the literature; --views all: one sample a picture, all
-with the study's report). The reports are the findings, as R2Gen prepared them."""
+The output is train/, val/ and test/, with one sample per study and its first image, usually the frontal one (--views
+study: with all its images, as IU-Xray in this format is used in the literature; --views all: one sample per image, each
+with the report of the study). The reports are the findings as prepared by R2Gen."""
 
 _SPLITS = ("train", "val", "test")
 
 
-def validate_layout(folder: Path, _chosen: Chosen) -> list[str]:
-    return lacking(folder, {ANNOTATION: "reports and image paths by split", "images": "the images"})
+def validate_layout(folder: Path, _settings: Settings) -> list[str]:
+    return missing_paths(folder, {ANNOTATION: "reports and image paths by split", "images": "the images"})
 
 
-def iter_items(folder: Path, chosen: Chosen) -> Iterator[Item | Refused]:
+def iter_items(folder: Path, settings: Settings) -> Iterator[Item | Refused]:
     annotation = read_json(folder / ANNOTATION)
     if not isinstance(annotation, dict) or not any(name in annotation for name in _SPLITS):
-        raise DataError(f"{folder / ANNOTATION} holds no object with the lists train, val and test")
+        raise DataError(f"{folder / ANNOTATION} contains no object with the lists train, val and test")
     for split in _SPLITS:
         studies = annotation.get(split) or []
         if not isinstance(studies, list):
-            raise DataError(f"{folder / ANNOTATION}: {split} is a JSON {type(studies).__name__}; a list is needed")
+            raise DataError(f"{folder / ANNOTATION}: {split} is a JSON {type(studies).__name__}; it must be a list")
         for number, one in enumerate(studies):
             entry = Entry(f"{ANNOTATION} {split} entry {number}", one)
             try:
                 case, pictures = _study(entry.fields())
             except BadSample as error:
-                yield Refused(entry.place, str(error))
+                yield Refused(entry.location, str(error))
                 continue
             shared = {"case": case, "report": one.get("report")}
-            samples = {"first": pictures[:1], "study": [pictures], "all": pictures}[chosen["views"]]
+            samples = {"first": pictures[:1], "study": [pictures], "all": pictures}[settings["views"]]
             for view, image in enumerate(samples):
                 yield Item(split, f"{case}-{view}".replace(".", "_"), {**shared, "image": image})
 
 
 def _study(study: dict[str, Any]) -> tuple[str, list[Any]]:
-    """Name and pictures of a study. Raises BadSample."""
+    """Name and images of a study. Raises BadSample."""
     case, pictures = field(study, "id"), study.get("image_path")
     pictures = [pictures] if isinstance(pictures, str) else pictures
     if not case or not pictures:
-        raise BadSample("no study with id and image_path")
+        raise BadSample("it is not a study with id and image_path")
     if not isinstance(pictures, list):
-        raise BadSample(f"image_path is {pictures!r}; a list of paths is needed")
+        raise BadSample(f"image_path is {pictures!r}; it must be a list of paths")
     return case, pictures
 
 
-def build_record(folder: Path, item: Item, _chosen: Chosen) -> Record:
+def build_record(folder: Path, item: Item, _settings: Settings) -> Record:
     report = field(item.data, "report")
     if not report:
         raise BadSample("report is empty")
@@ -91,7 +91,7 @@ CONVERTER = DatasetConverter(
     (
         Setting(
             "views",
-            "a study's first picture, all of them in one sample, or a sample for each",
+            "the first image of a study, all its images in one sample, or one sample per image",
             "first",
             ("first", "study", "all"),
         ),

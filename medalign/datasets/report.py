@@ -1,4 +1,4 @@
-"""The account of a conversion: how many samples were written, and which were skipped and why."""
+"""The report of a conversion: how many samples were written, and which were skipped and why."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 from medalign.data.shards.writer import PackReport
 
-# What makes a reason particular: brackets, quotations, and words with digits, slashes or dots (paths, names, numbers).
+# Specific parts of a reason: brackets, quotations, and words with digits, slashes or dots (paths, names, numbers).
 _PARTICULAR = re.compile(
     r"""\([^()]*\)|\[[^\[\]]*\]|\{[^{}]*\}|'[^']*'|"[^"]*"|\S+\.\w\S*"""
     r"""|(?<!\S)(?!UTF-(?:8|16|32)(?:[;,]?\s|$))\S*[\d/\\]\S*?(?=;?(?:\s|$))"""
@@ -23,55 +23,63 @@ _PARTICULAR = re.compile(
 class Skipped:
     """A sample that was not written."""
 
-    key: str  # or the place in the source
+    key: str  # or the location in the annotations
     reason: str
 
     def __str__(self) -> str:
-        """Key and reason for a terminal; halves of characters, which it cannot show, are spelled out."""
+        """Return key and reason for a terminal; half characters, which it cannot display, are escaped."""
         return f"{self.key}: {self.reason}".encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def kind(reason: str) -> str:
-    """The reason without its particulars, so that equal troubles count together and name nobody."""
+    """Reduce a reason to its general form, without names or numbers, so that equal reasons can be counted."""
     general, before = reason, ""
-    while general != before:  # brackets stand in brackets
+    while general != before:  # brackets may be nested
         general, before = _PARTICULAR.sub("...", general), general
     general = re.split(r"[;:](?:\s|$)", general)[0]
     return re.sub(r"(\.\.\.\s*)+", "... ", general).rstrip(" .")
 
 
 class ConversionReport:
-    """What became of each split; `skipped` holds what the listing itself left out, and grows by `add`."""
+    """What was written and skipped.
+
+    Args:
+        source: name of the converter.
+        settings: its settings.
+        skipped: samples that were skipped while listing; `add` appends others.
+    """
 
     def __init__(self, source: str, settings: Mapping[str, Any], skipped: Sequence[Skipped]) -> None:
         self.source, self.settings = source, dict(settings)
         self.skipped = list(skipped)
         self.splits: dict[str, PackReport] = {}
-        self.notes: Counter[str] = Counter()  # of samples that were written, such as frames that were left out
+        self.notes: Counter[str] = Counter()  # of samples that were written, for example ignored frames
 
     def add(self, split: str, joined: tuple[PackReport, Sequence[Skipped]]) -> None:
+        """Add what was written and skipped in a split."""
         self.splits[split] = joined[0]
         self.skipped += joined[1]
         self.notes.update(joined[0].notes)
 
     @property
     def written(self) -> int:
+        """Number of samples written."""
         return sum(report.written for report in self.splits.values())
 
     def reasons(self) -> dict[str, int]:
-        """Skipped samples by kind of reason, the commonest first."""
+        """Return the number of skipped samples per general reason, the most frequent first."""
         return dict(Counter(kind(one.reason) for one in self.skipped).most_common())
 
     def summary(self) -> str:
-        """One line: the reasons with their counts."""
+        """Return the reasons with their counts in one line."""
         return "; ".join(f"{count} x {reason}" for reason, count in self.reasons().items()) or "nothing was skipped"
 
     def first(self) -> str:
-        """The first skipped sample and its reason, to be put after the counts; "" where nothing was skipped."""
+        """Return the first skipped sample and its reason, to follow the counts, or "" if nothing was skipped."""
         return f"; first: {self.skipped[0]}" if self.skipped else ""
 
     def write(self, path: Path) -> None:
-        """Write it as JSON, whole or not at all, readable by its owner alone: it names samples."""
+        """Write the report as JSON, atomically and readable only by its owner, because it names samples."""
         value = {
             "source": self.source,
             "settings": self.settings,
@@ -83,5 +91,5 @@ class ConversionReport:
         partial = path.with_name(f".{path.name}.partial")
         partial.touch(mode=0o600)
         text = json.dumps(value, ensure_ascii=False, indent=1, default=str) + "\n"
-        partial.write_text(text, encoding="utf-8", errors="backslashreplace")  # names may hold halves of characters
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")  # names may contain half characters
         partial.replace(path)

@@ -1,4 +1,4 @@
-"""Free-text radiology reports: their sections, and what of a study a model shall see and write."""
+"""Free-text radiology reports: their sections, and settings for what a sample contains of a study."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from itertools import zip_longest
 from medalign.data.samples.sample import BadSample
 from medalign.datasets.base import Setting
 
-SECTIONS = Setting("sections", "what the report to be written consists of", "both", ("findings", "impression", "both"))
+SECTIONS = Setting("sections", "sections of the target report", "both", ("findings", "impression", "both"))
 VIEWS = Setting(
     "views",
-    "a study's frontal picture, all its pictures in one sample, or a sample for each",
+    "the frontal image of a study, all its images in one sample, or one sample per image",
     "frontal",
     ("frontal", "study", "all"),
 )
 
-# A heading: a line that begins with capitals and a colon. The words of a sentence before a colon are not in capitals.
+# A heading: upper-case words and a colon at the start of a line. Words before a colon in a sentence are in lower case.
 _HEADING = re.compile(r"^[ \t]*([A-Z][A-Z0-9 ,&/()\-]{2,60}?)[ \t]*:", re.MULTILINE)
-_WORDS = {  # what a heading holds -> the section that it begins; the first that fits counts
+_WORDS = {  # section -> words of the headings that begin it; the first match counts
     "findings": r"FINDING",
     "impression": r"IMPRESSION|CONCLUSION",
     "other": r"COMPARISON|INDICATION|HISTORY|TECHNI|EXAM|STUDY|REASON|CLINICAL|RECOMMEND|NOTIF|ADDEND|READ|REPORT|"
@@ -29,9 +29,14 @@ _WORDS = {  # what a heading holds -> the section that it begins; the first that
 
 
 def report_text(sections: Mapping[str, str], wanted: str) -> str:
-    """The wanted sections as one text: "findings", "impression", or what there is of "both".
+    """Join the wanted sections to one text.
 
-    Raises BadSample where the report has none of it.
+    Args:
+        sections: text of each section.
+        wanted: "findings", "impression", or "both" for those that exist.
+
+    Raises:
+        BadSample: the report has none of them.
     """
     names = ("findings", "impression") if wanted == "both" else (wanted,)
     found = " ".join(sections[name] for name in names if sections.get(name))
@@ -41,12 +46,12 @@ def report_text(sections: Mapping[str, str], wanted: str) -> str:
 
 
 def split_sections(report: str) -> dict[str, str]:
-    """Findings and impression of a report whose sections have headings, white space folded; "" where there is none.
+    """Extract findings and impression from a report with headings, with white space folded; "" if one is missing.
 
-    A section is known by its heading's words: FINDINGS (also "FINDINGS AND IMPRESSION"), IMPRESSION or CONCLUSION.
-    Where no heading says findings, those under the views' names count ("PA AND LATERAL VIEWS OF THE CHEST: ...").
-    Headings of neither kind, such as "LUNGS:", belong to the section that they stand in. A section that occurs again,
-    as in a report with an addendum, is joined to the first.
+    A section is recognized by words in its heading: FINDINGS (also "FINDINGS AND IMPRESSION"), IMPRESSION or
+    CONCLUSION. Without a heading for findings, the text under a heading that names the views is used ("PA AND LATERAL
+    VIEWS OF THE CHEST: ..."). Text under other headings, such as "LUNGS:", belongs to the section around it. If a
+    section occurs again, for example in an addendum, its text is appended.
     """
     headings = list(_HEADING.finditer(report))
     kinds = [_kind(heading.group(1)) for heading in headings]

@@ -1,8 +1,8 @@
 """SLAKE (Liu et al. 2021): questions in English and Chinese about CT, MR and X-ray, with organ masks and boxes.
 
-A question keeps as grounding truth the boxes and mask pixels of the organs and diseases that its question or answer
-names ("left kidney" means that one, "kidneys" both): what a model should look at to answer it. A question that names
-none ("Which plane is this?") has none. All boxes of the image stay in the metadata as `regions`.
+The ground truth for grounding consists of the boxes and mask pixels of the organs and diseases that the question or its
+answer names ("left kidney" means that one, "kidneys" both), that is, where a model should look. A question that names
+none ("Which plane is this?") has no ground truth. All boxes of the image are kept in the metadata as `regions`.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from medalign.data.samples.decode import decode_mask, picture_header
 from medalign.data.samples.sample import BadSample
 from medalign.data.shards.records import Record, Refused
 from medalign.datasets.annotations import read_entries, read_json, read_text
-from medalign.datasets.base import Chosen, DatasetConverter, Item, Setting
-from medalign.datasets.files import lacking, png, read_bytes, read_picture, require_name
+from medalign.datasets.base import DatasetConverter, Item, Setting, Settings
+from medalign.datasets.files import missing_paths, png, read_bytes, read_picture, require_name
 from medalign.datasets.texts import field, is_missing, text
 from medalign.errors import DataError
 
@@ -33,21 +33,21 @@ imgs/xmlab0/mask.png            its organs and diseases, one gray value each
 imgs/xmlab0/detection.json      [{"Liver": [x, y, width, height]}, ...]
 imgs/xmlab1/...
 
-Written are train/, val/ and test/, the published split (by image). A question keeps the boxes and the mask of the
-organs that it or its answer names; all boxes of its image stay in the metadata as regions."""
+The output is train/, val/ and test/ of the published split (by image). A question keeps the boxes and the mask of the
+organs that it or its answer names; all boxes of its image are kept in the metadata as regions."""
 
 _SPLITS = (("train", "train.json"), ("val", "validate.json|validation.json"), ("test", "test.json"))
 _KEPT = ("qid", "modality", "location", "content_type", "base_type", "triple")
 _TOKEN = re.compile(r"\d+|[^\W\d_](?:[^\W\d_]|[ -])*")  # a number, or words
 
 
-def validate_layout(folder: Path, _chosen: Chosen) -> list[str]:
+def validate_layout(folder: Path, _settings: Settings) -> list[str]:
     questions = {names: f"the questions of the {split} split" for split, names in _SPLITS}
-    return lacking(folder, {**questions, "imgs": "the images", "mask.txt": "names of the masks' gray values"})
+    return missing_paths(folder, {**questions, "imgs": "the images", "mask.txt": "names of the masks' gray values"})
 
 
-def iter_items(folder: Path, chosen: Chosen) -> Iterator[Item | Refused]:
-    languages = chosen["languages"]
+def iter_items(folder: Path, settings: Settings) -> Iterator[Item | Refused]:
+    languages = settings["languages"]
     for split, names in _SPLITS:
         path = next(folder / name for name in names.split("|") if (folder / name).exists())
         for number, entry in enumerate(read_entries(path)):
@@ -55,16 +55,16 @@ def iter_items(folder: Path, chosen: Chosen) -> Iterator[Item | Refused]:
                 row = entry.fields()
                 require_name(row, "img_name")
             except BadSample as error:
-                yield Refused(entry.place, str(error))
+                yield Refused(entry.location, str(error))
                 continue
             key = f"slake-{split}-{number:05d}"
             if row.get("q_lang") not in languages:
-                yield Refused(key, f"language is {text(row.get('q_lang')) or 'not given'}, not asked for")
+                yield Refused(key, f"language is {text(row.get('q_lang')) or 'not given'}, which is not in --languages")
             else:
                 yield Item(split, key, row)
 
 
-def build_record(folder: Path, item: Item, _chosen: Chosen) -> Record:
+def build_record(folder: Path, item: Item, _settings: Settings) -> Record:
     row = item.data
     picture = read_picture(folder / "imgs", row["img_name"])
     place = folder / "imgs" / Path(row["img_name"]).parent
@@ -89,7 +89,7 @@ def build_record(folder: Path, item: Item, _chosen: Chosen) -> Record:
 
 
 class _Named:
-    """Whether a text names an organ, by whole words, singular or plural: "kidneys" names the left one too."""
+    """Tells whether a text names an organ, by whole words, singular or plural; "kidneys" also names the left one."""
 
     def __init__(self, sentence: str) -> None:
         self.words = f" {_words(sentence)} "
@@ -101,9 +101,9 @@ class _Named:
         side, _, organ = words.partition(" ")
         if side not in ("left", "right") or not organ:
             return False
-        # "the lung" or "lungs" alone speaks of both sides; "right lung" does not speak of the left one.
-        alone = self.words.replace(f" left {organ} ", " ").replace(f" right {organ} ", " ")
-        return f" {organ} " in alone
+        # "the lung" or "lungs" without a side means both sides; "right lung" does not mean the left one.
+        unsided = self.words.replace(f" left {organ} ", " ").replace(f" right {organ} ", " ")
+        return f" {organ} " in unsided
 
 
 def _words(sentence: str) -> str:
@@ -124,7 +124,7 @@ def _boxes(place: Path) -> list[tuple[str, Any]]:
 
 
 def _inside(given: Any, size: tuple[int, ...]) -> list[float] | None:
-    """x, y, width, height to corners within the image; None for what has no area there."""
+    """Convert x, y, width, height to corners inside the image; None if no area remains."""
     numbers = isinstance(given, list) and len(given) == 4
     if not numbers or not all(type(v) in (int, float) and math.isfinite(v) for v in given):
         raise BadSample(f"box {given!r} in detection.json is not x, y, width, height")
@@ -134,7 +134,7 @@ def _inside(given: Any, size: tuple[int, ...]) -> list[float] | None:
 
 
 def _mask(folder: Path, place: Path, named: _Named) -> bytes | None:
-    """The pixels of the named organs as a one-bit PNG; None where there are none."""
+    """The pixels of the named organs as a one-bit PNG, or None if there are none."""
     values = [value for value, label in _gray_values(folder / "mask.txt") if named(label)]
     if not values or not (place / "mask.png").exists():
         return None
@@ -144,16 +144,16 @@ def _mask(folder: Path, place: Path, named: _Named) -> bytes | None:
 
 
 def _gray_values(path: Path) -> list[tuple[int, str]]:
-    """Value and organ of each pair in a line, whichever comes first and whatever stands between."""
+    """Gray value and organ of each pair in the file, in either order and with any separator."""
     pairs = []
     for line in read_text(path).splitlines():
         tokens = _TOKEN.findall(line)
-        for pair in zip(tokens[::2], tokens[1::2], strict=False):  # a heading alone is no pair
+        for pair in zip(tokens[::2], tokens[1::2], strict=False):  # a single heading is not a pair
             value, label = sorted(pair, key=str.isdigit, reverse=True)
             if value.isdigit() and not label.isdigit():
                 pairs.append((int(value), label.strip()))
     if not pairs:
-        raise DataError(f"{path} names no gray value; each line holds one, such as 70:Liver")
+        raise DataError(f"{path} lists no gray value; each line must contain one, for example 70:Liver")
     return pairs
 
 
@@ -164,6 +164,6 @@ CONVERTER = DatasetConverter(
     validate_layout,
     iter_items,
     build_record,
-    (Setting("languages", "languages of the questions that are packed", ["en"], ("en", "zh"), several=True),),
+    (Setting("languages", "languages of the questions to convert", ["en"], ("en", "zh"), several=True),),
     "SLAKE 1.0 (med-vqa.com/slake; BoKelvin/SLAKE on Hugging Face)",
 )

@@ -1,4 +1,4 @@
-"""Splits by a hash, for data sets without one: what belongs together falls on one side, whatever the order of rows."""
+"""Assign splits by a hash, for data sets without one. Related samples get the same split in any order of rows."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from collections.abc import Sequence
 
 
 class Groups:
-    """Names that belong together, directly or over others: the images of a sample, the samples of a patient."""
+    """Disjoint groups of related names, for example the images of a sample or the samples of a patient."""
 
     def __init__(self) -> None:
         self._parent: dict[str, str] = {}
         self._name: dict[str, str] = {}  # of each root: the smallest of its leading names
 
     def add(self, names: Sequence[str]) -> None:
-        """Join these; the first is the leading one, by which the group may be called."""
+        """Join these names to one group; the first is a candidate for the name of the group."""
         roots = {self._root(name) for name in names}
         root = min(roots)
         known = [self._name[one] for one in roots if one in self._name]
@@ -25,7 +25,7 @@ class Groups:
         self._name[root] = min([names[0], *known])
 
     def name(self, member: str) -> str:
-        """The group's name: the smallest of the leading names that were added to it."""
+        """Return the name of a member's group: the smallest of the first names passed to `add`."""
         return self._name[self._root(member)]
 
     def _root(self, name: str) -> str:
@@ -39,34 +39,37 @@ class Groups:
 
 
 def canonical_path(root: str, name: str, fallback: str | None = None) -> str:
-    """A file's path relative to `root`, a real path, however `name` writes it: "./a.jpg", or a link to it.
+    """Return the path of a file relative to `root`, the same for all spellings of it ("./a.jpg", a link).
 
-    A file that is not there is looked for below `fallback`, as `read_pictures` does.
+    Args:
+        root: a real path.
+        name: the path of the file relative to `root`.
+        fallback: a folder to search if the file does not exist in `root`, as in `read_pictures`.
     """
     try:
         path = os.path.join(root, name)
         if fallback and not os.path.exists(path):
             path = os.path.join(fallback, name)
         return os.path.relpath(os.path.realpath(path), root)
-    except ValueError:  # a NUL or half a character in the name; the file cannot be read either
+    except ValueError:  # NUL or half a character in the name; the file cannot be read either
         return name
 
 
-def share_split(case: str, test_share: float, val_share: float = 0.0) -> str:
-    """ "test" or "val" for these shares of all cases, else "train"; it depends on the case's name alone."""
-    place = unit_hash(case)
-    if place < test_share:
+def split_by_hash(case: str, test_share: float, val_share: float = 0.0) -> str:
+    """Return "test" or "val" for these fractions of all cases, and "train" otherwise, depending on the name only."""
+    position = unit_hash(case)
+    if position < test_share:
         return "test"
-    return "val" if place < test_share + val_share else "train"
+    return "val" if position < test_share + val_share else "train"
 
 
 def unit_hash(name: str) -> float:
-    """A number in [0, 1) that belongs to the name."""
+    """Map a name to a number in [0, 1)."""
     return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()[:7], "big") / 2**56
 
 
-def share(value: str) -> float:
-    """A share in [0, 1], for settings. Raises ValueError that says so."""
+def parse_fraction(value: str) -> float:
+    """Parse a fraction in [0, 1], for settings. Raises ValueError if it is not one."""
     try:
         number = float(value)
     except ValueError:

@@ -9,9 +9,9 @@ from typing import Any
 from medalign.data.samples.sample import BadSample
 from medalign.data.shards.records import Record, Refused
 from medalign.datasets.annotations import read_entries
-from medalign.datasets.base import Chosen, DatasetConverter, Item, Setting
-from medalign.datasets.files import lacking, read_picture, require_name
-from medalign.datasets.splitting import Groups, share, share_split
+from medalign.datasets.base import DatasetConverter, Item, Setting, Settings
+from medalign.datasets.files import missing_paths, read_picture, require_name
+from medalign.datasets.splitting import Groups, parse_fraction, split_by_hash
 from medalign.datasets.texts import field, text
 from medalign.distributed import log
 
@@ -22,18 +22,18 @@ LAYOUT = """\
 VQA_RAD Dataset Public.json    the questions
 VQA_RAD Image Folder/          synpic100132.jpg, ...
 
-Written are train/ and test/. The published test questions (phrase_type test_freeform, test_para) are about images
-that train has too: 202 of the 203. Their score says how well images are remembered. With --split image every
-question about an image, and about other images of its case, falls on one side."""
+The output is train/ and test/. The published test questions (phrase_type test_freeform, test_para) are about images
+that are also in train: 202 of the 203. Their score measures how well images are remembered. With --split image, all
+questions about an image, and about other images of its case, are in the same split."""
 
 
-def validate_layout(folder: Path, _chosen: Chosen) -> list[str]:
-    return lacking(folder, {QUESTIONS: "the questions", IMAGES: "the images"})
+def validate_layout(folder: Path, _settings: Settings) -> list[str]:
+    return missing_paths(folder, {QUESTIONS: "the questions", IMAGES: "the images"})
 
 
-def iter_items(folder: Path, chosen: Chosen) -> Iterator[Item | Refused]:
-    if chosen["split"] == "published":
-        log.warning("VQA-RAD's published test split asks about images that train has too; --split image parts them")
+def iter_items(folder: Path, settings: Settings) -> Iterator[Item | Refused]:
+    if settings["split"] == "published":
+        log.warning("VQA-RAD's published test split asks about images of the train split; --split image avoids this")
     rows: dict[int, dict[str, Any]] = {}
     cases = Groups()
     for number, entry in enumerate(read_entries(folder / QUESTIONS)):
@@ -41,19 +41,19 @@ def iter_items(folder: Path, chosen: Chosen) -> Iterator[Item | Refused]:
             row = entry.fields()
             image = require_name(row, "image_name")
         except BadSample as error:
-            yield Refused(entry.place, str(error))
+            yield Refused(entry.location, str(error))
             continue
         rows[number] = row
-        # One case has several images in places; its address is the same for them.
+        # Some cases have several images, which share a case URL.
         cases.add([text(row.get("image_case_url")) or image, image])
     for number, row in rows.items():
         published = "test" if text(row.get("phrase_type")).startswith("test") else "train"
-        parted = share_split(cases.name(row["image_name"]), chosen["test_share"])
-        split = parted if chosen["split"] == "image" else published
+        by_case = split_by_hash(cases.name(row["image_name"]), settings["test_share"])
+        split = by_case if settings["split"] == "image" else published
         yield Item(split, f"vqarad-{number:04d}", {**row, "published_split": published})
 
 
-def build_record(folder: Path, item: Item, _chosen: Chosen) -> Record:
+def build_record(folder: Path, item: Item, _settings: Settings) -> Record:
     row = item.data
     fields = {
         "id": item.key,
@@ -80,8 +80,8 @@ CONVERTER = DatasetConverter(
     iter_items,
     build_record,
     (
-        Setting("split", "the published one, or one that parts images and cases", "published", ("published", "image")),
-        Setting("test-share", "share of the cases that --split image tests on", 0.2, parse=share),
+        Setting("split", "the published split, or one by images and cases", "published", ("published", "image")),
+        Setting("test-share", "fraction of the cases in test/ with --split image", 0.2, parse=parse_fraction),
     ),
     "VQA-RAD (Open Science Framework, osf.io/89kps)",
 )

@@ -1,7 +1,7 @@
-"""Synthetic chest radiographs: the test bed on which answers and attention can be checked against truth."""
+"""Synthetic chest radiographs with known ground truth, to check answers and attention."""
 
 from medalign.phantom.contracts import KINDS, Finding, Question, Study
-from medalign.phantom.records import records, write
+from medalign.phantom.records import records, write_phantoms
 from medalign.phantom.studies import SPLITS, stream, study
 
-__all__ = ["KINDS", "SPLITS", "Finding", "Question", "Study", "records", "stream", "study", "write"]
+__all__ = ["KINDS", "SPLITS", "Finding", "Question", "Study", "records", "stream", "study", "write_phantoms"]

@@ -1,8 +1,8 @@
-"""The healthy chest: where things lie, and what they do to the film.
+"""The healthy chest: where structures are, and how they change the density of the film.
 
-The patient faces the viewer, as on any chest film: the patient's right is on the left of the picture.
-Coordinates: u in [0, 1] from left to right, v in [0, 1] from top to bottom. Arrays are [height, width] float32.
-Densities are added up in one array, 0 for air and 1 for dense bone, and turned into gray levels at the end.
+As in any chest radiograph, the patient faces the viewer: the patient's right is on the left of the image. Coordinates:
+u in [0, 1] from left to right, v in [0, 1] from top to bottom. Arrays are float32 [height, width]. Densities are added
+up in one array, 0 for air and 1 for dense bone, and converted to gray levels at the end.
 """
 
 from __future__ import annotations
@@ -19,61 +19,62 @@ SOFT_TISSUE, AIR, FLUID = 0.60, 0.26, 0.66
 
 
 def soft(signed: np.ndarray) -> np.ndarray:
-    """A mask with an edge one unit wide: 0 outside, 1 inside, for a signed distance that is positive inside."""
+    """Return a mask with an edge one unit wide: 0 outside, 1 inside. `signed` is a distance, positive inside."""
     return np.clip(signed + 0.5, 0.0, 1.0)
 
 
 @dataclass(frozen=True)
 class Lung:
-    """Half an ellipse standing on its flat base, cut from below by the dome of the diaphragm."""
+    """Half an ellipse with a flat base, cut from below by the dome of the diaphragm."""
 
     center: float  # u
-    outward: int  # -1 where lateral is to the left of the picture (the patient's right lung), else +1
+    outward: int  # -1 if lateral is to the left of the image (the patient's right lung), else +1
     half_width: float
     apex: float  # v
-    base: float  # v of the ellipse's flat base, the depth of the costophrenic angle
+    base: float  # v of the flat base of the ellipse, the depth of the costophrenic angle
     dome: float  # v of the top of the diaphragm
 
     def radius(self, u: np.ndarray, v: np.ndarray, inset: float = 0.0) -> np.ndarray:
-        """1 on the outline, less within. With `inset` the outline shrinks away from chest wall and apex."""
+        """Return 1 on the outline and less inside. With `inset`, the outline shrinks from chest wall and apex."""
         center = self.center - self.outward * inset * self.half_width
         x = (u - center) / (self.half_width * (1 - 0.5 * inset))
         y = np.minimum(v - self.base, 0) / ((self.base - self.apex) * (1 - 0.6 * inset))
         return np.sqrt(x * x + y * y)
 
     def floor(self, u: np.ndarray) -> np.ndarray:
-        """The diaphragm's v at u."""
+        """Return v of the diaphragm at u."""
         return self.dome + (self.base - self.dome) * ((u - self.center) / self.half_width) ** 2
 
     def zone_span(self, zone: int) -> tuple[float, float]:
-        """From v to v of a third of the lung, counted from the apex."""
+        """Return the range of v of a third of the lung, counted from the apex."""
         third = (self.dome - self.apex) / 3
         return self.apex + zone * third, self.apex + (zone + 1) * third
 
 
 @dataclass
 class Chest:
-    """One patient's anatomy on one film, before any disease of the lungs."""
+    """The anatomy of one patient on one film, without lung disease."""
 
     u: np.ndarray
     v: np.ndarray
     midline: float
     lungs: dict[Side, Lung]
-    fields: dict[Side, np.ndarray]  # each lung's area, soft-edged, the heart not taken out
+    fields: dict[Side, np.ndarray]  # area of each lung with soft edges, including the part behind the heart
     heart: np.ndarray  # soft-edged
 
     @property
     def shape(self) -> tuple[int, int]:
+        """Height and width in pixels."""
         height, width = self.u.shape
         return height, width
 
     def aerated(self, side: Side) -> np.ndarray:
-        """The lung that the heart does not hide."""
+        """Return the part of the lung that the heart does not hide."""
         return self.fields[side] * (1 - self.heart)
 
 
 def draw_chest(rng: np.random.Generator, enlarged_heart: bool) -> Chest:
-    """A patient: format of the film, build, position, and the outlines that follow."""
+    """Draw a random patient: film format, build, position, and the outlines that follow from them."""
     width, height = ASPECTS[rng.integers(len(ASPECTS))]
     tilt, midline, scale = rng.uniform(-0.05, 0.05), rng.uniform(0.46, 0.54), rng.uniform(0.92, 1.06)
     rows = ((np.arange(height, dtype=np.float32) + 0.5) / height)[:, None]
@@ -109,7 +110,7 @@ def _heart(
 
 
 def soft_tissue(rng: np.random.Generator, chest: Chest) -> np.ndarray:
-    """Density of the trunk with its two dark lungs, without heart and bones."""
+    """Return the density of the trunk with its two dark lungs, without heart and bones."""
     height, width = chest.shape
     waist = rng.uniform(0.42, 0.47)
     slope = np.maximum(0.14 - chest.v, 0) * rng.uniform(1.0, 2.0)  # shoulders
@@ -121,7 +122,7 @@ def soft_tissue(rng: np.random.Generator, chest: Chest) -> np.ndarray:
 
 
 def vessels(rng: np.random.Generator, chest: Chest) -> np.ndarray:
-    """Hilar shadows and the vessels that branch from them, some seen end-on: the look-alikes of small nodules."""
+    """Return hilar shadows and their branching vessels; vessels seen end-on look like small nodules."""
     height, width = chest.shape
     canvas = Image.new("L", (width, height))
     pen = ImageDraw.Draw(canvas)
@@ -143,7 +144,7 @@ def vessels(rng: np.random.Generator, chest: Chest) -> np.ndarray:
 
 
 def skeleton(rng: np.random.Generator, chest: Chest) -> np.ndarray:
-    """Ribs seen twice (behind, falling outwards; in front, rising), spine, collar bones, at times a wire."""
+    """Return ribs (posterior ones descend outwards, anterior ones ascend), spine, clavicles and sometimes a wire."""
     height, width = chest.shape
     reach = np.abs(chest.u - chest.midline)
     cage = soft((0.40 - reach) * (width / 3)) * soft((0.80 - chest.v) * (height / 5))
@@ -176,13 +177,13 @@ def _lines(rng: np.random.Generator, chest: Chest) -> np.ndarray:
 
 
 def smooth_noise(rng: np.random.Generator, shape: tuple[int, int], cells: int) -> np.ndarray:
-    """Unit-variance noise that varies over 1 / cells of the picture, [height, width]."""
+    """Return noise of unit variance that varies over 1 / cells of the image, [height, width]."""
     coarse = rng.standard_normal((cells, cells)).astype(np.float32)
     return np.asarray(Image.fromarray(coarse).resize(shape[::-1], Image.Resampling.BICUBIC))
 
 
 def expose(rng: np.random.Generator, density: np.ndarray) -> Image.Image:
-    """Density to a film: exposure, contrast, slight unsharpness, quantum noise."""
+    """Convert density to a film: exposure, contrast, slight blur, quantum noise."""
     film = np.clip(density * rng.uniform(0.9, 1.1) + rng.uniform(-0.02, 0.04), 0, 1) ** rng.uniform(0.85, 1.2)
     grain = rng.standard_normal(density.shape, dtype=np.float32)
     film = film + rng.uniform(0.01, 0.03) * grain

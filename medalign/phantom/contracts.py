@@ -1,4 +1,4 @@
-"""What a phantom study consists of. The words used here are the words of its reports and answers."""
+"""Data types of a phantom study. Reports and answers use the same words as these types."""
 
 from __future__ import annotations
 
@@ -23,20 +23,21 @@ class Finding:
     """One abnormality and where it is. Cardiomegaly has neither side nor zone."""
 
     kind: Kind
-    side: Side  # the patient's: "right" lies on the left of the picture
-    zone: Zone  # the third of the lung, from its apex down, that holds the center
+    side: Side  # of the patient: "right" is on the left of the image
+    zone: Zone  # the third of the lung, counted from its apex, that contains the center
     size: str  # "small" or "large"
-    box: Box  # x0, y0, x1, y1 in pixels, x1 and y1 exclusive; the tightest around the mask
+    box: Box  # x0, y0, x1, y1 in pixels, x1 and y1 exclusive; tight around the mask
     mask: np.ndarray  # [height, width] bool
 
     @property
     def place(self) -> str:
+        """Side and zone in words, or "" without a side."""
         return f"{self.side} {self.zone} zone" if self.side else ""
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question, its answer, and the boxes one has to look at (none when the answer is that nothing is there)."""
+    """A question, its answer, and the boxes to look at (none if the answer is that nothing is there)."""
 
     question: str
     answer: str
@@ -46,7 +47,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Study:
-    """One synthetic chest radiograph with everything that is true of it."""
+    """One synthetic chest radiograph with its ground truth."""
 
     image: Image.Image  # mode "L"
     findings: list[Finding]

@@ -1,4 +1,4 @@
-"""Disease: each kind changes the density of the chest and leaves the mask of what it changed."""
+"""Diseases: each kind changes the density of the chest and returns the mask of the changed pixels."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import numpy as np
 from medalign.phantom.anatomy import AIR, FLUID, Chest, smooth_noise, soft
 from medalign.phantom.contracts import KINDS, SIDES, ZONES, Finding, Kind, Side, Zone
 
-COUNTS = (0.25, 0.35, 0.25, 0.15)  # share of studies with 0, 1, 2, 3 findings
+COUNTS = (0.25, 0.35, 0.25, 0.15)  # fraction of studies with 0, 1, 2 and 3 findings
 FIXED_ZONE: dict[Kind, Zone] = {"effusion": "lower", "pneumothorax": "upper", "cardiomegaly": ""}
 Site = tuple[Kind, Side, Zone]
 
 
 def draw_sites(rng: np.random.Generator) -> list[Site]:
-    """Which findings a study has, and where: one of a kind per side, one finding per zone of a lung."""
+    """Draw the findings of a study and their sites: one of a kind per side, and one finding per zone of a lung."""
     sites: list[Site] = []
     wanted = rng.choice(len(COUNTS), p=COUNTS)
     while len(sites) < wanted:
@@ -29,7 +29,7 @@ def draw_sites(rng: np.random.Generator) -> list[Site]:
 
 
 def add_finding(rng: np.random.Generator, chest: Chest, density: np.ndarray, site: Site) -> Finding:
-    """Draw a finding into `density` (in place) and say where it came to lie."""
+    """Add a finding to `density` in place, and return where it is."""
     kind, side, zone = site
     if kind == "cardiomegaly":
         mask, size = chest.heart > 0.5, "large"
@@ -42,7 +42,7 @@ def add_finding(rng: np.random.Generator, chest: Chest, density: np.ndarray, sit
 
 
 def _center(rng: np.random.Generator, chest: Chest, site: Site) -> tuple[float, float]:
-    """A point of the zone, in pixels, that lies in aerated lung; the best of several tries."""
+    """A point of the zone, in pixels, in aerated lung; the best of several tries."""
     _, side, zone = site
     lung, aerated = chest.lungs[side], chest.aerated(side)
     height, width = chest.shape
@@ -56,7 +56,7 @@ def _center(rng: np.random.Generator, chest: Chest, site: Site) -> tuple[float, 
 
 
 def _distance(chest: Chest, x: float, y: float) -> np.ndarray:
-    """Pixels from (x, y), [height, width]."""
+    """Distance from (x, y) in pixels, [height, width]."""
     height, width = chest.shape
     dx = np.arange(width, dtype=np.float32)[None, :] - x
     dy = np.arange(height, dtype=np.float32)[:, None] - y
@@ -86,7 +86,7 @@ def _consolidation(rng: np.random.Generator, chest: Chest, density: np.ndarray, 
 
 
 def _effusion(rng: np.random.Generator, chest: Chest, density: np.ndarray, site: Site, large: bool) -> np.ndarray:
-    """Fluid below a level that climbs towards the chest wall, within the ellipse down to the costophrenic angle."""
+    """Fluid below a level that rises towards the chest wall, within the ellipse down to the costophrenic angle."""
     lung = chest.lungs[site[1]]
     lateral = np.maximum(lung.outward * (chest.u - lung.center) / lung.half_width, -1)
     level = lung.dome - (rng.uniform(0.08, 0.13) if large else rng.uniform(0.01, 0.05)) - 0.07 * lateral
@@ -98,7 +98,7 @@ def _effusion(rng: np.random.Generator, chest: Chest, density: np.ndarray, site:
 
 
 def _pneumothorax(rng: np.random.Generator, chest: Chest, density: np.ndarray, site: Site, large: bool) -> np.ndarray:
-    """Air without lung markings between the wall and the thin line of the retracted lung."""
+    """Air without lung markings between the chest wall and the thin line of the retracted lung."""
     lung, field = chest.lungs[site[1]], chest.fields[site[1]]
     inset = rng.uniform(0.48, 0.60) if large else rng.uniform(0.34, 0.42)
     inner = lung.radius(chest.u, chest.v, inset) - 1
@@ -113,7 +113,7 @@ def _pneumothorax(rng: np.random.Generator, chest: Chest, density: np.ndarray, s
 
 
 def _own(mask: np.ndarray, x: int, y: int) -> np.ndarray:
-    """The mask, never empty: its own center always belongs to it."""
+    """The mask, never empty: its center always belongs to it."""
     mask[y, x] = True
     return mask
 

@@ -1,7 +1,7 @@
-"""The words: a report in varied wording, and questions whose answers cannot be guessed from the question.
+"""Reports in varied wording, and questions whose answers cannot be guessed from the question.
 
-Closed questions are balanced: over many studies each wording is answered yes as often as no, so that a model that
-does not look stays at one half.
+Closed questions are balanced: over many studies, each wording is answered by yes as often as by no, so that a model
+that ignores the image has an accuracy of one half.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _ABSENT: dict[Kind, tuple[str, ...]] = {
 }
 _NORMAL = ("The lungs are clear.", "Normal chest radiograph.", "No acute abnormality.", "Both lungs are clear.")
 
-# The share of studies that can be asked a question answered yes, by the counts in `findings`; see _balance.
+# Fractions of studies in which a question can have the answer yes, given the counts in `findings`; see _balance.
 _ABNORMAL, _SIDED = 0.75, 0.70
 
 
@@ -60,7 +60,7 @@ def _pick(rng: np.random.Generator, options: Sequence[str]) -> str:
 
 
 def write_report(rng: np.random.Generator, findings: Sequence[Finding]) -> str:
-    """Findings in any order, then one or two things that are not there."""
+    """Describe the findings in random order, then one or two findings that are absent."""
     present = [_describe(rng, findings[i]) for i in rng.permutation(len(findings))]
     absent_kinds = [kind for kind in KINDS if kind not in {finding.kind for finding in findings}]
     chosen = rng.permutation(len(absent_kinds))[: rng.integers(1, 3)]
@@ -77,7 +77,7 @@ def _describe(rng: np.random.Generator, finding: Finding) -> str:
 
 
 def ask(rng: np.random.Generator, findings: Sequence[Finding]) -> list[Question]:
-    """About five questions: two or three closed ones, and up to three open ones."""
+    """Ask about five questions: two or three closed ones, and up to three open ones."""
     closed = _about_kinds(rng, findings)
     closed.append(_about_normality(findings) if _asks_normality(rng, findings) else _about_side(rng, findings))
     options = _open_questions(rng, findings)
@@ -86,7 +86,7 @@ def ask(rng: np.random.Generator, findings: Sequence[Finding]) -> list[Question]
 
 
 def _balance(rng: np.random.Generator, able: float) -> bool:
-    """Whether a study that could be answered yes is: so that yes is as frequent as no when only `able` of them can."""
+    """Draw the answer of a study that allows yes, so that yes is as frequent as no if only a fraction `able` does."""
     return rng.uniform() < 0.5 / able
 
 
@@ -95,9 +95,9 @@ def _closed(question: str, yes: bool, found: Sequence[Finding]) -> Question:
 
 
 def _about_kinds(rng: np.random.Generator, findings: Sequence[Finding]) -> list[Question]:
-    """One question, and half of the time after a yes a second one answered no; after a no, one answered yes.
+    """Ask one question. After a no, ask a second one with the answer yes; after a yes, do the reverse half of the time.
 
-    A normal study (a quarter of all, so half of the noes) has no yes to offer: both answers stay equally frequent.
+    A normal study (a quarter of all, so half of the answers no) has no finding: yes and no stay equally frequent.
     """
     yes = bool(findings) and _balance(rng, _ABNORMAL)
     asked = [_about_kind(rng, findings, yes)]
@@ -121,7 +121,7 @@ def _about_kind(rng: np.random.Generator, findings: Sequence[Finding], yes: bool
 
 
 def _about_side(rng: np.random.Generator, findings: Sequence[Finding]) -> Question:
-    """Half of the noes ask for the right kind on the wrong side, so that the side has to be seen."""
+    """Half of the questions with the answer no name the right kind on the wrong side, so that the side matters."""
     sided = [finding for finding in findings if finding.side]
     sites: set[tuple[Kind, Side]] = {(finding.kind, finding.side) for finding in sided}
     everywhere: list[tuple[Kind, Side]] = [(kind, side) for kind in KINDS if kind != "cardiomegaly" for side in SIDES]
@@ -143,7 +143,7 @@ def _about_side(rng: np.random.Generator, findings: Sequence[Finding]) -> Questi
 
 
 def _asks_normality(rng: np.random.Generator, findings: Sequence[Finding]) -> bool:
-    """Asked of half of the normal studies and of as many abnormal ones."""
+    """Half of the normal studies are asked about normality, and the same number of abnormal ones."""
     chance = 0.5 if not findings else 0.5 * (1 - _ABNORMAL) / _ABNORMAL
     return rng.uniform() < chance
 
@@ -157,7 +157,7 @@ def _other(side: Side) -> Side:
 
 
 def _open_questions(rng: np.random.Generator, findings: Sequence[Finding]) -> list[Question]:
-    """Every open question that has exactly one right answer."""
+    """All open questions that have exactly one correct answer."""
     if not findings:
         return [Question("What abnormality is seen?", "none", "open", ())]
     questions: list[Question] = []

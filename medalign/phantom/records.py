@@ -1,4 +1,4 @@
-"""Phantom studies as shard records: one for the report and one for each question."""
+"""Phantom studies as shard records: one for the report and one per question."""
 
 from __future__ import annotations
 
@@ -24,15 +24,33 @@ REQUESTS = (
 
 
 def records(count: int, seed: int, split: str, reports: float = 1.0) -> Iterator[Record]:
-    """The records of the first `count` studies of a split, study by study; a share `reports` of them has its report."""
+    """Yield the records of the first `count` studies of a split, study by study.
+
+    Args:
+        count: number of studies.
+        seed: seed of the data set.
+        split: a name in `SPLITS`.
+        reports: fraction of the studies whose report is included.
+    """
     for index in range(count):
         case = f"phantom-{split}-{seed}-{index:06d}"
         reported = int((index + 1) * reports) > int(index * reports)
         yield from _study_records(study(stream(seed, split), index), case, index, split, reported)
 
 
-def write(output: Path, train: int, val: int, seed: int, reports: float = 1.0) -> dict[str, PackReport]:
-    """Shards of `train` and of `val` studies in `output`/train and `output`/val; the packing report of each."""
+def write_phantoms(output: Path, train: int, val: int, seed: int, reports: float = 1.0) -> dict[str, PackReport]:
+    """Write shards of `train` studies to `output`/train and of `val` studies to `output`/val.
+
+    Args:
+        output: the folder.
+        train: number of studies for training.
+        val: number of studies for validation.
+        seed: seed of the data set.
+        reports: fraction of the studies whose report is included.
+
+    Returns:
+        The packing report of each split.
+    """
     counts = {"train": train, "val": val}
     return {
         split: write_shards(records(count, seed, split, reports), output / split) for split, count in counts.items()
@@ -53,8 +71,8 @@ def _study_records(item: Study, case: str, index: int, split: str, reported: boo
     request = REQUESTS[index % len(REQUESTS)]
     every_box = tuple(found.box for found in item.findings)
     entries = [("report", "report", request, item.report, "", every_box)] if reported else []
-    for number, asked in enumerate(item.questions):
-        entries.append((f"q{number}", "vqa", asked.question, asked.answer, asked.answer_type, asked.boxes))
+    for position, asked in enumerate(item.questions):
+        entries.append((f"q{position}", "vqa", asked.question, asked.answer, asked.answer_type, asked.boxes))
     for suffix, task, question, answer, answer_type, boxes in entries:
         key = f"{case}-{suffix}"
         fields: dict[str, Any] = {
@@ -70,7 +88,7 @@ def _study_records(item: Study, case: str, index: int, split: str, reported: boo
 
 
 def _mask(item: Study, boxes: Sequence[Box]) -> bytes | None:
-    """The union of the masks of the findings that `boxes` belong to, as a one-bit PNG."""
+    """Union of the masks of the findings with these boxes, as a one-bit PNG, or None."""
     masks = [found.mask for found in item.findings if found.box in boxes]
     return _png(Image.fromarray(np.logical_or.reduce(masks))) if masks else None
 

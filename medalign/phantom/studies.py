@@ -1,4 +1,4 @@
-"""From a seed and a number to a study, always the same one."""
+"""Generate a study from a seed and an index."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from medalign.phantom.contracts import Study
 from medalign.phantom.findings import add_finding, draw_sites
 from medalign.phantom.language import ask, write_report
 
-SPLITS = ("train", "val", "test", "pretrain")  # "pretrain": what teachers and base models are trained on
+SPLITS = ("train", "val", "test", "pretrain")  # "pretrain": training data of teachers and base models
 
 
 def stream(seed: int, split: str) -> int:
-    """The seed of a split's studies. No two splits share one, whatever the seeds of their data sets."""
+    """Return the seed of the studies of a split. Different splits never share one, whatever the data set's seed."""
     return len(SPLITS) * seed + SPLITS.index(split)
 
 
 def study(seed: int, index: int) -> Study:
-    """Study number `index` of the stream `seed`: one radiograph, 96 to 128 pixels on its longer side."""
+    """Generate study `index` of the stream `seed`: one radiograph with 96 to 128 pixels on its longer side."""
     rng = np.random.default_rng([seed, index])
     sites = draw_sites(rng)
     chest = draw_chest(rng, enlarged_heart=any(site[0] == "cardiomegaly" for site in sites))

@@ -42,7 +42,7 @@ def programs() -> dict[str, dict[str, str]]:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """What the examples find in their folder: shards, a film, an evaluated run, images of a data set."""
-    phantom.write(tmp_path / "data", train=16, val=2, seed=0)
+    phantom.write_phantoms(tmp_path / "data", train=16, val=2, seed=0)
     film = phantom.study(0, 0).image
     film.save(tmp_path / "film.png")
     (tmp_path / "my_images").mkdir()

@@ -21,7 +21,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from medalign import phantom
 
     folder = tmp_path_factory.mktemp("phantoms")
-    phantom.write(folder, 16, 6, 0)
+    phantom.write_phantoms(folder, 16, 6, 0)
     return folder
 
 

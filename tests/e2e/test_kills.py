@@ -23,7 +23,7 @@ def few(tmp_path_factory) -> Path:
     from medalign import phantom
 
     folder = tmp_path_factory.mktemp("few")
-    report = phantom.write(folder, 4, 1, 0)["train"]
+    report = phantom.write_phantoms(folder, 4, 1, 0)["train"]
     assert 20 <= report.written < 40
     return folder / "train"
 

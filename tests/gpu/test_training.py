@@ -98,7 +98,7 @@ def recipe(tmp_path_factory, student_folder, teacher_folder) -> Path:
     from medalign import phantom
 
     folder = tmp_path_factory.mktemp("recipe")
-    phantom.write(folder / "shards", 16, 1, 0)
+    phantom.write_phantoms(folder / "shards", 16, 1, 0)
     engine = "zero3" if torch.cuda.is_available() else "cpu"
     (folder / "tiny.yaml").write_text(
         f"student: {{path: {student_folder}, layer: 2, lora: {{rank: 4, dropout: 0.1}}}}\n"

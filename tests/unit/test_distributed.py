@@ -1,4 +1,4 @@
-"""Which rank am I: launchers and their variables."""
+"""Ranks from the environment variables of launchers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 @pytest.fixture(autouse=True)
 def bare(monkeypatch):
-    """No launcher, and nothing left behind for other tests."""
+    """An environment without a launcher, restored after the test."""
     for name in (*NAMES, "SLURM_PROCID", "SLURM_NTASKS", "SLURM_STEP_NODELIST"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)

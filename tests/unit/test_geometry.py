@@ -1,4 +1,4 @@
-"""The canvas, the grids and the way between them."""
+"""The canvas, patch grids, and conversions between them."""
 
 import numpy as np
 import pytest

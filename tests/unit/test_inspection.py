@@ -285,4 +285,4 @@ def test_index_of_tars_of_others(data: Path, tmp_path: Path, capsys: pytest.Capt
     assert main(["shards", "index", str(folder)]) == 0
     assert (folder / "index.jsonl").read_bytes() == (data / "index.jsonl").read_bytes()
     assert main(["shards", "index", str(tmp_path)]) == 2
-    assert "holds no .tar file" in capsys.readouterr().err
+    assert "contains no .tar file" in capsys.readouterr().err

@@ -1,1 +1,1 @@
-"""Samples to batches: prompts, collation, loading."""
+"""From samples to batches: prompts, collation, loading."""

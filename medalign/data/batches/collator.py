@@ -1,6 +1,7 @@
-"""Samples to a batch: tokens padded, spans as masks, and for both towers a view of one canvas.
+"""Collate samples into a batch: padded tokens, masks for the spans, and a view of one canvas for each tower.
 
-Shape suffixes as in `geometry`: I images, N student image tokens, B samples, L tokens; S, T pixels of the towers.
+Shape suffixes as in `geometry`: I images, N student image tokens, B samples, L tokens; S and T are the side lengths of
+the student's and the teacher's input in pixels.
 """
 
 from __future__ import annotations
@@ -22,28 +23,31 @@ from medalign.geometry import CanvasFrame, PatchGrid, PreprocessCfg, coverage, s
 
 
 class Prepared(NamedTuple):
-    """One sample, ready to be put into a batch."""
+    """One sample, ready to be collated."""
 
     key: str
     encoded: Encoded
-    student_views: list[torch.Tensor]  # [3, S, S] an image
-    teacher_views: list[torch.Tensor]  # [3, T, T] an image
-    patch_valid: list[np.ndarray]  # [N] bool an image
+    student_views: list[torch.Tensor]  # [3, S, S] per image
+    teacher_views: list[torch.Tensor]  # [3, T, T] per image
+    patch_valid: list[np.ndarray]  # [N] bool per image
 
 
 class Collator:
-    """Samples to a `Batch`. Both towers see the same square canvas.
+    """Collates samples into a `Batch`. Both towers see the same square canvas.
 
     Args:
-        encoder: the student's prompts.
-        student_view: the student's tower; its mean color pads the canvas.
-        teacher_view: the teacher's tower; None leaves teacher_pixels empty, [I, 3, 0, 0].
+        encoder: the prompt encoder of the student.
+        student_view: preprocessing of the student's tower; its mean color pads the canvas.
+        teacher_view: preprocessing of the teacher's tower; None leaves teacher_pixels empty, [I, 3, 0, 0].
         grid: the student's image tokens.
-        padding_side: "right" to train, "left" to generate.
-        with_answer: append the answer and its labels.
-        attention_rows: "prompt", or "official" (see `data.rows`).
-        packed: lay the samples end to end in one row, without padding.
-        pad_token_id: None takes the encoder's.
+        padding_side: "right" for training, "left" for generation.
+        with_answer: whether the answer and its labels are appended.
+        attention_rows: "prompt", or "official" (see `losses.attention_rows`).
+        packed: concatenate the samples in one row without padding.
+        pad_token_id: None takes the one of the encoder.
+
+    Raises:
+        ConfigError: the grid does not match the encoder, or "official" rows do not fit the chat template.
     """
 
     def __init__(
@@ -77,22 +81,22 @@ class Collator:
             self._require_colon()
 
     def __call__(self, samples: Sequence[Sample]) -> Batch:
-        """Raises BadSample (a DataError) for the first sample that cannot be used."""
+        """Collate samples. Raises BadSample (a DataError) for the first sample that cannot be used."""
         return self.join([self.prepare(sample) for sample in samples])
 
     @property
     def pixels(self) -> int:
-        """Pixels a side that a picture needs: the larger tower's."""
+        """Side length in pixels that images need: that of the larger tower."""
         return max(self.student_view.size, self.teacher_view.size if self.teacher_view else 0)
 
     def dummy_batch(self) -> Batch:
-        """A batch that counts for nothing, for a rank without a sample of its own: text alone, nothing supervised."""
-        sample = Sample("filler", "none", "vqa", "-", "yes", "open", ())
+        """Build a batch without loss, for a rank without a sample: text only, nothing supervised."""
+        sample = Sample("dummy", "none", "vqa", "-", "yes", "open", ())
         batch = self.join([self.prepare(sample)])
         return replace(batch, labels=torch.full_like(batch.labels, IGNORE), keys=(), cuts=(), truncated=0)
 
     def prepare(self, sample: Sample) -> Prepared:
-        """All work that one sample needs. Raises BadSample."""
+        """Do all work that is needed per sample. Raises BadSample."""
         canvases = [square_canvas(image, self.student_view.mean_color) for image in sample.images]
         frames = [CanvasFrame(*image.size) for image in sample.images]
         return Prepared(
@@ -104,7 +108,7 @@ class Collator:
         )
 
     def join(self, prepared: Sequence[Prepared]) -> Batch:
-        """Pad and stack, or pack. Images are numbered through the batch, in the order of the samples."""
+        """Pad and stack, or pack, prepared samples. Images are indexed within the batch, in sample order."""
         texts = [p.encoded for p in prepared]
         owners = [row for row, p in enumerate(prepared) for _ in p.student_views]
         image_index, before = [], 0
@@ -134,16 +138,16 @@ class Collator:
         return self._rows([official_rows(text, self.encoder.tokenizer) for text in texts], False)
 
     def _require_colon(self) -> None:
-        """Raise ConfigError where the template itself gives a question no row."""
+        """Raise ConfigError if no token of a question would be selected under this chat template."""
         question = Sample("probe", "none", "vqa", "-", "-", "open", (Image.new("L", (1, 1)),))
         if not any(official_rows(self.encoder.encode(question, with_answer=False), self.encoder.tokenizer)):
             raise ConfigError(
                 "losses.attention_rows is official, but the student's chat template writes no ':' after the image; use "
-                "a template in the form of vicuna_v1 (USER: ... ASSISTANT:), or set losses.attention_rows prompt"
+                "a template like vicuna_v1 (USER: ... ASSISTANT:), or set losses.attention_rows to prompt"
             )
 
     def _rows(self, rows: Sequence[Sequence[int]], padding: int) -> torch.Tensor:
-        """[B, L], or [1, L] of all samples end to end."""
+        """[B, L], or [1, L] with all samples concatenated."""
         tensors = [torch.tensor(row) for row in rows]
         if self.packed:
             return torch.cat(tensors)[None]
@@ -154,7 +158,7 @@ class Collator:
     def _pixels(self, views: list[torch.Tensor], tower: PreprocessCfg | None, images: int = 0) -> torch.Tensor:
         if tower is None:
             return torch.zeros(max(images, 1), 3, 0, 0)
-        if not views:  # every rank calls its towers once a micro-batch; a black picture stands in
+        if not views:  # every rank calls its towers once per micro-batch, here with a black image
             views = [tower.view(Image.new("RGB", (tower.size, tower.size)))]
         return torch.stack(views)
 

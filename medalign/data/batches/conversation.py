@@ -1,7 +1,7 @@
-"""The student's chat template and tokenizer as one: prompts and conversations as token ids.
+"""The student's chat template and tokenizer combined: prompts and conversations as token ids.
 
-A conversation is rendered and tokenized in one piece, so that its ids are those that the model knows. The prompt's ids
-must be its beginning: what follows them is what the model learns to say.
+A conversation is rendered and tokenized in one piece, so its ids are those that the model was trained on. The ids of
+the prompt must be a prefix; the model learns the ids that follow.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ _ANSWERS = (_ANSWER, "Yes", "1")  # a prompt must not merge with answers that be
 
 
 class Conversation:
-    """One question about images, and its answer, as the student's own template and tokenizer write them.
+    """A question about images and its answer, written by the student's own template and tokenizer.
 
     Args:
         processor: the student's processor or tokenizer, with a chat template that takes lists of typed content.
-        image_token_id: the id that stands for an image.
+        image_token_id: the token id that represents an image.
 
-    Raises ConfigError where template, tokenizer and image token do not fit together.
+    Raises:
+        ConfigError: template, tokenizer and image token do not fit together.
     """
 
     def __init__(self, processor: Any, image_token_id: int) -> None:
@@ -40,31 +41,39 @@ class Conversation:
                 "folder, or set tokenizer.chat_template and save it"
             )
         if self.tokenizer.eos_token_id is None:
-            raise ConfigError("the student's tokenizer has no eos_token; answers could not end. Set it and save it")
+            raise ConfigError("the student's tokenizer has no eos_token, which ends an answer; set it and save it")
         bos = self.tokenizer.bos_token_id
-        # Some tokenizers begin every text with BOS; a template that writes it itself is left alone.
+        # Some tokenizers begin every text with BOS; a template that writes BOS itself gets no second one.
         self._bos = [bos] if bos is not None and self.tokenizer(PROBE)["input_ids"][:1] == [bos] else []
         prompt, whole = self._probe_texts()
         self._speller = Speller(self.tokenizer, prompt + whole)
         self._special_ids = {*self._speller.special.values(), image_token_id} - {self.tokenizer.unk_token_id}
-        self._written: dict[tuple[int, bool, bool], list[int]] = {}  # the template's own special tokens, by form
+        self._written: dict[tuple[int, bool, bool], list[int]] = {}  # special tokens that the template writes, by form
         self._probe_image(prompt)
         self._after, end = self._end_of_turn(whole)
         self._ends_itself = end is not None
-        self.end_token_id: int = self.tokenizer.eos_token_id if end is None else end  # what ends an answer
+        self.end_token_id: int = self.tokenizer.eos_token_id if end is None else end  # ends an answer
         self._probe_answers()
 
     def prompt(self, images: int, question: str) -> list[int]:
-        """Ids up to where the model speaks, one image token for each image.
+        """Return the ids up to the answer, with one image token per image.
 
-        Raises BadSample for a text that the template or the tokenizer cannot take.
+        Raises:
+            BadSample: the template or the tokenizer rejects the text.
         """
         return self._checked(images, question, None)
 
     def answer(self, prompt: list[int], images: int, question: str, answer: str) -> list[int]:
-        """Ids that follow the prompt of this question where `answer` is given, the end of the turn included.
+        """Return the ids that follow the prompt if `answer` is given, including the end of the turn.
 
-        Raises BadSample where there are none, or where they cannot be told from the prompt's.
+        Args:
+            prompt: the ids of the prompt.
+            images: number of images.
+            question: the question of this prompt.
+            answer: the answer.
+
+        Raises:
+            BadSample: there are no such ids, or they cannot be separated from those of the prompt.
         """
         answer = answer.strip()
         whole = self._checked(images, question, answer) if answer else prompt
@@ -79,7 +88,7 @@ class Conversation:
         return ids if self._ends_itself else [*ids, self.end_token_id]
 
     def _checked(self, images: int, question: str, answer: str | None) -> list[int]:
-        """The ids. Raises BadSample where special tokens come out that the template did not write."""
+        """Return the ids. Raises BadSample if they contain special tokens that the template did not write."""
         form = images, bool(question), answer is not None
         if form not in self._written:
             probe = self._ids(images, question and PROBE, answer and _ANSWER)
@@ -87,7 +96,7 @@ class Conversation:
         found, written = self._special(ids := self._ids(images, question, answer)), self._written[form]
         rendered = written.count(self._image_token_id)
         if rendered != images:
-            raise BadSample(f"the chat template renders {rendered} image tokens for a sample of {images} images")
+            raise BadSample(f"the chat template renders {rendered} image tokens for a sample with {images} images")
         if found != written:
             odd = next((token for token in found if found.count(token) != written.count(token)), found[0])
             raise BadSample(
@@ -100,12 +109,12 @@ class Conversation:
         return [token for token in ids if token in self._special_ids]
 
     def _ids(self, images: int, question: str, answer: str | None = None) -> list[int]:
-        """A prompt, or with an answer a conversation up to the end of its turn."""
+        """Ids of a prompt, or of a conversation up to the end of its turn if there is an answer."""
         mark = self._speller.mark
         try:
             text = self._render(images, mark(question), None if answer is None else mark(answer))
         except (TemplateError, TypeError, ValueError) as error:
-            raise BadSample(f"the chat template does not take the text: {error}") from error
+            raise BadSample(f"the chat template rejects the text: {error}") from error
         if answer is not None:
             if not text.endswith(self._after):
                 raise BadSample(f"the chat template does not end this conversation with {self._after!r}")
@@ -121,49 +130,49 @@ class Conversation:
         return self._renderer.apply_chat_template(turns, tokenize=False, add_generation_prompt=answer is None)
 
     def _probe_texts(self) -> tuple[str, str]:
-        """A prompt and its conversation as the template renders them."""
+        """Render a prompt and its conversation."""
         try:
             prompt = self._render(1, PROBE)
         except (TemplateError, TypeError) as error:
-            raise ConfigError(f"the chat template does not take image and text content: {error}") from error
+            raise ConfigError(f"the chat template does not accept image and text content: {error}") from error
         try:
             return prompt, self._render(1, PROBE, _ANSWER)
         except (TemplateError, TypeError) as error:
-            raise ConfigError(f"the chat template does not take an assistant's turn: {error}") from error
+            raise ConfigError(f"the chat template does not accept an assistant's turn: {error}") from error
 
     def _probe_image(self, prompt: str) -> None:
-        """Require one image token for an image, and a question after it."""
+        """Require that an image is rendered as one image token, with a question after it."""
         ids = self._speller.encode(prompt)
         found = ids.count(self._image_token_id)
         token = self.tokenizer.convert_ids_to_tokens(self._image_token_id)
         if found != 1:
-            fault = "none" if found == 0 else f"{found} of them: it is expanded already"
+            fault = "none" if found == 0 else f"{found} (it is already expanded)"
             raise ConfigError(
-                f"the chat template must render one image token {token!r} (id {self._image_token_id}) for each image; "
+                f"the chat template must render one image token {token!r} (id {self._image_token_id}) per image; "
                 f"it renders {fault}, in {prompt[:200]!r}"
             )
         if PROBE not in prompt or ids[-1] == self._image_token_id:
             raise ConfigError(f"the chat template puts no question after the image: {prompt[:200]!r}")
 
     def _end_of_turn(self, whole: str) -> tuple[str, int | None]:
-        """What the template writes after the end of an answer, and the special token that ends it, if it writes one."""
+        """Return the text that follows the end of an answer, and the special token that ends it, or None."""
         _, found, tail = whole.rpartition(_ANSWER)
         if not found:
-            raise ConfigError(f"the chat template leaves the assistant's answer out: {whole[:200]!r}")
+            raise ConfigError(f"the chat template omits the assistant's answer: {whole[:200]!r}")
         end = self._speller.first(tail)
         return (tail, None) if end is None else (tail[end.end() :], self._speller.special[end[0]])
 
     def _probe_answers(self) -> None:
-        """Require that a prompt's ids begin its conversation's."""
+        """Require that the ids of a prompt are a prefix of its conversation."""
         prompt = self._ids(1, PROBE)
         for answer in _ANSWERS:
             whole = self._ids(1, PROBE, answer)
             if whole[: len(prompt)] == prompt:
                 continue
             same = next(n for n in range(len(prompt)) if whole[n : n + 1] != prompt[n : n + 1])
-            ends, goes_on = (self.tokenizer.decode(ids[same : same + 4]) for ids in (prompt, whole))
+            ends, continues = (self.tokenizer.decode(ids[same : same + 4]) for ids in (prompt, whole))
             raise ConfigError(
                 f"the student's prompt is not the beginning of its conversation: after {same} tokens the prompt has "
-                f"{ends!r}, the conversation {goes_on!r}. Change the chat template so that the generation prompt is "
-                "how an assistant's turn begins, and ends before a space ('ASSISTANT:', not 'ASSISTANT: ')"
+                f"{ends!r}, the conversation {continues!r}. Change the chat template so that the generation prompt is "
+                "the beginning of an assistant's turn, and does not end with a space ('ASSISTANT:', not 'ASSISTANT: ')"
             )

@@ -1,4 +1,4 @@
-"""Batches for training (endless, by steps) and for evaluation (in order, once)."""
+"""Data loaders for training (endless, step by step) and for evaluation (in order, once)."""
 
 from __future__ import annotations
 
@@ -16,29 +16,38 @@ from torch.utils.data import DataLoader, Dataset
 from medalign.contracts import Batch, Sample
 from medalign.data.batches.collator import Collator, Prepared
 from medalign.data.order.order import Order, StepPlan
-from medalign.data.samples.faults import decoding
+from medalign.data.samples.faults import as_bad_sample
 from medalign.data.samples.sample import BadSample
 from medalign.data.shards.index import ShardIndex
 from medalign.errors import ConfigError, DataError, MedAlignError
 
 log = logging.getLogger("medalign")
 
-REPLACED_WITHIN = 10_000  # samples from a bad one on; beyond them the data are lost rather than one sample
-JUDGED_AFTER = 100  # samples; fewer bad ones than max_skip_fraction of so many are always borne
+MAX_REPLACEMENT_DISTANCE = 10_000  # samples tried after a bad one; if all are bad, the data set is unusable
+MIN_SKIP_RATE_SAMPLES = 100  # a few bad samples at the start of a run are compared with this number of samples
 
 
 class TrainLoader:
-    """This rank's micro-batches, step after step, without end.
+    """The micro-batches of this rank, step by step, without end.
 
-    The global batch of a step is fixed by `order` alone; `StepPlan` says which part this rank takes. A sample that
-    cannot be used is replaced by the next sample number that can (the first after the last), and named in
-    `Batch.skipped`; `check_skip_rate` says when there are too many. DataError is raised when a shard is lost, or where
-    REPLACED_WITHIN samples in a row cannot be used.
+    `order` alone determines the global batch of a step; `StepPlan` determines which part this rank takes. A sample that
+    cannot be used is replaced by the next index that can (the first follows the last) and named in `Batch.skipped`.
+    `check_skip_rate` raises if there are too many. The iterator raises DataError if a shard is lost, or if
+    MAX_REPLACEMENT_DISTANCE consecutive samples cannot be used.
 
     Args:
-        global_batch, micro_batch: samples of a step over all ranks, and of one forward pass.
-        start_step: the first step to give.
-        workers: reading processes; 0 reads in this one. The batches are the same.
+        index: the samples.
+        order: the order of the samples.
+        collator: prepares and joins samples.
+        global_batch: samples per step over all ranks.
+        micro_batch: samples per forward pass.
+        rank: this rank.
+        world: number of ranks.
+        start_step: the first step to return.
+        workers: number of reading processes; 0 reads in this one. The batches are the same.
+
+    Raises:
+        ConfigError: order and index differ in size, or a batch size is invalid.
     """
 
     def __init__(
@@ -55,13 +64,13 @@ class TrainLoader:
         workers: int = 0,
     ) -> None:
         if order.size != len(index):
-            raise ConfigError(f"the order is made for {order.size} samples, the shards hold {len(index)}")
+            raise ConfigError(f"the order is for {order.size} samples, but the shards contain {len(index)}")
         self.plan = StepPlan(global_batch, micro_batch, world)
         self.order = order
         self.rank = rank
         self.start_step = start_step
         self.workers = workers
-        self._reader = _Reader(index, collator)
+        self._dataset = _MicroBatchDataset(index, collator)
 
     def __iter__(self) -> Iterator[list[Batch]]:
         micro_batches = iter(self._loader())
@@ -76,16 +85,16 @@ class TrainLoader:
 
     def _loader(self) -> Iterable[Batch | MedAlignError]:
         return DataLoader(
-            self._reader,
+            self._dataset,
             sampler=IndexSampler(self),
             batch_size=None,
-            collate_fn=_as_is,
+            collate_fn=_identity,
             num_workers=self.workers,
-            generator=torch.Generator(),  # its own, so that loading draws nothing from the trainer's
+            generator=torch.Generator(),  # a separate one, so that loading does not advance the trainer's generator
         )
 
-    def draws(self) -> Iterator[MicroBatchIndices]:
-        """What this rank reads, as in `rank_indices_and_prefetch`."""
+    def micro_batch_indices(self) -> Iterator[MicroBatchIndices]:
+        """Yield what this rank reads, see `rank_indices_and_prefetch`."""
         return rank_indices_and_prefetch(self.order, self.plan, self.rank, self.start_step, self.workers)
 
 
@@ -116,7 +125,7 @@ class ValidationLoader:
         parts += [[]] * (-len(parts) % world)
         self._parts = parts[rank::world]
         self._workers = workers
-        self._reader = _Reader(index, collator)
+        self._reader = _MicroBatchDataset(index, collator)
 
     def __len__(self) -> int:
         return len(self._parts)
@@ -126,7 +135,7 @@ class ValidationLoader:
             self._reader,
             sampler=[MicroBatchIndices(part, []) for part in self._parts],
             batch_size=None,
-            collate_fn=_as_is,
+            collate_fn=_identity,
             num_workers=self._workers,
             generator=torch.Generator(),  # its own, so that loading draws nothing from the trainer's
         )
@@ -139,80 +148,101 @@ class ValidationLoader:
 class MicroBatchIndices(NamedTuple):
     """Work for one reader."""
 
-    numbers: list[int]  # samples of a micro-batch
-    ahead: list[int]  # samples of the reader's next one
+    indices: list[int]  # samples of a micro-batch
+    next_indices: list[int]  # samples of the next micro-batch of this reader, to be prefetched
 
 
 def rank_indices_and_prefetch(
     order: Order, plan: StepPlan, rank: int, start_step: int, workers: int
 ) -> Iterator[MicroBatchIndices]:
-    """What a rank reads, micro-batch after micro-batch, each with what the same worker reads after it."""
-    turn = max(workers, 1)  # the DataLoader deals micro-batches to its workers in turn
-    numbers = rank_numbers(order, plan, rank, start_step)
-    waiting = deque(itertools.islice(numbers, turn))
-    for later in numbers:
+    """Yield the sample indices of each micro-batch of a rank, with those that the same worker reads next.
+
+    Args:
+        order: the order of the samples.
+        plan: the partition of a global batch.
+        rank: the rank.
+        start_step: the first step.
+        workers: number of reading processes.
+    """
+    readers = max(workers, 1)  # the DataLoader assigns micro-batches to its workers in turn
+    indices = rank_indices(order, plan, rank, start_step)
+    waiting = deque(itertools.islice(indices, readers))
+    for later in indices:
         waiting.append(later)
         yield MicroBatchIndices(waiting.popleft(), later)
 
 
-def rank_numbers(order: Order, plan: StepPlan, rank: int, start_step: int = 0) -> Iterator[list[int]]:
-    """Sample numbers of each micro-batch of a rank, from the first step on, without end."""
+def rank_indices(order: Order, plan: StepPlan, rank: int, start_step: int = 0) -> Iterator[list[int]]:
+    """Yield the sample indices of each micro-batch of a rank, from step `start_step` on, without end."""
     for step in itertools.count(start_step):
         for piece in plan.micro_batches(step, rank):
             yield order.indices_at(np.arange(piece.start, piece.stop, dtype=np.int64)).tolist()
 
 
 def check_skip_rate(
-    bad: int, seen: int, most: float, last: Sequence[str] = (), setting: str = "data.max_skip_fraction"
+    skipped: int,
+    seen: int,
+    max_fraction: float,
+    last_reasons: Sequence[str] = (),
+    setting: str = "data.max_skip_fraction",
 ) -> None:
-    """Raises DataError when more than `most` of the samples that all ranks drew since the run began were bad.
+    """Check that not too many samples were skipped since the start of the run.
 
-    The first JUDGED_AFTER samples are judged as so many. `last` names bad samples of this rank,
-    `setting` what the user calls `most`.
+    Until MIN_SKIP_RATE_SAMPLES samples were seen, the limit is that for MIN_SKIP_RATE_SAMPLES samples.
+
+    Args:
+        skipped: skipped samples of all ranks.
+        seen: samples drawn by all ranks.
+        max_fraction: largest allowed fraction of skipped samples.
+        last_reasons: why samples of this rank were skipped, for the message.
+        setting: the user's name of `max_fraction`, for the message.
+
+    Raises:
+        DataError: the fraction is above `max_fraction`.
     """
-    if bad > most * max(seen, JUDGED_AFTER):
-        named = f"the last were {'; '.join(last[-3:])}" if last else "the log of the other ranks names them"
+    if skipped > max_fraction * max(seen, MIN_SKIP_RATE_SAMPLES):
+        reasons = f"the last were {'; '.join(last_reasons[-3:])}" if last_reasons else "see the log of the other ranks"
         raise DataError(
-            f"{bad} of {seen} samples could not be used, more than {setting} {most}; {named}. "
-            "Repair or repack the shards, or raise the share"
+            f"{skipped} of {seen} samples could not be used, more than {setting} {max_fraction}; {reasons}. "
+            f"Repair or repack the shards, or raise {setting}"
         )
 
 
 class IndexSampler:
-    """The sampler of the DataLoader: made in the trainer's process, so that workers hold no order."""
+    """Sampler of the DataLoader. It runs in the trainer's process, so that workers do not hold the order."""
 
     def __init__(self, loader: TrainLoader) -> None:
-        self._source = loader
+        self._loader = loader
 
     def __iter__(self) -> Iterator[MicroBatchIndices]:
-        return self._source.draws()
+        return self._loader.micro_batch_indices()
 
 
-class _Reader(Dataset[Any]):
-    """Sample numbers to a batch. Errors are given back, not raised: a worker would bury their message."""
+class _MicroBatchDataset(Dataset[Any]):
+    """Reads a micro-batch. Errors are returned, not raised, because a worker would obscure their message."""
 
     def __init__(self, index: ShardIndex, collator: Collator) -> None:
         self._index = index
         self._collator = collator
 
-    def __getitem__(self, draw: MicroBatchIndices) -> Batch | MedAlignError:
+    def __getitem__(self, work: MicroBatchIndices) -> Batch | MedAlignError:
         skipped: list[str] = []
         try:
-            self._index.prefetch([*draw.numbers, *draw.ahead])
-            prepared = [self._prepare(number, skipped) for number in draw.numbers]
+            self._index.prefetch([*work.indices, *work.next_indices])
+            prepared = [self._read_or_replace(index, skipped) for index in work.indices]
             batch = self._collator.join(prepared) if prepared else self._collator.dummy_batch()
         except MedAlignError as error:
             return error
         return replace(batch, skipped=tuple(skipped))
 
-    def _prepare(self, number: int, skipped: list[str]) -> Prepared:
-        """The sample, or the next one that can be used. Only the one that was drawn is listed."""
+    def _read_or_replace(self, index: int, skipped: list[str]) -> Prepared:
+        """Prepare the sample, or the next one that can be used. Only the reason for the first one is recorded."""
         size = len(self._index)
-        sought = min(size, REPLACED_WITHIN)
+        tries = min(size, MAX_REPLACEMENT_DISTANCE)
         reason = ""
-        for step in range(sought):
+        for step in range(tries):
             try:
-                sample = self._index.read((number + step) % size, self._collator.pixels)
+                sample = self._index.read((index + step) % size, self._collator.pixels)
                 prepared = _prepared(self._collator, sample)
             except BadSample as error:
                 reason = reason or str(error)
@@ -220,45 +250,53 @@ class _Reader(Dataset[Any]):
             if reason:
                 skipped.append(reason)
             return prepared
-        raise DataError(f"none of the {sought} samples from number {number} on can be used; the first reason: {reason}")
+        raise DataError(f"none of the {tries} samples from index {index} on can be used; the first reason: {reason}")
 
 
 def _prepared(collator: Collator, sample: Sample) -> Prepared:
-    """The sample, ready for a batch. Raises BadSample for one that template, tokenizer or view cannot take."""
-    with decoding(f"{sample.shard}/{sample.key}"):
+    """Prepare a sample for a batch. Raises BadSample if template, tokenizer or preprocessing reject it."""
+    with as_bad_sample(f"{sample.shard}/{sample.key}"):
         return collator.prepare(sample)
 
 
-def _as_is(batch: Any) -> Any:
+def _identity(batch: Any) -> Any:
     return batch
 
 
 def batches(
     index: ShardIndex, collator: Collator, batch_size: int, indices: Sequence[int] | None = None
 ) -> Iterator[tuple[tuple[Sample, ...], Batch]]:
-    """Every sample (or those of `indices`) exactly once, in order, with its batch; to generate from, or to score.
+    """Yield every sample exactly once, in order, with its batch, for generation or scoring.
 
-    A sample that cannot be used is in no batch: it is logged and named in `skipped` of the batch at hand. Raises
-    DataError if none can be used, or a shard is lost.
+    A sample that cannot be used is in no batch; it is logged and named in `skipped` of the current batch.
+
+    Args:
+        index: the samples.
+        collator: prepares and joins samples.
+        batch_size: samples per batch; the last batch may have fewer.
+        indices: the samples to read; None reads all.
+
+    Raises:
+        DataError: no sample can be used, or a shard is lost.
     """
-    numbers = range(len(index)) if indices is None else indices
+    selected = range(len(index)) if indices is None else indices
     samples: list[Sample] = []
     prepared: list[Prepared] = []
     skipped: list[str] = []
-    for number in numbers:
+    for i in selected:
         try:
-            sample = index.read(number)
+            sample = index.read(i)
             ready = _prepared(collator, sample)
         except BadSample as error:
-            log.warning("bad sample left out: %s", error)
+            log.warning("bad sample skipped: %s", error)
             skipped.append(str(error))
             continue
-        if len(samples) == batch_size:  # given out late, so that no bad sample comes after the last batch
+        if len(samples) == batch_size:  # yielded late, so that no bad sample comes after the last batch
             yield tuple(samples), replace(collator.join(prepared), skipped=tuple(skipped))
             samples, prepared, skipped = [], [], []
         samples.append(sample)
         prepared.append(ready)
     if samples:
         yield tuple(samples), replace(collator.join(prepared), skipped=tuple(skipped))
-    elif len(numbers):
-        raise DataError(f"none of the {len(numbers)} samples can be used; the first reason: {skipped[0]}")
+    elif len(selected):
+        raise DataError(f"none of the {len(selected)} samples can be used; the first reason: {skipped[0]}")

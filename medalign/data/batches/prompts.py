@@ -1,8 +1,8 @@
-"""A sample's text as tokens, through the model's own chat template, with its label mask and spans.
+"""Tokenize the text of a sample with the model's own chat template, and compute its labels and masks.
 
-The sequence of a sample: the template up to the question, each image as `tokens_per_image` image tokens, the question,
-the template up to where the model speaks, then the answer and the token that ends its turn. Only the last two are
-supervised. Nothing is found by counting: positions come from token ids.
+The sequence of a sample consists of the template up to the question, each image as `tokens_per_image` image tokens, the
+question, the template up to the answer, the answer, and the token that ends its turn. Only the last two are supervised.
+Positions are derived from token ids, never from counts of characters or words.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from medalign.errors import ConfigError
 
 @dataclass(frozen=True)
 class Encoded:
-    """One sample as tokens; four lists of one length."""
+    """One sample as tokens; four lists of equal length."""
 
     input_ids: list[int]
     labels: list[int]  # IGNORE outside the answer
     question_mask: list[bool]  # prompt tokens after the last image token; all False without an image
-    image_index: list[int]  # number of the image within the sample at its tokens, -1 elsewhere
+    image_index: list[int]  # index of the image within the sample at its tokens, -1 elsewhere
     question_cut: int = 0  # tokens of the question that were cut to the length limit
-    answer_cut: int = 0  # tokens of the answer, its end included, that were cut
+    answer_cut: int = 0  # tokens of the answer and its end that were cut to the length limit
 
     @property
     def truncated(self) -> bool:
@@ -34,17 +34,18 @@ class Encoded:
 
 
 class PromptEncoder:
-    """Samples to tokens for one student.
+    """Tokenizes samples for one student.
 
     Args:
         processor: the student's processor or tokenizer, with a chat template that takes lists of typed content.
-        image_token_id: the id that stands for an image.
-        tokens_per_image: N, image tokens of one image.
-        max_length: longest sequence, image tokens included.
-        most_images: images of the sample that has most; max_length must hold them.
-        setting: what the user calls max_length, for errors.
+        image_token_id: the token id that represents an image.
+        tokens_per_image: N, image tokens per image.
+        max_length: maximum number of tokens, including image tokens.
+        max_images: largest number of images in a sample; max_length must have room for them.
+        setting: the user's name of max_length, for error messages.
 
-    Raises ConfigError where template, tokenizer, image token and length limit do not fit together.
+    Raises:
+        ConfigError: template, tokenizer, image token and length limit do not fit together.
     """
 
     def __init__(
@@ -67,19 +68,27 @@ class PromptEncoder:
 
     @property
     def pad_token_id(self) -> int:
-        """The tokenizer's padding token, or its end-of-sequence token where it has none."""
+        """The padding token of the tokenizer, or its end-of-sequence token if there is none."""
         pad = self.tokenizer.pad_token_id
         return self.tokenizer.eos_token_id if pad is None else pad
 
     @property
     def end_token_id(self) -> int:
-        """The token that ends an answer: the template's own, or the tokenizer's end of sequence where it has none."""
+        """The token that ends an answer: that of the template, or the tokenizer's end-of-sequence token."""
         return self._conversation.end_token_id
 
     def encode(self, sample: Sample, *, with_answer: bool) -> Encoded:
-        """The sample as tokens, cut to the limit: first the answer's end (one token stays), then the question's.
+        """Tokenize a sample and cut it to the limit.
 
-        Raises BadSample where the text cannot be used, ConfigError where the limit holds no text at all.
+        The answer is cut first, from its end, to one token at least; then the question is cut.
+
+        Args:
+            sample: the sample.
+            with_answer: whether the answer is appended.
+
+        Raises:
+            BadSample: the text cannot be used.
+            ConfigError: the limit has no room for any text.
         """
         room = self.max_length - with_answer
         question, images = sample.question, len(sample.images)
@@ -115,13 +124,13 @@ class PromptEncoder:
         )
 
     def _cut_question(self, sample: Sample, room: int) -> tuple[str, list[int]]:
-        """As much of the question's beginning as fits, found by bisection over its characters, and its prompt."""
+        """Longest prefix of the question that fits, found by bisection over its characters, and its prompt."""
         images = len(sample.images)
         kept, best = "", self._conversation.prompt(images, "")
         if self._length(best) > room:
             raise ConfigError(
-                f"{self._setting} is {self.max_length}, but the template and {images} images of "
-                f"{self.tokens_per_image} tokens take {self._length(best)} ({sample.shard}/{sample.key}); raise it"
+                f"{self._setting} is {self.max_length}, but the template and {images} images with "
+                f"{self.tokens_per_image} tokens each take {self._length(best)} ({sample.shard}/{sample.key}); raise it"
             )
         fits, longest = 0, len(sample.question)
         while fits < longest:
@@ -138,14 +147,15 @@ class PromptEncoder:
         return len(prompt) + prompt.count(self.image_token_id) * (self.tokens_per_image - 1)
 
     def _probe_images(self, images: int) -> None:
-        """Require that the template writes so many images, and that they leave room for text."""
+        """Require that the template renders this number of images, and that they leave room for text."""
         try:
             empty = self._length(self._conversation.prompt(images, ""))
         except BadSample as error:
-            raise ConfigError(f"{error}; change the template, or pack samples of one image") from error
+            raise ConfigError(f"{error}; change the template, or pack samples with one image") from error
         if empty >= self.max_length:
-            shown = "one image" if images == 1 else f"the {images} images of the largest sample, each"
+            subject = "one image with" if images == 1 else f"the {images} images of the largest sample with"
+            each = "" if images == 1 else " each"
             raise ConfigError(
-                f"{self._setting} is {self.max_length}, but the template and {shown} of {self.tokens_per_image} "
-                f"tokens, take {empty}; raise it to more than {empty}"
+                f"{self._setting} is {self.max_length}, but the template and {subject} {self.tokens_per_image} "
+                f"tokens{each} take {empty}; raise it to more than {empty}"
             )

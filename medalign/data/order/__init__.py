@@ -1,1 +1,1 @@
-"""Which sample comes when: a function of the settings, the seed and the position."""
+"""The order of samples: which sample is used at which step."""

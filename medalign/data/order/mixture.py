@@ -1,6 +1,6 @@
-"""Several data sets by weight, and batches of samples of like length: orders made from orders, as repeatable as they.
+"""Orders built from other orders: weighted mixtures of data sets, and batches of samples of similar length.
 
-Both are functions of the seed and the position alone, like `plan.GlobalOrder`, and any stretch is computed by itself.
+Like `order.GlobalOrder`, both depend only on the seed and the position, and any range can be computed by itself.
 """
 
 from __future__ import annotations
@@ -14,22 +14,30 @@ from medalign.data.order.order import GlobalOrder, Order, generator
 from medalign.errors import ConfigError
 
 ROUND = 4096  # positions in which every data set has exactly its share
-_MIX, _GROUP = 3, 4  # what a generator is for; a word of its seed
+_MIX, _GROUP = 3, 4  # purpose of a generator; part of its seed
 
 
 class Mixture:
-    """Several data sets, each with a weight; each goes through its own epochs at its own speed.
+    """Several data sets with weights. Each goes through its own epochs at its own speed.
 
-    In every ROUND positions data set d has round(ROUND w_d / sum of w) places (by the largest remainder, at least
-    one), shuffled anew for each round. Every sample of d comes exactly once in each epoch of d. Sample numbers count
-    through the data sets in their order.
+    In every ROUND positions, data set d has round(ROUND w_d / sum of w) positions (by the largest remainder method, at
+    least one), shuffled for each round. Every sample of d occurs exactly once in each epoch of d. Sample indices count
+    through the data sets in order.
+
+    Args:
+        orders: the order of each data set.
+        weights: the weight of each data set, above 0.
+        seed: not negative.
+
+    Raises:
+        ConfigError: the weights are invalid, or their number differs from the number of data sets.
     """
 
     def __init__(self, orders: Sequence[GlobalOrder], weights: Sequence[float], seed: int) -> None:
         if len(orders) != len(weights):
-            raise ConfigError(f"data.weights holds {len(weights)} numbers for {len(orders)} folders; give one each")
+            raise ConfigError(f"data.weights has {len(weights)} values for {len(orders)} folders; give one per folder")
         if not all(0 < weight < np.inf for weight in weights):
-            raise ConfigError(f"data.weights is {list(weights)}; each must be above 0. Leave out what is not wanted")
+            raise ConfigError(f"data.weights is {list(weights)}; each must be above 0. Remove folders you do not want")
         self._orders = list(orders)
         self._firsts = np.cumsum([0, *(order.size for order in orders)])
         self._seed = seed
@@ -38,29 +46,31 @@ class Mixture:
 
     @property
     def size(self) -> int:
-        """Samples of all data sets."""
+        """Total number of samples of all data sets."""
         return int(self._firsts[-1])
 
     @property
     def epoch_size(self) -> None:
-        """There is no common epoch."""
+        """None: the data sets have no common epoch."""
 
     def indices_at(self, positions: np.ndarray) -> np.ndarray:
-        """Sample numbers at these positions, int64 [n]."""
-        rounds, places = np.divmod(positions, ROUND)
-        numbers = np.empty(len(positions), dtype=np.int64)
-        for number in np.unique(rounds):
-            here = np.flatnonzero(rounds == number)
-            sources, earlier = self._pattern(int(number))
-            source, own = sources[places[here]], earlier[places[here]]
+        """Return the sample indices at these positions, int64 [n]."""
+        rounds, offsets = np.divmod(positions, ROUND)
+        indices = np.empty(len(positions), dtype=np.int64)
+        for round_index in np.unique(rounds):
+            here = np.flatnonzero(rounds == round_index)
+            sources, earlier = self._pattern(int(round_index))
+            source, own = sources[offsets[here]], earlier[offsets[here]]
             for d in np.unique(source):
                 mine = source == d
-                numbers[here[mine]] = self._firsts[d] + self._orders[d].indices_at(number * self._share[d] + own[mine])
-        return numbers
+                positions_d = round_index * self._share[d] + own[mine]
+                indices[here[mine]] = self._firsts[d] + self._orders[d].indices_at(positions_d)
+        return indices
 
-    def _make_pattern(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """The data set at each place of a round, and how many places before it are that data set's."""
-        sources = generator(self._seed, number, _MIX).permutation(np.repeat(np.arange(len(self._share)), self._share))
+    def _make_pattern(self, round_index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Data set at each position of a round, and number of earlier positions with this data set."""
+        repeated = np.repeat(np.arange(len(self._share)), self._share)
+        sources = generator(self._seed, round_index, _MIX).permutation(repeated)
         earlier = np.empty(ROUND, np.int64)
         for d, count in enumerate(self._share):
             earlier[sources == d] = np.arange(count)
@@ -68,17 +78,18 @@ class Mixture:
 
 
 class LengthGroupedOrder:
-    """Another order with the samples of `groups` neighboring global batches sorted by length, then cut again.
+    """An order in which windows of `groups` consecutive global batches are sorted by length and cut into batches again.
 
-    The batches of such a window come in random order, so short and long ones alternate; within a batch, samples
-    rise in length, so that the padding of a micro-batch is small too. Windows end with the epoch: every sample comes
-    once an epoch, as before (a mixture has no epoch; there, the samples of a window stay in it).
+    The batches of a window come in random order, so short and long batches alternate. Within a batch, samples are
+    sorted by length, which also keeps the padding of a micro-batch small. A window ends with the epoch, so every sample
+    still occurs once per epoch. A mixture has no epoch; there, samples stay in their window.
 
     Args:
         order: the order to regroup.
-        lengths: sample numbers to their lengths, in any unit.
-        global_batch: samples of a batch.
-        groups: batches of a window.
+        lengths: maps sample indices to lengths in any unit.
+        global_batch: samples per batch.
+        groups: batches per window.
+        seed: not negative.
     """
 
     def __init__(
@@ -99,31 +110,33 @@ class LengthGroupedOrder:
 
     @property
     def size(self) -> int:
+        """Total number of samples."""
         return self._order.size
 
     @property
     def epoch_size(self) -> int | None:
+        """Number of positions of an epoch, or None if there is no epoch."""
         return self._order.epoch_size
 
     def indices_at(self, positions: np.ndarray) -> np.ndarray:
-        """Sample numbers at these positions, int64 [n]."""
-        numbers = np.empty(len(positions), dtype=np.int64)
+        """Return the sample indices at these positions, int64 [n]."""
+        indices = np.empty(len(positions), dtype=np.int64)
         epochs = positions // self.epoch_size if self.epoch_size else np.zeros_like(positions)
         windows = positions // self._window
         for window, epoch in np.unique(np.stack([windows, epochs], axis=1), axis=0).tolist():
             here = (windows == window) & (epochs == epoch)
             start, arranged = self._arranged(window, epoch)
-            numbers[here] = arranged[positions[here] - start]
-        return numbers
+            indices[here] = arranged[positions[here] - start]
+        return indices
 
     def _arrange(self, window: int, epoch: int) -> tuple[int, np.ndarray]:
-        """First position and sample numbers of the window's part in this epoch."""
+        """First position and sample indices of the part of a window that belongs to this epoch."""
         start, end = window * self._window, (window + 1) * self._window
         if self.epoch_size:
             start, end = max(start, epoch * self.epoch_size), min(end, (epoch + 1) * self.epoch_size)
-        numbers = self._order.indices_at(np.arange(start, end, dtype=np.int64))
-        by_length = numbers[np.argsort(self._lengths(numbers), kind="stable")]
-        # Borders of global batches; the first and the last piece may be parts of one.
+        indices = self._order.indices_at(np.arange(start, end, dtype=np.int64))
+        by_length = indices[np.argsort(self._lengths(indices), kind="stable")]
+        # Boundaries of global batches; the first and the last piece may be incomplete.
         borders = np.unique([start, *range(-(-start // self._batch) * self._batch, end, self._batch), end])
         sizes = np.diff(borders)
         turn = generator(self._seed, window, _GROUP, epoch).permutation(len(sizes))
@@ -137,9 +150,9 @@ class LengthGroupedOrder:
 
 
 def _shares(weights: np.ndarray, places: int) -> np.ndarray:
-    """Whole numbers in proportion to the weights, each at least 1, that add up to `places`."""
+    """Integers in proportion to the weights, each at least 1, that add up to `places`."""
     if len(weights) > places:
-        raise ConfigError(f"data.weights holds {len(weights)} numbers; at most {places} folders can be mixed")
+        raise ConfigError(f"data.weights has {len(weights)} values; at most {places} folders can be mixed")
     free = places - len(weights)
     exact = np.maximum(weights / weights.sum() * places - 1, 0)
     exact = exact / max(exact.sum(), 1e-300) * free

@@ -1,1 +1,1 @@
-"""Bytes to a checked sample: pictures, DICOM, text."""
+"""From bytes to a validated sample: images, DICOM, text."""

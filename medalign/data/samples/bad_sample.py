@@ -1,28 +1,32 @@
-"""The error of one sample, and the words that say which part of it is meant."""
+"""The error for a single sample, and helpers that name the part of the sample it is about."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from medalign.errors import DataError
 
 
 class BadSample(DataError):
-    """This one sample cannot be used; its neighbors can. The message is the reason, or "shard/key: reason"."""
+    """A single sample cannot be used, but its neighbors can. The message is the reason, or "shard/key: reason"."""
 
 
-class sample_context:
-    """Puts what it is about, if anything, before the reason of a BadSample raised inside."""
+@contextmanager
+def sample_context(subject: str) -> Iterator[None]:
+    """Prefix the reason of a BadSample raised inside with what it is about.
 
-    def __init__(self, what: str) -> None:
-        self._what = what
+    Args:
+        subject: what the reason is about; "" leaves the reason unchanged.
+    """
+    try:
+        yield
+    except BadSample as error:
+        if not subject:
+            raise
+        raise BadSample(f"{subject}: {error}") from error
 
-    def __enter__(self) -> None:
-        return None
 
-    def __exit__(self, kind: type | None, error: BaseException | None, traceback: object) -> None:
-        if self._what and isinstance(error, BadSample):
-            raise BadSample(f"{self._what}: {error}") from error
-
-
-def image_name(number: int, images: int) -> str:
-    """ "image 2 of 3" for number 1 of three images; "" for an only image, which needs no name."""
-    return f"image {number + 1} of {images}" if images > 1 else ""
+def image_name(index: int, images: int) -> str:
+    """Return "image 2 of 3" for index 1 of three images, or "" for a single image, which needs no name."""
+    return f"image {index + 1} of {images}" if images > 1 else ""

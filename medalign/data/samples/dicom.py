@@ -1,9 +1,9 @@
-"""DICOM pictures as a radiologist's screen shows them; of all tags, only those that say how to show pixels are used.
+"""Decode DICOM images as a radiologist's screen shows them. Only tags about the display of pixels are used.
 
-Not applied are overlays (groups 60xx), shutters, ICC profiles and presentation states. What has no branch here is
-refused by name: a guess would be a wrong picture that nobody notices.
+Overlays (groups 60xx), shutters, ICC profiles and presentation states are not applied. Anything that is not handled
+here is rejected by name, because a guess could be a wrong image that nobody notices.
 
-The only file that imports pydicom, which is optional.
+Only this file and `dicom_gray` handle pydicom, which is optional.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from medalign.data.samples.dicom_gray import DicomError, eight_bit, require_little_endian, shown_gray, stored_value
+from medalign.data.samples.dicom_gray import DicomError, display_values, eight_bit, require_little_endian, stored_value
 
 _GRAY = ("MONOCHROME1", "MONOCHROME2")
 _COLOR = ("RGB", "YBR_FULL", "YBR_FULL_422")
-_JPEG_2000_COLOR = ("YBR_RCT", "YBR_ICT")  # undone by the decoder of JPEG 2000; nothing else has them
+_JPEG_2000_COLOR = ("YBR_RCT", "YBR_ICT")  # decoded by the JPEG 2000 decoder; used by no other transfer syntax
 _PALETTE = "PALETTE COLOR"
-_SUPPLEMENTAL = ("COLOR", "MIXED")  # gray values of which some are shown in color
-_MOST_PIXELS = 178_956_970  # as many as Pillow opens
-_BEGINNINGS = (b"\x02\x00", b"\x08\x00")  # the first group of a file without preamble, as no other format begins
+_SUPPLEMENTAL = ("COLOR", "MIXED")  # gray values, some of which are displayed in color
+_MAX_PIXELS = 178_956_970  # the limit of Pillow
+_BEGINNINGS = (b"\x02\x00", b"\x08\x00")  # first group of a file without a preamble; no other format begins with it
 _UNREADABLE = (
     ArithmeticError,
     AttributeError,
@@ -43,49 +43,54 @@ _UNREADABLE = (
 
 
 def is_dicom(data: bytes) -> bool:
-    """Whether the bytes begin as a DICOM file does, with or without its preamble."""
+    """Return whether the bytes begin like a DICOM file, with or without a preamble."""
     return data[128:132] == b"DICM" or data[:2] in _BEGINNINGS
 
 
-def picture_size(data: bytes) -> tuple[int, int]:
-    """Width and height. Raises DicomError."""
-    with _refusing("it is not a DICOM picture"):
+def size(data: bytes) -> tuple[int, int]:
+    """Return width and height in pixels. Raises DicomError."""
+    with _as_dicom_error("it is not a DICOM image"):
         study = _read(data, header_only=True)
         return int(study.Columns), int(study.Rows)
 
 
 def has_several_frames(data: bytes) -> bool:
-    """Whether there are frames that `picture` does not show. Raises DicomError."""
-    with _refusing("its frames cannot be counted"):
+    """Return whether there are frames that `decode` does not use. Raises DicomError."""
+    with _as_dicom_error("its frames cannot be counted"):
         return int(_read(data, header_only=True).get("NumberOfFrames") or 1) != 1
 
 
-def picture(data: bytes) -> Image.Image:
-    """The (first) frame, 8 bits, mode L or RGB.
+def decode(data: bytes) -> Image.Image:
+    """Decode the first frame to 8 bits.
 
-    Color is RGB from whatever the file has it in, deep color scaled from its stored bits. Gray goes from stored values
-    through the modality LUT and the (first) VOI LUT or window (DICOM PS3.3 C.11), and is turned over for MONOCHROME1
-    or an inverse presentation LUT shape. Without a window of its own, it is spread from its darkest to its brightest
-    value. Padding is black and counts for neither. Names, dates and numbers of patients stay in the bytes: nothing of
-    them comes with the picture. Raises DicomError.
+    Color is converted to RGB, and deep color is scaled from its stored bits. Gray values pass through the modality LUT
+    and the first VOI LUT or window (DICOM PS3.3 C.11), and are inverted for MONOCHROME1 or an inverse presentation LUT
+    shape. Without a window, the range from the darkest to the brightest value is used. Padding is black and is excluded
+    from this range. Names, dates and identifiers of patients are not part of the result.
+
+    Returns:
+        The image in mode L or RGB.
+
+    Raises:
+        DicomError: the file cannot be displayed.
     """
-    with _refusing("its pixels cannot be decoded"):
+    with _as_dicom_error("its pixels cannot be decoded"):
         study = _read(data)
         _set_transfer_syntax(study)
         interpretation = _interpretation(study)
         if interpretation in _GRAY:
             frames = _frame(study), lambda: _frame(study, correct_unused_bits=False)
-            return Image.fromarray(shown_gray(study, *frames))
+            return Image.fromarray(display_values(study, *frames))
         return Image.fromarray(_through_palette(study) if interpretation == _PALETTE else _color(study))
 
 
 @contextmanager
-def _refusing(what: str) -> Iterator[None]:
-    """Whatever pydicom raises becomes a DicomError that says so in one line."""
+def _as_dicom_error(what: str) -> Iterator[None]:
+    """Turn the exceptions of pydicom into a DicomError with a message of one line."""
     try:
         from pydicom.errors import BytesLengthException, InvalidDicomError
     except ImportError as error:
-        raise DicomError("pydicom is not installed; pip install pydicom") from error
+        raise DicomError("pydicom is not installed; run pip install pydicom") from error
     try:
         yield
     except DicomError:
@@ -99,27 +104,27 @@ def _read(data: bytes, header_only: bool = False) -> Any:
 
     study = dcmread(io.BytesIO(data), stop_before_pixels=header_only, force=True)
     if "Rows" not in study or "Columns" not in study:
-        raise DicomError("it is not a DICOM file with a picture: it has no Rows and Columns")
-    if not 0 < int(study.Columns) * int(study.Rows) <= _MOST_PIXELS:
-        raise DicomError(f"it has {study.Columns} x {study.Rows} pixels; 1 to {_MOST_PIXELS} are read")
+        raise DicomError("it is not a DICOM file with an image: it has no Rows and Columns")
+    if not 0 < int(study.Columns) * int(study.Rows) <= _MAX_PIXELS:
+        raise DicomError(f"it has {study.Columns} x {study.Rows} pixels; 1 to {_MAX_PIXELS} are supported")
     return study
 
 
 def _set_transfer_syntax(study: Any) -> None:
-    """Where the file names none, that of plain pixels in the encoding of its tags."""
+    """If the file names no transfer syntax, set the uncompressed one that matches the encoding of its tags."""
     from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
     if study.file_meta.get("TransferSyntaxUID"):
         return
     if "PixelData" in study and study["PixelData"].is_undefined_length:
-        raise DicomError("its pixels are compressed, and it has no TransferSyntaxUID that says how")
+        raise DicomError("its pixels are compressed, but it has no TransferSyntaxUID")
     implicit, little = study.original_encoding
     explicit = ExplicitVRLittleEndian if little else ExplicitVRBigEndian
     study.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else explicit
 
 
 def _interpretation(study: Any) -> str:
-    """What the pixels stand for. Raises DicomError for what is not known here."""
+    """Return the photometric interpretation. Raises DicomError if it is not supported."""
     from pydicom.uid import JPEG2000TransferSyntaxes
 
     found = str(study.get("PhotometricInterpretation") or "missing").strip()
@@ -127,29 +132,29 @@ def _interpretation(study: Any) -> str:
     if study.file_meta.TransferSyntaxUID in JPEG2000TransferSyntaxes:
         known += _JPEG_2000_COLOR
     if found not in known:
-        raise DicomError(f"its PhotometricInterpretation is {found}; read are {', '.join(known)}")
+        raise DicomError(f"its PhotometricInterpretation is {found}; supported are {', '.join(known)}")
     samples, wanted = study.get("SamplesPerPixel"), 1 if found in (*_GRAY, _PALETTE) else 3
     if samples != wanted:
-        raise DicomError(f"its SamplesPerPixel is {samples}; {found} has {wanted}")
+        raise DicomError(f"its SamplesPerPixel is {samples}; {found} requires {wanted}")
     if study.get("PixelPresentation") in _SUPPLEMENTAL:
-        raise DicomError(f"its PixelPresentation is {study.PixelPresentation}; supplemental palettes are not read")
+        raise DicomError(f"its PixelPresentation is {study.PixelPresentation}; supplemental palettes are not supported")
     return found
 
 
 def _color(study: Any) -> np.ndarray:
-    """uint8 [rows, columns, 3]."""
+    """RGB pixels, uint8 [rows, columns, 3]."""
     values = _marked_jpeg(study)
     if values is None:
         values = _frame(study)
     if study.PixelRepresentation != 0:
-        raise DicomError("its color has signed values")
+        raise DicomError("its color values are signed")
     return eight_bit(values, 2 ** int(study.BitsStored) - 1)
 
 
 def _marked_jpeg(study: Any) -> np.ndarray | None:
-    """The frame as RGB if it is a JPEG whose own Adobe marker tells its colors; then libjpeg converts it.
+    """Return the frame as RGB if it is a JPEG whose Adobe marker states its colors, so that libjpeg converts them.
 
-    pydicom leaves that conversion in place and, by the tags, makes another of the outcome.
+    pydicom keeps this conversion and applies a second one based on the tags.
     """
     from pydicom.encaps import get_frame
     from pydicom.uid import JPEGBaseline8Bit, JPEGExtended12Bit
@@ -166,23 +171,23 @@ def _marked_jpeg(study: Any) -> np.ndarray | None:
 
 
 def _through_palette(study: Any) -> np.ndarray:
-    """uint8 [rows, columns, 3]."""
+    """RGB pixels of a palette image, uint8 [rows, columns, 3]."""
     from pydicom.pixels import apply_color_lut
 
     require_little_endian(study)
     count, first, bits = study.RedPaletteColorLookupTableDescriptor
     count = count or 1 << 16
     if bits not in (8, 16) or (bits == 8 and count > 256):
-        raise DicomError(f"its palette has {count} entries of {bits} bits; read are 8 bits, up to 256 entries, and 16")
+        raise DicomError(f"its palette has {count} entries of {bits} bits; supported are 8 bits (up to 256) and 16")
     table = apply_color_lut(np.arange(first, first + count), study)[:, :3]
-    # Some writers call entries of 8 bits, each in 16, entries of 16 bits.
+    # Some writers declare 8-bit entries, each stored in 16 bits, as 16-bit entries.
     table = eight_bit(table, 255 if table.max() <= 255 else 65_535)
     stored = _frame(study)
     return table[(stored.astype(np.int64) - stored_value(first, stored)).clip(0, count - 1)]
 
 
 def _frame(study: Any, **options: Any) -> np.ndarray:
-    """The first frame's stored values, [rows, columns] or [rows, columns, 3]; YBR is RGB by then."""
+    """Stored values of the first frame, [rows, columns] or [rows, columns, 3]; YBR is already converted to RGB."""
     from pydicom.pixels import pixel_array
 
     return pixel_array(study, index=0, **options)

@@ -1,4 +1,4 @@
-"""Gray DICOM pixels: from stored values to those of a screen (PS3.3 C.11). Studies are pydicom's data sets."""
+"""Gray DICOM pixels: from stored values to display values (PS3.3 C.11). A study is a pydicom data set."""
 
 from __future__ import annotations
 
@@ -20,23 +20,29 @@ _FUNCTIONS = ("LINEAR", "LINEAR_EXACT", "SIGMOID")
 
 
 class DicomError(ValueError):
-    """These bytes hold no picture that can be shown."""
+    """The bytes do not contain an image that can be displayed."""
 
 
-def shown_gray(study: Any, stored: np.ndarray, with_unused_bits: Callable[[], np.ndarray]) -> np.ndarray:
-    """Stored values [rows, columns] as gray, uint8 [rows, columns].
+def display_values(study: Any, stored: np.ndarray, with_unused_bits: Callable[[], np.ndarray]) -> np.ndarray:
+    """Convert stored values to gray values for display.
 
     Args:
-        with_unused_bits: the same, with whatever stands in the bits beyond BitsStored.
+        study: the tags.
+        stored: stored values, [rows, columns].
+        with_unused_bits: returns the stored values including the bits beyond BitsStored.
 
-    Raises DicomError for what this file does not know, and for values that are not numbers.
+    Returns:
+        Gray values, uint8 [rows, columns].
+
+    Raises:
+        DicomError: a tag has an unsupported value, or pixels are not finite.
     """
     padding = _padding(study, stored, with_unused_bits)
     tags = _tags(study)
     values = _rescaled(study, tags, stored)
     visible = values[~padding]
     if not np.isfinite(visible).all():
-        raise DicomError(f"{np.count_nonzero(~np.isfinite(visible))} of its pixels are not numbers (NaN or infinite)")
+        raise DicomError(f"{np.count_nonzero(~np.isfinite(visible))} of its pixels are not finite (NaN or infinite)")
     gray = eight_bit(_windowed(study, tags, np.where(padding, 0, values), visible), 1)
     if study.PhotometricInterpretation.strip() == "MONOCHROME1" or _is_inverse(study):
         gray = 255 - gray
@@ -45,12 +51,12 @@ def shown_gray(study: Any, stored: np.ndarray, with_unused_bits: Callable[[], np
 
 
 def eight_bit(values: np.ndarray, top: float) -> np.ndarray:
-    """0 to `top` as 0 to 255, uint8."""
+    """Scale values from [0, top] to [0, 255], uint8."""
     return np.rint(values * (255 / top)).clip(0, 255).astype(np.uint8)
 
 
 def stored_value(value: Any, stored: np.ndarray) -> Any:
-    """A tag's value as a pixel would hold it: some writers give -2000 as 63536, or the other way round."""
+    """Convert the value of a tag to the pixel type; for example, some writers store -2000 as 63536, or vice versa."""
     bits = 8 * stored.dtype.itemsize
     if stored.dtype.kind not in "iu" or not -(1 << bits - 1) <= value < 1 << bits:
         return value
@@ -58,13 +64,13 @@ def stored_value(value: Any, stored: np.ndarray) -> Any:
 
 
 def require_little_endian(study: Any) -> None:
-    """Raises DicomError where the bytes of a lookup table stand in the other order."""
+    """Raise DicomError if a lookup table is stored in big-endian order."""
     if not study.file_meta.TransferSyntaxUID.is_little_endian:
-        raise DicomError("it has a lookup table in big-endian order, which is not read")
+        raise DicomError("it has a lookup table in big-endian order, which is not supported")
 
 
 def _padding(study: Any, stored: np.ndarray, with_unused_bits: Callable[[], np.ndarray]) -> np.ndarray:
-    """Which stored values are padding around the picture, bool [rows, columns]."""
+    """Mask of the padding around the image, bool [rows, columns]."""
     kind = next((kind for kind in ("Float", "DoubleFloat") if f"{kind}PixelData" in study), "")
     value, limit = (study.get(f"{kind}PixelPadding{end}") for end in ("Value", "RangeLimit"))
     if value is None:
@@ -81,7 +87,7 @@ def _fits(ends: list[Any], bits: int, signed: bool) -> bool:
 
 
 def _tags(study: Any) -> dict[str, Any]:
-    """What says how to show the first frame; enhanced files keep it with their frames."""
+    """Tags for the display of the first frame; enhanced files store them in functional groups."""
     tags = {name: study.get(name) for name in _TAGS}
     for groups in ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"):
         for group in (study.get(groups) or [])[:1]:
@@ -92,7 +98,7 @@ def _tags(study: Any) -> dict[str, Any]:
 
 
 def _rescaled(study: Any, tags: dict[str, Any], stored: np.ndarray) -> np.ndarray:
-    """The values that windows refer to (PS3.3 C.11.1), float64."""
+    """Values that windows refer to (PS3.3 C.11.1), float64 [rows, columns]."""
     if tags["ModalityLUTSequence"]:
         entries, first, _ = _lookup_table(study, tags["ModalityLUTSequence"][0])
         return entries[(stored.astype(np.int64) - stored_value(first, stored)).clip(0, len(entries) - 1)]
@@ -101,11 +107,11 @@ def _rescaled(study: Any, tags: dict[str, Any], stored: np.ndarray) -> np.ndarra
 
 
 def _windowed(study: Any, tags: dict[str, Any], values: np.ndarray, visible: np.ndarray) -> np.ndarray:
-    """From 0, black, to 1, white (PS3.3 C.11.2), before anything is turned over."""
+    """Values from 0 (black) to 1 (white) (PS3.3 C.11.2), before any inversion."""
     if tags["VOILUTSequence"]:
         entries, first, bits = _lookup_table(study, tags["VOILUTSequence"][0])
         if first > 32_767 and visible.size and visible.min() < 0:
-            first -= 1 << 16  # values have a sign by now, and the tag was read as the stored ones, without
+            first -= 1 << 16  # the rescaled values are signed, but the tag was read as unsigned like the stored values
         return entries[np.rint(values - first).clip(0, len(entries) - 1).astype(np.int64)] / (2**bits - 1)
     if tags["WindowCenter"] in (None, "") or tags["WindowWidth"] in (None, ""):
         low, high = (visible.min(), visible.max()) if visible.size else (0.0, 0.0)
@@ -113,7 +119,7 @@ def _windowed(study: Any, tags: dict[str, Any], values: np.ndarray, visible: np.
     center, width = (float(np.atleast_1d(tags[name])[0]) for name in ("WindowCenter", "WindowWidth"))
     function = str(tags["VOILUTFunction"] or "LINEAR").strip().upper()
     if function not in _FUNCTIONS:
-        raise DicomError(f"its VOILUTFunction is {function}; read are {', '.join(_FUNCTIONS)}")
+        raise DicomError(f"its VOILUTFunction is {function}; supported are {', '.join(_FUNCTIONS)}")
     if not (np.isfinite([center, width]).all() and (width >= 1 if function == "LINEAR" else width > 0)):
         least = "at least 1" if function == "LINEAR" else "more than 0"
         raise DicomError(f"its window has center {center:g} and width {width:g}; {function} needs a width of {least}")
@@ -125,8 +131,8 @@ def _windowed(study: Any, tags: dict[str, Any], values: np.ndarray, visible: np.
 
 
 def _lookup_table(study: Any, item: Any) -> tuple[np.ndarray, int, int]:
-    """Entries as float64, the value of the first, and bits of an entry."""
-    count, first, bits = (int(number) for number in item.LUTDescriptor)
+    """Entries as float64, value of the first entry, and bits per entry."""
+    count, first, bits = (int(value) for value in item.LUTDescriptor)
     data, count = item.LUTData, count or 1 << 16
     if isinstance(data, bytes):
         require_little_endian(study)
@@ -142,5 +148,5 @@ def _lookup_table(study: Any, item: Any) -> tuple[np.ndarray, int, int]:
 def _is_inverse(study: Any) -> bool:
     shape = str(study.get("PresentationLUTShape") or "IDENTITY").strip().upper()
     if shape not in ("IDENTITY", "INVERSE") or "PresentationLUTSequence" in study:
-        raise DicomError(f"its presentation LUT has the shape {shape}, or entries; read are IDENTITY and INVERSE")
+        raise DicomError(f"its presentation LUT has the shape {shape}, or entries; supported are IDENTITY and INVERSE")
     return shape == "INVERSE"

@@ -1,9 +1,11 @@
-"""What libraries raise for the content of one sample, so that it is left out and named instead of ending the run."""
+"""Exceptions that libraries raise for the content of a sample. They reject this sample instead of ending the run."""
 
 from __future__ import annotations
 
 import struct
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from jinja2 import TemplateError
 from PIL import Image
@@ -19,7 +21,7 @@ _FOREIGN = (
     Image.DecompressionBombError,
     LookupError,
     OSError,
-    RuntimeError,  # and RecursionError, NotImplementedError
+    RuntimeError,  # includes RecursionError and NotImplementedError
     SyntaxError,
     TemplateError,
     TypeError,
@@ -29,20 +31,20 @@ _FOREIGN = (
 )
 
 
-class decoding:
-    """Makes a BadSample of what a decoder, a chat template or a tokenizer raises inside.
+@contextmanager
+def as_bad_sample(subject: str = "") -> Iterator[None]:
+    """Turn the exceptions of a decoder, a chat template or a tokenizer into BadSample.
 
-    `what`, if anything, is put before the reason. Errors of this project pass as they are.
+    Exceptions of this package are not changed.
+
+    Args:
+        subject: what the reason is about, placed before it unless empty.
     """
-
-    def __init__(self, what: str = "") -> None:
-        self._what = what
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type | None, error: BaseException | None, traceback: object) -> None:
-        # Libraries written in Rust, such as tokenizers, raise errors that have no class of their own.
-        if isinstance(error, _FOREIGN) or type(error) is Exception:
-            what = f"{self._what}: " if self._what else ""
-            raise BadSample(f"{what}it cannot be used ({type(error).__name__}: {error})") from error
+    try:
+        yield
+    except Exception as error:
+        # Libraries written in Rust, such as tokenizers, raise plain Exception.
+        if not isinstance(error, _FOREIGN) and type(error) is not Exception:
+            raise
+        prefix = f"{subject}: " if subject else ""
+        raise BadSample(f"{prefix}it cannot be used ({type(error).__name__}: {error})") from error

@@ -1,4 +1,4 @@
-"""The places of images in a text, written `<image>` as in LLaVA, compared with the images of a sample."""
+"""Image placeholders in a text, written `<image>` as in LLaVA, and their comparison with the images of a sample."""
 
 from __future__ import annotations
 
@@ -7,28 +7,33 @@ import re
 from medalign.data.samples.bad_sample import BadSample
 
 TAG = "<image>"
-_AROUND = ("<im_start>", "<im_end>")  # LLaVA writes them on either side of the tag
-# Other models' tokens for images, video and sound, as in <ImageHere>, <|image_1|>, <image 1>, </img>, <im_patch>.
+_AROUND = ("<im_start>", "<im_end>")  # LLaVA writes them before and after the placeholder
+# Tokens of other models for images, video and audio: <ImageHere>, <|image_1|>, <image 1>, </img>, <im_patch>, ...
 _FOREIGN = re.compile(
     r"<[|/]*\w*(?:image|img|im_patch|vision|video|audio)\w*[ -]?\d*\|?>|\[/?(?:IMG|IMAGE)(?:_\w+)?\]", re.IGNORECASE
 )
 
 
 def strip_tags(text: str) -> tuple[str, int]:
-    """The text without `<image>`, and how often it was there. Raises BadSample for another model's token."""
+    """Remove the `<image>` placeholders from a text.
+
+    Returns:
+        The text, and the number of placeholders.
+
+    Raises:
+        BadSample: the text contains an image token of another model.
+    """
     count = text.count(TAG)
     for token in (TAG, *_AROUND):
         text = text.replace(token, "")
     foreign = _FOREIGN.search(text)
     if foreign:
-        raise BadSample(f"the text holds {foreign.group()!r}; the place of an image is written {TAG}")
+        raise BadSample(f"the text contains {foreign.group()!r}; write {TAG} as the placeholder of an image")
     return text, count
 
 
 def check_count(tags: int, images: int) -> None:
-    """Raises BadSample unless a text of so many tags is about so many images. A text without tags suits any number."""
+    """Raise BadSample if the number of placeholders is neither 0 nor the number of images."""
     if tags and tags != images:
-        named = (
-            "no image is named" if not images else "1 image is named" if images == 1 else f"{images} images are named"
-        )
-        raise BadSample(f"{tags} {TAG} in the text, but {named}")
+        named = "no image" if not images else "1 image" if images == 1 else f"{images} images"
+        raise BadSample(f"the text contains {tags} {TAG}, but the sample has {named}")

@@ -1,7 +1,7 @@
-"""Bytes of a shard's members to a `Sample`, and every check that a sample must pass.
+"""Convert the members of a sample to a `Sample`, with all checks that a sample must pass.
 
-The same checks run when a sample is packed (it is then refused by name) and when it is read (it is then replaced
-and counted), so what is documented in `shards` is what the trainer sees.
+The same checks run when a sample is packed (it is then refused by name) and when it is read (it is then replaced and
+counted), so the trainer sees exactly what `shards.writer` documents.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ __all__ = [
 REPORT_PROMPT = "Describe the findings in this image."
 TASKS = ("vqa", "report")
 ANSWER_TYPES = ("closed", "open", "")
-SAMPLE_FIELDS = ("task", "question", "answer", "answer_type", "boxes")  # the rest becomes Sample.metadata
+SAMPLE_FIELDS = ("task", "question", "answer", "answer_type", "boxes")  # all others become Sample.metadata
 
-_BOX_SLACK = 1.0  # pixels; annotators' tools count the last pixel in or out
+_BOX_SLACK = 1.0  # pixels; annotation tools include or exclude the last pixel
 
 
 def parse_fields(data: bytes) -> dict[str, Any]:
-    """The JSON member of a sample as a dictionary. Raises BadSample if it is not one."""
+    """Parse the JSON member of a sample. Raises BadSample if it is not a JSON object."""
     if not data.strip():
         raise BadSample("annotation is empty")
     try:
         fields = json.loads(data)
     except RecursionError as error:
-        raise BadSample("annotation is not JSON that can be read (it is nested too deep)") from error
+        raise BadSample("annotation is not readable JSON (it is nested too deep)") from error
     except ValueError as error:
         raise BadSample(f"annotation is not JSON ({error})") from error
     if not isinstance(fields, dict):
@@ -58,28 +58,38 @@ def parse_fields(data: bytes) -> dict[str, Any]:
 
 
 def check_fields(fields: dict[str, Any], size: tuple[int, int] | None, images: int) -> None:
-    """Raises BadSample for the first field that breaks the schema; `size` is that of the first of `images` images."""
+    """Check the fields of an annotation against the schema.
+
+    Args:
+        fields: the annotation.
+        size: width and height of the first image in pixels, None without an image.
+        images: number of images.
+
+    Raises:
+        BadSample: a field violates the schema; the message gives the first violation.
+    """
     _check_values(fields)
     task = fields.get("task")
     if task not in TASKS:
-        raise BadSample(f"task is {task!r}; known are 'vqa' and 'report'")
+        raise BadSample(f"task is {task!r}; it must be 'vqa' or 'report'")
     for name in ("question", "answer") if task == "vqa" else ("report",):
         text = fields.get(name)
         if not isinstance(text, str) or not text.strip():
-            raise BadSample(f"{name} is {'empty' if text is None or text == '' else repr(text)}; task {task} needs it")
+            found = "empty" if text is None or text == "" else repr(text)
+            raise BadSample(f"{name} is {found}; task {task} requires text")
     question = fields.get("question") or ""
     if not isinstance(question, str):
-        raise BadSample(f"question is {question!r}, not text")
+        raise BadSample(f"question is {question!r}, which is not text")
     asked, tags = strip_tags(question)
     check_count(tags, images)
     if task == "vqa" and not asked.strip():
-        raise BadSample(f"question is {question!r}, and asks nothing; task vqa needs it")
+        raise BadSample(f"question is {question!r}, which contains no text; task vqa requires it")
     answer_type = fields.get("answer_type") or ""
     if answer_type not in ANSWER_TYPES:
-        raise BadSample(f"answer_type is {answer_type!r}; known are 'closed', 'open' and ''")
+        raise BadSample(f"answer_type is {answer_type!r}; it must be 'closed', 'open' or ''")
     boxes = fields.get("boxes") or []
     if not isinstance(boxes, list):
-        raise BadSample(f"boxes is {boxes!r}, not a list of [x0, y0, x1, y1]")
+        raise BadSample(f"boxes is {boxes!r}, which is not a list of [x0, y0, x1, y1]")
     if boxes and size is None:
         raise BadSample("boxes are given, but there is no image")
     for box in boxes:
@@ -87,7 +97,7 @@ def check_fields(fields: dict[str, Any], size: tuple[int, int] | None, images: i
 
 
 def _check_values(fields: dict[str, Any]) -> None:
-    """Raises BadSample for text or a number that is none, in any field; for boxes see `_check_box`."""
+    """Raise BadSample for invalid text or numbers in any field; the numbers of boxes are checked in `_check_box`."""
     for name, value in fields.items():
         if fault := values.fault(name):
             raise BadSample(f"the field {name!r} {fault}")
@@ -104,9 +114,9 @@ def _check_box(box: Any, size: tuple[int, int]) -> None:
         raise BadSample(f"box {box!r} is empty; x0 < x1 and y0 < y1 must hold")
     if max(x1, y1) <= 1 or (x1 - x0 < 1 and y1 - y0 < 1):
         extent = "a single pixel" if max(x1 - x0, y1 - y0) == 1 else "smaller than a pixel"
-        raise BadSample(f"box {box!r} is {extent}; boxes are in pixels, not shares of the image")
+        raise BadSample(f"box {box!r} is {extent}; boxes are in pixels, not fractions of the image")
     if min(x0, y0) < -_BOX_SLACK or x1 > size[0] + _BOX_SLACK or y1 > size[1] + _BOX_SLACK:
-        raise BadSample(f"box {box!r} lies outside the image of {size[0]} x {size[1]} pixels")
+        raise BadSample(f"box {box!r} is outside the image of {size[0]} x {size[1]} pixels")
 
 
 def to_sample(
@@ -116,13 +126,18 @@ def to_sample(
     images: Sequence[Image.Image],
     stored_size: tuple[int, int] | None = None,
 ) -> Sample:
-    """A checked sample. A report without a question asks the default one; its answer is the report.
+    """Build a validated sample. A report without a question gets the default prompt; its answer is the report.
 
     Args:
-        images: in their order; boxes are those of the first.
-        stored_size: width and height that boxes refer to, where the first was decoded smaller; boxes shrink with it.
+        shard: name of the shard.
+        key: key of the sample.
+        fields: the annotation.
+        images: in order; the boxes belong to the first.
+        stored_size: width and height that the boxes refer to, if the first image was decoded at reduced scale. The
+            boxes are scaled accordingly.
 
-    Raises BadSample.
+    Raises:
+        BadSample: the sample violates the schema.
     """
     first = images[0] if images else None
     size = (stored_size or first.size) if first else None
@@ -146,10 +161,10 @@ def to_sample(
 
 
 def _check_size(decoded: tuple[int, int], indexed: tuple[int, int]) -> None:
-    """Raises BadSample where the index was made for other pixels, as before images were turned upright."""
+    """Raise BadSample if the index was built for other pixels, for example before EXIF orientation was applied."""
     if not any(decoded == tuple(-(-side // scale) for side in indexed) for scale in (1, 2, 4, 8)):
         width, height = indexed
         raise BadSample(
-            f"image has {decoded[0]} x {decoded[1]} pixels, but the index says {width} x {height}; rebuild it with "
+            f"image has {decoded[0]} x {decoded[1]} pixels, but the index lists {width} x {height}; rebuild it with "
             "`medalign shards index DIR`, and check the boxes"
         )

@@ -1,7 +1,7 @@
-"""What is no text and no number, wherever in an annotation it stands.
+"""Find invalid text and numbers anywhere in an annotation.
 
-JSON has no NaN, but many tools write it; half a character is what cutting a text at a fixed length leaves of an emoji.
-Both would pass until the tokenizer, or a sum over the metadata, stops the training.
+JSON has no NaN, but many tools write it. Half of a surrogate pair remains if a text is cut within an emoji. Both would
+go unnoticed until they stop the training, in the tokenizer or in a sum over the metadata.
 """
 
 from __future__ import annotations
@@ -10,32 +10,36 @@ import re
 import sys
 from typing import Any
 
-MOST_LEVELS = 64  # of lists and objects within each other
+MAX_NESTING = 64  # levels of lists and objects
 
-_NO_TEXT = re.compile("[\0\ud800-\udfff]")
+_INVALID = re.compile("[\0\ud800-\udfff]")
 
 
 def fault(value: Any, *, numbers: bool = True) -> str | None:
-    """The first fault of a value or of what it holds, to be read after the value's name; None without one.
+    """Find the first fault of a value or of its content.
 
     Args:
-        numbers: whether numbers are looked at.
+        value: any JSON value.
+        numbers: whether numbers are checked.
+
+    Returns:
+        A phrase to follow the name of the value, or None if the value is valid.
     """
-    waiting: list[tuple[Any, int]] = [(value, 0)]
-    while waiting:
-        one, level = waiting.pop()
-        if isinstance(one, str) and (found := _NO_TEXT.search(one)):
+    stack: list[tuple[Any, int]] = [(value, 0)]
+    while stack:
+        current, level = stack.pop()
+        if isinstance(current, str) and (found := _INVALID.search(current)):
             code = ord(found[0])
-            return f"holds half a character (U+{code:04X})" if code else "holds the character NUL (U+0000)"
-        if numbers and isinstance(one, int | float) and not abs(one) <= sys.float_info.max:
-            return f"holds {_shown(one)}, which is not a number that can be used"
-        if isinstance(one, dict | list | tuple):
-            if level == MOST_LEVELS:
-                return f"is nested deeper than {MOST_LEVELS} levels"
-            inner = [*one.keys(), *one.values()] if isinstance(one, dict) else one
-            waiting += [(item, level + 1) for item in reversed(inner)]
+            return f"contains half a character (U+{code:04X})" if code else "contains the character NUL (U+0000)"
+        if numbers and isinstance(current, int | float) and not abs(current) <= sys.float_info.max:
+            return f"contains {_describe(current)}, which is not a usable number"
+        if isinstance(current, dict | list | tuple):
+            if level == MAX_NESTING:
+                return f"is nested deeper than {MAX_NESTING} levels"
+            inner = [*current.keys(), *current.values()] if isinstance(current, dict) else current
+            stack += [(item, level + 1) for item in reversed(inner)]
     return None
 
 
-def _shown(number: float) -> str:
+def _describe(number: float) -> str:
     return str(number) if isinstance(number, float) else f"an integer of {number.bit_length()} bits"

@@ -1,1 +1,1 @@
-"""Tars and their index: writing, scanning, reading."""
+"""Tar shards and their index: writing, scanning and reading."""

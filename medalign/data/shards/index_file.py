@@ -1,4 +1,4 @@
-"""How `index.jsonl` is written (see `listing`): row by row, so that the memory does not grow with the data set."""
+"""Writer of `index.jsonl` (see `listing`). Rows are streamed, so memory use does not grow with the data set."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ from medalign.data.shards.table import LARGE, read_table
 
 
 class IndexFile:
-    """The index of a folder, which appears whole when its block ends without an error, in place of an older one.
+    """The index of a folder, written atomically.
 
-    The header stands first and is known last: until then the rows wait in a file without a name.
+    It replaces an older index when the `with` block ends without an error. The header comes first in the file but is
+    complete only at the end, so the rows are kept in an anonymous temporary file until then.
 
     Args:
-        allow_empty: without any row an index appears, too.
+        folder: the shard folder.
+        allow_empty: whether an index without rows is written.
     """
 
     def __init__(self, folder: Path, allow_empty: bool = True) -> None:
@@ -30,7 +32,7 @@ class IndexFile:
         self._checksum = 0  # of the rows, CRC-32
         self._folder = folder
         self._allow_empty = allow_empty
-        self._rows = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  # closed where the block ends
+        self._rows = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  # closed in __exit__
 
     def __enter__(self) -> IndexFile:
         return self
@@ -40,10 +42,10 @@ class IndexFile:
             if kind is None and (self.samples or self._allow_empty):
                 self._put_in_place()
         if kind is None and self.samples >= LARGE:
-            read_table(self._folder)  # makes the mapped form too, once for all who open it
+            read_table(self._folder)  # also writes the mapped form, once for all readers
 
     def add(self, path: Path, rows: Iterable[dict[str, Any]]) -> None:
-        """A shard and the rows of its samples."""
+        """Add a shard and the rows of its samples."""
         before = self.samples
         for line in map(_line, rows):
             self._rows.write(line)

@@ -1,7 +1,8 @@
-"""The index of one shard folder as arrays: 50 bytes a sample beside its key, and 16 for each image after its first.
+"""The index of one shard folder as arrays: 50 bytes per sample, its key, and 16 bytes per image after the first.
 
-Beside an index of LARGE samples or more lies `index.bin`, the same as arrays, made from the text (see `listing`) at the
-first need. It is mapped into memory, so that all ranks and workers of a node share one copy.
+An index of LARGE samples or more is also stored as `index.bin`, which holds the same content as arrays. It is built
+from the text index (see `listing`) on first use, and mapped into memory so that all ranks and workers of a node share
+one copy.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from medalign.data.shards.listing import (
     IMAGE,
     INDEX_NAME,
     REBUILD,
-    ROW,
+    ROW_DTYPE,
     TAR_BLOCK,
     IndexBuffers,
     ShardEntry,
@@ -40,13 +41,13 @@ from medalign.errors import DataError
 log = logging.getLogger("medalign")
 
 TABLE_NAME = "index.bin"
-LARGE = 100_000  # samples; a smaller index is read from its text in a second
+LARGE = 100_000  # samples; a smaller index is parsed from text within a second
 
 _MAGIC = b"medalign-index-table-2\n"
 
 
-class Member(NamedTuple):
-    """Where one file of a sample lies in its shard."""
+class MemberRange(NamedTuple):
+    """Location of one file of a sample in its shard."""
 
     kind: int  # IMAGE, JSON or MASK
     offset: int  # bytes
@@ -55,17 +56,17 @@ class Member(NamedTuple):
 
 
 @dataclass
-class Table:
+class IndexTable:
     """The index of one folder.
 
-    Pickles as a path where the arrays are mapped from a file, else with its arrays.
+    It is pickled as a path if the arrays are mapped from a file, and with its arrays otherwise.
     """
 
     shards: list[ShardEntry]
-    rows: np.ndarray  # [n] of ROW, in the order of the shards
-    key_ends: np.ndarray  # [n] int64; key i ends here in `keys`
+    rows: np.ndarray  # [n] of ROW_DTYPE, in the order of the shards
+    key_ends: np.ndarray  # [n] int64; end of key i in `keys`
     keys: np.ndarray  # [bytes] uint8
-    further: np.ndarray  # [m] of FURTHER: the images after the first of their sample, by row, then by image
+    further: np.ndarray  # [m] of EXTRA_IMAGE_DTYPE: images after the first, ordered by row, then by image
     max_images: int  # of one sample, at least 1
     file: Path | None = None
 
@@ -79,14 +80,15 @@ class Table:
         self.__dict__.update(_TableFile(state["file"]).open().__dict__ if state["file"] else state)
 
     def key(self, i: int) -> str:
-        """Key of row i."""
+        """Return the key of row i."""
         start = int(self.key_ends[i - 1]) if i else 0
         return self.keys[start : int(self.key_ends[i])].tobytes().decode()
 
     def fingerprint(self) -> str:
-        """What the folder holds, in short. Other samples, or the same in another order or packing, give another text.
+        """Return a short description that identifies the content of the folder.
 
-        The CRC-32 is over names and sizes of the shards, all keys, and the checksums of all members.
+        Other samples, another order or another packing give another text. The CRC-32 covers names and sizes of the
+        shards, all keys, and the checksums of all members.
         """
         listed = [[entry.name, entry.size, entry.samples] for entry in self.shards]
         checksum = zlib.crc32(json.dumps(listed).encode())
@@ -96,46 +98,50 @@ class Table:
         size = sum(entry.size for entry in self.shards)
         return f"{len(self)} samples in {len(self.shards)} shards of {size} bytes, CRC-32 {checksum:08x}"
 
-    def members(self, i: int, kinds: Sequence[int]) -> list[Member]:
-        """The members of row i that are of these kinds, kind by kind; images in their order."""
+    def members(self, i: int, kinds: Sequence[int]) -> list[MemberRange]:
+        """Return the members of row i of the given kinds, kind by kind, images in order."""
         row = self.rows[i]
         blocks, lengths, checksums = (row[name].tolist() for name in ("block", "length", "checksum"))
-        found: list[Member] = []
+        found: list[MemberRange] = []
         for kind in kinds:
             if lengths[kind]:
-                found.append(Member(kind, blocks[kind] * TAR_BLOCK, lengths[kind], checksums[kind]))
+                found.append(MemberRange(kind, blocks[kind] * TAR_BLOCK, lengths[kind], checksums[kind]))
             if kind == IMAGE:
                 first, last = self._further(np.array([i]))
-                places = self.further[int(first[0]) : int(last[0])].tolist()
-                found += [Member(kind, block * TAR_BLOCK, length, checksum) for _, block, length, checksum in places]
+                extra = self.further[int(first[0]) : int(last[0])].tolist()
+                found += [MemberRange(kind, block * TAR_BLOCK, length, crc) for _, block, length, crc in extra]
         return found
 
     def images(self, rows: np.ndarray) -> np.ndarray:
-        """How many images each of these rows has, int64."""
+        """Return the number of images of each of these rows, int64 [n]."""
         first, last = self._further(rows)
         return (self.rows["length"][rows, IMAGE] > 0) + last - first
 
     @property
     def without_image(self) -> int:
-        """How many samples have no image."""
+        """Number of samples without an image."""
         return len(self) - int(np.count_nonzero(self.rows["length"][:, IMAGE]))
 
     def _further(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Where the further images of each of these rows begin and end."""
-        wanted = rows.astype(np.uint32)  # for any other type numpy would copy the whole column
+        """Return begin and end of the further images of each of these rows."""
+        wanted = rows.astype(np.uint32)  # with any other type, numpy copies the whole column
         column = self.further["row"]
         return column.searchsorted(wanted, "left"), column.searchsorted(wanted, "right")
 
 
 def image_share(samples: int, without_image: int) -> str:
-    """How many of the samples have an image, in words."""
+    """Describe in words how many of the samples have an image."""
     if not without_image:
         return "all with images"
     return f"{samples - without_image or 'none'} with images, {without_image} without"
 
 
-def read_table(folder: Path) -> Table:
-    """The index of a local folder. Raises DataError naming the file, the line and the remedy."""
+def read_table(folder: Path) -> IndexTable:
+    """Read the index of a local folder.
+
+    Raises:
+        DataError: the index is missing or damaged. The message names the file, the line and the remedy.
+    """
     path = folder / INDEX_NAME
     if not path.is_file():
         found = f"has no {INDEX_NAME}" if folder.is_dir() else "does not exist"
@@ -150,15 +156,15 @@ def read_table(folder: Path) -> Table:
 
 
 def _build(target: _TableFile, path: Path, stamp: dict[str, int]) -> bool:
-    """Write index.bin from the text; False where the folder takes no file."""
+    """Write index.bin from the text index. Returns False if the folder is not writable."""
     try:
         with file_lock(path.parent):
-            if not target.is_of(stamp):  # another rank may have made it meanwhile
+            if not target.is_of(stamp):  # another rank may have written it in the meantime
                 target.build(path, stamp)
     except OSError as error:
         log.warning(
-            "%s cannot be written (%s): every process holds its own copy of the index; let `medalign shards index` "
-            "write it once where the folder is writable",
+            "%s cannot be written (%s): every process keeps its own copy of the index; run `medalign shards index` "
+            "once where the folder is writable",
             target.path,
             error.strerror or error,
         )
@@ -167,18 +173,18 @@ def _build(target: _TableFile, path: Path, stamp: dict[str, int]) -> bool:
 
 
 class _TableFile:
-    """`index.bin`: rows, key ends, keys, further images, then a footer in JSON, its length, the magic.
+    """`index.bin`: rows, key ends, keys, further images, a JSON footer, the length of the footer, and the magic bytes.
 
-    Key ends and further images begin at the next multiple of 8 bytes. The footer holds the shards, the counts, and a
-    stamp of the text that the file was made from: its size in bytes and the CRC-32 of its first and last 64 KiB.
-    Another stamp means another index.
+    Key ends and further images are aligned to 8 bytes. The footer holds the shards, the counts, and a stamp of the text
+    index that the file was built from: its size in bytes and the CRC-32 of its first and last 64 KiB. A file with
+    another stamp is out of date.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def footer(self) -> dict[str, Any] | None:
-        """The footer; None without a whole file."""
+        """Return the footer, or None if the file is missing or incomplete."""
         try:
             with self.path.open("rb") as file:
                 end = file.seek(-len(_MAGIC) - 8, os.SEEK_END)
@@ -193,19 +199,19 @@ class _TableFile:
         return footer if further_at + EXTRA_IMAGE_DTYPE.itemsize * footer["further"] == end - length else None
 
     def is_of(self, stamp: dict[str, int]) -> bool:
-        """Whether it is whole and was made from the text of this stamp."""
+        """Return whether the file is complete and was built from the text index with this stamp."""
         footer = self.footer()
         return footer is not None and footer["stamp"] == stamp
 
-    def open(self) -> Table:
-        """The table, mapped. Raises DataError if the file is damaged."""
+    def open(self) -> IndexTable:
+        """Map the table into memory. Raises DataError if the file is damaged."""
         footer = self.footer()
         if footer is None:
-            raise DataError(f"{self.path} is no whole index table; remove it, it is made again from {INDEX_NAME}")
+            raise DataError(f"{self.path} is not a complete index table; delete it to rebuild it from {INDEX_NAME}")
         count, keys = footer["samples"], footer["keys"]
-        return Table(
+        return IndexTable(
             [ShardEntry(*entry) for entry in footer["shards"]],
-            self._mapped(ROW, 0, count),
+            self._mapped(ROW_DTYPE, 0, count),
             self._mapped(np.dtype(np.int64), _ends_at(count), count),
             self._mapped(np.dtype(np.uint8), _ends_at(count) + 8 * count, keys),
             self._mapped(EXTRA_IMAGE_DTYPE, _further_at(count, keys), footer["further"]),
@@ -214,23 +220,25 @@ class _TableFile:
         )
 
     def _mapped(self, dtype: np.dtype, start: int, count: int) -> np.ndarray:
-        if not count:  # nothing cannot be mapped
+        if not count:  # an empty range cannot be mapped
             return np.zeros(0, dtype)
         return np.memmap(self.path, dtype, "r", start, (count,))
 
     def build(self, text: Path, stamp: dict[str, int]) -> None:
-        """Make the file from the text, without holding it in memory; it appears whole or not at all."""
-        partial = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex}.partial")  # of whatever node
+        """Build the file from the text index without loading it into memory; the file is replaced atomically."""
+        partial = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex}.partial")  # unique across nodes
         try:
             with (
                 text.open("rb") as lines,
                 partial.open("w+b") as file,
-                tempfile.TemporaryFile(dir=self.path.parent) as further,  # how long the keys before it are shows late
+                tempfile.TemporaryFile(
+                    dir=self.path.parent
+                ) as further,  # follows the keys, so its offset is not known yet
             ):
                 header = read_header(text, lines.readline())
                 count = header["samples"]
                 file.truncate(_ends_at(count) + 8 * count)
-                rows = np.memmap(file, ROW, "r+", 0, (count,))
+                rows = np.memmap(file, ROW_DTYPE, "r+", 0, (count,))
                 ends = np.memmap(file, np.int64, "r+", _ends_at(count), (count,))
                 file.seek(0, os.SEEK_END)
                 packed = pack(text, lines, header, IndexBuffers(rows, ends, file, further))
@@ -247,14 +255,14 @@ class _TableFile:
 
 
 def _ends_at(samples: int) -> int:
-    return _at_eight(samples * ROW.itemsize)
+    return _align8(samples * ROW_DTYPE.itemsize)
 
 
 def _further_at(samples: int, keys: int) -> int:
-    return _at_eight(_ends_at(samples) + 8 * samples + keys)
+    return _align8(_ends_at(samples) + 8 * samples + keys)
 
 
-def _at_eight(position: int) -> int:
+def _align8(position: int) -> int:
     return -(-position // 8) * 8
 
 
@@ -266,14 +274,14 @@ def _stamp(path: Path) -> dict[str, int]:
         return {"bytes": size, "first": first, "last": zlib.crc32(file.read(window))}
 
 
-def _parse(text: Path) -> Table:
-    """The whole text in this process's memory."""
+def _parse(text: Path) -> IndexTable:
+    """Parse the whole text index into the memory of this process."""
     keys, further = io.BytesIO(), io.BytesIO()
     with text.open("rb") as lines:
         header = read_header(text, lines.readline())
-        rows, ends = np.zeros(header["samples"], ROW), np.zeros(header["samples"], np.int64)
+        rows, ends = np.zeros(header["samples"], ROW_DTYPE), np.zeros(header["samples"], np.int64)
         packed = pack(text, lines, header, IndexBuffers(rows, ends, keys, further))
-    return Table(
+    return IndexTable(
         entries(header),
         rows,
         ends,

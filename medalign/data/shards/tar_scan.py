@@ -1,7 +1,7 @@
-"""The members of a tar and where their bytes stand, read from its headers; links lead to the bytes of their target.
+"""List the members of a tar and the location of their bytes from its headers; links are resolved to their targets.
 
-Several archives one behind the other in one file, as `cat a.tar b.tar` makes them, are read as one. Whatever else
-stands behind an end mark, or a tar that ends without one, is an error: it may have lost members in silence.
+Several archives in one file, as `cat a.tar b.tar` writes them, are read as one. Any other data after an end mark, or a
+tar without an end mark, is an error, because members may be missing.
 """
 
 from __future__ import annotations
@@ -16,32 +16,34 @@ from typing import BinaryIO
 from medalign.data.shards.archives import packing_of
 from medalign.errors import DataError
 
-_BLOCK, _RECORD = tarfile.BLOCKSIZE, tarfile.RECORDSIZE  # bytes; tars are filled up with zeros to whole records
-_CHUNK = 1 << 20  # bytes looked through at a time
+_BLOCK, _RECORD = tarfile.BLOCKSIZE, tarfile.RECORDSIZE  # bytes; tars are padded with zeros to full records
+_CHUNK = 1 << 20  # bytes searched at a time
 _COPY_AGAIN = "copy it again or leave it out"
-_MALFORMED = (tarfile.TarError, ValueError, OverflowError, LookupError)  # what tarfile raises for a broken header
+_MALFORMED = (tarfile.TarError, ValueError, OverflowError, LookupError)  # raised by tarfile for a broken header
 
 
 @dataclass(frozen=True, slots=True)
-class Member:
+class TarMember:
     """One file of a tar."""
 
     name: str  # as in the tar, without a leading "./"
     offset: int  # bytes
     length: int  # bytes
-    link: str = ""  # the name that it links to; "" for a file, and once the link was followed
-    fault: str = ""  # why its bytes cannot be read, after "member NAME"
+    link: str = ""  # name of the link target; "" for a file or a resolved link
+    fault: str = ""  # why its bytes cannot be read; follows "member NAME"
 
 
-def scan(path: Path, notes: list[str]) -> list[Member]:
-    """The files of a tar in their order, without folders.
+def scan(path: Path, notes: list[str]) -> list[TarMember]:
+    """List the files of a tar in order, without folders.
 
     Args:
-        notes: grows by what the user should know of this tar.
+        path: the tar.
+        notes: remarks about this tar for the user are added.
 
-    Raises DataError for what is not a tar, and for a damaged one.
+    Raises:
+        DataError: the file is not a tar, or is damaged.
     """
-    members: list[Member] = []
+    members: list[TarMember] = []
     start: int | None = 0
     with path.open("rb") as file:
         while start is not None:
@@ -49,22 +51,22 @@ def scan(path: Path, notes: list[str]) -> list[Member]:
             end = _read_archive(path, file, start, members)
             if start:
                 notes.append(
-                    f"{path.name}: another archive begins at byte {start}, behind an end mark; "
-                    f"its {len(members) - before} files are read, too"
+                    f"{path.name}: another archive begins at byte {start}, after an end mark; "
+                    f"its {len(members) - before} files are also read"
                 )
             start = _next_archive(path, file, end)
-    return _followed(members)
+    return _resolve_links(members)
 
 
-def _read_archive(path: Path, file: BinaryIO, start: int, members: list[Member]) -> int:
-    """Append the members of the archive that begins at byte `start`; returns the byte where they end."""
+def _read_archive(path: Path, file: BinaryIO, start: int, members: list[TarMember]) -> int:
+    """Append the members of the archive that begins at byte `start`, and return the byte where they end."""
     file.seek(start)
     try:
         with tarfile.TarFile(fileobj=file, encoding="utf-8") as tar:
             while (info := tar.next()) is not None:
                 tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep them all
                 if info.size < 0:
-                    raise tarfile.ReadError(f"{info.name} has {info.size} bytes")  # tarfile would run in a circle
+                    raise tarfile.ReadError(f"{info.name} has {info.size} bytes")  # tarfile would loop forever
                 if not info.isdir():
                     members.append(_member(info))
             return tar.offset
@@ -72,22 +74,22 @@ def _read_archive(path: Path, file: BinaryIO, start: int, members: list[Member])
         raise DataError(_unreadable(path, members, error)) from error
 
 
-def _member(info: tarfile.TarInfo) -> Member:
+def _member(info: tarfile.TarInfo) -> TarMember:
     name, link, fault = info.name.removeprefix("./"), "", ""
     if info.islnk():
         link = posixpath.normpath(info.linkname)
     elif info.issym():
         link = posixpath.normpath(posixpath.join(posixpath.dirname(name), info.linkname))
     elif info.issparse():
-        fault = "is a sparse file, whose bytes do not stand in one piece; pack it without --sparse"
+        fault = "is a sparse file, whose bytes are not contiguous; pack it without --sparse"
     elif not info.isreg():
         kind = "a device" if info.ischr() or info.isblk() else "a FIFO" if info.isfifo() else f"of type {info.type!r}"
         fault = f"is {kind}, not a file"
-    return Member(name, info.offset_data, info.size, link, fault)
+    return TarMember(name, info.offset_data, info.size, link, fault)
 
 
-def _unreadable(path: Path, members: Sequence[Member], error: Exception) -> str:
-    """Why a tar cannot be read, and what to do."""
+def _unreadable(path: Path, members: Sequence[TarMember], error: Exception) -> str:
+    """Explain why a tar cannot be read, and the remedy."""
     packing = packing_of(path)
     if packing:
         return f"{path} is {packing}"
@@ -95,24 +97,26 @@ def _unreadable(path: Path, members: Sequence[Member], error: Exception) -> str:
         last, size = members[-1], path.stat().st_size
         if last.offset + last.length > size:
             return (
-                f"{path} is cut: it has {size} bytes, and {last.name} ends at byte {last.offset + last.length}; "
+                f"{path} is truncated: it has {size} bytes, and {last.name} ends at byte {last.offset + last.length}; "
                 f"it is not a readable tar ({error}); {_COPY_AGAIN}"
             )
-        return f"{path} is not a readable tar behind {last.name} ({error}); {_COPY_AGAIN}"
+        return f"{path} is not a readable tar after {last.name} ({error}); {_COPY_AGAIN}"
     return f"{path} is not a readable tar ({error}); {_COPY_AGAIN}"
 
 
 def _next_archive(path: Path, file: BinaryIO, end: int) -> int | None:
-    """The byte where another archive begins behind the one that ends at `end`, if any.
+    """Return the byte where another archive begins after the one that ends at `end`, or None.
 
-    Raises DataError for an end without a mark, and for anything but zeros or an archive behind it. Archives fill whole
-    records, so a header elsewhere is what a lost piece left over.
+    Archives fill full records, so a header at any other position is left over from a damaged archive.
+
+    Raises:
+        DataError: there is no end mark, or something other than zeros or an archive follows it.
     """
     size = file.seek(0, 2)
     if end >= size:
         raise DataError(
-            f"{path} ends at byte {size} without the blocks of zeros that end a tar: it may be cut between two "
-            f"members; {_COPY_AGAIN}, or, if it is whole, end it with `truncate -s +1024 {path.name}`"
+            f"{path} ends at byte {size} without the blocks of zeros that end a tar: it may be truncated between two "
+            f"members; {_COPY_AGAIN}, or, if it is complete, end it with `truncate -s +1024 {path.name}`"
         )
     start = _first_nonzero(file, end)
     if start is None:
@@ -120,16 +124,16 @@ def _next_archive(path: Path, file: BinaryIO, end: int) -> int | None:
     start -= start % _BLOCK
     if start > end and start % _RECORD == 0 and _is_header(file, start):
         return start
-    found = f"{start - end} bytes of zeros and then " if start > end else ""
+    zeros = f"{start - end} bytes of zeros and then " if start > end else ""
     raise DataError(
-        f"{path} is damaged: where a member or the end should stand, at byte {end}, are {found}{size - start} bytes "
-        f"that belong to no member; {_COPY_AGAIN}. If it is several tars in one, unpack them with "
+        f"{path} is damaged: at byte {end}, where a member or the end is expected, there are {zeros}{size - start} "
+        f"bytes that belong to no member; {_COPY_AGAIN}. If it consists of several tars, unpack them with "
         "`tar --ignore-zeros -xf` and pack them as one"
     )
 
 
 def _first_nonzero(file: BinaryIO, start: int) -> int | None:
-    """The first byte from `start` on that is not zero."""
+    """Return the position of the first byte at or after `start` that is not zero, or None."""
     file.seek(start)
     while chunk := file.read(_CHUNK):
         rest = chunk.lstrip(b"\0")
@@ -148,25 +152,25 @@ def _is_header(file: BinaryIO, start: int) -> bool:
     return True
 
 
-def _followed(members: list[Member]) -> list[Member]:
-    """Links with the place of the file that they lead to, or with why they lead to none."""
+def _resolve_links(members: list[TarMember]) -> list[TarMember]:
+    """Replace links by the location of their targets, or by the reason why they cannot be resolved."""
     if not any(member.link for member in members):
         return members
-    by_name: dict[str, Member] = {}
+    by_name: dict[str, TarMember] = {}
     for member in members:
         name = posixpath.normpath(member.name)
-        twice = replace(member, link="", fault=f"is a link to {name}, which the tar holds twice")
+        twice = replace(member, link="", fault=f"is a link to {name}, which occurs twice in the tar")
         by_name[name] = twice if name in by_name else member
-    return [_follow(member, by_name) if member.link else member for member in members]
+    return [_resolve_link(member, by_name) if member.link else member for member in members]
 
 
-def _follow(member: Member, by_name: dict[str, Member]) -> Member:
-    target, passed = member, set()
+def _resolve_link(member: TarMember, by_name: dict[str, TarMember]) -> TarMember:
+    target, visited = member, set()
     while target.link:
-        if target.link in passed:
-            return replace(member, link="", fault=f"is a link that leads back to itself by {target.link}")
-        passed.add(target.link)
+        if target.link in visited:
+            return replace(member, link="", fault=f"is a link that leads back to itself through {target.link}")
+        visited.add(target.link)
         if target.link not in by_name:
-            return replace(member, link="", fault=f"is a link to {target.link}, which the tar does not hold")
+            return replace(member, link="", fault=f"is a link to {target.link}, which is not in the tar")
         target = by_name[target.link]
     return replace(target, name=member.name)

@@ -1,30 +1,31 @@
-"""WebDataset tars and how they are written: the only door to webdataset.
+"""Format of WebDataset shards, and writing them. Only this file imports webdataset.
 
-A shard folder holds `shard-000000.tar`, `shard-000001.tar`, ... and `index.jsonl` (see `listing`; a large one also
-`index.bin`, see `table`). Each sample is a few neighboring members of one tar:
+A shard folder contains `shard-000000.tar`, `shard-000001.tar`, ... and `index.jsonl` (see `listing`); a large one also
+contains `index.bin` (see `table`). Each sample consists of a few neighboring members of one tar:
 
-    KEY.jpg or KEY.png    the image, as it came (left out for a sample without image)
-    KEY.1.jpg, KEY.2.png  further images of the sample, in the order of their numbers; up to 64 images in all
+    KEY.jpg or KEY.png    the image as received (absent for a sample without an image)
+    KEY.1.jpg, KEY.2.png  further images of the sample, in order; up to 64 images in total
     KEY.json              the annotation, one JSON object
-    KEY.mask.png          optional; same size as the (first) image, not zero inside the region
+    KEY.mask.png          optional; same size as the first image, nonzero inside the region
 
-KEY is unique in its folder, at most 80 bytes, without '.', '/', '\\' or white space. The images' numbers leave no gap.
-Tars from other tools may hold more (see `scan` and `members`): the first image may be named KEY.0.jpg, images may have
-the other usual endings in letters of any size, KEY may be a path, as in train/0001.jpg, up to 255 bytes long, and the
-members of a sample may stand apart, or be links to other members. Fields of the annotation:
+KEY is unique in its folder, has at most 80 bytes, and contains no '.', '/', '\\' or white space. The image numbers have
+no gap. Tars from other tools may differ (see `tar_scan` and `members`): the first image may be named KEY.0.jpg, images
+may have the other usual extensions in upper or lower case, KEY may be a path such as train/0001.jpg with up to 255
+bytes, and the members of a sample may be apart from each other or links to other members. Fields of the annotation:
 
     task         "vqa" or "report"
-    question     what is asked; needed for vqa; for report "" asks the default prompt
-    answer       needed for vqa
-    answer_type  "closed", "open", or "" where it is not known (and for report)
-    report       the text to be written; needed for report
-    boxes        [[x0, y0, x1, y1], ...] in pixels of the (first) image as stored and upright; may be empty
-    split, case, and anything else  kept as they are, as the sample's metadata
+    question     required for vqa; for a report, "" selects the default prompt
+    answer       required for vqa
+    answer_type  "closed", "open", or "" if it is unknown (and for report)
+    report       the target text; required for report
+    boxes        [[x0, y0, x1, y1], ...] in pixels of the upright first image as stored; may be empty
+    split, case, and any other field  kept unchanged as metadata of the sample
 
-Images are read as `decode` says: the first of several frames, upright by their EXIF orientation, on white where they
-are transparent. Sizes in the index, boxes and masks are those of upright images.
+Images are read as described in `decode`: the first of several frames, rotated upright by their EXIF orientation, and
+transparent areas on white. Sizes in the index, boxes and masks refer to the upright images.
 
-What breaks this schema is refused by name and never written. The bytes of the tars depend on the records alone.
+A sample that violates this schema is reported by name and never written. The bytes of the tars depend only on the
+records.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from typing import Any
 from webdataset import TarWriter
 
 from medalign.data.samples.sample import BadSample
-from medalign.data.shards.archives import near_tars, without_tars
+from medalign.data.shards.archives import describe_missing_tars, near_tars
 from medalign.data.shards.index_file import IndexFile
 from medalign.data.shards.listing import INDEX_NAME
 from medalign.data.shards.members import ANNOTATION, MASK_PNG, image_member
@@ -58,13 +59,13 @@ _OURS = (INDEX_NAME, TABLE_NAME)
 
 @dataclass(frozen=True)
 class PackReport:
-    """What became of the records."""
+    """Result of packing or indexing."""
 
     written: int
     shards: int
     refused: tuple[str, ...]  # "key: reason"
-    notes: Mapping[str, int] = field(default_factory=dict)  # how often each note of the samples occurs
-    passed_over: tuple[str, ...] = ()  # "tar: what is not read, or read from an unusual place"
+    notes: Mapping[str, int] = field(default_factory=dict)  # number of samples per note
+    ignored: tuple[str, ...] = ()  # "tar: what is not read, or read from an unusual place"
 
 
 def write_shards(
@@ -75,11 +76,24 @@ def write_shards(
     progress: Callable[[int], object] | None = None,
     allow_empty: bool = False,
 ) -> PackReport:
-    """Write the valid records as shards with their index; `progress` is called with the count written so far.
+    """Write the valid records as shards with their index.
 
-    The folder appears whole or not at all: everything goes to a hidden neighbor first. An older shard folder of the
-    same name is replaced; a folder that holds anything else is left alone. Raises DataError for that, for no valid
-    record (unless `allow_empty`: an index without rows is then written), and where the disk fails.
+    The folder appears atomically: everything is first written to a hidden folder next to it. An existing shard folder
+    with this name is replaced; a folder that contains anything else is not touched.
+
+    Args:
+        records: the samples, and those that could not be turned into records.
+        output: the folder to write.
+        samples_per_shard: samples of each tar; the last one may have fewer.
+        progress: called with the number of samples written so far.
+        allow_empty: whether an index without rows is written if there is no valid record.
+
+    Returns:
+        What was written and what was refused.
+
+    Raises:
+        ConfigError: `samples_per_shard` is below 1.
+        DataError: `output` cannot be replaced, no record is valid, or the disk fails.
     """
     output = Path(output).absolute()
     if samples_per_shard < 1:
@@ -94,21 +108,24 @@ def write_shards(
         with IndexFile(partial) as index:
             _write_tars(valid, partial, samples_per_shard, progress, index)
             if not index.samples and not allow_empty:
-                first = "; ".join(refused[:3]) or "there was no record at all"
+                first = "; ".join(refused[:3]) or "there was no record"
                 raise DataError(f"no valid sample for {output} ({len(refused)} refused): {first}")
         _move_into_place(partial, output)
     except OSError as error:
-        raise DataError(f"packing into {output} stopped, nothing was written: {error}") from error
+        raise DataError(f"packing into {output} failed, nothing was written: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return PackReport(index.samples, len(index.shards), tuple(refused), notes)
 
 
 def join_shards(parts: Sequence[Path], output: Path) -> PackReport:
-    """One shard folder from several, their shards and rows in the order of `parts` under new numbers.
+    """Join several shard folders into one, with shards renumbered in the order of `parts`.
 
-    The tars are hard links where the file system has them, else copies; the parts stay as they are. The output
-    appears whole or not at all, as in `write_shards`. Raises DataError for no sample in all parts.
+    The tars are hard links if the file system supports them, and copies otherwise. The parts are not changed.
+    The output appears atomically, as in `write_shards`.
+
+    Raises:
+        DataError: no part contains a sample, `output` cannot be replaced, or the disk fails.
     """
     output = Path(output).absolute()
     require_replaceable(output)
@@ -122,53 +139,56 @@ def join_shards(parts: Sequence[Path], output: Path) -> PackReport:
                 raise DataError(f"no valid sample for {output}")
         _move_into_place(partial, output)
     except OSError as error:
-        raise DataError(f"packing into {output} stopped, nothing was written: {error}") from error
+        raise DataError(f"packing into {output} failed, nothing was written: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return PackReport(index.samples, len(index.shards), ())
 
 
 def _add_part(part: Path, output: Path, index: IndexFile) -> None:
-    """Link the part's shards under the next numbers, and add their rows."""
+    """Link the shards of a part under the next free names, and add their rows."""
     with (part / INDEX_NAME).open(encoding="utf-8") as lines:
         for shard in json.loads(next(lines))["shards"]:
-            number = len(index.shards)
-            path = output / f"shard-{number:06d}.tar"
+            index_of_shard = len(index.shards)
+            path = output / f"shard-{index_of_shard:06d}.tar"
             _link(part / shard["name"], path)
-            index.add(path, ({**json.loads(row), "shard": number} for row in islice(lines, shard["samples"])))
+            rows = ({**json.loads(row), "shard": index_of_shard} for row in islice(lines, shard["samples"]))
+            index.add(path, rows)
 
 
 def _link(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
-    except OSError:  # no hard links here; a copy is as good, it only takes longer
+    except OSError:  # hard links are not supported
         shutil.copyfile(source, target)
 
 
 def build_index(folder: Path) -> PackReport:
-    """Write the index of tars that something else packed, in the order of their names; the tars are only read.
+    """Write the index of tars that another tool packed, in the order of their names. The tars are only read.
 
-    Samples that break the schema get no row and are listed as refused; without any sample no index is written.
-    Raises DataError for a folder without tars, and for a tar that cannot be read to its end.
+    Samples that violate the schema get no row and are listed as refused. Without any valid sample no index is written.
+
+    Raises:
+        DataError: the folder contains no tar, or a tar cannot be read to its end.
     """
     folder = Path(folder)
     paths = sorted(folder.glob("*.tar"))
     if not paths:
-        raise DataError(f"{folder} {without_tars(folder)}")
+        raise DataError(f"{folder} {describe_missing_tars(folder)}")
     for path in paths:
         if not path.is_file():
-            raise DataError(f"{path} is a folder, or a link to a file that is gone; restore it or leave it out")
+            raise DataError(f"{path} is a folder or a broken link; restore it or leave it out")
     findings, seen = Findings(), KeySet()
     with IndexFile(folder, allow_empty=False) as index:
-        for number, path in enumerate(paths):
-            index.add(path, rows_of_tar(path, number, seen, findings))
-    others = [f"{folder.name} holds more than .tar files, not read: {other}" for other in near_tars(folder)]
-    passed_over = (*findings.passed_over, *others)
-    return PackReport(index.samples, len(index.shards), tuple(findings.refused), findings.notes, passed_over)
+        for shard, path in enumerate(paths):
+            index.add(path, rows_of_tar(path, shard, seen, findings))
+    others = [f"{folder.name} contains other files than .tar, not read: {other}" for other in near_tars(folder)]
+    ignored = (*findings.ignored, *others)
+    return PackReport(index.samples, len(index.shards), tuple(findings.refused), findings.notes, ignored)
 
 
 def _valid_records(records: Iterable[Record | Refused], refused: list[str], notes: Counter[str]) -> Iterator[Record]:
-    """The records that keep the schema; `refused` and `notes` grow by what is said of the others and of these."""
+    """Yield the valid records; reasons and notes are added to `refused` and `notes`."""
     seen = KeySet()
     for record in records:
         if isinstance(record, Refused):
@@ -194,8 +214,8 @@ def _write_tars(
     written = 0
     pending = next(records, None)
     while pending is not None:
-        number = len(index.shards)
-        path = folder / f"shard-{number:06d}.tar"
+        shard = len(index.shards)
+        path = folder / f"shard-{shard:06d}.tar"
         with path.open("wb") as file, TarWriter(file, encoder=False, mtime=0, user="", group="", compress=False) as tar:
             for _ in range(samples_per_shard):
                 tar.write(_members(pending))
@@ -205,27 +225,31 @@ def _write_tars(
                 pending = next(records, None)
                 if pending is None:
                     break
-        index.add(path, rows_of_tar(path, number, KeySet(), Findings()))
+        index.add(path, rows_of_tar(path, shard, KeySet(), Findings()))
 
 
 def _members(record: Record) -> dict[str, Any]:
     members: dict[str, Any] = {"__key__": record.key, ANNOTATION: json_bytes(record.fields)}
-    for number, picture in enumerate(record.images):
-        members[image_member(number, picture.format)] = picture.data
+    for index, picture in enumerate(record.images):
+        members[image_member(index, picture.format)] = picture.data
     if record.mask is not None:
         members[MASK_PNG] = record.mask
     return members
 
 
 def require_replaceable(output: Path) -> None:
-    """Raises DataError where shards cannot be put: a file, or a folder that holds anything but shards."""
+    """Check that shards can be written to `output`: it does not exist, or contains only shards.
+
+    Raises:
+        DataError: `output` is a file, or a folder that contains anything else.
+    """
     if not output.exists():
         return
     if not output.is_dir():
         raise DataError(f"{output} is a file; name a folder for the shards")
     foreign = [p.name for p in sorted(output.iterdir()) if p.name not in _OURS and not _SHARD_NAME.fullmatch(p.name)]
     if foreign:
-        raise DataError(f"{output} holds {foreign[0]!r}, which is no shard; name an empty or a new folder")
+        raise DataError(f"{output} contains {foreign[0]!r}, which is not a shard; name an empty or a new folder")
 
 
 def _move_into_place(partial: Path, output: Path) -> None:

@@ -1,1 +1,1 @@
-"""Where bytes live: byte ranges of local and remote files, with retries and a cache."""
+"""Access to shards: byte ranges of local and remote files, with retries and a cache."""

@@ -1,7 +1,7 @@
-"""Bytes of shards by position: from local files, and from http(s), s3 or any other address that fsspec knows.
+"""Read byte ranges of shards from local files, and from http(s), s3 or any other address that fsspec supports.
 
-What fails is tried again with growing pauses: a dropped connection, a server that is busy, a file that is gone for a
-moment. Then it is reported. No address is ever handed to a shell.
+Failed reads are retried with exponential backoff: the connection was dropped, the server is busy, or the file is
+temporarily missing. An error is raised after the last retry. An address is never passed to a shell.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ from medalign.errors import ConfigError, DataError
 Result = TypeVar("Result")
 log = logging.getLogger("medalign")
 
-_OPEN_FILES = 64  # shards kept open by one process
-_LONGEST_PAUSE = 10.0  # seconds
-_BEGINNING = 4096  # bytes of a remote file that are compared with its copy
+_OPEN_FILES = 64  # shards kept open per process
+_MAX_PAUSE = 10.0  # seconds
+_BEGINNING = 4096  # bytes at the start of a remote file that are compared with the local copy
 
 
 class ShortReadError(OSError):
-    """Fewer bytes than asked for."""
+    """A read returned fewer bytes than requested."""
 
 
 @dataclass(frozen=True)
 class StorageOptions:
-    """How shards are reached."""
+    """Options for reading shards."""
 
-    retries: int = 5  # tries after the first that failed
-    pause: float = 0.2  # seconds before the second try; doubles with each
-    read_ahead: int = 16  # remote reads under way at a time
-    cache: Path | None = None  # folder for ranges read from afar
-    cache_bytes: int = 0  # most bytes in it
+    retries: int = 5  # after the first attempt fails
+    pause: float = 0.2  # seconds before the first retry; doubles with each retry
+    read_ahead: int = 16  # concurrent remote reads
+    cache: Path | None = None  # folder for byte ranges read from remote storage
+    cache_bytes: int = 0  # maximum size of the cache
 
     @classmethod
     def from_settings(cls, data: DataConfig) -> StorageOptions:
@@ -53,56 +53,63 @@ class StorageOptions:
 
 
 class Storage(Protocol):
-    """Where the bytes of shards come from. Safe to fork and to pickle."""
+    """Source of the bytes of shards. Can be pickled and survives a fork."""
 
     def read(self, place: str, offset: int, length: int, bypass_cache: bool = False) -> bytes:
-        """`length` bytes of the file from `offset` on, past any cache if `anew`.
+        """Read `length` bytes of a file.
 
-        Raises DataError naming the file after the last try.
+        Args:
+            place: path or address of the file.
+            offset: position of the first byte.
+            length: number of bytes.
+            bypass_cache: read from the source even if the range is cached.
+
+        Raises:
+            DataError: the last attempt failed. The message names the file.
         """
         ...
 
     def prefetch(self, ranges: list[tuple[str, int, int]]) -> None:
-        """These ranges (place, offset, length) will be read soon."""
+        """Announce ranges (place, offset, length) that will be read soon."""
         ...
 
 
 def is_remote(place: str | Path) -> bool:
-    """Whether the place is an address rather than a local path. Raises ConfigError for `pipe:`."""
+    """Return whether the place is an address rather than a local path. Raises ConfigError for `pipe:`."""
     text = str(place)
     if text.startswith("pipe:"):
         raise ConfigError(f"{text!r}: shards are not read through a shell; give the address itself (s3://, https://)")
     return "://" in text
 
 
-def storage_of(place: str | Path, access: StorageOptions) -> Storage:
-    """The storage that reads this place."""
-    return RemoteStorage(access) if is_remote(place) else LocalStorage(access)
+def storage_of(place: str | Path, options: StorageOptions) -> Storage:
+    """Return the storage that reads this place."""
+    return RemoteStorage(options) if is_remote(place) else LocalStorage(options)
 
 
 class LocalStorage:
     """Positioned reads from local files."""
 
-    def __init__(self, access: StorageOptions) -> None:
-        self._access = access
+    def __init__(self, options: StorageOptions) -> None:
+        self._options = options
         self._files: dict[str, BinaryIO] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_files": {}}
 
     def read(self, place: str, offset: int, length: int, bypass_cache: bool = False) -> bytes:
-        """As `Storage.read`."""
-        return retry(lambda: self._once(place, offset, length), f"shard {place}", self._access)
+        """See `Storage.read`."""
+        return retry(lambda: self._read_once(place, offset, length), f"shard {place}", self._options)
 
     def prefetch(self, ranges: list[tuple[str, int, int]]) -> None:
-        """Nothing: the operating system reads ahead."""
+        """Do nothing: the operating system reads ahead."""
 
-    def _once(self, place: str, offset: int, length: int) -> bytes:
+    def _read_once(self, place: str, offset: int, length: int) -> bytes:
         file = self._files.pop(place, None) or open(place, "rb", buffering=0)  # noqa: SIM115
         data = os.pread(file.fileno(), length, offset)
         if len(data) != length:
-            file.close()  # the next try opens what is there then
-            raise ShortReadError(f"it ends before byte {offset + length}; it was changed since the start")
+            file.close()  # so that the next attempt opens the current file
+            raise ShortReadError(f"it ends before byte {offset + length}; it was changed during the run")
         self._files[place] = file  # the most recently used comes last
         if len(self._files) > _OPEN_FILES:
             self._files.pop(next(iter(self._files))).close()
@@ -110,14 +117,14 @@ class LocalStorage:
 
 
 class RemoteStorage:
-    """Byte ranges over the network, several at a time, kept in a local cache if there is one."""
+    """Byte ranges over the network, read concurrently and optionally kept in a local cache."""
 
-    def __init__(self, access: StorageOptions) -> None:
-        self._access = access
-        self._cache = RangeCache(access.cache, access.cache_bytes) if access.cache and access.cache_bytes else None
-        self._forget()
+    def __init__(self, options: StorageOptions) -> None:
+        self._options = options
+        self._cache = RangeCache(options.cache, options.cache_bytes) if options.cache and options.cache_bytes else None
+        self._reset()
 
-    def _forget(self) -> None:
+    def _reset(self) -> None:
         self._process = os.getpid()
         self._systems: dict[str, Any] = {}
         self._opening = threading.Lock()
@@ -125,102 +132,123 @@ class RemoteStorage:
         self._pending: dict[tuple[str, int, int], Future[bytes]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_access": self._access, "_cache": self._cache}
+        return {"_options": self._options, "_cache": self._cache}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._forget()
+        self._reset()
 
     def read(self, place: str, offset: int, length: int, bypass_cache: bool = False) -> bytes:
-        """As `Storage.read`."""
-        self._own_process()
+        """See `Storage.read`."""
+        self._reset_after_fork()
         pending = self._pending.pop((place, offset, length), None)
         return pending.result() if pending and not bypass_cache else self._fetch(place, offset, length, bypass_cache)
 
     def prefetch(self, ranges: list[tuple[str, int, int]]) -> None:
-        """Begin to read; what is never asked for is dropped when newer ranges come."""
-        self._own_process()
+        """Start to read. Ranges that are never requested are dropped when newer ones arrive."""
+        self._reset_after_fork()
         if self._pool is None:
-            self._pool = ThreadPoolExecutor(self._access.read_ahead, thread_name_prefix="medalign-read-ahead")
+            self._pool = ThreadPoolExecutor(self._options.read_ahead, thread_name_prefix="medalign-read-ahead")
         wanted = set(ranges)
         for old in [known for known in self._pending if known not in wanted][: -4 * len(ranges) or None]:
             self._pending.pop(old).cancel()
-        for one in ranges:
-            if one not in self._pending:
-                self._pending[one] = self._pool.submit(self._fetch, *one)
+        for span in ranges:
+            if span not in self._pending:
+                self._pending[span] = self._pool.submit(self._fetch, *span)
 
     def copy(self, place: str, target: Path) -> None:
-        """The file, piece by piece, to a local one, whole or not at all. Raises DataError, or the disk's OSError."""
-        self._own_process()
-        partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")  # of whatever node
+        """Stream a file to a local one, which appears atomically.
+
+        Raises:
+            DataError: the file cannot be read.
+            OSError: the local file cannot be written.
+        """
+        self._reset_after_fork()
+        partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")  # unique across nodes
         try:
-            retry(lambda: self._system(place).get_file(place, str(partial)), place, self._access)
+            retry(lambda: self._system(place).get_file(place, str(partial)), place, self._options)
             partial.replace(target)
         finally:
             partial.unlink(missing_ok=True)
 
     def size(self, place: str) -> int | None:
-        """Bytes of a file, None where the server does not say. Raises DataError."""
-        self._own_process()
-        size = retry(lambda: self._system(place).info(place), place, self._access)["size"]
+        """Return the size of a file in bytes, or None if the server does not report it. Raises DataError."""
+        self._reset_after_fork()
+        size = retry(lambda: self._system(place).info(place), place, self._options)["size"]
         return None if size is None else int(size)
 
     def beginning(self, place: str, length: int) -> bytes:
-        """The first bytes of a file as it is now, past any cache; fewer where it is shorter. Raises DataError."""
-        self._own_process()
-        return retry(lambda: self._system(place).cat_file(place, start=0, end=length), place, self._access)[:length]
+        """Read the first `length` bytes of a file, or fewer if it is shorter, without the cache. Raises DataError."""
+        self._reset_after_fork()
+        return retry(lambda: self._system(place).cat_file(place, start=0, end=length), place, self._options)[:length]
 
     def _fetch(self, place: str, offset: int, length: int, bypass_cache: bool = False) -> bytes:
         name = f"{place}:{offset}:{length}"
         data = self._cache.get(name) if self._cache and not bypass_cache else None
         if data is None or len(data) != length:
-            data = retry(lambda: self._once(place, offset, length), f"shard {place}", self._access)
+            data = retry(lambda: self._read_once(place, offset, length), f"shard {place}", self._options)
             if self._cache:
                 self._cache.put(name, data)
         return data
 
-    def _once(self, place: str, offset: int, length: int) -> bytes:
+    def _read_once(self, place: str, offset: int, length: int) -> bytes:
         data = self._system(place).cat_file(place, start=offset, end=offset + length)
-        if len(data) > length:  # the server does not know ranges and sent the whole file
+        if len(data) > length:  # the server does not support ranges and sent the complete file
             data = data[offset : offset + length]
         if len(data) != length:
-            raise ShortReadError(f"it gave {len(data)} of {length} bytes from byte {offset} on")
+            raise ShortReadError(f"it returned {len(data)} of {length} bytes from byte {offset} on")
         return data
 
     def _system(self, place: str) -> Any:
         scheme = place.partition("://")[0]
-        with self._opening:  # the first reads ahead come all at once, and one client is enough for them
+        with self._opening:  # the first prefetches start concurrently and share one client
             if scheme not in self._systems:
-                self._systems[scheme] = open_system(place, self._access.read_ahead)
+                self._systems[scheme] = open_system(place, self._options.read_ahead)
         return self._systems[scheme]
 
-    def _own_process(self) -> None:
+    def _reset_after_fork(self) -> None:
         if self._process != os.getpid():
-            self._forget()
+            self._reset()
 
 
-def retry(read: Callable[[], Result], name: str, access: StorageOptions) -> Result:
-    """`read()`, again with growing pauses where it fails. Raises DataError naming `name` after the last try."""
-    for attempt in range(access.retries + 1):
+def retry(read: Callable[[], Result], name: str, options: StorageOptions) -> Result:
+    """Call `read`, and retry with exponential backoff if it fails.
+
+    Raises:
+        DataError: the last attempt failed. The message contains `name`.
+    """
+    for attempt in range(options.retries + 1):
         try:
             return read()
         except failures() as error:
             reason = reason_of(error, name)
-            if attempt == access.retries:
+            if attempt == options.retries:
                 raise DataError(
                     f"{name} cannot be read after {attempt + 1} tries: {reason}; {remedy_of(error)}"
                 ) from error
             if attempt == 0:
-                log.warning("%s cannot be read: %s; trying %d more times", name, reason, access.retries)
-            time.sleep(min(access.pause * 2**attempt, _LONGEST_PAUSE))
-    raise AssertionError("unreachable: the last try returns or raises")
+                log.warning("%s cannot be read: %s; retrying up to %d times", name, reason, options.retries)
+            time.sleep(min(options.pause * 2**attempt, _MAX_PAUSE))
+    raise AssertionError("unreachable: the last attempt returns or raises")
 
 
-def fetched_folder(address: str, names: tuple[str, ...], access: StorageOptions) -> Path:
-    """A local folder with these small files of a remote one, fetched where absent, or other in size or beginning."""
-    home = access.cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "medalign"
+def fetched_folder(address: str, names: tuple[str, ...], options: StorageOptions) -> Path:
+    """Copy small files of a remote folder to a local one, unless it holds them with the same size and beginning.
+
+    Args:
+        address: the remote folder.
+        names: names of the files.
+        options: how the files are read; the local folder is below `options.cache` if it is set.
+
+    Returns:
+        The local folder.
+
+    Raises:
+        DataError: a file cannot be read, or the local folder cannot be written.
+    """
+    home = options.cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "medalign"
     folder = home / "index" / hashlib.sha256(address.encode()).hexdigest()[:24]
-    remote = RemoteStorage(access)
+    remote = RemoteStorage(options)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with file_lock(folder):
@@ -230,14 +258,14 @@ def fetched_folder(address: str, names: tuple[str, ...], access: StorageOptions)
                     remote.copy(place, target)
     except OSError as error:
         raise DataError(
-            f"the index of {address} cannot be kept in {folder}: {error.strerror or error}; "
-            "name a folder with room by data.cache_dir or XDG_CACHE_HOME"
+            f"the index of {address} cannot be stored in {folder}: {error.strerror or error}; "
+            "set data.cache_dir or XDG_CACHE_HOME to a folder with free space"
         ) from error
     return folder
 
 
 def _is_copy(local: Path, remote: RemoteStorage, place: str) -> bool:
-    """By size and first bytes, where an index carries the checksum of the rest."""
+    """Compare size and first bytes; an index has the checksum of its remainder in its first line."""
     if local.stat().st_size != remote.size(place):
         return False
     with local.open("rb") as file:

@@ -1,4 +1,4 @@
-"""What the processes of a node share on its disk: byte ranges in a bounded folder, and turns at making a file."""
+"""State that the processes of a node share on disk: a bounded cache of byte ranges, and a file lock."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from pathlib import Path
 log = logging.getLogger("medalign")
 
 _LOCK, _TOTAL, _PARTIAL = ".lock", ".bytes", ".partial"
-_LOWER = 0.9  # share of the bound that is left after making room
+_KEEP_FRACTION = 0.9  # of the size limit, kept when old ranges are evicted
 
 
 @contextmanager
 def file_lock(folder: Path) -> Iterator[None]:
-    """Inside is one process at a time for this folder; where the file system knows no locks, any number."""
+    """Lock a folder, so that one process at a time runs the block. Without file system support there is no lock."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         with suppress(OSError):
@@ -26,24 +26,24 @@ def file_lock(folder: Path) -> Iterator[None]:
         yield
     finally:
         with suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_UN)  # to close it is not enough: a child forked meanwhile has it open too
+            fcntl.flock(handle, fcntl.LOCK_UN)  # closing is not enough: a forked child may hold the handle, too
         os.close(handle)
 
 
 class RangeCache:
-    """Least recently used ranges go first. The files never hold more than `bound` bytes together.
+    """Least recently used cache of byte ranges. Its files never take more than `max_bytes` in total.
 
-    A range that is being read while it is removed is simply read from afar again. What the disk refuses to hold is not
-    kept, and the log says so once.
+    A range that is evicted while it is being read is fetched from the remote storage. If the disk is full, ranges are
+    not cached, and a warning is logged once.
     """
 
-    def __init__(self, folder: Path, bound: int) -> None:
+    def __init__(self, folder: Path, max_bytes: int) -> None:
         self._folder = Path(folder) / "ranges"
-        self._bound = bound
+        self._max_bytes = max_bytes
         self._refused = False
 
     def get(self, name: str) -> bytes | None:
-        """The bytes kept under this name, or None."""
+        """Return the bytes cached under this name, or None."""
         path = self._path(name)
         try:
             data = path.read_bytes()
@@ -53,23 +53,24 @@ class RangeCache:
         return data
 
     def put(self, name: str, data: bytes) -> None:
-        """Keep the bytes, in place of others under this name, unless they alone break the bound."""
-        if len(data) > self._bound:
+        """Cache the bytes and replace any others under this name. Data larger than the cache is not cached."""
+        if len(data) > self._max_bytes:
             return
         try:
             with self._locked():
                 self._keep(self._path(name), data)
         except OSError as error:
             if not self._refused:
-                log.warning("nothing more is kept in %s for now (%s); it is read from afar", self._folder, error)
+                log.warning("caching in %s is suspended (%s); reading from remote storage", self._folder, error)
             self._refused = True
 
     def _keep(self, path: Path, data: bytes) -> None:
         total = self._total()
-        if total + len(data) > self._bound:
-            total = self._make_room(self._bound - len(data))
-        # Counted before it is there, and written under one name: whoever is killed in between leaves too high a count,
-        # and a piece that the next one overwrites. Where room is made, all is counted anew.
+        if total + len(data) > self._max_bytes:
+            total = self._make_room(self._max_bytes - len(data))
+        # The total is updated before the data is written, and the partial file always has the same name. A process
+        # that is killed in between leaves a total that is too high, and a partial file that the next process
+        # overwrites. Eviction recomputes the total.
         (self._folder / _TOTAL).write_text(str(total + len(data)))
         partial = self._folder / _PARTIAL
         try:
@@ -79,15 +80,15 @@ class RangeCache:
             partial.unlink(missing_ok=True)
             raise
 
-    def _make_room(self, most: int) -> int:
-        """Remove the oldest until `most`, and some more, is left. Returns the bytes left."""
+    def _make_room(self, max_left: int) -> int:
+        """Evict the oldest ranges until at most `max_left` bytes remain, with some margin. Returns the bytes left."""
         files = sorted(
             ((stat.st_mtime_ns, stat.st_size, path) for path in self._ranges() for stat in [path.stat()]),
             key=lambda entry: entry[0],
         )
         total = sum(size for _, size, _ in files)
         for _, size, path in files:
-            if total <= min(most, int(self._bound * _LOWER)):
+            if total <= min(max_left, int(self._max_bytes * _KEEP_FRACTION)):
                 break
             path.unlink(missing_ok=True)
             total -= size
@@ -114,4 +115,4 @@ class RangeCache:
             try:
                 yield
             finally:
-                fcntl.flock(lock, fcntl.LOCK_UN)  # to close it is not enough: a child forked meanwhile has it open too
+                fcntl.flock(lock, fcntl.LOCK_UN)  # closing is not enough: a forked child may hold the handle, too

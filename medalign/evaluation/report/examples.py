@@ -91,7 +91,7 @@ def _pictures(evaluation: Evaluation, keys: Sequence[str]) -> dict[str, tuple[Im
     for key in keys:
         row = evaluation.predictions[key]
         index = opened(evaluation.data[row.folder])
-        sample = index.read(index.find(row.key))
+        sample = index.read(index.index_of_key(row.key))
         if sample.question != row.question or (
             row.image_size and sample.images and sample.images[0].size != row.image_size
         ):

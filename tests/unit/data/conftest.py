@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tiny_data import record
 
 from medalign.data.shards.records import Record
 from medalign.data.shards.writer import write_shards
+from tests.unit.data.tiny_data import record
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""DICOM files made for tests, with a patient's name that must stay behind."""
+"""DICOM files made for tests, with a patient's name that must not reach the image."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pydicom.uid import UID, ExplicitVRLittleEndian, SecondaryCaptureImageStorag
 
 
 def data_set(values: np.ndarray, syntax: UID = ExplicitVRLittleEndian, **tags: object) -> Dataset:
-    """Gray [rows, columns] of 12 bits, or color [rows, columns, 3] of 8; `tags` come on top."""
+    """Gray [rows, columns] of 12 bits, or color [rows, columns, 3] of 8; `tags` are added."""
     meta = FileMetaDataset()
     meta.MediaStorageSOPClassUID = SecondaryCaptureImageStorage
     meta.MediaStorageSOPInstanceUID = pydicom.uid.generate_uid()
@@ -35,7 +35,7 @@ def data_set(values: np.ndarray, syntax: UID = ExplicitVRLittleEndian, **tags: o
 
 
 def compressed(frames: list[bytes], values: np.ndarray, syntax: UID, **tags: object) -> Dataset:
-    """A data set whose frames are encoded already; `values` tells their shape."""
+    """A data set with encoded frames; `values` gives their shape."""
     one = data_set(values, syntax, **tags)
     one.PixelData = encapsulate(frames)
     one["PixelData"].is_undefined_length = True
@@ -54,7 +54,7 @@ def study(values: np.ndarray, **tags: object) -> bytes:
 
 
 def jpeg(rgb: np.ndarray, subsampling: int = 0, adobe: int | None = None, jfif: bool = True) -> bytes:
-    """A JPEG of YCbCr, as Pillow writes it; `adobe` is what the marker of this name says of the colors."""
+    """A JPEG of YCbCr, as Pillow writes it; `adobe` is the color transform in the Adobe marker."""
     buffer = io.BytesIO()
     Image.fromarray(rgb).save(buffer, "JPEG", quality=95, subsampling=subsampling)
     data = buffer.getvalue()

@@ -8,17 +8,16 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
-from tiny_data import picture, record
-
 from medalign.data.shards.index import ShardIndex
 from medalign.data.shards.writer import PackReport, build_index
+from tests.unit.data.tiny_data import picture, record
 
 ANNOTATION = json.dumps({**record(1).fields, "boxes": []}).encode()
 FILM = picture(7)
 
 
 def file(name: str, data: bytes = b"", **header: Any) -> tuple[tarfile.TarInfo, bytes]:
-    """A member; `header` are further fields of its TarInfo."""
+    """A member; `header` holds further fields of its TarInfo."""
     info = tarfile.TarInfo(name)
     info.size = len(data)
     for field, value in header.items():
@@ -35,12 +34,12 @@ def symbolic_link(name: str, target: str) -> tuple[tarfile.TarInfo, bytes]:
 
 
 def sample(key: str, ending: str = "png", seed: int = 7) -> list[tuple[tarfile.TarInfo, bytes]]:
-    """An image and its annotation, side by side."""
+    """An image and its annotation as neighboring members."""
     return [file(f"{key}.{ending}", picture(seed)), file(f"{key}.json", ANNOTATION)]
 
 
 def write(path: Path, *members: tuple[tarfile.TarInfo, bytes], **options: Any) -> Path:
-    """The tar of these members, in their order. Returns its folder."""
+    """Write a tar with these members in order. Returns its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w", **options) as tar:
         for info, data in members:
@@ -49,7 +48,7 @@ def write(path: Path, *members: tuple[tarfile.TarInfo, bytes], **options: Any) -
 
 
 def indexed(folder: Path) -> tuple[PackReport, dict[str, int]]:
-    """The report of the folder's index, and how many images each sample of it has when it is read."""
+    """Index a folder. Returns the report, and the number of images of each sample when read."""
     report = build_index(folder)
     if not report.written:
         assert not (folder / "index.jsonl").exists()

@@ -1,4 +1,4 @@
-"""Small real pictures and records."""
+"""Small real images and records."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def picture(seed: int, width: int = 40, height: int = 24, kind: str = "png") -> 
 
 
 def images(*encoded: bytes) -> tuple[Picture, ...]:
-    """As they stand in a record, each named after what it holds."""
+    """Images of a record, each with the format of its content."""
     return tuple(Picture(data, "png" if data.startswith(b"\x89PNG") else "jpg") for data in encoded)
 
 

@@ -1,4 +1,4 @@
-"""A real tokenizer with an LLaVA-like chat template, built on the spot."""
+"""A real tokenizer with an LLaVA-like chat template, built in the test."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ FULL = {"train": {"steps": 200}, "losses": {"alpha": 1.0, "beta": 0.06}, "note":
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
-    phantom.write(folder / "shards", 1, 6, 0)
+    phantom.write_phantoms(folder / "shards", 1, 6, 0)
     make_run(folder / "base", folder / "shards" / "val", skill=0.3, aim=0.0, steps=0, config=BASE)
     make_run(folder / "full", folder / "shards" / "val", skill=0.9, aim=0.6, steps=200, config=FULL)
     return folder

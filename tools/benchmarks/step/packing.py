@@ -21,7 +21,7 @@ from tools.benchmarks.step.measuring import WARM_UP
 def measure_packing(bench: Bench, samples: int, rounds: int, folder: Path) -> dict[str, Any]:
     """Measure the packaged student. Raises AssertionError if padding and packing do not give the same loss."""
     form = next(form for form in FORMS if form.name == "medalign_online")
-    phantom.write(folder, 80, 1, 0)
+    phantom.write_phantoms(folder, 80, 1, 0)
     index = ShardIndex.open(folder / "train")
     collate = build_collator(bench.config, bench.student, load_processor(bench.config.student), bench.teacher, 1)
     order, padding = GlobalOrder(len(index), 0), []

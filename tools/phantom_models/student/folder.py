@@ -102,7 +102,9 @@ def build_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenize
 def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
     """Images are resized to the tower's square as they are: whoever wants no distortion pads them beforehand."""
     size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
-    images = CLIPImageProcessor(size=size, do_center_crop=False, crop_size=size, image_mean=list(MEAN), image_std=list(STD))
+    images = CLIPImageProcessor(
+        size=size, do_center_crop=False, crop_size=size, image_mean=list(MEAN), image_std=list(STD)
+    )
     return LlavaProcessor(
         image_processor=images,
         tokenizer=tokenizer,

@@ -1,0 +1,49 @@
+"""The fingerprint of a folder does not depend on its location, but on samples, packing and order."""
+
+from __future__ import annotations
+
+import shutil
+
+from medalign.data.shards import table
+from medalign.data.shards.index import ShardIndex
+from medalign.data.shards.writer import build_index, write_shards
+from tests.unit.data.tiny_data import record
+
+
+def fingerprint(*folders):
+    return ShardIndex.open(list(folders)).fingerprint()
+
+
+def packed(folder, count=23, size=7, **changes):
+    write_shards([record(i, **(changes if i == 3 else {})) for i in range(count)], folder, samples_per_shard=size)
+    return folder
+
+
+def test_it_moves_with_its_folder_and_outlives_its_index(tmp_path):
+    folder = packed(tmp_path / "a")
+    before = fingerprint(folder)
+    assert before[0].startswith("23 samples in 4 shards of ")
+    moved = shutil.move(folder, tmp_path / "b")
+    assert fingerprint(moved) == before
+    (tmp_path / "b" / "index.jsonl").unlink()
+    build_index(tmp_path / "b")
+    assert fingerprint(moved) == before
+
+
+def test_other_data_have_another(tmp_path):
+    base = packed(tmp_path / "base")
+    others = {
+        "fewer": packed(tmp_path / "fewer", count=22),
+        "repacked": packed(tmp_path / "repacked", size=8),
+        "answer": packed(tmp_path / "answer", answer="no", answer_type="closed"),
+    }
+    found = {name: fingerprint(folder) for name, folder in others.items()} | {"base": fingerprint(base)}
+    assert len(set(found.values())) == len(found)
+    assert fingerprint(base, others["fewer"]) != fingerprint(others["fewer"], base)
+
+
+def test_a_mapped_index_has_the_same(tmp_path, monkeypatch):
+    folder = packed(tmp_path / "a")
+    before = fingerprint(folder)
+    monkeypatch.setattr(table, "LARGE", 5)  # also: many pieces instead of one
+    assert fingerprint(folder) == before and (folder / "index.bin").is_file()
