@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from medalign import __version__
 from medalign.cli import bench, evaluate, export, generate, inspect, phantom, report, shards, train
 from medalign.cli.parser import CommandParser
-from medalign.errors import MedAlignError, plain
+from medalign.errors import MedAlignError, format_os_error
 
 log = logging.getLogger("medalign")
 
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         log.error("error: %s", error)
         return 2
     except OSError as error:  # a file that cannot be read or written, for which no caller had a better message
-        log.error("error: %s", plain(error))
+        log.error("error: %s", format_os_error(error))
         return 2
     except KeyboardInterrupt:
         log.error("interrupted")
