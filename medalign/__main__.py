@@ -304,7 +304,7 @@ def _add_export(commands) -> None:
 def _export(chosen: argparse.Namespace) -> int:
     from medalign.checkpoint import export
 
-    source = export.find(chosen.run)
+    source = export.find_export(chosen.run)
     if chosen.merge:
         export.merge(source, chosen.output, chosen.student)
     else:

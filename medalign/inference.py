@@ -21,14 +21,14 @@ from medalign.data.samples.decode import decode_image, has_several_frames
 from medalign.data.shards.index import ShardIndex
 from medalign.data.storage.byte_ranges import is_remote
 from medalign.errors import ConfigError, DataError
-from medalign.evaluation.generation import Answer, Predicted, answer, predict
+from medalign.evaluation.generation import Answer, PredictionBatch, generate_answers, predict
 from medalign.evaluation.metrics import Prediction, score, unfinished, write_predictions
 from medalign.evaluation.metrics.predictions import LENGTH
 from medalign.evaluation.report.pictures import overlay
-from medalign.evaluation.report.runs import home_of
+from medalign.evaluation.report.runs import evaluation_home
 from medalign.evaluation.tally import Tally
 from medalign.observability.files import write_text
-from medalign.observability.progress import TrainState
+from medalign.observability.progress import ProgressReporter
 from medalign.student import loading
 from medalign.student.model import Student
 
@@ -67,9 +67,9 @@ def generate(
     batch = collator([sample]).to(distributed.device())
     if batch.truncated:
         log.warning("the question is cut to %d tokens; --max-length raises the limit", collator.encoder.max_length)
-    given = answer(student, tokenizer, batch, max_new_tokens)[0]
+    given = generate_answers(student, tokenizer, batch, max_new_tokens)[0]
     if picture is not None and given.attention is not None:
-        overlay(pictures[0], given.attention, student.anatomy.grid).save(picture)
+        overlay(pictures[0], given.attention, student.spec.grid).save(picture)
         log.info("overlay: %s", picture)
     if not given.text:
         log.warning("(empty answer)")
@@ -109,7 +109,7 @@ def evaluate(
     )
     tally = Tally(max_skip_fraction)
     _write_predictions(folder / "predictions.jsonl", _rows(ask, indexes, limit, tally))
-    grid, longest = student.anatomy.grid, collator.encoder.max_length
+    grid, longest = student.spec.grid, collator.encoder.max_length
     tally.warn(longest, max_new_tokens)
     facts = {
         "name": folder.name,
@@ -139,7 +139,7 @@ def _open(data: Sequence[str]) -> list[ShardIndex]:
 
 def _evaluation_folder(run: Path, data: Sequence[str], name: str | None) -> Path:
     """Where an evaluation is written: by default it is called as the first folder of shards."""
-    home, prefix = home_of(run)
+    home, prefix = evaluation_home(run)
     said = f"--name {name!r}"
     if name is None:
         name, said = _name_of(data[0]), f"--data {data[0]} names no evaluation: --name"
@@ -156,11 +156,11 @@ def _name_of(place: str) -> str:
 
 
 def _rows(
-    ask: Callable[..., Iterator[Predicted]], indexes: Sequence[ShardIndex], limit: int | None, tally: Tally
+    ask: Callable[..., Iterator[PredictionBatch]], indexes: Sequence[ShardIndex], limit: int | None, tally: Tally
 ) -> Iterator[Prediction]:
     """The predictions for all samples, or for the first `limit`, folder by folder; `tally` counts along."""
     left = sum(map(len, indexes)) if limit is None else min(limit, sum(map(len, indexes)))
-    with TrainState("evaluate", left, "samples") as progress:
+    with ProgressReporter("evaluate", left, "samples") as progress:
         for number, index in enumerate(indexes):
             numbers = range(min(left, len(index)))
             left -= len(numbers)
@@ -188,11 +188,11 @@ def open_student(
     A question and one image have `max_length` tokens, by default those of the training, and each of `max_images`
     after that its own.
     """
-    source = export.find(run)
-    student = export.read(source, export.precision(source), distributed.device(), base)
+    source = export.find_export(run)
+    student = export.load_export(source, export.precision(source), distributed.device(), base)
     config = export.settings(source)
     processor = loading.load_processor(config if base is None else type(config)(**{**vars(config), "path": base}))
-    anatomy = student.anatomy
+    anatomy = student.spec
     eye = loading.eye(processor, anatomy.image_size)
     encoder = PromptEncoder(
         processor,

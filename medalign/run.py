@@ -87,14 +87,14 @@ def _train(config: Config, folder: Path, ds_settings: dict[str, Any]) -> None:
     def write_export(target: Path) -> None:
         whole = engine.gather_parameters([pair for group in student.trainable().values() for pair in group])
         if distributed.is_main():
-            export.write(student, whole, config.student, config.data.max_length, target)
+            export.write_export(student, whole, config.student, config.data.max_length, target)
 
     try:
         if index is None:
             if not found:
                 save(progress)
         elif progress.step < schedule.total_steps(config.train):
-            step = TrainStep(engine, teacher, build_objective(config), student.anatomy.grid)
+            step = TrainStep(engine, teacher, build_objective(config), student.spec.grid)
             batches = iter(build_loader(config, index, collator, progress))
             progress = trainer.train(config, step, batches, progress, sinks, save)
     finally:
@@ -110,14 +110,14 @@ def _build(
     teacher = build_teacher(config)
     with deepspeed_engine.sharded_loading(ds_settings):
         student = loading.load_student(config.student, precision(config), config.run.seed)
-    student.tap.impl = config.losses.impl
+    student.attention_capture.impl = config.losses.impl
     student.train()
     engine = Engine(student, parameter_groups(student, config), ds_settings)
     if teacher is not None:
         assert_replicated(teacher)
     processor = loading.load_processor(config.student)
     collator = build_collator(config, student, processor, teacher, index.max_images if index else 1)
-    check_causality(student, probe(collator).to(engine.device))
+    check_causality(student, sanity_batch(collator).to(engine.device))
     return engine, teacher, student, collator
 
 
@@ -139,7 +139,7 @@ def build_collator(
 ) -> Collator:
     """Samples to batches, for this student and this teacher."""
     view = PreprocessCfg(teacher.image_size, teacher.mean, teacher.std) if teacher is not None else None
-    return collator_of(config, student.anatomy, processor, view, max_images)
+    return collator_of(config, student.spec, processor, view, max_images)
 
 
 def collator_of(
@@ -258,7 +258,7 @@ def build_sinks(config: Config, folder: Path, progress: TrainState) -> list[Sink
     ]
 
 
-def probe(collator: Collator) -> Batch:
+def sanity_batch(collator: Collator) -> Batch:
     """A small batch, two questions of unlike length about a gray picture, to try the model on before the first step."""
     gray = Image.new("RGB", (8, 8), (128, 128, 128))
     questions = ("Is this study normal?", "Where is the abnormality?")

@@ -30,7 +30,7 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Predicted:
+class PredictionBatch:
     """A batch of predictions, and what has happened on the way to it."""
 
     rows: list[Prediction]
@@ -38,7 +38,7 @@ class Predicted:
     cut: int  # questions cut to the length limit
 
 
-def answer(student: Student, tokenizer: Any, batch: Batch, max_new_tokens: int) -> list[Answer]:
+def generate_answers(student: Student, tokenizer: Any, batch: Batch, max_new_tokens: int) -> list[Answer]:
     """Greedy answers to a left-padded batch of questions."""
     ends = student.end_tokens
     ids, maps_IN = student.generate(
@@ -74,12 +74,12 @@ def predict(
     max_new_tokens: int,
     device: torch.device,
     numbers: Sequence[int] | None = None,
-) -> Iterator[Predicted]:
+) -> Iterator[PredictionBatch]:
     """Predictions for samples of an index, in order, a batch at a time."""
     for samples, batch in batches(index, collator, batch_size, numbers):
-        answers = answer(student, tokenizer, batch.to(device), max_new_tokens)
+        answers = generate_answers(student, tokenizer, batch.to(device), max_new_tokens)
         rows = [_prediction(student, sample, given) for sample, given in zip(samples, answers, strict=True)]
-        yield Predicted(rows, batch.skipped, batch.truncated)
+        yield PredictionBatch(rows, batch.skipped, batch.truncated)
 
 
 def _prediction(student: Student, sample: Sample, given: Answer) -> Prediction:
@@ -98,7 +98,7 @@ def _prediction(student: Student, sample: Sample, given: Answer) -> Prediction:
     frame = CanvasFrame(*sample.images[0].size)
     row.attention, row.image_size = given.attention, (frame.width, frame.height)
     row.boxes = [list(box) for box in sample.boxes]
-    ground = grounding(given.attention, sample.boxes, frame, student.anatomy.grid)
+    ground = grounding(given.attention, sample.boxes, frame, student.spec.grid)
     if ground is not None:
         row.attention_inside, row.box_area = ground.inside, ground.area
         row.pointing_hit, row.pointing_chance = ground.hit, ground.chance

@@ -6,7 +6,7 @@ import logging
 from dataclasses import dataclass, field
 
 from medalign.data.batches.loader import check_skip_rate
-from medalign.evaluation.generation import Predicted
+from medalign.evaluation.generation import PredictionBatch
 from medalign.evaluation.metrics import Prediction
 from medalign.evaluation.metrics.predictions import LENGTH
 
@@ -22,7 +22,7 @@ class Tally:
     unreadable: int = 0
     truncated: int = 0
 
-    def add(self, predicted: Predicted) -> None:
+    def add(self, predicted: PredictionBatch) -> None:
         """Raises DataError when too many samples could not be read."""
         self.rows += predicted.rows
         self.truncated += predicted.cut

@@ -40,7 +40,7 @@ def troubles(settings: dict[str, Any]) -> dict[str, Any]:
     config.train.steps, config.checkpoint.every = 3, 1
     engine, student, step = build(config)
     # On the CPU the kernels of distillation refuse what is no number before the loss can be one.
-    language = TrainStep(engine, None, Objective(0.0, 0.0), student.anatomy.grid)
+    language = TrainStep(engine, None, Objective(0.0, 0.0), student.spec.grid)
     results = {
         "together": raised(lambda: _together(1)),
         "latest": _latest(folder / "seen"),
@@ -111,7 +111,7 @@ def _exported(config: Config, engine: Engine, student: Student, folder: Path) ->
     engine.student.train()
     if not distributed.is_main():
         return {}
-    export.write(student, whole, config.student, config.data.max_length, folder)
+    export.write_export(student, whole, config.student, config.data.max_length, folder)
     save_file({"logits": logits}, folder / "in_memory.safetensors")
     found = load_file(folder / "adapter_model.safetensors") | load_file(folder / "medalign.safetensors")
     ours = {_exported_name(name): value for name, value in whole.items()}

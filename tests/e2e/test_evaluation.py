@@ -89,7 +89,7 @@ def test_a_checkpoint_is_evaluated_into_its_run_s_folder(run, shards, tmp_path, 
 
 
 def test_the_length_limit_is_the_run_s(run, tmp_path):
-    folder = export.find(run)
+    folder = export.find_export(run)
     assert json.loads((folder / "medalign.json").read_text())["max_length"] == 220
     assert open_student(run)[2].encoder.max_length == 220
     assert open_student(run, max_images=3)[2].encoder.max_length == 220 + 2 * 16

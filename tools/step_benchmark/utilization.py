@@ -47,16 +47,16 @@ def plain_flops(student: Student, batch: Batch) -> float:
     samples, length = batch.input_ids.shape
     kept = int((batch.labels[:, 1:] != IGNORE).any(0).sum()) * samples
     model: Any = student.model.get_base_model()
-    language, tower = student.anatomy.language_model.config, model.model.vision_tower
-    blocks = sum(_linear(block) for block in student.anatomy.blocks) * samples * length
+    language, tower = student.spec.language_model.config, model.model.vision_tower
+    blocks = sum(_linear(block) for block in student.spec.blocks) * samples * length
     head_width = getattr(language, "head_dim", None) or language.hidden_size // language.num_attention_heads
     causal = 2 * length**2 * head_width * language.num_attention_heads  # two products, 2 operations, half the pairs
-    attention = 3 * causal * samples * len(student.anatomy.blocks)
-    images, patches = len(batch.image_weight), student.anatomy.grid.size
+    attention = 3 * causal * samples * len(student.spec.blocks)
+    images, patches = len(batch.image_weight), student.spec.grid.size
     vision = tower.config
     looked = _forward(tower) * images * (patches + 1)
     looked += 4 * (patches + 1) ** 2 * vision.hidden_size * vision.num_hidden_layers * images
-    projected = _forward(student.anatomy.projector) * images * patches
+    projected = _forward(student.spec.projector) * images * patches
     return blocks + attention + _linear(model.lm_head) * kept + looked + projected
 
 

@@ -25,11 +25,11 @@ class Bleu(NamedTuple):
 
 
 def bleu(predictions: Sequence[str], references: Sequence[str]) -> float:
-    """The points of `signed_bleu`."""
-    return signed_bleu(predictions, references, resamples=0).points
+    """The points of `bleu_with_interval`."""
+    return bleu_with_interval(predictions, references, resamples=0).points
 
 
-def signed_bleu(predictions: Sequence[str], references: Sequence[str], resamples: int = 1000) -> Bleu:
+def bleu_with_interval(predictions: Sequence[str], references: Sequence[str], resamples: int = 1000) -> Bleu:
     """BLEU with its interval and its signature; without resampling, the interval is (nan, nan).
 
     The tokens are those of 13a after `tokens.separate`, which changes nothing in English. Where the references have

@@ -30,7 +30,7 @@ import numpy as np
 from medalign.errors import DataError
 from medalign.evaluation.metrics.answers import SIGNATURE, closed_correct, exact, is_yes_no, open_recall, words
 from medalign.evaluation.metrics.predictions import Prediction
-from medalign.evaluation.metrics.reports import rouge_l, rouge_signature, signed_bleu
+from medalign.evaluation.metrics.reports import bleu_with_interval, rouge_l, rouge_signature
 
 RESAMPLES = 1000
 Scores = dict[str, Any]  # numbers, and signatures as text
@@ -91,7 +91,7 @@ def _open(rows: Sequence[Prediction]) -> Scores:
 def _report(rows: Sequence[Prediction]) -> Scores:
     scores: Scores = {"report_n": len(rows)}
     if rows:
-        found = signed_bleu([r.prediction for r in rows], [r.answer for r in rows], RESAMPLES)
+        found = bleu_with_interval([r.prediction for r in rows], [r.answer for r in rows], RESAMPLES)
         scores |= {"bleu": found.points, "bleu_low": found.low, "bleu_high": found.high}
         scores |= {"bleu_signature": found.signature, "rouge_l_signature": rouge_signature()}
     return scores | mean("rouge_l", [rouge_l(r.prediction, r.answer) for r in rows])

@@ -159,7 +159,7 @@ def as_text(view: BatchView, color: bool) -> str:
             lines.append(f"  \x1b[{_CUT[0]}m{row.cut}\x1b[0m" if color else f"  {row.cut}")
         if color:
             lines += _blocks(row)
-        lines.append("  " + " ".join(_sgr(p.kind, p.text) if color else _plain(p) for p in row.pieces))
+        lines.append("  " + " ".join(_sgr(p.kind, p.text) if color else _mark_answer(p) for p in row.pieces))
         lines.append(f"  {row.spans}")
         lines.append("")
     lines += [f"bad sample replaced: {reason}" for reason in view.skipped]
@@ -168,7 +168,7 @@ def as_text(view: BatchView, color: bool) -> str:
 
 def as_html(view: BatchView) -> str:
     """One page that loads nothing from elsewhere."""
-    text = (resources.files("medalign.evaluation") / "batch.html.jinja").read_text(encoding="utf-8")
+    text = (resources.files("medalign.evaluation.report") / "batch.html.jinja").read_text(encoding="utf-8")
     template = jinja2.Environment(autoescape=True).from_string(text)
     colors = {kind: color for kind, (_, color) in _SHOWN.items()}
     return template.render(view=view, colors=colors, cut_color=_CUT[1], data_uri=_data_uri)
@@ -227,7 +227,7 @@ def _sgr(kind: str, text: str) -> str:
     return f"\x1b[{_SHOWN[kind][0]}m{text}\x1b[0m"
 
 
-def _plain(piece: Piece) -> str:
+def _mark_answer(piece: Piece) -> str:
     return f"«{piece.text}»" if piece.kind == ANSWER else piece.text
 
 

@@ -22,7 +22,7 @@ PANELS = {
     "optim/grad_norm": "gradient norm",
 }
 SERIES = 6  # colors of the page; more runs begin again
-MOST_POINTS = 600  # of a raw curve; more are thinned out
+MAX_POINTS = 600  # of a raw curve; more are thinned out
 INK, RULE = "#010203", "#010204"  # stand-ins, replaced by the page's variables
 
 
@@ -72,7 +72,7 @@ def _draw(key: str, title: str, series: Sequence[tuple[int, np.ndarray, np.ndarr
         axes = figure.add_subplot()
         for number, steps, values in series:
             color = _stand_in(number)
-            every = -(-len(steps) // MOST_POINTS)
+            every = -(-len(steps) // MAX_POINTS)
             axes.plot(steps[::every], values[::every], color=color, alpha=0.4, linewidth=0.8)
             course = smoothed(values, span=max(3, len(values) // 15))
             axes.plot(steps[::every], course[::every], color=color, linewidth=1.9, solid_capstyle="round")

@@ -14,7 +14,7 @@ from medalign.data.shards.index import ShardIndex
 from medalign.errors import DataError
 from medalign.evaluation.metrics import Prediction
 from medalign.evaluation.metrics.scores import correctness
-from medalign.evaluation.report.pictures import overlay, plain
+from medalign.evaluation.report.pictures import draw_boxes, overlay
 from medalign.evaluation.report.runs import Evaluation, RunRecord
 
 LARGEST = 512  # pixels of a picture's long side in the report
@@ -110,7 +110,7 @@ def _example(
         if image is not None and row.attention and grid is not None and len(row.attention) == grid.size:
             picture = _uri(overlay(image, row.attention, grid, row.boxes))
         answers.append(Answered(run, row, correctness(row), picture))
-    return Example(asked, _uri(plain(image, asked.boxes)) if image is not None else "", images, answers)
+    return Example(asked, _uri(draw_boxes(image, asked.boxes)) if image is not None else "", images, answers)
 
 
 def _uri(picture: Image.Image) -> str:

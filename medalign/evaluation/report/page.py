@@ -15,7 +15,13 @@ from medalign.errors import ConfigError
 from medalign.evaluation.report.curves import SERIES, panels
 from medalign.evaluation.report.examples import examples as choose_examples
 from medalign.evaluation.report.runs import config_differences, evaluation_names, read_evaluation, read_runs
-from medalign.evaluation.report.tables import Course, Table, as_text, course, score_table
+from medalign.evaluation.report.tables import (
+    ScoreTable,
+    TrainingSummary,
+    format_score_table,
+    score_table,
+    training_summary,
+)
 from medalign.observability.files import write_text
 
 TEMPLATE = "report.html.jinja"
@@ -35,18 +41,18 @@ def write_report(runs: Sequence[Path], output: Path, *, titles: Sequence[str] | 
     records = read_runs(runs, titles)
     names = evaluation_names(records)
     tables = [score_table(records, name) for name in names]
-    courses = [course(record) for record in records]
+    summaries = [training_summary(record) for record in records]
     page = _template().render(
         runs=records,
         series={record.title: number % SERIES for number, record in enumerate(records)},
         tables=tables,
         panels=[(panel.title, Markup(panel.svg)) for panel in panels(records)],  # noqa: S704, the SVG is our own
-        courses=courses,
+        summaries=summaries,
         examples=[choose_examples(records, name, examples) for name in names] if examples else [],
         differences=config_differences(records),
     )
     output = Path(output)
-    data = json.dumps(as_data(tables, courses), indent=2, ensure_ascii=False) + "\n"
+    data = json.dumps(as_data(tables, summaries), indent=2, ensure_ascii=False) + "\n"
     try:
         write_text(output.with_suffix(".json"), data)
         write_text(output, page)
@@ -66,11 +72,11 @@ def format_evaluation(folder: Path) -> str:
     return _as_lines(score_table([record], folder.name))
 
 
-def _as_lines(table: Table) -> str:
-    return "\n".join([as_text(table), *table.remarks()])
+def _as_lines(table: ScoreTable) -> str:
+    return "\n".join([format_score_table(table), *table.remarks()])
 
 
-def as_data(tables: Sequence[Table], courses: Sequence[Course]) -> dict[str, Any]:
+def as_data(tables: Sequence[ScoreTable], summaries: Sequence[TrainingSummary]) -> dict[str, Any]:
     """The numbers of the page: every run's scores as they stand in scores.json, and its course of training."""
     return {
         "tables": [
@@ -80,14 +86,14 @@ def as_data(tables: Sequence[Table], courses: Sequence[Course]) -> dict[str, Any
             }
             for table in tables
         ],
-        "training": [{**vars(item), "run": item.run.title} for item in courses],
+        "training": [{**vars(item), "run": item.run.title} for item in summaries],
     }
 
 
 def _template() -> Template:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["number"] = _number
-    return environment.from_string(resources.files("medalign.evaluation").joinpath(TEMPLATE).read_text("utf-8"))
+    return environment.from_string(resources.files("medalign.evaluation.report").joinpath(TEMPLATE).read_text("utf-8"))
 
 
 def _number(value: float | None, digits: int = 1) -> str:

@@ -12,7 +12,7 @@ from medalign.geometry import Box, CanvasFrame, PatchGrid, coverage
 
 SMALLEST = 384  # pixels of the long side; smaller images are enlarged to it
 OPACITY = 0.72  # of the strongest attention
-BOX_COLOUR = (88, 230, 178)
+BOX_COLOR = (88, 230, 178)
 # The heat's colors, from "as much as an even spread" (transparent) to the strongest; legible without color too.
 RAMP = np.array([(52, 12, 95), (150, 32, 110), (232, 88, 48), (250, 168, 38), (255, 240, 150)], dtype=np.float64)
 PLACES = np.array([0.0, 0.35, 0.65, 0.85, 1.0])
@@ -37,7 +37,7 @@ def overlay(
     return _outlined(Image.fromarray(blended.round().astype(np.uint8)), boxes, image.width)
 
 
-def plain(image: Image.Image, boxes: Sequence[Box] = ()) -> Image.Image:
+def draw_boxes(image: Image.Image, boxes: Sequence[Box] = ()) -> Image.Image:
     """The image at the overlay's size, with the boxes alone."""
     return _outlined(_enlarged(image), boxes, image.width)
 
@@ -75,5 +75,5 @@ def _outlined(image: Image.Image, boxes: Sequence[Box], original_width: int) -> 
     for box in boxes:
         x0, y0, x1, y1 = (round(value * scale) for value in box)
         draw.rectangle((x0 - 1, y0 - 1, max(x1, x0), max(y1, y0)), outline=(0, 0, 0), width=width + 2)
-        draw.rectangle((x0, y0, max(x1 - 1, x0), max(y1 - 1, y0)), outline=BOX_COLOUR, width=width)
+        draw.rectangle((x0, y0, max(x1 - 1, x0), max(y1 - 1, y0)), outline=BOX_COLOR, width=width)
     return image

@@ -76,7 +76,7 @@ def read_evaluation(folder: Path) -> RunRecord:
     return RunRecord(run, run.name, config={}, rows=[], evaluations={folder.name: evaluation})
 
 
-def home_of(path: Path) -> tuple[Path, str]:
+def evaluation_home(path: Path) -> tuple[Path, str]:
     """The folder whose evaluation/ belongs to a run, a checkpoint or an export, and what its names there begin with.
 
     Those of a checkpoint begin with its step and lie in its run's folder, for a checkpoint is deleted when it is old.
@@ -105,7 +105,7 @@ def config_differences(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]
 def _read_run(path: Path, title: str) -> RunRecord:
     if not path.is_dir():
         raise DataError(f"run folder {path} does not exist")
-    home, prefix = home_of(path)
+    home, prefix = evaluation_home(path)
     scores = sorted(home.glob(f"evaluation/{prefix}*/scores.json"))
     if not scores:
         lacks = f"{home}/evaluation/{prefix}*/scores.json" if prefix else "evaluation/*/scores.json"

@@ -53,7 +53,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Table:
+class ScoreTable:
     """One data set: columns that some run has a score for, and a row of cells for each run scored on it."""
 
     name: str
@@ -97,7 +97,7 @@ class Table:
         return values.pop() if len(values) == 1 else None
 
 
-def score_table(runs: Sequence[RunRecord], name: str) -> Table:
+def score_table(runs: Sequence[RunRecord], name: str) -> ScoreTable:
     """The table of one data set. The best value of a column is marked where there are several and they differ."""
     scored = [(run, run.evaluations[name].scores) for run in runs if name in run.evaluations]
     columns = [column for column in COLUMNS if any(column.key in scores for _, scores in scored)]
@@ -107,7 +107,7 @@ def score_table(runs: Sequence[RunRecord], name: str) -> Table:
         if len(set(values)) > 1:
             best[column.key] = max(values)
     rows = [(run, [_cell(scores, column, best.get(column.key)) for column in columns]) for run, scores in scored]
-    return Table(name, columns, rows)
+    return ScoreTable(name, columns, rows)
 
 
 def _cell(scores: dict[str, Any], column: Column, best: float | None) -> Cell:
@@ -126,7 +126,7 @@ def _cell(scores: dict[str, Any], column: Column, best: float | None) -> Cell:
     )
 
 
-def as_text(table: Table) -> str:
+def format_score_table(table: ScoreTable) -> str:
     """Aligned columns: per cent (BLEU in points), the best of a column with a star, chance in the last row."""
     head = [table.name, *(column.label for column in table.columns)]
     counts = ["", *(f"n {table.counts(i)}" for i in range(len(table.columns)))]
@@ -165,7 +165,7 @@ def remarks(scores: dict[str, Any]) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Course:
+class TrainingSummary:
     """How a run's training went. None where the run's metrics do not say."""
 
     run: RunRecord
@@ -183,7 +183,7 @@ class Course:
         return self.steps is not None
 
 
-def course(run: RunRecord) -> Course:
+def training_summary(run: RunRecord) -> TrainingSummary:
     """The numbers of a run's training. The counts in its rows are totals since the start, so the last row tells."""
 
     def values(key: str) -> list[float]:
@@ -196,7 +196,7 @@ def course(run: RunRecord) -> Course:
         return int(values(key)[-1]) if values(key) else None
 
     unread = [e.scores["unreadable"] for e in run.evaluations.values() if "unreadable" in e.scores]
-    return Course(
+    return TrainingSummary(
         run=run,
         steps=total("step"),
         samples_per_second=middle("speed/samples_per_second"),

@@ -11,7 +11,7 @@ from PIL import Image
 
 from medalign.contracts import Sample
 from medalign.evaluation import generation
-from medalign.evaluation.generation import Answer, answer
+from medalign.evaluation.generation import Answer, generate_answers
 from medalign.geometry import PatchGrid
 from tests import tiny
 
@@ -32,7 +32,7 @@ class Fixed:
 def test_an_answer_comes_with_the_map_of_its_first_image() -> None:
     batch = tiny.batch(texts=((3, 1), (2, 1), (4, 1)))
     batch.image_sample = torch.tensor([0, 0, 2])
-    maps = [given.attention for given in answer(Fixed(), tiny.tokenizer(), batch, 2)]  # type: ignore[arg-type]
+    maps = [given.attention for given in generate_answers(Fixed(), tiny.tokenizer(), batch, 2)]  # type: ignore[arg-type]
     assert maps == [[0.0] * 16, None, [2.0] * 16]
 
 
@@ -50,7 +50,7 @@ class Spoken(Fixed):
 def test_an_answer_says_why_it_ended() -> None:
     """An end token in the last place ends an answer as well; padding is not an end token."""
     student, words = Spoken([[72, 73, 74], [72, 73, 2], [2, 0, 0], [72, 0, 2]]), tiny.tokenizer()
-    given = answer(student, words, tiny.batch(texts=((3, 1),) * 4), 3)  # type: ignore[arg-type]
+    given = generate_answers(student, words, tiny.batch(texts=((3, 1),) * 4), 3)  # type: ignore[arg-type]
     assert [one.finish_reason for one in given] == ["length", "stop", "stop", "stop"]
     assert [bool(one.text) for one in given] == [True, True, False, True]
     assert student.asked["eos_token_id"] == [2]
@@ -64,7 +64,7 @@ def test_an_answer_ends_where_the_model_ends_it() -> None:
     """Also at an end token that the tokenizer does not know as special; what follows it is no part of the answer."""
     yes = tiny.tokenizer()("yes")["input_ids"]
     student = Fixed(*yes, 97, *yes, end_tokens=(2, 97))
-    answers = answer(student, tiny.tokenizer(), tiny.batch(), 9)  # type: ignore[arg-type]
+    answers = generate_answers(student, tiny.tokenizer(), tiny.batch(), 9)  # type: ignore[arg-type]
     assert [given.text for given in answers] == ["yes"] * 2
     assert student.told["eos_token_id"] == [2, 97]
 
@@ -77,7 +77,7 @@ def test_an_answer_ends_where_the_model_ends_it() -> None:
     ],
 )
 def test_a_box_of_any_size_is_no_reason_to_stop(box: tuple[float, ...], grounded: bool) -> None:
-    student = SimpleNamespace(anatomy=SimpleNamespace(grid=PatchGrid(4, 4)))
+    student = SimpleNamespace(spec=SimpleNamespace(grid=PatchGrid(4, 4)))
     film = Image.new("L", (3000, 2400))
     sample = Sample("k", "none", "vqa", "q", "yes", "closed", (film,), (box,))  # type: ignore[arg-type]
     row = generation._prediction(student, sample, Answer("yes", [1.0] * 16))  # type: ignore[arg-type]

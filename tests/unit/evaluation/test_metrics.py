@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from medalign.errors import DataError
 from medalign.evaluation.metrics import Prediction, read_predictions, score, unfinished, write_predictions
 from medalign.evaluation.metrics.answers import closed_correct, exact, open_recall, words
-from medalign.evaluation.metrics.reports import bleu, rouge_l, signed_bleu
+from medalign.evaluation.metrics.reports import bleu, bleu_with_interval, rouge_l
 from medalign.evaluation.metrics.scores import mean
 
 
@@ -100,8 +100,8 @@ def test_bleu_has_an_interval():
     draw = np.random.default_rng(1)
     references = [" ".join(draw.permutation(sentence.split())) for _ in range(60)]
     predictions = [" ".join(text.split()[: draw.integers(4, 15)]) for text in references]
-    found = signed_bleu(predictions, references)
-    assert found == signed_bleu(predictions, references)
+    found = bleu_with_interval(predictions, references)
+    assert found == bleu_with_interval(predictions, references)
     assert found.points == sacrebleu.corpus_bleu(predictions, [references]).score
     expected = json.loads(
         sacrebleu.BLEU()
@@ -112,9 +112,9 @@ def test_bleu_has_an_interval():
     assert (found.high + found.low) / 2 == pytest.approx(expected["confidence_mean"], rel=0.05)
     scores = score([report(*pair) for pair in zip(references, predictions, strict=True)])
     assert (scores["bleu"], scores["bleu_low"], scores["bleu_high"]) == found[:3]
-    empty = signed_bleu(["", predictions[1]], references[:2])
+    empty = bleu_with_interval(["", predictions[1]], references[:2])
     assert empty.points == sacrebleu.corpus_bleu(["", predictions[1]], [references[:2]]).score and empty.low == 0
-    perfect = signed_bleu(references, references)
+    perfect = bleu_with_interval(references, references)
     assert perfect.low == perfect.high == perfect.points == pytest.approx(100)
 
 

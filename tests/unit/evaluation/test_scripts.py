@@ -13,7 +13,7 @@ from rouge_score.rouge_scorer import RougeScorer
 
 from medalign.evaluation.metrics import Prediction, score
 from medalign.evaluation.metrics.answers import ARTICLES, exact, open_recall, words
-from medalign.evaluation.metrics.reports import bleu, rouge_l, signed_bleu
+from medalign.evaluation.metrics.reports import bleu, bleu_with_interval, rouge_l
 from medalign.evaluation.metrics.tokens import rouge_tokens
 
 # A report and a version of it with one wrong word or character, far enough from its ends for a 4-gram to be left.
@@ -141,9 +141,9 @@ def test_english_is_scored_as_before(prediction, reference):
 
 def test_signatures_say_how_texts_were_counted():
     english, chinese = "the lungs are clear", "双肺清晰"
-    assert signed_bleu([english], [english]).signature == str(sacrebleu_signature())
-    assert "|tok:13a|" in signed_bleu([chinese], [english]).signature  # of one data set, whatever a run answers
-    assert "|eff:yes|tok:13a+characters|" in signed_bleu([english], [chinese]).signature
+    assert bleu_with_interval([english], [english]).signature == str(sacrebleu_signature())
+    assert "|tok:13a|" in bleu_with_interval([chinese], [english]).signature  # of one data set, whatever a run answers
+    assert "|eff:yes|tok:13a+characters|" in bleu_with_interval([english], [chinese]).signature
     scores = score(
         [Prediction("k", "report", "q", chinese, "", chinese), Prediction("l", "vqa", "q", "yes", "", "yes")]
     )

@@ -8,7 +8,7 @@ import pytest
 
 from medalign.distributed import log
 from medalign.errors import DataError
-from medalign.evaluation.generation import Predicted
+from medalign.evaluation.generation import PredictionBatch
 from medalign.evaluation.metrics import Prediction
 from medalign.evaluation.report.tables import remarks
 from medalign.evaluation.tally import Tally
@@ -24,8 +24,8 @@ def row(key: str, folder: int = 0, finish_reason: str = "stop", size=(8, 8), pre
 def tally() -> Tally:
     tally = Tally(max_skip_fraction=0.01)
     rows = [row("a"), row("b", finish_reason="length"), row("c", finish_reason="length", prediction="")]
-    tally.add(Predicted(rows, ("shard/d: broken",), 2))
-    tally.add(Predicted([row("e", size=None, prediction=""), row("a", folder=1)], (), 0))
+    tally.add(PredictionBatch(rows, ("shard/d: broken",), 2))
+    tally.add(PredictionBatch([row("e", size=None, prediction=""), row("a", folder=1)], (), 0))
     return tally
 
 
@@ -64,4 +64,4 @@ def test_remarks_tell_every_count_that_is_not_zero(tally):
 
 def test_too_many_unreadable_samples_end_it():
     with pytest.raises(DataError, match="--max-skip-fraction"):
-        Tally(0.0).add(Predicted([row("a")], ("shard/b: broken",), 0))
+        Tally(0.0).add(PredictionBatch([row("a")], ("shard/b: broken",), 0))

@@ -25,7 +25,7 @@ def load(folder, **settings: Any) -> Student:
 def test_checkpointed_blocks_are_recomputed_but_the_tapped_one(student_folder, checkpointing, passes):
     student = load(student_folder, gradient_checkpointing=checkpointing).train()
     count: Counter[int] = Counter()
-    for number, block in enumerate(student.anatomy.blocks):
+    for number, block in enumerate(student.spec.blocks):
         block.mlp.register_forward_pre_hook(lambda *_, number=number: count.update([number]))
     output = student(tiny.batch())
     assert [count[number] for number in range(3)] == [1, 1, 1]
@@ -54,7 +54,7 @@ def blocks_in_sdpa(student: Student, monkeypatch: pytest.MonkeyPatch) -> tuple[l
     """The blocks that call the SDPA kernel in a forward and backward pass, and what made attention weights in it."""
     inside: list[int] = []
     calls: list[int] = []
-    for number, attention in enumerate(student.anatomy.attentions):
+    for number, attention in enumerate(student.spec.attentions):
         attention.register_forward_pre_hook(lambda *_, number=number: inside.append(number))
         attention.register_forward_hook(lambda *_: inside.clear())
     kernel = torch.nn.functional.scaled_dot_product_attention

@@ -120,11 +120,11 @@ def test_no_sample_sees_another(student_folder, backend):
     check_causality(load(student_folder, attention=backend), tiny.packed(tiny.batch(texts=TEXTS)))
 
 
-def test_borders_that_a_backend_ignores_are_caught(student_folder, monkeypatch):
+def test_a_backend_that_ignores_the_boundaries_is_detected(student_folder, monkeypatch):
     """The start-up check must fail where the samples of a row are one sequence to the model."""
     batch = tiny.packed(tiny.batch(texts=TEXTS))
     running = {"position_ids": torch.arange(batch.input_ids.shape[1])[None], "sample_lengths": ()}
-    monkeypatch.setattr(model, "layout", lambda batch: packing.layout(batch) | running)
+    monkeypatch.setattr(model, "forward_arguments", lambda batch: packing.forward_arguments(batch) | running)
     for backend in ("sdpa", "eager"):
         with pytest.raises(RuntimeError, match="not causal"):
             check_causality(load(student_folder, attention=backend), batch)
@@ -147,11 +147,11 @@ def test_sdpa_makes_no_mask_of_the_whole_row(student_folder, monkeypatch):
     assert all(mask is None for _, mask in decoder)
 
 
-def test_flash_attention_is_told_the_borders(student_folder):
+def test_flash_attention_gets_the_boundaries(student_folder):
     """It takes no mask: in its variable-length form, the places where samples begin and the longest of them."""
-    told = packing.layout(tiny.packed(tiny.batch(texts=TEXTS)))
-    assert told["attention_mask"] is None
-    assert told["cu_seq_lens_q"].dtype == torch.int32
-    assert told["cu_seq_lens_q"].tolist() == told["cu_seq_lens_k"].tolist() == [0, 26, 54, 73]
-    assert told["max_length_q"] == told["max_length_k"] == 28
-    assert told["position_ids"][0].tolist() == [*range(26), *range(28), *range(19)]
+    arguments = packing.forward_arguments(tiny.packed(tiny.batch(texts=TEXTS)))
+    assert arguments["attention_mask"] is None
+    assert arguments["cu_seq_lens_q"].dtype == torch.int32
+    assert arguments["cu_seq_lens_q"].tolist() == arguments["cu_seq_lens_k"].tolist() == [0, 26, 54, 73]
+    assert arguments["max_length_q"] == arguments["max_length_k"] == 28
+    assert arguments["position_ids"][0].tolist() == [*range(26), *range(28), *range(19)]

@@ -41,7 +41,7 @@ def test_the_decision_of_the_prompt_holds_for_single_tokens():
     whole = mixture(hidden)
     torch.testing.assert_close(mixture(hidden[:, 7:]), whole[:, 7:])
     mixture.begin(question)
-    with pytest.raises(RuntimeError, match="before the whole sequence"):
+    with pytest.raises(RuntimeError, match="before the complete sequence"):
         mixture(hidden[:, 7:])
 
 
@@ -145,5 +145,5 @@ def test_dropout_is_on_what_the_experts_read_and_the_router_sees_all():
 
 
 def test_a_layer_that_does_not_exist_is_refused_before_the_mixture_looks_for_it(student_folder):
-    with pytest.raises(ConfigError, match="student.layer is 9, but the student's blocks are numbered 0 to 2"):
+    with pytest.raises(ConfigError, match="student.layer is 9, but it must be between 1 and 2"):
         load_student(StudentConfig(str(student_folder), layer=9, query_mixture=True), torch.float32)

@@ -41,7 +41,7 @@ def test_without_cuda_the_teacher_looks_in_line(folder, pixels):
     teacher = load_teacher(folder)
     async_teacher = AsyncTeacher(teacher, PatchGrid(4, 4), torch.device("cpu"))
     assert async_teacher.stream is None
-    expected, found = teacher_targets(teacher, pixels, PatchGrid(4, 4)), async_teacher.submit(pixels)()
+    expected, found = teacher_targets(teacher, pixels, PatchGrid(4, 4)), async_teacher.submit(pixels).result()
     assert torch.equal(found.features, expected.features) and torch.equal(found.attention, expected.attention)
 
 
@@ -86,7 +86,7 @@ def test_the_teachers_stream_waits_for_the_pixels_and_the_students_for_the_targe
     targets = AsyncTeacher(teacher, PatchGrid(4, 4), torch.device("cuda", 0)).submit(pixels)
     looking = ["teacher waits for student", "the teacher looks on teacher", "pixels kept for teacher"]
     assert streams.log == looking and streams.now == "student"
-    found = targets()
+    found = targets.result()
     assert streams.log[3:] == [
         "student waits for teacher",
         "(5, 16, 24) kept for student",

@@ -12,7 +12,7 @@ from medalign.geometry import gather_images
 from medalign.student import capture
 from medalign.student.loading import load_student
 from medalign.student.model import Student, check_causality
-from medalign.student.packing import layout
+from medalign.student.packing import forward_arguments
 from tests import tiny
 
 
@@ -38,12 +38,12 @@ def assert_map_is_the_mean_of_eager_attention(folder, side="right", **settings):
         output = student(batch)
         eager = load(folder, **(settings | {"attention": "eager"})).eval()
         eager.load_state_dict(student.state_dict())
-        eager._begin(batch)
+        eager._begin_batch(batch)
         weights_BHLL = eager.model(
             input_ids=batch.input_ids,
             pixel_values=batch.student_pixels,
             output_attentions=True,
-            **layout(batch),
+            **forward_arguments(batch),
         ).attentions[2]
     mean_BLL = weights_BHLL.mean(1)
     rows = [mean_BLL[b][batch.question_mask[b]].mean(0) for b in range(2)]
@@ -70,24 +70,24 @@ def test_the_map_has_the_windows_and_the_softcap_of_the_model(tmp_path, side, ki
     """Gemma 2 caps every block's scores and slides in every other block; its even block is tapped, with both."""
     folder = tiny.save_student(tmp_path / "student", kind=kind, **language)
     assert_map_is_the_mean_of_eager_attention(folder, side, attention=backend)
-    read = capture.Tap.read
+    original = capture.AttentionCapture.capture
     with pytest.MonkeyPatch.context() as patch, pytest.raises(AssertionError, match="not close"):
-        patch.setattr(capture.Tap, "read", lambda *arguments: read(*arguments[:-1], {}))  # tells it nothing
+        patch.setattr(capture.AttentionCapture, "capture", lambda *arguments: original(*arguments[:-1], {}))
         assert_map_is_the_mean_of_eager_attention(folder, side, attention=backend)
 
 
 def test_a_packed_batch_is_read_by_its_sequences():
-    """flash_attention_2 gets its sequences end to end, with the places where they begin, and so does the tap."""
+    """flash_attention_2 gets its sequences end to end, with the places where they begin, and so does the capture."""
     draw = torch.Generator().manual_seed(0)
     query, key = torch.randn(2, 4, 12, 8, generator=draw), torch.randn(2, 2, 12, 8, generator=draw)
     rows, columns = torch.rand(2, 12, generator=draw) < 0.4, torch.rand(2, 12, generator=draw) < 0.6
-    apart, packed = capture.Tap(), capture.Tap()
-    with apart.reading(rows, columns, torch.ones_like(rows)):
-        apart.read(query, key, 0.3, {})
+    apart, packed = capture.AttentionCapture(), capture.AttentionCapture()
+    with apart.recording(rows, columns, torch.ones_like(rows)):
+        apart.capture(query, key, 0.3, {})
     flat = [tensor.transpose(0, 1).flatten(1, 2)[None] for tensor in (query, key)]
-    with packed.reading(rows.view(1, -1), columns.view(1, -1), torch.ones(1, 24, dtype=torch.bool)):
-        packed.read(*flat, 0.3, {"cu_seq_lens_q": torch.tensor([0, 12, 24], dtype=torch.int32)})
-    torch.testing.assert_close(packed.map.view(2, 12), apart.map)
+    with packed.recording(rows.view(1, -1), columns.view(1, -1), torch.ones(1, 24, dtype=torch.bool)):
+        packed.capture(*flat, 0.3, {"cu_seq_lens_q": torch.tensor([0, 12, 24], dtype=torch.int32)})
+    torch.testing.assert_close(packed.attention.view(2, 12), apart.attention)
 
 
 def test_padding_side_changes_nothing(student_folder):
