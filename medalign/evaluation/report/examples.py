@@ -1,4 +1,4 @@
-"""The same questions side by side over runs, with the picture and the attention of each run's question to it."""
+"""Example questions with the answers of all runs, the image, and the question's attention to it in each run."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ from medalign.evaluation.metrics.scores import correctness
 from medalign.evaluation.report.pictures import draw_boxes, overlay
 from medalign.evaluation.report.runs import Evaluation, RunRecord
 
-LARGEST = 512  # pixels of a picture's long side in the report
+MAX_SIDE = 512  # pixels of the longer side of an image in the report
 
 
 @dataclass(frozen=True)
 class Answered:
-    """One run's answer."""
+    """The answer of one run."""
 
     run: RunRecord
     row: Prediction
     correctness: float  # in [0, 1]
-    picture: str  # data URI of the overlay; "" where there is none
+    picture: str  # data URI of the overlay; "" if there is none
 
 
 @dataclass(frozen=True)
 class Example:
-    """One question with its reference and every run's answer."""
+    """One question with its reference and the answers of all runs."""
 
     asked: Prediction
-    picture: str  # data URI of the first image with its boxes; "" where there is none
-    images: int  # of the sample; 0 where they could not be read
+    picture: str  # data URI of the first image with its boxes; "" if there is none
+    images: int  # number of images of the sample; 0 if they could not be read
     answers: list[Answered]
 
 
 @dataclass(frozen=True)
 class Examples:
-    """The examples of one data set, and why pictures are missing, if they are."""
+    """The examples of one data set, and why images are missing, if any are."""
 
     name: str
     items: list[Example]
@@ -50,10 +50,15 @@ class Examples:
 
 
 def examples(runs: Sequence[RunRecord], name: str, count: int) -> Examples:
-    """`count` questions that every run answered, spread evenly over the data set, not chosen by the outcome.
+    """Select questions that every run answered, spread evenly over the data set and independent of the scores.
 
-    Questions with boxes and attention are preferred. Where the shards are gone or hold another sample under the key,
-    the examples come without pictures and `problem` says why.
+    Questions with boxes and attention are preferred. If the shards do not exist any more, or contain another sample
+    with the same key, the examples have no images and `problem` gives the reason.
+
+    Args:
+        runs: the runs.
+        name: the data set.
+        count: maximum number of examples.
     """
     scored = [(run, run.evaluations[name]) for run in runs if name in run.evaluations]
     keys = _spread(_candidates([evaluation for _, evaluation in scored]), count)
@@ -64,16 +69,16 @@ def examples(runs: Sequence[RunRecord], name: str, count: int) -> Examples:
         if keys:
             pictures = _pictures(first, keys)
     except (DataError, OSError) as error:
-        problem = f"The pictures could not be read again: {error}"
+        problem = f"The images could not be read from the shards: {error}"
     return Examples(name, [_example(scored, key, *pictures.get(key, (None, 0))) for key in keys], problem)
 
 
 def _candidates(evaluations: Sequence[Evaluation]) -> list[str]:
     first, *others = (evaluation.predictions for evaluation in evaluations)
     shared = [key for key in first if all(key in other for other in others)]
-    looked = [key for key in shared if all(e.predictions[key].attention for e in evaluations)]
-    boxed = [key for key in looked if first[key].boxes]
-    return boxed or looked or shared
+    with_attention = [key for key in shared if all(e.predictions[key].attention for e in evaluations)]
+    with_boxes = [key for key in with_attention if first[key].boxes]
+    return with_boxes or with_attention or shared
 
 
 def _spread(keys: Sequence[str], count: int) -> list[str]:
@@ -82,9 +87,9 @@ def _spread(keys: Sequence[str], count: int) -> list[str]:
 
 
 def _pictures(evaluation: Evaluation, keys: Sequence[str]) -> dict[str, tuple[Image.Image, int]]:
-    """The first image of each sample that has one, to which boxes and attention belong, and how many there are."""
+    """Read the first image of each sample, to which boxes and attention refer, and the sample's number of images."""
     if not evaluation.data:
-        raise DataError(f"{evaluation.folder / 'scores.json'} does not name the shards")
+        raise DataError(f"{evaluation.folder / 'scores.json'} does not name the shards; evaluate the run again")
     opened = cache(ShardIndex.open)
     found = {}
     for key in keys:
@@ -114,7 +119,7 @@ def _example(
 
 
 def _uri(picture: Image.Image) -> str:
-    picture.thumbnail((LARGEST, LARGEST))
+    picture.thumbnail((MAX_SIDE, MAX_SIDE))
     file = io.BytesIO()
     picture.save(file, "JPEG", quality=84)
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()

@@ -1,4 +1,4 @@
-"""What the folder of a run holds for a report: configuration, metrics, scores, predictions."""
+"""Reads the files of a run that a report shows: configuration, metrics, scores, predictions."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from medalign.observability.sinks import read_rows
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One scored data set of a run."""
+    """Scores and predictions of a run on one data set."""
 
     folder: Path
     scores: dict[str, Any]
 
     @property
     def data(self) -> list[str]:
-        """The shard folders that were evaluated."""
+        """The evaluated shard folders."""
         return list(self.scores.get("data", []))
 
     @property
     def grid(self) -> PatchGrid | None:
-        """The student's grid, on which the predictions' attention lies."""
+        """The student's grid, which is the grid of the attention in the predictions."""
         grid = self.scores.get("grid")
         return PatchGrid(*grid) if grid else None
 
     @cached_property
     def predictions(self) -> dict[str, Prediction]:
-        """Predictions by key, in order; none without the file. A key that comes twice names its folder too."""
+        """Predictions by key, in order; empty if there is no file. A key that is not unique contains its folder too."""
         path = self.folder / "predictions.jsonl"
         rows = read_predictions(path) if path.is_file() else []
         times = Counter(row.key for row in rows)
@@ -47,39 +47,53 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """A run as the report sees it."""
+    """The data of a run for a report."""
 
     path: Path
     title: str
-    config: dict[str, Any]  # dotted keys; empty where there is no config.yaml
-    rows: list[dict[str, Any]]  # of metrics.jsonl; empty where nothing was trained
+    config: dict[str, Any]  # dotted keys; empty if there is no config.yaml
+    rows: list[dict[str, Any]]  # of metrics.jsonl; empty if nothing was trained
     evaluations: dict[str, Evaluation]
 
 
 def read_runs(paths: Sequence[Path], titles: Sequence[str] | None = None) -> list[RunRecord]:
-    """The records of the runs, titled by their folders' names, or by as much of the path as tells them apart.
+    """Read runs for a report.
 
-    Raises DataError for a folder that is none or holds no evaluation, ConfigError for a wrong number of titles.
+    Args:
+        paths: folders of the runs.
+        titles: names of the runs; by default the names of their folders, with as many parent folders as are needed to
+            make them unique.
+
+    Raises:
+        DataError: a folder does not exist or contains no evaluation.
+        ConfigError: the number of titles does not match the number of runs.
     """
     paths = [Path(path) for path in paths]
     if not paths:
-        raise DataError("no run is named; give at least one run's folder")
+        raise DataError("no runs; give the folder of at least one run")
     if titles is not None and len(titles) != len(paths):
-        raise ConfigError(f"{len(titles)} titles for {len(paths)} runs; give one for each")
+        raise ConfigError(f"{len(titles)} titles for {len(paths)} runs; give one title per run")
     return [_read_run(path, title) for path, title in zip(paths, titles or _titles(paths), strict=True)]
 
 
 def read_evaluation(folder: Path) -> RunRecord:
-    """One evaluation alone, as a run that has no other."""
+    """Read one evaluation as a run that has no other evaluations."""
     evaluation = Evaluation(folder, _read_scores(folder / "scores.json"))
     run = folder.absolute().parents[1]
     return RunRecord(run, run.name, config={}, rows=[], evaluations={folder.name: evaluation})
 
 
 def evaluation_home(path: Path) -> tuple[Path, str]:
-    """The folder whose evaluation/ belongs to a run, a checkpoint or an export, and what its names there begin with.
+    """Return where the evaluations of a run, a checkpoint or an export are stored.
 
-    Those of a checkpoint begin with its step and lie in its run's folder, for a checkpoint is deleted when it is old.
+    Evaluations of a checkpoint are stored in the folder of its run, because old checkpoints are deleted. Their names
+    start with the checkpoint's step.
+
+    Args:
+        path: a run, a checkpoint or an export.
+
+    Returns:
+        The folder that contains evaluation/, and the prefix of the names of its evaluations.
     """
     whole = path.resolve()
     for folder in (whole, whole.parent):
@@ -89,12 +103,16 @@ def evaluation_home(path: Path) -> tuple[Path, str]:
 
 
 def evaluation_names(runs: Sequence[RunRecord]) -> list[str]:
-    """Every data set that some run was scored on, in the order of first appearance."""
+    """Return all data sets on which a run was evaluated, in the order of first occurrence."""
     return list(dict.fromkeys(name for run in runs for name in run.evaluations))
 
 
 def config_differences(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
-    """The settings that differ between the runs: dotted key, and each run's value as text ("" where it has none)."""
+    """Return the settings that differ between the runs.
+
+    Returns:
+        The dotted key of each setting and its value in each run as text, "" for a run without it.
+    """
     with_config = [run for run in runs if run.config]
     keys = dict.fromkeys(key for run in with_config for key in run.config)
     texts = [(key, [_text(run.config[key]) if key in run.config else "" for run in runs]) for key in keys]
@@ -108,8 +126,8 @@ def _read_run(path: Path, title: str) -> RunRecord:
     home, prefix = evaluation_home(path)
     scores = sorted(home.glob(f"evaluation/{prefix}*/scores.json"))
     if not scores:
-        lacks = f"{home}/evaluation/{prefix}*/scores.json" if prefix else "evaluation/*/scores.json"
-        raise DataError(f"run {path} has no {lacks}; evaluate it first (medalign evaluate)")
+        missing = f"{home}/evaluation/{prefix}*/scores.json" if prefix else "evaluation/*/scores.json"
+        raise DataError(f"run {path} has no {missing}; evaluate it first (medalign evaluate)")
     metrics = home / "metrics.jsonl"
     return RunRecord(
         path=path,
@@ -128,7 +146,7 @@ def _read_scores(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise DataError(f"{path} is not JSON: {error}; evaluate the run again") from error
     if not isinstance(scores, dict):
-        raise DataError(f"{path} holds no scores; evaluate the run again")
+        raise DataError(f"{path} contains no scores; evaluate the run again")
     return scores
 
 
@@ -156,7 +174,7 @@ def _titles(paths: Sequence[Path]) -> list[str]:
         titles = ["/".join(parts[-depth:]) for parts in whole]
         if len(set(titles)) == len(titles):
             return titles
-    return [f"{path.name} ({number})" for number, path in enumerate(paths, start=1)]
+    return [f"{path.name} ({position})" for position, path in enumerate(paths, start=1)]
 
 
 def _text(value: Any) -> str:

@@ -112,7 +112,7 @@ def test_tensors_are_welcome():
 @pytest.mark.parametrize(
     ("attention", "boxes", "message"),
     [
-        (np.ones(9), [(0, 0, 9, 9)], "grid of 4 x 4"),
+        (np.ones(9), [(0, 0, 9, 9)], "grid is 4 x 4"),
         (np.full(16, np.nan), [(0, 0, 9, 9)], "finite"),
         (-np.ones(16), [(0, 0, 9, 9)], "negative"),
     ],

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from medalign.evaluation.report.pictures import BOX_COLOR, SMALLEST, draw_boxes, overlay
+from medalign.evaluation.report.pictures import BOX_COLOR, MIN_SIDE, draw_boxes, overlay
 from medalign.geometry import PatchGrid
 
 GRID = PatchGrid(4, 4)
@@ -67,13 +67,13 @@ def test_attention_on_padding_does_not_dim_the_picture():
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "I;16", "1"])
 def test_small_images_of_any_mode_are_enlarged(mode):
     picture = overlay(Image.new(mode, (64, 48)), torch.ones(16), GRID)
-    assert picture.mode == "RGB" and picture.size == (SMALLEST, SMALLEST * 48 // 64)
+    assert picture.mode == "RGB" and picture.size == (MIN_SIDE, MIN_SIDE * 48 // 64)
     assert draw_boxes(Image.new(mode, (64, 48))).size == picture.size
 
 
 def test_boxes_are_outlined_in_place():
     picture = np.asarray(draw_boxes(gray(100, 50), [(10, 5, 60, 45)]))
-    scale = SMALLEST / 100
+    scale = MIN_SIDE / 100
     green = (picture == BOX_COLOR).all(axis=-1)
     rows, columns = np.nonzero(green)
     assert (columns.min(), columns.max()) == (pytest.approx(10 * scale, abs=2), pytest.approx(60 * scale, abs=2))

@@ -77,7 +77,7 @@ def test_the_page_is_whole_and_loads_nothing(runs, tmp_path):
     assert not re.search(r"url\((?!#)", text)
     ids = re.findall(r' id="([^"]*)"', text)
     assert len(ids) == len(set(ids))
-    assert "without looking" in text and "area" in text
+    assert "without the image" in text and "area" in text
     assert "Attention of the question&rsquo;s tokens" in text and "question looks" not in text
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["report.html", "report.json"]
 
@@ -100,7 +100,7 @@ def test_missing_shards_are_told_and_leave_the_rest(runs, tmp_path):
     write_report(runs, tmp_path / "report.html")
     text = (tmp_path / "report.html").read_text()
     page = Page(text)
-    assert "could not be read again" in text and str(tmp_path / "shards" / "val") in text
+    assert "could not be read from the shards" in text and str(tmp_path / "shards" / "val") in text
     assert not page.counts.get("img") and page.counts["svg"] == 5 and page.counts["article"] == 8
 
 
@@ -193,9 +193,9 @@ def test_answers_that_were_cut_or_are_empty_are_told(runs, tmp_path):
     page = (tmp_path / "report.html").read_text()
     Page(page)
     share = f"{len(rows)} of {len(rows)} answers"
-    for told in (f"full: {share} were cut at 4 tokens (--max-new-tokens)", f"full: {share} are empty"):
+    for told in (f"full: {share} were cut off at 4 tokens (--max-new-tokens)", f"full: {share} are empty"):
         assert told in format_table(runs).splitlines() and told in page
-    assert page.count("(empty answer)") == page.count('<span class="mark">cut</span>') == 3
+    assert page.count("(empty answer)") == page.count('<span class="mark">cut off</span>') == 3
     data = json.loads((tmp_path / "report.json").read_text())
     assert data["tables"][0]["rows"][1]["answers_cut"] == len(rows)
 
@@ -239,7 +239,7 @@ def test_bad_folders_are_named(runs, tmp_path):
         write_report([tmp_path / "nowhere"], tmp_path / "report.html")
     with pytest.raises(DataError, match="medalign evaluate"):
         write_report([tmp_path / "shards"], tmp_path / "report.html")
-    with pytest.raises(DataError, match="no run"):
+    with pytest.raises(DataError, match="no runs"):
         format_table([])
     with pytest.raises(ConfigError, match="1 titles for 2 runs"):
         format_table(runs, titles=["one"])

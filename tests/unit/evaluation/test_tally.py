@@ -47,8 +47,8 @@ def test_warnings_name_the_options(tally, caplog, monkeypatch):
         assert caplog.messages == []
         tally.warn(64, 8)
     assert caplog.messages == [
-        "2 questions were cut to 64 tokens; --max-length raises the limit",
-        "2 of 5 answers were cut at 8 tokens; --max-new-tokens raises the limit",
+        "2 questions were truncated to 64 tokens; --max-length raises the limit",
+        "2 of 5 answers were cut off at 8 tokens; --max-new-tokens raises the limit",
         "2 of 5 answers are empty",
     ]
 
@@ -58,7 +58,7 @@ def test_remarks_tell_every_count_that_is_not_zero(tally):
     lines = remarks(tally.counts() | facts)
     assert [line.split()[0] for line in lines[:-1]] == ["1", "2", "2", "2", "1", "1", "1"]
     assert "1 of 6 samples could not be read" in lines[0] and "--max-new-tokens" in lines[2]
-    assert lines[-1] == "only the first 6 of 9 samples were asked (--limit)"
+    assert lines[-1] == "only the first 6 of 9 samples were evaluated (--limit)"
     assert remarks({"n": 5, "answers_cut": 0, "limit": 9, "samples": 9}) == []
 
 
