@@ -95,8 +95,8 @@ def evaluation_home(path: Path) -> tuple[Path, str]:
     Returns:
         The folder that contains evaluation/, and the prefix of the names of its evaluations.
     """
-    whole = path.resolve()
-    for folder in (whole, whole.parent):
+    resolved = path.resolve()
+    for folder in (resolved, resolved.parent):
         if folder.parent.name == "checkpoints" and folder.name.startswith("step-"):
             return folder.parents[1], f"{folder.name}-"
     return path, ""
@@ -169,9 +169,9 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def _titles(paths: Sequence[Path]) -> list[str]:
-    whole = [path.resolve().parts for path in paths]
-    for depth in range(1, max(map(len, whole)) + 1):
-        titles = ["/".join(parts[-depth:]) for parts in whole]
+    paths_parts = [path.resolve().parts for path in paths]
+    for depth in range(1, max(map(len, paths_parts)) + 1):
+        titles = ["/".join(parts[-depth:]) for parts in paths_parts]
         if len(set(titles)) == len(titles):
             return titles
     return [f"{path.name} ({position})" for position, path in enumerate(paths, start=1)]

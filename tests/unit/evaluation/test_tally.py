@@ -1,4 +1,4 @@
-"""What an evaluation counts beside its scores."""
+"""Counts of an evaluation besides its scores."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_warnings_name_the_options(tally, caplog, monkeypatch):
     ]
 
 
-def test_remarks_tell_every_count_that_is_not_zero(tally):
+def test_remarks_contain_every_count_that_is_not_zero(tally):
     facts = {"n": 5, "max_length": 64, "max_new_tokens": 8, "limit": 6, "samples": 9, "ungrounded": 1}
     lines = remarks(tally.counts() | facts)
     assert [line.split()[0] for line in lines[:-1]] == ["1", "2", "2", "2", "1", "1", "1"]
@@ -62,6 +62,6 @@ def test_remarks_tell_every_count_that_is_not_zero(tally):
     assert remarks({"n": 5, "answers_cut": 0, "limit": 9, "samples": 9}) == []
 
 
-def test_too_many_unreadable_samples_end_it():
+def test_too_many_unreadable_samples_end_the_evaluation():
     with pytest.raises(DataError, match="--max-skip-fraction"):
         Tally(0.0).add(PredictionBatch([row("a")], ("shard/b: broken",), 0))

@@ -1,4 +1,4 @@
-"""A student that cannot be trained is refused before a weight is read, with the reason and the remedy."""
+"""A student that cannot be trained is rejected before its weights are read, with the reason and the remedy."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def config(folder: Path, **changes: Any) -> StudentConfig:
 
 
 def edited(name: str, **changes: Any) -> Edit:
-    """Changes values of a JSON file; `vision__patch_size` is that of the section vision_config, None removes."""
+    """Change values of a JSON file. `vision__patch_size` is a key in vision_config; None removes a key."""
 
     def edit(folder: Path) -> None:
         values = json.loads((folder / name).read_text())
@@ -140,7 +140,7 @@ def test_an_unusable_student_is_rejected(name: str, student: Path) -> None:
 
 
 @pytest.mark.parametrize("layer", [0, 3, 20])
-def test_a_layer_that_is_not_there(student_folder: Path, layer: int) -> None:
+def test_a_layer_that_does_not_exist(student_folder: Path, layer: int) -> None:
     with pytest.raises(ConfigError, match=rf"student.layer is {layer}, but it must be between 1 and 2"):
         check_student(config(student_folder, layer=layer))
 
@@ -152,7 +152,7 @@ def test_a_query_mixture_needs_a_query_projection(tmp_path: Path) -> None:
         check_student(config(folder, query_mixture=True))
 
 
-def test_a_language_model_of_other_blocks(tmp_path: Path) -> None:
+def test_a_language_model_with_other_blocks(tmp_path: Path) -> None:
     folder = tiny.save_student(tmp_path / "jamba", kind=JambaConfig)
     with pytest.raises(ConfigError, match=r"language model \(jamba\) is not a stack of blocks"):
         check_student(config(folder))
@@ -200,7 +200,7 @@ def test_tied_weights_are_not_missing(tmp_path: Path) -> None:
     assert isinstance(processor.image_processor, CLIPImageProcessor)
 
 
-def test_a_processor_without_the_pixels_mean(student: Path) -> None:
+def test_a_processor_without_a_complete_mean(student: Path) -> None:
     edited(
         "processor_config.json", image_processor={"image_processor_type": "CLIPImageProcessor", "image_mean": [0.5]}
     )(student)

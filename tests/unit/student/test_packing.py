@@ -1,4 +1,4 @@
-"""A packed batch is to the student what its samples are in a padded one: outputs, losses and gradients."""
+"""Packed and padded batches give the same outputs, losses and gradients."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TERMS = ("language", "similarity", "attention")
 
 
 def load(folder, **settings) -> Student:
-    """Adapters, W and mixture are zero at the start; here they do something."""
+    """Load a student whose adapters, W and mixture change the output."""
     defaults = {"path": str(folder), "layer": 2, "lora": LoraConfig(rank=4, alpha=8), "attention": "sdpa"}
     student = load_student(StudentConfig(**(defaults | settings)), torch.float32)
     torch.manual_seed(1)
@@ -41,7 +41,7 @@ def supervised_logits(output: StudentOutput, batch: Batch) -> torch.Tensor:
 
 
 def step(student: Student, batch: Batch, teacher_folder) -> tuple[StudentOutput, dict[str, float], dict]:
-    """The student's output, the losses' sums and the gradients of their mean over the batch."""
+    """Return the output, the sums of the losses and the gradients of their mean over the batch."""
     objective = Objective(1.0, 0.5)
     pixels = torch.nn.functional.interpolate(batch.teacher_pixels, size=48)
     targets = teacher_targets(load_teacher(teacher_folder), pixels, PatchGrid(4, 4))
@@ -69,7 +69,7 @@ def step(student: Student, batch: Batch, teacher_folder) -> tuple[StudentOutput,
     ],
 )
 def test_packed_equals_padded(tmp_path, teacher_folder, kind, language, settings):
-    """float32; other shapes make other orders of sums, which move a gradient by 1e-6 of its largest element.
+    """float32: other shapes change the order of sums, which changes a gradient by 1e-6 of its largest element.
 
     Text lengths differ, and with them the rotary positions.
     """
@@ -90,8 +90,8 @@ def test_packed_equals_padded(tmp_path, teacher_folder, kind, language, settings
         torch.testing.assert_close(packed_gradients[name], gradient, rtol=0, atol=5e-6 * scale + 1e-9, msg=name)
 
 
-def test_text_beside_images(student_folder, teacher_folder):
-    """The second of three samples has no image: no image is counted for it, and its neighbors keep theirs."""
+def test_text_next_to_images(student_folder, teacher_folder):
+    """The second of three samples has no image: no image is counted for it, and the other samples keep theirs."""
     student = load(student_folder).train()
     one, two = tiny.batch(texts=((5, 4),), seed=1), tiny.batch(texts=((3, 6),), seed=2)
     text = tiny.packed(tiny.batch(texts=((7, 3),), images=False, seed=3))
@@ -116,12 +116,12 @@ def test_text_beside_images(student_folder, teacher_folder):
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "eager"])
-def test_no_sample_sees_another(student_folder, backend):
+def test_no_sample_attends_to_another(student_folder, backend):
     check_causality(load(student_folder, attention=backend), tiny.packed(tiny.batch(texts=TEXTS)))
 
 
 def test_a_backend_that_ignores_the_boundaries_is_detected(student_folder, monkeypatch):
-    """The start-up check must fail where the samples of a row are one sequence to the model."""
+    """The check at the start must fail if the model treats the samples of a row as one sequence."""
     batch = tiny.packed(tiny.batch(texts=TEXTS))
     running = {"position_ids": torch.arange(batch.input_ids.shape[1])[None], "sample_lengths": ()}
     monkeypatch.setattr(model, "forward_arguments", lambda batch: packing.forward_arguments(batch) | running)
@@ -130,8 +130,8 @@ def test_a_backend_that_ignores_the_boundaries_is_detected(student_folder, monke
             check_causality(load(student_folder, attention=backend), batch)
 
 
-def test_sdpa_makes_no_mask_of_the_whole_row(student_folder, monkeypatch):
-    """Each sample is attended by itself: the widest product is that of the longest sample."""
+def test_sdpa_builds_no_mask_for_the_packed_row(student_folder, monkeypatch):
+    """Each sample is processed separately: the largest product is that of the longest sample."""
     seen = []
     real = torch.nn.functional.scaled_dot_product_attention
 
@@ -148,7 +148,7 @@ def test_sdpa_makes_no_mask_of_the_whole_row(student_folder, monkeypatch):
 
 
 def test_flash_attention_gets_the_boundaries(student_folder):
-    """It takes no mask: in its variable-length form, the places where samples begin and the longest of them."""
+    """Instead of a mask, it takes the boundaries of the samples and the length of the longest one."""
     arguments = packing.forward_arguments(tiny.packed(tiny.batch(texts=TEXTS)))
     assert arguments["attention_mask"] is None
     assert arguments["cu_seq_lens_q"].dtype == torch.int32
