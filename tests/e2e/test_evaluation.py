@@ -167,7 +167,7 @@ def test_a_folder_named_twice_is_refused_before_the_student_is_loaded(run, shard
 )
 def test_generate_says_what_the_text_does_not(run, shards, tmp_path, text, ended, told, monkeypatch, capsys):
     ShardIndex.open(shards / "val").read(0).images[0].save(tmp_path / "film.png")
-    monkeypatch.setattr("medalign.inference.answer", lambda *_: [generation.Answer(text, None, ended)])
+    monkeypatch.setattr("medalign.inference.generate_answers", lambda *_: [generation.Answer(text, None, ended)])
     assert main(["generate", str(run), "--image", str(tmp_path / "film.png"), "--question", "Is there?", *QUICK]) == 0
     said = capsys.readouterr()
     assert said.out == text + "\n" and said.err.splitlines() == told
