@@ -1,4 +1,4 @@
-"""A trained student put to use: one question, or a whole data set. Composes rooms, like `run`."""
+"""Uses a trained student to answer one question or to evaluate data sets."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from medalign.data.samples.decode import decode_image, has_several_frames
 from medalign.data.shards.index import ShardIndex
 from medalign.data.storage.byte_ranges import is_remote
 from medalign.errors import ConfigError, DataError
-from medalign.evaluation.generation import Answer, Predicted, answer, predict
+from medalign.evaluation.generation import Answer, PredictionBatch, generate_answers, predict
 from medalign.evaluation.metrics import Prediction, score, unfinished, write_predictions
 from medalign.evaluation.metrics.predictions import LENGTH
 from medalign.evaluation.report.pictures import overlay
@@ -44,9 +44,23 @@ def generate(
     max_length: int | None = None,
     base: str | None = None,
 ) -> Answer:
-    """The answer to one question; draws its attention to the first image into `picture` if that is named.
+    """Answer one question about images. A warning is logged if the question or the answer is cut off, or empty.
 
-    What cannot be seen in the text (it is empty, or was cut) is told in the log.
+    Args:
+        run: a run, a checkpoint or an export.
+        images: image files.
+        question: the question.
+        picture: file for the attention to the first image as an overlay, or None.
+        max_new_tokens: limit of the answer, in tokens.
+        max_length: limit of the question and one image, in tokens; by default that of the training.
+        base: folder of the base model, if it has moved since the training.
+
+    Returns:
+        The answer.
+
+    Raises:
+        ConfigError: an argument is not valid, or the student cannot be used.
+        DataError: an image cannot be read.
     """
     if not question.strip():
         raise ConfigError("--question is empty")
@@ -61,20 +75,21 @@ def generate(
             data = image.read_bytes()
             pictures.append(decode_image(data))
             if has_several_frames(data):
-                log.warning("--image %s has several frames; the first is shown", image)
+                log.warning("--image %s has several frames; only the first is used", image)
     sample = Sample(images[0].stem, "none", "vqa", question, "?", "open", tuple(pictures))
     student, tokenizer, collator = open_student(run, base, len(pictures), max_length)
     batch = collator([sample]).to(distributed.device())
     if batch.truncated:
-        log.warning("the question is cut to %d tokens; --max-length raises the limit", collator.encoder.max_length)
-    given = answer(student, tokenizer, batch, max_new_tokens)[0]
+        limit = collator.encoder.max_length
+        log.warning("the question is truncated to %d tokens; --max-length raises the limit", limit)
+    given = generate_answers(student, tokenizer, batch, max_new_tokens)[0]
     if picture is not None and given.attention is not None:
-        overlay(pictures[0], given.attention, student.anatomy.grid).save(picture)
+        overlay(pictures[0], given.attention, student.spec.grid).save(picture)
         log.info("overlay: %s", picture)
     if not given.text:
         log.warning("(empty answer)")
     if given.finish_reason == LENGTH:
-        log.warning("the answer is cut at %d tokens; --max-new-tokens raises the limit", max_new_tokens)
+        log.warning("the answer is cut off at %d tokens; --max-new-tokens raises the limit", max_new_tokens)
     return given
 
 
@@ -90,10 +105,25 @@ def evaluate(
     max_skip_fraction: float = 0.01,
     base: str | None = None,
 ) -> Path:
-    """Score a run on shards. Returns the folder with predictions.jsonl and scores.json.
+    """Evaluate a run on shards. If it ends early, the predictions so far remain in a hidden file that the log names.
 
-    Raises DataError when more than `max_skip_fraction` of the samples cannot be read. Whatever ends it early, the
-    predictions so far stay in the folder, in a hidden file that the log names.
+    Args:
+        run: a run, a checkpoint or an export.
+        data: shard folders.
+        name: name of the evaluation; by default that of the first shard folder.
+        batch_size: questions per batch.
+        limit: evaluate only the first samples.
+        max_new_tokens: limit of an answer, in tokens.
+        max_length: limit of a question and one image, in tokens; by default that of the training.
+        max_skip_fraction: fraction of the samples that may be unreadable.
+        base: folder of the base model, if it has moved since the training.
+
+    Returns:
+        The folder that contains predictions.jsonl and scores.json.
+
+    Raises:
+        ConfigError: an argument is not valid, or the student cannot be used.
+        DataError: more than `max_skip_fraction` of the samples cannot be read.
     """
     folder = _evaluation_folder(run, data, name)
     indexes = _open(data)
@@ -126,13 +156,16 @@ def evaluate(
 
 
 def _open(data: Sequence[str]) -> list[ShardIndex]:
-    """The index of each folder. Raises ConfigError where two hold the same samples, which would count twice."""
+    """Open the index of each folder. Raises ConfigError if two folders contain the same samples."""
     indexes = [ShardIndex.open(place) for place in data]
     places: dict[tuple[str, ...], str] = {}
     for place, index in zip(data, indexes, strict=True):
         content = index.fingerprint()
         if content in places:
-            raise ConfigError(f"--data {places[content]} and {place} hold the same samples; name one of them")
+            raise ConfigError(
+                f"--data {places[content]} and {place} contain the same samples, which would count twice; give only "
+                "one of them"
+            )
         places[content] = place
     return indexes
 
@@ -142,7 +175,7 @@ def _evaluation_folder(run: Path, data: Sequence[str], name: str | None) -> Path
     home, prefix = find_run(run)
     said = f"--name {name!r}"
     if name is None:
-        name, said = _name_of(data[0]), f"--data {data[0]} names no evaluation: --name"
+        name, setting = _name_of(data[0]), f"no name can be derived from --data {data[0]}: --name"
     if name in ("", ".", "..") or Path(name).name != name:
         raise ConfigError(f"{said} must be the plain name of a folder in {home.evaluation_root}")
     return home.evaluation(prefix + name).path
@@ -156,17 +189,17 @@ def _name_of(place: str) -> str:
 
 
 def _rows(
-    ask: Callable[..., Iterator[Predicted]], indexes: Sequence[ShardIndex], limit: int | None, tally: Tally
+    ask: Callable[..., Iterator[PredictionBatch]], indexes: Sequence[ShardIndex], limit: int | None, tally: Tally
 ) -> Iterator[Prediction]:
-    """The predictions for all samples, or for the first `limit`, folder by folder; `tally` counts along."""
+    """Yield the predictions for all samples, or for the first `limit`, folder by folder, and add them to `tally`."""
     left = sum(map(len, indexes)) if limit is None else min(limit, sum(map(len, indexes)))
-    with TrainState("evaluate", left, "samples") as progress:
-        for number, index in enumerate(indexes):
-            numbers = range(min(left, len(index)))
-            left -= len(numbers)
-            for predicted in ask(index=index, numbers=numbers):
+    with ProgressReporter("evaluate", left, "samples") as progress:
+        for folder, index in enumerate(indexes):
+            indices = range(min(left, len(index)))
+            left -= len(indices)
+            for predicted in ask(index=index, indices=indices):
                 for row in predicted.rows:
-                    row.folder = number
+                    row.folder = folder
                     yield row
                 tally.add(predicted)
                 progress.add(len(predicted.rows) + len(predicted.unreadable))
@@ -177,27 +210,34 @@ def _write_predictions(path: Path, rows: Iterator[Prediction]) -> None:
         write_predictions(path, rows)
     finally:
         if unfinished(path).is_file():
-            log.error("the evaluation ended early; its predictions so far are in %s", unfinished(path))
+            log.error("the evaluation ended early; the predictions so far are in %s", unfinished(path))
 
 
 def open_student(
     run: Path, base: str | None = None, max_images: int = 1, max_length: int | None = None
 ) -> tuple[Student, Any, Collator]:
-    """The trained student of a run in the run's precision, its tokenizer, and a collator for questions.
+    """Load the trained student of a run.
 
-    A question and one image have `max_length` tokens, by default those of the training, and each of `max_images`
-    after that its own.
+    Args:
+        run: a run, a checkpoint or an export.
+        base: folder of the base model, if it has moved since the training.
+        max_images: maximum number of images per question.
+        max_length: limit of a question and one image, in tokens; by default that of the training. Each further image
+            adds its tokens to the limit.
+
+    Returns:
+        The student in the precision of the run, its tokenizer, and a collator for questions.
     """
-    source = export.find(run)
-    student = export.read(source, export.precision(source), distributed.device(), base)
+    source = export.find_export(run)
+    student = export.load_export(source, export.precision(source), distributed.device(), base)
     config = export.settings(source)
     processor = loading.load_processor(config if base is None else type(config)(**{**vars(config), "path": base}))
     anatomy = student.anatomy
     encoder = PromptEncoder(
         processor,
-        image_token_id=anatomy.image_token_id,
-        tokens_per_image=anatomy.grid.size,
-        max_length=(max_length or export.max_length(source)) + (max_images - 1) * anatomy.grid.size,
+        image_token_id=spec.image_token_id,
+        tokens_per_image=spec.grid.size,
+        max_length=(max_length or export.max_length(source)) + (max_images - 1) * spec.grid.size,
         max_images=max_images,
         setting="--max-length",
     )
@@ -208,8 +248,8 @@ def open_student(
 
 
 def _require_picture(path: Path) -> None:
-    """Raise ConfigError where no picture can be written, before a model is loaded for it."""
+    """Raise ConfigError if the overlay cannot be written, before a model is loaded."""
     if path.suffix.lower() not in (".png", ".jpg", ".jpeg"):
-        raise ConfigError(f"--overlay {path}: name a .png or .jpg file")
+        raise ConfigError(f"--overlay {path}: the suffix must be .png or .jpg")
     if not path.absolute().parent.is_dir():
         raise ConfigError(f"--overlay {path}: the folder {path.absolute().parent} does not exist")

@@ -116,7 +116,7 @@ def _saver(config: Config, root: Path, engine: Engine, student: Student) -> Call
     def write_export(target: Path) -> None:
         whole = engine.gather_parameters([pair for group in student.trainable().values() for pair in group])
         if distributed.is_main():
-            export.write(student, whole, config.student, config.data.max_length, target)
+            export.write_export(student, whole, config.student, config.data.max_length, target)
 
     return lambda now: state.save(engine, root, now, config.checkpoint.save_total_limit, write_export)
 
@@ -128,7 +128,7 @@ def _build(
     teacher = build_teacher(config)
     with deepspeed_engine.sharded_loading(ds_settings):
         student = loading.load_student(config.student, precision(config), config.run.seed)
-    student.tap.impl = config.losses.impl
+    student.attention_capture.impl = config.losses.impl
     student.train()
     engine = Engine(student, parameter_groups(student, config), ds_settings)
     if teacher is not None:

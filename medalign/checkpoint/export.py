@@ -1,9 +1,9 @@
-"""The trained student as files that stand alone beside the base model, safetensors and JSON.
+"""Exports of a trained student: safetensors and JSON files that need only the base model.
 
-adapter_model.safetensors, adapter_config.json   LoRA, as peft reads it
-medalign.safetensors                             W, the query mixture, the projector where it was trained
-medalign.json                                    the student's settings: base model, layer, epsilon, longest sample,
-                                                 and the precision of the run
+adapter_model.safetensors, adapter_config.json   LoRA, in peft's format
+medalign.safetensors                             W, the query mixture, and the projector if it was trained
+medalign.json                                    the student's settings (base model, layer, epsilon), the maximum
+                                                 length of a sample, and the precision of the run
 """
 
 from __future__ import annotations
@@ -29,17 +29,22 @@ from medalign.student.model import Student
 _FORMAT = 1
 
 
-def write(
-    student: Student, whole: Mapping[str, torch.Tensor], config: StudentConfig, max_length: int, folder: Path
+def write_export(
+    student: Student, parameters: Mapping[str, torch.Tensor], config: StudentConfig, max_length: int, folder: Path
 ) -> None:
-    """Write an export. `whole` holds everything that learns, gathered, by its name in the student.
+    """Write an export. Only rank 0 calls it.
 
-    `max_length` is the longest sample that it was trained on, in tokens.
+    Args:
+        student: the trained student.
+        parameters: all trainable parameters, gathered, by their name in the student.
+        config: the student's settings.
+        max_length: `data.max_length` of the training, in tokens.
+        folder: where to write; it is created if necessary.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    adapters = loading.adapter_state(student, whole)
+    adapters = loading.adapter_state(student, parameters)
     groups = {name: group for group, named in student.trainable().items() for name, _ in named}
-    others = {name: value.contiguous() for name, value in whole.items() if groups[name] != "adapters"}
+    others = {name: value.contiguous() for name, value in parameters.items() if groups[name] != "adapters"}
     save_file({name: value.contiguous() for name, value in adapters.items()}, folder / "adapter_model.safetensors")
     save_file(others, folder / "medalign.safetensors")
     loading.save_adapter_config(student, folder)
@@ -60,7 +65,11 @@ def find(run: Path) -> Path:
 
 
 def settings(folder: Path) -> StudentConfig:
-    """The student's settings as they were trained. Raises CheckpointError if their file is damaged or newer."""
+    """Read the settings that the student was trained with.
+
+    Raises:
+        CheckpointError: their file is damaged or was written by a newer version.
+    """
     try:
         student = _values(folder)["student"]
         return StudentConfig(**{**student, "lora": LoraConfig(**student["lora"])})
@@ -69,12 +78,12 @@ def settings(folder: Path) -> StudentConfig:
 
 
 def max_length(folder: Path) -> int:
-    """The longest sample that the student was trained on, in tokens; the default where the export does not say."""
+    """Return `data.max_length` of the training, in tokens, or its default if the export does not contain it."""
     return int(_values(folder).get("max_length", DataConfig().max_length))
 
 
 def precision(folder: Path) -> torch.dtype:
-    """The precision of the run; where the export does not say, bf16 on a GPU and fp32 on a CPU."""
+    """Return the precision of the run. If the export does not contain it, this is bf16 on a GPU and fp32 on a CPU."""
     known = {"bfloat16": torch.bfloat16, "float32": torch.float32}
     try:
         return known[_values(folder).get("dtype", "bfloat16" if torch.cuda.is_available() else "float32")]
@@ -82,8 +91,19 @@ def precision(folder: Path) -> torch.dtype:
         raise _unreadable(folder, error) from error
 
 
-def read(folder: Path, dtype: torch.dtype, device: torch.device, base: str | None = None) -> Student:
-    """The trained student, ready to answer. `base` replaces the base model's folder where it has moved."""
+def load_export(folder: Path, dtype: torch.dtype, device: torch.device, base: str | None = None) -> Student:
+    """Load the trained student in evaluation mode.
+
+    Args:
+        folder: the export.
+        dtype: data type of the weights.
+        device: where the student runs.
+        base: folder of the base model, if it has moved since the training.
+
+    Raises:
+        CheckpointError: the export is damaged or does not fit the base model.
+        ConfigError: the base model cannot be used.
+    """
     config = settings(folder)
     if base is not None:
         config.path = base
@@ -91,38 +111,51 @@ def read(folder: Path, dtype: torch.dtype, device: torch.device, base: str | Non
     student = loading.load_student(config, dtype)
     loading.set_adapter_state(student, _safetensors(folder / "adapter_model.safetensors"))
     others = _safetensors(folder / "medalign.safetensors")
-    wanted = {name for group, named in student.trainable().items() if group != "adapters" for name, _ in named}
-    if wanted != set(others):
-        odd = sorted(wanted ^ set(others))[0]
+    expected = {name for group, named in student.trainable().items() if group != "adapters" for name, _ in named}
+    if expected != set(others):
+        name = sorted(expected ^ set(others))[0]
+        problem = "is missing" if name in expected else "is not expected"
         raise CheckpointError(
-            f"{folder / 'medalign.safetensors'} does not fit its settings: {odd!r} is missing or unknown"
+            f"{folder / 'medalign.safetensors'} does not fit the settings in medalign.json: {name!r} {problem}; "
+            "export the run again"
         )
     student.load_state_dict(others, strict=False)
     return student.to(device).eval()
 
 
 def copy(source: Path, output: Path) -> None:
-    """An export as a folder of its own."""
+    """Copy an export to a new folder.
+
+    Raises:
+        CheckpointError: `output` exists and is not an empty folder.
+    """
     _require_new(output)
     shutil.copytree(source, output, dirs_exist_ok=True)
 
 
 def merge(source: Path, output: Path, base: str | None = None) -> None:
-    """The student as an ordinary HF folder: adapters folded into the weights, processor beside them.
+    """Write the student as an ordinary Hugging Face model folder, with the adapters merged into its weights.
 
-    Raises ConfigError if W or the mixture is on: they act on some tokens alone, so no plain weight can hold them.
+    Args:
+        source: the export.
+        output: the new folder.
+        base: folder of the base model, if it has moved since the training.
+
+    Raises:
+        ConfigError: W or the query mixture is enabled. They act only on some tokens, so they cannot be merged.
+        CheckpointError: `output` exists and is not an empty folder.
     """
     config = settings(source)
     if config.steering or config.query_mixture:
         part = "student.steering (W)" if config.steering else "student.query_mixture"
         raise ConfigError(
-            f"{part} is on in {source}, and it cannot be folded into plain weights; export without --merge"
+            f"{part} is enabled in {source} and cannot be merged into the model's weights; export without --merge"
         )
     _require_new(output)
-    student = read(source, torch.float32, torch.device("cpu"), base)
+    student = load_export(source, torch.float32, torch.device("cpu"), base)
     config.path = base or config.path
     processor = loading.load_processor(config)
-    loading.merged(student).save_pretrained(output)
+    loading.merge_adapters(student).save_pretrained(output)
     processor.save_pretrained(output)
 
 
@@ -135,21 +168,22 @@ def _values(folder: Path) -> dict[str, Any]:
         raise _unreadable(folder, error) from error
     if found != _FORMAT:
         raise CheckpointError(
-            f"{path} has format {found}, this version of medalign reads {_FORMAT}; use the version that wrote it"
+            f"{path} has format {found}, but this version of medalign reads format {_FORMAT}; use the version that "
+            "wrote it"
         )
     return values
 
 
 def _unreadable(folder: Path, error: Exception) -> CheckpointError:
     return CheckpointError(
-        f"{folder / 'medalign.json'} cannot be read ({error}): it is damaged, or of a newer version; "
+        f"{folder / 'medalign.json'} cannot be read ({error}): it is damaged or was written by a newer version; "
         "export the run again"
     )
 
 
 def _require_new(output: Path) -> None:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise CheckpointError(f"{output} is there already and no empty folder; name a new one")
+        raise CheckpointError(f"{output} already exists and is not an empty folder; choose a new folder")
 
 
 def _safetensors(path: Path) -> dict[str, torch.Tensor]:

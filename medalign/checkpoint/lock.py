@@ -1,4 +1,4 @@
-"""A run's folder belongs to one training at a time."""
+"""A lock that lets only one training use a run's folder at a time."""
 
 from __future__ import annotations
 
@@ -18,39 +18,41 @@ log = logging.getLogger("medalign")
 
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Inside, rank 0 holds the lock of the run's folder, which is made if need be. Every rank must enter.
+    """Hold the lock of the run's folder on rank 0 inside the context. Every rank must enter it.
 
-    The lock ends with the process, however that ends. Raises ConfigError if another training holds it, or the folder
-    cannot be used.
+    The folder is created if necessary. The operating system releases the lock when the process ends for any reason.
+
+    Raises:
+        ConfigError: another training holds the lock, or the folder cannot be used.
     """
     with ExitStack() as stack:
         with distributed.raise_on_all_ranks():
             if distributed.is_main():
-                _take(folder, stack)
+                _acquire(folder, stack)
         yield
 
 
-def _take(folder: Path, stack: ExitStack) -> None:
+def _acquire(folder: Path, stack: ExitStack) -> None:
     if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"run.dir {folder} is a file; name a folder with --run.dir")
+        raise ConfigError(f"run.dir {folder} is a file; choose a folder with --run.dir")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = stack.enter_context(RunFolder(folder).lock.open("w"))
     except OSError as error:
         raise ConfigError(
-            f"run.dir {folder} cannot be written ({error.strerror or error}); name another folder with --run.dir"
+            f"run.dir {folder} cannot be written ({error.strerror or error}); choose another folder with --run.dir"
         ) from error
     try:
-        # lockf, not flock: forked children, which the loader's workers are, would hold on to the latter for a while
-        # after a kill.
+        # lockf instead of flock: forked children, such as the workers of the loader, would keep a flock for a while
+        # after the process is killed.
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EAGAIN, errno.EACCES):
             raise ConfigError(
-                f"another training is under way in {folder}; wait for its end, or name another folder with --run.dir"
+                f"another training is running in {folder}; wait until it ends, or choose another folder with --run.dir"
             ) from error
         log.warning(
-            "%s cannot be locked (%s): see to it yourself that no second training starts in it",
+            "%s cannot be locked (%s): make sure that no second training starts in it",
             folder,
             error.strerror or error,
         )

@@ -1,8 +1,8 @@
 """Checkpoints that are either whole or absent; `medalign.run_folder` shows their files.
 
-A checkpoint is written under a name that nobody reads (`.partial-...`), flushed to disk, renamed, and only then
-named by `latest`. Whatever kills the run, `latest` names a whole one. DeepSpeed's shards are its own pickle
-format: they are read from the run's own folder alone, never from anywhere else.
+A checkpoint is written under a temporary name (`.partial-...`), flushed to disk and renamed. Only then does `latest`
+name it. Therefore `latest` names a complete checkpoint even if the run is killed. DeepSpeed's shards are pickle files,
+so they are read only from the run's own folder.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from medalign.run_folder import CheckpointFolder, CheckpointsFolder
 
 log = logging.getLogger("medalign")
 _PARTIAL = ".partial-"
-_SLACK = 1 << 20  # bytes: indices, JSON, file system blocks
+_MARGIN = 1 << 20  # bytes, for indices, JSON and file system blocks
 
 
 @dataclass(frozen=True)
 class TrainState:
-    """Where a run stands. The next step to run is number `step`."""
+    """Progress of a run. `step` is the number of completed steps and the index of the next one."""
 
     step: int
     samples: int
@@ -45,19 +45,26 @@ class TrainState:
 
 
 def bytes_needed(engine: Engine) -> int:
-    """Disk space of one checkpoint: fp32 weight and two moments, the working copy, and the export."""
-    learning = sum(getattr(p, "ds_numel", p.numel()) for p in engine.student.parameters() if p.requires_grad)
-    return learning * (3 * 4 + 4 + 4) + _SLACK
+    """Estimate the size of one checkpoint: fp32 weights and two moments, the working copy, and the export."""
+    trainable = sum(getattr(p, "ds_numel", p.numel()) for p in engine.student.parameters() if p.requires_grad)
+    return trainable * (3 * 4 + 4 + 4) + _MARGIN
 
 
-def save(engine: Engine, root: Path, progress: TrainState, keep: int, export: Callable[[Path], None]) -> Path:
-    """Write the checkpoint of `progress.step` and make it the latest. Every rank must call it.
+def save(engine: Engine, root: Path, state: TrainState, keep: int, export: Callable[[Path], None]) -> Path:
+    """Write the checkpoint of `state.step` and make it the latest. Every rank must call it.
 
     Args:
+        engine: holds the student and the optimizer.
+        root: folder of all checkpoints of the run.
+        state: progress of the run.
+        keep: how many of the newest checkpoints to keep.
         export: writes the trained student into a folder; called on every rank.
 
-    Raises CheckpointError, on every rank, if the disk of one is full; then the checkpoints that were there are
-    untouched.
+    Returns:
+        The folder of the checkpoint.
+
+    Raises:
+        CheckpointError: a rank cannot write. It is raised on every rank, and earlier checkpoints are not changed.
     """
     final = CheckpointsFolder(root).step(progress.step).path
     partial = root / f"{_PARTIAL}{final.name}"
@@ -67,16 +74,17 @@ def save(engine: Engine, root: Path, progress: TrainState, keep: int, export: Ca
         _commit(partial, final, root)
 
     failed = f"checkpoint {final} could not be written"
-    remedy = "the earlier ones are whole: free space, then start the same command again"
+    remedy = "earlier checkpoints are complete: free disk space, then run the same command again"
     try:
-        for act in (
+        for action in (
             _on_main(lambda: _prepare(engine, root, partial)),
             lambda: engine.save(partial),
             lambda: export(CheckpointFolder(partial).export),
             _on_main(commit),
         ):
-            with distributed.raise_on_all_ranks(), _disk(failed, remedy):  # at its end, every rank has written its part
-                act()
+            # When this context ends, every rank has written its part.
+            with distributed.raise_on_all_ranks(), _convert_write_errors(failed, remedy):
+                action()
     except CheckpointError:
         if distributed.is_main():
             shutil.rmtree(partial, ignore_errors=True)
@@ -87,34 +95,35 @@ def save(engine: Engine, root: Path, progress: TrainState, keep: int, export: Ca
     return final
 
 
-def _on_main(act: Callable[[], None]) -> Callable[[], None]:
-    return act if distributed.is_main() else lambda: None
+def _on_main(action: Callable[[], None]) -> Callable[[], None]:
+    return action if distributed.is_main() else lambda: None
 
 
 @contextmanager
-def _disk(failed: str, remedy: str) -> Iterator[None]:
-    """What a writer raises inside, as a CheckpointError."""
+def _convert_write_errors(failed: str, remedy: str) -> Iterator[None]:
+    """Convert write errors inside the context into a CheckpointError."""
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
-        trouble = _disk_trouble(error)
-        if trouble is None:
+        reason = _write_error_reason(error)
+        if reason is None:
             raise
-        raise CheckpointError(f"{failed} ({trouble}); {remedy}") from error
+        raise CheckpointError(f"{failed} ({reason}); {remedy}") from error
 
 
-def _disk_trouble(error: Exception) -> str | None:
-    """What a writer that failed has to say; None for an error that is no writer's."""
-    if isinstance(error, RuntimeError):  # torch.save reports the disk so, and nothing else of it
+def _write_error_reason(error: Exception) -> str | None:
+    """Return the reason of a write error, or None for any other error."""
+    if isinstance(error, RuntimeError):  # torch.save raises it for any disk error, without the reason
         writers = ("PytorchStreamWriter", "inline_container")
         return "torch could not write its file" if any(name in str(error) for name in writers) else None
     return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 
 def latest(root: Path) -> Path | None:
-    """The newest whole checkpoint as rank 0 sees it, or None. Every rank must call it.
+    """Return the newest complete checkpoint, as rank 0 finds it, or None. Every rank must call it.
 
-    Raises CheckpointError if `latest` names one that is gone.
+    Raises:
+        CheckpointError: `latest` names a checkpoint that does not exist.
     """
     name = ""
     with distributed.raise_on_all_ranks():
@@ -150,34 +159,50 @@ def read_state(folder: Path) -> TrainState:
 
 
 def load(engine: Engine, folder: Path) -> TrainState:
-    """Restore the engine, on any number of ranks; every rank must call it.
+    """Restore the engine on any number of ranks. Every rank must call it.
 
-    The order of the data does not depend on the ranks, so a run goes on with the batches that it would have had. Its
-    numbers are the same up to the order in which ranks are summed, and to what dropout draws on each rank.
+    The order of the data does not depend on the number of ranks, so the run resumes with the batches that would have
+    come next. On another number of ranks its results differ only by the order of sums over ranks and by the random
+    numbers that dropout draws on each rank.
+
+    Args:
+        engine: receives the student's trainable parameters and the optimizer's state.
+        folder: the checkpoint.
+
+    Returns:
+        Progress of the run, with the current number of ranks.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, or it cannot be rewritten for this number of ranks.
     """
-    progress = read_state(folder)
-    if progress.ranks == distributed.world_size():
+    state = read_state(folder)
+    if state.ranks == distributed.world_size():
         engine.load(folder)
-        return progress
-    log.info("the checkpoint is of %d ranks: rewriting it for %d", progress.ranks, distributed.world_size())
+        return state
+    log.info("the checkpoint was written by %d ranks: converting it for %d", state.ranks, distributed.world_size())
     rewritten = folder.parent / f"{_PARTIAL}universal-{folder.name}"
     _rewrite(folder, rewritten)
     engine.load(rewritten, universal=True)
     distributed.barrier()
     if distributed.is_main():
-        shutil.rmtree(rewritten, ignore_errors=True)  # what stays, the next checkpoint clears away
-    return replace(progress, ranks=distributed.world_size())
+        shutil.rmtree(rewritten, ignore_errors=True)  # the next checkpoint removes any remains
+    return replace(state, ranks=distributed.world_size())
 
 
 def _rewrite(folder: Path, target: Path) -> None:
-    """Rank 0 writes the universal form, the others wait; all raise CheckpointError if it cannot."""
+    """Convert the checkpoint to the universal format on rank 0 while the other ranks wait.
+
+    Raises:
+        CheckpointError: rank 0 cannot write. It is raised on every rank.
+    """
 
     def write() -> None:
         shutil.rmtree(target, ignore_errors=True)
         to_universal(folder, target)
 
-    failed = f"{folder} could not be rewritten for another number of ranks"
-    with distributed.raise_on_all_ranks(), _disk(failed, "free space, or start with as many ranks as wrote it"):
+    failed = f"{folder} could not be converted for another number of ranks"
+    remedy = "free disk space, or start with the number of ranks that wrote it"
+    with distributed.raise_on_all_ranks(), _convert_write_errors(failed, remedy):
         _on_main(write)()
 
 
@@ -189,7 +214,7 @@ def _prepare(engine: Engine, root: Path, partial: Path) -> None:
     if missing > 0:
         raise CheckpointError(
             f"no space left for checkpoint {partial.name.removeprefix(_PARTIAL)} in {root}: "
-            f"{missing / 2**20:.1f} MiB more are needed; free space, then start the same command again"
+            f"{missing / 2**20:.1f} MiB more are needed; free disk space, then run the same command again"
         )
     partial.mkdir()
 
@@ -197,7 +222,7 @@ def _prepare(engine: Engine, root: Path, partial: Path) -> None:
 def _commit(partial: Path, final: Path, root: Path) -> None:
     for path in [*partial.rglob("*"), partial]:
         _flush(path)
-    if final.exists():  # the same step again, after a resume from an older checkpoint
+    if final.exists():  # the run was resumed from an older checkpoint and reached this step again
         shutil.rmtree(final)
     partial.rename(final)
     _point(CheckpointsFolder(root).latest, final.name)
@@ -232,7 +257,7 @@ def _flush(path: Path) -> None:
 def _prune(root: Path, newest: Path, keep: int, best_step: int | None) -> None:
     """Remove all but the `keep` newest up to `newest`, which `latest` names, and that of the best step.
 
-    Those beyond it go too: they are of a way that the run left when `latest` was set back.
+    Checkpoints of later steps are removed too: they were written before `latest` was set back to an earlier one.
     """
     whole = {step: found.path for step, found in CheckpointsFolder(root).by_step().items()}
     last = CheckpointFolder(newest).step
@@ -241,7 +266,7 @@ def _prune(root: Path, newest: Path, keep: int, best_step: int | None) -> None:
         if step in kept or step == best_step:
             continue
         if step > last:
-            log.warning("%s is removed: the run went back to before it, and is at step %d again", path, last)
+            log.warning("removing %s: the run was resumed from an earlier checkpoint and is now at step %d", path, last)
         shutil.rmtree(path, ignore_errors=True)
         if path.exists():
-            log.warning("%s is no longer needed and cannot be removed", path)
+            log.warning("%s is no longer needed but cannot be removed", path)

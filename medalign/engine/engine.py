@@ -1,4 +1,4 @@
-"""The only door to DeepSpeed: sharded loading, the engine, gathering, saving."""
+"""The only module that imports DeepSpeed: sharded loading, the engine, gathering, saving."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 if not torch.cuda.is_available():
-    # DeepSpeed looks once, when it is imported; without a GPU it has to be told.
+    # DeepSpeed detects its accelerator when it is imported, but it does not detect that there is no GPU.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import deepspeed
@@ -27,34 +27,38 @@ from medalign import distributed
 from medalign.distributed import log
 from medalign.run_folder import CheckpointFolder
 
-# Calls inside DeepSpeed and transformers that nobody here can change; they would bury a run's own lines.
+# These warnings come from calls inside DeepSpeed and transformers, and they would hide the log of the run.
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|deepspeed|transformers")
 
 _TAG = CheckpointFolder.STATE
 
 
 def start(settings: Mapping[str, Any]) -> None:
-    """Open the process group (nccl on GPUs, gloo on CPUs). The launcher's variables must be set."""
+    """Initialize the process group: nccl on GPUs, gloo on CPUs. Every rank must call it.
+
+    The environment variables of the launcher must be set.
+    """
     for name in ("DeepSpeed", "torch.distributed"):
         logging.getLogger(name).setLevel(logging.WARNING)
     if torch.cuda.is_available():
         torch.cuda.set_device(distributed.local_rank())
-    # DeepSpeed would compile its shared-memory extension here, minutes at the first start of a machine, under a lock of
-    # torch's that all processes of a user share. Only tensor-parallel inference uses it; none is listed, none is built.
+    # DeepSpeed would compile its shared-memory extension here. The first start on a machine would take minutes, under
+    # a lock that all processes of a user share. Only tensor-parallel inference uses the extension, and DeepSpeed does
+    # not compile it if no operation is listed as compatible.
     deepspeed.ops.__compatible_ops__ = {}
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=distributed.TIMEOUT, verbose=False)
 
 
 def stop() -> None:
-    """Close the process group."""
+    """Destroy the process group."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
 @contextlib.contextmanager
 def sharded_loading(settings: Mapping[str, Any]) -> Iterator[None]:
-    """Inside, transformers partitions weights over the ranks while it reads them (ZeRO-3 alone)."""
+    """Make transformers partition weights over the ranks while it reads them, if the settings use ZeRO-3."""
     keep_alive = HfDeepSpeedConfig(dict(settings)) if stage(settings) == 3 else None
     try:
         yield
@@ -63,7 +67,7 @@ def sharded_loading(settings: Mapping[str, Any]) -> Iterator[None]:
 
 
 class Engine:
-    """A student whose state is spread over the ranks.
+    """A student whose state is partitioned over the ranks. Every rank must create it and call its methods.
 
     Args:
         student: the whole module, with everything that learns already attached.
@@ -90,13 +94,20 @@ class Engine:
         return self._engine.module
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Add this micro-batch's gradient. The step's gradient is the mean of `loss` over ranks and micro-batches."""
+        """Accumulate the gradient of one micro-batch.
+
+        The gradient of a step is that of the mean of `loss` over ranks and micro-batches.
+        """
         self._engine.backward(loss)
 
     def step(self, rates: Mapping[str, float]) -> float:
-        """Count one micro-batch; after the last of a step, update with these learning rates by group name.
+        """Count one micro-batch, and update the parameters after the last micro-batch of a step.
 
-        Returns the norm of the gradient before clipping (of the last update).
+        Args:
+            rates: learning rate of each parameter group by its name.
+
+        Returns:
+            The norm of the gradient before clipping, of the last update.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = rates[group["name"]]
@@ -104,41 +115,56 @@ class Engine:
         return float(self._engine.get_global_grad_norm() or 0.0)
 
     def rates(self) -> dict[str, float]:
-        """Learning rate of each parameter group by name, as the optimizer itself has it."""
+        """Return the learning rate of each parameter group by name, as set in the optimizer."""
         return {name: float(group["lr"]) for name, group in zip(self._names, self.optimizer.param_groups, strict=True)}
 
     def gather_parameters(self, parameters: Sequence[tuple[str, nn.Parameter]]) -> dict[str, torch.Tensor]:
-        """Whole parameters by name, on the CPU, on rank 0; an empty dict on the others. Every rank must call it."""
-        whole = {}
+        """Gather partitioned parameters. Every rank must call it.
+
+        Args:
+            parameters: names and parameters.
+
+        Returns:
+            The complete parameters by name, on the CPU, on rank 0; an empty dict on the other ranks.
+        """
+        gathered = {}
         for name, parameter in parameters:
             with deepspeed.zero.GatheredParameters([parameter]):
                 if distributed.is_main():
-                    whole[name] = parameter.detach().cpu().clone()
-        return whole
+                    gathered[name] = parameter.detach().cpu().clone()
+        return gathered
 
     def save(self, folder: Path) -> None:
-        """Write what learns, with the optimizer's state, into `folder`. Every rank must call it.
+        """Write the trainable parameters and the optimizer's state into `folder`. Every rank must call it.
 
-        A rank whose disk fails goes through DeepSpeed's barriers with the others and raises at the end.
+        A rank that cannot write still passes DeepSpeed's barriers with the other ranks and raises at the end.
+
+        Raises:
+            OSError, RuntimeError: this rank cannot write.
         """
         writer = self._engine.checkpoint_engine
         with defer_io_errors((writer, "makedirs"), (writer, "save"), (self._engine, "_copy_recovery_script")):
             self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False, exclude_frozen_parameters=True)
 
     def load(self, folder: Path, *, universal: bool = False) -> None:
-        """Read what `save` wrote on the same number of ranks, or, universal, what `to_universal` made of it."""
+        """Load a checkpoint. Every rank must call it.
+
+        Args:
+            folder: written by `save` on the same number of ranks or, with `universal`, by `to_universal`.
+            universal: whether the checkpoint is in DeepSpeed's universal format.
+        """
         own = [{key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups]
-        # DeepSpeed wants this in its settings, before the engine is there; which of the two it will be is known later.
+        # DeepSpeed reads this from its settings, but the format is known only after the engine was created.
         self._engine._config.load_universal_checkpoint = universal
         self._engine.load_checkpoint(str(folder), tag=_TAG, load_module_strict=False)
-        self._separate(own)
+        self._restore_groups(own)
 
-    def _separate(self, own: Sequence[Mapping[str, Any]]) -> None:
-        """Give each parameter group its own entries and each optimizer state its own count of updates.
+    def _restore_groups(self, own: Sequence[Mapping[str, Any]]) -> None:
+        """Restore the entries of each parameter group and the number of updates in each optimizer state.
 
         DeepSpeed loads a universal checkpoint of ZeRO-3 with the entries of the first group (name, learning rate,
-        weight decay) in all groups, and with one tensor `step` in all states, which Adam then advances once per state.
-        A checkpoint that was saved after such a load holds these entries and counts.
+        weight decay) in all groups, and with a single tensor `step` shared by all states, which Adam then increments
+        once per state. A checkpoint that was saved after such a load contains these wrong entries and counts.
         """
         updates = self._engine.global_steps - self._engine.skipped_steps
         for group, entries in zip(self.optimizer.param_groups, own, strict=True):
@@ -148,9 +174,13 @@ class Engine:
 
 
 def to_universal(source: Path, target: Path) -> None:
-    """Rewrite what `Engine.save` wrote into `source` as DeepSpeed's universal form, which any number of ranks reads.
+    """Convert a checkpoint to DeepSpeed's universal format, which can be loaded on any number of ranks.
 
-    One process does it, tensor by tensor, on the CPU; `target` must not exist.
+    Only one rank calls it. It processes one tensor at a time, on the CPU.
+
+    Args:
+        source: folder written by `Engine.save`.
+        target: folder to write, which must not exist.
     """
     from deepspeed.checkpoint import ds_to_universal
 
@@ -168,21 +198,21 @@ def to_universal(source: Path, target: Path) -> None:
 
 
 def stage(settings: Mapping[str, Any]) -> int:
-    """The ZeRO stage of a DeepSpeed configuration."""
+    """Return the ZeRO stage of a DeepSpeed configuration."""
     return int(settings.get("zero_optimization", {}).get("stage", 0))
 
 
 def _announce_compilation(settings: Mapping[str, Any]) -> None:
-    """Tell why a start can be silent for minutes. No packaged configuration makes DeepSpeed compile anything."""
+    """Warn that the start may take minutes. DeepSpeed compiles nothing for the packaged configurations."""
     zero = settings.get("zero_optimization", {})
     offloaded = [zero.get(key) or {} for key in ("offload_param", "offload_optimizer")]
     nvme = any(part.get("device") == "nvme" for part in offloaded)
     if nvme or any(value for key, value in zero.items() if key.startswith("zero_quantized")):
         folder = os.environ.get("TORCH_EXTENSIONS_DIR") or "~/.cache/torch_extensions"
         log.warning(
-            "engine.deepspeed asks for %s: DeepSpeed compiles an extension for it in %s, which takes minutes at the "
-            "first start. It waits there for another process that holds the extension's lock; if the run goes no "
-            "further, start it again with TORCH_EXTENSIONS_DIR set to a folder of its own",
+            "engine.deepspeed enables %s: DeepSpeed compiles an extension for it in %s, which takes minutes at the "
+            "first start. It waits if another process holds the lock of that extension; if the run does not continue, "
+            "start it again with TORCH_EXTENSIONS_DIR set to a new folder",
             "offload to NVMe" if nvme else "quantized communication",
             folder,
         )
@@ -190,10 +220,18 @@ def _announce_compilation(settings: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def defer_io_errors(*methods: tuple[Any, str]) -> Iterator[None]:
-    """Inside, these methods of these objects keep what a writer raises; the first of it is raised at the end."""
+    """Defer write errors of methods to the end of the context.
+
+    Args:
+        *methods: objects and names of their methods. Inside the context these methods do not raise OSError and
+            RuntimeError.
+
+    Raises:
+        OSError, RuntimeError: the first deferred error, when the context ends.
+    """
     failures: list[Exception] = []
 
-    def late(method: Callable[..., Any]) -> Callable[..., Any]:
+    def deferred(method: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             try:
                 return method(*args, **kwargs)
@@ -204,7 +242,7 @@ def defer_io_errors(*methods: tuple[Any, str]) -> Iterator[None]:
 
     with contextlib.ExitStack() as undo:
         for owner, name in methods:
-            setattr(owner, name, late(getattr(owner, name)))
+            setattr(owner, name, deferred(getattr(owner, name)))
             undo.callback(delattr, owner, name)
         yield
     if failures:

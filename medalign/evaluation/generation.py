@@ -1,4 +1,4 @@
-"""Answers of a trained student, each with why it ended and with its question's attention to the image."""
+"""Generates answers with a trained student, with the finish reason and the question's attention to the image."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from medalign.student.model import Student
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer. `attention` is the question's map over its first image, N values, or None without an image."""
+    """One answer. `attention` is the question's attention to its first image, N values, or None without an image."""
 
     text: str
     attention: list[float] | None
@@ -30,16 +30,26 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Predicted:
-    """A batch of predictions, and what has happened on the way to it."""
+class PredictionBatch:
+    """The predictions of a batch, and the samples that were skipped or truncated."""
 
     rows: list[Prediction]
-    unreadable: tuple[str, ...]  # "shard/key: reason" of samples that were left out
-    cut: int  # questions cut to the length limit
+    unreadable: tuple[str, ...]  # "shard/key: reason" of each skipped sample
+    truncated: int  # questions truncated to the maximum length
 
 
-def answer(student: Student, tokenizer: Any, batch: Batch, max_new_tokens: int) -> list[Answer]:
-    """Greedy answers to a left-padded batch of questions."""
+def generate_answers(student: Student, tokenizer: Any, batch: Batch, max_new_tokens: int) -> list[Answer]:
+    """Generate answers with greedy decoding.
+
+    Args:
+        student: the trained student.
+        tokenizer: the student's tokenizer.
+        batch: questions, left-padded.
+        max_new_tokens: limit of tokens per answer.
+
+    Returns:
+        One answer per question.
+    """
     ends = student.end_tokens
     ids, maps_IN = student.generate(
         batch,
@@ -59,7 +69,15 @@ def answer(student: Student, tokenizer: Any, batch: Batch, max_new_tokens: int) 
 
 
 def finish_reasons(ids_BT: torch.Tensor, ends: Sequence[int]) -> list[str]:
-    """Why each answer ended: STOP where it has one of the end tokens given to `generate`, else LENGTH."""
+    """Return why each answer ended.
+
+    Args:
+        ids_BT: generated tokens.
+        ends: token ids that end an answer.
+
+    Returns:
+        STOP for an answer that contains an end token, otherwise LENGTH.
+    """
     ended_B = torch.isin(ids_BT, torch.tensor(ends, device=ids_BT.device)).any(1)
     return [STOP if ended else LENGTH for ended in ended_B.tolist()]
 
@@ -73,13 +91,24 @@ def predict(
     batch_size: int,
     max_new_tokens: int,
     device: torch.device,
-    numbers: Sequence[int] | None = None,
-) -> Iterator[Predicted]:
-    """Predictions for samples of an index, in order, a batch at a time."""
-    for samples, batch in batches(index, collator, batch_size, numbers):
-        answers = answer(student, tokenizer, batch.to(device), max_new_tokens)
+    indices: Sequence[int] | None = None,
+) -> Iterator[PredictionBatch]:
+    """Yield predictions for samples of an index, in order, one batch at a time.
+
+    Args:
+        student: the trained student.
+        tokenizer: the student's tokenizer.
+        index: the samples.
+        collator: makes left-padded batches of questions.
+        batch_size: questions per batch.
+        max_new_tokens: limit of tokens per answer.
+        device: the student's device.
+        indices: which samples; all by default.
+    """
+    for samples, batch in batches(index, collator, batch_size, indices):
+        answers = generate_answers(student, tokenizer, batch.to(device), max_new_tokens)
         rows = [_prediction(student, sample, given) for sample, given in zip(samples, answers, strict=True)]
-        yield Predicted(rows, batch.skipped, batch.truncated)
+        yield PredictionBatch(rows, batch.skipped, batch.truncated)
 
 
 def _prediction(student: Student, sample: Sample, given: Answer) -> Prediction:
@@ -98,7 +127,7 @@ def _prediction(student: Student, sample: Sample, given: Answer) -> Prediction:
     frame = CanvasFrame(*sample.images[0].size)
     row.attention, row.image_size = given.attention, (frame.width, frame.height)
     row.boxes = [list(box) for box in sample.boxes]
-    ground = grounding(given.attention, sample.boxes, frame, student.anatomy.grid)
+    ground = grounding(given.attention, sample.boxes, frame, student.spec.grid)
     if ground is not None:
         row.attention_inside, row.box_area = ground.inside, ground.area
         row.pointing_hit, row.pointing_chance = ground.hit, ground.chance

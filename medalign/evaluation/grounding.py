@@ -1,12 +1,14 @@
-"""How much of the question's attention lies on the finding?
+"""Grounding scores: how much of the question's attention is on the finding.
 
-The attention is that of the question's tokens at the tapped block, mean over heads and tokens: a saliency map. It does
-not tell whether the student follows the question, nor whether its answer depends on where the attention lies.
+The attention is that of the question's tokens at the tapped block, averaged over heads and tokens. It is a saliency
+map. It does not show whether the student follows the question, or whether the answer depends on the attended region.
 
-Everything is measured on the picture alone, without the padding that makes it square: attention on padding is left
-out before it is normalized, and so is the padding's ground. Attention spread evenly over the picture then scores
-exactly the boxes' share of it, so the share is what chance gives; and a student gains nothing by merely ignoring
-the padding.
+All scores refer to the image without the padding that makes it square. Attention to padding is removed before the
+attention is normalized, and the area of the padding does not count. Attention that is uniform over the image then
+scores exactly the fraction of the image that the boxes cover, which is therefore the chance level. A student does not
+gain by merely ignoring the padding.
+
+Shape suffixes: N patches.
 """
 
 from __future__ import annotations
@@ -22,12 +24,12 @@ from medalign.geometry import Box, CanvasFrame, PatchGrid, coverage
 
 @dataclass(frozen=True)
 class Grounding:
-    """How one attention map lies on the boxes of one image. Shares are of the picture, in [0, 1]."""
+    """Grounding scores of one attention map. Fractions refer to the image without padding and are in [0, 1]."""
 
-    inside: float  # share of the attention inside the boxes; 0 where all attention lies on padding
-    area: float  # share of the ground that the boxes cover
-    hit: bool  # pointing game: the strongest patch points at a box
-    chance: float  # share of the patches that would be hits
+    inside: float  # fraction of the attention inside the boxes; 0 if all attention is on padding
+    area: float  # fraction of the image that the boxes cover
+    hit: bool  # pointing game: whether the patch with the largest attention is a hit
+    chance: float  # fraction of the patches that are hits
 
 
 def grounding(
@@ -36,20 +38,28 @@ def grounding(
     frame: CanvasFrame,
     grid: PatchGrid,
 ) -> Grounding | None:
-    """Compare a question's attention, N values of any positive scale, with boxes in image pixels.
+    """Compare a question's attention with boxes.
 
-    None where no box covers any of the picture: no score would be fair.
+    The boxes count as their union, clipped to the image. A patch that is partly inside counts in proportion. A patch
+    is a hit if its center is inside a box or if it contains the center of a box, which may be smaller than a patch.
+    The pointing game uses the patch with the largest attention (the first one of several) among the patches that show
+    a part of the image.
 
-    The boxes count as their union, cut to the picture; a patch that is partly inside counts in proportion. A patch
-    is a hit where its center lies in a box, or where it holds the center of a box (which may be smaller than a
-    patch, and lie between centers). The strongest patch is the first one of largest attention among those that
-    show some of the picture.
+    Args:
+        attention_N: attention of any positive scale.
+        boxes: x0, y0, x1, y1 in pixels of the image.
+        frame: position of the image on the square canvas.
+        grid: the patches of the canvas.
 
-    Raises ValueError for a map of another size, and values that are negative or not finite.
+    Returns:
+        The scores, or None if no box covers any part of the image.
+
+    Raises:
+        ValueError: the attention has another size, or a value is negative or not finite.
     """
     attention_N = _checked(attention_N, grid)
-    cut = [_cut(box, frame) for box in boxes]
-    unit_boxes = [frame.to_unit(box) for box in cut if box[0] < box[2] and box[1] < box[3]]
+    clipped = [_clip(box, frame) for box in boxes]
+    unit_boxes = [frame.to_unit(box) for box in clipped if box[0] < box[2] and box[1] < box[3]]
     picture_N = coverage([frame.picture], grid)
     boxes_N = np.minimum(coverage(unit_boxes, grid), picture_N)
     if not boxes_N.any():
@@ -70,19 +80,19 @@ def _checked(attention: np.ndarray | torch.Tensor | Sequence[float], grid: Patch
         attention = attention.detach().double().cpu().numpy()
     attention_N = np.asarray(attention, dtype=np.float64)
     if attention_N.shape != (grid.size,):
-        raise ValueError(f"attention of shape {attention_N.shape} on a grid of {grid.rows} x {grid.columns}")
+        raise ValueError(f"attention has shape {attention_N.shape}, but the grid is {grid.rows} x {grid.columns}")
     if not np.isfinite(attention_N).all() or (attention_N < 0).any():
         raise ValueError("attention must be finite and not negative")
     return attention_N
 
 
-def _cut(box: Box, frame: CanvasFrame) -> tuple[float, float, float, float]:
+def _clip(box: Box, frame: CanvasFrame) -> tuple[float, float, float, float]:
     x0, y0, x1, y1 = box
     return max(x0, 0.0), max(y0, 0.0), min(x1, float(frame.width)), min(y1, float(frame.height))
 
 
 def _hits(unit_boxes: Sequence[tuple[float, float, float, float]], grid: PatchGrid) -> np.ndarray:
-    """Which patches point at a box, [N] bool."""
+    """Return which patches are hits, [N] bool."""
     y = (np.arange(grid.rows) + 0.5) / grid.rows
     x = (np.arange(grid.columns) + 0.5) / grid.columns
     hits = np.zeros((grid.rows, grid.columns), dtype=bool)

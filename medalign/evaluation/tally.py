@@ -1,4 +1,4 @@
-"""What an evaluation counts beside its scores: answers that were cut or empty, samples left out or asked twice."""
+"""Counts of an evaluation besides its scores: truncated or empty answers, skipped or duplicate samples."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 from dataclasses import dataclass, field
 
 from medalign.data.batches.loader import check_skip_rate
-from medalign.evaluation.generation import Predicted
+from medalign.evaluation.generation import PredictionBatch
 from medalign.evaluation.metrics import Prediction
 from medalign.evaluation.metrics.predictions import LENGTH
 
@@ -15,50 +15,64 @@ log = logging.getLogger("medalign")
 
 @dataclass
 class Tally:
-    """The predictions so far and what happened on the way to them."""
+    """The predictions so far, and the samples that were skipped or truncated.
+
+    Args:
+        max_skip_fraction: fraction of the samples that may be unreadable.
+    """
 
     max_skip_fraction: float
     rows: list[Prediction] = field(default_factory=list)
     unreadable: int = 0
     truncated: int = 0
 
-    def add(self, predicted: Predicted) -> None:
-        """Raises DataError when too many samples could not be read."""
+    def add(self, predicted: PredictionBatch) -> None:
+        """Add a batch of predictions.
+
+        Raises:
+            DataError: too many samples could not be read.
+        """
         self.rows += predicted.rows
-        self.truncated += predicted.cut
+        self.truncated += predicted.truncated
         self.unreadable += len(predicted.unreadable)
         seen = len(self.rows) + self.unreadable
         check_skip_rate(self.unreadable, seen, self.max_skip_fraction, predicted.unreadable, "--max-skip-fraction")
 
     def counts(self) -> dict[str, int]:
-        """The counts of scores.json.
+        """Return the counts for scores.json.
 
-        | key | what |
+        | key | meaning |
         | --- | --- |
-        | unreadable | samples that could not be read and are in no score |
-        | truncated | questions cut to the length limit |
+        | unreadable | samples that could not be read; no score includes them |
+        | truncated | questions truncated to the maximum length |
         | answers_cut | answers without an end token: generation stopped at its limit |
         | answers_empty | answers without text |
-        | without_image | samples without image, in the scores of texts only |
-        | duplicates | samples with key, question and answer of one in another folder; both count |
+        | without_image | samples without an image; only scores of text include them |
+        | duplicates | samples whose key, question and answer also occur in another folder; both count |
         """
-        same = {(row.key, row.task, row.question, row.answer) for row in self.rows}
+        unique = {(row.key, row.task, row.question, row.answer) for row in self.rows}
         return {
             "unreadable": self.unreadable,
             "truncated": self.truncated,
             "answers_cut": sum(row.finish_reason == LENGTH for row in self.rows),
             "answers_empty": sum(row.empty for row in self.rows),
             "without_image": sum(row.image_size is None for row in self.rows),
-            "duplicates": len(self.rows) - len(same),
+            "duplicates": len(self.rows) - len(unique),
         }
 
     def warn(self, max_length: int, max_new_tokens: int) -> None:
-        """Tell in the log what a limit has cut, and which option raises it."""
+        """Log what was truncated at a limit, and the option that raises the limit.
+
+        Args:
+            max_length: limit of a question and its images, in tokens.
+            max_new_tokens: limit of an answer, in tokens.
+        """
         counts = self.counts()
         if self.truncated:
-            log.warning("%d questions were cut to %d tokens; --max-length raises the limit", self.truncated, max_length)
+            message = "%d questions were truncated to %d tokens; --max-length raises the limit"
+            log.warning(message, self.truncated, max_length)
         if cut := counts["answers_cut"]:
-            told = "%d of %d answers were cut at %d tokens; --max-new-tokens raises the limit"
-            log.warning(told, cut, len(self.rows), max_new_tokens)
+            message = "%d of %d answers were cut off at %d tokens; --max-new-tokens raises the limit"
+            log.warning(message, cut, len(self.rows), max_new_tokens)
         if empty := counts["answers_empty"]:
             log.warning("%d of %d answers are empty", empty, len(self.rows))

@@ -1,4 +1,4 @@
-"""What a run counts between two rows of metrics, summed over the ranks once a row: all call `reduce` together."""
+"""Throughput and memory of a run. The counts are summed over the ranks once per row of metrics."""
 
 from __future__ import annotations
 
@@ -14,7 +14,12 @@ from medalign.distributed import sum_over_ranks
 
 
 class Throughput:
-    """Samples and tokens a second of the whole job, and the share of the time that ranks wait for data."""
+    """Samples and tokens per second over all ranks, and the fraction of time that ranks wait for data.
+
+    Args:
+        device: device of the tensors that are summed over the ranks.
+        clock: returns the time in seconds.
+    """
 
     def __init__(self, device: torch.device | str = "cpu", clock: Callable[[], float] = time.perf_counter) -> None:
         self._device = device
@@ -28,7 +33,7 @@ class Throughput:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Wrap the wait for the next batch."""
+        """Measure the time spent inside the context as waiting for data."""
         start = self._clock()
         try:
             yield
@@ -36,7 +41,10 @@ class Throughput:
             self._waited += self._clock() - start
 
     def reduce(self) -> dict[str, float]:
-        """The speeds over all ranks since the last call. Time is the mean over ranks."""
+        """Return the speeds over all ranks since the last call. Every rank must call it.
+
+        Time is the mean over the ranks.
+        """
         local = [self._samples, self._tokens, self._waited, self._clock() - self._start, 1.0]
         stacked = torch.tensor(local, dtype=torch.float64, device=self._device)
         samples, tokens, waited, seconds, ranks = sum_over_ranks({"speed": stacked})["speed"].tolist()
@@ -55,7 +63,7 @@ class Throughput:
 
 
 def peak_memory_gib(device: torch.device | str) -> float:
-    """Most memory this rank has held so far, in GiB: allocated on the GPU, or resident in the process."""
+    """Return the peak memory of this rank so far, in GiB: allocated on the GPU, or resident in the process on a CPU."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,4 +1,4 @@
-"""What of a run's configuration may leave the machine."""
+"""Removes secrets and paths from a run's configuration before it leaves the machine."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ SECRET_WORDS = frozenset(
     {"token", "key", "apikey", "secret", "password", "passwd", "credential", "credentials", "auth"}
 )
 PLACE_WORDS = frozenset({"data", "dir", "path", "file", "folder", "folders", "output"})
-FILE_SUFFIXES = (".json", ".yaml", ".yml")  # of the files that settings may name
+FILE_SUFFIXES = (".json", ".yaml", ".yml")  # of files that a setting may name
 HIDDEN = "<path>"
 
 
 def public_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration without secrets, and without names of places, which may hold names of patients.
+    """Return the configuration without secrets and without paths, which may contain names of patients.
 
-    A key with a word such as token, key, secret or password in it (`hub_token`, not `tokenizer` or `max_tokens`)
-    is dropped with its value. What names a place on disk becomes "<path>": a Path, any text under a key with a
-    word such as data, dir, path or file in it, and text that is absolute, has several slashes, starts with a dot
-    or a tilde, ends as a settings file does, or exists. Elsewhere `organisation/model`, a model's name on a hub, stays.
+    A key that contains a word such as token, key, secret or password (`hub_token`, but not `tokenizer` or
+    `max_tokens`) is removed together with its value. Paths are replaced by "<path>". A value counts as a path if it is
+    a Path, if its key contains a word such as data, dir, path or file, or if its text is an absolute path, contains
+    several slashes, starts with ./, ../ or ~, has the suffix of a settings file, or names an existing file. Other
+    text such as `organization/model`, the name of a model on a hub, is kept.
     """
     return _public(config, False)
 

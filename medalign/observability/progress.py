@@ -1,4 +1,4 @@
-"""How far a long job is: a bar in a terminal, elsewhere lines of the log."""
+"""Progress of a long job: a progress bar in a terminal, log lines elsewhere."""
 
 from __future__ import annotations
 
@@ -17,16 +17,19 @@ from medalign import distributed
 log = logging.getLogger("medalign")
 
 
-class TrainState:
-    """Shows how much of a job is done, and the time that is left. Only rank 0 shows it.
+class ProgressReporter:
+    """Context manager that reports the progress of a job and the remaining time on rank 0.
 
-    In a terminal it is a bar. In any other stream it is one line at the start, after the first piece of work, then
+    In a terminal this is a progress bar. Elsewhere it logs one line at the start, after the first call of `add`, then
     every `interval` seconds, and at the end.
 
     Args:
-        what: name of the job, in front of every line.
-        total: how many `unit` there are.
-        stream: where a bar is drawn; default stderr.
+        what: name of the job, at the start of every line.
+        total: total number of units.
+        unit: what is counted, such as "samples".
+        interval: seconds between log lines.
+        stream: where the progress bar is drawn; stderr by default.
+        clock: returns the time in seconds.
     """
 
     def __init__(
@@ -46,36 +49,36 @@ class TrainState:
         shown = stream.isatty() and distributed.is_main()
         self._bar = tqdm(total=total, file=stream, dynamic_ncols=True, unit=unit, desc=what) if shown else None
 
-    def __enter__(self) -> TrainState:
+    def __enter__(self) -> ProgressReporter:
         self._began, self._last_line = self._clock(), -math.inf
-        self._say(f"{self._total} {self._unit}")
+        self._log(f"{self._total} {self._unit}")
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._bar is not None:
             self._bar.close()
         elif kind is None:
-            self._say(f"{self._done} of {self._total} {self._unit} in {duration(self._clock() - self._began)}")
+            self._log(f"{self._done} of {self._total} {self._unit} in {duration(self._clock() - self._began)}")
 
-    def add(self, number: int) -> None:
-        """So many more are done."""
-        self._done += number
+    def add(self, count: int) -> None:
+        """Report that `count` more units are done."""
+        self._done += count
         if self._bar is not None:
-            self._bar.update(number)
+            self._bar.update(count)
             return
         now = self._clock()
         if self._done and self._done < self._total and now - self._last_line >= self._interval:
             left = (now - self._began) / self._done * (self._total - self._done)
-            self._say(f"{self._done} of {self._total} {self._unit}, {duration(left)} left")
+            self._log(f"{self._done} of {self._total} {self._unit}, {duration(left)} left")
             self._last_line = now
 
-    def _say(self, text: str) -> None:
+    def _log(self, text: str) -> None:
         if self._bar is None and distributed.is_main():
             log.info("%s: %s", self._what, text)
 
 
 def duration(seconds: float) -> str:
-    """Minutes and seconds as 5:07, with hours as 1:05:07."""
+    """Format seconds as minutes and seconds (5:07), with hours if necessary (1:05:07)."""
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,4 +1,4 @@
-"""Where the numbers of a run go: the terminal, a JSONL file, Weights & Biases. Only rank 0 makes sinks."""
+"""Destinations of a run's metrics: the terminal, a JSONL file, Weights & Biases. Only rank 0 creates sinks."""
 
 from __future__ import annotations
 
@@ -25,29 +25,40 @@ from medalign.run_folder import RunFolder
 
 
 class Sink(Protocol):
-    """Takes the numbers of a step."""
+    """Destination of the metrics of a run."""
 
-    def log(self, step: int, values: Mapping[str, float]) -> None: ...
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Write the metrics of one step."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Finish writing."""
 
 
-def plain_numbers(values: Mapping[str, Any]) -> dict[str, float]:
-    """The values as Python numbers. Anything else (text, an image, a tensor) is a TypeError that names it."""
+def to_python_numbers(values: Mapping[str, Any]) -> dict[str, float]:
+    """Convert metrics to Python numbers.
+
+    Raises:
+        TypeError: a value is not a number, such as text, an image or a tensor; the message names the metric.
+    """
     for name, value in values.items():
         if not isinstance(value, numbers.Real):
-            raise TypeError(f"metric {name!r} is {type(value).__name__}; only numbers are logged")
+            raise TypeError(f"metric {name!r} is {type(value).__name__}; only numbers can be logged")
     return {k: int(v) if isinstance(v, numbers.Integral) else float(v) for k, v in values.items()}
 
 
 class JsonlSink:
-    """One JSON object per row, flushed at once. A value that is not finite is written as null.
+    """Writes one JSON object per row and flushes each row. A value that is not finite is written as null.
 
-    Beside its numbers a row has `step` and `time`, when it was written (UTC, ISO 8601, milliseconds). W&B stamps its
-    rows by itself.
+    Besides the metrics, a row contains `step` and `time`, the time of writing (UTC, ISO 8601, milliseconds).
 
-    A run that goes on from `resumed_step` drops the rows after it, since it will write them again; a line that a
-    kill cut off is dropped too. Any other line that is not a row is a DataError.
+    Args:
+        path: the file.
+        resumed_step: step from which the run resumes. Later rows are removed from the file, because the run writes
+            them again. An incomplete last line, left by a kill, is removed too.
+        clock: returns the current time.
+
+    Raises:
+        DataError: another line of the file is not a row.
     """
 
     def __init__(
@@ -60,7 +71,7 @@ class JsonlSink:
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         now = self._clock().isoformat(timespec="milliseconds")
-        row = {k: v if math.isfinite(v) else None for k, v in plain_numbers(values).items()}
+        row = {k: v if math.isfinite(v) else None for k, v in to_python_numbers(values).items()}
         self._file.write(json.dumps({"step": step, "time": now, **row}) + "\n")
         self._file.flush()
 
@@ -69,7 +80,11 @@ class JsonlSink:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows that a JsonlSink wrote, without a last line that was cut off."""
+    """Read the rows that a JsonlSink wrote, except an incomplete last line.
+
+    Raises:
+        DataError: another line is not a row.
+    """
     lines = path.read_bytes().splitlines()
     rows = []
     for number, line in enumerate(lines, start=1):
@@ -85,9 +100,17 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 class ConsoleSink:
-    """A progress bar in a terminal; elsewhere (a batch job's log) one line now and then.
+    """A progress bar in a terminal; elsewhere, such as in the log of a batch job, at most one line per interval.
 
-    `tick` moves the bar at each step; `log` shows the last values. `bar=True` asks for a bar in any stream.
+    `tick` advances the progress bar at each step; `log` shows the latest metrics.
+
+    Args:
+        total: number of steps of the run.
+        start: first step of this start of the run.
+        bar: whether to draw a progress bar; by default only in a terminal.
+        interval: minimum number of seconds between log lines.
+        stream: where the progress bar is drawn; stderr by default.
+        clock: returns the time in seconds.
     """
 
     def __init__(
@@ -104,7 +127,7 @@ class ConsoleSink:
         self._total, self._start, self._interval, self._clock = total, start, interval, clock
         self._began = clock()
         self._last_line = -math.inf
-        self._unsaid: str | None = None
+        self._pending: str | None = None
         shown = stream.isatty() if bar is None else bar
         self._bar = (
             tqdm(total=total, initial=start, file=stream, dynamic_ncols=True, unit="step", desc="train")
@@ -113,35 +136,35 @@ class ConsoleSink:
         )
 
     def tick(self, step: int) -> None:
-        """The step is done."""
+        """Advance the progress bar to a completed step."""
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        text = summary(plain_numbers(values))
+        text = summary(to_python_numbers(values))
         if self._bar is not None:
             self._bar.set_postfix_str(text, refresh=False)
             self.tick(step)
             return
         left = (self._clock() - self._began) / max(step - self._start, 1) * (self._total - step)
-        self._unsaid = f"step {step}/{self._total}  {text}  left {duration(left)}"
+        self._pending = f"step {step}/{self._total}  {text}  left {duration(left)}"
         if self._clock() - self._last_line >= self._interval:
-            self._say()
+            self._flush()
 
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
-        self._say()
+        self._flush()
 
-    def _say(self) -> None:
-        if self._unsaid:
-            log.info(self._unsaid)
+    def _flush(self) -> None:
+        if self._pending:
+            log.info(self._pending)
             self._last_line = self._clock()
-        self._unsaid = None
+        self._pending = None
 
 
 def summary(values: Mapping[str, float]) -> str:
-    """The few numbers that a reader watches, short: every loss, the learning rate, the speed."""
+    """Format the main metrics on one line: every loss, the learning rate, the speed."""
     parts = [f"{name.removeprefix('loss/')} {values[name]:.4g}" for name in values if name.startswith("loss/")]
     if "optim/lr" in values:
         parts.append(f"lr {values['optim/lr']:.2e}")
@@ -151,12 +174,22 @@ def summary(values: Mapping[str, float]) -> str:
 
 
 class WandbSink:
-    """Weights & Biases, in the run's folder; the only door to wandb, which mode "off" does not even import.
+    """Weights & Biases, with its files in the run's folder. This is the only class that imports wandb.
 
-    Nothing but numbers and the filtered configuration leaves: no code, git state, host, user, command line,
-    requirements, system statistics or terminal output. `allow_media=True` lifts the check on values, for a caller
-    who asks for pictures or text by name. The run's id is kept in the folder, so that a resumed run continues
-    under it. When the service cannot be reached or refuses, one warning says so and the run goes on offline.
+    Only metrics and the filtered configuration are sent: no code, git state, host, user, command line, requirements,
+    system statistics or terminal output. The run's id is stored in the folder, so that a resumed run continues under
+    the same id. If the service cannot be reached or rejects the run, one warning is logged and the run is logged
+    offline.
+
+    Args:
+        mode: "off", "offline" or "online". With "off", wandb is not imported.
+        run_dir: the run's folder.
+        project: W&B project.
+        entity: W&B user or team.
+        name: name of the run; by default its id.
+        config: the run's configuration, which is filtered by `public_config`.
+        init_timeout: seconds to wait for the service at the start.
+        finish_timeout: seconds to wait for it at the end.
     """
 
     def __init__(
@@ -168,11 +201,9 @@ class WandbSink:
         entity: str | None = None,
         name: str | None = None,
         config: Mapping[str, Any] | None = None,
-        allow_media: bool = False,
         init_timeout: float = 20.0,
         finish_timeout: float = 60.0,
     ) -> None:
-        self._allow_media = allow_media
         self._run: Any = None
         if mode == "off":
             return
@@ -193,11 +224,10 @@ class WandbSink:
         if self._run is None:
             self._run = _start_offline(arguments, timeouts)
 
-    def log(self, step: int, values: Mapping[str, Any]) -> None:
-        if not self._allow_media:
-            values = plain_numbers(values)
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        numbers_only = to_python_numbers(values)
         if self._run is not None:
-            self._guarded(lambda: self._run.log(dict(values), step=step))
+            self._guarded(lambda: self._run.log(numbers_only, step=step))
 
     def close(self) -> None:
         if self._run is not None:
@@ -210,7 +240,7 @@ class WandbSink:
         try:
             call()
         except (wandb.errors.Error, ConnectionError) as error:
-            log.warning("W&B failed (%s); it is left out from here on, the JSONL file goes on", error)
+            log.warning("W&B failed (%s); logging continues only in the JSONL file", error)
             self._run = None
 
 
@@ -219,12 +249,12 @@ def _start_online(arguments: dict[str, Any], timeouts: tuple[float, float]) -> A
 
     try:
         if not wandb.login(prompt=False, verify=False):
-            log.warning("W&B has no API key (`wandb login`, or WANDB_API_KEY): the run is logged offline")
+            log.warning("no W&B API key found (use `wandb login` or WANDB_API_KEY): the run is logged offline")
             return None
         return _start({**arguments, "resume": "allow"}, timeouts, mode="online")
     except (wandb.errors.Error, TimeoutError, ConnectionError) as error:
-        log.warning("W&B is out of reach (%s): the run is logged offline; send it later with `wandb sync`", error)
-        wandb.teardown()  # its service process holds on to the run's id, which the offline run needs
+        log.warning("W&B cannot be reached (%s): the run is logged offline; upload it later with `wandb sync`", error)
+        wandb.teardown()  # its service process keeps the run's id, which the offline run needs
         return None
 
 
@@ -234,7 +264,7 @@ def _start_offline(arguments: dict[str, Any], timeouts: tuple[float, float]) -> 
     try:
         return _start(arguments, timeouts, mode="offline")
     except wandb.errors.Error as error:
-        log.warning("W&B cannot start (%s); only the JSONL file is written", error)
+        log.warning("W&B cannot be started (%s); metrics are written only to the JSONL file", error)
         return None
 
 

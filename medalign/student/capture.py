@@ -1,12 +1,13 @@
-"""A tap on one decoder block: the question's attention, read without materializing anyone else's.
+"""Capture of the question's attention at one decoder block, without materializing the full attention matrix.
 
-Every block keeps its fast attention. The functions registered with transformers here call that backend for the
-block's output; at the one block that carries a `Tap`, they also hand post-rotary query and key to
-`kernels.attention_map`, which computes the question's rows alone. transformers finds both functions by name in
-`config._attn_implementation`; the mask function must be registered too, or the model would lose its causality
-without a word (`check_causality` in `student.model` makes sure).
+Every block keeps its fast attention backend. The functions that are registered with transformers here call that
+backend to compute the block's output. At the tapped block, which carries an `AttentionCapture`, they also pass the
+post-rotary query and key to `kernels.attention_map`, which computes only the question's rows. transformers looks up
+both the attention function and the mask function by the name in `config._attn_implementation`. The mask function must
+be registered too, otherwise the model would silently lose its causal mask (`check_causality` in `student.model`
+verifies this).
 
-Shape suffixes: B samples, H heads, L tokens, D width of a head.
+Shape suffixes: B samples, H heads, L tokens, D head dimension.
 """
 
 from __future__ import annotations
@@ -26,63 +27,84 @@ from transformers.modeling_flash_attention_utils import _flash_attention_forward
 from medalign.kernels import attention_map
 from medalign.student import packing
 
-BACKENDS = ("sdpa", "flash_attention_2", "eager")
-# What transformers knows each backend by. A name that holds "flash" would be looked for among its own kernels.
+# Names under which the backends are registered with transformers. transformers would look up a name that contains
+# "flash" among its own kernels.
 _NAMES = {"sdpa": "medalign_sdpa", "flash_attention_2": "medalign_fa2", "eager": "medalign_eager"}
-_ATTRIBUTE = "medalign_tap"
+_ATTRIBUTE = "medalign_attention_capture"
 
 
 @dataclass
-class Tap:
-    """What the tapped block needs for one forward pass, and what it gives back."""
+class AttentionCapture:
+    """Inputs and result of the capture during one forward pass."""
 
-    rows: torch.Tensor | None = None  # [B, L] bool; query positions to average
+    rows: torch.Tensor | None = None  # [B, L] bool; query positions to average over
     columns: torch.Tensor | None = None  # [B, L] bool; key positions to report
     valid: torch.Tensor | None = None  # [B, L] bool; False at padding
-    map: torch.Tensor | None = None  # [B, L] float32, after the pass
+    attention: torch.Tensor | None = None  # [B, L] float32; set by the forward pass
     impl: str = "auto"
 
     @contextmanager
-    def reading(self, rows: torch.Tensor, columns: torch.Tensor, valid: torch.Tensor) -> Iterator[Tap]:
-        """Tap the forward passes inside the context; `map` stays readable after it."""
-        self.rows, self.columns, self.valid, self.map = rows, columns, valid, None
+    def recording(self, rows: torch.Tensor, columns: torch.Tensor, valid: torch.Tensor) -> Iterator[AttentionCapture]:
+        """Capture attention in the forward passes inside the context; `attention` remains available afterwards.
+
+        Args:
+            rows: [B, L] bool, query positions to average over.
+            columns: [B, L] bool, key positions to report.
+            valid: [B, L] bool, False at padding.
+        """
+        self.rows, self.columns, self.valid, self.attention = rows, columns, valid, None
         try:
             yield self
         finally:
             self.rows = self.columns = self.valid = None
 
-    def read(
-        self, query_BHLD: torch.Tensor, key_BHLD: torch.Tensor, scale: float | None, told: Mapping[str, Any]
+    def capture(
+        self, query_BHLD: torch.Tensor, key_BHLD: torch.Tensor, scale: float | None, attention_kwargs: Mapping[str, Any]
     ) -> None:
-        """`told`: what the block tells its backend beside query and key: the softcap, the window, the packing."""
-        # While answering, later passes bring one new token each: the question was read in the first one.
+        """Compute `attention` from the block's query and key.
+
+        Args:
+            query_BHLD: post-rotary queries.
+            key_BHLD: post-rotary keys.
+            scale: softmax scale; None for the default of the kernel.
+            attention_kwargs: further arguments that the block passes to its backend, such as the softcap, the sliding
+                window and the sequence boundaries of a packed batch.
+        """
+        # During generation, each later pass processes one new token; the question was processed in the first pass.
         if self.rows is None or self.columns is None or query_BHLD.shape[2] != self.rows.shape[1]:
             return
-        copies = query_BHLD.shape[0] // self.rows.shape[0]  # beams of a sample are alike while the question is read
+        copies = query_BHLD.shape[0] // self.rows.shape[0]  # all beams of a sample hold the same question
         query, key = query_BHLD[::copies], key_BHLD[::copies]
-        self.map = attention_map(
+        self.attention = attention_map(
             query,
             key,
             self.rows,
             self.columns,
             attention_mask=self.valid,
             scale=scale,
-            softcap=told.get("softcap"),
-            window=told.get("sliding_window"),
-            cu_seqlens=told.get("cu_seq_lens_q"),
+            softcap=attention_kwargs.get("softcap"),
+            window=attention_kwargs.get("sliding_window"),
+            cu_seqlens=attention_kwargs.get("cu_seq_lens_q"),
             impl=self.impl,
         )
 
 
-def attach(attention: nn.Module) -> Tap:
-    """Put a tap on an attention module of a model loaded with `tapped_name(backend)`."""
-    tap = Tap()
-    setattr(attention, _ATTRIBUTE, tap)
-    return tap
+def attach_capture(attention: nn.Module) -> AttentionCapture:
+    """Attach a capture to an attention module of a model that was loaded with `register_attention(backend)`."""
+    capture = AttentionCapture()
+    setattr(attention, _ATTRIBUTE, capture)
+    return capture
 
 
-def tapped_name(backend: str) -> str:
-    """Registers `backend` with taps and returns the name that transformers knows it by."""
+def register_attention(backend: str) -> str:
+    """Register `backend` with support for captures.
+
+    Args:
+        backend: "sdpa", "flash_attention_2" or "eager".
+
+    Returns:
+        The name to pass to transformers as the attention implementation.
+    """
     name = _NAMES[backend]
 
     def forward(
@@ -94,9 +116,9 @@ def tapped_name(backend: str) -> str:
         scaling: float | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        tap = getattr(module, _ATTRIBUTE, None)
-        if tap is not None:
-            tap.read(query, key, scaling, kwargs)
+        capture: AttentionCapture | None = getattr(module, _ATTRIBUTE, None)
+        if capture is not None:
+            capture.capture(query, key, scaling, kwargs)
         if backend != "sdpa":
             kwargs.pop("sample_lengths", None)
         return _backend(backend, module)(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
@@ -108,7 +130,7 @@ def tapped_name(backend: str) -> str:
 
 
 def _backend(backend: str, module: nn.Module) -> Any:
-    if backend == "eager":  # each model file has its own
+    if backend == "eager":  # every model file defines its own
         return sys.modules[type(module).__module__].eager_attention_forward
     return packing.sdpa if backend == "sdpa" else _flash_attention
 
@@ -123,7 +145,10 @@ def _flash_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """What transformers' own wrapper calls; that takes the name of the package from the model, where ours stands."""
+    """Call flash-attention as the wrapper in transformers does.
+
+    That wrapper reads the implementation's name from the model's configuration, which holds the name registered here.
+    """
     query_BLHD, key_BLHD, value_BLHD = (t.transpose(1, 2) for t in (query_BHLD, key_BHLD, value_BHLD))
     mixed_BLHD = _flash_attention_forward(
         query_BLHD,

@@ -1,7 +1,7 @@
-"""Where things are in a model: decoder blocks, vision tower, projector, image tokens.
+"""Locations of a model's parts: decoder blocks, vision tower, projector, image tokens.
 
-One family for now: LLaVA-class models of transformers (a vision tower of patches, a projector, a decoder). Other
-families add a function that returns an `ModelSpec`; nothing else in the project knows a model's attribute names.
+One family is supported: LLaVA-class models in transformers (a vision tower with patches, a projector, a decoder). A
+new family adds a function that returns a `ModelSpec`. No other module refers to a model's attribute names.
 """
 
 from __future__ import annotations
@@ -18,28 +18,36 @@ from medalign.geometry import PatchGrid
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """References into a model, and the facts about its images."""
+    """References to the parts of a model, and the properties of its images."""
 
     blocks: Sequence[nn.Module]  # decoder blocks, in order
     attentions: Sequence[Any]  # the attention module of each block
     language_model: nn.Module
     projector: nn.Module
     decoder: str  # qualified name of the language model inside the model
-    width: int  # d, of the language model
+    width: int  # d, hidden size of the language model
     image_token_id: int
-    image_size: int  # pixels a side that the vision tower takes
-    grid: PatchGrid  # image tokens of one image
+    image_size: int  # input resolution of the vision tower, pixels per side
+    grid: PatchGrid  # image tokens per image
 
 
-def anatomy(model: Any) -> ModelSpec:
-    """The anatomy of a transformers model. Raises ConfigError for a family that is not supported."""
+def inspect_model(model: Any) -> ModelSpec:
+    """Return the spec of a transformers model.
+
+    Raises:
+        ConfigError: the model's family is not supported.
+    """
     kind = getattr(model.config, "model_type", type(model).__name__)
     require_family(kind)
     return FAMILIES[kind](model)
 
 
 def require_family(kind: str) -> None:
-    """Raises ConfigError for a model type that is not supported."""
+    """Check that a model type is supported.
+
+    Raises:
+        ConfigError: it is not.
+    """
     if kind not in FAMILIES:
         raise ConfigError(f"student model type {kind!r} is not supported; supported: {', '.join(sorted(FAMILIES))}")
 
@@ -51,13 +59,13 @@ def _llava(model: Any) -> ModelSpec:
     blocks = getattr(language, "layers", ())
     if not blocks or not all(hasattr(block, "self_attn") for block in blocks):
         raise ConfigError(
-            f"the student's language model ({config.text_config.model_type}) is not a stack of blocks of one "
-            "self-attention each, as Llama, Mistral and Qwen2 are; choose a student with such a one"
+            f"the student's language model ({config.text_config.model_type}) is not a stack of blocks with one "
+            "self-attention each; choose a student whose language model is, such as Llama, Mistral or Qwen2"
         )
     if config.vision_feature_select_strategy != "default" and vision.model_type == "clip_vision_model":
         raise ConfigError(
-            f"vision_feature_select_strategy is {config.vision_feature_select_strategy!r}: the class token would "
-            "stand among the image tokens; set it to 'default' in the student's config.json"
+            f"vision_feature_select_strategy is {config.vision_feature_select_strategy!r}, which would include the "
+            "class token in the image tokens; set it to 'default' in the student's config.json"
         )
     if vision.image_size % vision.patch_size:
         raise ConfigError(

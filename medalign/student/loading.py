@@ -1,4 +1,4 @@
-"""From a local model folder to a `Student`: transformers loads it, peft adapts it. Nothing is fetched."""
+"""Loads a `Student` from a local model folder with transformers and adds LoRA with peft. Nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -32,56 +32,76 @@ log = logging.getLogger("medalign")
 
 
 def load_student(config: StudentConfig, dtype: torch.dtype, seed: int = 0) -> Student:
-    """The student with fresh adapters (which change nothing yet), W at zero, everything else frozen.
+    """Load the student with newly initialized adapters and W, which change no output yet, and freeze everything else.
 
-    Under ZeRO-3 the caller opens the engine's loading context around this, so that no rank ever holds the whole
-    model. Raises ConfigError if the folder is missing, the family unknown, or the layer does not exist.
+    Under ZeRO-3, call it on every rank inside `engine.sharded_loading`, so that no rank ever holds the complete model.
+
+    Args:
+        config: the student's section of the configuration.
+        dtype: data type of the weights.
+        seed: seed of the adapters' initial weights.
+
+    Raises:
+        ConfigError: the folder is missing, the family is not supported, or the layer does not exist.
     """
     return adapt(_load_model(config, dtype), config, dtype, seed)
 
 
 def adapt(model: nn.Module, config: StudentConfig, dtype: torch.dtype, seed: int = 0) -> Student:
-    """A student around a model in memory. Raises ConfigError if its family is unknown or the layer does not exist."""
-    parts = anatomy(model)
-    require_layer(config.layer, parts)
+    """Turn a model in memory into a student; the arguments are those of `load_student`.
+
+    Raises:
+        ConfigError: the model's family is not supported, or the layer does not exist.
+    """
+    spec = inspect_model(model)
+    require_layer(config.layer, spec)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    # Only now, since loading draws more or less by the way it is sharded: the same start of LoRA for this seed.
+    # The seed is set after loading, because the random numbers that loading draws depend on the sharding. LoRA then
+    # starts from the same weights for the same seed.
     torch.manual_seed(seed)
     with warnings.catch_warnings():
-        # peft reads a property that transformers has renamed: nothing that a user could mend
+        # peft reads a property that transformers has renamed; users cannot do anything about it.
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
-        adapted = get_peft_model(model, _lora(config, model, parts), autocast_adapter_dtype=False)
+        adapted = get_peft_model(model, _lora(config, model, spec), autocast_adapter_dtype=False)
     if config.train_projector:
-        for parameter in parts.projector.parameters():
+        for parameter in spec.projector.parameters():
             parameter.requires_grad_(True)
-    steering = Steering(parts.width, config.epsilon).to(dtype) if config.steering else None
+    steering = Steering(spec.width, config.epsilon).to(dtype) if config.steering else None
     mixture = None
     if config.query_mixture:
-        projection: Any = parts.attentions[config.layer].q_proj
+        projection: Any = spec.attentions[config.layer].q_proj
         official = config.query_mixture_form == "official"
         dropout = config.lora.dropout if official else 0.0
         mixture = QueryMixture(projection.in_features, projection.out_features, lora_start=official, dropout=dropout)
         mixture.to(dtype)
-    student = Student(adapted, parts, config.layer, steering, mixture)
+    student = Student(adapted, spec, config.layer, steering, mixture)
     if config.gradient_checkpointing:
         _checkpoint_blocks(student)
     return student
 
 
 def model_folder(config: StudentConfig) -> str:
-    """The folder of the student's model. Raises ConfigError where it holds none."""
+    """Return the folder of the student's model.
+
+    Raises:
+        ConfigError: the folder does not contain a model.
+    """
     folder = Path(config.path)
     if not (folder / "config.json").is_file():
         raise ConfigError(
-            f"student.path {config.path} is not a model folder (no config.json); models are read from disk alone: "
-            "download one first and name its folder"
+            f"student.path {config.path} is not a model folder (no config.json); models are read only from disk: "
+            "download one first and give its folder"
         )
     return str(folder)
 
 
 def load_processor(config: StudentConfig) -> Any:
-    """The student's processor (tokenizer, image settings, chat template)."""
+    """Load the student's processor (tokenizer, image settings, chat template).
+
+    Raises:
+        ConfigError: the folder does not contain a usable processor.
+    """
     folder = model_folder(config)
     try:
         return AutoProcessor.from_pretrained(folder, local_files_only=True)
@@ -99,38 +119,50 @@ def preprocess_cfg(processor: Any, image_size: int) -> PreprocessCfg:
     if len(mean) != 3 or len(std) != 3:
         raise ConfigError(
             f"the student's image processor ({type(image).__name__}) has image_mean {list(mean)} and image_std "
-            f"{list(std)}; three numbers each are needed, in preprocessor_config.json or processor_config.json"
+            f"{list(std)}; each must have three numbers, in preprocessor_config.json or processor_config.json"
         )
     return PreprocessCfg(image_size, mean, std)
 
 
-def adapter_state(student: Student, whole: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The adapter's part of `whole` (gathered parameters by name in the student), under peft's names."""
+def adapter_state(student: Student, parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Select the adapter's weights from `parameters` and give them peft's names.
+
+    Args:
+        student: the student that the parameters belong to.
+        parameters: gathered parameters by their name in the student.
+    """
     prefix = "model."
-    state = {name.removeprefix(prefix): value for name, value in whole.items() if name.startswith(prefix)}
+    state = {name.removeprefix(prefix): value for name, value in parameters.items() if name.startswith(prefix)}
     return get_peft_model_state_dict(_peft(student), state_dict=state, save_embedding_layers=False)
 
 
 def set_adapter_state(student: Student, state: dict[str, torch.Tensor]) -> None:
-    """Load an adapter saved under peft's names. Raises CheckpointError naming the first key that does not fit."""
+    """Load an adapter whose weights have peft's names.
+
+    Raises:
+        CheckpointError: the adapter does not fit the student; the message names the first such key.
+    """
     result: Any = set_peft_model_state_dict(_peft(student), state)
     missing = [name for name in result.missing_keys if "lora_" in name]
     if missing or result.unexpected_keys:
         raise CheckpointError(
-            f"the adapter does not fit the student: {len(missing)} weights missing, "
-            f"{len(result.unexpected_keys)} unknown, the first {[*missing, *result.unexpected_keys][0]!r}"
+            f"the adapter does not fit the student: {len(missing)} missing weights, {len(result.unexpected_keys)} "
+            f"unexpected ones; the first is {[*missing, *result.unexpected_keys][0]!r}"
         )
 
 
 def save_adapter_config(student: Student, folder: Path) -> None:
-    """Write peft's adapter_config.json, which names the base model's folder without what is above it."""
+    """Write peft's adapter_config.json, with only the last component of the base model's path."""
     config = copy.copy(_peft(student).peft_config["default"])
     config.base_model_name_or_path = Path(config.base_model_name_or_path or "").name
     config.save_pretrained(str(folder))
 
 
-def merged(student: Student) -> Any:
-    """The transformers model with the adapters folded into its weights; the student is used up."""
+def merge_adapters(student: Student) -> Any:
+    """Return the transformers model with the adapters merged into its weights.
+
+    The merge happens in place, so the student must not be used afterwards.
+    """
     model: Any = _peft(student).merge_and_unload()
     model.set_attn_implementation("sdpa")
     return model
@@ -144,7 +176,7 @@ def _peft(student: Student) -> PeftModel:
 def _load_model(config: StudentConfig, dtype: torch.dtype) -> nn.Module:
     names, folder = attention_names(config.attention, dtype), model_folder(config)
     if not sys.stderr.isatty():
-        transformers_logging.disable_progress_bar()  # in a log file it is a line a tensor
+        transformers_logging.disable_progress_bar()  # it would add one line per tensor to a log file
     try:
         return AutoModelForImageTextToText.from_pretrained(
             folder, dtype=dtype, attn_implementation=names, local_files_only=True, use_safetensors=True
@@ -154,19 +186,30 @@ def _load_model(config: StudentConfig, dtype: torch.dtype) -> nn.Module:
 
 
 def attention_names(wanted: str, dtype: torch.dtype) -> dict[str, str]:
-    """transformers' name of the attention of each part of the model: tapped in the language model only."""
+    """Return the attention implementation for each part of the model, as transformers takes it.
+
+    Only the language model uses an implementation that supports captures.
+    """
     backend = choose_attention(wanted, dtype)
     vision = "eager" if backend == "eager" else "sdpa"
-    return {"": "sdpa", "text_config": tapped_name(backend), "vision_config": vision}
+    return {"": "sdpa", "text_config": register_attention(backend), "vision_config": vision}
 
 
 def choose_attention(wanted: str, dtype: torch.dtype = torch.bfloat16) -> str:
-    """flash_attention_2 where it can run, else sdpa; what was asked for by name is taken or refused."""
-    if dtype == torch.float32:  # flash-attn multiplies half precision only
+    """Choose the attention backend: flash_attention_2 where it can run, otherwise sdpa.
+
+    Args:
+        wanted: "auto", or a backend that is used as given.
+        dtype: data type of the student's weights.
+
+    Raises:
+        ConfigError: `wanted` names a backend that cannot run here.
+    """
+    if dtype == torch.float32:  # flash-attn supports only half precision
         if wanted == "flash_attention_2":
             raise ConfigError(
-                "student.attention is flash_attention_2, which computes in half precision only, and the student is "
-                "loaded in fp32; set train.precision to bf16, or choose sdpa"
+                "student.attention is flash_attention_2, which supports half precision only, but the student is loaded "
+                "in fp32; set train.precision to bf16, or choose sdpa"
             )
         return "sdpa" if wanted == "auto" else wanted
     usable = torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
@@ -182,15 +225,15 @@ def choose_attention(wanted: str, dtype: torch.dtype = torch.bfloat16) -> str:
     return "flash_attention_2" if usable else "sdpa"
 
 
-def _lora(config: StudentConfig, model: nn.Module, parts: ModelSpec) -> PeftLora:
-    """LoRA on every linear layer of the language model's blocks, and nowhere else.
+def _lora(config: StudentConfig, model: nn.Module, spec: ModelSpec) -> PeftLora:
+    """Configure LoRA for the linear layers of the language model's blocks only.
 
-    The official mixture stands in the place of LoRA on its projection.
+    The official form of the mixture replaces LoRA on its projection.
     """
-    inside = f"{parts.decoder}.layers."
+    inside = f"{spec.decoder}.layers."
     replaced = config.query_mixture and config.query_mixture_form == "official"
-    alone = parts.attentions[config.layer].q_proj if replaced else None
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not alone]
+    skipped = spec.attentions[config.layer].q_proj if replaced else None
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not skipped]
     return PeftLora(
         r=config.lora.rank,
         lora_alpha=config.lora.alpha,
@@ -201,12 +244,12 @@ def _lora(config: StudentConfig, model: nn.Module, parts: ModelSpec) -> PeftLora
 
 
 def _checkpoint_blocks(student: Student) -> None:
-    """Recompute every block in the backward pass but the tapped one.
+    """Recompute every block except the tapped one in the backward pass.
 
-    Its map leaves the block by the side; recomputing it would build a second map that nobody reads, and the
-    memory of one block is a small price for doing that work once.
+    The tapped block also stores its attention in the capture. Recomputing the block would compute that attention a
+    second time and discard it. Keeping the activations of one block costs little memory.
     """
     model: Any = student.model
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    tapped: Any = student.anatomy.blocks[student.layer]
+    tapped: Any = student.spec.blocks[student.layer]
     tapped.gradient_checkpointing = False

@@ -1,10 +1,11 @@
-"""How tokens lie in a batch, told to transformers; and SDPA over a packed batch, sample by sample.
+"""Arguments that describe a batch's layout to transformers, and SDPA for packed batches.
 
-flash-attention takes the borders of packed samples as they are. For SDPA and eager attention transformers makes a mask
-[L, L] of the whole row, in which most is empty: time and memory would grow with the square of the micro-batch. So SDPA
-runs here once a sample, without a mask, and none is made. Models with a sliding window keep theirs.
+flash-attention takes the boundaries of packed samples directly. For SDPA and eager attention, transformers builds a
+mask [L, L] over the packed row, most of which is masked out: time and memory would grow with the square of the
+micro-batch size. Therefore SDPA runs here once per sample, without a mask, and the mask is not built. Models with a
+sliding window keep their mask.
 
-Shape suffixes: B samples (1 when packed), H heads, L tokens, D width of a head.
+Shape suffixes: B samples (1 when packed), H heads, L tokens, D head dimension.
 """
 
 from __future__ import annotations
@@ -21,22 +22,27 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from medalign.contracts import Batch
 
-_apart: ContextVar[bool] = ContextVar("medalign_apart", default=False)
+_skip_mask: ContextVar[bool] = ContextVar("medalign_skip_mask", default=False)
 
 
-def layout(batch: Batch) -> dict[str, Any]:
-    """Arguments for the model's forward pass: `position_ids` [B, L], and what keeps the samples apart."""
+def forward_arguments(batch: Batch) -> dict[str, Any]:
+    """Return arguments for the model's forward pass.
+
+    Returns:
+        `position_ids` [B, L] and `attention_mask` [B, L]; for a packed batch, the boundaries of the samples in place
+        of the mask.
+    """
     if not batch.lengths:
-        positions_BL = (batch.attention_mask.long().cumsum(-1) - 1).clamp(min=0)  # whichever side the padding is on
+        positions_BL = (batch.attention_mask.long().cumsum(-1) - 1).clamp(min=0)  # padding may be on either side
         return {"position_ids": positions_BL, "attention_mask": batch.attention_mask.long()}
     bounds = batch.bounds()
     places = torch.arange(batch.input_ids.shape[1], device=bounds.device)
-    begins, longest = bounds.int(), max(batch.lengths)
+    starts, longest = bounds.int(), max(batch.lengths)
     return {
-        "position_ids": places - bounds[batch.sample_of_token()],  # where it begins again, transformers sees a border
+        "position_ids": places - bounds[batch.sample_of_token()],  # transformers starts a new sample at each 0
         "attention_mask": None,
-        "cu_seq_lens_q": begins,
-        "cu_seq_lens_k": begins,
+        "cu_seq_lens_q": starts,
+        "cu_seq_lens_k": starts,
         "max_length_q": longest,
         "max_length_k": longest,
         "sample_lengths": batch.lengths,
@@ -44,18 +50,18 @@ def layout(batch: Batch) -> dict[str, Any]:
 
 
 @contextmanager
-def samples_apart(batch: Batch) -> Iterator[None]:
-    """Inside, a packed batch gets no mask that `sdpa` does without."""
-    token = _apart.set(bool(batch.lengths))
+def without_packed_mask(batch: Batch) -> Iterator[None]:
+    """Inside the context, no mask is built for a packed batch unless the model has a sliding window."""
+    token = _skip_mask.set(bool(batch.lengths))
     try:
         yield
     finally:
-        _apart.reset(token)
+        _skip_mask.reset(token)
 
 
 def sdpa_mask(*args: Any, local_size: int | None = None, **kwargs: Any) -> torch.Tensor | None:
-    """transformers' mask for SDPA; None for a packed batch, unless the mask holds a window."""
-    if _apart.get() and local_size is None:
+    """Return transformers' mask for SDPA, or None for a packed batch without a sliding window."""
+    if _skip_mask.get() and local_size is None:
         return None
     return ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](*args, local_size=local_size, **kwargs)
 
@@ -70,7 +76,11 @@ def sdpa(
     sample_lengths: tuple[int, ...] = (),
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """transformers' SDPA, once for each sample of a packed batch that has no mask. Returns [B, L, H, D]."""
+    """Run transformers' SDPA, once per sample for a packed batch without a mask.
+
+    Returns:
+        The attention output [B, L, H, D] and None in place of the attention weights.
+    """
     attend: Any = ALL_ATTENTION_FUNCTIONS["sdpa"]
     if attention_mask is not None or not sample_lengths:
         return attend(module, query_BHLD, key_BHLD, value_BHLD, attention_mask, **kwargs)

@@ -3,7 +3,9 @@
     p = softmax(router(x_q))                           x_q: hidden state of the sample's last question token
     y = base(x) + alpha / r * sum_e p_e B_e A_e x      for every token x of the sample
 
-One decision a sample, dense (every expert takes part). B samples, L tokens, D width in, O width out, E experts,
+The router makes one decision per sample. It is dense: every expert contributes.
+
+Shape suffixes: B batch rows, S samples, L tokens, T tokens of all rows, D input width, O output width, E experts,
 R rank.
 """
 
@@ -17,16 +19,18 @@ from torch import nn
 
 
 class QueryMixture(nn.Module):
-    """LoRA experts with a linear router. Zero at the start: the experts' second factors are zero.
+    """LoRA experts with a linear router.
+
+    The second factors of the experts are initialized to zero, so an untrained mixture does not change the projection.
 
     Args:
         width: D, input width of the projection.
-        width_out: O, its output width.
-        experts: E.
+        width_out: O, output width of the projection.
+        experts: E, number of experts.
         rank: r of each expert.
         alpha: the mixture is multiplied by alpha / r.
-        lora_start: draw the first factors as LoRA's (Kaiming uniform), in place of a normal distribution.
-        dropout: on what the experts read; the router reads all of it.
+        lora_start: initialize the first factors as LoRA does (Kaiming uniform) instead of from a normal distribution.
+        dropout: dropout probability at the input of the experts; the router has no dropout.
     """
 
     def __init__(
@@ -51,13 +55,21 @@ class QueryMixture(nn.Module):
         self.scaling = alpha / rank
         self._question_BL: torch.Tensor | None = None
         self._bounds: torch.Tensor | None = None
-        self._gates_BLE: torch.Tensor | None = None  # one decision a row, for the tokens that generation adds
+        self._gates_BLE: torch.Tensor | None = None  # one decision per row, for generated tokens
 
     def forward(self, hidden_BLD: torch.Tensor, gates_BE: torch.Tensor | None = None) -> torch.Tensor:
-        """What to add to the projection of `hidden_BLD`: [B, L, O].
+        """Compute what to add to the output of the projection.
 
-        Without `gates_BE` the router decides, from the question that `begin` announced, and the decision holds for
-        passes of another length: the single tokens of generation.
+        Args:
+            hidden_BLD: input of the projection.
+            gates_BE: weights of the experts. By default the router computes them from the question that `begin`
+                announced, and later passes of another length (the single tokens of generation) reuse them.
+
+        Returns:
+            [B, L, O], in the data type of `hidden_BLD`.
+
+        Raises:
+            RuntimeError: no batch was announced, or its complete sequence has not passed yet.
         """
         gates_BLE = self._decide(hidden_BLD) if gates_BE is None else gates_BE[:, None]
         dtype = self.down.dtype
@@ -66,27 +78,39 @@ class QueryMixture(nn.Module):
         return torch.einsum("bler,eor->blo", weighted_BLER, self.up).to(hidden_BLD.dtype)
 
     def begin(self, question_mask_BL: torch.Tensor, bounds: torch.Tensor | None = None) -> None:
-        """Announce a new batch: `question_mask_BL` is True at question tokens. The last one of a sample decides.
+        """Announce a new batch.
 
-        A sample without question tokens is decided by its first token. `bounds` [S + 1] says where the samples of a
-        packed batch begin, and where the last one ends.
+        The router reads the last question token of each sample, or the first token of a sample without a question.
+
+        Args:
+            question_mask_BL: True at question tokens.
+            bounds: [S + 1], start of each sample of a packed batch and end of the last one.
         """
         self._question_BL, self._bounds, self._gates_BLE = question_mask_BL, bounds, None
 
     def attach(self, projection: nn.Module) -> None:
-        """Add the mixture to the output of `projection`, from now on, wherever a batch has begun."""
+        """Add the mixture to the output of `projection` in every forward pass after `begin` was called."""
         projection.register_forward_hook(self._add_to)
 
     def route(
         self, hidden_BLD: torch.Tensor, question_mask_BL: torch.Tensor, bounds: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Shares of the experts at each token [B, L, E], float32, from the last question token of its sample."""
+        """Compute the weights of the experts from the last question token of each sample.
+
+        Args:
+            hidden_BLD: input of the projection.
+            question_mask_BL: True at question tokens.
+            bounds: [S + 1], see `begin`.
+
+        Returns:
+            [B, L, E] in float32; the weights of a token are those of its sample.
+        """
         rows, length = question_mask_BL.shape
         tokens_T = torch.arange(rows * length, device=hidden_BLD.device)
         bounds = tokens_T.new_tensor(range(0, rows * length + 1, length)) if bounds is None else bounds
         sample_T = torch.searchsorted(bounds[1:], tokens_T, right=True)
         asked_T = tokens_T * question_mask_BL.flatten()
-        last_S = bounds[:-1].scatter_reduce(0, sample_T, asked_T, "amax")  # at least where the sample begins
+        last_S = bounds[:-1].scatter_reduce(0, sample_T, asked_T, "amax")  # or the first token of the sample
         chosen_SD = hidden_BLD.flatten(0, 1)[last_S]
         gates_SE = self.router(chosen_SD.to(self.router.weight.dtype)).float().softmax(-1)
         return gates_SE[sample_T].unflatten(0, (rows, length))
@@ -94,17 +118,18 @@ class QueryMixture(nn.Module):
     def _decide(self, hidden_BLD: torch.Tensor) -> torch.Tensor:
         question_BL = self._question_BL
         if question_BL is None:
-            raise RuntimeError("QueryMixture: call begin(question_mask) before the forward pass, or give the gates")
+            raise RuntimeError("QueryMixture: call begin(question_mask) before the forward pass, or pass gates_BE")
         if hidden_BLD.shape[1] == question_BL.shape[1]:
-            # Decided anew whenever the whole sequence passes, so that gradient checkpointing can pass it twice.
-            copies = hidden_BLD.shape[0] // question_BL.shape[0]  # beams of a sample follow one another
+            # The gates are recomputed for every pass of the complete sequence, so that gradient checkpointing can
+            # repeat the pass.
+            copies = hidden_BLD.shape[0] // question_BL.shape[0]  # the beams of a sample are consecutive rows
             gates_BLE = self.route(hidden_BLD, question_BL.repeat_interleave(copies, dim=0), self._bounds)
             self._gates_BLE = gates_BLE[:, -1:].detach()
             return gates_BLE
         if self._gates_BLE is None or self._gates_BLE.shape[0] != hidden_BLD.shape[0]:
             raise RuntimeError(
-                f"QueryMixture: {tuple(hidden_BLD.shape)} tokens came before the whole sequence of "
-                f"{tuple(question_BL.shape)} that begin() announced"
+                f"QueryMixture: got hidden states of shape {tuple(hidden_BLD.shape)} before the complete sequence of "
+                f"shape {tuple(question_BL.shape)} that begin() announced"
             )
         return self._gates_BLE
 

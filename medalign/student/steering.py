@@ -1,6 +1,6 @@
-"""W: a learnable matrix that moves image tokens before the tapped block, `X~ = X + epsilon X W^T`.
+"""W: a learnable matrix that shifts image tokens at the input of the tapped block, `X~ = X + epsilon X W^T`.
 
-B samples, L tokens, T image tokens of all samples, D width.
+Shape suffixes: B samples, L tokens, T image tokens of all samples, D hidden size.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ from torch import nn
 
 
 class Steering(nn.Module):
-    """Zero at the start, so an untrained W leaves the student as it is.
+    """Adds a learned linear map of the image tokens to them.
 
-    The weight is used in this module's own forward pass alone: under ZeRO-3 that is when it is whole.
+    W is initialized to zero, so an untrained W does not change the student. The weight is used only in this module's
+    forward pass, because that is when ZeRO-3 gathers it.
 
     Args:
-        width: D, hidden width of the student.
+        width: D, hidden size of the student.
         epsilon: strength of the steering.
     """
 
@@ -26,14 +27,18 @@ class Steering(nn.Module):
         self.weight = nn.Parameter(torch.zeros(width, width))
 
     def forward(self, hidden_BLD: torch.Tensor, image_mask_BL: torch.Tensor) -> torch.Tensor:
-        """Hidden states with the image tokens steered; the others are returned bit for bit.
+        """Steer the image tokens; all other hidden states are returned unchanged.
 
-        A batch without image tokens keeps W in the graph, with gradient zero.
+        A batch without image tokens keeps W in the graph, with a gradient of zero.
+
+        Args:
+            hidden_BLD: hidden states.
+            image_mask_BL: True at image tokens.
         """
         tokens_TD = hidden_BLD[image_mask_BL]
-        moved_TD = F.linear(tokens_TD.to(self.weight.dtype), self.weight).to(tokens_TD.dtype)
+        shift_TD = F.linear(tokens_TD.to(self.weight.dtype), self.weight).to(tokens_TD.dtype)
         steered_BLD = hidden_BLD.clone()
-        steered_BLD[image_mask_BL] = tokens_TD + self.epsilon * moved_TD
+        steered_BLD[image_mask_BL] = tokens_TD + self.epsilon * shift_TD
         return steered_BLD
 
     def extra_repr(self) -> str:

@@ -1,6 +1,7 @@
 """The teacher: the frozen vision tower of any open_clip model.
 
-Shape suffixes: I images, T pixels a side, M patches, b the tower's width, H heads, h width of a head.
+Shape suffixes: I images, T pixels per side, M patches, K keys (M patches and the class token), b the tower's width,
+H heads, h head dimension.
 """
 
 from __future__ import annotations
@@ -27,18 +28,29 @@ _STUB_TEXT = {"context_length": 1, "vocab_size": 1, "width": 8, "heads": 1, "lay
 
 
 class ConvStem(nn.Module):
-    """Patch embedding by small convolutions, in place of `VisionTransformer.conv1`.
+    """Patch embedding made of small convolutions, which replaces `VisionTransformer.conv1`.
 
-    Each entry of `channels` is one 3 x 3 convolution of stride 2; a last convolution, without overlap, projects to
-    the tower's width and brings the total stride to the patch size. Few steps suffice to train it, where a plain
-    patch embedding needs many.
+    Each entry of `channels` adds a 3 x 3 convolution with stride 2. A final convolution without overlap projects to
+    the tower's width and brings the total stride to the patch size. It trains in far fewer steps than a single linear
+    patch embedding.
+
+    Args:
+        channels: output channels of each 3 x 3 convolution.
+        width: b, width of the tower.
+        patch_size: pixels per side.
+
+    Raises:
+        ConfigError: the strides do not divide the patch size.
     """
 
     def __init__(self, channels: Sequence[int], width: int, patch_size: int):
         super().__init__()
         stride, rest = divmod(patch_size, 2 ** len(channels))
         if rest or not stride:
-            raise ConfigError(f"conv_stem has {len(channels)} halvings, which do not divide patch_size {patch_size}")
+            raise ConfigError(
+                f"conv_stem has {len(channels)} convolutions, whose total stride {2 ** len(channels)} does not divide "
+                f"patch_size {patch_size}; change the number of channels"
+            )
         layers: list[nn.Module] = []
         before = 3
         for after in channels:
@@ -48,12 +60,12 @@ class ConvStem(nn.Module):
         self.layers = nn.Sequential(*layers)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """[I, 3, T, T] to [I, b, T / patch, T / patch]."""
+        """Embed pixels [I, 3, T, T] as patches [I, b, T / patch_size, T / patch_size]."""
         return self.layers(pixels)
 
 
 def build_clip(model_config: Mapping[str, Any]) -> open_clip.CLIP:
-    """open_clip's CLIP from a `model_cfg`, which may name `conv_stem` channels; weights are untrained."""
+    """Build open_clip's CLIP, with random weights, from a `model_cfg`, which may also set `conv_stem` channels."""
     settings = dict(model_config)
     channels = settings.pop("conv_stem", None)
     model = open_clip.CLIP(**settings)
@@ -64,14 +76,27 @@ def build_clip(model_config: Mapping[str, Any]) -> open_clip.CLIP:
 
 
 class Tower(nn.Module):
-    """What the teacher asks of a vision tower. Each kind of tower that is supported has one adapter."""
+    """Interface of a vision tower. Each supported kind of tower has one adapter.
+
+    Attributes:
+        grid: the tower's patches.
+        width: b, number of features per patch.
+        image_size: height and width of its input, in pixels.
+    """
 
     grid: PatchGrid
     width: int
     image_size: tuple[int, int]
 
-    def look(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """[I, 3, T, T] to the last layer's patch features [I, M, b] and class-token attention [I, M]."""
+    def features_and_attention(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compute patch features and class-token attention of the last layer.
+
+        Args:
+            pixels: normalized, [I, 3, T, T].
+
+        Returns:
+            Features [I, M, b] and attention [I, M].
+        """
         raise NotImplementedError
 
 
@@ -99,7 +124,7 @@ class TransformerTower(Tower):
         self.width = visual.transformer.width
         self.image_size = visual.image_size
 
-    def look(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def features_and_attention(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         last = len(self.visual.transformer.resblocks) - 1
         output = self.visual.forward_intermediates(
             pixels,
@@ -115,10 +140,17 @@ class TransformerTower(Tower):
 
 
 def class_attention(block: ResidualAttentionBlock, tokens: torch.Tensor) -> torch.Tensor:
-    """What the class token, the first one, attends to in `block`, given the block's input [I, 1 + M, b].
+    """Compute the attention of the class token to the patches in one block.
 
-    One row of the softmax, over all 1 + M keys, mean over heads, in float32; the weight it gives itself is left
-    out, so a row [M] sums to less than 1. The other rows are never computed.
+    This is one row of the softmax over all 1 + M keys, in float32. The other rows are not computed.
+
+    Args:
+        block: the transformer block.
+        tokens: input of the block, [I, 1 + M, b], with the class token first.
+
+    Returns:
+        Attention [I, M], the mean over the heads. The attention of the class token to itself is omitted, so a row
+        sums to less than 1.
     """
     attention = block.attn
     normed = block.ln_1(tokens)
@@ -131,7 +163,13 @@ def class_attention(block: ResidualAttentionBlock, tokens: torch.Tensor) -> torc
 
 
 class Teacher(nn.Module):
-    """A frozen tower and what one must know to show it an image."""
+    """A frozen vision tower and its preprocessing.
+
+    Args:
+        tower: the vision tower.
+        mean: per-channel mean for the normalization of pixels in [0, 1].
+        std: per-channel standard deviation.
+    """
 
     def __init__(self, tower: Tower, mean: Sequence[float], std: Sequence[float]):
         super().__init__()
@@ -149,12 +187,19 @@ class Teacher(nn.Module):
         return self.tower.width
 
     def train(self, mode: bool = True) -> Teacher:
-        """Stays in eval mode, whatever the loop around it does."""
+        """Do nothing: the teacher stays in eval mode."""
         return self
 
     def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """[I, 3, T, T] to patch features [I, M, b] of the last layer and class-token attention [I, M] (float32)."""
-        return self.tower.look(pixels.to(next(self.parameters()).dtype))
+        """Compute patch features of the last layer and class-token attention.
+
+        Args:
+            pixels: normalized, [I, 3, T, T].
+
+        Returns:
+            Features [I, M, b], and attention [I, M] in float32.
+        """
+        return self.tower.features_and_attention(pixels.to(next(self.parameters()).dtype))
 
 
 def load_teacher(
@@ -165,25 +210,34 @@ def load_teacher(
     random_weights_seed: int | None = None,
     features: str = "after_norm",
 ) -> Teacher:
-    """A frozen teacher from a local folder in the layout of open_clip's hub models, or from `open_clip:ARCH/WEIGHTS`.
+    """Load a frozen teacher. Under ZeRO-3, call it before the student is built, on every rank.
 
-    WEIGHTS is a file (safetensors, or a torch file without pickled code), no tag: nothing is fetched. With
-    `random_weights_seed` the weights are not read: the control of an untrained teacher, always the same one for a seed.
-    `features` says whether patch features are taken "after_norm" or "before_norm" (the tower's final norm).
-    Raises ConfigError where the tower is of a kind that is not supported.
+    Args:
+        path: a local folder with the layout of open_clip's hub models, or `open_clip:ARCH/WEIGHTS`, where WEIGHTS is
+            a file (safetensors, or a torch file without pickled code). Tags are not supported, because nothing is
+            downloaded.
+        device: where the teacher runs.
+        dtype: data type of its weights.
+        random_weights_seed: use random weights drawn from this seed instead of reading them. An untrained teacher
+            serves as a control.
+        features: take patch features "after_norm" or "before_norm", that is after or before the tower's final norm.
+
+    Raises:
+        ConfigError: the source is not valid, or the kind of tower is not supported.
+        CheckpointError: the weights cannot be read or do not fit the tower.
     """
-    source = find(path)
+    source = find_teacher(path)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(random_weights_seed or 0)
-        visual = _untrained(source)
+        visual = _build_tower(source)
     if random_weights_seed is None:
         _load_vision_weights(visual, source.weights)
     return Teacher(TransformerTower(visual, features), source.mean, source.std).to(device=device, dtype=dtype)
 
 
-def _untrained(source: TeacherSource) -> VisionTransformer:
-    """The tower as open_clip builds it, before its weights are read. Raises ConfigError where it cannot."""
-    # The text tower is replaced by a stub: it is not needed, and may want a download of its own.
+def _build_tower(source: TeacherSource) -> VisionTransformer:
+    """Build the tower with random weights. Raises ConfigError if open_clip cannot build it."""
+    # The text tower is replaced by a stub: it is not needed, and some text towers require a download.
     wanted = ("embed_dim", "vision_cfg", "quick_gelu", "conv_stem")
     config = {key: source.model_config[key] for key in wanted if key in source.model_config}
     try:
@@ -195,7 +249,7 @@ def _untrained(source: TeacherSource) -> VisionTransformer:
 
 
 def _load_vision_weights(visual: nn.Module, file: Path) -> None:
-    """Fill the tower from the `visual.` part of a CLIP checkpoint. Nothing is ever unpickled into code."""
+    """Load the `visual.` part of a CLIP checkpoint into the tower. Pickled code is never executed."""
     try:
         state: dict[str, Any] = (
             load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)

@@ -1,6 +1,6 @@
-"""Where a teacher comes from: a folder in the layout of open_clip's hub models, or one of its architectures by name.
+"""Source of a teacher: a folder with the layout of open_clip's hub models, or an open_clip architecture by name.
 
-Everything that can be told from the configuration alone is checked here, before any weight is read.
+Everything that the configuration determines is checked here, before any weights are read.
 """
 
 from __future__ import annotations
@@ -24,17 +24,24 @@ OPENAI_MEAN, OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26
 
 @dataclass(frozen=True)
 class TeacherSource:
-    """Where a teacher comes from: its architecture, its weights' file, its preprocessing."""
+    """Architecture, weights file and preprocessing of a teacher."""
 
-    name: str  # of what says so, for errors
+    name: str  # the configuration file or the name given by the user, for error messages
     model_config: dict[str, Any]
     weights: Path
     mean: Sequence[float]
     std: Sequence[float]
 
 
-def find(path: str | Path) -> TeacherSource:
-    """The source that a path or a name stands for, checked. Raises ConfigError naming the file and the key."""
+def find_teacher(path: str | Path) -> TeacherSource:
+    """Resolve a path or a name to a teacher's source and check it.
+
+    Args:
+        path: a folder, or `open_clip:ARCH/WEIGHTS`.
+
+    Raises:
+        ConfigError: the source is not valid; the message names the file and the key.
+    """
     source = _named_source(str(path)) if str(path).startswith(SCHEME) else _folder_source(Path(path))
     _require_vision(source)
     _require_colors(source)
@@ -49,7 +56,7 @@ def read_preprocess_cfg(path: str | Path) -> PreprocessCfg:
 
 
 def _require_vision(source: TeacherSource) -> None:
-    """Raise ConfigError for a tower that is of no supported kind, or whose patches do not tile its pictures."""
+    """Raise ConfigError for a kind of tower that is not supported, or whose patches do not tile its images."""
     where, vision = f"teacher {source.name}", source.model_config["vision_cfg"]
     known = [field.name for field in fields(open_clip.CLIPVisionCfg)]
     for key in vision:
@@ -62,24 +69,24 @@ def _require_vision(source: TeacherSource) -> None:
         raise ConfigError(f"{where}: its vision tower is {tower}; supported: open_clip's VisionTransformer")
     if vision.get("pool_type", "tok") != "tok":
         raise ConfigError(
-            f"{where}: model_cfg.vision_cfg.pool_type is {vision['pool_type']!r}: its class token, whose attention the "
-            "student is to learn, was not trained to look anywhere; supported: 'tok'"
+            f"{where}: model_cfg.vision_cfg.pool_type is {vision['pool_type']!r}: its class token, whose attention is "
+            "distilled, was not trained; supported: 'tok'"
         )
-    image, patch = _side(source, "image_size"), _side(source, "patch_size")
+    image, patch = _square_size(source, "image_size"), _square_size(source, "patch_size")
     if image % patch:
         raise ConfigError(
             f"{where}: its image size {image} is not a multiple of its patch size {patch}: the patches would cover "
-            f"{image // patch * patch} of {image} pixels, and none would lie where the student's does"
+            f"only {image // patch * patch} of {image} pixels and would not align with the student's patches"
         )
 
 
-def _side(source: TeacherSource, key: str) -> int:
-    """One side, in pixels, of what must be square."""
+def _square_size(source: TeacherSource, key: str) -> int:
+    """Return a size of the vision tower, in pixels per side. Raises ConfigError if it is not square."""
     size = source.model_config["vision_cfg"].get(key, getattr(open_clip.CLIPVisionCfg, key))
     sides = list(size) if isinstance(size, list | tuple) else [size]
     if not sides or any(type(side) is not int or side < 1 or side != sides[0] for side in sides):
         raise ConfigError(
-            f"teacher {source.name}: model_cfg.vision_cfg.{key} is {size!r}; supported: squares of whole pixels"
+            f"teacher {source.name}: model_cfg.vision_cfg.{key} is {size!r}; supported: a positive integer (square)"
         )
     return sides[0]
 
@@ -88,15 +95,15 @@ def _require_colors(source: TeacherSource) -> None:
     for key, values in (("mean", source.mean), ("std", source.std)):
         numbers = isinstance(values, Sequence) and all(type(value) in (int, float) for value in values)
         if not numbers or len(values) != 3 or (key == "std" and min(values) <= 0):
-            wanted = "three numbers, of red, green and blue" + (", above 0" if key == "std" else "")
-            raise ConfigError(f"teacher {source.name}: preprocess_cfg.{key} is {values!r}; it must be {wanted}")
+            expected = "three numbers, for red, green and blue" + (", greater than 0" if key == "std" else "")
+            raise ConfigError(f"teacher {source.name}: preprocess_cfg.{key} is {values!r}; it must be {expected}")
 
 
 def _folder_source(folder: Path) -> TeacherSource:
     config_file = folder / CONFIG_NAME
     if not config_file.is_file():
         raise ConfigError(
-            f"teacher {folder}: no {CONFIG_NAME} there; give a folder with {CONFIG_NAME} and {WEIGHTS_NAME}, "
+            f"teacher {folder} does not contain {CONFIG_NAME}; give a folder with {CONFIG_NAME} and {WEIGHTS_NAME}, "
             f"or {SCHEME}ARCH/WEIGHTS"
         )
     try:
@@ -104,8 +111,8 @@ def _folder_source(folder: Path) -> TeacherSource:
         model_config, _ = config["model_cfg"], config["model_cfg"]["vision_cfg"]["image_size"]
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(
-            f"teacher {config_file} cannot be used ({type(error).__name__}: {error}); open_clip writes one with "
-            "model_cfg and preprocess_cfg"
+            f"teacher {config_file} cannot be used ({type(error).__name__}: {error}); it must be a JSON object with "
+            "model_cfg and preprocess_cfg, as open_clip writes it"
         ) from error
     preprocess = config.get("preprocess_cfg", {})
     mean, std = preprocess.get("mean", OPENAI_MEAN), preprocess.get("std", OPENAI_STD)
@@ -116,13 +123,13 @@ def _named_source(name: str) -> TeacherSource:
     architecture, _, weights = name.removeprefix(SCHEME).partition("/")
     config = open_clip.get_model_config(architecture)
     if config is None or not weights:
-        known = "one of open_clip.list_models()" if config is None else architecture
-        raise ConfigError(f"teacher {name}: expected {SCHEME}ARCH/WEIGHTS with ARCH {known} and WEIGHTS a file")
+        known = "is one of open_clip.list_models()" if config is None else f"is {architecture}"
+        raise ConfigError(f"teacher {name}: expected {SCHEME}ARCH/WEIGHTS, where ARCH {known} and WEIGHTS is a file")
     if Path(weights).is_file():
         return TeacherSource(name, config, Path(weights), OPENAI_MEAN, OPENAI_STD)
     if not open_clip.get_pretrained_cfg(architecture, weights):
-        raise ConfigError(f"teacher {name}: there is no weights file {weights}")
+        raise ConfigError(f"teacher {name}: the weights file {weights} does not exist")
     raise ConfigError(
-        f"teacher {name}: {weights} is a tag that open_clip would fetch from the net, and nothing is fetched here; "
-        f"download it first and name the file: {SCHEME}{architecture}/PATH"
+        f"teacher {name}: {weights} is a tag whose weights open_clip would download, and medalign downloads nothing; "
+        f"download the weights first and give the file: {SCHEME}{architecture}/PATH"
     )

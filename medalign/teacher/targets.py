@@ -1,8 +1,6 @@
-"""What the student should match: the teacher's sight of each patch, on the student's grid."""
+"""Distillation targets: the teacher's patch features and attention on the student's grid."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 
@@ -14,10 +12,17 @@ from medalign.teacher.clip import Teacher
 
 @torch.no_grad()
 def teacher_targets(teacher: Teacher, pixels: torch.Tensor, grid: PatchGrid) -> TeacherTargets:
-    """Features [I, N, b] and attention [I, N] in float32, for pixels [I, 3, T, T] and the student's `grid` of N.
+    """Compute the targets and resample them bilinearly to the student's grid.
 
-    Both are resampled bilinearly, the features before they are normalized (the loss does that), the attention as
-    it is (the loss makes it a distribution).
+    The features are not normalized and the attention is not a distribution; the losses take care of both.
+
+    Args:
+        teacher: the frozen teacher.
+        pixels: normalized for the teacher, [I, 3, T, T].
+        grid: the student's grid of N patches.
+
+    Returns:
+        Features [I, N, b] and attention [I, N], both in float32.
     """
     features, attention = teacher(pixels)
     return TeacherTargets(
@@ -26,13 +31,35 @@ def teacher_targets(teacher: Teacher, pixels: torch.Tensor, grid: PatchGrid) -> 
     )
 
 
-class AsyncTeacher:
-    """The teacher on a CUDA stream of its own, so that it looks while the student begins; without CUDA, in line.
+class PendingTargets:
+    """Targets that the teacher may still be computing on its stream.
 
     Args:
-        teacher: on the device of the pixels.
-        grid: the student's.
-        device: where both run.
+        targets: the targets.
+        stream: CUDA stream that computes them; None if they are complete.
+    """
+
+    def __init__(self, targets: TeacherTargets, stream: torch.cuda.Stream | None) -> None:
+        self._targets = targets
+        self._stream = stream
+
+    def result(self) -> TeacherTargets:
+        """Return the targets for use on the current stream, which waits for the teacher's stream; the host does not."""
+        if self._stream is not None:
+            current = torch.cuda.current_stream(self._stream.device)
+            current.wait_stream(self._stream)
+            self._targets.features.record_stream(current)
+            self._targets.attention.record_stream(current)
+        return self._targets
+
+
+class AsyncTeacher:
+    """Runs the teacher on a separate CUDA stream, in parallel with the student; without CUDA, synchronously.
+
+    Args:
+        teacher: the frozen teacher, on the device of the pixels.
+        grid: the student's grid.
+        device: the device of both models.
     """
 
     def __init__(self, teacher: Teacher, grid: PatchGrid, device: torch.device) -> None:
@@ -40,37 +67,30 @@ class AsyncTeacher:
         self.grid = grid
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def submit(self, pixels: torch.Tensor) -> Callable[[], TeacherTargets]:
-        """Begin with the pixels [I, 3, T, T]; the function given back hands out the targets, on the caller's stream.
+    def submit(self, pixels: torch.Tensor) -> PendingTargets:
+        """Start to compute the targets of pixels [I, 3, T, T] and return a handle to them.
 
-        No host waits: the caller's stream waits for the teacher's from the place where the function is called. The
-        allocator gives memory back to the stream it was taken on, so each tensor that crosses over is recorded on
-        the other stream: otherwise it could be overwritten while the other one still reads it.
+        The host never waits. The caching allocator returns memory to the stream on which it was allocated, so every
+        tensor that is used on a second stream is recorded there. Otherwise its memory could be overwritten while the
+        second stream still reads it.
         """
         if self.stream is None:
-            targets = teacher_targets(self.teacher, pixels, self.grid)
-            return lambda: targets
+            return PendingTargets(teacher_targets(self.teacher, pixels, self.grid), None)
         self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
         with torch.cuda.stream(self.stream):
             targets = teacher_targets(self.teacher, pixels, self.grid)
         pixels.record_stream(self.stream)
-
-        def hand_over() -> TeacherTargets:
-            assert self.stream is not None
-            here = torch.cuda.current_stream(self.stream.device)
-            here.wait_stream(self.stream)
-            targets.features.record_stream(here)
-            targets.attention.record_stream(here)
-            return targets
-
-        return hand_over
+        return PendingTargets(targets, self.stream)
 
 
 def assert_replicated(teacher: Teacher) -> None:
-    """Raise ConfigError if a parameter of the teacher was partitioned: it must be whole on every rank.
+    """Check that no parameter of the teacher is partitioned: every rank must hold a complete copy.
 
-    ZeRO-3 marks the parameters that it owns with `ds_id` and empties them between uses; a teacher that was built
-    inside `zero.Init`, or attached to the student, would be gathered out of step with it and hang.
+    ZeRO-3 marks the parameters that it manages with `ds_id` and frees them between uses. If the teacher were built
+    inside `zero.Init` or attached to the student, the ranks would gather its parameters in different orders and hang.
+
+    Raises:
+        ConfigError: a parameter is partitioned.
     """
     for name, parameter in teacher.named_parameters():
         if hasattr(parameter, "ds_id") or parameter.numel() == 0:

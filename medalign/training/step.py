@@ -129,7 +129,7 @@ class TrainStep:
     def _forward(self, batch: Batch, scale: dict[str, float]) -> LossReport:
         targets = self.async_teacher.submit(batch.teacher_pixels) if self.async_teacher else None
         output = self.engine(batch, tap=targets is not None)
-        return self.objective(output, targets() if targets else None, batch, scale)
+        return self.objective(output, targets.result() if targets else None, batch, scale)
 
 
 def _add(rows: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

@@ -55,8 +55,8 @@ def test_a_configuration_that_compiles_says_so(zero, feature, caplog, monkeypatc
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "/scratch/extensions")
     with caplog.at_level("WARNING"):
         engine._announce_compilation({"zero_optimization": zero})
-    said = f"asks for {feature}: DeepSpeed compiles an extension for it in /scratch/extensions"
-    assert (said in caplog.text) if feature else not caplog.text
+    message = f"enables {feature}: DeepSpeed compiles an extension for it in /scratch/extensions"
+    assert (message in caplog.text) if feature else not caplog.text
 
 
 @pytest.fixture(scope="module")

@@ -68,7 +68,7 @@ def test_troubles_leave_the_earlier_checkpoint_and_an_engine_that_saves_again(ra
 
 def test_an_export_holds_what_the_sharded_student_learnt(ranks, folder):
     assert ranks[0]["export"] == {"names": [], "differ": [], "still": []}
-    student = export.read(folder / "export", torch.float32, torch.device("cpu"))
+    student = export.load_export(folder / "export", torch.float32, torch.device("cpu"))
     with torch.no_grad():
         logits = student(tiny.batch(), tap=False).logits
     in_memory = load_file(folder / "export" / "in_memory.safetensors")["logits"]

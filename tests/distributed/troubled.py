@@ -118,7 +118,7 @@ def _exported(config: Config, engine: Engine, student: Student, folder: Path) ->
     engine.student.train()
     if not distributed.is_main():
         return {}
-    export.write(student, whole, config.student, config.data.max_length, folder)
+    export.write_export(student, whole, config.student, config.data.max_length, folder)
     save_file({"logits": logits}, folder / "in_memory.safetensors")
     found = load_file(folder / "adapter_model.safetensors") | load_file(folder / "medalign.safetensors")
     ours = {_exported_name(name): value for name, value in whole.items()}

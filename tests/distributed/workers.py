@@ -127,7 +127,7 @@ def build(config: Config, *, steered: bool = False, warm: bool = False) -> tuple
     engine = Engine(student, parameter_groups(student, config), ds_settings)
     if teacher is not None:
         assert_replicated(teacher)
-    return engine, student, TrainStep(engine, teacher, build_objective(config), student.anatomy.grid)
+    return engine, student, TrainStep(engine, teacher, build_objective(config), student.spec.grid)
 
 
 def train(settings: dict[str, Any]) -> dict[str, Any]:

@@ -76,7 +76,7 @@ def test_an_export_answers_like_its_run(trained, film, tmp_path, capsys):
 
 def test_merging_is_refused_while_w_is_on(trained, tmp_path):
     with pytest.raises(ConfigError, match="steering"):
-        export.merge(export.find(trained), tmp_path / "merged")
+        export.merge(export.find_export(trained), tmp_path / "merged")
 
 
 def test_a_merged_folder_is_the_same_model(recipe, tmp_path):
@@ -97,7 +97,7 @@ def test_a_merged_folder_is_the_same_model(recipe, tmp_path):
 
 def test_an_export_that_does_not_fit_is_refused(trained, tmp_path):
     folder = tmp_path / "export"
-    export.copy(export.find(trained), folder)
+    export.copy(export.find_export(trained), folder)
     (folder / "adapter_model.safetensors").write_bytes(b"broken")
     with pytest.raises(CheckpointError, match="adapter_model.safetensors"):
         open_student(folder)
@@ -105,5 +105,5 @@ def test_an_export_that_does_not_fit_is_refused(trained, tmp_path):
 
 def test_a_folder_that_is_no_run_is_named(tmp_path):
     assert main(["evaluate", str(tmp_path), "--data", str(tmp_path)]) == 2
-    with pytest.raises(CheckpointError, match="holds no trained student"):
-        export.find(tmp_path)
+    with pytest.raises(CheckpointError, match="contains no trained student"):
+        export.find_export(tmp_path)

@@ -62,7 +62,7 @@ def test_too_many_unreadable_samples_end_it_and_the_answers_stay(run, damaged, c
     keys = ShardIndex.open(damaged).keys
     assert [row.key for row in read_predictions(kept)] == [keys[0], keys[2], keys[4]]
     assert main([*words, "--max-skip-fraction", "0.02"]) == 0
-    assert f"2 of {len(keys)} samples could not be read and are in no score" in capsys.readouterr().out
+    assert f"2 of {len(keys)} samples could not be read; no score includes them" in capsys.readouterr().out
     assert scores(run, "damaged")["unreadable"] == 2 and not kept.exists()
 
 
@@ -89,7 +89,7 @@ def test_a_checkpoint_is_evaluated_into_its_run_s_folder(run, shards, tmp_path, 
 
 
 def test_the_length_limit_is_the_run_s(run, tmp_path):
-    folder = export.find(run)
+    folder = export.find_export(run)
     assert json.loads((folder / "medalign.json").read_text())["max_length"] == 220
     assert open_student(run)[2].encoder.max_length == 220
     assert open_student(run, max_images=3)[2].encoder.max_length == 220 + 2 * 16
@@ -103,7 +103,7 @@ def test_the_length_limit_is_the_run_s(run, tmp_path):
 def test_questions_that_are_cut_are_counted(run, shards, capsys):
     words = ["evaluate", str(run), "--data", str(shards / "val"), "--name", "cut", "--limit", "4", *QUICK]
     assert main([*words, "--max-length", "48"]) == 0
-    assert "4 questions were cut to 48 tokens; --max-length raises the limit" in capsys.readouterr().err
+    assert "4 questions were truncated to 48 tokens; --max-length raises the limit" in capsys.readouterr().err
     assert (scores(run, "cut")["truncated"], scores(run, "cut")["max_length"]) == (4, 48)
     assert main(words) == 0 and scores(run, "cut")["truncated"] == 0
     capsys.readouterr()
@@ -125,8 +125,8 @@ def test_answers_that_are_cut_or_empty_are_counted(run, shards, capsys, monkeypa
     monkeypatch.setattr(Student, "generate", says(72))  # no end token
     assert main(words) == 0
     told = capsys.readouterr()
-    assert "4 of 4 answers were cut at 2 tokens; --max-new-tokens raises the limit" in told.err
-    assert "4 of 4 answers were cut at 2 tokens (--max-new-tokens)" in told.out
+    assert "4 of 4 answers were cut off at 2 tokens; --max-new-tokens raises the limit" in told.err
+    assert "4 of 4 answers were cut off at 2 tokens (--max-new-tokens)" in told.out
     found = scores(run, "answers")
     assert (found["max_new_tokens"], found["answers_cut"], found["limit"]) == (2, 4, 4)
     rows = read_predictions(run / "evaluation" / "answers" / "predictions.jsonl")
@@ -153,21 +153,21 @@ def test_a_folder_named_twice_is_refused_before_the_student_is_loaded(run, shard
     monkeypatch.setattr("medalign.inference.open_student", None)
     for second in (shards / "val", copy):
         assert main(["evaluate", str(run), "--data", str(shards / "val"), str(second), *QUICK]) == 2
-        assert f"--data {shards / 'val'} and {second} hold the same samples" in capsys.readouterr().err
+        assert f"--data {shards / 'val'} and {second} contain the same samples" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("text", "ended", "told"),
     [
         ("", "stop", ["(empty answer)"]),
-        ("no eff", "length", ["the answer is cut at 2 tokens; --max-new-tokens raises the limit"]),
-        ("", "length", ["(empty answer)", "the answer is cut at 2 tokens; --max-new-tokens raises the limit"]),
+        ("no eff", "length", ["the answer is cut off at 2 tokens; --max-new-tokens raises the limit"]),
+        ("", "length", ["(empty answer)", "the answer is cut off at 2 tokens; --max-new-tokens raises the limit"]),
         ("yes", "stop", []),
     ],
 )
 def test_generate_says_what_the_text_does_not(run, shards, tmp_path, text, ended, told, monkeypatch, capsys):
     ShardIndex.open(shards / "val").read(0).images[0].save(tmp_path / "film.png")
-    monkeypatch.setattr("medalign.inference.answer", lambda *_: [generation.Answer(text, None, ended)])
+    monkeypatch.setattr("medalign.inference.generate_answers", lambda *_: [generation.Answer(text, None, ended)])
     assert main(["generate", str(run), "--image", str(tmp_path / "film.png"), "--question", "Is there?", *QUICK]) == 0
     said = capsys.readouterr()
     assert said.out == text + "\n" and said.err.splitlines() == told
@@ -177,7 +177,7 @@ def test_generate_says_that_it_cut_the_question(run, shards, tmp_path, capsys):
     ShardIndex.open(shards / "val").read(0).images[0].save(tmp_path / "film.png")
     words = ["generate", str(run), "--image", str(tmp_path / "film.png"), "--question", "Is there? " * 600, *QUICK]
     assert main(words) == 0
-    assert "the question is cut to 220 tokens; --max-length raises the limit" in capsys.readouterr().err
+    assert "the question is truncated to 220 tokens; --max-length raises the limit" in capsys.readouterr().err
 
 
 def test_data_where_one_stands_is_named_after_its_folder(run, shards, monkeypatch, capsys):
@@ -186,7 +186,7 @@ def test_data_where_one_stands_is_named_after_its_folder(run, shards, monkeypatc
     assert scores(run, "val")["data"] == [str(shards / "val")]
     assert not (run / "evaluation" / "scores.json").exists()
     assert main(["evaluate", str(run), "--data", "/", *QUICK]) == 2
-    assert "--data / names no evaluation: --name must be" in capsys.readouterr().err
+    assert "no name can be derived from --data /: --name must be" in capsys.readouterr().err
 
 
 def test_remote_data_keeps_its_address_and_its_pictures(run, shards, tmp_path, capsys):
@@ -197,7 +197,7 @@ def test_remote_data_keeps_its_address_and_its_pictures(run, shards, tmp_path, c
     alone = shutil.copytree(run / "evaluation" / "remote", tmp_path / "run" / "evaluation" / "remote")
     assert main(["report", str(alone.parents[1]), "--output", str(tmp_path / "report.html")]) == 0
     page = (tmp_path / "report.html").read_text()
-    assert "data:image/" in page and "could not be read again" not in page
+    assert "data:image/" in page and "could not be read from the shards" not in page
 
 
 def other(split: str) -> Iterator[Record]:
@@ -218,7 +218,7 @@ def test_equal_keys_in_two_folders_are_two_samples(run, shards, tmp_path):
     assert main(["report", str(alone.parents[1]), "--output", str(tmp_path / "r.html"), "--examples", "999"]) == 0
     page = (tmp_path / "r.html").read_text()
     assert page.count("<article") == sum(bool(row.boxes) for row in rows)
-    assert page.count("<img") == 2 * page.count("<article") and "could not be read again" not in page
+    assert page.count("<img") == 2 * page.count("<article") and "could not be read from the shards" not in page
 
 
 @pytest.mark.parametrize("place", ["/proc/x/r.html", "FILE/r.html"])

@@ -22,7 +22,7 @@ from tests.e2e.conftest import command
 MESSAGES = {
     "vocabulary": "its tokenizer has 261 tokens, its embedding 260 rows; resize the model (resize_token_embeddings)",
     "flat": "its config.json has no text_config and no vision_config; it is not in the form of transformers",
-    "layer": "student.layer is 3, but the student's blocks are numbered 0 to 2",
+    "layer": "student.layer is 3, but it must be between 1 and 2",
     "template": "the student's prompt is not the beginning of its conversation: after",
     "length": "data.max_length is 30, but the template and one image of 16 tokens, take 35; raise it to more than 35",
 }

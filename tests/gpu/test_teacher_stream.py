@@ -44,7 +44,7 @@ def overwritten(cuda: torch.device, beside: AsyncTeacher) -> tuple[bool, bool]:
     del pixels
     garbage = torch.full(shape, float("nan"), device=cuda)
     same_place = garbage.data_ptr() == place
-    found = targets()
+    found = targets.result()
     torch.cuda.synchronize()
     return same_place, not same((found.features, found.attention), wanted)
 
@@ -71,7 +71,7 @@ def test_targets_are_kept_until_the_student_has_read_them(cuda, teacher):
     wanted = [expected(teacher, draw(cuda, seed)) for seed in range(3)]
     read = []
     for seed in range(3):
-        targets = beside.submit(draw(cuda, seed))()
+        targets = beside.submit(draw(cuda, seed)).result()
         torch.cuda._sleep(2 * PAUSE)
         read.append((targets.features * 1.0, targets.attention * 1.0))
         del targets

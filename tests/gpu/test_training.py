@@ -69,7 +69,7 @@ def first_losses(settings: dict[str, Any], device: torch.device) -> dict[str, fl
     student = load_student(config.student, torch.float32).to(device)
     (batch,) = share(settings, 0)
     batch, objective = batch.to(device), build_objective(config)
-    targets = teacher_targets(teacher, batch.teacher_pixels, student.anatomy.grid)
+    targets = teacher_targets(teacher, batch.teacher_pixels, student.spec.grid)
     report = objective(student(batch), targets, batch, dict.fromkeys(objective.coefficients, 1.0))
     return {name: float(term.sum.detach() / term.count) for name, term in report.terms.items()}
 

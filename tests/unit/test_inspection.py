@@ -119,7 +119,7 @@ def test_a_batch_is_shown(capsys: pytest.CaptureFixture[str], data: Path, tmp_pa
     assert main([*words, "--output", str(tmp_path / "batch.png")]) == 0
     with Image.open(tmp_path / "batch.png") as picture:
         colors = {tuple(color) for _, color in picture.convert("RGB").getcolors(1 << 24) or []}
-    assert (0x12, 0x80, 0x5C) in colors  # what is learnt, in its color
+    assert (0x12, 0x80, 0x5C) in colors  # supervised tokens have this color
 
 
 def test_every_form_tells_the_spans(data: Path, tmp_path: Path, monkeypatch, capsys) -> None:
@@ -155,23 +155,26 @@ def test_what_is_cut_is_marked_in_every_form(data: Path, tmp_path: Path, monkeyp
     words = ["inspect", "phantom", "--data.train", str(data), "--train.batch_size", "8", "--data.max_length"]
     assert main([*words, "400"]) == 0
     plain = capsys.readouterr().out
-    lengths = {line.split(":")[0]: int(line.split()[1]) for line in plain.splitlines() if " learnt, " in line[20:]}
+    rows = [line for line in plain.splitlines() if " supervised, " in line[20:]]
+    lengths = {line.split(":")[0]: int(line.split()[1]) for line in rows}
     limit = sorted(lengths.values())[4]
     longest = max(lengths, key=lambda key: lengths[key])
-    told = f"longest sample: {longest}, {lengths[longest]} tokens; data.max_length is"
-    assert plain.splitlines()[2] == f"{told} 400, nothing is cut" and "CUT" not in plain
+    start = f"longest sample: {longest}, {lengths[longest]} tokens; data.max_length is"
+    assert plain.splitlines()[2] == f"{start} 400, no sample is truncated" and "CUT OFF" not in plain
     assert main([*words, str(limit)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    cut = {key: f"  CUT: {n - limit} tokens of the answer, of {n} in all" for key, n in lengths.items() if n > limit}
+    note = "  CUT OFF: {} tokens of the answer, of {} tokens in total"
+    cut = {key: note.format(n - limit, n) for key, n in lengths.items() if n > limit}
     assert 0 < len(cut) < len(lengths)
     remedy = (
-        f"{told} {limit} and cuts {len(cut)} of 8 samples; --data.max_length {lengths[longest]} would cut none of them"
+        f"{start} {limit}, which truncates {len(cut)} of 8 samples; "
+        f"--data.max_length {lengths[longest]} would truncate none of them"
     )
     assert lines[2] == remedy
     marked = {
-        line.split(":")[0]: below for line, below in zip(lines, lines[1:], strict=False) if " learnt, " in line[20:]
+        line.split(":")[0]: below for line, below in zip(lines, lines[1:], strict=False) if " supervised, " in line[20:]
     }
-    assert {key: below for key, below in marked.items() if "CUT" in below} == cut
+    assert {key: below for key, below in marked.items() if "CUT OFF" in below} == cut
     assert main([*words, str(limit), "--data.packing", "true", "--output", str(tmp_path / "batch.html")]) == 0
     page = html.unescape((tmp_path / "batch.html").read_text())
     assert main([*words, str(limit), "--output", str(tmp_path / "batch.png")]) == 0
@@ -199,7 +202,7 @@ def test_a_student_of_another_family(data: Path, tmp_path: Path, capsys: pytest.
     words = ["inspect", "phantom", "--data.train", str(data), "--student.path"]
     for name, message in (
         ("llama", "student model type 'llama' is not supported; supported: llava"),
-        ("none", "is no model that can be read: Unrecognized model"),
+        ("none", "cannot be read as a model: Unrecognized model"),
         ("vit", "student.path"),
     ):
         assert main([*words, str(tmp_path / name)]) == 2

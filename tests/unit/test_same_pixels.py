@@ -37,7 +37,7 @@ def test_a_marker_moves_the_same_patch_of_both(student_folder, teacher_folder, s
     def look(image: Image.Image) -> tuple[torch.Tensor, torch.Tensor]:
         batch = collate([sample(image)])
         with torch.no_grad():
-            tokens = student.anatomy.projector.linear_1(
+            tokens = student.spec.projector.linear_1(
                 student.model.get_image_features(
                     pixel_values=batch.student_pixels, output_hidden_states=True
                 ).hidden_states[0][:, 1:]

@@ -1,4 +1,4 @@
-"""Predictions of a run on one data set, and their scores."""
+"""Predictions of a run on a data set, and their scores."""
 
 from medalign.evaluation.metrics.predictions import Prediction, read_predictions, unfinished, write_predictions
 from medalign.evaluation.metrics.scores import score

@@ -1,4 +1,4 @@
-"""Short answers: when is one right?"""
+"""Correctness of short answers."""
 
 from __future__ import annotations
 
@@ -12,50 +12,50 @@ YES_NO = frozenset({"yes", "no"})
 _LETTER = r"[\p{L}\p{M}\p{N}]"
 _LETTERS = rf"[{_LETTER}--[{UNSPACED}]]+"
 _WORD = regex.compile(rf"(?V1)\d+(?:[.,]\d+)+|(?=[{_LETTER}&&[{UNSPACED}]])\X|{_LETTERS}(?:'{_LETTERS})*")
-SIGNATURE = "case:lower|tok:unicode|articles:no"  # how `words` counts, for scores.json
+SIGNATURE = "case:lower|tok:unicode|articles:no"  # rules of `words`, for scores.json
 
 
 def words(text: str) -> list[str]:
-    """Lower-cased words without punctuation and articles; decimal numbers stay whole.
+    """Split a text into lowercase words without punctuation and articles. Decimal numbers are not split.
 
-    Scripts without spaces between words give characters. A text of articles only keeps them: "A" may be the letter
-    of a choice.
+    Scripts without spaces between words are split into characters. A text that consists only of articles keeps them,
+    because "A" may be the letter of a choice.
     """
     found = _WORD.findall(normalize(text).lower().replace("\N{RIGHT SINGLE QUOTATION MARK}", "'"))
     return [word for word in found if word not in ARTICLES] or found
 
 
 def exact(prediction: str, reference: str) -> bool:
-    """The same words in the same order."""
+    """Return whether both texts have the same words in the same order."""
     return words(prediction) == words(reference)
 
 
 def is_yes_no(reference: str) -> bool:
-    """Whether the reference answers with yes or no: its first word is one of them."""
+    """Return whether the first word of the reference is yes or no."""
     return words(reference)[:1] in (["yes"], ["no"])
 
 
 def closed_correct(prediction: str, reference: str) -> bool:
-    """A closed question's answer.
+    """Return whether the answer to a closed question is correct.
 
-    Where the reference says yes or no, the first yes or no in the prediction counts and the rest does not: "There
-    is no effusion." says no. Any other choice must match exactly, after normalization.
+    If the reference is yes or no, only the first yes or no in the prediction counts: "There is no effusion." counts
+    as no. Any other choice must match exactly after normalization.
     """
     if is_yes_no(reference):
-        said = next((word for word in words(prediction) if word in YES_NO), None)
-        return said == words(reference)[0]
+        answer = next((word for word in words(prediction) if word in YES_NO), None)
+        return answer == words(reference)[0]
     return exact(prediction, reference)
 
 
 def open_recall(prediction: str, reference: str) -> float:
-    """Share of the reference's words that the prediction has, in [0, 1], wherever they stand.
+    """Return the fraction of the reference's words that occur anywhere in the prediction, in [0, 1].
 
-    The "recall" of LLaVA-Med's evaluation for open questions, with one difference: there, a matched word counts as
-    often as the prediction repeats it, which lets repetition raise the score; here it counts as often as the
-    reference has it.
+    This is the recall for open questions in LLaVA-Med's evaluation, with one difference: there, a matched word counts
+    as often as it occurs in the prediction, so that repetition raises the score. Here it counts as often as it occurs
+    in the reference.
     """
-    wanted = words(reference)
-    if not wanted:
+    expected = words(reference)
+    if not expected:
         return float(not words(prediction))
-    given = set(words(prediction))
-    return sum(word in given for word in wanted) / len(wanted)
+    found = set(words(prediction))
+    return sum(word in found for word in expected) / len(expected)

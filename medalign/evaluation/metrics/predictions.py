@@ -1,4 +1,4 @@
-"""One answer beside its reference, as a line of JSON."""
+"""Predictions with their references, stored as JSON lines."""
 
 from __future__ import annotations
 
@@ -11,36 +11,38 @@ from pathlib import Path
 from medalign.errors import DataError
 
 STOP, LENGTH = "stop", "length"  # why generation ended: an end token, or the limit of new tokens
-ATTENTION_DIGITS = 4  # significant digits that the file keeps of an attention value
+ATTENTION_DIGITS = 4  # significant digits of attention values in the file
 
 
 @dataclass
 class Prediction:
-    """What a run answered to one sample. The grounding fields are None where no box covers the image."""
+    """The answer of a run to one sample. The grounding fields are None if no box covers a part of the image."""
 
     key: str
     task: str  # "vqa" or "report"
     question: str
     answer: str  # the reference
-    answer_type: str  # "closed", "open", or "" where it is not known
+    answer_type: str  # "closed", "open", or "" if unknown
     prediction: str
-    finish_reason: str = ""  # STOP or LENGTH; "" where it is not known
+    finish_reason: str = ""  # STOP or LENGTH; "" if unknown
     empty: bool = False  # the answer has no text
-    attention_inside: float | None = None  # share of the question's attention inside the boxes
-    box_area: float | None = None  # the boxes' share of the picture: what attention spread evenly gives
-    pointing_hit: bool | None = None  # does the strongest patch point at a box
-    pointing_chance: float | None = None  # share of the patches that would be hits
-    attention: list[float] | None = None  # the question's map of the first image on the student's grid, row-major
+    attention_inside: float | None = None  # fraction of the question's attention inside the boxes
+    box_area: float | None = None  # fraction of the image that the boxes cover: the score of uniform attention
+    pointing_hit: bool | None = None  # whether the patch with the largest attention is a hit
+    pointing_chance: float | None = None  # fraction of the patches that are hits
+    attention: list[float] | None = None  # the question's, to the first image, on the student's grid, row-major
     boxes: list[list[float]] = field(default_factory=list)  # x0, y0, x1, y1 in pixels of the first image
     image_size: tuple[int, int] | None = None  # width, height of the first image
-    folder: int = 0  # position of its shard folder among those that were evaluated; a key is unique within one
+    folder: int = 0  # index of its shard folder among the evaluated folders; a key is unique within a folder
 
 
 def write_predictions(path: Path, rows: Iterable[Prediction]) -> None:
-    """One JSON object a line, written as it comes; the file appears under its name once it is whole.
+    """Write one JSON object per line as soon as `rows` yields it, to `unfinished(path)`, and rename that to `path`.
 
-    Until then it is `unfinished(path)`, and where `rows` fails it stays there. Values that are not finite are a
-    DataError.
+    If `rows` fails, the rows so far remain in `unfinished(path)`.
+
+    Raises:
+        DataError: a value is not finite.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = unfinished(path)
@@ -57,7 +59,7 @@ def write_predictions(path: Path, rows: Iterable[Prediction]) -> None:
 
 
 def unfinished(path: Path) -> Path:
-    """Where the rows of `path` stand until it is whole."""
+    """Return the path of the rows until all of them are written."""
     return path.with_name(f".{path.name}.unfinished")
 
 
@@ -68,14 +70,18 @@ def _line(row: Prediction) -> str:
     try:
         return json.dumps(values, ensure_ascii=False, allow_nan=False) + "\n"
     except ValueError as error:
-        raise DataError(f"prediction {row.key!r} holds a value that is not finite: {error}") from error
+        raise DataError(f"prediction {row.key!r} contains a value that is not finite: {error}") from error
 
 
 def read_predictions(path: Path) -> list[Prediction]:
-    """The rows of `write_predictions`. Raises DataError that names the file and the line."""
+    """Read the rows that `write_predictions` wrote.
+
+    Raises:
+        DataError: a line is not a prediction; the message names the file and the line.
+    """
     names = {item.name for item in fields(Prediction)}
     rows = []
-    # Not splitlines(): JSON leaves characters such as U+2028 inside a line.
+    # splitlines() would also split at characters such as U+2028, which JSON does not escape.
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
         if not line:
             continue

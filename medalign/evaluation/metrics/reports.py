@@ -1,4 +1,4 @@
-"""Long texts: how near is a report to its reference?"""
+"""Similarity of reports and their references: BLEU and ROUGE-L."""
 
 from __future__ import annotations
 
@@ -16,40 +16,46 @@ _OTHER_LETTER = regex.compile(r"(?V1)[\p{L}--[A-Za-z]]")
 
 
 class Bleu(NamedTuple):
-    """BLEU-4 of a corpus in sacrebleu's points, 0 to 100 (case kept, exponential smoothing)."""
+    """Corpus BLEU-4 in sacrebleu's points, 0 to 100 (case-sensitive, exponential smoothing)."""
 
     points: float
     low: float  # 2.5 and 97.5 % quantiles of the bootstrap over texts
     high: float
-    signature: str  # sacrebleu's, of how it was counted
+    signature: str  # sacrebleu's signature of the settings
 
 
 def bleu(predictions: Sequence[str], references: Sequence[str]) -> float:
-    """The points of `signed_bleu`."""
-    return signed_bleu(predictions, references, resamples=0).points
+    """Return the points of `bleu_with_interval`."""
+    return bleu_with_interval(predictions, references, resamples=0).points
 
 
-def signed_bleu(predictions: Sequence[str], references: Sequence[str], resamples: int = 1000) -> Bleu:
-    """BLEU with its interval and its signature; without resampling, the interval is (nan, nan).
+def bleu_with_interval(predictions: Sequence[str], references: Sequence[str], resamples: int = 1000) -> Bleu:
+    """Compute BLEU with its bootstrap interval and its signature.
 
-    The tokens are those of 13a after `tokens.separate`, which changes nothing in English. Where the references have
-    something to separate, the signature says `tok:13a+characters`. Standard BLEU is 0 for a corpus without any text of
-    four tokens. That stays so for references in ASCII letters; for others the n-grams that exist count (`eff:yes`).
+    The tokenizer is 13a, applied after `tokens.separate`, which does not change English text. If `separate` changes
+    the references, the signature contains `tok:13a+characters`. Standard BLEU is 0 for a corpus in which no text has
+    four tokens. This also holds here for references in ASCII letters; for others, only n-gram orders that occur count
+    (`eff:yes`).
+
+    Args:
+        predictions: texts to score.
+        references: one reference per prediction.
+        resamples: number of bootstrap samples; with 0, the interval is (nan, nan).
     """
     from sacrebleu.metrics import BLEU
 
     others = any(map(_OTHER_LETTER.search, references))
     metric = BLEU(tokenize="13a", effective_order=others)
     pairs = zip(map(separate, predictions), map(separate, references), strict=True)
-    found = [metric.corpus_score([text], [[wanted]]) for text, wanted in pairs]
+    found = [metric.corpus_score([text], [[reference]]) for text, reference in pairs]
     counts_SK = np.array([[*one.counts, *one.totals, one.sys_len, one.ref_len] for one in found])
 
     def points(counts_SK: np.ndarray) -> float:
-        *counts, given, wanted = counts_SK.sum(0).tolist()
-        right, total = counts[:4], counts[4:]
-        return float(BLEU.compute_bleu(right, total, given, wanted, "exp", effective_order=others).score)
+        *counts, length, reference_length = counts_SK.sum(0).tolist()
+        correct, total = counts[:4], counts[4:]
+        return float(BLEU.compute_bleu(correct, total, length, reference_length, "exp", effective_order=others).score)
 
-    draw = np.random.default_rng(0)  # the same texts give the same interval
+    draw = np.random.default_rng(0)  # fixed seed: the same texts give the same interval
     drawn = [points(counts_SK[draw.integers(0, len(found), len(found))]) for _ in range(resamples)]
     low, high = np.quantile(drawn, [0.025, 0.975]) if drawn else (np.nan, np.nan)
     signature = str(metric.get_signature())
@@ -59,18 +65,18 @@ def signed_bleu(predictions: Sequence[str], references: Sequence[str], resamples
 
 
 def rouge_l(prediction: str, reference: str) -> float:
-    """ROUGE-L's F1 of one report, in [0, 1]: the longest common subsequence of `tokens.rouge_tokens`, not stemmed."""
+    """Compute the ROUGE-L F1 of one report, in [0, 1], on the tokens of `tokens.rouge_tokens`, without stemming."""
     return float(_scorer().score(reference, prediction)["rougeL"].fmeasure)
 
 
 def rouge_signature() -> str:
-    """How `rouge_l` counts, in the form of sacrebleu's signatures."""
+    """Return the settings of `rouge_l` in the format of sacrebleu's signatures."""
     return f"case:lower|tok:unicode|stem:no|version:{version('rouge-score')}"
 
 
 @cache
 def _scorer() -> Any:
-    # Imported on first use: it brings nltk along, which takes a second.
+    # Imported on first use, because it imports nltk, which takes a second.
     from rouge_score.rouge_scorer import RougeScorer
     from rouge_score.tokenizers import Tokenizer
 

@@ -1,22 +1,22 @@
 """The scores of a set of predictions.
 
-| key | what | group |
+| key | meaning | group |
 | --- | --- | --- |
 | n | predictions | all |
-| closed_n, closed_accuracy | closed questions, share answered right | vqa, closed |
-| closed_majority | what always giving the most common closed answer would score | vqa, closed |
-| open_n, open_recall, open_exact | open questions, recall of words, share of exact answers | vqa, open |
+| closed_n, closed_accuracy | closed questions, fraction answered correctly | vqa, closed |
+| closed_majority | score of always giving the most common closed answer | vqa, closed |
+| open_n, open_recall, open_exact | open questions, recall of words, fraction of exact answers | vqa, open |
 | report_n, bleu, rouge_l | reports, corpus BLEU (0 to 100), mean ROUGE-L F1 | report |
 | grounding_n, attention_inside, box_area | samples with boxes, mean attention inside, mean area | boxes |
-| ungrounded | samples whose boxes all lie beside the picture, which no score counts | boxes |
-| pointing_n, pointing_hits | samples with a pointing verdict, share of hits | boxes |
-| pointing_chance | what pointing at random would score, where it is known | boxes |
+| ungrounded | samples whose boxes are all outside the image; no score includes them | boxes |
+| pointing_n, pointing_hits | samples with a pointing result, fraction of hits | boxes |
+| pointing_chance | score of pointing at random, if known | boxes |
 
-Beside them stand answers_signature, bleu_signature and rouge_l_signature: how the texts were made into tokens, and the
-versions of the libraries. Scores with different signatures cannot be compared.
+answers_signature, bleu_signature and rouge_l_signature describe the tokenization and the versions of the libraries.
+Scores with different signatures cannot be compared.
 
-Shares lie in [0, 1]. BLEU and means over samples also have NAME_low and NAME_high, a 95 % bootstrap interval. Counts
-are always there; the scores of a group without samples are left out.
+Fractions are in [0, 1]. BLEU and means over samples also have NAME_low and NAME_high, a 95 % bootstrap interval. Counts
+are always present; the scores of a group without samples are omitted.
 """
 
 from __future__ import annotations
@@ -30,14 +30,18 @@ import numpy as np
 from medalign.errors import DataError
 from medalign.evaluation.metrics.answers import SIGNATURE, closed_correct, exact, is_yes_no, open_recall, words
 from medalign.evaluation.metrics.predictions import Prediction
-from medalign.evaluation.metrics.reports import rouge_l, rouge_signature, signed_bleu
+from medalign.evaluation.metrics.reports import bleu_with_interval, rouge_l, rouge_signature
 
 RESAMPLES = 1000
 Scores = dict[str, Any]  # numbers, and signatures as text
 
 
 def score(rows: Sequence[Prediction]) -> Scores:
-    """Every score of the table above. Raises DataError for a task or answer type that is none."""
+    """Compute all scores of the table above.
+
+    Raises:
+        DataError: a task or an answer type is not valid.
+    """
     groups: dict[str, list[Prediction]] = {"closed": [], "open": [], "report": []}
     for row in rows:
         groups[group(row)].append(row)
@@ -52,7 +56,11 @@ def score(rows: Sequence[Prediction]) -> Scores:
 
 
 def group(row: Prediction) -> str:
-    """closed, open or report. A question of unknown type counts as closed where its reference is yes or no."""
+    """Return "closed", "open" or "report". A question of unknown type is closed if its reference is yes or no.
+
+    Raises:
+        DataError: the task or the answer type is not valid.
+    """
     if row.task == "report":
         return "report"
     if row.task == "vqa" and row.answer_type in ("closed", "open"):
@@ -61,12 +69,12 @@ def group(row: Prediction) -> str:
         return "closed" if is_yes_no(row.answer) else "open"
     raise DataError(
         f"prediction {row.key!r} has task {row.task!r} and answer_type {row.answer_type!r}; "
-        "tasks are vqa and report, answer types closed, open or empty"
+        "the task must be vqa or report, and the answer type closed, open or empty"
     )
 
 
 def correctness(row: Prediction) -> float:
-    """How right one prediction is, in [0, 1]: accuracy, recall or ROUGE-L by its group."""
+    """Return the correctness of one prediction, in [0, 1]: accuracy, recall or ROUGE-L, depending on its group."""
     measure = {"closed": closed_correct, "open": open_recall, "report": rouge_l}[group(row)]
     return float(measure(row.prediction, row.answer))
 
@@ -91,7 +99,7 @@ def _open(rows: Sequence[Prediction]) -> Scores:
 def _report(rows: Sequence[Prediction]) -> Scores:
     scores: Scores = {"report_n": len(rows)}
     if rows:
-        found = signed_bleu([r.prediction for r in rows], [r.answer for r in rows], RESAMPLES)
+        found = bleu_with_interval([r.prediction for r in rows], [r.answer for r in rows], RESAMPLES)
         scores |= {"bleu": found.points, "bleu_low": found.low, "bleu_high": found.high}
         scores |= {"bleu_signature": found.signature, "rouge_l_signature": rouge_signature()}
     return scores | mean("rouge_l", [rouge_l(r.prediction, r.answer) for r in rows])
@@ -115,9 +123,13 @@ def _grounding(rows: Sequence[Prediction]) -> Scores:
 
 
 def mean(name: str, values: Sequence[float | bool]) -> Scores:
-    """The mean of the values with the 2.5 and 97.5 % quantiles of its bootstrap; nothing for no values.
+    """Return the mean of the values and the 2.5 and 97.5 % quantiles of its bootstrap, or nothing without values.
 
-    The resampling starts from a fixed seed: the same predictions give the same interval.
+    The resampling uses a fixed seed, so the same predictions give the same interval.
+
+    Args:
+        name: key of the mean; the quantiles have the keys NAME_low and NAME_high.
+        values: one value per sample.
     """
     if not values:
         return {}

@@ -1,1 +1,1 @@
-"""The HTML report of runs and the page of a batch."""
+"""The HTML report that compares runs, and views of a batch."""

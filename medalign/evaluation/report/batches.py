@@ -1,4 +1,4 @@
-"""A batch as a person can judge it: what both towers see, what is read, what is learnt; as text, HTML or PNG."""
+"""Views of a batch as text, HTML or PNG: the images of both towers, the tokens, and which tokens are supervised."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from medalign.contracts import IGNORE, Batch
 from medalign.geometry import PreprocessCfg
 
 IMAGE, QUESTION, ANSWER, OTHER = "image", "question", "answer", "template"
-# For the terminal an SGR code, for pictures a color; both on light and dark grounds.
-_SHOWN = {IMAGE: ("34", "#2f6fd0"), QUESTION: ("33", "#9a6b00"), ANSWER: ("1;32", "#12805c"), OTHER: ("2", "#7a8592")}
-_CUT = ("1;31", "#b3261e")  # what is cut
-_COLUMNS = 28  # characters of one picture in the terminal
-_ACROSS = 4  # pictures of a sample side by side, before the next line of them
-_THUMB, _WIDTH, _LINE = 160, 1100, 16  # pixels, of the PNG
+# SGR code for the terminal, and color for HTML and PNG; both are readable on light and dark backgrounds.
+_STYLES = {IMAGE: ("34", "#2f6fd0"), QUESTION: ("33", "#9a6b00"), ANSWER: ("1;32", "#12805c"), OTHER: ("2", "#7a8592")}
+_CUT = ("1;31", "#b3261e")  # style of the note on truncated tokens
+_COLUMNS = 28  # characters per image in the terminal
+_ACROSS = 4  # images of a sample per line
+_THUMB, _WIDTH, _LINE = 160, 1100, 16  # pixels in the PNG: side of an image, width of the page, height of a line
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Neighbouring tokens of one kind."""
+    """Consecutive tokens of one kind."""
 
     kind: str
     text: str
@@ -38,7 +38,7 @@ class Piece:
 
     @property
     def color(self) -> str:
-        return _SHOWN[self.kind][1]
+        return _STYLES[self.kind][1]
 
 
 @dataclass(frozen=True)
@@ -51,76 +51,77 @@ class Row:
     padded: int  # tokens with padding
     student: tuple[Image.Image, ...]
     teacher: tuple[Image.Image, ...]
-    question_cut: int = 0  # tokens of the question that the length limit cut
-    answer_cut: int = 0  # tokens of the answer, its end included, that it cut
+    question_cut: int = 0  # tokens removed from the question by the length limit
+    answer_cut: int = 0  # tokens removed from the answer, including its end token
 
     @property
-    def whole(self) -> int:
-        """Tokens that the sample would have uncut."""
+    def full_length(self) -> int:
+        """Number of tokens without truncation."""
         return self.length + self.question_cut + self.answer_cut
 
     @property
     def counts(self) -> str:
-        """Tokens in all, learned and padded with."""
-        return f"{self.length} tokens, {self.supervised} learnt, {self.padded - self.length} padding"
+        """Numbers of tokens, supervised tokens and padding tokens."""
+        return f"{self.length} tokens, {self.supervised} supervised, {self.padded - self.length} padding"
 
     @property
     def cut(self) -> str:
-        """What is cut from the text; empty if nothing is."""
+        """A note on truncated tokens; empty if there are none."""
         parts = [("question", self.question_cut), ("answer", self.answer_cut)]
         cut = " and ".join(f"{tokens} tokens of the {part}" for part, tokens in parts if tokens)
-        return f"CUT: {cut}, of {self.whole} in all" if cut else ""
+        return f"CUT OFF: {cut}, of {self.full_length} tokens in total" if cut else ""
 
     @property
     def lines(self) -> list[tuple[Image.Image, ...]]:
-        """The pictures, line by line: the student's, then the teacher's."""
+        """The images line by line: the student's, then the teacher's."""
         pictures = (*self.student, *self.teacher)
         return [pictures[start : start + _ACROSS] for start in range(0, len(pictures), _ACROSS)]
 
     @property
     def spans(self) -> str:
-        """Kind, first and last position of each piece."""
+        """Kind, first position and last position of each piece."""
         return ", ".join(f"{piece.kind} {piece.start}-{piece.start + piece.tokens - 1}" for piece in self.pieces)
 
     @property
     def supervised(self) -> int:
-        """Tokens that are learnt."""
+        """Number of supervised tokens."""
         return sum(piece.tokens for piece in self.pieces if piece.kind == ANSWER)
 
 
 @dataclass(frozen=True)
 class BatchView:
-    """A batch, ready to be shown."""
+    """A batch in the form in which it is shown."""
 
     title: str
     rows: tuple[Row, ...]
     skipped: tuple[str, ...]
-    max_length: int  # tokens that a sample may have
+    max_length: int  # maximum number of tokens per sample
 
     @property
     def padding(self) -> float:
-        """Share of all tokens that is padding."""
-        whole = sum(row.padded for row in self.rows)
-        return 1 - sum(row.length for row in self.rows) / max(whole, 1)
+        """Fraction of all tokens that are padding."""
+        total = sum(row.padded for row in self.rows)
+        return 1 - sum(row.length for row in self.rows) / max(total, 1)
 
     @property
     def summary(self) -> str:
         """One line of counts."""
         lengths = [row.length for row in self.rows]
         return (
-            f"{len(self.rows)} samples of {min(lengths)} to {max(lengths)} tokens, {sum(lengths)} in all, "
-            f"{sum(row.supervised for row in self.rows)} learnt; padding {100 * self.padding:.1f} %"
+            f"{len(self.rows)} samples of {min(lengths)} to {max(lengths)} tokens, {sum(lengths)} in total, "
+            f"{sum(row.supervised for row in self.rows)} supervised; padding {100 * self.padding:.1f} %"
         )
 
     @property
     def longest(self) -> str:
-        """The longest sample, uncut, against the limit, and how to raise that where it cuts."""
-        row, cut = max(self.rows, key=lambda row: row.whole), sum(bool(row.cut) for row in self.rows)
-        told = f"longest sample: {row.key}, {row.whole} tokens; data.max_length is {self.max_length}"
+        """The length of the longest sample without truncation, and the limit that would truncate no sample."""
+        row, cut = max(self.rows, key=lambda row: row.full_length), sum(bool(row.cut) for row in self.rows)
+        text = f"longest sample: {row.key}, {row.full_length} tokens; data.max_length is {self.max_length}"
         if not cut:
-            return f"{told}, nothing is cut"
+            return f"{text}, no sample is truncated"
         return (
-            f"{told} and cuts {cut} of {len(self.rows)} samples; --data.max_length {row.whole} would cut none of them"
+            f"{text}, which truncates {cut} of {len(self.rows)} samples; --data.max_length {row.full_length} would "
+            "truncate none of them"
         )
 
 
@@ -132,7 +133,16 @@ def view_batch(
     title: str,
     max_length: int,
 ) -> BatchView:
-    """The micro-batches of a step as rows. `student` and `teacher` hold the `mean` and `std` of their pixels."""
+    """Build the view of a step from its micro-batches.
+
+    Args:
+        batches: the micro-batches.
+        tokenizer: decodes the tokens.
+        student: has the `mean` and `std` of the student's pixels.
+        teacher: has the `mean` and `std` of the teacher's pixels; None to omit them.
+        title: title of the view.
+        max_length: maximum number of tokens per sample.
+    """
     rows: list[Row] = []
     for batch in batches:
         sample_BL = batch.sample_of_token()
@@ -155,17 +165,17 @@ def view_batch(
 
 
 def as_text(view: BatchView, color: bool) -> str:
-    """For the terminal. Without color there are no pictures, and answers stand between guillemets."""
+    """Format the view for the terminal. Without color there are no images, and answers are put in guillemets."""
     lines = [view.title, view.summary, view.longest, ""]
     if color:
-        lines.insert(3, "  ".join(_sgr(kind, kind) for kind in _SHOWN))
+        lines.insert(3, "  ".join(_sgr(kind, kind) for kind in _STYLES))
     for row in view.rows:
         lines.append(f"{row.key}: {row.counts}")
         if row.cut:
             lines.append(f"  \x1b[{_CUT[0]}m{row.cut}\x1b[0m" if color else f"  {row.cut}")
         if color:
             lines += _blocks(row)
-        lines.append("  " + " ".join(_sgr(p.kind, p.text) if color else _plain(p) for p in row.pieces))
+        lines.append("  " + " ".join(_sgr(p.kind, p.text) if color else _mark_answer(p) for p in row.pieces))
         lines.append(f"  {row.spans}")
         lines.append("")
     lines += [f"bad sample replaced: {reason}" for reason in view.skipped]
@@ -176,17 +186,17 @@ def as_html(view: BatchView) -> str:
     """One page that loads nothing from elsewhere."""
     text = (resources.files("medalign.evaluation.report") / "batch.html.jinja").read_text(encoding="utf-8")
     template = jinja2.Environment(autoescape=True).from_string(text)
-    colors = {kind: color for kind, (_, color) in _SHOWN.items()}
+    colors = {kind: color for kind, (_, color) in _STYLES.items()}
     return template.render(view=view, colors=colors, cut_color=_CUT[1], data_uri=_data_uri)
 
 
 def as_picture(view: BatchView) -> Image.Image:
-    """The page as one picture."""
+    """Draw the view as one image."""
     font = ImageFont.load_default(13)
     across = max((len(line) for row in view.rows for line in row.lines), default=0)
     left = 16 + across * (_THUMB + 8)
-    letters = max(30, (_WIDTH - left) // 7)
-    texts = [list(_wrapped(row, letters)) for row in view.rows]
+    characters = max(30, (_WIDTH - left) // 7)
+    texts = [list(_wrapped(row, characters)) for row in view.rows]
     heights = [
         max(_THUMB * bool(across), (_THUMB + 8) * len(row.lines) - 8, _LINE * (len(text) + 2)) + 12
         for row, text in zip(view.rows, texts, strict=True)
@@ -209,7 +219,13 @@ def as_picture(view: BatchView) -> Image.Image:
 
 
 def _pieces(batch: Batch, places: tuple[torch.Tensor, ...], tokenizer: Any) -> Iterator[Piece]:
-    """The tokens at these rows and positions, those of one sample, cut where their kind changes."""
+    """Split the tokens of one sample where their kind changes.
+
+    Args:
+        batch: the micro-batch.
+        places: rows and positions of the sample's tokens.
+        tokenizer: decodes the tokens.
+    """
     ids, image_index = batch.input_ids[places].numpy(), batch.image_index[places].numpy()
     kinds = np.full(len(ids), 3)
     kinds[batch.question_mask[places].numpy()] = 1
@@ -230,15 +246,15 @@ def _picture(pixels: torch.Tensor, tower: PreprocessCfg) -> Image.Image:
 
 
 def _sgr(kind: str, text: str) -> str:
-    return f"\x1b[{_SHOWN[kind][0]}m{text}\x1b[0m"
+    return f"\x1b[{_STYLES[kind][0]}m{text}\x1b[0m"
 
 
-def _plain(piece: Piece) -> str:
+def _mark_answer(piece: Piece) -> str:
     return f"«{piece.text}»" if piece.kind == ANSWER else piece.text
 
 
 def _blocks(row: Row) -> list[str]:
-    """The pictures side by side, two pixels to a character."""
+    """Draw the images next to each other with two pixels per character."""
     lines = []
     for pictures in row.lines:
         shown = [np.asarray(p.resize((_COLUMNS, _COLUMNS)), dtype=np.uint8) for p in pictures]
@@ -253,15 +269,15 @@ def _blocks(row: Row) -> list[str]:
     return lines
 
 
-def _wrapped(row: Row, letters: int) -> Iterator[tuple[str, str]]:
-    """The lines of a sample's text, each with its color."""
-    for line in textwrap.wrap(row.cut, letters):
+def _wrapped(row: Row, characters: int) -> Iterator[tuple[str, str]]:
+    """Yield the lines of a sample's text, each with its color."""
+    for line in textwrap.wrap(row.cut, characters):
         yield line, _CUT[1]
     for piece in row.pieces:
-        for line in textwrap.wrap(piece.text, letters) or [""]:
+        for line in textwrap.wrap(piece.text, characters) or [""]:
             yield line, piece.color
-    for line in textwrap.wrap(row.spans, letters):
-        yield line, _SHOWN[OTHER][1]
+    for line in textwrap.wrap(row.spans, characters):
+        yield line, _STYLES[OTHER][1]
 
 
 def _data_uri(picture: Image.Image) -> str:

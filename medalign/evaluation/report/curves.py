@@ -1,4 +1,4 @@
-"""Curves of the training as SVG whose colors are the page's own, so that they follow its light and dark."""
+"""Training curves as SVG. Their colors are CSS variables of the page, so that they follow its light or dark theme."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ INK, RULE = "#010203", "#010204"  # stand-ins, replaced by the page's variables
 
 @dataclass(frozen=True)
 class Panel:
-    """One quantity over the steps, a line for each run that has it."""
+    """One metric over the steps, with one line per run that logged it."""
 
     title: str
     svg: str
@@ -62,18 +62,18 @@ def _title(key: str) -> str:
 
 
 def smoothed(values: np.ndarray, span: int) -> np.ndarray:
-    """Exponential moving average with weight 2 / (span + 1), both ways, so that it neither lags nor leads."""
+    """Compute an exponential moving average with weight 2 / (span + 1), in both directions, so that it has no lag."""
     return (_average(values, span) + _average(values[::-1], span)[::-1]) / 2
 
 
 def _average(values: np.ndarray, span: int) -> np.ndarray:
     keep = 1 - 2 / (span + 1)
-    average, weight, course = 0.0, 0.0, np.empty(len(values))
+    average, weight, averages = 0.0, 0.0, np.empty(len(values))
     for i, value in enumerate(values):
         average = keep * average + (1 - keep) * value
-        weight = keep * weight + (1 - keep)  # frees the start of its bias towards 0
-        course[i] = average / weight
-    return course
+        weight = keep * weight + (1 - keep)  # corrects the bias of the first values towards 0
+        averages[i] = average / weight
+    return averages
 
 
 def _series(run: RunRecord, key: str) -> tuple[np.ndarray, np.ndarray]:
@@ -86,12 +86,12 @@ def _draw(key: str, title: str, series: Sequence[tuple[int, np.ndarray, np.ndarr
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": key, "font.size": 9.0}):
         figure = Figure(figsize=(4.6, 2.7), layout="constrained")
         axes = figure.add_subplot()
-        for number, steps, values in series:
-            color = _stand_in(number)
-            every = -(-len(steps) // MOST_POINTS)
-            axes.plot(steps[::every], values[::every], color=color, alpha=0.4, linewidth=0.8)
-            course = smoothed(values, span=max(3, len(values) // 15))
-            axes.plot(steps[::every], course[::every], color=color, linewidth=1.9, solid_capstyle="round")
+        for index, steps, values in series:
+            color = _placeholder(index)
+            stride = -(-len(steps) // MAX_POINTS)
+            axes.plot(steps[::stride], values[::stride], color=color, alpha=0.4, linewidth=0.8)
+            curve = smoothed(values, span=max(3, len(values) // 15))
+            axes.plot(steps[::stride], curve[::stride], color=color, linewidth=1.9, solid_capstyle="round")
         _style(axes, np.concatenate([values for _, _, values in series]))
         text = io.StringIO()
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
@@ -108,7 +108,7 @@ def _style(axes: Axes, values: np.ndarray) -> None:
         spine.set_color(RULE)
     low, usual, high = float(values.min()), float(np.quantile(values, 0.98)), float(values.max())
     if high - low > 3 * (usual - low) > 0:
-        high = usual  # a few spikes must not flatten the rest
+        high = usual  # a few spikes must not compress the other values
     if high > low:
         axes.set_ylim(low - 0.06 * (high - low), high + 0.08 * (high - low))
 
@@ -116,15 +116,15 @@ def _style(axes: Axes, values: np.ndarray) -> None:
 def _themed(svg: str, title: str) -> str:
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # names that would repeat from panel to panel
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # ids that would occur in several panels
     svg = re.sub(r"(font(?:-family)?: (?:[\d.]+px )?)[^;\"]+", r"\1var(--font)", svg)
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
-    for number in range(SERIES):
-        svg = svg.replace(_stand_in(number), f"var(--series-{number})")
+    for index in range(SERIES):
+        svg = svg.replace(_placeholder(index), f"var(--series-{index})")
     svg = svg.replace(INK, "var(--soft)").replace(RULE, "var(--rule)")
     return svg.replace("<svg", f'<svg role="img" aria-label="{title} over the steps"', 1)
 
 
-def _stand_in(number: int) -> str:
-    return f"#0102{0x10 + number % SERIES:02x}"
+def _placeholder(index: int) -> str:
+    return f"#0102{0x10 + index % SERIES:02x}"

@@ -1,4 +1,4 @@
-"""The same questions side by side over runs, with the picture and the attention of each run's question to it."""
+"""Example questions with the answers of all runs, the image, and the question's attention to it in each run."""
 
 from __future__ import annotations
 
@@ -14,36 +14,36 @@ from medalign.data.shards.index import ShardIndex
 from medalign.errors import DataError
 from medalign.evaluation.metrics import Prediction
 from medalign.evaluation.metrics.scores import correctness
-from medalign.evaluation.report.pictures import overlay, plain
+from medalign.evaluation.report.pictures import draw_boxes, overlay
 from medalign.evaluation.report.runs import Evaluation, RunRecord
 from medalign.run_folder import EvaluationFolder
 
-LARGEST = 512  # pixels of a picture's long side in the report
+MAX_SIDE = 512  # pixels of the longer side of an image in the report
 
 
 @dataclass(frozen=True)
 class Answered:
-    """One run's answer."""
+    """The answer of one run."""
 
     run: RunRecord
     row: Prediction
     correctness: float  # in [0, 1]
-    picture: str  # data URI of the overlay; "" where there is none
+    picture: str  # data URI of the overlay; "" if there is none
 
 
 @dataclass(frozen=True)
 class Example:
-    """One question with its reference and every run's answer."""
+    """One question with its reference and the answers of all runs."""
 
     asked: Prediction
-    picture: str  # data URI of the first image with its boxes; "" where there is none
-    images: int  # of the sample; 0 where they could not be read
+    picture: str  # data URI of the first image with its boxes; "" if there is none
+    images: int  # number of images of the sample; 0 if they could not be read
     answers: list[Answered]
 
 
 @dataclass(frozen=True)
 class Examples:
-    """The examples of one data set, and why pictures are missing, if they are."""
+    """The examples of one data set, and why images are missing, if any are."""
 
     name: str
     items: list[Example]
@@ -51,10 +51,15 @@ class Examples:
 
 
 def examples(runs: Sequence[RunRecord], name: str, count: int) -> Examples:
-    """`count` questions that every run answered, spread evenly over the data set, not chosen by the outcome.
+    """Select questions that every run answered, spread evenly over the data set and independent of the scores.
 
-    Questions with boxes and attention are preferred. Where the shards are gone or hold another sample under the key,
-    the examples come without pictures and `problem` says why.
+    Questions with boxes and attention are preferred. If the shards do not exist any more, or contain another sample
+    with the same key, the examples have no images and `problem` gives the reason.
+
+    Args:
+        runs: the runs.
+        name: the data set.
+        count: maximum number of examples.
     """
     scored = [(run, run.evaluations[name]) for run in runs if name in run.evaluations]
     keys = _spread(_candidates([evaluation for _, evaluation in scored]), count)
@@ -65,16 +70,16 @@ def examples(runs: Sequence[RunRecord], name: str, count: int) -> Examples:
         if keys:
             pictures = _pictures(first, keys)
     except (DataError, OSError) as error:
-        problem = f"The pictures could not be read again: {error}"
+        problem = f"The images could not be read from the shards: {error}"
     return Examples(name, [_example(scored, key, *pictures.get(key, (None, 0))) for key in keys], problem)
 
 
 def _candidates(evaluations: Sequence[Evaluation]) -> list[str]:
     first, *others = (evaluation.predictions for evaluation in evaluations)
     shared = [key for key in first if all(key in other for other in others)]
-    looked = [key for key in shared if all(e.predictions[key].attention for e in evaluations)]
-    boxed = [key for key in looked if first[key].boxes]
-    return boxed or looked or shared
+    with_attention = [key for key in shared if all(e.predictions[key].attention for e in evaluations)]
+    with_boxes = [key for key in with_attention if first[key].boxes]
+    return with_boxes or with_attention or shared
 
 
 def _spread(keys: Sequence[str], count: int) -> list[str]:
@@ -83,7 +88,7 @@ def _spread(keys: Sequence[str], count: int) -> list[str]:
 
 
 def _pictures(evaluation: Evaluation, keys: Sequence[str]) -> dict[str, tuple[Image.Image, int]]:
-    """The first image of each sample that has one, to which boxes and attention belong, and how many there are."""
+    """Read the first image of each sample, to which boxes and attention refer, and the sample's number of images."""
     if not evaluation.data:
         raise DataError(f"{EvaluationFolder(evaluation.folder).scores} does not name the shards")
     opened = cache(ShardIndex.open)
@@ -111,11 +116,11 @@ def _example(
         if image is not None and row.attention and grid is not None and len(row.attention) == grid.size:
             picture = _uri(overlay(image, row.attention, grid, row.boxes))
         answers.append(Answered(run, row, correctness(row), picture))
-    return Example(asked, _uri(plain(image, asked.boxes)) if image is not None else "", images, answers)
+    return Example(asked, _uri(draw_boxes(image, asked.boxes)) if image is not None else "", images, answers)
 
 
 def _uri(picture: Image.Image) -> str:
-    picture.thumbnail((LARGEST, LARGEST))
+    picture.thumbnail((MAX_SIDE, MAX_SIDE))
     file = io.BytesIO()
     picture.save(file, "JPEG", quality=84)
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()

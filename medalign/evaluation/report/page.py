@@ -1,4 +1,4 @@
-"""The report that compares runs: one HTML file that loads nothing from elsewhere, and its numbers as JSON."""
+"""The report that compares runs: one self-contained HTML file, and its numbers as JSON."""
 
 from __future__ import annotations
 
@@ -15,63 +15,78 @@ from medalign.errors import ConfigError
 from medalign.evaluation.report.curves import SERIES, panels
 from medalign.evaluation.report.examples import examples as choose_examples
 from medalign.evaluation.report.runs import config_differences, evaluation_names, read_evaluation, read_runs
-from medalign.evaluation.report.tables import Course, Table, as_text, course, score_table
+from medalign.evaluation.report.tables import (
+    ScoreTable,
+    TrainingSummary,
+    format_score_table,
+    score_table,
+    training_summary,
+)
 from medalign.observability.files import write_text
 
 TEMPLATE = "report.html.jinja"
 
 
 def write_report(runs: Sequence[Path], output: Path, *, titles: Sequence[str] | None = None, examples: int = 8) -> None:
-    """Write `output` (HTML) and its neighbor of the same name with .json.
+    """Write an HTML report, and its numbers into a JSON file with the same name.
+
+    The images are read from the shards. If the shards do not exist any more, the page reports that instead.
 
     Args:
-        runs: folders of evaluated runs (config.yaml, metrics.jsonl, evaluation/NAME/), in the order to be shown.
-        titles: names of the runs on the page; by default their folders' names.
-        examples: questions to picture from each data set; 0 for none.
+        runs: folders of evaluated runs (config.yaml, metrics.jsonl, evaluation/NAME/), in the order of the report.
+        output: the HTML file. The suffix of the JSON file is .json.
+        titles: names of the runs in the report; by default the names of their folders.
+        examples: number of example questions per data set.
 
-    Pictures are read again from the shards; where those are gone, the page says so and has none. Raises DataError
-    for a folder that holds no evaluation, ConfigError where `output` cannot be written.
+    Raises:
+        DataError: a folder contains no evaluation.
+        ConfigError: `output` cannot be written, or the number of titles does not match the number of runs.
     """
     records = read_runs(runs, titles)
     names = evaluation_names(records)
     tables = [score_table(records, name) for name in names]
-    courses = [course(record) for record in records]
+    summaries = [training_summary(record) for record in records]
     page = _template().render(
         runs=records,
-        series={record.title: number % SERIES for number, record in enumerate(records)},
+        series={record.title: index % SERIES for index, record in enumerate(records)},
         tables=tables,
-        panels=[(panel.title, Markup(panel.svg)) for panel in panels(records)],  # noqa: S704, the SVG is our own
-        courses=courses,
+        panels=[(panel.title, Markup(panel.svg)) for panel in panels(records)],  # noqa: S704, the SVG is generated here
+        summaries=summaries,
         examples=[choose_examples(records, name, examples) for name in names] if examples else [],
         differences=config_differences(records),
     )
     output = Path(output)
-    data = json.dumps(as_data(tables, courses), indent=2, ensure_ascii=False) + "\n"
+    data = json.dumps(as_data(tables, summaries), indent=2, ensure_ascii=False) + "\n"
     try:
         write_text(output.with_suffix(".json"), data)
         write_text(output, page)
     except OSError as error:
-        raise ConfigError(f"--output {output} cannot be written ({error.strerror}); name another file") from error
+        raise ConfigError(f"--output {output} cannot be written ({error.strerror}); choose another file") from error
 
 
 def format_table(runs: Sequence[Path], titles: Sequence[str] | None = None) -> str:
-    """The score tables as text with aligned columns, one for each data set, below each what it does not tell."""
+    """Return the score tables as text with aligned columns, one per data set, each followed by its remarks.
+
+    Args:
+        runs: folders of evaluated runs.
+        titles: names of the runs; by default the names of their folders.
+    """
     records = read_runs(runs, titles)
     return "\n\n".join(_as_lines(score_table(records, name)) for name in evaluation_names(records))
 
 
 def format_evaluation(folder: Path) -> str:
-    """The table of one evaluation, below it what the table does not tell."""
+    """Return the score table of one evaluation as text, followed by its remarks."""
     record = read_evaluation(folder)
     return _as_lines(score_table([record], folder.name))
 
 
-def _as_lines(table: Table) -> str:
-    return "\n".join([as_text(table), *table.remarks()])
+def _as_lines(table: ScoreTable) -> str:
+    return "\n".join([format_score_table(table), *table.remarks()])
 
 
-def as_data(tables: Sequence[Table], courses: Sequence[Course]) -> dict[str, Any]:
-    """The numbers of the page: every run's scores as they stand in scores.json, and its course of training."""
+def as_data(tables: Sequence[ScoreTable], summaries: Sequence[TrainingSummary]) -> dict[str, Any]:
+    """Return the numbers of the page: the scores of every run, as in scores.json, and the summary of its training."""
     return {
         "tables": [
             {
@@ -80,7 +95,7 @@ def as_data(tables: Sequence[Table], courses: Sequence[Course]) -> dict[str, Any
             }
             for table in tables
         ],
-        "training": [{**vars(item), "run": item.run.title} for item in courses],
+        "training": [{**vars(item), "run": item.run.title} for item in summaries],
     }
 
 
@@ -90,5 +105,5 @@ def _template() -> Template:
     return environment.from_string(resources.files("medalign.evaluation.report").joinpath(TEMPLATE).read_text("utf-8"))
 
 
-def _number(value: float | None, digits: int = 1) -> str:
+def _format_number(value: float | None, digits: int = 1) -> str:
     return "\N{EN DASH}" if value is None else f"{value:,.{digits}f}"

@@ -1,4 +1,7 @@
-"""An attention map drawn over its image."""
+"""Attention maps as overlays on images.
+
+Shape suffixes: N patches, h and w height and width of an image in pixels.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,10 @@ from PIL import Image, ImageDraw
 
 from medalign.geometry import Box, CanvasFrame, PatchGrid, coverage
 
-SMALLEST = 384  # pixels of the long side; smaller images are enlarged to it
-OPACITY = 0.72  # of the strongest attention
-BOX_COLOUR = (88, 230, 178)
-# The heat's colors, from "as much as an even spread" (transparent) to the strongest; legible without color too.
+MIN_SIDE = 384  # pixels of the longer side; smaller images are enlarged to it
+OPACITY = 0.72  # of the largest attention
+BOX_COLOR = (88, 230, 178)
+# Colors of the overlay, from uniform attention (transparent) to the largest attention; also readable in grayscale.
 RAMP = np.array([(52, 12, 95), (150, 32, 110), (232, 88, 48), (250, 168, 38), (255, 240, 150)], dtype=np.float64)
 PLACES = np.array([0.0, 0.35, 0.65, 0.85, 1.0])
 
@@ -24,10 +27,20 @@ def overlay(
     grid: PatchGrid,
     boxes: Sequence[Box] = (),
 ) -> Image.Image:
-    """The image with the map as heat and the boxes (image pixels) as outlines; RGB, long side at least `SMALLEST`.
+    """Draw attention as a heat map, and boxes as outlines, on an image.
 
-    Heat begins where a patch gets more than an even spread over the picture would give it. It is full at the
-    strongest patch, but never at less than twice the even share: a flat map stays pale.
+    The heat map starts where a patch gets more attention than it would if attention were uniform over the image. It
+    is at its maximum at the patch with the largest attention, but at no less than twice the uniform attention, so a
+    flat map remains pale.
+
+    Args:
+        image: the image.
+        attention_N: attention on `grid`, of any positive scale.
+        grid: patches of the square canvas around the image.
+        boxes: x0, y0, x1, y1 in pixels of the image.
+
+    Returns:
+        An RGB image whose longer side has at least `MIN_SIDE` pixels.
     """
     heat_hw = _heat(np.asarray(attention_N, dtype=np.float64), grid, CanvasFrame(*image.size))
     pixels = np.asarray(_enlarged(image), dtype=np.float64)
@@ -37,15 +50,15 @@ def overlay(
     return _outlined(Image.fromarray(blended.round().astype(np.uint8)), boxes, image.width)
 
 
-def plain(image: Image.Image, boxes: Sequence[Box] = ()) -> Image.Image:
-    """The image at the overlay's size, with the boxes alone."""
+def draw_boxes(image: Image.Image, boxes: Sequence[Box] = ()) -> Image.Image:
+    """Draw only the boxes (in pixels of the image) on an image, at the size of the overlay."""
     return _outlined(_enlarged(image), boxes, image.width)
 
 
 def _heat(attention_N: np.ndarray, grid: PatchGrid, frame: CanvasFrame) -> np.ndarray:
-    """The map at the image's pixels, in [0, 1]: resampled to the whole canvas, then cut to the picture.
+    """Resample the attention to the canvas and crop it to the image. The result is in [0, 1].
 
-    Patches of padding alone give no heat.
+    Patches that show only padding count as zero.
     """
     shown_N = coverage([frame.picture], grid)
     even = float((attention_N * shown_N).sum() / shown_N.sum())
@@ -62,7 +75,7 @@ def _color(heat: np.ndarray) -> np.ndarray:
 
 def _enlarged(image: Image.Image) -> Image.Image:
     image = image.convert("RGB")
-    scale = SMALLEST / max(image.size)
+    scale = MIN_SIDE / max(image.size)
     if scale <= 1:
         return image
     return image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
@@ -75,5 +88,5 @@ def _outlined(image: Image.Image, boxes: Sequence[Box], original_width: int) -> 
     for box in boxes:
         x0, y0, x1, y1 = (round(value * scale) for value in box)
         draw.rectangle((x0 - 1, y0 - 1, max(x1, x0), max(y1, y0)), outline=(0, 0, 0), width=width + 2)
-        draw.rectangle((x0, y0, max(x1 - 1, x0), max(y1 - 1, y0)), outline=BOX_COLOUR, width=width)
+        draw.rectangle((x0, y0, max(x1 - 1, x0), max(y1 - 1, y0)), outline=BOX_COLOR, width=width)
     return image

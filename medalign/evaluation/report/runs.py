@@ -1,4 +1,4 @@
-"""What the folder of a run holds for a report: configuration, metrics, scores, predictions."""
+"""Reads the files of a run that a report shows: configuration, metrics, scores, predictions."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from medalign.run_folder import EvaluationFolder, RunFolder, find_run
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One scored data set of a run."""
+    """Scores and predictions of a run on one data set."""
 
     folder: Path
     scores: dict[str, Any]
 
     @property
     def data(self) -> list[str]:
-        """The shard folders that were evaluated."""
+        """The evaluated shard folders."""
         return list(self.scores.get("data", []))
 
     @property
     def grid(self) -> PatchGrid | None:
-        """The student's grid, on which the predictions' attention lies."""
+        """The student's grid, which is the grid of the attention in the predictions."""
         grid = self.scores.get("grid")
         return PatchGrid(*grid) if grid else None
 
@@ -48,25 +48,32 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """A run as the report sees it."""
+    """The data of a run for a report."""
 
     path: Path
     title: str
-    config: dict[str, Any]  # dotted keys; empty where there is no config.yaml
-    rows: list[dict[str, Any]]  # of metrics.jsonl; empty where nothing was trained
+    config: dict[str, Any]  # dotted keys; empty if there is no config.yaml
+    rows: list[dict[str, Any]]  # of metrics.jsonl; empty if nothing was trained
     evaluations: dict[str, Evaluation]
 
 
 def read_runs(paths: Sequence[Path], titles: Sequence[str] | None = None) -> list[RunRecord]:
-    """The records of the runs, titled by their folders' names, or by as much of the path as tells them apart.
+    """Read runs for a report.
 
-    Raises DataError for a folder that is none or holds no evaluation, ConfigError for a wrong number of titles.
+    Args:
+        paths: folders of the runs.
+        titles: names of the runs; by default the names of their folders, with as many parent folders as are needed to
+            make them unique.
+
+    Raises:
+        DataError: a folder does not exist or contains no evaluation.
+        ConfigError: the number of titles does not match the number of runs.
     """
     paths = [Path(path) for path in paths]
     if not paths:
-        raise DataError("no run is named; give at least one run's folder")
+        raise DataError("no runs; give the folder of at least one run")
     if titles is not None and len(titles) != len(paths):
-        raise ConfigError(f"{len(titles)} titles for {len(paths)} runs; give one for each")
+        raise ConfigError(f"{len(titles)} titles for {len(paths)} runs; give one title per run")
     return [_read_run(path, title) for path, title in zip(paths, titles or _titles(paths), strict=True)]
 
 
@@ -78,12 +85,16 @@ def read_evaluation(folder: Path) -> RunRecord:
 
 
 def evaluation_names(runs: Sequence[RunRecord]) -> list[str]:
-    """Every data set that some run was scored on, in the order of first appearance."""
+    """Return all data sets on which a run was evaluated, in the order of first occurrence."""
     return list(dict.fromkeys(name for run in runs for name in run.evaluations))
 
 
 def config_differences(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
-    """The settings that differ between the runs: dotted key, and each run's value as text ("" where it has none)."""
+    """Return the settings that differ between the runs.
+
+    Returns:
+        The dotted key of each setting and its value in each run as text, "" for a run without it.
+    """
     with_config = [run for run in runs if run.config]
     keys = dict.fromkeys(key for run in with_config for key in run.config)
     texts = [(key, [_text(run.config[key]) if key in run.config else "" for run in runs]) for key in keys]
@@ -116,7 +127,7 @@ def _read_scores(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise DataError(f"{path} is not JSON: {error}; evaluate the run again") from error
     if not isinstance(scores, dict):
-        raise DataError(f"{path} holds no scores; evaluate the run again")
+        raise DataError(f"{path} contains no scores; evaluate the run again")
     return scores
 
 
@@ -139,12 +150,12 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def _titles(paths: Sequence[Path]) -> list[str]:
-    whole = [path.resolve().parts for path in paths]
-    for depth in range(1, max(map(len, whole)) + 1):
-        titles = ["/".join(parts[-depth:]) for parts in whole]
+    paths_parts = [path.resolve().parts for path in paths]
+    for depth in range(1, max(map(len, paths_parts)) + 1):
+        titles = ["/".join(parts[-depth:]) for parts in paths_parts]
         if len(set(titles)) == len(titles):
             return titles
-    return [f"{path.name} ({number})" for number, path in enumerate(paths, start=1)]
+    return [f"{path.name} ({position})" for position, path in enumerate(paths, start=1)]
 
 
 def _text(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""What is exported is what was trained: to the bit on disk, and in what the student says once it is read again."""
+"""An export equals the trained student bit for bit, in its files and in the answers after it is loaded again."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def settings(student_folder) -> StudentConfig:
 
 @pytest.fixture(scope="module")
 def student(settings) -> Student:
-    """A student all of whose learning parts do something."""
+    """A student in which every trainable part changes the output."""
     student = load_student(settings, torch.float32).eval()
     torch.manual_seed(1)
     for named in student.trainable().values():
@@ -45,7 +45,7 @@ def student(settings) -> Student:
 def exported(settings, student, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("export")
     whole = {name: p.detach() for named in student.trainable().values() for name, p in named}
-    export.write(student, whole, settings, 160, folder)
+    export.write_export(student, whole, settings, 160, folder)
     return folder
 
 
@@ -55,7 +55,7 @@ def logits(student: Student) -> torch.Tensor:
 
 
 def test_the_files_hold_the_trained_values(student, exported):
-    """peft's names are those of the student without "model." and the adapter's own name."""
+    """peft's names are those of the student without "model." and the name of the adapter."""
     found = load_file(exported / "adapter_model.safetensors") | load_file(exported / "medalign.safetensors")
     trained = {
         name.removeprefix("model.").replace(".default.", ".") if group == "adapters" else name: value
@@ -67,9 +67,9 @@ def test_the_files_hold_the_trained_values(student, exported):
         assert torch.equal(found[name], value), name
 
 
-def test_read_again_it_says_the_same(student, exported):
-    """To the bit: logits of a batch, and the answer's tokens."""
-    again = export.read(exported, torch.float32, CPU)
+def test_a_loaded_export_gives_the_same_answers(student, exported):
+    """Bit for bit: logits of a batch, and the tokens of the answer."""
+    again = export.load_export(exported, torch.float32, CPU)
     assert torch.equal(logits(again), logits(student))
     asked = tiny.batch(side="left", texts=((5, 0), (9, 0)))
     words = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
@@ -79,9 +79,9 @@ def test_read_again_it_says_the_same(student, exported):
 
 
 def test_every_part_of_the_export_matters(settings, student, exported):
-    """Without any one of them the logits differ: the test above would see its loss."""
+    """Without any one part the logits differ, so the test above would detect a missing part."""
     for group in ("adapters", "steering", "projector"):
-        broken = export.read(exported, torch.float32, CPU)
+        broken = export.load_export(exported, torch.float32, CPU)
         fresh = load_student(settings, torch.float32).trainable()
         with torch.no_grad():
             for (_, parameter), (_, start) in zip(broken.trainable()[group], fresh[group], strict=True):
@@ -90,7 +90,7 @@ def test_every_part_of_the_export_matters(settings, student, exported):
 
 
 def test_plain_peft_reads_the_adapter(settings, student, exported):
-    """W off and the projector put into the base model by hand: what is left is the adapter, which peft reads itself."""
+    """W is disabled and the projector is copied into the base model: only the adapter remains, which peft loads."""
     base = AutoModelForImageTextToText.from_pretrained(settings.path, dtype=torch.float32)
     others = load_file(exported / "medalign.safetensors")
     projector = {name.removeprefix("model.base_model.model."): v for name, v in others.items() if "projector" in name}
@@ -103,12 +103,12 @@ def test_plain_peft_reads_the_adapter(settings, student, exported):
             attention_mask=batch.attention_mask.long(),
             pixel_values=batch.student_pixels,
         ).logits
-    unsteered = export.read(exported, torch.float32, CPU)
+    unsteered = export.load_export(exported, torch.float32, CPU)
     torch.nn.init.zeros_(unsteered.steering.weight)
     with torch.no_grad():
-        ours = unsteered(replace(batch, labels=batch.input_ids))  # logits everywhere
+        ours = unsteered(replace(batch, labels=batch.input_ids))  # logits at all positions
     kept = batch.attention_mask[:, ours.kept]
-    # float32 products in another order
+    # float32 sums in another order
     torch.testing.assert_close(ours.logits[kept], theirs[:, ours.kept][kept], rtol=1e-4, atol=1e-4)
 
 
@@ -119,10 +119,10 @@ def test_plain_peft_reads_the_adapter(settings, student, exported):
         ("[]", "cannot be read"),
         ('{"format": 1}', "cannot be read"),
         (json.dumps({"format": 1, "student": {"lora": {}, "of_the_future": 1}}), "of_the_future"),
-        ('{"format": 2}', "has format 2, this version of medalign reads 1"),
+        ('{"format": 2}', "has format 2, but this version of medalign reads format 1"),
     ],
 )
-def test_settings_that_cannot_be_read_are_named(tmp_path, text, message):
+def test_unreadable_settings_are_an_error(tmp_path, text, message):
     (tmp_path / "medalign.json").write_text(text)
     with pytest.raises(CheckpointError, match=rf"medalign\.json.*{message}"):
         export.settings(tmp_path)
@@ -130,16 +130,16 @@ def test_settings_that_cannot_be_read_are_named(tmp_path, text, message):
 
 @pytest.mark.parametrize("gpu", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_run_is_answered_in_its_own_precision(settings, tmp_path, monkeypatch, dtype, gpu):
+def test_answers_use_the_precision_of_the_run(settings, tmp_path, monkeypatch, dtype, gpu):
     student = load_student(settings, dtype)
     whole = {name: p.detach() for named in student.trainable().values() for name, p in named}
-    export.write(student, whole, settings, 160, tmp_path)
+    export.write_export(student, whole, settings, 160, tmp_path)
     assert open_student(tmp_path)[0].dtype == dtype
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     assert export.precision(tmp_path) == dtype
 
 
-def test_an_export_that_does_not_say_its_precision(exported, tmp_path, monkeypatch):
+def test_an_export_without_its_precision(exported, tmp_path, monkeypatch):
     values = json.loads((exported / "medalign.json").read_text())
     assert values.pop("dtype") == "float32"
     (tmp_path / "medalign.json").write_text(json.dumps(values))
@@ -152,19 +152,19 @@ def test_an_export_that_does_not_say_its_precision(exported, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize(("own", "ends"), [(None, [2]), (2, [2]), ([7, 9], [2, 7, 9]), (5, [2, 5])])
-def test_answers_end_as_the_model_and_as_the_template_end_them(settings, student, exported, tmp_path, own, ends):
-    """The template of the tiny student writes no end, so its tokenizer's (2) is what training teaches."""
+def test_answers_end_at_the_end_tokens_of_model_and_template(settings, student, exported, tmp_path, own, ends):
+    """The template of the tiny student has no end token, so training uses that of its tokenizer (2)."""
     base = shutil.copytree(settings.path, tmp_path / "base")
     values = json.loads((base / "generation_config.json").read_text())
     (base / "generation_config.json").write_text(json.dumps(values | {"eos_token_id": own}))
     assert open_student(exported, str(base))[0].end_tokens == ends
 
 
-def test_a_base_without_some_of_its_weights_is_refused(settings, exported, tmp_path):
+def test_a_base_model_with_missing_weights_is_rejected(settings, exported, tmp_path):
     base = shutil.copytree(settings.path, tmp_path / "base")
     state = {name: value for name, value in load_file(base / "model.safetensors").items() if "lm_head" not in name}
     save_file(state, base / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(
         ConfigError, match=r"base: 1 of its weights are not in its safetensors files .*: lm_head.weight"
     ):
-        export.read(exported, torch.float32, CPU, str(base))
+        export.load_export(exported, torch.float32, CPU, str(base))

@@ -1,4 +1,4 @@
-"""A run's folder takes one training at a time."""
+"""Only one training can use a run's folder at a time."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def _try(folder: Path) -> None:
         pass
 
 
-def test_a_second_training_is_refused_until_the_first_is_killed(tmp_path):
-    """The first one's loader processes, which outlive it for a while, do not hold on to the lock."""
+def test_a_second_training_is_rejected_until_the_first_is_killed(tmp_path):
+    """The loader processes of the first one, which outlive it for a while, do not keep the lock."""
     holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     worker = int(holder.stdout.readline())
     try:
-        with pytest.raises(ConfigError, match=rf"another training is under way in {tmp_path}; .*--run\.dir"):
+        with pytest.raises(ConfigError, match=rf"another training is running in {tmp_path}; .*--run\.dir"):
             _try(tmp_path)
         holder.send_signal(signal.SIGKILL)
         holder.wait()
@@ -46,13 +46,13 @@ def test_a_second_training_is_refused_until_the_first_is_killed(tmp_path):
         subprocess.run(["kill", "-9", str(worker)], check=False)
 
 
-def test_it_is_free_after_its_end(tmp_path):
+def test_the_lock_is_released_at_the_end(tmp_path):
     for _ in range(2):
         _try(tmp_path / "new" / "run")
     assert (tmp_path / "new" / "run" / "lock").is_file()
 
 
-def test_a_file_system_without_locks_is_said_and_borne(tmp_path, monkeypatch, caplog):
+def test_a_file_system_without_locks_is_reported_and_accepted(tmp_path, monkeypatch, caplog):
     def no_locks(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
@@ -61,7 +61,7 @@ def test_a_file_system_without_locks_is_said_and_borne(tmp_path, monkeypatch, ca
     assert "cannot be locked (No locks available)" in caplog.text
 
 
-def test_a_run_dir_that_is_a_file_is_named(tmp_path):
+def test_a_run_dir_that_is_a_file_is_an_error(tmp_path):
     path = tmp_path / "file"
     path.write_text("")
     with pytest.raises(ConfigError, match=rf"run\.dir {path} is a file"):

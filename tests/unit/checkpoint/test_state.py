@@ -1,4 +1,4 @@
-"""A checkpoint is whole or absent, whatever the disk does."""
+"""A checkpoint is complete or absent, whatever disk error occurs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from medalign.errors import CheckpointError
 
 
 class FakeEngine:
-    """Writes one file, or fails as a full disk does, halfway through it."""
+    """Writes one file, or fails halfway through it as on a full disk."""
 
     def __init__(self, full: bool = False) -> None:
         self.full = full
@@ -74,7 +74,7 @@ def test_a_best_checkpoint_that_is_gone_is_not_named(tmp_path):
 
 @contextlib.contextmanager
 def room(size: int):
-    """No file may grow beyond `size` bytes: what a writer meets on a full disk or at the end of a quota."""
+    """Limit files to `size` bytes, which is what a writer sees on a full disk or at the end of a quota."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -84,7 +84,7 @@ def room(size: int):
 
 
 @pytest.mark.parametrize("writer", ["torch", "safetensors", "plain"])
-def test_real_writers_without_room_leave_the_earlier_one_whole(tmp_path, writer):
+def test_real_writers_without_space_keep_the_earlier_checkpoint(tmp_path, writer):
     state.save(FakeEngine(), tmp_path, at(5), 2, export)
 
     def write(folder: Path) -> None:
@@ -97,13 +97,13 @@ def test_real_writers_without_room_leave_the_earlier_one_whole(tmp_path, writer)
         else:
             (folder / "w").write_bytes(bytes(400_000))
 
-    with room(50_000), pytest.raises(CheckpointError, match="step-000010 could not be written .*free space"):
+    with room(50_000), pytest.raises(CheckpointError, match="step-000010 could not be written .*free disk space"):
         state.save(FakeEngine(), tmp_path, at(10), 2, write)
     assert state.latest(tmp_path) == tmp_path / "step-000005"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-000005"]
 
 
-def test_an_error_that_is_not_the_disks_is_not_called_one(tmp_path):
+def test_other_errors_are_not_reported_as_disk_errors(tmp_path):
     def broken(folder: Path) -> None:
         raise RuntimeError("a rank is gone")
 
@@ -111,7 +111,7 @@ def test_an_error_that_is_not_the_disks_is_not_called_one(tmp_path):
         state.save(FakeEngine(), tmp_path, at(5), 2, broken)
 
 
-def test_a_disk_that_fills_up_leaves_the_earlier_one_whole(tmp_path):
+def test_a_full_disk_keeps_the_earlier_checkpoint(tmp_path):
     state.save(FakeEngine(), tmp_path, at(5), 2, export)
     with pytest.raises(CheckpointError, match="step-000010 could not be written .No space left on device"):
         state.save(FakeEngine(full=True), tmp_path, at(10), 2, export)
@@ -119,7 +119,7 @@ def test_a_disk_that_fills_up_leaves_the_earlier_one_whole(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-000005"]
 
 
-def test_too_little_space_is_seen_before_writing(tmp_path, monkeypatch):
+def test_missing_space_is_detected_before_writing(tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10, 9, 1000))
     with pytest.raises(CheckpointError, match=r"no space left for checkpoint step-000005.*MiB more are needed"):
@@ -127,7 +127,7 @@ def test_too_little_space_is_seen_before_writing(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_kill_while_writing_leaves_nothing_that_counts(tmp_path):
+def test_a_kill_while_writing_leaves_no_checkpoint(tmp_path):
     state.save(FakeEngine(), tmp_path, at(5), 2, export)
     (tmp_path / ".partial-step-000010").mkdir()
     assert state.latest(tmp_path) == tmp_path / "step-000005"
@@ -135,14 +135,14 @@ def test_a_kill_while_writing_leaves_nothing_that_counts(tmp_path):
     assert not list(tmp_path.glob(".partial-*"))
 
 
-def test_a_pointer_to_nothing_says_what_to_do(tmp_path):
+def test_a_dangling_pointer_names_the_remedy(tmp_path):
     state.save(FakeEngine(), tmp_path, at(5), 2, export)
     (tmp_path / "latest").write_text("step-000099\n")
-    with pytest.raises(CheckpointError, match="step-000099, which is not there; write step-000005 into"):
+    with pytest.raises(CheckpointError, match="step-000099, which does not exist; write step-000005 into"):
         state.latest(tmp_path)
 
 
-def test_for_another_number_of_ranks_it_is_rewritten_aside(tmp_path, monkeypatch):
+def test_for_another_number_of_ranks_a_copy_is_converted(tmp_path, monkeypatch):
     folder = state.save(FakeEngine(), tmp_path, at(5, ranks=4), 2, export)
     monkeypatch.setattr(state, "to_universal", lambda source, target: shutil.copytree(source, target))
     engine = FakeEngine()
@@ -151,20 +151,20 @@ def test_for_another_number_of_ranks_it_is_rewritten_aside(tmp_path, monkeypatch
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-000005"]
 
 
-def test_a_disk_that_fills_up_while_rewriting_leaves_it_whole(tmp_path, monkeypatch):
+def test_a_full_disk_while_converting_keeps_the_checkpoint(tmp_path, monkeypatch):
     def full(source: Path, target: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     folder = state.save(FakeEngine(), tmp_path, at(5, ranks=4), 2, export)
     monkeypatch.setattr(state, "to_universal", full)
-    with pytest.raises(CheckpointError, match="step-000005 could not be rewritten .*No space left.*free space"):
+    with pytest.raises(CheckpointError, match="step-000005 could not be converted .*No space left.*free disk space"):
         state.load(FakeEngine(), folder)
     assert state.latest(tmp_path) == folder and state.read_state(folder).ranks == 4
 
 
 @pytest.mark.parametrize("keep", [1, 2])
 def test_what_latest_names_is_never_removed(tmp_path, keep):
-    """`latest` is set back from 600 to 300: 400 is the newest then, and 600 is of a way that was left."""
+    """`latest` is set back from 600 to 300: then 400 is the newest, and 600 was written before the reset."""
     for step in (300, 600):
         state.save(FakeEngine(), tmp_path, at(step), 2, export)
     (tmp_path / "latest").write_text("step-000300\n")
@@ -174,38 +174,38 @@ def test_what_latest_names_is_never_removed(tmp_path, keep):
     assert sorted(path.name for path in tmp_path.glob("step-*")) == left
 
 
-def test_foreign_names_beside_checkpoints_are_left_alone(tmp_path):
+def test_other_names_next_to_checkpoints_are_kept(tmp_path):
     (tmp_path / "step-best").mkdir(parents=True)
     state.save(FakeEngine(), tmp_path, at(5), 1, export)
     assert (tmp_path / "step-best").is_dir()
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"step": 5, "of_the_future": 1}'])
-def test_a_damaged_progress_is_named(tmp_path, text):
+def test_a_damaged_state_file_is_an_error(tmp_path, text):
     folder = state.save(FakeEngine(), tmp_path, at(5), 1, export)
     (folder / "progress.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"step-000005/progress\.json cannot be read"):
         state.read_state(folder)
 
 
-def test_an_older_progress_is_read(tmp_path):
+def test_an_older_state_file_is_read(tmp_path):
     folder = state.save(FakeEngine(), tmp_path, at(5), 1, export)
     (folder / "progress.json").write_text('{"step": 5, "samples": 20, "ranks": 1, "skipped": 0, "truncated": 0}')
     assert state.read_state(folder) == at(5)
 
 
-def test_torch_without_room_while_rewriting_is_named(tmp_path, monkeypatch):
+def test_torch_without_space_while_converting_is_reported(tmp_path, monkeypatch):
     def full(source: Path, target: Path) -> None:
         target.mkdir()
         torch.save({"w": torch.zeros(100_000)}, target / "state.pt")
 
     folder = state.save(FakeEngine(), tmp_path, at(5, ranks=4), 2, export)
     monkeypatch.setattr(state, "to_universal", full)
-    with room(50_000), pytest.raises(CheckpointError, match="step-000005 could not be rewritten .*free space"):
+    with room(50_000), pytest.raises(CheckpointError, match="step-000005 could not be converted .*free disk space"):
         state.load(FakeEngine(), folder)
 
 
-def test_a_root_that_cannot_be_made_is_a_clear_error(tmp_path):
+def test_a_root_that_cannot_be_created_is_an_error(tmp_path):
     (tmp_path / "checkpoints").write_text("a file")
     with pytest.raises(CheckpointError, match="step-000005 could not be written .File exists"):
         state.save(FakeEngine(), tmp_path / "checkpoints", at(5), 1, export)

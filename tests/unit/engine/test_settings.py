@@ -1,4 +1,4 @@
-"""One DeepSpeed configuration from JSON and settings; disagreement is an error."""
+"""The DeepSpeed configuration combines a JSON file and settings; a contradiction is an error."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_packaged_configurations_are_filled_in(config, name, stage):
     assert settings["bf16"] == {"enabled": True} and settings["gradient_clipping"] == 1.0
 
 
-def test_a_batch_that_three_ranks_do_not_divide_is_cut_all_the_same(config):
+def test_a_batch_that_three_ranks_do_not_divide(config):
     settings = deepspeed_settings(config, 3)  # 32 samples: 10, 11 and 11, in micro-batches of 3 or 4
     assert settings["gradient_accumulation_steps"] == 3
     assert settings["train_batch_size"] == 3 * settings["train_micro_batch_size_per_gpu"] * 3
@@ -36,14 +36,14 @@ def test_a_batch_that_three_ranks_do_not_divide_is_cut_all_the_same(config):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"gradient_clipping": 5.0}, "gradient_clipping = 5.0.*1.0"),
-        ({"bf16": {"enabled": False}}, "bf16.enabled = False"),
-        ({"train_batch_size": 64}, "train_batch_size = 64.*32"),
+        ({"gradient_clipping": 5.0}, "gradient_clipping to 5.0.*1.0"),
+        ({"bf16": {"enabled": False}}, "bf16.enabled to False"),
+        ({"train_batch_size": 64}, "train_batch_size to 64.*32"),
         ({"optimizer": {"type": "Adam"}}, "remove 'optimizer'"),
         ({"fp16": {"enabled": True}}, "remove 'fp16'"),
     ],
 )
-def test_disagreement_is_an_error(config, tmp_path, values, message):
+def test_a_contradiction_is_an_error(config, tmp_path, values, message):
     path = tmp_path / "own.json"
     path.write_text(json.dumps(values))
     config.engine.deepspeed = str(path)
@@ -51,7 +51,7 @@ def test_disagreement_is_an_error(config, tmp_path, values, message):
         deepspeed_settings(config, 1)
 
 
-def test_auto_and_agreement_pass(config, tmp_path):
+def test_auto_and_equal_values_are_accepted(config, tmp_path):
     path = tmp_path / "own.json"
     path.write_text(json.dumps({"train_batch_size": "auto", "gradient_clipping": 1.0}))
     config.engine.deepspeed = str(path)
@@ -60,11 +60,11 @@ def test_auto_and_agreement_pass(config, tmp_path):
 
 def test_an_unknown_name_lists_the_known_ones(config):
     config.engine.deepspeed = "zero9"
-    with pytest.raises(ConfigError, match="'zero9' is not known; packaged are cpu, zero2, zero3, zero3_offload"):
+    with pytest.raises(ConfigError, match="'zero9' is not known; use cpu, zero2, zero3, zero3_offload"):
         deepspeed_settings(config, 1)
 
 
-def test_gradients_are_summed_in_fp32_unless_the_json_says_otherwise(config, tmp_path):
+def test_gradients_are_summed_in_fp32_unless_the_json_sets_another_type(config, tmp_path):
     settings = deepspeed_settings(config, 1)
     assert settings["data_types"] == {"grad_accum_dtype": "fp32"} and settings["communication_data_type"] == "fp32"
     path = tmp_path / "own.json"

@@ -1,4 +1,4 @@
-"""Folders of runs as training and evaluation leave them, with made-up numbers over real phantom shards."""
+"""Folders of runs as training and evaluation write them, with synthetic numbers and real phantom shards."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ GRID = PatchGrid(8, 8)
 
 
 def make_run(folder: Path, shards: Path, *, skill: float, aim: float, steps: int, config: dict, seed: int = 0) -> Path:
-    """A run that answers right with probability `skill` and puts the share `aim` of its attention into the boxes."""
+    """A run that answers correctly with probability `skill`, with the share `aim` of its attention in the boxes."""
     draw = np.random.default_rng(seed)
     index = ShardIndex.open(shards)
     rows = [predict(index, i, draw, skill, aim) for i in range(len(index))]

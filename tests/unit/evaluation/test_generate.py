@@ -1,4 +1,4 @@
-"""Answers and their attention, sample by sample."""
+"""Answers and their attention, per sample."""
 
 from __future__ import annotations
 
@@ -11,33 +11,33 @@ from PIL import Image
 
 from medalign.contracts import Sample
 from medalign.evaluation import generation
-from medalign.evaluation.generation import Answer, answer
+from medalign.evaluation.generation import Answer, generate_answers
 from medalign.geometry import PatchGrid
 from tests import tiny
 
 
 class Fixed:
-    """A student of which only `generate` is asked: the same words, and a map for each of three images."""
+    """A student with only `generate`, which returns fixed tokens and an attention map for each of three images."""
 
     def __init__(self, *words: int, end_tokens: tuple[int, ...] = (2,)) -> None:
         self.words, self.end_tokens = words or (72, 2), list(end_tokens)
-        self.told: dict[str, Any] = {}
+        self.arguments: dict[str, Any] = {}
 
-    def generate(self, batch: Any, **told: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        self.told = told
+    def generate(self, batch: Any, **arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        self.arguments = arguments
         ids = torch.tensor([self.words] * len(batch.input_ids))
         return ids, torch.arange(3.0)[:, None].expand(3, 16)
 
 
-def test_an_answer_comes_with_the_map_of_its_first_image() -> None:
+def test_an_answer_has_the_attention_to_its_first_image() -> None:
     batch = tiny.batch(texts=((3, 1), (2, 1), (4, 1)))
     batch.image_sample = torch.tensor([0, 0, 2])
-    maps = [given.attention for given in answer(Fixed(), tiny.tokenizer(), batch, 2)]  # type: ignore[arg-type]
+    maps = [given.attention for given in generate_answers(Fixed(), tiny.tokenizer(), batch, 2)]  # type: ignore[arg-type]
     assert maps == [[0.0] * 16, None, [2.0] * 16]
 
 
 class Spoken(Fixed):
-    """A student that gives these tokens."""
+    """A student that generates the given tokens."""
 
     def __init__(self, ids: list[list[int]]) -> None:
         self.ids, self.end_tokens, self.asked = torch.tensor(ids), [2], {}
@@ -47,10 +47,10 @@ class Spoken(Fixed):
         return self.ids, None
 
 
-def test_an_answer_says_why_it_ended() -> None:
-    """An end token in the last place ends an answer as well; padding is not an end token."""
+def test_an_answer_has_its_finish_reason() -> None:
+    """An end token at the last position ends an answer too; padding is not an end token."""
     student, words = Spoken([[72, 73, 74], [72, 73, 2], [2, 0, 0], [72, 0, 2]]), tiny.tokenizer()
-    given = answer(student, words, tiny.batch(texts=((3, 1),) * 4), 3)  # type: ignore[arg-type]
+    given = generate_answers(student, words, tiny.batch(texts=((3, 1),) * 4), 3)  # type: ignore[arg-type]
     assert [one.finish_reason for one in given] == ["length", "stop", "stop", "stop"]
     assert [bool(one.text) for one in given] == [True, True, False, True]
     assert student.asked["eos_token_id"] == [2]
@@ -60,24 +60,24 @@ def test_any_of_several_end_tokens_ends_an_answer() -> None:
     assert generation.finish_reasons(torch.tensor([[72, 73, 74], [72, 73, 75]]), [2, 74]) == ["stop", "length"]
 
 
-def test_an_answer_ends_where_the_model_ends_it() -> None:
-    """Also at an end token that the tokenizer does not know as special; what follows it is no part of the answer."""
+def test_an_answer_ends_at_the_end_tokens_of_the_model() -> None:
+    """This includes an end token that is not special in the tokenizer; later tokens are not part of the answer."""
     yes = tiny.tokenizer()("yes")["input_ids"]
     student = Fixed(*yes, 97, *yes, end_tokens=(2, 97))
-    answers = answer(student, tiny.tokenizer(), tiny.batch(), 9)  # type: ignore[arg-type]
+    answers = generate_answers(student, tiny.tokenizer(), tiny.batch(), 9)  # type: ignore[arg-type]
     assert [given.text for given in answers] == ["yes"] * 2
-    assert student.told["eos_token_id"] == [2, 97]
+    assert student.arguments["eos_token_id"] == [2, 97]
 
 
 @pytest.mark.parametrize(
     ("box", "grounded"),
     [
         ((10.0, 10.0, 12.0, 12.0), True),  # two pixels of 3000
-        ((3000.0, 10.0, 3001.0, 20.0), False),  # in the pixel beyond the edge that shards let pass
+        ((3000.0, 10.0, 3001.0, 20.0), False),  # in the pixel beyond the edge that shards accept
     ],
 )
-def test_a_box_of_any_size_is_no_reason_to_stop(box: tuple[float, ...], grounded: bool) -> None:
-    student = SimpleNamespace(anatomy=SimpleNamespace(grid=PatchGrid(4, 4)))
+def test_a_box_of_any_size_does_not_stop_the_evaluation(box: tuple[float, ...], grounded: bool) -> None:
+    student = SimpleNamespace(spec=SimpleNamespace(grid=PatchGrid(4, 4)))
     film = Image.new("L", (3000, 2400))
     sample = Sample("k", "none", "vqa", "q", "yes", "closed", (film,), (box,))  # type: ignore[arg-type]
     row = generation._prediction(student, sample, Answer("yes", [1.0] * 16))  # type: ignore[arg-type]
@@ -85,7 +85,7 @@ def test_a_box_of_any_size_is_no_reason_to_stop(box: tuple[float, ...], grounded
 
 
 @pytest.mark.parametrize(("text", "empty"), [("yes", False), ("", True)])
-def test_a_prediction_keeps_why_it_ended_and_whether_it_is_empty(text: str, empty: bool) -> None:
+def test_a_prediction_has_its_finish_reason_and_whether_it_is_empty(text: str, empty: bool) -> None:
     sample = Sample("k", "none", "vqa", "q", "yes", "closed", ())
     row = generation._prediction(None, sample, Answer(text, None, "length"))  # type: ignore[arg-type]
     assert (row.finish_reason, row.empty) == ("length", empty)

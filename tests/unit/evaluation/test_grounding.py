@@ -34,7 +34,7 @@ def test_boxes_count_as_their_union():
     assert twice.area == pytest.approx(1 / 16) and twice.inside == pytest.approx(1.0)
 
 
-@settings(deadline=None, max_examples=50)  # a loaded machine is no failure
+@settings(deadline=None, max_examples=50)  # a slow machine is not a failure
 @given(
     width=st.integers(20, 200),
     height=st.integers(20, 200),
@@ -42,7 +42,7 @@ def test_boxes_count_as_their_union():
     size=st.tuples(st.floats(0.1, 0.2), st.floats(0.1, 0.2)),
     side=st.integers(2, 16),
 )
-def test_attention_without_aim_scores_the_area(width, height, corner, size, side):
+def test_uniform_attention_scores_the_area(width, height, corner, size, side):
     x0, y0 = corner[0] * width, corner[1] * height
     box = (x0, y0, x0 + size[0] * width, y0 + size[1] * height)
     found = grounding(np.full(side * side, 0.7), [box], CanvasFrame(width, height), PatchGrid(side, side))
@@ -51,21 +51,21 @@ def test_attention_without_aim_scores_the_area(width, height, corner, size, side
     assert found.area == pytest.approx(true, rel=1e-5)  # edges are rounded to 1e-9 of a patch
 
 
-def test_padding_counts_neither_as_attention_nor_as_ground():
+def test_padding_counts_neither_as_attention_nor_as_area():
     frame = CanvasFrame(64, 32)  # rows 0 and 3 of the grid are padding
     attention_N = np.zeros(16)
     attention_N[0], attention_N[5], attention_N[6] = 5.0, 1.0, 1.0
     found = grounding(attention_N, [(16, 0, 32, 16)], frame, GRID)  # patch 5: row 1, column 1
     assert found.inside == pytest.approx(0.5)
     assert found.area == pytest.approx(1 / 8)
-    assert found.hit  # the strongest patch of the picture, not of the canvas
+    assert found.hit  # the maximum over the image, not over the canvas
     assert grounding(one_hot(0), [(16, 0, 32, 16)], frame, GRID).inside == 0.0
 
 
 @pytest.mark.parametrize(
     ("patch", "hit"),
     [
-        (5, True),  # holds the center of the tiny box
+        (5, True),  # contains the center of the tiny box
         (6, False),
         (10, False),
     ],
@@ -84,11 +84,11 @@ def test_touching_a_large_box_is_not_a_hit_but_a_center_inside_is():
 def test_a_box_far_smaller_than_a_patch_counts():
     frame, grid = CanvasFrame(3000, 2400), PatchGrid(24, 24)
     box = (10, 10, 12, 12)
-    patch = 2 * 24  # patches of 125 pixels, and the picture begins 300 below the canvas's top
+    patch = 2 * 24  # patches of 125 pixels, and the image starts 300 pixels below the top of the canvas
     found = grounding(np.full(grid.size, 0.5), [box], frame, grid)
     assert found.area == found.inside == pytest.approx(4 / (3000 * 2400), rel=1e-6)
     found = grounding(one_hot(patch, grid), [box], frame, grid)
-    assert found.hit and found.inside == pytest.approx(4 / (125 * 75), rel=1e-6)  # of what the patch shows
+    assert found.hit and found.inside == pytest.approx(4 / (125 * 75), rel=1e-6)  # of the visible part of the patch
 
 
 @pytest.mark.parametrize(
@@ -96,15 +96,15 @@ def test_a_box_far_smaller_than_a_patch_counts():
     [
         [],
         [(70, 70, 90, 90)],
-        [(64, 10, 65, 20)],  # in the pixel beyond the edge that shards let pass
+        [(64, 10, 65, 20)],  # in the pixel beyond the edge that shards accept
         [(9, 9, 9, 20)],
     ],
 )
-def test_boxes_that_cover_none_of_the_picture_ground_nothing(boxes):
+def test_boxes_outside_the_image_have_no_score(boxes):
     assert grounding(np.ones(16), boxes, SQUARE, GRID) is None
 
 
-def test_tensors_are_welcome():
+def test_tensors_are_accepted():
     attention_N = torch.tensor(one_hot(5), dtype=torch.bfloat16, requires_grad=True)
     assert grounding(attention_N, [(16, 16, 32, 32)], SQUARE, GRID).inside == 1.0
 
@@ -112,7 +112,7 @@ def test_tensors_are_welcome():
 @pytest.mark.parametrize(
     ("attention", "boxes", "message"),
     [
-        (np.ones(9), [(0, 0, 9, 9)], "grid of 4 x 4"),
+        (np.ones(9), [(0, 0, 9, 9)], "grid is 4 x 4"),
         (np.full(16, np.nan), [(0, 0, 9, 9)], "finite"),
         (-np.ones(16), [(0, 0, 9, 9)], "negative"),
     ],

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from medalign.errors import DataError
 from medalign.evaluation.metrics import Prediction, read_predictions, score, unfinished, write_predictions
 from medalign.evaluation.metrics.answers import closed_correct, exact, open_recall, words
-from medalign.evaluation.metrics.reports import bleu, rouge_l, signed_bleu
+from medalign.evaluation.metrics.reports import bleu, bleu_with_interval, rouge_l
 from medalign.evaluation.metrics.scores import mean
 
 
@@ -66,7 +66,7 @@ def test_closed_answers(reference, prediction, right):
         ("left lower lobe", "In the lower lobe of the left lung.", 1.0),
         ("left lower lobe", "upper lobe", 1 / 3),
         ("lobe", "lobe lobe lobe", 1.0),
-        ("left and left", "left", 2 / 3),  # counted as often as the reference has it
+        ("left and left", "left", 2 / 3),  # counted as often as it occurs in the reference
         ("cardiomegaly", "", 0.0),
         ("?", "", 1.0),
         ("?", "something", 0.0),
@@ -78,7 +78,7 @@ def test_open_recall(reference, prediction, recall):
 
 @settings(deadline=None)
 @given(st.text(), st.text())
-def test_answers_are_bounded_and_right_for_the_reference_itself(a, b):
+def test_scores_are_bounded_and_the_reference_is_correct(a, b):
     assert 0.0 <= open_recall(a, b) <= 1.0
     assert open_recall(a, a) == 1.0 and exact(a, a) and closed_correct(a, a)
     assert exact(a, b) == exact(b, a)
@@ -88,20 +88,20 @@ def test_reports_by_hand():
     reference = "there is a small nodule in the left upper lobe"
     assert bleu([reference], [reference]) == pytest.approx(100.0)
     assert rouge_l(reference, reference) == pytest.approx(1.0)
-    # longest common subsequence "a nodule in the lobe": 5 of 6 words said, 5 of 10 in the reference
+    # longest common subsequence "a nodule in the lobe": 5 of 6 words of the prediction, 5 of 10 of the reference
     assert rouge_l("a big nodule in the lobe", reference) == pytest.approx(2 * (5 / 6) * 0.5 / (5 / 6 + 0.5))
     # BLEU-2-gram and above by hand: 4 words, matches 4/4, 3/3, 2/2, 1/1, brevity penalty exp(1 - 8/4)
     assert bleu(["a b c d"], ["a b c d e f g h"]) == pytest.approx(100 * math.exp(-1))
 
 
 def test_bleu_has_an_interval():
-    """sacrebleu's own bootstrap, of another seed, as the reference: 1000 draws leave some per cent of the width."""
+    """The reference is sacrebleu's bootstrap with another seed: 1000 samples vary by a few percent of the width."""
     sentence = "no acute cardiopulmonary abnormality is seen in the left lower lobe of the lung"
     draw = np.random.default_rng(1)
     references = [" ".join(draw.permutation(sentence.split())) for _ in range(60)]
     predictions = [" ".join(text.split()[: draw.integers(4, 15)]) for text in references]
-    found = signed_bleu(predictions, references)
-    assert found == signed_bleu(predictions, references)
+    found = bleu_with_interval(predictions, references)
+    assert found == bleu_with_interval(predictions, references)
     assert found.points == sacrebleu.corpus_bleu(predictions, [references]).score
     expected = json.loads(
         sacrebleu.BLEU()
@@ -112,13 +112,13 @@ def test_bleu_has_an_interval():
     assert (found.high + found.low) / 2 == pytest.approx(expected["confidence_mean"], rel=0.05)
     scores = score([report(*pair) for pair in zip(references, predictions, strict=True)])
     assert (scores["bleu"], scores["bleu_low"], scores["bleu_high"]) == found[:3]
-    empty = signed_bleu(["", predictions[1]], references[:2])
+    empty = bleu_with_interval(["", predictions[1]], references[:2])
     assert empty.points == sacrebleu.corpus_bleu(["", predictions[1]], [references[:2]]).score and empty.low == 0
-    perfect = signed_bleu(references, references)
+    perfect = bleu_with_interval(references, references)
     assert perfect.low == perfect.high == perfect.points == pytest.approx(100)
 
 
-def test_scores_count_each_group_and_leave_out_empty_ones():
+def test_scores_count_each_group_and_omit_empty_ones():
     rows = [
         vqa("yes", "Yes."),
         vqa("no", "yes"),
@@ -154,7 +154,7 @@ def test_scores_count_each_group_and_leave_out_empty_ones():
     assert set(score([])) == {"n", "closed_n", "open_n", "report_n", "grounding_n", "pointing_n", "ungrounded"}
 
 
-def test_a_box_beside_the_picture_is_counted_and_lowers_no_score():
+def test_a_box_outside_the_image_is_counted_and_changes_no_score():
     seen = vqa("yes", "yes", attention=[1.0], boxes=[[0, 0, 2, 2]], attention_inside=0.4, box_area=0.1)
     beside = vqa("yes", "yes", attention=[1.0], boxes=[[9, 9, 10, 10]])
     scores = score([seen, beside, vqa("yes", "yes")])
@@ -162,20 +162,20 @@ def test_a_box_beside_the_picture_is_counted_and_lowers_no_score():
 
 
 @pytest.mark.parametrize(("task", "kind"), [("caption", ""), ("vqa", "CLOSED")])
-def test_unknown_groups_are_named(task, kind):
+def test_unknown_groups_are_an_error(task, kind):
     with pytest.raises(DataError, match="'k7'"):
         score([Prediction("k7", task, "q", "a", kind, "a")])
 
 
-def test_the_interval_holds_the_mean_and_is_reproducible():
+def test_the_interval_contains_the_mean_and_is_reproducible():
     values = [True] * 70 + [False] * 30
     first = mean("x", values)
     assert first == mean("x", values)
-    # a binomial's own 95 % interval: 0.7 +- 1.96 sqrt(0.7 * 0.3 / 100) = 0.61 .. 0.79
+    # 95 % interval of the binomial distribution: 0.7 +- 1.96 sqrt(0.7 * 0.3 / 100) = 0.61 .. 0.79
     assert first["x_low"] == pytest.approx(0.61, abs=0.02) and first["x_high"] == pytest.approx(0.79, abs=0.02)
 
 
-def test_predictions_come_back(tmp_path):
+def test_predictions_are_read_as_written(tmp_path):
     path = tmp_path / "evaluation" / "predictions.jsonl"
     rows = [
         vqa("ja\u2028nein", 'line\nbreak "quoted"'),
@@ -198,13 +198,13 @@ def test_predictions_come_back(tmp_path):
     assert [p.name for p in path.parent.iterdir()] == ["predictions.jsonl"]
 
 
-def test_predictions_survive_what_ends_them(tmp_path):
+def test_predictions_survive_an_early_end(tmp_path):
     path = tmp_path / "predictions.jsonl"
     write_predictions(path, [vqa("old", "old")])
 
     def rows():
         yield vqa("a", "b")
-        assert len(read_predictions(unfinished(path))) == 1  # on disk before the next one is made
+        assert len(read_predictions(unfinished(path))) == 1  # on disk before the next one is generated
         yield vqa("c", "d")
         raise KeyboardInterrupt
 
@@ -214,7 +214,7 @@ def test_predictions_survive_what_ends_them(tmp_path):
     assert [row.answer for row in read_predictions(path)] == ["old"]
 
 
-def test_bad_predictions_are_named(tmp_path):
+def test_bad_predictions_are_an_error(tmp_path):
     path = tmp_path / "predictions.jsonl"
     with pytest.raises(DataError, match="'k'"):
         write_predictions(path, [vqa("a", "b", attention_inside=math.nan)])

@@ -35,7 +35,7 @@ def made(tmp_path_factory):
 
 @pytest.fixture
 def runs(made, tmp_path):
-    """Two runs that a test may change, and their shards."""
+    """Copies of two runs and their shards, which a test may change."""
     shutil.copytree(made, tmp_path, dirs_exist_ok=True)
     for path in tmp_path.glob("*/evaluation/val/scores.json"):
         path.write_text(path.read_text().replace(str(made), str(tmp_path)))
@@ -67,7 +67,7 @@ class Page(HTMLParser):
             assert self.open.pop() == tag
 
 
-def test_the_page_is_whole_and_loads_nothing(runs, tmp_path):
+def test_the_page_is_self_contained(runs, tmp_path):
     write_report(runs, tmp_path / "out" / "report.html", examples=3)
     text = (tmp_path / "out" / "report.html").read_text()
     page = Page(text)
@@ -78,7 +78,7 @@ def test_the_page_is_whole_and_loads_nothing(runs, tmp_path):
     assert not re.search(r"url\((?!#)", text)
     ids = re.findall(r' id="([^"]*)"', text)
     assert len(ids) == len(set(ids))
-    assert "without looking" in text and "area" in text
+    assert "without the image" in text and "area" in text
     assert "Attention of the question&rsquo;s tokens" in text and "question looks" not in text
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["report.html", "report.json"]
 
@@ -89,23 +89,23 @@ def test_numbers_are_written_as_json(runs, tmp_path):
     scores = score(read_predictions(runs[1] / "evaluation" / "val" / "predictions.jsonl"))
     (table,) = data["tables"]
     assert table["name"] == "val" and [row["run"] for row in table["rows"]] == ["the base", "the full"]
-    # the file keeps every digit of the scores; attention is no part of them
+    # the file keeps every digit of the scores; attention is not part of them
     assert {key: table["rows"][1][key] for key in scores} == pytest.approx(scores)
     assert data["training"][0]["steps"] is None and data["training"][1]["steps"] == 200
     assert data["training"][1]["truncated"] == 2  # the last row's total
     assert "examples spread evenly" not in (tmp_path / "report.html").read_text()
 
 
-def test_missing_shards_are_told_and_leave_the_rest(runs, tmp_path):
+def test_missing_shards_are_reported_and_the_rest_is_shown(runs, tmp_path):
     shutil.rmtree(tmp_path / "shards")
     write_report(runs, tmp_path / "report.html")
     text = (tmp_path / "report.html").read_text()
     page = Page(text)
-    assert "could not be read again" in text and str(tmp_path / "shards" / "val") in text
+    assert "could not be read from the shards" in text and str(tmp_path / "shards" / "val") in text
     assert not page.counts.get("img") and page.counts["svg"] == 5 and page.counts["article"] == 8
 
 
-def test_other_samples_under_the_same_keys_are_noticed(runs, tmp_path):
+def test_other_samples_with_the_same_keys_are_detected(runs, tmp_path):
     path = runs[0] / "evaluation" / "val" / "predictions.jsonl"
     rows = read_predictions(path)
     for row in rows:
@@ -115,7 +115,7 @@ def test_other_samples_under_the_same_keys_are_noticed(runs, tmp_path):
     assert "is not the one that was evaluated" in (tmp_path / "report.html").read_text()
 
 
-def test_keys_in_folders_name_no_files(made, tmp_path):
+def test_keys_with_slashes_are_not_paths(made, tmp_path):
     theirs = tmp_path / "theirs"
     theirs.mkdir()
     (source,) = (made / "shards" / "val").glob("*.tar")
@@ -183,7 +183,7 @@ def facts(run, **values):
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
-def test_answers_that_were_cut_or_are_empty_are_told(runs, tmp_path):
+def test_answers_that_were_cut_off_or_are_empty_are_reported(runs, tmp_path):
     path = runs[1] / "evaluation" / "val" / "predictions.jsonl"
     rows = read_predictions(path)
     for row in rows:
@@ -194,22 +194,22 @@ def test_answers_that_were_cut_or_are_empty_are_told(runs, tmp_path):
     page = (tmp_path / "report.html").read_text()
     Page(page)
     share = f"{len(rows)} of {len(rows)} answers"
-    for told in (f"full: {share} were cut at 4 tokens (--max-new-tokens)", f"full: {share} are empty"):
-        assert told in format_table(runs).splitlines() and told in page
-    assert page.count("(empty answer)") == page.count('<span class="mark">cut</span>') == 3
+    for line in (f"full: {share} were cut off at 4 tokens (--max-new-tokens)", f"full: {share} are empty"):
+        assert line in format_table(runs).splitlines() and line in page
+    assert page.count("(empty answer)") == page.count('<span class="mark">cut off</span>') == 3
     data = json.loads((tmp_path / "report.json").read_text())
     assert data["tables"][0]["rows"][1]["answers_cut"] == len(rows)
 
 
-def test_runs_evaluated_with_different_limits_are_told_apart(runs, tmp_path):
+def test_runs_evaluated_with_different_limits_are_reported(runs, tmp_path):
     facts(runs[0], max_new_tokens=64, max_length=160)
-    assert "differs" not in format_table(runs)  # the other one is an older file, which does not say its limits
+    assert "differs" not in format_table(runs)  # the other one is an older file without limits
     facts(runs[1], max_new_tokens=128, max_length=160)
-    told = "max_new_tokens differs, so the scores cannot be compared: base 64, full 128"
-    assert format_table(runs).splitlines()[-1] == told
+    line = "max_new_tokens differs, so the scores cannot be compared: base 64, full 128"
+    assert format_table(runs).splitlines()[-1] == line
     write_report(runs, tmp_path / "report.html", examples=0)
     page = (tmp_path / "report.html").read_text()
-    assert told in page and "Answers have at most 64 or 128 new tokens." in page
+    assert line in page and "Answers have at most 64 or 128 new tokens." in page
     facts(runs[0], max_new_tokens=128)
     assert "differs" not in format_table(runs)
     write_report(runs, tmp_path / "report.html", examples=0)
@@ -226,7 +226,7 @@ def test_only_settings_that_differ_are_listed(runs):
     assert config_differences(read_runs(runs)) == []
 
 
-def test_titles_tell_runs_apart(runs, tmp_path):
+def test_titles_distinguish_runs(runs, tmp_path):
     shutil.copytree(runs[0], tmp_path / "again" / "base")
     assert [r.title for r in read_runs([runs[0], tmp_path / "again" / "base"])] == [
         f"{tmp_path.name}/base",
@@ -235,12 +235,12 @@ def test_titles_tell_runs_apart(runs, tmp_path):
     assert len({r.title for r in read_runs([runs[0], runs[0]])}) == 2
 
 
-def test_bad_folders_are_named(runs, tmp_path):
+def test_bad_folders_are_an_error(runs, tmp_path):
     with pytest.raises(DataError, match="nowhere"):
         write_report([tmp_path / "nowhere"], tmp_path / "report.html")
     with pytest.raises(DataError, match="medalign evaluate"):
         write_report([tmp_path / "shards"], tmp_path / "report.html")
-    with pytest.raises(DataError, match="no run"):
+    with pytest.raises(DataError, match="no runs"):
         format_table([])
     with pytest.raises(ConfigError, match="1 titles for 2 runs"):
         format_table(runs, titles=["one"])
@@ -250,7 +250,7 @@ def test_bad_folders_are_named(runs, tmp_path):
     assert not (tmp_path / "report.html").exists()
 
 
-def test_curves_take_the_page_s_colors(runs):
+def test_curves_use_the_colors_of_the_page(runs):
     drawn = panels(read_runs(runs))
     assert [panel.title for panel in drawn][:2] == ["total loss", "language loss"]
     for panel in drawn:
@@ -276,6 +276,6 @@ def test_smoothing_keeps_a_constant_and_does_not_lag():
     assert len(smoothed(np.array([2.0]), 7)) == 1
 
 
-def test_the_shards_of_these_tests_hold_boxes(made):
+def test_the_shards_of_these_tests_contain_boxes(made):
     index = ShardIndex.open(made / "shards" / "val")
     assert any(index.read(i).boxes for i in range(len(index)))

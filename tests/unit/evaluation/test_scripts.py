@@ -1,4 +1,4 @@
-"""Scores in every script: right texts score fully, partly right ones in between, English as its libraries score it."""
+"""Scores in every script: correct texts get full scores, and English text is scored as by the libraries."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rouge_score.rouge_scorer import RougeScorer
 
 from medalign.evaluation.metrics import Prediction, score
 from medalign.evaluation.metrics.answers import ARTICLES, exact, open_recall, words
-from medalign.evaluation.metrics.reports import bleu, rouge_l, signed_bleu
+from medalign.evaluation.metrics.reports import bleu, bleu_with_interval, rouge_l
 from medalign.evaluation.metrics.tokens import rouge_tokens
 
 # A report and a version of it with one wrong word or character, far enough from its ends for a 4-gram to be left.
@@ -46,7 +46,7 @@ SHORT = {
 
 
 @pytest.mark.parametrize("language", REPORTS)
-def test_a_report_like_its_reference_scores_fully_and_a_similar_one_in_between(language):
+def test_equal_reports_get_full_scores_and_similar_ones_partial_scores(language):
     reference, similar = REPORTS[language]
     assert rouge_l(reference, reference) == 1.0
     assert bleu([reference], [reference]) == pytest.approx(100.0)
@@ -69,7 +69,7 @@ def test_composed_and_decomposed_text_are_equal(language, form):
 
 
 @pytest.mark.parametrize("text", SHORT.values(), ids=SHORT)
-def test_a_text_shorter_than_four_words_scores_fully(text):
+def test_a_text_shorter_than_four_words_gets_full_scores(text):
     assert rouge_l(text, text) == 1.0 and bleu([text], [text]) == pytest.approx(100.0)
 
 
@@ -83,7 +83,7 @@ def test_a_text_shorter_than_four_words_scores_fully(text):
         ("폐는 깨끗", ["폐는", "깨끗"]),
         ("Herz groß, 5 µg/m²", ["herz", "groß", "5", "µg", "m"]),
         ("snake_case it\N{RIGHT SINGLE QUOTATION MARK}s", ["snake", "case", "it", "s"]),
-        ("ＣＴ　Ⅲ级", ["ct", "iii", "级"]),  # full width, and a numeral in one character
+        ("ＣＴ　Ⅲ级", ["ct", "iii", "级"]),  # full width, and a single-character numeral
         (":-)", [":-)"]),
         (" ", []),
     ],
@@ -111,7 +111,7 @@ def test_a_letter_that_is_not_ascii_is_part_of_its_word():
     assert rouge_l("双肺清晰。心影增常。", "双肺清晰。心影正常。") == pytest.approx(7 / 8)
 
 
-def test_chinese_is_scored_as_sacrebleu_s_own_tokenizer_does():
+def test_chinese_is_scored_as_by_the_tokenizer_of_sacrebleu():
     pairs = [
         REPORTS["Chinese"],
         ("右肺上叶见结节，直径约3.5厘米。", "右肺下叶见结节，直径约3厘米。"),
@@ -130,7 +130,7 @@ ENGLISH = st.text(st.sampled_from([*map(chr, range(32, 127)), "\n", *TYPOGRAPHY]
 @settings(deadline=None)
 @given(ENGLISH, ENGLISH)
 def test_english_is_scored_as_before(prediction, reference):
-    """The expected values are those of the libraries without any tokenizer of this project."""
+    """The expected values are those of the libraries without the tokenizers of this project."""
     default = RougeScorer(["rougeL"]).score(reference, prediction)["rougeL"].fmeasure
     if re.search("[A-Za-z0-9]", prediction + reference):
         assert rouge_l(prediction, reference) == default
@@ -139,11 +139,11 @@ def test_english_is_scored_as_before(prediction, reference):
     assert words(reference) == ([word for word in found if word not in ARTICLES] or found)
 
 
-def test_signatures_say_how_texts_were_counted():
+def test_signatures_contain_the_tokenization():
     english, chinese = "the lungs are clear", "双肺清晰"
-    assert signed_bleu([english], [english]).signature == str(sacrebleu_signature())
-    assert "|tok:13a|" in signed_bleu([chinese], [english]).signature  # of one data set, whatever a run answers
-    assert "|eff:yes|tok:13a+characters|" in signed_bleu([english], [chinese]).signature
+    assert bleu_with_interval([english], [english]).signature == str(sacrebleu_signature())
+    assert "|tok:13a|" in bleu_with_interval([chinese], [english]).signature  # it depends only on the references
+    assert "|eff:yes|tok:13a+characters|" in bleu_with_interval([english], [chinese]).signature
     scores = score(
         [Prediction("k", "report", "q", chinese, "", chinese), Prediction("l", "vqa", "q", "yes", "", "yes")]
     )

@@ -1,4 +1,4 @@
-"""What an evaluation counts beside its scores."""
+"""Counts of an evaluation besides its scores."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from medalign.distributed import log
 from medalign.errors import DataError
-from medalign.evaluation.generation import Predicted
+from medalign.evaluation.generation import PredictionBatch
 from medalign.evaluation.metrics import Prediction
 from medalign.evaluation.report.tables import remarks
 from medalign.evaluation.tally import Tally
@@ -24,8 +24,8 @@ def row(key: str, folder: int = 0, finish_reason: str = "stop", size=(8, 8), pre
 def tally() -> Tally:
     tally = Tally(max_skip_fraction=0.01)
     rows = [row("a"), row("b", finish_reason="length"), row("c", finish_reason="length", prediction="")]
-    tally.add(Predicted(rows, ("shard/d: broken",), 2))
-    tally.add(Predicted([row("e", size=None, prediction=""), row("a", folder=1)], (), 0))
+    tally.add(PredictionBatch(rows, ("shard/d: broken",), 2))
+    tally.add(PredictionBatch([row("e", size=None, prediction=""), row("a", folder=1)], (), 0))
     return tally
 
 
@@ -47,21 +47,21 @@ def test_warnings_name_the_options(tally, caplog, monkeypatch):
         assert caplog.messages == []
         tally.warn(64, 8)
     assert caplog.messages == [
-        "2 questions were cut to 64 tokens; --max-length raises the limit",
-        "2 of 5 answers were cut at 8 tokens; --max-new-tokens raises the limit",
+        "2 questions were truncated to 64 tokens; --max-length raises the limit",
+        "2 of 5 answers were cut off at 8 tokens; --max-new-tokens raises the limit",
         "2 of 5 answers are empty",
     ]
 
 
-def test_remarks_tell_every_count_that_is_not_zero(tally):
+def test_remarks_contain_every_count_that_is_not_zero(tally):
     facts = {"n": 5, "max_length": 64, "max_new_tokens": 8, "limit": 6, "samples": 9, "ungrounded": 1}
     lines = remarks(tally.counts() | facts)
     assert [line.split()[0] for line in lines[:-1]] == ["1", "2", "2", "2", "1", "1", "1"]
     assert "1 of 6 samples could not be read" in lines[0] and "--max-new-tokens" in lines[2]
-    assert lines[-1] == "only the first 6 of 9 samples were asked (--limit)"
+    assert lines[-1] == "only the first 6 of 9 samples were evaluated (--limit)"
     assert remarks({"n": 5, "answers_cut": 0, "limit": 9, "samples": 9}) == []
 
 
-def test_too_many_unreadable_samples_end_it():
+def test_too_many_unreadable_samples_end_the_evaluation():
     with pytest.raises(DataError, match="--max-skip-fraction"):
-        Tally(0.0).add(Predicted([row("a")], ("shard/b: broken",), 0))
+        Tally(0.0).add(PredictionBatch([row("a")], ("shard/b: broken",), 0))

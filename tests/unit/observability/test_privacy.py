@@ -5,7 +5,7 @@ from pathlib import Path
 from medalign.observability.privacy import public_config
 
 
-def test_secrets_and_places_stay_at_home(tmp_path, monkeypatch):
+def test_secrets_and_paths_are_removed(tmp_path, monkeypatch):
     (tmp_path / "shards" / "doe").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     config = {
@@ -26,7 +26,7 @@ def test_secrets_and_places_stay_at_home(tmp_path, monkeypatch):
     }
 
 
-def test_a_users_engine_file_stays_at_home():
-    """A packaged name is told; a file's name, which holds what its owner likes, is not."""
+def test_the_name_of_a_users_engine_file_is_removed():
+    """A packaged name is kept; the name of a file, which may contain anything, is not."""
     assert public_config({"engine": {"deepspeed": "zero3"}}) == {"engine": {"deepspeed": "zero3"}}
     assert public_config({"engine": {"deepspeed": "doe_cluster.json"}}) == {"engine": {"deepspeed": "<path>"}}

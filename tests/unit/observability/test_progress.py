@@ -6,7 +6,7 @@ import logging
 import pytest
 
 from medalign.distributed import log
-from medalign.observability.progress import TrainState, duration
+from medalign.observability.progress import ProgressReporter, duration
 
 
 class Terminal(io.StringIO):
@@ -16,7 +16,7 @@ class Terminal(io.StringIO):
 
 @pytest.fixture
 def lines(caplog, monkeypatch):
-    """What the project's logger says."""
+    """The messages of the project's logger."""
     monkeypatch.setattr(log, "propagate", True)
     caplog.set_level(logging.INFO, logger=log.name)
     return caplog
@@ -25,13 +25,13 @@ def lines(caplog, monkeypatch):
 def work(stream: io.StringIO, seconds: float) -> None:
     """Ten batches of four samples, `seconds` each."""
     now = 0.0
-    with TrainState("evaluate", 40, "samples", interval=30, stream=stream, clock=lambda: now) as progress:
+    with ProgressReporter("evaluate", 40, "samples", interval=30, stream=stream, clock=lambda: now) as progress:
         for _ in range(10):
             now += seconds
             progress.add(4)
 
 
-def test_a_log_gets_a_line_now_and_then_with_the_time_left(lines):
+def test_a_log_gets_lines_at_intervals_with_the_remaining_time(lines):
     stream = io.StringIO()
     work(stream, seconds=20)
     assert lines.messages == [
@@ -46,21 +46,21 @@ def test_a_log_gets_a_line_now_and_then_with_the_time_left(lines):
     assert stream.getvalue() == ""
 
 
-def test_a_terminal_gets_a_bar_and_no_line(lines):
+def test_a_terminal_gets_a_bar_and_no_lines(lines):
     stream = Terminal()
     work(stream, seconds=20)
     assert lines.messages == [] and "40/40" in stream.getvalue() and "evaluate" in stream.getvalue()
 
 
 @pytest.mark.parametrize("stream", [io.StringIO(), Terminal()])
-def test_other_ranks_say_nothing(stream, lines, monkeypatch):
+def test_other_ranks_report_nothing(stream, lines, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     work(stream, seconds=60)
     assert lines.messages == [] and stream.getvalue() == ""
 
 
-def test_work_that_fails_is_not_said_to_be_done(lines):
-    with pytest.raises(KeyError), TrainState("evaluate", 40, "samples") as progress:
+def test_failed_work_is_not_reported_as_done(lines):
+    with pytest.raises(KeyError), ProgressReporter("evaluate", 40, "samples") as progress:
         progress.add(4)
         raise KeyError
     assert len(lines.messages) == 2 and lines.messages[-1].startswith("evaluate: 4 of 40 samples")

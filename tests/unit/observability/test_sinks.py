@@ -13,24 +13,24 @@ import pytest
 
 from medalign.distributed import log
 from medalign.errors import DataError
-from medalign.observability.sinks import ConsoleSink, JsonlSink, plain_numbers, read_rows, summary
+from medalign.observability.sinks import ConsoleSink, JsonlSink, read_rows, summary, to_python_numbers
 
 
 @pytest.fixture
 def lines(caplog, monkeypatch):
-    """What the project's logger says."""
+    """The messages of the project's logger."""
     monkeypatch.setattr(log, "propagate", True)
     caplog.set_level(logging.INFO, logger=log.name)
     return caplog
 
 
 def test_only_numbers():
-    assert plain_numbers({"a": 1, "b": np.float32(0.5)}) == {"a": 1, "b": 0.5}
+    assert to_python_numbers({"a": 1, "b": np.float32(0.5)}) == {"a": 1, "b": 0.5}
     with pytest.raises(TypeError, match="'report' is str"):
-        plain_numbers({"report": "No effusion."})
+        to_python_numbers({"report": "No effusion."})
 
 
-def test_jsonl_rows_come_back_and_are_there_at_once(tmp_path):
+def test_jsonl_rows_are_written_at_once(tmp_path):
     times = iter([datetime(2026, 3, 1, 23, 59, 59, 999_500, UTC), datetime(2026, 3, 2, tzinfo=UTC)])
     sink = JsonlSink(tmp_path / "run" / "metrics.jsonl", clock=lambda: next(times))
     sink.log(10, {"loss/total": 1.5})
@@ -42,7 +42,7 @@ def test_jsonl_rows_come_back_and_are_there_at_once(tmp_path):
     assert json.loads(text[1]) == {"step": 20, "time": "2026-03-02T00:00:00.000+00:00", "loss/total": None}
 
 
-def test_a_row_has_the_time_of_now_and_keeps_it_when_the_run_goes_on(tmp_path):
+def test_a_row_has_the_current_time_and_keeps_it_on_resume(tmp_path):
     path = tmp_path / "metrics.jsonl"
     before = datetime.now(UTC)
     sink = JsonlSink(path)
@@ -55,7 +55,7 @@ def test_a_row_has_the_time_of_now_and_keeps_it_when_the_run_goes_on(tmp_path):
     assert read_rows(path) == [row]
 
 
-def test_resuming_drops_later_rows_and_a_half_written_one(tmp_path):
+def test_resuming_drops_later_rows_and_a_partial_one(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 10, "a": 1.0}\n{"step": 20, "a": 2.0}\n{"step": 30, "a": 3.0}\n{"step": 40, "a')
     sink = JsonlSink(path, resumed_step=20)
@@ -65,7 +65,7 @@ def test_resuming_drops_later_rows_and_a_half_written_one(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-def test_a_new_run_in_an_old_folder_starts_afresh(tmp_path):
+def test_a_new_run_in_an_old_folder_starts_empty(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 10, "a": 1.0}\n')
     JsonlSink(path).close()
@@ -75,7 +75,7 @@ def test_a_new_run_in_an_old_folder_starts_afresh(tmp_path):
 @pytest.mark.parametrize(
     "line", ["{broken", "[1]", '{"a": 1}', "\ud800".encode("utf-8", "surrogatepass").decode("latin1")]
 )
-def test_a_broken_line_in_the_middle_is_named(tmp_path, line):
+def test_a_broken_line_in_the_middle_is_an_error(tmp_path, line):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n' + line + '\n{"step": 3}\n', encoding="latin1")
     with pytest.raises(DataError, match="line 2"):
@@ -97,12 +97,12 @@ def test_console_writes_lines_at_intervals_outside_a_terminal(lines):
         sink.tick(step)
         sink.log(step, VALUES)
     sink.close()
-    said = [record.getMessage().split("  ")[0] for record in lines.records]
-    assert said == ["step 10/100", "step 40/100", "step 50/100"]
+    steps = [record.getMessage().split("  ")[0] for record in lines.records]
+    assert steps == ["step 10/100", "step 40/100", "step 50/100"]
     assert lines.records[0].getMessage().endswith("left 0:36")
 
 
-def test_console_draws_a_bar_when_asked(lines):
+def test_console_draws_a_bar_on_request(lines):
     stream = io.StringIO()
     sink = ConsoleSink(20, start=10, bar=True, stream=stream)
     sink.tick(15)

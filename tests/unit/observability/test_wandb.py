@@ -1,4 +1,4 @@
-"""W&B without a network: what an offline run holds, read back from its file, and what an unreachable server does."""
+"""W&B without a network: the contents of an offline run, and the effect of an unreachable server."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def history(path: Path) -> list[dict]:
 
 
 def offline_files(run_dir: Path) -> list[Path]:
-    """The files of finished offline runs; W&B's own process writes the last records shortly after `finish`."""
+    """The files of finished offline runs; the W&B process writes the last records shortly after `finish`."""
     paths = sorted(run_dir.rglob("offline-run-*/*.wandb"))
     deadline = time.monotonic() + 20
     while not all(any(record.HasField("exit") for record in records(path)) for path in paths):
@@ -69,7 +69,7 @@ def at_home(tmp_path, monkeypatch):
     return tmp_path / "run"
 
 
-def test_an_offline_run_holds_numbers_and_the_filtered_configuration_alone(at_home):
+def test_an_offline_run_contains_only_numbers_and_the_filtered_configuration(at_home):
     config = {"train": {"lr": 2e-4}, "run": {"dir": "/data/patients/doe"}, "hub_token": "hunter2"}
     sink = WandbSink("offline", at_home, name="trial", config=config)
     sink.log(10, {"loss/total": 2.0})
@@ -112,7 +112,7 @@ def test_a_resumed_run_keeps_its_id_and_its_steps(at_home):
 
 
 def test_a_run_is_named_by_its_id_unless_it_is_given_a_name(at_home):
-    """Through the run's own wiring: neither the folder's name nor that of the user's engine file is told."""
+    """With the sinks of a run: neither the folder's name nor that of the user's engine file is sent."""
     folder = at_home / "ward_of_doctor_doe"
     words = ["--data.train", "c", "--run.dir", str(folder), "--engine.deepspeed", "doe_cluster.json"]
     for name in (None, "trial"):
@@ -134,6 +134,6 @@ def test_an_unreachable_server_leaves_the_run_offline_with_one_warning(at_home, 
     sink = WandbSink("online", at_home, init_timeout=3, finish_timeout=3)
     sink.log(10, {"a": 1.0})
     sink.close()
-    said = [record.getMessage() for record in caplog.records if record.name == log.name]
-    assert len(said) == 1 and "offline" in said[0]
+    messages = [record.getMessage() for record in caplog.records if record.name == log.name]
+    assert len(messages) == 1 and "offline" in messages[0]
     assert [row["a"] for path in offline_files(at_home) for row in history(path)] == [1.0]

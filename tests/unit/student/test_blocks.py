@@ -1,4 +1,4 @@
-"""What the decoder blocks really run: SDPA in each, and twice where they are recomputed."""
+"""The operations of the decoder blocks: SDPA in each block, and twice in blocks that are recomputed."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def load(folder, **settings: Any) -> Student:
 
 
 @pytest.mark.parametrize(("checkpointing", "passes"), [(False, [1, 1, 1]), (True, [2, 1, 2])])
-def test_checkpointed_blocks_are_recomputed_but_the_tapped_one(student_folder, checkpointing, passes):
+def test_all_checkpointed_blocks_but_the_tapped_one_are_recomputed(student_folder, checkpointing, passes):
     student = load(student_folder, gradient_checkpointing=checkpointing).train()
     count: Counter[int] = Counter()
-    for number, block in enumerate(student.anatomy.blocks):
+    for number, block in enumerate(student.spec.blocks):
         block.mlp.register_forward_pre_hook(lambda *_, number=number: count.update([number]))
     output = student(tiny.batch())
     assert [count[number] for number in range(3)] == [1, 1, 1]
@@ -34,7 +34,7 @@ def test_checkpointed_blocks_are_recomputed_but_the_tapped_one(student_folder, c
 
 
 class Weights(TorchDispatchMode):
-    """Notes every tensor [.., heads, L, L] that some operation makes: attention weights, or scores."""
+    """Records every tensor [.., heads, L, L] that an operation creates: attention weights or scores."""
 
     def __init__(self, length: int) -> None:
         super().__init__()
@@ -51,10 +51,10 @@ class Weights(TorchDispatchMode):
 
 
 def blocks_in_sdpa(student: Student, monkeypatch: pytest.MonkeyPatch) -> tuple[list[int], set[str]]:
-    """The blocks that call the SDPA kernel in a forward and backward pass, and what made attention weights in it."""
+    """Blocks that call SDPA in a forward and backward pass, and operations that created attention weights."""
     inside: list[int] = []
     calls: list[int] = []
-    for number, attention in enumerate(student.anatomy.attentions):
+    for number, attention in enumerate(student.spec.attentions):
         attention.register_forward_pre_hook(lambda *_, number=number: inside.append(number))
         attention.register_forward_hook(lambda *_: inside.clear())
     kernel = torch.nn.functional.scaled_dot_product_attention
@@ -71,11 +71,11 @@ def blocks_in_sdpa(student: Student, monkeypatch: pytest.MonkeyPatch) -> tuple[l
     return calls, weights.seen
 
 
-def test_every_block_runs_sdpa_and_makes_no_weights(student_folder, monkeypatch):
+def test_every_block_runs_sdpa_and_creates_no_weights(student_folder, monkeypatch):
     calls, weights = blocks_in_sdpa(load(student_folder).train(), monkeypatch)
     assert calls == [0, 1, 2] and not weights
 
 
-def test_eager_attention_would_be_seen(student_folder, monkeypatch):
+def test_eager_attention_is_detected(student_folder, monkeypatch):
     calls, weights = blocks_in_sdpa(load(student_folder, attention="eager").train(), monkeypatch)
     assert not calls and any("softmax" in name for name in weights)

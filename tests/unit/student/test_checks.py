@@ -1,4 +1,4 @@
-"""A student that cannot be trained is refused before a weight is read, with the reason and the remedy."""
+"""A student that cannot be trained is rejected before its weights are read, with the reason and the remedy."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def config(folder: Path, **changes: Any) -> StudentConfig:
 
 
 def edited(name: str, **changes: Any) -> Edit:
-    """Changes values of a JSON file; `vision__patch_size` is that of the section vision_config, None removes."""
+    """Change values of a JSON file. `vision__patch_size` is a key in vision_config; None removes a key."""
 
     def edit(folder: Path) -> None:
         values = json.loads((folder / name).read_text())
@@ -95,10 +95,10 @@ def student(student_folder: Path, tmp_path: Path) -> Path:
 BROKEN: dict[str, tuple[Edit, str]] = {
     "vocabulary": (
         more_words,
-        r"student.path \S+/student: its tokenizer has 263 tokens, its embedding 260 rows; resize the model "
-        r"\(resize_token_embeddings\) and save it",
+        r"student.path \S+/student: its tokenizer has 263 tokens, but its embedding has only 260 rows; resize the "
+        r"model \(resize_token_embeddings\) and save it",
     ),
-    "vocabulary with a hole": (one_word_far_away, "its tokenizer has 1000 tokens, its embedding 260 rows"),
+    "vocabulary with a hole": (one_word_far_away, "its tokenizer has 1000 tokens, but its embedding has only 260 rows"),
     "flat": (edited("config.json", text_config=None, vision_config=None), "has no text_config and no vision_config"),
     "no tower": (edited("config.json", vision_config=None), "its config.json has no vision_config; it is not in the"),
     "class token": (edited("config.json", vision_feature_select_strategy="full"), "set it to 'default'"),
@@ -110,13 +110,13 @@ BROKEN: dict[str, tuple[Edit, str]] = {
     "patches": (edited("config.json", vision__image_size=36), "image size 36 is not a multiple of its patch size 8"),
     "oblong": (
         edited("config.json", vision__image_size=[32, 48]),
-        r"image_size in vision_config is \[32, 48\]; towers of square images",
+        r"image_size in vision_config is \[32, 48\]; only towers with square images",
     ),
     "heads": (
         edited("config.json", vision__num_attention_heads=5),
         r"config.json: .*hidden size \(24\) is not a multiple",
     ),
-    "image token": (edited("config.json", image_token_id=4000), "image_token_id is 4000, its tokenizer has 260"),
+    "image token": (edited("config.json", image_token_id=4000), "image_token_id is 4000, but its tokenizer has 260"),
     "no projector": (
         without("multi_modal_projector"),
         r"4 of its weights are not in its safetensors files .*: model.multi_modal_projector.linear_1.bias, .* again",
@@ -125,13 +125,13 @@ BROKEN: dict[str, tuple[Edit, str]] = {
     "no head": (without("lm_head"), r"1 of its weights are not in .*: lm_head.weight; save"),
     "head of another size": (
         weights(shortened_head),
-        r"1 of its weights have another shape .*: lm_head.weight \[257, 32\] for \[260, 32\]",
+        r"1 of its weights do not have the shape .*: lm_head.weight \[257, 32\], expected \[260, 32\]",
     ),
 }
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_what_cannot_be_used_is_refused(name: str, student: Path) -> None:
+def test_an_unusable_student_is_rejected(name: str, student: Path) -> None:
     edit, message = BROKEN[name]
     edit(student)
     with pytest.raises(ConfigError, match=message) as refused:
@@ -140,8 +140,8 @@ def test_what_cannot_be_used_is_refused(name: str, student: Path) -> None:
 
 
 @pytest.mark.parametrize("layer", [0, 3, 20])
-def test_a_layer_that_is_not_there(student_folder: Path, layer: int) -> None:
-    with pytest.raises(ConfigError, match=rf"student.layer is {layer}, but the student's blocks are numbered 0 to 2"):
+def test_a_layer_that_does_not_exist(student_folder: Path, layer: int) -> None:
+    with pytest.raises(ConfigError, match=rf"student.layer is {layer}, but it must be between 1 and 2"):
         check_student(config(student_folder, layer=layer))
 
 
@@ -152,7 +152,7 @@ def test_a_query_mixture_needs_a_query_projection(tmp_path: Path) -> None:
         check_student(config(folder, query_mixture=True))
 
 
-def test_a_language_model_of_other_blocks(tmp_path: Path) -> None:
+def test_a_language_model_with_other_blocks(tmp_path: Path) -> None:
     folder = tiny.save_student(tmp_path / "jamba", kind=JambaConfig)
     with pytest.raises(ConfigError, match=r"language model \(jamba\) is not a stack of blocks"):
         check_student(config(folder))
@@ -171,12 +171,12 @@ def test_a_tower_without_a_class_token(student_folder: Path, tmp_path: Path, str
     if fits:
         assert check_student(config(folder))[0].grid.size == 16
     else:
-        with pytest.raises(ConfigError, match=r"gives 15 features for an image of 4 x 4 patches.*'full' for one with"):
+        with pytest.raises(ConfigError, match=r"returns 15 features .* 4 x 4 patches.*'full' for one with"):
             check_student(config(folder))
 
 
 @pytest.mark.parametrize(
-    ("kind", "settings", "layer", "said"),
+    ("kind", "settings", "layer", "warned"),
     [
         (MistralConfig, {"sliding_window": 15}, 1, True),
         (MistralConfig, {"sliding_window": 16}, 1, False),
@@ -185,23 +185,23 @@ def test_a_tower_without_a_class_token(student_folder: Path, tmp_path: Path, str
         (Qwen2Config, {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 2}, 1, False),
     ],
 )
-def test_a_window_shorter_than_the_image_is_said(tmp_path, caplog, kind, settings, layer, said) -> None:
+def test_a_window_shorter_than_the_image_is_reported(tmp_path, caplog, kind, settings, layer, warned) -> None:
     folder = tiny.save_student(tmp_path / "student", kind=kind, **settings)
     with caplog.at_level(logging.WARNING):
         check_student(config(folder, layer=layer))
-    assert [f"student.layer {layer}: its attention sees the last" in record.message for record in caplog.records] == (
-        [True] if said else []
-    )
+    lines = [record.getMessage() for record in caplog.records if record.name == "medalign"]
+    assert len(lines) == warned
+    assert all(line.startswith(f"student.layer {layer}: its attention covers only the last") for line in lines)
 
 
 def test_tied_weights_are_not_missing(tmp_path: Path) -> None:
     folder = tiny.save_student(tmp_path / "tied", tie_word_embeddings=True)
-    parts, processor = check_student(config(folder))
-    assert parts.attentions[0].q_proj.weight.is_meta
+    spec, processor = check_student(config(folder))
+    assert spec.attentions[0].q_proj.weight.is_meta
     assert isinstance(processor.image_processor, CLIPImageProcessor)
 
 
-def test_a_processor_without_the_pixels_mean(student: Path) -> None:
+def test_a_processor_without_a_complete_mean(student: Path) -> None:
     edited(
         "processor_config.json", image_processor={"image_processor_type": "CLIPImageProcessor", "image_mean": [0.5]}
     )(student)

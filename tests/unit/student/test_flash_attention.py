@@ -1,4 +1,4 @@
-"""flash-attention through transformers, with a stand-in for the package: what the first GPU would do with the real one.
+"""flash-attention through transformers, with a substitute for the package that runs on a CPU.
 
 `tests/gpu` runs the package itself where it is installed.
 """
@@ -35,10 +35,10 @@ def varlen(
     softcap=0.0,
     deterministic=False,
 ):
-    """`flash_attn_varlen_func` on the CPU: [tokens, heads, channels], sequence after sequence."""
+    """`flash_attn_varlen_func` on the CPU: [tokens, heads, channels] of concatenated sequences."""
     queries, keys = cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist()
     assert causal and (max(queries), max(keys)) == (max_seqlen_q, max_seqlen_k)
-    assert queries == keys or set(queries) == {1}  # all of a sequence, or the token that comes after it
+    assert queries == keys or set(queries) == {1}  # all tokens of a sequence, or its next token
     parts = (t.transpose(0, 1).split(lengths, dim=1) for t, lengths in ((q, queries), (k, keys), (v, keys)))
     settings = {"is_causal": queries == keys, "scale": softmax_scale, "enable_gqa": True}
     attend = torch.nn.functional.scaled_dot_product_attention
@@ -56,7 +56,7 @@ def dense(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, deterministi
 
 @pytest.fixture
 def package(monkeypatch):
-    """flash-attn as transformers looks for it; the state that transformers keeps is put back afterwards."""
+    """flash-attn as transformers imports it; the state of transformers is restored afterwards."""
     module, padding = ModuleType("flash_attn"), ModuleType("flash_attn.bert_padding")
     module.flash_attn_func, module.flash_attn_varlen_func, module.flash_attn_with_kvcache = dense, varlen, None
     padding.pad_input, padding.unpad_input = flash._pad_input, flash._unpad_input
@@ -79,7 +79,7 @@ def load(folder, attention: str) -> Student:
 
 
 @pytest.mark.parametrize("form", ["even", "padded", "left", "packed"])
-def test_the_student_is_the_one_with_sdpa(student_folder, package, form):
+def test_outputs_equal_those_with_sdpa(student_folder, package, form):
     """The same sums in another order, in float32."""
     batch = tiny.batch(
         texts=((5, 4), (7, 2)) if form == "even" else ((5, 4), (9, 2)), side="left" if form == "left" else "right"
@@ -103,7 +103,7 @@ def test_it_is_causal_and_generates(student_folder, package):
     assert torch.equal(found, expected)
 
 
-def test_float32_is_not_given_to_flash_attention(monkeypatch):
+def test_float32_does_not_use_flash_attention(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: object())
     assert choose_attention("auto", torch.bfloat16) == "flash_attention_2"

@@ -1,4 +1,4 @@
-"""Which attention the blocks get: flash where it can run, else SDPA with one log line; a name is taken or refused."""
+"""The attention backend: flash where it can run, otherwise SDPA with one log line; a name is accepted or rejected."""
 
 import importlib.util
 import logging
@@ -14,7 +14,7 @@ LOG_LINE = "attention: sdpa, because flash-attn is not installed (pip install fl
 
 @pytest.fixture
 def machine(monkeypatch):
-    """A machine with or without a GPU and the flash-attn package, as far as the choice looks at it."""
+    """A machine with or without a GPU and the flash-attn package."""
     find = importlib.util.find_spec
 
     def build(gpu: bool, flash: bool) -> None:
@@ -46,7 +46,7 @@ def test_the_choice(machine, caplog, gpu, flash, wanted, chosen, lines):
 
 
 @pytest.mark.parametrize(("gpu", "flash"), [(True, False), (False, True), (False, False)])
-def test_flash_by_name_is_refused_where_it_cannot_run(machine, gpu, flash):
+def test_flash_by_name_is_rejected_where_it_cannot_run(machine, gpu, flash):
     machine(gpu, flash)
     with pytest.raises(ConfigError, match=r"student.attention is flash_attention_2.*pip install.*or choose sdpa"):
         choose_attention("flash_attention_2")

@@ -1,4 +1,4 @@
-"""A packed batch is to the student what its samples are in a padded one: outputs, losses and gradients."""
+"""Packed and padded batches give the same outputs, losses and gradients."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TERMS = ("language", "similarity", "attention")
 
 
 def load(folder, **settings) -> Student:
-    """Adapters, W and mixture are zero at the start; here they do something."""
+    """Load a student whose adapters, W and mixture change the output."""
     defaults = {"path": str(folder), "layer": 2, "lora": LoraConfig(rank=4, alpha=8), "attention": "sdpa"}
     student = load_student(StudentConfig(**(defaults | settings)), torch.float32)
     torch.manual_seed(1)
@@ -69,7 +69,7 @@ def step(student: Student, batch: Batch, teacher_folder) -> tuple[StudentOutput,
     ],
 )
 def test_packed_equals_padded(tmp_path, teacher_folder, kind, language, settings):
-    """float32; other shapes make other orders of sums, which move a gradient by 1e-6 of its largest element.
+    """float32: other shapes change the order of sums, which changes a gradient by 1e-6 of its largest element.
 
     Text lengths differ, and with them the rotary positions.
     """
@@ -90,8 +90,8 @@ def test_packed_equals_padded(tmp_path, teacher_folder, kind, language, settings
         torch.testing.assert_close(packed_gradients[name], gradient, rtol=0, atol=5e-6 * scale + 1e-9, msg=name)
 
 
-def test_text_beside_images(student_folder, teacher_folder):
-    """The second of three samples has no image: no image is counted for it, and its neighbors keep theirs."""
+def test_text_next_to_images(student_folder, teacher_folder):
+    """The second of three samples has no image: no image is counted for it, and the other samples keep theirs."""
     student = load(student_folder).train()
     one, two = tiny.batch(texts=((5, 4),), seed=1), tiny.batch(texts=((3, 6),), seed=2)
     text = tiny.packed(tiny.batch(texts=((7, 3),), images=False, seed=3))
@@ -116,22 +116,22 @@ def test_text_beside_images(student_folder, teacher_folder):
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "eager"])
-def test_no_sample_sees_another(student_folder, backend):
+def test_no_sample_attends_to_another(student_folder, backend):
     check_causality(load(student_folder, attention=backend), tiny.packed(tiny.batch(texts=TEXTS)))
 
 
-def test_borders_that_a_backend_ignores_are_caught(student_folder, monkeypatch):
-    """The start-up check must fail where the samples of a row are one sequence to the model."""
+def test_a_backend_that_ignores_the_boundaries_is_detected(student_folder, monkeypatch):
+    """The check at the start must fail if the model treats the samples of a row as one sequence."""
     batch = tiny.packed(tiny.batch(texts=TEXTS))
     running = {"position_ids": torch.arange(batch.input_ids.shape[1])[None], "sample_lengths": ()}
-    monkeypatch.setattr(model, "layout", lambda batch: packing.layout(batch) | running)
+    monkeypatch.setattr(model, "forward_arguments", lambda batch: packing.forward_arguments(batch) | running)
     for backend in ("sdpa", "eager"):
         with pytest.raises(RuntimeError, match="not causal"):
             check_causality(load(student_folder, attention=backend), batch)
 
 
-def test_sdpa_makes_no_mask_of_the_whole_row(student_folder, monkeypatch):
-    """Each sample is attended by itself: the widest product is that of the longest sample."""
+def test_sdpa_builds_no_mask_for_the_packed_row(student_folder, monkeypatch):
+    """Each sample is processed separately: the largest product is that of the longest sample."""
     seen = []
     real = torch.nn.functional.scaled_dot_product_attention
 
@@ -147,11 +147,11 @@ def test_sdpa_makes_no_mask_of_the_whole_row(student_folder, monkeypatch):
     assert all(mask is None for _, mask in decoder)
 
 
-def test_flash_attention_is_told_the_borders(student_folder):
-    """It takes no mask: in its variable-length form, the places where samples begin and the longest of them."""
-    told = packing.layout(tiny.packed(tiny.batch(texts=TEXTS)))
-    assert told["attention_mask"] is None
-    assert told["cu_seq_lens_q"].dtype == torch.int32
-    assert told["cu_seq_lens_q"].tolist() == told["cu_seq_lens_k"].tolist() == [0, 26, 54, 73]
-    assert told["max_length_q"] == told["max_length_k"] == 28
-    assert told["position_ids"][0].tolist() == [*range(26), *range(28), *range(19)]
+def test_flash_attention_gets_the_boundaries(student_folder):
+    """Instead of a mask, it takes the boundaries of the samples and the length of the longest one."""
+    arguments = packing.forward_arguments(tiny.packed(tiny.batch(texts=TEXTS)))
+    assert arguments["attention_mask"] is None
+    assert arguments["cu_seq_lens_q"].dtype == torch.int32
+    assert arguments["cu_seq_lens_q"].tolist() == arguments["cu_seq_lens_k"].tolist() == [0, 26, 54, 73]
+    assert arguments["max_length_q"] == arguments["max_length_k"] == 28
+    assert arguments["position_ids"][0].tolist() == [*range(26), *range(28), *range(19)]

@@ -1,4 +1,4 @@
-"""The query-adaptive mixture: one decision a sample, held while answering."""
+"""The query-adaptive mixture: one decision per sample, which is kept during generation."""
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ def test_the_decision_of_the_prompt_holds_for_single_tokens():
     whole = mixture(hidden)
     torch.testing.assert_close(mixture(hidden[:, 7:]), whole[:, 7:])
     mixture.begin(question)
-    with pytest.raises(RuntimeError, match="before the whole sequence"):
+    with pytest.raises(RuntimeError, match="before the complete sequence"):
         mixture(hidden[:, 7:])
 
 
@@ -54,7 +54,7 @@ def test_beams_share_the_decision_of_their_sample():
 
 
 def test_each_sample_of_a_packed_batch_has_its_own_decision():
-    """The third sample asks nothing: its first token decides, and no token of its neighbors."""
+    """The third sample has no question: its first token decides, not a token of another sample."""
     mixture, hidden, question = inputs()
     hidden, question = torch.cat([hidden, torch.randn(1, 8, 6)]), torch.cat([question, torch.zeros(1, 8).bool()])
     mixture.begin(question)
@@ -68,7 +68,7 @@ def test_attached_to_a_projection_it_adds_to_its_output():
     projection = nn.Linear(6, 10)
     plain = projection(hidden)
     mixture.attach(projection)
-    assert torch.equal(projection(hidden), plain)  # no batch has begun
+    assert torch.equal(projection(hidden), plain)  # begin was not called
     mixture.begin(question)
     torch.testing.assert_close(projection(hidden), plain + mixture(hidden))
     assert "mixture" not in dict(projection.named_modules())
@@ -93,7 +93,7 @@ def test_gradients_are_the_same_under_checkpointing():
         torch.testing.assert_close(one, other)
 
 
-def test_without_begin_or_gates_it_refuses():
+def test_without_begin_or_gates_it_is_an_error():
     mixture, hidden, _ = inputs()
     with pytest.raises(RuntimeError, match="begin"):
         mixture(hidden)
@@ -101,7 +101,7 @@ def test_without_begin_or_gates_it_refuses():
 
 
 @pytest.mark.parametrize(("form", "dropout"), [("beside_lora", 0.0), ("official", 0.3)])
-def test_the_official_mixture_stands_in_the_place_of_lora(student_folder, form, dropout):
+def test_the_official_mixture_replaces_lora(student_folder, form, dropout):
     lora = LoraConfig(rank=4, dropout=0.3)
     config = StudentConfig(str(student_folder), layer=1, lora=lora, query_mixture=True, query_mixture_form=form)
     student = load_student(config, torch.float32)
@@ -114,17 +114,17 @@ def test_the_official_mixture_stands_in_the_place_of_lora(student_folder, form, 
     assert student.mixture.dropout.p == dropout
 
 
-def test_experts_can_start_as_lora_does():
-    """Kaiming uniform of slope sqrt(5): uniform up to 1 / sqrt(width), for each expert by itself."""
+def test_experts_can_be_initialized_as_in_lora():
+    """Kaiming uniform with slope sqrt(5): uniform up to 1 / sqrt(width), for each expert separately."""
     down = QueryMixture(64, 10, experts=3, rank=200, lora_start=True).down.detach()
     bound = 64**-0.5
     assert down.abs().max() <= bound
     for expert in down:
-        assert float(expert.std()) == pytest.approx(bound / 3**0.5, rel=0.02)  # 12,800 draws: 0.6 % of spread
+        assert float(expert.std()) == pytest.approx(bound / 3**0.5, rel=0.02)  # 12,800 samples: standard error 0.6 %
     assert not torch.equal(down[0], down[1])
 
 
-def test_dropout_is_on_what_the_experts_read_and_the_router_sees_all():
+def test_dropout_applies_to_the_experts_but_not_to_the_router():
     torch.manual_seed(0)
     mixture = QueryMixture(6, 10, experts=3, rank=2, alpha=4, dropout=0.5)
     nn.init.normal_(mixture.up)
@@ -144,6 +144,6 @@ def test_dropout_is_on_what_the_experts_read_and_the_router_sees_all():
     assert not torch.allclose(mixture(hidden), found)
 
 
-def test_a_layer_that_does_not_exist_is_refused_before_the_mixture_looks_for_it(student_folder):
-    with pytest.raises(ConfigError, match="student.layer is 9, but the student's blocks are numbered 0 to 2"):
+def test_a_layer_that_does_not_exist_is_rejected_before_the_mixture_uses_it(student_folder):
+    with pytest.raises(ConfigError, match="student.layer is 9, but it must be between 1 and 2"):
         load_student(StudentConfig(str(student_folder), layer=9, query_mixture=True), torch.float32)

@@ -1,4 +1,4 @@
-"""W: the identity at the start, image tokens alone, zero gradient where there is no image."""
+"""W: no effect when untrained, only on image tokens, and a gradient of zero without images."""
 
 import torch
 
@@ -18,7 +18,7 @@ def test_untrained_is_the_identity():
     assert torch.equal(Steering(5)(hidden, mask), hidden)
 
 
-def test_formula_on_image_tokens_alone():
+def test_formula_on_image_tokens_only():
     hidden, mask = inputs()
     steering = Steering(5, epsilon=0.5)
     torch.nn.init.normal_(steering.weight)

@@ -19,7 +19,7 @@ MODEL = {
 
 @pytest.fixture
 def make_folder(tmp_path) -> Callable[..., Path]:
-    """Writes a whole open_clip model with random weights, in the layout of open_clip's hub models."""
+    """Write a complete open_clip model with random weights, with the layout of open_clip's hub models."""
 
     def write(name: str = "teacher", **changes) -> Path:
         config = {**MODEL, **changes}

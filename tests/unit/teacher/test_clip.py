@@ -13,13 +13,13 @@ from medalign.teacher.clip import ConvStem, build_clip, class_attention, load_te
 from medalign.teacher.source import CONFIG_NAME, WEIGHTS_NAME, read_preprocess_cfg
 
 
-def test_a_teacher_tells_how_it_wants_its_images(folder):
+def test_a_teacher_has_its_preprocessing(folder):
     teacher = load_teacher(folder)
     assert (teacher.grid, teacher.width) == (PatchGrid(6, 6), 24)
     assert teacher.preprocess_cfg == PreprocessCfg(48, (0.4,) * 3, (0.2,) * 3)
 
 
-def test_features_are_those_of_the_whole_clip_after_its_final_norm(folder, pixels):
+def test_features_equal_those_of_clip_after_its_final_norm(folder, pixels):
     whole = build_clip(json.loads((folder / CONFIG_NAME).read_text())["model_cfg"]).eval()
     whole.load_state_dict(load_file(folder / WEIGHTS_NAME))
     whole.visual.output_tokens = True
@@ -30,7 +30,7 @@ def test_features_are_those_of_the_whole_clip_after_its_final_norm(folder, pixel
 
 
 def test_features_can_be_those_of_the_last_block_before_the_norm(folder, pixels):
-    """A final norm of random weights, so that one is not the other; the attention is the same."""
+    """The final norm has random weights, so that the features differ; the attention is the same."""
     teachers = [load_teacher(folder, features=name) for name in ("before_norm", "after_norm")]
     for teacher in teachers:
         nn.init.normal_(teacher.tower.visual.ln_post.weight, generator=torch.Generator().manual_seed(0))
@@ -60,7 +60,7 @@ def test_attention_is_the_class_row_of_the_full_matrix(make_folder, pixels, stem
 
 
 def test_one_pass_gives_features_and_attention_and_no_full_matrix(folder, pixels):
-    """Each block runs once; beside it the last one's query is formed for the class token alone, 37 scores a head."""
+    """Each block runs once. The last block also computes the query of the class token: 37 scores per head."""
     teacher = load_teacher(folder)
     calls, products = [], []
     for number, block in enumerate(teacher.tower.visual.transformer.resblocks):
@@ -80,7 +80,7 @@ def test_one_pass_gives_features_and_attention_and_no_full_matrix(folder, pixels
     assert not any(shape[-2:] == (37, 37) for shape in products)
 
 
-def test_attention_of_a_sharp_head_is_not_that_of_a_uniform_one():
+def test_attention_of_a_sharp_head_differs_from_a_uniform_one():
     torch.manual_seed(0)
     block = open_clip.transformer.ResidualAttentionBlock(16, 2)
     nn.init.normal_(block.attn.in_proj_weight, std=1.0)
@@ -93,13 +93,13 @@ def test_attention_of_a_sharp_head_is_not_that_of_a_uniform_one():
     torch.testing.assert_close(row, full[:, 0, 1:], rtol=1e-5, atol=1e-7)
 
 
-def test_frozen_and_in_eval_mode_for_good(folder):
+def test_frozen_and_always_in_eval_mode(folder):
     teacher = load_teacher(folder).train()
     assert not teacher.training and not any(module.training for module in teacher.modules())
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
 
 
-def test_only_the_vision_tower_is_kept_and_the_seed_of_the_caller_is_left_alone(folder):
+def test_only_the_vision_tower_is_kept_and_the_callers_seed_is_not_changed(folder):
     torch.manual_seed(3)
     expected = torch.rand(1)
     torch.manual_seed(3)
@@ -119,7 +119,7 @@ def test_the_untrained_control_is_reproducible_and_reads_no_weights(folder, pixe
 def test_half_precision_stays_close(folder, pixels):
     exact, half = load_teacher(folder)(pixels), load_teacher(folder, dtype=torch.bfloat16)(pixels)
     assert half[0].dtype == torch.bfloat16 and half[1].dtype == torch.float32
-    torch.testing.assert_close(half[1], exact[1], rtol=0.1, atol=1e-3)  # bf16 keeps 8 bits of each score
+    torch.testing.assert_close(half[1], exact[1], rtol=0.1, atol=1e-3)  # bf16 has a precision of 8 bits
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
@@ -133,7 +133,7 @@ def test_any_open_clip_model_by_name_and_file(tmp_path, suffix):
     torch.testing.assert_close(teacher(pixels)[0], model.visual(pixels)[1])
 
 
-def test_pickled_code_is_refused(tmp_path):
+def test_pickled_code_is_rejected(tmp_path):
     class Bomb:
         def __reduce__(self):
             return (print, ("ran",))
@@ -144,12 +144,12 @@ def test_pickled_code_is_refused(tmp_path):
         load_teacher(f"open_clip:ViT-S-32-alt/{file}")
 
 
-def test_unsupported_and_missing_teachers_say_what_is_supported(folder, tmp_path):
+def test_unsupported_and_missing_teachers_are_errors(folder, tmp_path):
     with pytest.raises(ConfigError, match=CONFIG_NAME):
         load_teacher(tmp_path / "nowhere")
-    with pytest.raises(ConfigError, match="there is no weights file no-such-tag"):
+    with pytest.raises(ConfigError, match="the weights file no-such-tag does not exist"):
         load_teacher("open_clip:ViT-B-32/no-such-tag")
-    with pytest.raises(ConfigError, match="fetch from the net, and nothing is fetched here"):
+    with pytest.raises(ConfigError, match="would download, and medalign downloads nothing"):
         load_teacher("open_clip:ViT-B-32/laion2b_s34b_b79k")
     with pytest.raises(ConfigError, match="list_models"):
         load_teacher("open_clip:No-Such-Arch/tag")
@@ -163,52 +163,52 @@ def test_unsupported_and_missing_teachers_say_what_is_supported(folder, tmp_path
 @pytest.mark.parametrize(
     ("section", "changes", "message"),
     [
-        ("vision_cfg", {"image_size": 63}, "image size 63 is not a multiple of its patch size 8: .* cover 56 of 63"),
-        ("vision_cfg", {"image_size": [48, 64]}, r"vision_cfg.image_size is \[48, 64\]; supported: squares"),
+        ("vision_cfg", {"image_size": 63}, "image size 63 is not a multiple of .* 8: .* cover only 56 of 63"),
+        ("vision_cfg", {"image_size": [48, 64]}, r"vision_cfg.image_size is \[48, 64\]; supported: a positive integer"),
         ("vision_cfg", {"image_size": "48"}, "vision_cfg.image_size is '48'"),
         ("vision_cfg", {"image_size": []}, r"vision_cfg.image_size is \[\]"),
         ("vision_cfg", {"head_widht": 8}, "unknown key 'head_widht' in model_cfg.vision_cfg; did you mean head_width"),
         ("vision_cfg", {"width": "24"}, "cannot build model_cfg"),
         ("preprocess_cfg", {"mean": [0.5]}, r"preprocess_cfg.mean is \[0.5\]; it must be three numbers"),
         ("preprocess_cfg", {"mean": 0.5}, "preprocess_cfg.mean is 0.5"),
-        ("preprocess_cfg", {"std": [0.2, 0.2, 0]}, "preprocess_cfg.std is .* above 0"),
+        ("preprocess_cfg", {"std": [0.2, 0.2, 0]}, "preprocess_cfg.std is .* greater than 0"),
     ],
 )
-def test_a_config_that_cannot_be_used_is_refused_by_file_and_key(folder, section, changes, message):
+def test_the_error_of_an_unusable_config_names_file_and_key(folder, section, changes, message):
     file = folder / CONFIG_NAME
     config = json.loads(file.read_text())
     (config["model_cfg"][section] if section == "vision_cfg" else config[section]).update(changes)
     file.write_text(json.dumps(config))
     with pytest.raises(ConfigError, match=f"{CONFIG_NAME}: .*{message}"):
         load_teacher(folder)
-    if "cannot build" not in message:  # all but this is seen without building the tower
+    if "cannot build" not in message:  # all others are detected before the tower is built
         with pytest.raises(ConfigError, match=message):
             read_preprocess_cfg(folder)
 
 
 @pytest.mark.parametrize("pool", ["avg", "none"])
-def test_a_tower_trained_without_its_class_token_is_refused(make_folder, pool):
-    """open_clip pools the patches then: nothing ever taught the class token where to look in the last block."""
+def test_a_tower_trained_without_its_class_token_is_rejected(make_folder, pool):
+    """open_clip then pools the patches, so the attention of the class token in the last block was not trained."""
     vision = {"image_size": 48, "patch_size": 8, "width": 24, "head_width": 8, "layers": 3, "pool_type": pool}
     with pytest.raises(ConfigError, match=f"{CONFIG_NAME}: .*pool_type is '{pool}': its class token"):
         load_teacher(make_folder(vision_cfg=vision))
 
 
 @pytest.mark.parametrize("text", ["{", "{}", '{"model_cfg": {}}', "[]", '{"model_cfg": {"vision_cfg": [1]}}'])
-def test_a_config_that_is_none_is_refused(folder, text):
+def test_an_invalid_config_is_rejected(folder, text):
     (folder / CONFIG_NAME).write_text(text)
     with pytest.raises(ConfigError, match=f"{CONFIG_NAME} cannot be used"):
         load_teacher(folder)
 
 
-def test_truncated_weights_are_refused(folder):
+def test_truncated_weights_are_rejected(folder):
     file = folder / WEIGHTS_NAME
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(CheckpointError, match="cannot be read"):
         load_teacher(folder)
 
 
-def test_weights_of_another_model_are_refused(folder, make_folder):
+def test_weights_of_another_model_are_rejected(folder, make_folder):
     other = make_folder("other", conv_stem=None)
     (folder / WEIGHTS_NAME).write_bytes((other / WEIGHTS_NAME).read_bytes())
     with pytest.raises(CheckpointError, match="do not fit"):
@@ -217,5 +217,5 @@ def test_weights_of_another_model_are_refused(folder, make_folder):
 
 def test_the_stem_keeps_the_grid():
     assert ConvStem([4, 6], 10, 8)(torch.zeros(2, 3, 48, 48)).shape == (2, 10, 6, 6)
-    with pytest.raises(ConfigError, match="do not divide"):
+    with pytest.raises(ConfigError, match="does not divide"):
         ConvStem([4, 6], 10, 6)

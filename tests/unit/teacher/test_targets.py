@@ -12,17 +12,17 @@ from medalign.teacher.clip import load_teacher
 from medalign.teacher.targets import AsyncTeacher, assert_replicated, teacher_targets
 
 GOLDEN = Path(__file__).parents[3].parent / "shared" / "golden" / "official_losses.npz"
-ROW_STEP, COLUMN_STEP = 7, 5  # the golden file keeps every 7th row and 5th column of the 576 x 576 matrix
+ROW_STEP, COLUMN_STEP = 7, 5  # the golden file contains every 7th row and 5th column of the 576 x 576 matrix
 
 
 @pytest.fixture(scope="module")
 def golden():
     if not GOLDEN.is_file():
-        pytest.skip("the golden values of the released code are not beside this checkout")
+        pytest.skip("the golden values of the released code are not available")
     return np.load(GOLDEN)
 
 
-def test_targets_lie_on_the_students_grid_in_float32(folder, pixels):
+def test_targets_are_on_the_students_grid_in_float32(folder, pixels):
     teacher = load_teacher(folder, dtype=torch.bfloat16)
     targets = teacher_targets(teacher, pixels, PatchGrid(4, 4))
     assert targets.features.shape == (5, 16, 24) and targets.attention.shape == (5, 16)
@@ -37,16 +37,16 @@ def test_targets_on_the_teachers_own_grid_are_untouched(folder, pixels):
     assert torch.equal(targets.features, features) and torch.equal(targets.attention, attention)
 
 
-def test_without_cuda_the_teacher_looks_in_line(folder, pixels):
+def test_without_cuda_the_teacher_runs_synchronously(folder, pixels):
     teacher = load_teacher(folder)
     async_teacher = AsyncTeacher(teacher, PatchGrid(4, 4), torch.device("cpu"))
     assert async_teacher.stream is None
-    expected, found = teacher_targets(teacher, pixels, PatchGrid(4, 4)), async_teacher.submit(pixels)()
+    expected, found = teacher_targets(teacher, pixels, PatchGrid(4, 4)), async_teacher.submit(pixels).result()
     assert torch.equal(found.features, expected.features) and torch.equal(found.attention, expected.attention)
 
 
 class Streams:
-    """CUDA's streams as far as `AsyncTeacher` uses them; `log` says what happened, in the order of the calls."""
+    """The CUDA stream functions that `AsyncTeacher` uses; `log` records their calls in order."""
 
     def __init__(self, patch):
         self.log, self.now, self.names = [], "student", {}
@@ -82,11 +82,11 @@ class Streams:
 def test_the_teachers_stream_waits_for_the_pixels_and_the_students_for_the_targets(monkeypatch, folder, pixels):
     teacher, streams = load_teacher(folder), Streams(monkeypatch)
     streams.names[id(pixels)] = "pixels"
-    teacher.register_forward_hook(lambda *_: streams.log.append(f"the teacher looks on {streams.now}"))
+    teacher.register_forward_hook(lambda *_: streams.log.append(f"the teacher runs on {streams.now}"))
     targets = AsyncTeacher(teacher, PatchGrid(4, 4), torch.device("cuda", 0)).submit(pixels)
-    looking = ["teacher waits for student", "the teacher looks on teacher", "pixels kept for teacher"]
-    assert streams.log == looking and streams.now == "student"
-    found = targets()
+    expected_log = ["teacher waits for student", "the teacher runs on teacher", "pixels kept for teacher"]
+    assert streams.log == expected_log and streams.now == "student"
+    found = targets.result()
     assert streams.log[3:] == [
         "student waits for teacher",
         "(5, 16, 24) kept for student",

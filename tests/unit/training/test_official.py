@@ -70,7 +70,7 @@ def ours(settings, student, teacher, batches: list[Batch]) -> tuple[float, dict[
     student.zero_grad()
     total = 0.0
     for batch in batches:
-        targets = teacher_targets(teacher, batch.teacher_pixels, student.anatomy.grid)
+        targets = teacher_targets(teacher, batch.teacher_pixels, student.spec.grid)
         report = objective(student(batch), targets, batch, scale)
         report.total.backward()
         total += float(report.total.detach())
@@ -97,7 +97,7 @@ def plain_teacher(teacher: Teacher, pixels: torch.Tensor) -> tuple[torch.Tensor,
 
 def plain_sample(student, teacher, batch: Batch, tokenizer) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Language loss and distillation loss of a batch of one sample; the latter None without an image."""
-    seen, block = {}, student.anatomy.blocks[LAYER]
+    seen, block = {}, student.spec.blocks[LAYER]
     handles = [
         block.register_forward_pre_hook(lambda _, args, kwargs: seen.update(hidden=args[0]), with_kwargs=True),
         block.self_attn.register_forward_hook(lambda _, args, output: seen.update(weights=output[1])),
@@ -109,7 +109,7 @@ def plain_sample(student, teacher, batch: Batch, tokenizer) -> tuple[torch.Tenso
     language = F.cross_entropy(output.logits[0, : len(labels) - 1], labels[1:], ignore_index=IGNORE)
     if batch.image_weight.sum() == 0:
         return language, None
-    places = (batch.input_ids[0] == student.anatomy.image_token_id).nonzero()[:, 0]
+    places = (batch.input_ids[0] == student.spec.image_token_id).nonzero()[:, 0]
     first, last = int(places[0]), int(places[-1])
     text = [tokenizer.decode([token]) for token in batch.input_ids[0]]
     colon = max(place for place, piece in enumerate(text) if piece == ":")

@@ -29,7 +29,7 @@ from medalign.kernels.token_similarity.reference import cosines
 from medalign.losses import Objective, SimilarityTerm, build_terms
 from medalign.student.loading import attention_names
 from medalign.student.model import Student
-from medalign.student.packing import layout
+from medalign.student.packing import forward_arguments
 from medalign.teacher.clip import Teacher
 from medalign.teacher.targets import teacher_targets
 from medalign.training.step import TrainStep
@@ -58,19 +58,19 @@ class ReleasedStudent(Student):
 
     def forward(self, batch: Batch, *, tap: bool = True) -> StudentOutput:
         kept = (batch.labels[:, 1:] != IGNORE).any(0).nonzero()[:, 0]
-        self._begin(batch)
+        self._begin_batch(batch)
         output = self.model(
             input_ids=batch.input_ids,
             pixel_values=batch.student_pixels.to(self.dtype),
             logits_to_keep=kept,
             output_attentions=True,
             use_cache=False,
-            **layout(batch),
+            **forward_arguments(batch),
         )
         weights_BLL = output.attentions[self.layer].float().mean(1)
         rows_BL1 = batch.question_mask[..., None].float()
         map_BL = (weights_BLL * rows_BL1).sum(1) / rows_BL1.sum(1).clamp(min=1)
-        images, tokens = len(batch.image_weight), self.anatomy.grid.size
+        images, tokens = len(batch.image_weight), self.spec.grid.size
         assert self._tokens is not None
         return StudentOutput(
             logits=output.logits,
@@ -139,7 +139,7 @@ class Bench:
 
     def _targets(self, form: Form) -> TeacherTargets:
         pixels = self.batch.teacher_pixels.to(self.engine.device)
-        found = teacher_targets(self.teacher, pixels, self.student.anatomy.grid)
+        found = teacher_targets(self.teacher, pixels, self.student.spec.grid)
         valid = torch.ones(found.features.shape[:2], dtype=torch.bool, device=pixels.device)
         features = cosines(found.features, valid) if form.released else found.features
         features, attention = features.cpu(), found.attention.cpu()
@@ -168,5 +168,5 @@ class Bench:
     def _parts(self) -> dict[str, Any]:
         """The settings that the modules of each part read their attention from."""
         model: Any = self.student.model.get_base_model()
-        language: Any = self.student.anatomy.language_model
+        language: Any = self.student.spec.language_model
         return {"text_config": language.config, "vision_config": model.model.vision_tower.config}

@@ -113,11 +113,11 @@ def _facts(bench: Bench, flops: float, rounds: int) -> dict[str, Any]:
     card = utilization.card_name(bench.engine.device)
     samples, length = bench.batch.input_ids.shape
     return {
-        "image_tokens": bench.student.anatomy.grid.size,
+        "image_tokens": bench.student.spec.grid.size,
         "samples": samples,
         "tokens_per_sample": length,
-        "blocks": len(bench.student.anatomy.blocks),
-        "width": bench.student.anatomy.width,
+        "blocks": len(bench.student.spec.blocks),
+        "width": bench.student.spec.width,
         "engine": bench.config.engine.deepspeed,
         "dtype": str(bench.student.dtype).removeprefix("torch."),
         "rounds": rounds,

@@ -154,7 +154,7 @@ def random_teacher(vision: dict[str, int], folder: Path, device: torch.device, d
 
 def make_batch(student: Student, teacher_size: int, samples: int, text: Text) -> Batch:
     """Random pixels and tokens: one image per sample, then a question and an answer."""
-    grid, anatomy = student.anatomy.grid.size, student.anatomy
+    grid, anatomy = student.spec.grid.size, student.spec
     first, length = text.before + grid, text.before + grid + text.question + text.answer
     words = [token for token in range(10, 100) if token != anatomy.image_token_id]
     ids = torch.tensor(words)[torch.randint(len(words), (samples, length))]

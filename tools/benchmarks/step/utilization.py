@@ -53,8 +53,8 @@ def plain_flops(student: Student, batch: Batch) -> float:
     blocks = sum(_linear(block) for block in student.anatomy.blocks) * samples * length
     head_width = getattr(language, "head_dim", None) or language.hidden_size // language.num_attention_heads
     causal = 2 * length**2 * head_width * language.num_attention_heads  # two products, 2 operations, half the pairs
-    attention = 3 * causal * samples * len(student.anatomy.blocks)
-    images, patches = len(batch.image_weight), student.anatomy.grid.size
+    attention = 3 * causal * samples * len(student.spec.blocks)
+    images, patches = len(batch.image_weight), student.spec.grid.size
     vision = tower.config
     vision_flops = _forward(tower) * images * (patches + 1)
     vision_flops += 4 * (patches + 1) ** 2 * vision.hidden_size * vision.num_hidden_layers * images

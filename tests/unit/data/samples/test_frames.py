@@ -81,4 +81,4 @@ def test_answering_says_it_too(tmp_path: Path, caplog: pytest.LogCaptureFixture)
     (tmp_path / "film.tif").write_bytes(stack("TIFF"))
     with pytest.raises(MedAlignError):  # there is no run; images are read before any model
         generate(tmp_path / "none", [tmp_path / "film.tif"], "clear ?", None, 4)
-    assert f"--image {tmp_path / 'film.tif'} has several frames; the first is shown" in caplog.text
+    assert f"--image {tmp_path / 'film.tif'} has several frames; only the first is used" in caplog.text

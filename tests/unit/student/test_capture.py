@@ -1,4 +1,4 @@
-"""The student against transformers' own eager attention: map, causality, steering, padding, checkpointing."""
+"""The student compared with eager attention in transformers: attention, causality, steering, padding, checkpointing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from medalign.geometry import gather_images
 from medalign.student import capture
 from medalign.student.loading import load_student
 from medalign.student.model import Student, check_causality
-from medalign.student.packing import layout
+from medalign.student.packing import forward_arguments
 from tests import tiny
 
 
@@ -22,7 +22,7 @@ def load(folder, **settings) -> Student:
 
 
 def disturb(student: Student) -> None:
-    """Make the adapters and W do something: at the start they are zero."""
+    """Make the adapters and W change the output: they are initialized to zero."""
     torch.manual_seed(1)
     for named in student.trainable().values():
         for _, parameter in named:
@@ -30,7 +30,7 @@ def disturb(student: Student) -> None:
 
 
 def assert_map_is_the_mean_of_eager_attention(folder, side="right", **settings):
-    """fp32, 1e-5: the two sums differ in order alone. The model has grouped-query attention."""
+    """fp32, 1e-5: the two sums differ only in their order. The model has grouped-query attention."""
     student = load(folder, **settings).eval()
     disturb(student)
     batch = tiny.batch(side=side)
@@ -38,12 +38,12 @@ def assert_map_is_the_mean_of_eager_attention(folder, side="right", **settings):
         output = student(batch)
         eager = load(folder, **(settings | {"attention": "eager"})).eval()
         eager.load_state_dict(student.state_dict())
-        eager._begin(batch)
+        eager._begin_batch(batch)
         weights_BHLL = eager.model(
             input_ids=batch.input_ids,
             pixel_values=batch.student_pixels,
             output_attentions=True,
-            **layout(batch),
+            **forward_arguments(batch),
         ).attentions[2]
     mean_BLL = weights_BHLL.mean(1)
     rows = [mean_BLL[b][batch.question_mask[b]].mean(0) for b in range(2)]
@@ -67,27 +67,27 @@ def test_tapped_map_is_the_mean_of_eager_attention(student_folder, side, steerin
     ],
 )
 def test_the_map_has_the_windows_and_the_softcap_of_the_model(tmp_path, side, kind, language, backend):
-    """Gemma 2 caps every block's scores and slides in every other block; its even block is tapped, with both."""
+    """Gemma 2 caps the scores of every block and has sliding windows in every other block. The tapped one has both."""
     folder = tiny.save_student(tmp_path / "student", kind=kind, **language)
     assert_map_is_the_mean_of_eager_attention(folder, side, attention=backend)
-    read = capture.Tap.read
+    original = capture.AttentionCapture.capture
     with pytest.MonkeyPatch.context() as patch, pytest.raises(AssertionError, match="not close"):
-        patch.setattr(capture.Tap, "read", lambda *arguments: read(*arguments[:-1], {}))  # tells it nothing
+        patch.setattr(capture.AttentionCapture, "capture", lambda *arguments: original(*arguments[:-1], {}))
         assert_map_is_the_mean_of_eager_attention(folder, side, attention=backend)
 
 
-def test_a_packed_batch_is_read_by_its_sequences():
-    """flash_attention_2 gets its sequences end to end, with the places where they begin, and so does the tap."""
+def test_a_packed_batch_is_captured_by_its_sequences():
+    """flash_attention_2 gets concatenated sequences and their boundaries, and so does the capture."""
     draw = torch.Generator().manual_seed(0)
     query, key = torch.randn(2, 4, 12, 8, generator=draw), torch.randn(2, 2, 12, 8, generator=draw)
     rows, columns = torch.rand(2, 12, generator=draw) < 0.4, torch.rand(2, 12, generator=draw) < 0.6
-    apart, packed = capture.Tap(), capture.Tap()
-    with apart.reading(rows, columns, torch.ones_like(rows)):
-        apart.read(query, key, 0.3, {})
+    apart, packed = capture.AttentionCapture(), capture.AttentionCapture()
+    with apart.recording(rows, columns, torch.ones_like(rows)):
+        apart.capture(query, key, 0.3, {})
     flat = [tensor.transpose(0, 1).flatten(1, 2)[None] for tensor in (query, key)]
-    with packed.reading(rows.view(1, -1), columns.view(1, -1), torch.ones(1, 24, dtype=torch.bool)):
-        packed.read(*flat, 0.3, {"cu_seq_lens_q": torch.tensor([0, 12, 24], dtype=torch.int32)})
-    torch.testing.assert_close(packed.map.view(2, 12), apart.map)
+    with packed.recording(rows.view(1, -1), columns.view(1, -1), torch.ones(1, 24, dtype=torch.bool)):
+        packed.capture(*flat, 0.3, {"cu_seq_lens_q": torch.tensor([0, 12, 24], dtype=torch.int32)})
+    torch.testing.assert_close(packed.attention.view(2, 12), apart.attention)
 
 
 def test_padding_side_changes_nothing(student_folder):
@@ -106,8 +106,8 @@ def test_a_future_token_changes_no_earlier_logit(student_folder, backend):
     check_causality(student, tiny.batch(side="left"))
 
 
-def test_a_backend_without_its_mask_is_caught(student_folder, monkeypatch):
-    """The start-up check must fail when causality is lost, as it is without the mask function."""
+def test_a_backend_without_its_mask_is_detected(student_folder, monkeypatch):
+    """The check at the start must fail without causality, which is lost without the mask function."""
     student = load(student_folder, attention="eager")
     monkeypatch.setattr(
         capture,
@@ -137,7 +137,7 @@ def test_gradients_are_equal_with_checkpointing(student_folder):
         torch.testing.assert_close(recomputed[name], value, rtol=1e-5, atol=1e-7, msg=name)
 
 
-def test_steering_moves_image_tokens_alone(student_folder):
+def test_steering_changes_only_image_tokens(student_folder):
     student = load(student_folder).eval()
     batch = tiny.batch()
     with torch.no_grad():
@@ -148,7 +148,7 @@ def test_steering_moves_image_tokens_alone(student_folder):
 
 
 def test_a_batch_without_images_keeps_every_gradient_path(student_folder):
-    """W, the adapters and the projector must get a (zero) gradient, or ZeRO-3 would wait for it."""
+    """W, the adapters and the projector must get a gradient (of zero), otherwise ZeRO-3 would wait for it."""
     student = load(student_folder, train_projector=True).train()
     output = student(tiny.batch(images=False))
     assert output.attention.shape == (1, 16) and output.attention.abs().max() == 0
@@ -159,7 +159,7 @@ def test_a_batch_without_images_keeps_every_gradient_path(student_folder):
     assert student.steering.weight.grad.abs().max() == 0
 
 
-def test_only_adapters_steering_and_projector_learn(student_folder):
+def test_only_adapters_steering_and_projector_are_trainable(student_folder):
     student = load(student_folder, train_projector=True)
     learning = {name for named in student.trainable().values() for name, _ in named}
     assert all("lora_" in n or n.startswith("steering") or "multi_modal_projector" in n for n in learning)
@@ -173,12 +173,12 @@ def test_the_layer_must_exist(student_folder):
         load(student_folder, layer=3)
 
 
-def test_a_folder_without_a_model_is_named(tmp_path):
+def test_a_folder_without_a_model_is_an_error(tmp_path):
     with pytest.raises(ConfigError, match="not a model folder"):
         load(tmp_path)
 
 
-def test_generation_reads_the_question_once(student_folder):
+def test_generation_captures_the_question_once(student_folder):
     student = load(student_folder).eval()
     disturb(student)
     batch = tiny.batch(side="left", texts=((5, 0), (9, 0)))
@@ -200,7 +200,7 @@ def test_steering_changes_generation(student_folder):
     assert before.tolist() != after.tolist()
 
 
-def test_query_mixture_learns_and_generates(student_folder):
+def test_query_mixture_trains_and_generates(student_folder):
     student = load(student_folder, query_mixture=True).train()
     student(tiny.batch()).logits.square().mean().backward()
     assert student.mixture.up.grad.abs().max() > 0
