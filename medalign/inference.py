@@ -27,7 +27,7 @@ from medalign.evaluation.metrics.predictions import LENGTH
 from medalign.evaluation.report.pictures import overlay
 from medalign.evaluation.tally import Tally
 from medalign.observability.files import write_text
-from medalign.observability.progress import TrainState
+from medalign.observability.progress import ProgressReporter
 from medalign.run_folder import EvaluationFolder, find_run
 from medalign.student import loading
 from medalign.student.model import Student
@@ -139,7 +139,7 @@ def evaluate(
     )
     tally = Tally(max_skip_fraction)
     _write_predictions(EvaluationFolder(folder).predictions, _rows(ask, indexes, limit, tally))
-    grid, longest = student.anatomy.grid, collator.encoder.max_length
+    grid, longest = student.spec.grid, collator.encoder.max_length
     tally.warn(longest, max_new_tokens)
     facts = {
         "name": folder.name,
@@ -173,11 +173,11 @@ def _open(data: Sequence[str]) -> list[ShardIndex]:
 def _evaluation_folder(run: Path, data: Sequence[str], name: str | None) -> Path:
     """Where an evaluation is written: by default it is called as the first folder of shards."""
     home, prefix = find_run(run)
-    said = f"--name {name!r}"
+    setting = f"--name {name!r}"
     if name is None:
         name, setting = _name_of(data[0]), f"no name can be derived from --data {data[0]}: --name"
     if name in ("", ".", "..") or Path(name).name != name:
-        raise ConfigError(f"{said} must be the plain name of a folder in {home.evaluation_root}")
+        raise ConfigError(f"{setting} must be the plain name of a folder in {home.evaluation_root}")
     return home.evaluation(prefix + name).path
 
 
@@ -232,7 +232,7 @@ def open_student(
     student = export.load_export(source, export.precision(source), distributed.device(), base)
     config = export.settings(source)
     processor = loading.load_processor(config if base is None else type(config)(**{**vars(config), "path": base}))
-    anatomy = student.anatomy
+    spec = student.spec
     encoder = PromptEncoder(
         processor,
         image_token_id=spec.image_token_id,
@@ -242,8 +242,8 @@ def open_student(
         setting="--max-length",
     )
     student.end_with(encoder.end_token_id)
-    view = loading.preprocess_cfg(processor, anatomy.image_size)
-    collator = Collator(encoder, view, None, anatomy.grid, padding_side="left", with_answer=False)
+    view = loading.preprocess_cfg(processor, spec.image_size)
+    collator = Collator(encoder, view, None, spec.grid, padding_side="left", with_answer=False)
     return student, processor.tokenizer, collator
 
 

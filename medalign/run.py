@@ -99,7 +99,7 @@ def _train(config: Config, folder: Path, ds_settings: dict[str, Any], callbacks:
             if not found:
                 save(now)
         elif now.step < schedule.total_steps(config.train):
-            step = TrainStep(engine, teacher, objective, student.anatomy.grid)
+            step = TrainStep(engine, teacher, objective, student.spec.grid)
             batches = iter(build_loader(config, index, collator, now))
             hooks = [*loggers, *build_callbacks(config, folder, held_out, collator), *callbacks]
             hooks.append(Checkpointing(config.checkpoint.interval, save))
@@ -157,7 +157,7 @@ def build_collator(
 ) -> Collator:
     """Samples to batches, for this student and this teacher."""
     teacher_view = teacher.preprocess_cfg if teacher is not None else None
-    return collator_of(config, student.anatomy, processor, teacher_view, max_images)
+    return collator_of(config, student.spec, processor, teacher_view, max_images)
 
 
 def collator_of(

@@ -53,15 +53,21 @@ def write_export(
     (folder / "medalign.json").write_text(json.dumps(values, indent=2) + "\n")
 
 
-def find(run: Path) -> Path:
-    """The export that a path means: an export itself, a checkpoint, or a run (its latest checkpoint)."""
+def find_export(run: Path) -> Path:
+    """Find the export in a path, which may be an export, a checkpoint, or a run (its latest checkpoint).
+
+    Raises:
+        CheckpointError: there is none.
+    """
     checkpoints = RunFolder(run).checkpoints
     latest = checkpoints.read_latest()
     candidates = [run, CheckpointFolder(run).export, *([latest.export] if latest else [])]
     for folder in candidates:
         if (folder / "medalign.json").is_file():
             return folder
-    raise CheckpointError(f"{run} holds no trained student: not an export, and no checkpoint under {checkpoints.path}")
+    raise CheckpointError(
+        f"{run} contains no trained student: it is not an export, and {checkpoints.path} contains no checkpoint"
+    )
 
 
 def settings(folder: Path) -> StudentConfig:

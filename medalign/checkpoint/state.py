@@ -66,11 +66,11 @@ def save(engine: Engine, root: Path, state: TrainState, keep: int, export: Calla
     Raises:
         CheckpointError: a rank cannot write. It is raised on every rank, and earlier checkpoints are not changed.
     """
-    final = CheckpointsFolder(root).step(progress.step).path
+    final = CheckpointsFolder(root).step(state.step).path
     partial = root / f"{_PARTIAL}{final.name}"
 
     def commit() -> None:
-        CheckpointFolder(partial).progress.write_text(json.dumps(asdict(progress)) + "\n")
+        CheckpointFolder(partial).progress.write_text(json.dumps(asdict(state)) + "\n")
         _commit(partial, final, root)
 
     failed = f"checkpoint {final} could not be written"
@@ -90,8 +90,8 @@ def save(engine: Engine, root: Path, state: TrainState, keep: int, export: Calla
             shutil.rmtree(partial, ignore_errors=True)
         raise
     if distributed.is_main():
-        _prune(root, final, keep, progress.best_step)
-        _point_to_best(root, progress.best_step)
+        _prune(root, final, keep, state.best_step)
+        _point_to_best(root, state.best_step)
     return final
 
 

@@ -31,7 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Write the export and log its folder. Returns the exit status."""
     from medalign.checkpoint import export
 
-    source = export.find(arguments.run)
+    source = export.find_export(arguments.run)
     if arguments.merge:
         export.merge(source, arguments.output, arguments.student)
     else:

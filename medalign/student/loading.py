@@ -22,8 +22,8 @@ from transformers.utils import logging as transformers_logging
 from medalign.config import StudentConfig
 from medalign.errors import CheckpointError, ConfigError
 from medalign.geometry import PreprocessCfg
-from medalign.student.capture import tapped_name
-from medalign.student.families import ModelSpec, anatomy
+from medalign.student.capture import register_attention
+from medalign.student.families import ModelSpec, inspect_model
 from medalign.student.model import Student, require_layer
 from medalign.student.query_mixture import QueryMixture
 from medalign.student.steering import Steering

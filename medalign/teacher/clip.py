@@ -21,7 +21,7 @@ from torch import nn
 from medalign.config.schema import TeacherFeatures
 from medalign.errors import CheckpointError, ConfigError
 from medalign.geometry import PatchGrid, PreprocessCfg
-from medalign.teacher.source import TeacherSource, find
+from medalign.teacher.source import TeacherSource, find_teacher
 
 FEATURES = get_args(TeacherFeatures)
 _STUB_TEXT = {"context_length": 1, "vocab_size": 1, "width": 8, "heads": 1, "layers": 1}

@@ -50,9 +50,9 @@ def find_teacher(path: str | Path) -> TeacherSource:
 
 def read_preprocess_cfg(path: str | Path) -> PreprocessCfg:
     """How a teacher takes its pixels, from its configuration; its weights are not read."""
-    source = find(path)
+    source = find_teacher(path)
     mean, std = source.mean, source.std
-    return PreprocessCfg(_side(source, "image_size"), (mean[0], mean[1], mean[2]), (std[0], std[1], std[2]))
+    return PreprocessCfg(_square_size(source, "image_size"), (mean[0], mean[1], mean[2]), (std[0], std[1], std[2]))
 
 
 def _require_vision(source: TeacherSource) -> None:

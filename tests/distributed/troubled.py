@@ -41,7 +41,7 @@ def troubles(settings: dict[str, Any]) -> dict[str, Any]:
     config.train.steps, config.checkpoint.interval = 3, 1
     engine, student, step = build(config)
     # On the CPU the kernels of distillation refuse what is no number before the loss can be one.
-    language = TrainStep(engine, None, Objective([LanguageTerm()]), student.anatomy.grid)
+    language = TrainStep(engine, None, Objective([LanguageTerm()]), student.spec.grid)
     results = {
         "together": raised(lambda: _together(1)),
         "latest": _latest(folder / "seen"),

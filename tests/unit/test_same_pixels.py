@@ -27,7 +27,7 @@ def test_a_marker_moves_the_same_patch_of_both(student_folder, teacher_folder, s
     resampled feature that change most are the patch under it."""
     config = StudentConfig(path=str(student_folder), layer=1, lora=LoraConfig(rank=4))
     student, teacher = load_student(config, torch.float32).eval(), load_teacher(teacher_folder)
-    anatomy, processor = student.anatomy, load_processor(config)
+    anatomy, processor = student.spec, load_processor(config)
     own = preprocess_cfg(processor, anatomy.image_size)
     encoder = PromptEncoder(
         processor, image_token_id=anatomy.image_token_id, tokens_per_image=anatomy.grid.size, max_length=200

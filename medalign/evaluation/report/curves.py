@@ -22,7 +22,7 @@ TITLES = {  # of the paper's losses; they come first, any other loss after them
 }
 LOSSES = ("loss/", "validation/loss/")
 SERIES = 6  # colors of the page; more runs begin again
-MOST_POINTS = 600  # of a raw curve; more are thinned out
+MAX_POINTS = 600  # of a raw curve; longer ones are thinned out
 INK, RULE = "#010203", "#010204"  # stand-ins, replaced by the page's variables
 
 

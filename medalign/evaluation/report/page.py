@@ -101,7 +101,7 @@ def as_data(tables: Sequence[ScoreTable], summaries: Sequence[TrainingSummary]) 
 
 def _template() -> Template:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["number"] = _number
+    environment.filters["number"] = _format_number
     return environment.from_string(resources.files("medalign.evaluation.report").joinpath(TEMPLATE).read_text("utf-8"))
 
 

@@ -130,7 +130,7 @@ class Bench:
         if form.released:
             similarity = ReleasedSimilarity(alpha, impl=losses.impl)
         objective = Objective([language, similarity, attention])
-        grid = self.student.anatomy.grid
+        grid = self.student.spec.grid
         if not form.given:
             return TrainStep(self.engine, self.teacher if form.distils else None, objective, grid)
         step = GivenStep(self.engine, None, objective, grid)

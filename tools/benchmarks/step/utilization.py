@@ -48,9 +48,9 @@ def plain_flops(student: Student, batch: Batch) -> float:
     samples, length = batch.input_ids.shape
     kept = int((batch.labels[:, 1:] != IGNORE).any(0).sum()) * samples
     model: Any = student.model.get_base_model()
-    language: Any = student.anatomy.language_model.config
+    language: Any = student.spec.language_model.config
     tower = model.model.vision_tower
-    blocks = sum(_linear(block) for block in student.anatomy.blocks) * samples * length
+    blocks = sum(_linear(block) for block in student.spec.blocks) * samples * length
     head_width = getattr(language, "head_dim", None) or language.hidden_size // language.num_attention_heads
     causal = 2 * length**2 * head_width * language.num_attention_heads  # two products, 2 operations, half the pairs
     attention = 3 * causal * samples * len(student.spec.blocks)
@@ -58,7 +58,7 @@ def plain_flops(student: Student, batch: Batch) -> float:
     vision = tower.config
     vision_flops = _forward(tower) * images * (patches + 1)
     vision_flops += 4 * (patches + 1) ** 2 * vision.hidden_size * vision.num_hidden_layers * images
-    projector_flops = _forward(student.anatomy.projector) * images * patches
+    projector_flops = _forward(student.spec.projector) * images * patches
     return blocks + attention + _linear(model.lm_head) * kept + vision_flops + projector_flops
 
 
