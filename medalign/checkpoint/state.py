@@ -141,7 +141,7 @@ def _named(checkpoints: CheckpointsFolder) -> str:
         pointer = checkpoints.latest
         others = [one.path.name for one in checkpoints.by_step().values() if one.progress.is_file()]
         remedy = f"write {others[-1]} into {pointer}" if others else f"remove {checkpoints.path} to start again"
-        raise CheckpointError(f"{pointer} names {found.path.name}, which is not there; {remedy}")
+        raise CheckpointError(f"{pointer} names {found.path.name}, which does not exist; {remedy}")
     return found.path.name
 
 
@@ -238,12 +238,13 @@ def _point(pointer: Path, name: str) -> None:
 
 
 def _point_to_best(root: Path, step: int | None) -> None:
-    """Let `best` name the checkpoint of the best step, or nothing where that is gone."""
-    name = "" if step is None else f"step-{step:06d}"
-    if name and (root / name).is_dir():
-        _point(CheckpointsFolder(root).best, name)
+    """Let `best` name the checkpoint of the best step, or remove it if that checkpoint does not exist."""
+    checkpoints = CheckpointsFolder(root)
+    found = None if step is None else checkpoints.by_step().get(step)
+    if found is None:
+        checkpoints.best.unlink(missing_ok=True)
     else:
-        CheckpointsFolder(root).best.unlink(missing_ok=True)
+        _point(checkpoints.best, found.path.name)
 
 
 def _flush(path: Path) -> None:

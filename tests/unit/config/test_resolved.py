@@ -15,6 +15,7 @@ LLAVA_VQA = {
     "run.dir": "runs/default",
     "run.seed": 0,
     "data.train": "c",
+    "data.validation": [],
     "data.workers": 4,
     "data.max_length": 1024,
     "data.packing": False,
@@ -48,6 +49,7 @@ LLAVA_VQA = {
     "losses.weighting": "uniform",
     "losses.ignore_padding": False,
     "losses.impl": "auto",
+    "losses.extra": [],
     "train.steps": None,
     "train.epochs": 9.0,
     "train.batch_size": 32,
@@ -59,6 +61,7 @@ LLAVA_VQA = {
     "train.max_grad_norm": 1.0,
     "train.precision": "auto",
     "train.warmup_steps": None,
+    "train.evaluate_every": 0,
     "optimizer.betas": (0.9, 0.999),
     "optimizer.eps": 1e-08,
     "optimizer.schedule": "cosine",
@@ -71,6 +74,7 @@ LLAVA_VQA = {
     "log.project": "medalign",
     "log.entity": None,
     "log.name": None,
+    "log.profile_steps": 0,
 }
 REPORT = {"student.lora.rank": 64, "losses.alpha": 1.0, "losses.beta": 0.03, "train.epochs": 12.0}
 OFFICIAL = {
