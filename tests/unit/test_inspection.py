@@ -241,7 +241,7 @@ def test_all_images_of_a_sample_are_shown(data: Path, tmp_path: Path, capsys, mo
     thumbs = [page[72 + y : 232 + y, 12 + x : 172 + x] for y in (0, 168) for x in range(0, 4 * 168, 168)]
     assert [thumb.std() > 10 for thumb in thumbs] == [True] * 6 + [False] * 2
     assert main(short) == 2
-    assert "the 3 images of the largest sample, each of 64 tokens, take 201; raise it" in capsys.readouterr().err
+    assert "the 3 images of the largest sample with 64 tokens each take 201; raise it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -138,7 +138,7 @@ def test_beginning_of_sequence_comes_once() -> None:
     ("template", "message"),
     [
         (None, "no chat template; add chat_template.jinja"),
-        (TEMPLATE.replace("<image>", "<image><image>"), "2 (it is already expanded)"),
+        (TEMPLATE.replace("<image>", "<image><image>"), r"2 \(it is already expanded\)"),
         (TEMPLATE.replace("<image>", ""), "it renders none"),
         ("{{ 'USER: ' + messages[0]['content'] }}", "does not accept image and text content"),
         ("{{ 'USER: <image>' }}", "no question after the image"),

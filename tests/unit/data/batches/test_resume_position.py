@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from medalign.data.batches.loader import TrainLoader
-from medalign.data.order import order
+from medalign.data.order import mixture, order
 from medalign.data.order.mixture import ROUND, LengthGroupedOrder, Mixture
 from medalign.data.order.order import GlobalOrder, Order
 from medalign.data.shards.index import ShardIndex
@@ -61,7 +61,7 @@ def test_far_positions_cost_no_more(
             shuffled.append(things if isinstance(things, int) else len(things))
             return self.real.permutation(things)
 
-    for module in (order, two_folders):
+    for module in (order, mixture):
         monkeypatch.setattr(module, "generator", Counting)
     numbers = make().indices_at(np.arange(start, start + BATCH, dtype=np.int64))
     assert len(set(numbers.tolist())) == BATCH

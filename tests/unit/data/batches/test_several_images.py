@@ -209,7 +209,7 @@ def test_damaged_rows(tmp_path: Path) -> None:
     for changed, message in (
         ({"1.jpg": None}, r"line 2 is damaged.*image number 1 is missing"),
         ({"json": None}, r"line 2 is damaged.*'json'"),
-        ({"wav": [512, 1, 1]}, r"line 2 is damaged.*wav are of no known kind"),
+        ({"wav": [512, 1, 1]}, r"line 2 is damaged.*wav are of an unknown kind"),
         ({"2.png": [700, 1, 1]}, r"line 2 is damaged.*700 is not a multiple of 512"),
     ):
         members = {name: place for name, place in (row["members"] | changed).items() if place}
@@ -253,7 +253,10 @@ def test_neighbors_are_read_at_once_and_only_what_is_asked_for(mapped: ShardInde
     from medalign.data.shards.index import _spans
 
     assert [len(_spans(mapped._members(i, (IMAGE, JSON)))) for i in range(9)] == [1] * 9
-    assert _spans([table.Member(IMAGE, 1 << 20, 9, 0), table.Member(JSON, 512, 9, 0)]) == [(512, 9), (1 << 20, 9)]
+    assert _spans([table.MemberRange(IMAGE, 1 << 20, 9, 0), table.MemberRange(JSON, 512, 9, 0)]) == [
+        (512, 9),
+        (1 << 20, 9),
+    ]
 
 
 def test_samples_are_grouped_by_their_images_then_by_their_text(tmp_path: Path) -> None:
