@@ -28,3 +28,26 @@ class DivergedError(MedAlignError):
 def plain(error: OSError) -> str:
     """The file and what the system says of it, without its number."""
     return f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+
+
+_LIBRARY = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    BufferError,
+    EOFError,
+    LookupError,
+    OSError,
+    RuntimeError,  # and RecursionError, NotImplementedError
+    SyntaxError,
+    TypeError,
+    ValueError,
+)
+
+
+def from_library(error: BaseException | None, *more: type[Exception]) -> bool:
+    """Whether an error is what a library raises for input that it cannot use; `more` are the library's own classes.
+
+    Libraries written in Rust, such as tokenizers, raise errors that have no class of their own.
+    """
+    return isinstance(error, (*_LIBRARY, *more)) or type(error) is Exception

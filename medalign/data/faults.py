@@ -9,24 +9,9 @@ from jinja2 import TemplateError
 from PIL import Image
 
 from medalign.data.bad_sample import BadSample
+from medalign.errors import from_library
 
-_FOREIGN = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    BufferError,
-    EOFError,
-    Image.DecompressionBombError,
-    LookupError,
-    OSError,
-    RuntimeError,  # and RecursionError, NotImplementedError
-    SyntaxError,
-    TemplateError,
-    TypeError,
-    ValueError,
-    struct.error,
-    zlib.error,
-)
+_FOREIGN = (Image.DecompressionBombError, TemplateError, struct.error, zlib.error)
 
 
 class decoding:
@@ -42,7 +27,6 @@ class decoding:
         return None
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: object) -> None:
-        # Libraries written in Rust, such as tokenizers, raise errors that have no class of their own.
-        if isinstance(error, _FOREIGN) or type(error) is Exception:
+        if from_library(error, *_FOREIGN):
             what = f"{self._what}: " if self._what else ""
             raise BadSample(f"{what}it cannot be used ({type(error).__name__}: {error})") from error

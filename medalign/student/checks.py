@@ -7,17 +7,12 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText
-from transformers.utils import logging as transformers_logging
+from transformers import AutoConfig
 
 from medalign import distributed
 from medalign.config import StudentConfig
@@ -25,11 +20,10 @@ from medalign.errors import ConfigError
 from medalign.student.families import Anatomy, anatomy, require_family
 from medalign.student.loading import load_processor, model_folder
 from medalign.student.model import require_layer
+from medalign.student.reading import reading
+from medalign.student.weights import empty_model
 
 log = logging.getLogger("medalign")
-
-_UNREADABLE = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, SafetensorError)
-_SHOWN = 4  # names in a list of weights
 
 
 def check_student(config: StudentConfig) -> tuple[Anatomy, Any]:
@@ -37,7 +31,7 @@ def check_student(config: StudentConfig) -> tuple[Anatomy, Any]:
     folder = model_folder(config)
     _check_settings(folder)
     processor = load_processor(config)
-    model = _empty_model(folder)
+    model = empty_model(folder)
     parts = anatomy(model)
     require_layer(config.layer, parts)
     _check_image_features(model, parts)
@@ -49,7 +43,7 @@ def check_student(config: StudentConfig) -> tuple[Anatomy, Any]:
 
 def _check_settings(folder: str) -> None:
     """What can be seen in config.json before a model is built of it."""
-    with _named(folder):
+    with reading(f"student.path {folder} is not a model that can be read"):
         settings: Any = AutoConfig.from_pretrained(folder, local_files_only=True)
         found = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
     require_family(settings.model_type)
@@ -68,31 +62,6 @@ def _check_settings(folder: str) -> None:
             )
 
 
-def _empty_model(folder: str) -> Any:
-    """The model on the meta device. Raises ConfigError where its files do not hold all of its weights."""
-    with _named(folder), _silent_transformers():
-        loaded: Any = AutoModelForImageTextToText.from_pretrained(
-            folder,
-            device_map="meta",
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # reported below, by name
-            local_files_only=True,
-            use_safetensors=True,
-        )
-    model, report = loaded
-    if missing := sorted(report["missing_keys"]):
-        raise ConfigError(
-            f"student.path {folder}: {len(missing)} of its weights are not in its safetensors files and would be "
-            f"random numbers: {_listed(missing)}; save the whole model (save_pretrained) again"
-        )
-    if unlike := [f"{name} {list(file)} for {list(ours)}" for name, file, ours in sorted(report["mismatched_keys"])]:
-        raise ConfigError(
-            f"student.path {folder}: {len(unlike)} of its weights have another shape than its config.json says: "
-            f"{_listed(unlike)}; correct config.json, or save the model again"
-        )
-    return model
-
-
 def _check_image_features(model: Any, parts: Anatomy) -> None:
     """Run tower and projector without numbers: an image must give as many features as it has tokens."""
     side, config = parts.image_size, model.config
@@ -100,11 +69,8 @@ def _check_image_features(model: Any, parts: Anatomy) -> None:
         f"vision_feature_select_strategy {config.vision_feature_select_strategy!r} and vision_feature_layer "
         f"{config.vision_feature_layer}"
     )
-    try:
-        with torch.no_grad():
-            features = model.get_image_features(pixel_values=torch.empty(1, 3, side, side, device="meta"))
-    except (*_UNREADABLE, IndexError) as error:
-        raise ConfigError(f"the student's vision tower and projector do not run with {told}: {error}") from error
+    with reading(f"the student's vision tower and projector do not run with {told}"), torch.no_grad():
+        features = model.get_image_features(pixel_values=torch.empty(1, 3, side, side, device="meta"))
     found = sum(len(image) for image in features.pooler_output)
     if found != parts.grid.size:
         raise ConfigError(
@@ -154,35 +120,3 @@ def _say_window(config: StudentConfig, model: Any, parts: Anatomy) -> None:
             window,
             parts.grid.size,
         )
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = len(names) - _SHOWN
-    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
-
-
-@contextmanager
-def _named(folder: str) -> Iterator[None]:
-    """What transformers raises inside, as a ConfigError that names the folder."""
-    try:
-        yield
-    except StrictDataclassError as error:
-        raise ConfigError(f"student.path {folder}: config.json: {' '.join(str(error).split())}") from error
-    except _UNREADABLE as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ConfigError(f"student.path {folder} is no model that can be read: {reason}") from error
-
-
-@contextmanager
-def _silent_transformers() -> Iterator[None]:
-    """Without its report of missing weights, which is told as an error, and its bar for weights that are not read."""
-    level = transformers_logging.get_verbosity()
-    bar = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        if bar:
-            transformers_logging.enable_progress_bar()

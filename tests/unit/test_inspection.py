@@ -199,7 +199,7 @@ def test_a_student_of_another_family(data: Path, tmp_path: Path, capsys: pytest.
     words = ["inspect", "phantom", "--data.train", str(data), "--student.path"]
     for name, message in (
         ("llama", "student model type 'llama' is not supported; supported: llava"),
-        ("none", "is no model that can be read: Unrecognized model"),
+        ("none", "is not a model that can be read: Unrecognized model"),
         ("vit", "student.path"),
     ):
         assert main([*words, str(tmp_path / name)]) == 2

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
     CLIPImageProcessor,
@@ -64,6 +65,16 @@ def without(part: str) -> Edit:
             del state[name]
 
     return weights(drop)
+
+
+def with_foreign(state: dict[str, Any]) -> None:
+    state["vision_tower.expert.weight"] = torch.zeros(2)
+
+
+def with_old_buffers(state: dict[str, Any]) -> None:
+    """Buffers that older versions of transformers saved."""
+    state["vision_tower.embeddings.position_ids"] = torch.arange(17)[None]
+    state["language_model.model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
 
 
 def shortened_head(state: dict[str, Any]) -> None:
@@ -123,6 +134,19 @@ BROKEN: dict[str, tuple[Edit, str]] = {
     ),
     "no tower weights": (without("vision_tower"), r"39 of its weights are not in .*vision_tower.* and \d+ more; save"),
     "no head": (without("lm_head"), r"1 of its weights are not in .*: lm_head.weight; save"),
+    "more blocks": (
+        edited("config.json", text__num_hidden_layers=2),
+        r"config.json does not describe its safetensors files: 9 of their weights .* and 5 more; correct config.json",
+    ),
+    "more blocks of the tower": (
+        edited("config.json", vision__num_hidden_layers=1),
+        r"does not describe its safetensors files: 16 of their weights .*vision_tower.*layers.1.",
+    ),
+    "foreign weight": (weights(with_foreign), r"1 of their weights have no place .*: \S*expert.weight; correct"),
+    "tied, but saved apart": (
+        edited("config.json", tie_word_embeddings=True),
+        r"ties lm_head.weight to \S*embed_tokens.weight .*but the two differ .*set tie_word_embeddings to false",
+    ),
     "head of another size": (
         weights(shortened_head),
         r"1 of its weights have another shape .*: lm_head.weight \[257, 32\] for \[260, 32\]",
@@ -199,6 +223,20 @@ def test_tied_weights_are_not_missing(tmp_path: Path) -> None:
     parts, processor = check_student(config(folder))
     assert parts.attentions[0].q_proj.weight.is_meta
     assert isinstance(processor.image_processor, CLIPImageProcessor)
+
+
+def test_tied_weights_may_be_saved_twice(student: Path) -> None:
+    def alike(state: dict[str, Any]) -> None:
+        state["language_model.lm_head.weight"] = state["language_model.model.embed_tokens.weight"].clone()
+
+    weights(alike)(student)
+    edited("config.json", tie_word_embeddings=True)(student)
+    check_student(config(student))
+
+
+def test_buffers_that_transformers_leaves_out_are_not_foreign(student: Path) -> None:
+    weights(with_old_buffers)(student)
+    check_student(config(student))
 
 
 def test_a_processor_without_the_pixels_mean(student: Path) -> None:
