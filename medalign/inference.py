@@ -14,9 +14,11 @@ from urllib.parse import urlsplit
 from medalign import distributed
 from medalign.checkpoint import export
 from medalign.contracts import Sample
-from medalign.data.bad_sample import naming
+from medalign.data import values
+from medalign.data.bad_sample import BadSample, naming
 from medalign.data.collate import Collator, TowerView
 from medalign.data.decode import decode_image, has_several_frames
+from medalign.data.image_tags import check_count, strip_tags
 from medalign.data.index import ShardIndex
 from medalign.data.prompts import PromptEncoder
 from medalign.data.storage import is_remote
@@ -48,11 +50,10 @@ def generate(
 
     What cannot be seen in the text (it is empty, or was cut) is told in the log.
     """
-    if not question.strip():
-        raise ConfigError("--question is empty")
+    question = _asked(question, len(images))
     for image in images:
         if not image.is_file():
-            raise DataError(f"--image {image} does not exist")
+            raise DataError(f"--image {image} {'is a folder; name a file' if image.is_dir() else 'does not exist'}")
     if picture is not None:
         _require_picture(picture)
     pictures = []
@@ -206,6 +207,25 @@ def open_student(
     view = TowerView(eye.size, eye.mean, eye.std)
     collator = Collator(encoder, view, None, anatomy.grid, padding_side="left", with_answer=False)
     return student, processor.tokenizer, collator
+
+
+def _asked(question: str, images: int) -> str:
+    """The question as training would read it. Raises ConfigError or BadSample, which name --question."""
+    try:
+        question.encode()
+    except UnicodeEncodeError as error:  # what the shell gives is decoded so that no byte is lost
+        raise ConfigError(
+            f"--question is not text in UTF-8: {question[error.start]!r} after {error.start} characters; set the "
+            "terminal to UTF-8 and type it again"
+        ) from error
+    with naming("--question"):
+        if fault := values.fault(question):
+            raise BadSample(f"the text {fault}")
+        text, tags = strip_tags(question)
+        check_count(tags, images)
+    if not text.strip():
+        raise ConfigError("--question is empty; name what to ask")
+    return text.strip()
 
 
 def _require_picture(path: Path) -> None:
