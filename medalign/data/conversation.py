@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from jinja2 import TemplateError
-
+from medalign.data.faults import decoding
 from medalign.data.samples import BadSample
 from medalign.data.spelling import Speller
 from medalign.errors import ConfigError
@@ -102,10 +101,9 @@ class Conversation:
     def _ids(self, images: int, question: str, answer: str | None = None) -> list[int]:
         """A prompt, or with an answer a conversation up to the end of its turn."""
         mark = self._speller.mark
-        try:
-            text = self._render(images, mark(question), None if answer is None else mark(answer))
-        except (TemplateError, TypeError, ValueError) as error:
-            raise BadSample(f"the chat template does not take the text: {error}") from error
+        marked = mark(question), None if answer is None else mark(answer)
+        with decoding("the chat template does not take the text"):
+            text = self._render(images, *marked)
         if answer is not None:
             if not text.endswith(self._after):
                 raise BadSample(f"the chat template does not end this conversation with {self._after!r}")
@@ -123,13 +121,12 @@ class Conversation:
     def _probe_texts(self) -> tuple[str, str]:
         """A prompt and its conversation as the template renders them."""
         try:
-            prompt = self._render(1, PROBE)
-        except (TemplateError, TypeError) as error:
-            raise ConfigError(f"the chat template does not take image and text content: {error}") from error
-        try:
-            return prompt, self._render(1, PROBE, _ANSWER)
-        except (TemplateError, TypeError) as error:
-            raise ConfigError(f"the chat template does not take an assistant's turn: {error}") from error
+            with decoding("the chat template does not take image and text content"):
+                prompt = self._render(1, PROBE)
+            with decoding("the chat template does not take an assistant's turn"):
+                return prompt, self._render(1, PROBE, _ANSWER)
+        except BadSample as error:
+            raise ConfigError(f"{error}; change chat_template.jinja in the student's folder") from error
 
     def _probe_image(self, prompt: str) -> None:
         """Require one image token for an image, and a question after it."""

@@ -12,6 +12,7 @@ from typing import Any
 
 from medalign.contracts import IGNORE, Sample
 from medalign.data.conversation import Conversation
+from medalign.data.faults import decoding
 from medalign.data.samples import BadSample, naming
 from medalign.errors import ConfigError
 
@@ -57,7 +58,11 @@ class PromptEncoder:
         most_images: int = 1,
         setting: str = "data.max_length",
     ) -> None:
-        self._conversation = Conversation(processor, image_token_id)
+        try:
+            with decoding("the student's tokenizer does not take what its chat template writes"):
+                self._conversation = Conversation(processor, image_token_id)
+        except BadSample as error:
+            raise ConfigError(f"{error}; correct tokenizer.json or chat_template.jinja in its folder") from error
         self.tokenizer: Any = self._conversation.tokenizer
         self.image_token_id = image_token_id
         self.tokens_per_image = tokens_per_image

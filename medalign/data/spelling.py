@@ -11,6 +11,7 @@ import re
 from functools import cached_property
 from typing import Any
 
+from medalign.data.faults import decoding
 from medalign.data.samples import BadSample
 
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"
@@ -55,13 +56,11 @@ class Speller:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a rendered text. Raises BadSample where the tokenizer cannot take it."""
-        try:
+        with decoding("the student's tokenizer cannot read the text"):
             if _OPEN not in text:
                 # Not verbose: it would warn of texts that are too long for the model, which are cut later.
                 return list(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
             return self._encode_fast(text) if self._tokenizer.is_fast else self._encode_slow(text)
-        except (TypeError, ValueError) as error:
-            raise BadSample(f"the student's tokenizer cannot read the text ({error})") from error
 
     def _encode_fast(self, text: str) -> list[int]:
         twin, original = self._twin

@@ -5,7 +5,6 @@ No weight is read, so a student that cannot be used is refused in seconds, by `i
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from medalign import distributed
 from medalign.config import StudentConfig
 from medalign.errors import ConfigError
 from medalign.student.families import Anatomy, anatomy, require_family
+from medalign.student.files import check_files, check_settings, read_object
 from medalign.student.loading import load_processor, model_folder
 from medalign.student.model import require_layer
 from medalign.student.reading import reading
@@ -29,6 +29,7 @@ log = logging.getLogger("medalign")
 def check_student(config: StudentConfig) -> tuple[Anatomy, Any]:
     """The student's anatomy, of modules without weights, and its processor. Raises ConfigError if it cannot be used."""
     folder = model_folder(config)
+    check_files(Path(folder))
     _check_settings(folder)
     processor = load_processor(config)
     model = empty_model(folder)
@@ -43,9 +44,10 @@ def check_student(config: StudentConfig) -> tuple[Anatomy, Any]:
 
 def _check_settings(folder: str) -> None:
     """What can be seen in config.json before a model is built of it."""
+    found = read_object(Path(folder) / "config.json")
+    check_settings(Path(folder), found)
     with reading(f"student.path {folder} is not a model that can be read"):
         settings: Any = AutoConfig.from_pretrained(folder, local_files_only=True)
-        found = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
     require_family(settings.model_type)
     lacking = [part for part in ("text_config", "vision_config") if not found.get(part)]
     if lacking:  # transformers would build a model of 7 billion random weights
@@ -82,7 +84,7 @@ def _check_image_features(model: Any, parts: Anatomy) -> None:
 
 def _check_vocabulary(folder: str, model: Any, parts: Anatomy, tokenizer: Any) -> None:
     rows = model.get_input_embeddings().weight.shape[0]
-    tokens = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values()))
+    tokens = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=-1))
     if tokens > rows:
         raise ConfigError(
             f"student.path {folder}: its tokenizer has {tokens} tokens, its embedding {rows} rows; resize the model "

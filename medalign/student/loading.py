@@ -23,8 +23,10 @@ from transformers.utils import logging as transformers_logging
 from medalign.config import StudentConfig
 from medalign.errors import CheckpointError, ConfigError
 from medalign.student.families import Anatomy, anatomy
+from medalign.student.files import tokenizer_fault
 from medalign.student.model import Student, require_layer
 from medalign.student.query_mixture import QueryMixture
+from medalign.student.reading import reading
 from medalign.student.steering import Steering
 from medalign.student.taps import tapped_name
 
@@ -92,13 +94,14 @@ def model_folder(config: StudentConfig) -> str:
 def load_processor(config: StudentConfig) -> Any:
     """The student's processor (tokenizer, image settings, chat template)."""
     folder = model_folder(config)
+    what = f"student.path {folder} has no usable processor (tokenizer, image settings, chat template)"
     try:
-        return AutoProcessor.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(
-            f"student.path {folder} has no usable processor (tokenizer, image settings, chat template): {reason}"
-        ) from error
+        with reading(what):
+            return AutoProcessor.from_pretrained(folder, local_files_only=True)
+    except ConfigError as error:
+        if fault := tokenizer_fault(Path(folder)):
+            raise ConfigError(f"student.path {folder}: {fault}") from error
+        raise
 
 
 def eye(processor: Any, image_size: int) -> Eye:

@@ -67,6 +67,14 @@ def without(part: str) -> Edit:
     return weights(drop)
 
 
+def written(name: str, text: str) -> Edit:
+    return lambda folder: (folder / name).write_text(text) and None
+
+
+def as_pickle(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
 def with_foreign(state: dict[str, Any]) -> None:
     state["vision_tower.expert.weight"] = torch.zeros(2)
 
@@ -147,6 +155,39 @@ BROKEN: dict[str, tuple[Edit, str]] = {
         edited("config.json", tie_word_embeddings=True),
         r"ties lm_head.weight to \S*embed_tokens.weight .*but the two differ .*set tie_word_embeddings to false",
     ),
+    "bitsandbytes": (
+        edited("config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
+        "config.json: quantization_config is 'bitsandbytes': quantized students are not supported",
+    ),
+    "GPTQ of the language model": (
+        edited("config.json", text__quantization_config={"quant_method": "gptq", "bits": 4}),
+        "text_config.quantization_config is 'gptq': quantized students are not supported",
+    ),
+    "unknown quantization": (edited("config.json", quantization_config={"quant_method": "zzz"}), "'zzz': quantized"),
+    "patches of 0": (
+        edited("config.json", vision__patch_size=0),
+        "vision_config.patch_size is 0; it must be at least 1",
+    ),
+    "no heads": (edited("config.json", text__num_attention_heads=0), "text_config.num_attention_heads is 0; it must"),
+    "no key heads": (edited("config.json", text__num_key_value_heads=0), "num_key_value_heads is 0; it must"),
+    "activation": (
+        edited("config.json", text__hidden_act="zzz"),
+        "config.json: text_config.hidden_act is 'zzz', which transformers does not know",
+    ),
+    "dtype": (edited("config.json", dtype="float99"), "config.json: dtype is 'float99', which is not a type of torch"),
+    "null": (written("config.json", "null"), "config.json holds null, not an object with settings; copy"),
+    "tokenizer settings": (written("tokenizer_config.json", "[]"), "tokenizer_config.json holds a list, not an"),
+    "processor settings": (written("processor_config.json", "[]"), "processor_config.json holds a list, not an"),
+    "empty tokenizer": (written("tokenizer.json", "{}"), "tokenizer.json is damaged, or written by another version"),
+    "list for a tokenizer": (written("tokenizer.json", "[]"), "tokenizer.json holds a list, not an object"),
+    "tokenizer of another version": (edited("tokenizer.json", version="9.0"), "another version .*'9.0' at line 1"),
+    "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json is missing; copy it"),
+    "LFS": (
+        written("model.safetensors", "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"),
+        "model.safetensors is a pointer of Git LFS, not the file itself; run `git lfs pull`",
+    ),
+    "pickle": (as_pickle, "its weights are in pytorch_model.bin, a pickle, .*; convert them to safetensors"),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "it has no model.safetensors; copy"),
     "head of another size": (
         weights(shortened_head),
         r"1 of its weights have another shape .*: lm_head.weight \[257, 32\] for \[260, 32\]",

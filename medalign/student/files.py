@@ -1,0 +1,133 @@
+"""The small files of a model folder, checked before any library reads them: each error names the file and the key."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from transformers.activations import ACT2FN
+
+from medalign.errors import ConfigError
+from medalign.student.reading import reading
+
+_POINTER = b"version https://git-lfs"  # how a file begins that git has left on the server
+_OBJECTS = (
+    "config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "generation_config.json",
+    "model.safetensors.index.json",
+)
+_COUNTS = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "image_size",
+    "patch_size",
+    "num_channels",
+)
+_ACTIVATIONS = ("hidden_act", "hidden_activation", "projector_hidden_act")
+
+
+def check_files(folder: Path) -> None:
+    """Raises ConfigError for a file that git has not fetched, for JSON that is not an object, and without weights."""
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and _is_pointer(path):
+            raise ConfigError(
+                f"student.path {folder}: {path.name} is a pointer of Git LFS, not the file itself; run `git lfs pull` "
+                "in that folder"
+            )
+    for name in _OBJECTS:
+        if (folder / name).is_file():
+            read_object(folder / name)
+    if not any(folder.glob("*.safetensors")):
+        old = sorted(path.name for path in folder.glob("*.bin"))
+        raise ConfigError(
+            f"student.path {folder}: "
+            + (
+                f"its weights are in {old[0]}, a pickle, which is not read; convert them to safetensors "
+                "(save_pretrained of the model loaded by transformers)"
+                if old
+                else "it has no model.safetensors; copy the model's weights there"
+            )
+        )
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON file that must hold an object. Raises ConfigError naming it."""
+    with reading(f"student.path {path.parent}: {path.name} cannot be read"):
+        values = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(values, dict):
+        found = "null" if values is None else f"a {type(values).__name__}"
+        raise ConfigError(
+            f"student.path {path.parent}: {path.name} holds {found}, not an object with settings; copy the file of the "
+            "model again"
+        )
+    return values
+
+
+def check_settings(folder: Path, config: dict[str, Any]) -> None:
+    """Raises ConfigError for values of config.json that no model can be built of, naming the key."""
+    for section, values in _sections(config):
+        where = f"student.path {folder}: config.json: {section}"
+        if values.get("quantization_config"):
+            settings = values["quantization_config"]
+            method = settings.get("quant_method") if isinstance(settings, dict) else settings
+            raise ConfigError(
+                f"{where}quantization_config is {method!r}: quantized students are not supported; name the model "
+                "that it was made from"
+            )
+        for key in _COUNTS if section else ():
+            value = values.get(key)
+            if isinstance(value, int | float) and not (math.isfinite(value) and value >= 1):
+                raise ConfigError(f"{where}{key} is {value}; it must be at least 1")
+        for key in _ACTIVATIONS:
+            if values.get(key) is not None and values[key] not in list(ACT2FN):
+                raise ConfigError(
+                    f"{where}{key} is {values[key]!r}, which transformers does not know; write it as in the model"
+                )
+        for key in ("dtype", "torch_dtype"):
+            name = values.get(key)
+            if name is not None and not isinstance(getattr(torch, str(name), None), torch.dtype):
+                raise ConfigError(
+                    f"{where}{key} is {name!r}, which is not a type of torch; write 'bfloat16' or 'float32'"
+                )
+
+
+def tokenizer_fault(folder: Path) -> str | None:
+    """What is wrong with tokenizer.json, looked for where the processor cannot be made; None if nothing is."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        if any(folder.glob("*.model")) or any(folder.glob("vocab.*")):  # of a tokenizer in another form
+            return None
+        return "tokenizer.json is missing; copy it from the model, or save its tokenizer (save_pretrained) there"
+    try:
+        with reading("tokenizer.json is damaged, or written by another version of tokenizers"):
+            Tokenizer.from_file(str(path))
+    except ConfigError as error:
+        return f"{error}; copy the file of the model again, or update tokenizers"
+    return None
+
+
+def _sections(config: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    yield "", config
+    for name in ("text_config", "vision_config"):
+        if isinstance(config.get(name), dict):
+            yield f"{name}.", config[name]
+
+
+def _is_pointer(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(_POINTER)) == _POINTER
