@@ -106,6 +106,19 @@ def check_settings(folder: Path, config: dict[str, Any]) -> None:
                 )
 
 
+def check_colors(folder: Path, image_processor: Any) -> None:
+    """Raises ConfigError unless mean and deviation are those of three colors from 0 to 1, as the pixels are given."""
+    for key, low in (("image_mean", "from 0"), ("image_std", "above 0")):
+        values = getattr(image_processor, key, None)
+        values = list(values) if isinstance(values, tuple) else values
+        numbers = isinstance(values, list) and len(values) == 3 and {*map(type, values)} <= {int, float}
+        if not numbers or not all(value <= 1 and (value > 0 or (value == 0 and low == "from 0")) for value in values):
+            raise ConfigError(
+                f"student.path {folder}: {key} is {values!r} in {_owner(folder, key)}; it must be three numbers, of "
+                f"red, green and blue, {low} to 1 (of pixels from 0 to 1, not to 255)"
+            )
+
+
 def tokenizer_fault(folder: Path) -> str | None:
     """What is wrong with tokenizer.json, looked for where the processor cannot be made; None if nothing is."""
     path = folder / "tokenizer.json"
@@ -119,6 +132,13 @@ def tokenizer_fault(folder: Path) -> str | None:
     except ConfigError as error:
         return f"{error}; copy the file of the model again, or update tokenizers"
     return None
+
+
+def _owner(folder: Path, key: str) -> str:
+    """The file of the image settings that holds a key, or should."""
+    names = ("processor_config.json", "preprocessor_config.json")
+    held = [name for name in names if (folder / name).is_file() and f'"{key}"' in (folder / name).read_text("utf-8")]
+    return held[0] if held else names[1]
 
 
 def _sections(config: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:

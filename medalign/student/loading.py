@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 from medalign.config import StudentConfig
 from medalign.errors import CheckpointError, ConfigError
 from medalign.student.families import Anatomy, anatomy
-from medalign.student.files import tokenizer_fault
+from medalign.student.files import check_colors, tokenizer_fault
 from medalign.student.model import Student, require_layer
 from medalign.student.query_mixture import QueryMixture
 from medalign.student.reading import reading
@@ -92,28 +92,24 @@ def model_folder(config: StudentConfig) -> str:
 
 
 def load_processor(config: StudentConfig) -> Any:
-    """The student's processor (tokenizer, image settings, chat template)."""
+    """The student's processor (tokenizer, image settings, chat template). Raises ConfigError if it cannot be used."""
     folder = model_folder(config)
     what = f"student.path {folder} has no usable processor (tokenizer, image settings, chat template)"
     try:
         with reading(what):
-            return AutoProcessor.from_pretrained(folder, local_files_only=True)
+            processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
     except ConfigError as error:
         if fault := tokenizer_fault(Path(folder)):
             raise ConfigError(f"student.path {folder}: {fault}") from error
         raise
+    check_colors(Path(folder), getattr(processor, "image_processor", None))
+    return processor
 
 
 def eye(processor: Any, image_size: int) -> Eye:
     """Normalisation from the model's own image processor, size from its vision tower."""
-    image = getattr(processor, "image_processor", None)
-    mean, std = (tuple(getattr(image, name, None) or ()) for name in ("image_mean", "image_std"))
-    if len(mean) != 3 or len(std) != 3:
-        raise ConfigError(
-            f"the student's image processor ({type(image).__name__}) has image_mean {list(mean)} and image_std "
-            f"{list(std)}; three numbers each are needed, in preprocessor_config.json or processor_config.json"
-        )
-    return Eye(image_size, mean, std)
+    image = processor.image_processor  # checked where the processor was loaded
+    return Eye(image_size, tuple(image.image_mean), tuple(image.image_std))
 
 
 def adapter_state(student: Student, whole: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -85,8 +85,10 @@ def _side(source: Source, key: str) -> int:
 def _require_colours(source: Source) -> None:
     for key, values in (("mean", source.mean), ("std", source.std)):
         numbers = isinstance(values, Sequence) and all(type(value) in (int, float) for value in values)
-        if not numbers or len(values) != 3 or (key == "std" and min(values) <= 0):
-            wanted = "three numbers, of red, green and blue" + (", above 0" if key == "std" else "")
+        low = "above 0" if key == "std" else "from 0"
+        fits = numbers and all(v <= 1 and (v > 0 or (v == 0 and key == "mean")) for v in values)
+        if not fits or len(values) != 3:
+            wanted = f"three numbers, of red, green and blue, {low} to 1 (of pixels from 0 to 1, not to 255)"
             raise ConfigError(f"teacher {source.name}: preprocess_cfg.{key} is {values!r}; it must be {wanted}")
 
 
@@ -100,13 +102,13 @@ def _folder_source(folder: Path) -> Source:
     try:
         config = json.loads(config_file.read_text())
         model_config, _ = config["model_cfg"], config["model_cfg"]["vision_cfg"]["image_size"]
-    except (ValueError, KeyError, TypeError) as error:
+        preprocess = config.get("preprocess_cfg", {})
+        mean, std = preprocess.get("mean", OPENAI_MEAN), preprocess.get("std", OPENAI_STD)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"teacher {config_file} cannot be used ({type(error).__name__}: {error}); open_clip writes one with "
             "model_cfg and preprocess_cfg"
         ) from error
-    preprocess = config.get("preprocess_cfg", {})
-    mean, std = preprocess.get("mean", OPENAI_MEAN), preprocess.get("std", OPENAI_STD)
     return Source(str(config_file), model_config, folder / WEIGHTS_NAME, mean, std)
 
 

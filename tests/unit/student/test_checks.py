@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import math
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +28,6 @@ from transformers import (
 from medalign.config import StudentConfig
 from medalign.errors import ConfigError
 from medalign.student.checks import check_student
-from medalign.student.loading import eye
 from tests import tiny
 
 Edit = Callable[[Path], None]
@@ -280,10 +281,25 @@ def test_buffers_that_transformers_leaves_out_are_not_foreign(student: Path) -> 
     check_student(config(student))
 
 
-def test_a_processor_without_the_pixels_mean(student: Path) -> None:
-    edited(
-        "processor_config.json", image_processor={"image_processor_type": "CLIPImageProcessor", "image_mean": [0.5]}
-    )(student)
-    _, processor = check_student(config(student))
-    with pytest.raises(ConfigError, match=r"CLIPImageProcessor\) has image_mean \[0.5\] and image_std \[0.2.*three"):
-        eye(processor, 32)
+@pytest.mark.parametrize(
+    ("key", "values", "wanted"),
+    [
+        ("image_mean", [0.5], "from 0 to 1"),
+        ("image_mean", [123, 117, 104], "from 0 to 1 .*not to 255"),
+        ("image_mean", ["a", "b", "c"], "three numbers"),
+        ("image_mean", [math.nan, 0.5, 0.5], "from 0 to 1"),
+        ("image_mean", [-0.1, 0.5, 0.5], "from 0 to 1"),
+        ("image_std", [0, 0, 0], "above 0 to 1"),
+        ("image_std", [0, 0.2, 0.2], "above 0 to 1"),
+        ("image_std", [0.2, 0.2, math.inf], "above 0 to 1"),
+        ("image_std", [58, 57, 57], "above 0 to 1"),
+        ("image_std", [True, 0.2, 0.2], "three numbers"),
+    ],
+)
+def test_colors_that_are_not_numbers_of_pixels(student: Path, key: str, values: list[Any], wanted: str) -> None:
+    edited("processor_config.json", image_processor={"image_processor_type": "CLIPImageProcessor", key: values})(
+        student
+    )
+    message = rf"student: {key} is {re.escape(repr(values))} in processor_config.json; it must be .*{wanted}"
+    with pytest.raises(ConfigError, match=message):
+        check_student(config(student))
