@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
@@ -254,12 +254,12 @@ def load(recipe: str, overrides: Sequence[str] = (), *, models: bool = True) -> 
     try:
         namespace = _one_length(parser.parse_object(values, defaults=True), given)
     except (ArgumentError, TypeError, ValueError) as error:
-        raise ConfigError(f"recipe {recipe}: {_tidy(str(error))}") from None
+        raise ConfigError(f"recipe {recipe}: {_plain_fault(str(error))}") from None
     try:
         namespace = _one_length(parser.parse_args([*overrides], namespace=namespace), named)
         config = _instantiate(Config, namespace)
     except (ArgumentError, TypeError, ValueError) as error:
-        raise ConfigError(f"the command line: {_tidy(str(error))}") from None
+        raise ConfigError(f"the command line: {_plain_fault(str(error))}") from None
     validate(config, models=models)
     return config
 
@@ -445,5 +445,27 @@ def _instantiate(kind: type, values: Namespace) -> Config:
     return kind(**arguments)
 
 
-def _tidy(message: str) -> str:
-    return " ".join(message.split())
+def _plain_fault(message: str) -> str:
+    """jsonargparse's message of a value that does not suit its setting, in plain words."""
+    tidy = " ".join(message.split())
+    found = re.search(r'key "([\w.]+)".* (?:Given|Got) value: (.*)', tidy)
+    if found is None or found[1] not in _keys(Config):
+        return tidy
+    key, value = found.groups()
+    section, _, name = key.partition(".")
+    owner = get_type_hints(Config)[section]
+    for part in name.split(".")[:-1]:
+        owner = get_type_hints(owner)[part]
+    return f"{key} is {value}; it must be {_wanted(get_type_hints(owner)[name.split('.')[-1]])}"
+
+
+def _wanted(kind: Any) -> str:
+    """What a setting of a type takes, in words."""
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+    if kind in words:
+        return words[kind]
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(map(str, get_args(kind)))}"
+    if get_origin(kind) is list:
+        return f"a list, each item {_wanted(get_args(kind)[0])}"
+    return " or ".join(_wanted(one) for one in get_args(kind))
