@@ -109,7 +109,7 @@ def check_settings(folder: Path, config: dict[str, Any]) -> None:
 def check_colors(folder: Path, image_processor: Any) -> None:
     """Raises ConfigError unless mean and deviation are those of three colors from 0 to 1, as the pixels are given."""
     for key, low in (("image_mean", "from 0"), ("image_std", "above 0")):
-        values = getattr(image_processor, key, None)
+        values: Any = getattr(image_processor, key, None)
         values = list(values) if isinstance(values, tuple) else values
         numbers = isinstance(values, list) and len(values) == 3 and {*map(type, values)} <= {int, float}
         if not numbers or not all(value <= 1 and (value > 0 or (value == 0 and low == "from 0")) for value in values):
