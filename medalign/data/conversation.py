@@ -153,7 +153,7 @@ class Conversation:
         if unknown := _MARKER.search(tail[: end.start()] if end else tail):
             raise ConfigError(
                 f"the chat template ends an answer with {unknown.group()!r}, which is not a token of the tokenizer: "
-                "the model would not learn to end so. Add it to the tokenizer as a special token, or write the tokenizer's "
+                "the model would not learn to end so. Add it to the tokenizer as a special token, or write its "
                 f"own ({self.tokenizer.eos_token!r}) in chat_template.jinja"
             )
         return (tail, None) if end is None else (tail[end.end() :], self._speller.special[end[0]])
