@@ -6,6 +6,7 @@ the prompt must be a prefix; the model learns the ids that follow.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from medalign.data.batches.spelling import Speller
@@ -15,6 +16,7 @@ from medalign.errors import ConfigError
 
 PROBE = "probe"
 _ANSWER = "zanswerz"
+_MARKER = re.compile(r"<[^<>\s]+>|\[/?[A-Z_]+\]")  # what templates write for a token: <|im_end|>, </s>, [/INST]
 _ANSWERS = (_ANSWER, "Yes", "1")  # a prompt must not merge with answers that begin like these
 
 
@@ -157,6 +159,12 @@ class Conversation:
         if not found:
             raise ConfigError(f"the chat template omits the assistant's answer: {whole[:200]!r}")
         end = self._speller.first(tail)
+        if unknown := _MARKER.search(tail[: end.start()] if end else tail):
+            raise ConfigError(
+                f"the chat template ends an answer with {unknown.group()!r}, which is not a token of the tokenizer: "
+                "the model would not learn to end so. Add it to the tokenizer as a special token, or write its "
+                f"own ({self.tokenizer.eos_token!r}) in chat_template.jinja"
+            )
         return (tail, None) if end is None else (tail[end.end() :], self._speller.special[end[0]])
 
     def _probe_answers(self) -> None:

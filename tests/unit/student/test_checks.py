@@ -276,6 +276,17 @@ def test_tied_weights_may_be_saved_twice(student: Path) -> None:
     check_student(config(student))
 
 
+def test_tied_weights_that_differ_in_several_files(student: Path) -> None:
+    model = LlavaForConditionalGeneration.from_pretrained(student)
+    (student / "model.safetensors").unlink()
+    model.save_pretrained(student, max_shard_size="30KB")
+    assert len(list(student.glob("*.safetensors"))) > 2
+    check_student(config(student))
+    edited("config.json", tie_word_embeddings=True)(student)
+    with pytest.raises(ConfigError, match="but the two differ in its safetensors files"):
+        check_student(config(student))
+
+
 def test_buffers_that_transformers_leaves_out_are_not_foreign(student: Path) -> None:
     weights(with_old_buffers)(student)
     check_student(config(student))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,13 @@ def test_a_generation_prompt_that_ends_with_a_space_is_refused(form: str) -> Non
 def test_a_template_without_a_turn_that_continues_the_prompt(template: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         conversation(chatml(template))
+
+
+@pytest.mark.parametrize("end", ["<|im_done|>", "<|im_done|></s>", "<end_of_turn>\n", "[/DONE]"])
+def test_an_end_that_is_not_a_token_is_refused(end: str) -> None:
+    message = re.escape(repr(end.removesuffix("</s>").strip()))
+    with pytest.raises(ConfigError, match=f"ends an answer with {message}, which is not a token of the tokenizer"):
+        conversation(chatml(CHATML.replace("<|im_end|>", end)))
 
 
 def test_the_turn_ends_as_the_template_ends_it() -> None:
