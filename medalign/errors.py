@@ -28,3 +28,30 @@ class DivergedError(MedAlignError):
 def format_os_error(error: OSError) -> str:
     """Return the file name and the message of the operating system, without the error number."""
     return f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+
+
+_LIBRARY = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    BufferError,
+    EOFError,
+    LookupError,
+    OSError,
+    RuntimeError,  # includes RecursionError and NotImplementedError
+    SyntaxError,
+    TypeError,
+    ValueError,
+)
+
+
+def from_library(error: BaseException | None, *more: type[Exception]) -> bool:
+    """Return whether an exception is one that a library raises for invalid input.
+
+    Libraries written in Rust, such as tokenizers, raise plain Exception.
+
+    Args:
+        error: the exception, or None.
+        more: the library's own exception classes.
+    """
+    return isinstance(error, (*_LIBRARY, *more)) or type(error) is Exception

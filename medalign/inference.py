@@ -16,8 +16,10 @@ from medalign.checkpoint import export
 from medalign.contracts import Sample
 from medalign.data.batches.collator import Collator
 from medalign.data.batches.prompts import PromptEncoder
-from medalign.data.samples.bad_sample import sample_context
+from medalign.data.samples import values
+from medalign.data.samples.bad_sample import BadSample, sample_context
 from medalign.data.samples.decode import decode_image, has_several_frames
+from medalign.data.samples.image_tags import check_count, strip_tags
 from medalign.data.shards.index import ShardIndex
 from medalign.data.storage.byte_ranges import is_remote
 from medalign.errors import ConfigError, DataError
@@ -62,11 +64,10 @@ def generate(
         ConfigError: an argument is not valid, or the student cannot be used.
         DataError: an image cannot be read.
     """
-    if not question.strip():
-        raise ConfigError("--question is empty")
+    question = _read_question(question, len(images))
     for image in images:
         if not image.is_file():
-            raise DataError(f"--image {image} does not exist")
+            raise DataError(f"--image {image} {'is a folder; name a file' if image.is_dir() else 'does not exist'}")
     if picture is not None:
         _require_picture(picture)
     pictures = []
@@ -245,6 +246,25 @@ def open_student(
     view = loading.preprocess_cfg(processor, spec.image_size)
     collator = Collator(encoder, view, None, spec.grid, padding_side="left", with_answer=False)
     return student, processor.tokenizer, collator
+
+
+def _read_question(question: str, images: int) -> str:
+    """Return the question as training would read it. Raises ConfigError or BadSample, which name --question."""
+    try:
+        question.encode()
+    except UnicodeEncodeError as error:  # bytes that are not UTF-8 arrive as surrogates
+        raise ConfigError(
+            f"--question is not text in UTF-8: {question[error.start]!r} after {error.start} characters; set the "
+            "terminal to UTF-8 and type it again"
+        ) from error
+    with sample_context("--question"):
+        if fault := values.fault(question):
+            raise BadSample(f"the text {fault}")
+        text, tags = strip_tags(question)
+        check_count(tags, images)
+    if not text.strip():
+        raise ConfigError("--question is empty; name what to ask")
+    return text.strip()
 
 
 def _require_picture(path: Path) -> None:

@@ -6,12 +6,12 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
-from medalign.config.keys import flatten, nest, override, require_known
+from medalign.config.keys import all_keys, flatten, nest, override, require_known
 from medalign.config.recipe_files import read_recipe
 from medalign.config.schema import Config
 from medalign.config.validation import validate
@@ -98,15 +98,38 @@ def _parsed(where: str, parse: Callable[[], Namespace]) -> Namespace:
 
 
 def _explain(message: str) -> str:
-    """jsonargparse's message in one line; for a number out of range, its key, its value and the range only."""
-    key = re.search(r'Parser key "([\w.]+)"', message)
+    """jsonargparse's message in one line; for a value that is refused, its key, its value and what is allowed only."""
+    key = re.search(r'[Kk]ey "([\w.]+)"', message)
     rule = re.search(r"does not conform to restriction (v.+)", message)
-    value = re.search(r"Given value: (.+)", message) or re.search(r"(\S+) does not conform", message)
-    if not (key and rule and value):
+    value = re.search(r"(?:Given|Got) value: (.+)", message) or re.search(r"(\S+) does not conform", message)
+    if not (key and value and key[1] in all_keys()):
         return " ".join(message.split())
-    must = re.sub(r"v(<=|>=|<|>)", r"\1 ", rule[1])
-    hint = f" ({_HINTS[key[1]]})" if key[1] in _HINTS else ""
+    must = re.sub(r"v(<=|>=|<|>)", r"\1 ", rule[1]) if rule else _describe_type(_type_of(key[1]))
+    hint = f" ({_HINTS[key[1]]})" if rule and key[1] in _HINTS else ""
     return f"{key[1]} is {value[1]}; it must be {must}{hint}"
+
+
+def _type_of(key: str) -> Any:
+    """The type of a setting."""
+    kind: Any = Config
+    for name in key.split("."):
+        kind = get_type_hints(kind)[name]
+    return kind
+
+
+def _describe_type(kind: Any) -> str:
+    """The values of a type, in words."""
+    arguments = get_args(kind)
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(map(str, arguments))}"
+    if get_origin(kind) is list:
+        return f"a list, each item {_describe_type(arguments[0])}"
+    if get_origin(kind) is tuple:
+        return f"a list of {len(arguments)} items, each {_describe_type(arguments[0])}"
+    if arguments:
+        return " or ".join(_describe_type(one) for one in arguments)
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
+    return next(word for base, word in words.items() if issubclass(kind, base))
 
 
 def _build(kind: type[Section], values: Mapping[str, Any]) -> Section:

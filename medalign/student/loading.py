@@ -24,8 +24,10 @@ from medalign.errors import CheckpointError, ConfigError
 from medalign.geometry import PreprocessCfg
 from medalign.student.capture import register_attention
 from medalign.student.families import ModelSpec, inspect_model
+from medalign.student.files import check_colors, tokenizer_fault
 from medalign.student.model import Student, require_layer
 from medalign.student.query_mixture import QueryMixture
+from medalign.student.reading import as_config_error
 from medalign.student.steering import Steering
 
 log = logging.getLogger("medalign")
@@ -103,25 +105,22 @@ def load_processor(config: StudentConfig) -> Any:
         ConfigError: the folder does not contain a usable processor.
     """
     folder = model_folder(config)
+    subject = f"student.path {folder} has no usable processor (tokenizer, image settings, chat template)"
     try:
-        return AutoProcessor.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(
-            f"student.path {folder} has no usable processor (tokenizer, image settings, chat template): {reason}"
-        ) from error
+        with as_config_error(subject):
+            processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
+    except ConfigError as error:
+        if fault := tokenizer_fault(Path(folder)):
+            raise ConfigError(f"student.path {folder}: {fault}") from error
+        raise
+    check_colors(Path(folder), getattr(processor, "image_processor", None))
+    return processor
 
 
 def preprocess_cfg(processor: Any, image_size: int) -> PreprocessCfg:
     """Normalization from the model's own image processor, size from its vision tower."""
-    image = getattr(processor, "image_processor", None)
-    mean, std = (tuple(getattr(image, name, None) or ()) for name in ("image_mean", "image_std"))
-    if len(mean) != 3 or len(std) != 3:
-        raise ConfigError(
-            f"the student's image processor ({type(image).__name__}) has image_mean {list(mean)} and image_std "
-            f"{list(std)}; each must have three numbers, in preprocessor_config.json or processor_config.json"
-        )
-    return PreprocessCfg(image_size, mean, std)
+    image = processor.image_processor  # checked by `load_processor`
+    return PreprocessCfg(image_size, tuple(image.image_mean), tuple(image.image_std))
 
 
 def adapter_state(student: Student, parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -94,8 +94,10 @@ def _square_size(source: TeacherSource, key: str) -> int:
 def _require_colors(source: TeacherSource) -> None:
     for key, values in (("mean", source.mean), ("std", source.std)):
         numbers = isinstance(values, Sequence) and all(type(value) in (int, float) for value in values)
-        if not numbers or len(values) != 3 or (key == "std" and min(values) <= 0):
-            expected = "three numbers, for red, green and blue" + (", greater than 0" if key == "std" else "")
+        allowed = "greater than 0 and at most 1" if key == "std" else "from 0 to 1"
+        fits = numbers and all(v <= 1 and (v > 0 or (v == 0 and key == "mean")) for v in values)
+        if not fits or len(values) != 3:
+            expected = f"three numbers, for red, green and blue, {allowed} (for pixels from 0 to 1, not to 255)"
             raise ConfigError(f"teacher {source.name}: preprocess_cfg.{key} is {values!r}; it must be {expected}")
 
 
@@ -109,13 +111,13 @@ def _folder_source(folder: Path) -> TeacherSource:
     try:
         config = json.loads(config_file.read_text())
         model_config, _ = config["model_cfg"], config["model_cfg"]["vision_cfg"]["image_size"]
-    except (ValueError, KeyError, TypeError) as error:
+        preprocess = config.get("preprocess_cfg", {})
+        mean, std = preprocess.get("mean", OPENAI_MEAN), preprocess.get("std", OPENAI_STD)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"teacher {config_file} cannot be used ({type(error).__name__}: {error}); it must be a JSON object with "
             "model_cfg and preprocess_cfg, as open_clip writes it"
         ) from error
-    preprocess = config.get("preprocess_cfg", {})
-    mean, std = preprocess.get("mean", OPENAI_MEAN), preprocess.get("std", OPENAI_STD)
     return TeacherSource(str(config_file), model_config, folder / WEIGHTS_NAME, mean, std)
 
 

@@ -6,16 +6,17 @@ the prompt must be a prefix; the model learns the ids that follow.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
-from jinja2 import TemplateError
-
 from medalign.data.batches.spelling import Speller
+from medalign.data.samples.faults import as_bad_sample
 from medalign.data.samples.sample import BadSample
 from medalign.errors import ConfigError
 
 PROBE = "probe"
 _ANSWER = "zanswerz"
+_MARKER = re.compile(r"<[^<>\s]+>|\[/?[A-Z_]+\]")  # what templates write for a token: <|im_end|>, </s>, [/INST]
 _ANSWERS = (_ANSWER, "Yes", "1")  # a prompt must not merge with answers that begin like these
 
 
@@ -111,10 +112,9 @@ class Conversation:
     def _ids(self, images: int, question: str, answer: str | None = None) -> list[int]:
         """Ids of a prompt, or of a conversation up to the end of its turn if there is an answer."""
         mark = self._speller.mark
-        try:
-            text = self._render(images, mark(question), None if answer is None else mark(answer))
-        except (TemplateError, TypeError, ValueError) as error:
-            raise BadSample(f"the chat template rejects the text: {error}") from error
+        marked = mark(question), None if answer is None else mark(answer)
+        with as_bad_sample("the chat template rejects the text"):
+            text = self._render(images, *marked)
         if answer is not None:
             if not text.endswith(self._after):
                 raise BadSample(f"the chat template does not end this conversation with {self._after!r}")
@@ -132,13 +132,12 @@ class Conversation:
     def _probe_texts(self) -> tuple[str, str]:
         """Render a prompt and its conversation."""
         try:
-            prompt = self._render(1, PROBE)
-        except (TemplateError, TypeError) as error:
-            raise ConfigError(f"the chat template does not accept image and text content: {error}") from error
-        try:
-            return prompt, self._render(1, PROBE, _ANSWER)
-        except (TemplateError, TypeError) as error:
-            raise ConfigError(f"the chat template does not accept an assistant's turn: {error}") from error
+            with as_bad_sample("the chat template does not accept image and text content"):
+                prompt = self._render(1, PROBE)
+            with as_bad_sample("the chat template does not accept an assistant's turn"):
+                return prompt, self._render(1, PROBE, _ANSWER)
+        except BadSample as error:
+            raise ConfigError(f"{error}; change chat_template.jinja in the student's folder") from error
 
     def _probe_image(self, prompt: str) -> None:
         """Require that an image is rendered as one image token, with a question after it."""
@@ -160,6 +159,12 @@ class Conversation:
         if not found:
             raise ConfigError(f"the chat template omits the assistant's answer: {whole[:200]!r}")
         end = self._speller.first(tail)
+        if unknown := _MARKER.search(tail[: end.start()] if end else tail):
+            raise ConfigError(
+                f"the chat template ends an answer with {unknown.group()!r}, which is not a token of the tokenizer: "
+                "the model would not learn to end so. Add it to the tokenizer as a special token, or write its "
+                f"own ({self.tokenizer.eos_token!r}) in chat_template.jinja"
+            )
         return (tail, None) if end is None else (tail[end.end() :], self._speller.special[end[0]])
 
     def _probe_answers(self) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from medalign.contracts import IGNORE, Sample
 from medalign.data.batches.conversation import Conversation
+from medalign.data.samples.faults import as_bad_sample
 from medalign.data.samples.sample import BadSample, sample_context
 from medalign.errors import ConfigError
 
@@ -58,7 +59,11 @@ class PromptEncoder:
         max_images: int = 1,
         setting: str = "data.max_length",
     ) -> None:
-        self._conversation = Conversation(processor, image_token_id)
+        try:
+            with as_bad_sample("the student's tokenizer rejects what its chat template renders"):
+                self._conversation = Conversation(processor, image_token_id)
+        except BadSample as error:
+            raise ConfigError(f"{error}; correct tokenizer.json or chat_template.jinja in its folder") from error
         self.tokenizer: Any = self._conversation.tokenizer
         self.image_token_id = image_token_id
         self.tokens_per_image = tokens_per_image

@@ -11,6 +11,7 @@ import re
 from functools import cached_property
 from typing import Any
 
+from medalign.data.samples.faults import as_bad_sample
 from medalign.data.samples.sample import BadSample
 
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"
@@ -57,13 +58,11 @@ class Speller:
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a rendered text. Raises BadSample if the tokenizer rejects it."""
-        try:
+        with as_bad_sample("the student's tokenizer cannot read the text"):
             if _OPEN not in text:
                 # verbose=False suppresses warnings about texts that exceed the length of the model; they are cut later.
                 return list(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
             return self._encode_fast(text) if self._tokenizer.is_fast else self._encode_slow(text)
-        except (TypeError, ValueError) as error:
-            raise BadSample(f"the student's tokenizer cannot read the text ({error})") from error
 
     def _encode_fast(self, text: str) -> list[int]:
         twin, original = self._twin

@@ -11,24 +11,9 @@ from jinja2 import TemplateError
 from PIL import Image
 
 from medalign.data.samples.bad_sample import BadSample
+from medalign.errors import from_library
 
-_FOREIGN = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    BufferError,
-    EOFError,
-    Image.DecompressionBombError,
-    LookupError,
-    OSError,
-    RuntimeError,  # includes RecursionError and NotImplementedError
-    SyntaxError,
-    TemplateError,
-    TypeError,
-    ValueError,
-    struct.error,
-    zlib.error,
-)
+_FOREIGN = (Image.DecompressionBombError, TemplateError, struct.error, zlib.error)
 
 
 @contextmanager
@@ -43,8 +28,7 @@ def as_bad_sample(subject: str = "") -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        # Libraries written in Rust, such as tokenizers, raise plain Exception.
-        if not isinstance(error, _FOREIGN) and type(error) is not Exception:
+        if not from_library(error, *_FOREIGN):
             raise
         prefix = f"{subject}: " if subject else ""
         raise BadSample(f"{prefix}it cannot be used ({type(error).__name__}: {error})") from error

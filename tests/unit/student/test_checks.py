@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
+import math
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
     CLIPImageProcessor,
@@ -25,7 +28,6 @@ from transformers import (
 from medalign.config import StudentConfig
 from medalign.errors import ConfigError
 from medalign.student.checks import check_student
-from medalign.student.loading import preprocess_cfg
 from tests import tiny
 
 Edit = Callable[[Path], None]
@@ -64,6 +66,24 @@ def without(part: str) -> Edit:
             del state[name]
 
     return weights(drop)
+
+
+def written(name: str, text: str) -> Edit:
+    return lambda folder: (folder / name).write_text(text) and None
+
+
+def as_pickle(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def with_foreign(state: dict[str, Any]) -> None:
+    state["vision_tower.expert.weight"] = torch.zeros(2)
+
+
+def with_old_buffers(state: dict[str, Any]) -> None:
+    """Buffers that older versions of transformers saved."""
+    state["vision_tower.embeddings.position_ids"] = torch.arange(17)[None]
+    state["language_model.model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
 
 
 def shortened_head(state: dict[str, Any]) -> None:
@@ -123,6 +143,52 @@ BROKEN: dict[str, tuple[Edit, str]] = {
     ),
     "no tower weights": (without("vision_tower"), r"39 of its weights are not in .*vision_tower.* and \d+ more; save"),
     "no head": (without("lm_head"), r"1 of its weights are not in .*: lm_head.weight; save"),
+    "more blocks": (
+        edited("config.json", text__num_hidden_layers=2),
+        r"config.json does not describe its safetensors files: 9 of their weights .* and 5 more; correct config.json",
+    ),
+    "more blocks of the tower": (
+        edited("config.json", vision__num_hidden_layers=1),
+        r"does not describe its safetensors files: 16 of their weights .*vision_tower.*layers.1.",
+    ),
+    "foreign weight": (weights(with_foreign), r"1 of their weights do not exist .*: \S*expert.weight; correct"),
+    "tied, but saved apart": (
+        edited("config.json", tie_word_embeddings=True),
+        r"ties lm_head.weight to \S*embed_tokens.weight .*but the two differ .*set tie_word_embeddings to false",
+    ),
+    "bitsandbytes": (
+        edited("config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
+        "config.json: quantization_config is 'bitsandbytes': quantized students are not supported",
+    ),
+    "GPTQ of the language model": (
+        edited("config.json", text__quantization_config={"quant_method": "gptq", "bits": 4}),
+        "text_config.quantization_config is 'gptq': quantized students are not supported",
+    ),
+    "unknown quantization": (edited("config.json", quantization_config={"quant_method": "zzz"}), "'zzz': quantized"),
+    "patches of 0": (
+        edited("config.json", vision__patch_size=0),
+        "vision_config.patch_size is 0; it must be at least 1",
+    ),
+    "no heads": (edited("config.json", text__num_attention_heads=0), "text_config.num_attention_heads is 0; it must"),
+    "no key heads": (edited("config.json", text__num_key_value_heads=0), "num_key_value_heads is 0; it must"),
+    "activation": (
+        edited("config.json", text__hidden_act="zzz"),
+        "config.json: text_config.hidden_act is 'zzz', which transformers does not know",
+    ),
+    "dtype": (edited("config.json", dtype="float99"), "config.json: dtype is 'float99', which is not a type of torch"),
+    "null": (written("config.json", "null"), "config.json contains null, not an object with settings; copy"),
+    "tokenizer settings": (written("tokenizer_config.json", "[]"), "tokenizer_config.json contains a list, not an"),
+    "processor settings": (written("processor_config.json", "[]"), "processor_config.json contains a list, not an"),
+    "empty tokenizer": (written("tokenizer.json", "{}"), "tokenizer.json is damaged, or written by another version"),
+    "list for a tokenizer": (written("tokenizer.json", "[]"), "tokenizer.json contains a list, not an object"),
+    "tokenizer of another version": (edited("tokenizer.json", version="9.0"), "another version .*'9.0' at line 1"),
+    "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json is missing; copy it"),
+    "LFS": (
+        written("model.safetensors", "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"),
+        "model.safetensors is a pointer of Git LFS, not the file itself; run `git lfs pull`",
+    ),
+    "pickle": (as_pickle, "its weights are in pytorch_model.bin, a pickle, .*; convert them to safetensors"),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "it has no model.safetensors; copy"),
     "head of another size": (
         weights(shortened_head),
         r"1 of its weights do not have the shape .*: lm_head.weight \[257, 32\], expected \[260, 32\]",
@@ -201,10 +267,50 @@ def test_tied_weights_are_not_missing(tmp_path: Path) -> None:
     assert isinstance(processor.image_processor, CLIPImageProcessor)
 
 
-def test_a_processor_without_a_complete_mean(student: Path) -> None:
-    edited(
-        "processor_config.json", image_processor={"image_processor_type": "CLIPImageProcessor", "image_mean": [0.5]}
-    )(student)
-    _, processor = check_student(config(student))
-    with pytest.raises(ConfigError, match=r"CLIPImageProcessor\) has image_mean \[0.5\] and image_std \[0.2.*three"):
-        preprocess_cfg(processor, 32)
+def test_tied_weights_may_be_saved_twice(student: Path) -> None:
+    def alike(state: dict[str, Any]) -> None:
+        state["language_model.lm_head.weight"] = state["language_model.model.embed_tokens.weight"].clone()
+
+    weights(alike)(student)
+    edited("config.json", tie_word_embeddings=True)(student)
+    check_student(config(student))
+
+
+def test_tied_weights_that_differ_in_several_files(student: Path) -> None:
+    model = LlavaForConditionalGeneration.from_pretrained(student)
+    (student / "model.safetensors").unlink()
+    model.save_pretrained(student, max_shard_size="30KB")
+    assert len(list(student.glob("*.safetensors"))) > 2
+    check_student(config(student))
+    edited("config.json", tie_word_embeddings=True)(student)
+    with pytest.raises(ConfigError, match="but the two differ in its safetensors files"):
+        check_student(config(student))
+
+
+def test_buffers_that_transformers_leaves_out_are_not_foreign(student: Path) -> None:
+    weights(with_old_buffers)(student)
+    check_student(config(student))
+
+
+@pytest.mark.parametrize(
+    ("key", "values", "wanted"),
+    [
+        ("image_mean", [0.5], "from 0 to 1"),
+        ("image_mean", [123, 117, 104], "from 0 to 1 .*not to 255"),
+        ("image_mean", ["a", "b", "c"], "three numbers"),
+        ("image_mean", [math.nan, 0.5, 0.5], "from 0 to 1"),
+        ("image_mean", [-0.1, 0.5, 0.5], "from 0 to 1"),
+        ("image_std", [0, 0, 0], "greater than 0 and at most 1"),
+        ("image_std", [0, 0.2, 0.2], "greater than 0 and at most 1"),
+        ("image_std", [0.2, 0.2, math.inf], "greater than 0 and at most 1"),
+        ("image_std", [58, 57, 57], "greater than 0 and at most 1"),
+        ("image_std", [True, 0.2, 0.2], "three numbers"),
+    ],
+)
+def test_colors_that_are_not_numbers_of_pixels(student: Path, key: str, values: list[Any], wanted: str) -> None:
+    edited("processor_config.json", image_processor={"image_processor_type": "CLIPImageProcessor", key: values})(
+        student
+    )
+    message = rf"student: {key} is {re.escape(repr(values))} in processor_config.json; it must be .*{wanted}"
+    with pytest.raises(ConfigError, match=message):
+        check_student(config(student))

@@ -1,4 +1,5 @@
 import json
+import math
 import pickle
 
 import open_clip
@@ -172,6 +173,9 @@ def test_unsupported_and_missing_teachers_are_errors(folder, tmp_path):
         ("preprocess_cfg", {"mean": [0.5]}, r"preprocess_cfg.mean is \[0.5\]; it must be three numbers"),
         ("preprocess_cfg", {"mean": 0.5}, "preprocess_cfg.mean is 0.5"),
         ("preprocess_cfg", {"std": [0.2, 0.2, 0]}, "preprocess_cfg.std is .* greater than 0"),
+        ("preprocess_cfg", {"std": [0.2, 0.2, math.nan]}, "preprocess_cfg.std is .* greater than 0 and at most 1"),
+        ("preprocess_cfg", {"std": [58, 57, 57]}, "preprocess_cfg.std is .* not to 255"),
+        ("preprocess_cfg", {"mean": [123, 117, 104]}, "preprocess_cfg.mean is .* from 0 to 1 .* not to 255"),
     ],
 )
 def test_the_error_of_an_unusable_config_names_file_and_key(folder, section, changes, message):
@@ -194,7 +198,12 @@ def test_a_tower_trained_without_its_class_token_is_rejected(make_folder, pool):
         load_teacher(make_folder(vision_cfg=vision))
 
 
-@pytest.mark.parametrize("text", ["{", "{}", '{"model_cfg": {}}', "[]", '{"model_cfg": {"vision_cfg": [1]}}'])
+NO_PREPROCESSING = '{"model_cfg": {"vision_cfg": {"image_size": 48}}, "preprocess_cfg": null}'
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "{}", '{"model_cfg": {}}', "[]", '{"model_cfg": {"vision_cfg": [1]}}', NO_PREPROCESSING]
+)
 def test_an_invalid_config_is_rejected(folder, text):
     (folder / CONFIG_NAME).write_text(text)
     with pytest.raises(ConfigError, match=f"{CONFIG_NAME} cannot be used"):

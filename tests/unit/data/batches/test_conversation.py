@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,13 @@ def test_a_generation_prompt_that_ends_with_a_space_is_refused(form: str) -> Non
 def test_a_template_without_a_turn_that_continues_the_prompt(template: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         conversation(chatml(template))
+
+
+@pytest.mark.parametrize("end", ["<|im_done|>", "<|im_done|></s>", "<end_of_turn>\n", "[/DONE]"])
+def test_an_end_that_is_not_a_token_is_refused(end: str) -> None:
+    message = re.escape(repr(end.removesuffix("</s>").strip()))
+    with pytest.raises(ConfigError, match=f"ends an answer with {message}, which is not a token of the tokenizer"):
+        conversation(chatml(CHATML.replace("<|im_end|>", end)))
 
 
 def test_the_turn_ends_as_the_template_ends_it() -> None:
@@ -223,7 +231,7 @@ def test_a_text_that_no_tokenizer_takes() -> None:
 def test_a_template_that_refuses_a_text() -> None:
     refuse = "{% if 'no' in messages[0]['content'][1]['text'] %}{{ raise_exception('no no') }}{% endif %}"
     ours = conversation(chatml(CHATML + refuse))
-    with pytest.raises(BadSample, match="the chat template rejects the text: no no"):
+    with pytest.raises(BadSample, match="the chat template rejects the text: .*no no"):
         ours.prompt(1, "is it no?")
 
 
@@ -289,3 +297,19 @@ def test_the_packaged_students_tokens_are_what_they_were(limit: int, digest: str
     one = encoder.encode(sample("Which side is the pleural effusion on?", "left"), with_answer=True)
     asked = [202, 339, 361, 272, 262, 441, 420, 360, 34, 1469, 29]
     assert one.input_ids == [1, 800, 29, 224, *[3] * 64, *asked, 286, 2]
+
+
+def test_a_template_that_divides_by_zero() -> None:
+    broken = tiny.tokenizer()
+    broken.chat_template = "{{ 1 / 0 }}"
+    with pytest.raises(ConfigError, match=r"accept image and text content: .*division by zero\); change chat_template"):
+        conversation(broken)
+
+
+def test_a_tokenizer_without_a_token_for_the_unknown() -> None:
+    words = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel({"<image>": 0, "</s>": 1}, unk_token="<unk>")), eos_token="</s>"
+    )
+    words.chat_template = tiny.TEMPLATE
+    with pytest.raises(ConfigError, match=r"rejects what its chat template renders: .*UNK.*; correct tokenizer"):
+        PromptEncoder(words, image_token_id=0, tokens_per_image=16, max_length=100)
