@@ -26,6 +26,14 @@ _HINTS = {
     "train.max_grad_norm": "0 disables clipping",
 }
 
+# Where jsonargparse's messages show the value that is refused; the first that is found is the value as it was written.
+_REFUSED = (
+    r"Given value: (.+)",
+    r"Got value: (.+)",
+    r"(\S+) does not conform",
+    r"(?:invalid literal|could not convert).*: '(.*)'",
+)
+
 
 def load(recipe: str, overrides: Sequence[str] = (), *, models: bool = True) -> Config:
     """The settings of a recipe after dotted overrides.
@@ -101,7 +109,7 @@ def _explain(message: str) -> str:
     """jsonargparse's message in one line; for a value that is refused, its key, its value and what is allowed only."""
     key = re.search(r'[Kk]ey "([\w.]+)"', message)
     rule = re.search(r"does not conform to restriction (v.+)", message)
-    value = re.search(r"(?:Given|Got) value: (.+)", message) or re.search(r"(\S+) does not conform", message)
+    value = next((found for pattern in _REFUSED if (found := re.search(pattern, message))), None)
     if not (key and value and key[1] in all_keys()):
         return " ".join(message.split())
     must = re.sub(r"v(<=|>=|<|>)", r"\1 ", rule[1]) if rule else _describe_type(_type_of(key[1]))

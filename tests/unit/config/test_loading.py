@@ -40,7 +40,7 @@ def test_the_dump_is_complete_and_reads_back(recipe, tmp_path):
         (["--train.stps", "5"], "'train.stps' in the command line; the nearest known key is 'train.steps'"),
         (["--train.steps", "many"], "^the command line: train.steps is many; it must be a whole number or null$"),
         (["--train.steps", "1e3"], "^the command line: train.steps is 1e3; it must be a whole number or null$"),
-        (["--train.epochs", "nan"], "^the command line: train.epochs is nan; it must be a number or null$"),
+        (["--train.epochs", "nan"], "^the command line: train.epochs is nan; it must be > 0 and < inf"),
         (["--student.lora.rank", "x"], "^the command line: student.lora.rank is x; it must be a whole number$"),
         (["--student.steering", "2"], "^the command line: student.steering is 2; it must be true or false$"),
         (["--data.weights", "a"], "^the command line: data.weights is a; it must be a list, each item a number$"),
