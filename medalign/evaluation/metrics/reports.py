@@ -35,6 +35,7 @@ def signed_bleu(predictions: Sequence[str], references: Sequence[str], resamples
     The tokens are those of 13a after `tokens.separate`, which changes nothing in English. Where the references have
     something to separate, the signature says `tok:13a+characters`. Standard BLEU is 0 for a corpus without any text of
     four tokens. That stays so for references in ASCII letters; for others the n-grams that exist count (`eff:yes`).
+    A corpus that equals its references is 100 in every script, however short its texts are.
     """
     from sacrebleu.metrics import BLEU
 
@@ -47,7 +48,8 @@ def signed_bleu(predictions: Sequence[str], references: Sequence[str], resamples
     def points(counts_SK: np.ndarray) -> float:
         *counts, given, wanted = counts_SK.sum(0).tolist()
         right, total = counts[:4], counts[4:]
-        return float(BLEU.compute_bleu(right, total, given, wanted, "exp", effective_order=others).score)
+        equal = right == total and given == wanted  # standard BLEU has no other corpus of this kind but for 0 or 100
+        return float(BLEU.compute_bleu(right, total, given, wanted, "exp", effective_order=others or equal).score)
 
     draw = np.random.default_rng(0)  # the same texts give the same interval
     drawn = [points(counts_SK[draw.integers(0, len(found), len(found))]) for _ in range(resamples)]
