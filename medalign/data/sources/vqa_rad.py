@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from medalign.distributed import log
 
 QUESTIONS = "VQA_RAD Dataset Public.json"
 IMAGES = "VQA_RAD Image Folder"
+_PUBLISHED = {"freeform": "train", "para": "train", "test_freeform": "test", "test_para": "test"}  # by phrase_type
 
 LAYOUT = """\
 VQA_RAD Dataset Public.json    the questions
@@ -40,17 +42,26 @@ def items(folder: Path, chosen: Chosen) -> Iterator[Item | Refused]:
         try:
             row = entry.fields()
             image = require_name(row, "image_name")
+            rows[number] = {**row, "published_split": _published_split(row)}
         except BadSample as error:
             yield Refused(entry.place, str(error))
             continue
-        rows[number] = row
         # One case has several images in places; its address is the same for them.
         cases.add([text(row.get("image_case_url")) or image, image])
     for number, row in rows.items():
-        published = "test" if text(row.get("phrase_type")).startswith("test") else "train"
         parted = share_split(cases.name(row["image_name"]), chosen["test_share"])
-        split = parted if chosen["split"] == "image" else published
-        yield Item(split, f"vqarad-{number:04d}", {**row, "published_split": published})
+        split = parted if chosen["split"] == "image" else row["published_split"]
+        yield Item(split, f"vqarad-{number:04d}", row)
+
+
+def _published_split(row: dict[str, Any]) -> str:
+    """Raises BadSample for a phrase_type that names none: a test question must not enter train."""
+    given = row.get("phrase_type")
+    if (name := text(given).lower()) not in _PUBLISHED:
+        raise BadSample(
+            f"phrase_type is {reprlib.repr(given)}, which tells no split; known are {', '.join(_PUBLISHED)}"
+        )
+    return _PUBLISHED[name]
 
 
 def record(folder: Path, item: Item, _chosen: Chosen) -> Record:
