@@ -52,6 +52,7 @@ def missing(folder: Path, chosen: Chosen) -> list[str]:
 
 def items(folder: Path, chosen: Chosen) -> Iterator[Item | Refused]:
     files = _files(folder, chosen)
+    _require_own_names(files)
     for path in files:
         entries = read_entries(path)
         read = [entry.value for entry in entries if not entry.problem]
@@ -68,6 +69,16 @@ def items(folder: Path, chosen: Chosen) -> Iterator[Item | Refused]:
             splits = _splits_by_image(folder, conversations, chosen["test_share"])
         for one, split in zip(conversations, splits, strict=True):
             yield from _samples(one, split, _key_of(path))
+
+
+def _require_own_names(files: Sequence[Path]) -> None:
+    """Raises DataError where the split or the keys of two files would have the same name."""
+    for name_of in (_split_of, _key_of):
+        first: dict[str, Path] = {}
+        for path in files:
+            other = first.setdefault(name_of(path), path)
+            if other is not path:
+                raise DataError(f"{other} and {path} would both be written as {name_of(path)!r}; rename one of them")
 
 
 @dataclass(frozen=True)
