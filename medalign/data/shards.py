@@ -16,7 +16,7 @@ members of a sample may stand apart, or be links to other members. Fields of the
     task         "vqa" or "report"
     question     what is asked; needed for vqa; for report "" asks the default prompt
     answer       needed for vqa
-    answer_type  "closed", "open", or "" where it is not known (and for report)
+    answer_type  "closed", "open", or "" where it is not known (and for report), in letters of any size
     report       the text to be written; needed for report
     boxes        [[x0, y0, x1, y1], ...] in pixels of the (first) image as stored and upright; may be empty
     split, case, and anything else  kept as they are, as the sample's metadata

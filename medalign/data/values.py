@@ -12,7 +12,8 @@ from typing import Any
 
 MOST_LEVELS = 64  # of lists and objects within each other
 
-_NO_TEXT = re.compile("[\0\ud800-\udfff]")
+MARKS = "\ufdd0\ufdd1"  # noncharacters, which `spelling` puts around a text's special tokens
+_NO_TEXT = re.compile(f"[\0\ud800-\udfff{MARKS}]")
 
 
 def fault(value: Any, *, numbers: bool = True) -> str | None:
@@ -25,8 +26,7 @@ def fault(value: Any, *, numbers: bool = True) -> str | None:
     while waiting:
         one, level = waiting.pop()
         if isinstance(one, str) and (found := _NO_TEXT.search(one)):
-            code = ord(found[0])
-            return f"holds half a character (U+{code:04X})" if code else "holds the character NUL (U+0000)"
+            return f"holds {_named(found[0])} (U+{ord(found[0]):04X})"
         if numbers and isinstance(one, int | float) and not abs(one) <= sys.float_info.max:
             return f"holds {_shown(one)}, which is not a number that can be used"
         if isinstance(one, dict | list | tuple):
@@ -35,6 +35,12 @@ def fault(value: Any, *, numbers: bool = True) -> str | None:
             inner = [*one.keys(), *one.values()] if isinstance(one, dict) else one
             waiting += [(item, level + 1) for item in reversed(inner)]
     return None
+
+
+def _named(character: str) -> str:
+    if character in MARKS:
+        return "a noncharacter of Unicode"
+    return "half a character" if ord(character) else "the character NUL"
 
 
 def _shown(number: float) -> str:

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from medalign.data.image_tags import TAG, check_count, strip_tags
+from medalign.data.image_tags import check_count, strip_tags
 from medalign.data.records import Record, Refused
-from medalign.data.samples import BadSample
+from medalign.data.samples import BadSample, normalize_answer_type
 from medalign.data.sources.annotations import decode_utf8, encoding_problem, parse_json
 from medalign.data.sources.files import lacking, read_bytes, read_pictures
 from medalign.data.sources.grouped_split import Line, assign_splits
@@ -112,8 +112,7 @@ def _parse(line: bytes) -> dict[str, Any]:
         raise BadSample(f"split is {split!r}; it names a folder, such as 'train'")
     if not isinstance(row.get("id"), str) or not row["id"]:
         raise BadSample(f"id is {row.get('id')!r}; each line needs a text that is its own")
-    given = row.get("answer_type")  # many write CLOSED or Open
-    return {**row, "answer_type": given.strip().lower()} if isinstance(given, str) else row
+    return normalize_answer_type(row)
 
 
 def record(folder: Path, item: Item, _chosen: Chosen) -> Record:
@@ -121,15 +120,10 @@ def record(folder: Path, item: Item, _chosen: Chosen) -> Record:
     if "image" not in row and "images" not in row:
         raise BadSample("no image is named; write null for a question without image")
     names = _images(row)
-    tags = 0
-    for name in ("question", "answer", "report"):
-        if isinstance(row.get(name), str):
-            stripped, count = strip_tags(row[name])
-            if count and name != "question":
-                raise BadSample(f"{TAG} stands in the {name}")
-            row[name] = stripped.strip() if count else row[name]
-            tags += count
-    check_count(tags, len(names))
+    if isinstance(row.get("question"), str):
+        stripped, tags = strip_tags(row["question"])
+        check_count(tags, len(names))
+        row["question"] = stripped.strip() if tags else row["question"]
     mask = read_bytes(folder, row["mask"], "mask") if row.get("mask") else None
     return Record(item.key, read_pictures(folder, names) if names else (), row, mask)
 
