@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from medalign.data.records import Refused
 from medalign.data.samples import BadSample
 from medalign.data.sources.image_fields import named_images
-from medalign.data.sources.splitting import Groups, canonical_path, share_split
+from medalign.data.sources.splitting import Groups, canonical_path, share_split, warn_of_empty_splits
 from medalign.data.sources.texts import field
 from medalign.distributed import log
 
@@ -49,9 +49,13 @@ def assign_splits(
         if line.row.get("split"):
             given.setdefault(groups.name(member), set()).add(line.row["split"])
     _warn(kept, given)
+    names = {groups.name(member) for _, member in kept}
+    divided = {name: share_split(name, test_share, val_share) for name in names if name not in given}
+    named = {f"{name} in {split}": split for name, splits in given.items() for split in splits}
+    warn_of_empty_splits(divided | named if divided else {}, test_share, val_share)
     for line, member in kept:
         group = groups.name(member)
-        yield _with_split(line, sorted(given.get(group) or {share_split(group, test_share, val_share)}))
+        yield _with_split(line, sorted(given.get(group) or {divided[group]}))
 
 
 def _with_split(line: Line, splits: list[str]) -> Line | Refused:

@@ -18,7 +18,7 @@ from medalign.data.sources.annotations import read_csv
 from medalign.data.sources.files import first_folder, lacking, read_pictures
 from medalign.data.sources.reports import SECTIONS, VIEWS, report_text
 from medalign.data.sources.source import Chosen, Item, Setting, Source
-from medalign.data.sources.splitting import share, share_split
+from medalign.data.sources.splitting import share, share_split, warn_of_empty_splits
 from medalign.data.sources.texts import text
 
 REPORTS = "ecgen-radiology"
@@ -48,6 +48,7 @@ def missing(folder: Path, _chosen: Chosen) -> list[str]:
 def items(folder: Path, chosen: Chosen) -> Iterator[Item | Refused]:
     paths = sorted((folder / REPORTS).glob("*.xml"), key=lambda path: (len(path.stem), path.stem))
     frontal = _frontal(folder / PROJECTIONS)
+    splits: dict[str, str] = {}  # of each study
     for path in paths:
         try:
             study = _parse(path)
@@ -57,9 +58,10 @@ def items(folder: Path, chosen: Chosen) -> Iterator[Item | Refused]:
         samples = _samples(study["case"], study.pop("pictures"), frontal, chosen["views"])
         if not samples:
             yield Refused(study["case"], "report names no image, or no frontal one")
-        split = share_split(study["case"], chosen["test_share"])
+        split = splits[study["case"]] = share_split(study["case"], chosen["test_share"])
         for number, image in enumerate(samples):
             yield Item(split, f"{study['case']}-{number}", {**study, "image": image})
+    warn_of_empty_splits(splits, chosen["test_share"])
 
 
 def _frontal(table: Path) -> set[tuple[str, str]] | None:

@@ -15,7 +15,7 @@ from medalign.data.sources.annotations import read_entries
 from medalign.data.sources.conversations import Turn, holds_conversation, parse_entry
 from medalign.data.sources.files import first_folder, read_pictures
 from medalign.data.sources.source import Chosen, Item, Setting, Source
-from medalign.data.sources.splitting import Groups, canonical_path, share, share_split
+from medalign.data.sources.splitting import Groups, canonical_path, share, share_split, warn_of_empty_splits
 from medalign.data.sources.texts import as_text, text
 from medalign.errors import DataError
 
@@ -106,7 +106,9 @@ def _splits_by_image(folder: Path, conversations: Sequence[_Conversation], test_
         names = [name for name in one.images if isinstance(name, str)]
         members.append([canonical_path(images, name, os.path.abspath(folder)) for name in names] or [one.case])
         groups.add(members[-1])
-    return [share_split(groups.name(names[0]), test_share) for names in members]
+    splits = {name: share_split(name, test_share) for name in (groups.name(names[0]) for names in members)}
+    warn_of_empty_splits(splits, test_share)
+    return [splits[groups.name(names[0])] for names in members]
 
 
 def _samples(one: _Conversation, split: str, prefix: str) -> Iterator[Item]:

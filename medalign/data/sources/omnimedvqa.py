@@ -12,7 +12,7 @@ from medalign.data.samples import BadSample
 from medalign.data.sources.annotations import read_entries
 from medalign.data.sources.files import read_picture, require_name
 from medalign.data.sources.source import Chosen, Item, Setting, Source
-from medalign.data.sources.splitting import share, share_split
+from medalign.data.sources.splitting import share, share_split, warn_of_empty_splits
 from medalign.data.sources.texts import field, text
 
 LAYOUT = """\
@@ -42,6 +42,7 @@ def missing(folder: Path, chosen: Chosen) -> list[str]:
 
 
 def items(folder: Path, chosen: Chosen) -> Iterator[Item | Refused]:
+    test_share, splits = chosen["test_share"], dict[str, str]()  # the split of each image
     for path in _files(folder, chosen["access"]):
         for number, entry in enumerate(read_entries(path)):
             try:
@@ -51,7 +52,10 @@ def items(folder: Path, chosen: Chosen) -> Iterator[Item | Refused]:
                 yield Refused(entry.place, str(error))
                 continue
             key = "_".join(f"omni-{path.stem}-{number:06d}".replace(".", "_").split())
-            yield Item(share_split(normpath(row["image_path"]), chosen["test_share"]), key, row)
+            image = normpath(row["image_path"])
+            splits[image] = share_split(image, test_share)
+            yield Item(splits[image], key, row)
+    warn_of_empty_splits(splits, test_share)
 
 
 def record(folder: Path, item: Item, _chosen: Chosen) -> Record:

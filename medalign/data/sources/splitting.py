@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+
+from medalign.distributed import log
 
 
 class Groups:
@@ -58,6 +60,22 @@ def share_split(case: str, test_share: float, val_share: float = 0.0) -> str:
     if place < test_share:
         return "test"
     return "val" if place < test_share + val_share else "train"
+
+
+def warn_of_empty_splits(splits: Mapping[str, str], test_share: float, val_share: float = 0.0) -> None:
+    """A warning for each split that has a share but no group.
+
+    Args:
+        splits: of each group that was divided, by its name.
+    """
+    shares = {"train": round(1 - test_share - val_share, 9), "val": val_share, "test": test_share}
+    for name, part in shares.items():
+        if splits and part and name not in splits.values():
+            log.warning(
+                "the split %s is empty: of %d groups (images or cases that stay together) none falls into its share of "
+                "%g; choose other shares, or name the splits yourself",
+                *(name, len(splits), part),
+            )
 
 
 def unit_hash(name: str) -> float:

@@ -12,7 +12,7 @@ from medalign.data.samples import BadSample
 from medalign.data.sources.annotations import read_entries
 from medalign.data.sources.files import lacking, read_picture, require_name
 from medalign.data.sources.source import Chosen, Item, Setting, Source
-from medalign.data.sources.splitting import Groups, share, share_split
+from medalign.data.sources.splitting import Groups, share, share_split, warn_of_empty_splits
 from medalign.data.sources.texts import field, text
 from medalign.distributed import log
 
@@ -48,9 +48,12 @@ def items(folder: Path, chosen: Chosen) -> Iterator[Item | Refused]:
             continue
         # One case has several images in places; its address is the same for them.
         cases.add([text(row.get("image_case_url")) or image, image])
+    names = {number: cases.name(row["image_name"]) for number, row in rows.items()}
+    parted = {name: share_split(name, chosen["test_share"]) for name in names.values()}
+    if chosen["split"] == "image":
+        warn_of_empty_splits(parted, chosen["test_share"])
     for number, row in rows.items():
-        parted = share_split(cases.name(row["image_name"]), chosen["test_share"])
-        split = parted if chosen["split"] == "image" else row["published_split"]
+        split = parted[names[number]] if chosen["split"] == "image" else row["published_split"]
         yield Item(split, f"vqarad-{number:04d}", row)
 
 
