@@ -1,7 +1,8 @@
 """DICOM pictures as a radiologist's screen shows them; of all tags, only those that say how to show pixels are used.
 
-Not applied are overlays (groups 60xx), shutters, ICC profiles and presentation states. What has no branch here is
-refused by name: a guess would be a wrong picture that nobody notices.
+Not applied are overlays (groups 60xx), shutters, ICC profiles, presentation states, PixelAspectRatio, and a
+WindowCenter or WindowWidth without the other. What has no branch here is refused by name: a guess would be a wrong
+picture that nobody notices.
 
 The only file that imports pydicom, which is optional.
 """
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from medalign.data.code_streams import JPEG, JPEG_2000, read_code_stream
 from medalign.data.dicom_gray import DicomError, eight_bit, require_little_endian, shown_gray, stored_value
 
 _GRAY = ("MONOCHROME1", "MONOCHROME2")
@@ -57,7 +59,7 @@ def picture_size(data: bytes) -> tuple[int, int]:
 def has_several_frames(data: bytes) -> bool:
     """Whether there are frames that `picture` does not show. Raises DicomError."""
     with _refusing("its frames cannot be counted"):
-        return int(_read(data, header_only=True).get("NumberOfFrames") or 1) != 1
+        return int(_read(data, header_only=True).get("NumberOfFrames") or 1) != 1 or _holds_several(_read(data))
 
 
 def picture(data: bytes) -> Image.Image:
@@ -73,6 +75,7 @@ def picture(data: bytes) -> Image.Image:
         study = _read(data)
         _set_transfer_syntax(study)
         interpretation = _interpretation(study)
+        _check_stored(study)
         if interpretation in _GRAY:
             frames = _frame(study), lambda: _frame(study, correct_unused_bits=False)
             return Image.fromarray(shown_gray(study, *frames))
@@ -146,23 +149,66 @@ def _color(study: Any) -> np.ndarray:
     return eight_bit(values, 2 ** int(study.BitsStored) - 1)
 
 
+def _check_stored(study: Any) -> None:
+    """Raises DicomError where bits or code stream differ from the tags, so that wrong pixels would come out."""
+    if "PixelData" not in study:
+        return
+    stored, high = int(study.BitsStored), int(study.get("HighBit", study.BitsStored - 1))
+    if high != stored - 1:
+        raise DicomError(f"its HighBit is {high} with BitsStored {stored}; only {stored - 1} is read")
+    if not study.file_meta.TransferSyntaxUID.is_compressed:
+        return
+    stream = read_code_stream(_first_frame(study))
+    if stream is None:
+        return
+    if (stream.width, stream.height) != (study.Columns, study.Rows):
+        raise DicomError(
+            f"its code stream has {stream.width} x {stream.height} pixels, not {study.Columns} x {study.Rows}"
+        )
+    if stream.precision > study.BitsAllocated:
+        raise DicomError(f"its code stream has {stream.precision} bits, but BitsAllocated is {study.BitsAllocated}")
+    unmarked = _is_lossy_jpeg(study) and stream.components == b"\1\2\3" and not stream.tells_colors
+    if unmarked and study.PhotometricInterpretation.strip() == "RGB":
+        raise DicomError("its JPEG is named RGB, but has no JFIF or Adobe marker that tells RGB from YCbCr")
+
+
+def _holds_several(study: Any) -> bool:
+    """Whether the bytes are those of more than one frame, for some writers leave NumberOfFrames out."""
+    from pydicom.encaps import generate_fragments
+    from pydicom.pixels.utils import get_expected_length
+
+    if "PixelData" not in study:
+        return False
+    if study["PixelData"].is_undefined_length:
+        return sum(part.startswith((JPEG, JPEG_2000)) for part in generate_fragments(study.PixelData)) > 1
+    one = get_expected_length(study)  # bytes, to which one is added where they are odd
+    return len(study.PixelData) >= max(one + one % 2 + 1, 2 * one)
+
+
+def _is_lossy_jpeg(study: Any) -> bool:
+    from pydicom.uid import JPEGBaseline8Bit, JPEGExtended12Bit
+
+    return study.file_meta.TransferSyntaxUID in (JPEGBaseline8Bit, JPEGExtended12Bit)
+
+
+def _first_frame(study: Any) -> bytes:
+    """The first frame as it is compressed."""
+    from pydicom.encaps import get_frame
+
+    offsets = study.get("ExtendedOffsetTable"), study.get("ExtendedOffsetTableLengths")
+    frames = int(study.get("NumberOfFrames") or 1)
+    return get_frame(study.PixelData, 0, extended_offsets=offsets if all(offsets) else None, number_of_frames=frames)
+
+
 def _marked_jpeg(study: Any) -> np.ndarray | None:
     """The frame as RGB if it is a JPEG whose own Adobe marker tells its colors; then libjpeg converts it.
 
     pydicom leaves that conversion in place and, by the tags, makes another of the outcome.
     """
-    from pydicom.encaps import get_frame
-    from pydicom.uid import JPEGBaseline8Bit, JPEGExtended12Bit
-
-    if study.file_meta.TransferSyntaxUID not in (JPEGBaseline8Bit, JPEGExtended12Bit):
+    if not _is_lossy_jpeg(study):
         return None
-    frame = get_frame(study.PixelData, 0, number_of_frames=int(study.get("NumberOfFrames") or 1))
-    image = Image.open(io.BytesIO(frame), formats=("JPEG",))
-    if "adobe_transform" not in image.info:
-        return None
-    if image.size != (study.Columns, study.Rows):
-        raise DicomError(f"its JPEG has {image.width} x {image.height} pixels, not {study.Columns} x {study.Rows}")
-    return np.asarray(image.convert("RGB"))
+    image = Image.open(io.BytesIO(_first_frame(study)), formats=("JPEG",))
+    return np.asarray(image.convert("RGB")) if "adobe_transform" in image.info else None
 
 
 def _through_palette(study: Any) -> np.ndarray:

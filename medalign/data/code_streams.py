@@ -1,0 +1,46 @@
+"""What a JPEG, JPEG-LS or JPEG 2000 code stream itself says of its pixels; DICOM's tags may say something else."""
+
+from __future__ import annotations
+
+import struct
+from typing import NamedTuple
+
+JPEG, JPEG_2000 = b"\xff\xd8", b"\xff\x4f\xff\x51"  # how they begin
+_JP2 = b"\x00\x00\x00\x0cjP  "  # a file around a JPEG 2000 code stream
+_SIZE = {*range(0xFFC0, 0xFFD0), 0xFFF7} - {0xFFC4, 0xFFC8, 0xFFCC}  # markers of the frame header; the last: JPEG-LS
+
+
+class CodeStream(NamedTuple):
+    """The header of one picture."""
+
+    width: int
+    height: int
+    precision: int  # bits per value of the first component
+    components: bytes  # the ids of a JPEG's components
+    tells_colors: bool  # whether a JPEG has a JFIF or Adobe marker, which tells what its components are
+
+
+def read_code_stream(data: bytes) -> CodeStream | None:
+    """The header, or None for bytes of another kind. Raises struct.error and IndexError for one that is cut."""
+    if data.startswith(JPEG):
+        return _jpeg(data)
+    start = data.find(JPEG_2000) if data.startswith(_JP2) else 0
+    if start < 0 or not data.startswith(JPEG_2000, start):
+        return None
+    right, bottom, left, top = struct.unpack_from(">4I", data, start + 8)
+    return CodeStream(right - left, bottom - top, (data[start + 42] & 0x7F) + 1, b"", False)
+
+
+def _jpeg(data: bytes) -> CodeStream:
+    place, told = len(JPEG), False
+    while True:
+        marker, length = struct.unpack_from(">HH", data, place)
+        if marker == 0xFFFF:  # the first byte only fills up
+            place += 1
+            continue
+        content = place + 4
+        if marker in _SIZE:
+            precision, height, width, count = struct.unpack_from(">BHHB", data, content)
+            return CodeStream(width, height, precision, data[content + 6 :: 3][:count], told)
+        told |= data.startswith((b"JFIF\0", b"Adobe"), content)
+        place += 2 + length
