@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from medalign.data.samples.image_tags import TAG, check_count, strip_tags
-from medalign.data.samples.sample import BadSample
+from medalign.data.samples.image_tags import check_count, strip_tags
+from medalign.data.samples.sample import BadSample, normalize_answer_type
 from medalign.data.shards.records import Record, Refused
 from medalign.datasets.annotations import decode_utf8, encoding_problem, parse_json
 from medalign.datasets.base import DatasetConverter, Item, Setting, Settings
@@ -115,8 +115,7 @@ def _parse(line: bytes) -> dict[str, Any]:
         raise BadSample(f"split is {split!r}; it names a folder, for example 'train'")
     if not isinstance(row.get("id"), str) or not row["id"]:
         raise BadSample(f"id is {row.get('id')!r}; each line needs a unique text")
-    given = row.get("answer_type")  # other tools also write CLOSED or Open
-    return {**row, "answer_type": given.strip().lower()} if isinstance(given, str) else row
+    return normalize_answer_type(row)
 
 
 def build_record(folder: Path, item: Item, _settings: Settings) -> Record:
@@ -124,15 +123,10 @@ def build_record(folder: Path, item: Item, _settings: Settings) -> Record:
     if "image" not in row and "images" not in row:
         raise BadSample("no image is named; write null for a question without an image")
     names = _images(row)
-    tags = 0
-    for name in ("question", "answer", "report"):
-        if isinstance(row.get(name), str):
-            stripped, count = strip_tags(row[name])
-            if count and name != "question":
-                raise BadSample(f"the {name} contains {TAG}")
-            row[name] = stripped.strip() if count else row[name]
-            tags += count
-    check_count(tags, len(names))
+    if isinstance(row.get("question"), str):
+        stripped, tags = strip_tags(row["question"])
+        check_count(tags, len(names))
+        row["question"] = stripped.strip() if tags else row["question"]
     mask = read_bytes(folder, row["mask"], "mask") if row.get("mask") else None
     return Record(item.key, read_pictures(folder, names) if names else (), row, mask)
 

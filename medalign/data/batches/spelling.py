@@ -12,8 +12,9 @@ from functools import cached_property
 from typing import Any
 
 from medalign.data.samples.sample import BadSample
+from medalign.data.samples.values import MARKS
 
-_OPEN, _CLOSE = "\ufdd0", "\ufdd1"
+_OPEN, _CLOSE = MARKS[0], MARKS[1]
 
 
 class Speller:

@@ -17,7 +17,7 @@ from medalign.contracts import Sample
 from medalign.data.samples import values
 from medalign.data.samples.bad_sample import BadSample, image_name, sample_context
 from medalign.data.samples.decode import decode_image, picture_header
-from medalign.data.samples.image_tags import check_count, strip_tags
+from medalign.data.samples.image_tags import TAG, check_count, strip_tags
 
 __all__ = [
     "ANSWER_TYPES",
@@ -28,9 +28,10 @@ __all__ = [
     "check_fields",
     "decode_image",
     "image_name",
-    "sample_context",
+    "normalize_answer_type",
     "parse_fields",
     "picture_header",
+    "sample_context",
     "to_sample",
 ]
 
@@ -54,7 +55,13 @@ def parse_fields(data: bytes) -> dict[str, Any]:
         raise BadSample(f"annotation is not JSON ({error})") from error
     if not isinstance(fields, dict):
         raise BadSample(f"annotation is a JSON {type(fields).__name__}, not an object")
-    return fields
+    return normalize_answer_type(fields)
+
+
+def normalize_answer_type(fields: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields with `answer_type` stripped and in lower case; other tools also write CLOSED or Open."""
+    given = fields.get("answer_type")
+    return {**fields, "answer_type": given.strip().lower()} if isinstance(given, str) else fields
 
 
 def check_fields(fields: dict[str, Any], size: tuple[int, int] | None, images: int) -> None:
@@ -82,6 +89,9 @@ def check_fields(fields: dict[str, Any], size: tuple[int, int] | None, images: i
         raise BadSample(f"question is {question!r}, which is not text")
     asked, tags = strip_tags(question)
     check_count(tags, images)
+    for name in ("answer", "report"):
+        if isinstance(text := fields.get(name), str) and strip_tags(text)[1]:
+            raise BadSample(f"the {name} contains {TAG}")
     if task == "vqa" and not asked.strip():
         raise BadSample(f"question is {question!r}, which contains no text; task vqa requires it")
     answer_type = fields.get("answer_type") or ""

@@ -60,6 +60,16 @@ ANNOTATIONS = {
     '{"task": "vqa", "question": "<image>\\n", "answer": "no"}': "question is",
     '{"task": "vqa", "question": "<ImageHere> is ?", "answer": "no"}': "'<ImageHere>'; write <image>",
     '{"task": "report", "question": "<image>", "report": "Clear."}': None,
+    '{"task": "vqa", "question": "is ?", "answer": "<image> no"}': "the answer contains <image>",
+    '{"task": "vqa", "question": "is ?", "answer": "<ImageHere> no"}': "'<ImageHere>'; write <image>",
+    '{"task": "report", "report": "Clear.\\n<image>"}': "the report contains <image>",
+    '{"task": "report", "report": "Clear.", "answer": "<image>"}': "the answer contains <image>",
+    '{"task": "vqa", "question": "is ?", "answer": "no \\ufdd0"}': "answer contains a noncharacter of Unicode (U+FDD0)",
+    '{"task": "report", "report": "Clear.\ufdd1"}': "report contains a noncharacter of Unicode (U+FDD1)",
+    f'{{{ASKED}, "case": ["\ufdd1"]}}': "case contains a noncharacter of Unicode (U+FDD1)",
+    f'{{{ASKED}, "answer_type": "CLOSED"}}': None,
+    f'{{{ASKED}, "answer_type": " Open\\n"}}': None,
+    f'{{{ASKED}, "answer_type": ["closed"]}}': "answer_type is ['closed']",
     f'{{{ASKED}, "answer_type": "perhaps"}}': "answer_type is 'perhaps'",
     '{"task": "segment"}': "task is 'segment'",
     f"{{{ASKED}": "not JSON",
@@ -113,6 +123,13 @@ def test_the_place_of_an_image_is_taken_out_of_a_question(tmp_path: Path) -> Non
     build_index(write(tmp_path / "a.tar", *members))
     index = ShardIndex.open(tmp_path)
     assert [index.read(i).question for i in range(2)] == ["is it clear ?", REPORT_PROMPT]
+
+
+def test_an_answer_type_in_capitals_is_read_alike(tmp_path: Path) -> None:
+    text = json.dumps({**record(1).fields, "boxes": [], "answer_type": " CLOSED"}).encode()
+    build_index(write(tmp_path / "a.tar", file("a.png", FILM), file("a.json", text)))
+    index = ShardIndex.open(tmp_path)
+    assert (index.answer_type(0), index.read(0).answer_type) == ("closed", "closed")
 
 
 def test_masks_are_checked_at_both_doors(tmp_path: Path) -> None:
@@ -173,7 +190,7 @@ VALUES = st.recursive(
 def test_what_passes_can_be_written_as_strict_json_in_utf8(value: Any) -> None:
     try:
         text = json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
-        writable = "\\u0000" not in text.decode()
+        writable = "\\u0000" not in text.decode() and not {*text.decode()} & {"\ufdd0", "\ufdd1"}
     except ValueError:
         writable = False
     assert (fault(value) is None) == writable
