@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from medalign.errors import DataError
 
+_LONGEST = 120  # characters of a name
+
 
 class BadSample(DataError):
     """This one sample cannot be used; its neighbours can. The message is the reason, or "shard/key: reason"."""
@@ -26,3 +28,9 @@ class naming:
 def image_name(number: int, images: int) -> str:
     """ "image 2 of 3" for number 1 of three images; "" for an only image, which needs no name."""
     return f"image {number + 1} of {images}" if images > 1 else ""
+
+
+def shown(name: str) -> str:
+    """A key or a file's name for a message: on one line, and of a long one its two ends."""
+    text = name if name.isprintable() else repr(name)[1:-1]
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]}...{text[-_LONGEST // 2 :]}"

@@ -19,6 +19,7 @@ from PIL import ExifTags, Image, ImageOps, TiffImagePlugin, UnidentifiedImageErr
 from medalign.data import dicom
 from medalign.data.bad_sample import BadSample
 from medalign.data.dicom import is_dicom
+from medalign.data.packings import pointer
 
 # Pillow's name of each format that is read -> the ending of its files
 FORMATS = {
@@ -74,7 +75,7 @@ def decode_image(data: bytes, at_least: int = 0) -> Image.Image:
     Raises BadSample if the bytes are not an image of a format in `FORMATS` or DICOM, end too early, or hold pixels
     that cannot be shown.
     """
-    with _bad_sample():
+    with _bad_sample(data):
         if is_dicom(data):
             return dicom.picture(data)
         image = _open(data)
@@ -87,7 +88,7 @@ def decode_image(data: bytes, at_least: int = 0) -> Image.Image:
 
 def decode_mask(data: bytes) -> Image.Image:
     """A mask as stored, upright: values, palette indices and transparency are left as they are. Raises BadSample."""
-    with _bad_sample():
+    with _bad_sample(data):
         return _upright(_open(data))
 
 
@@ -96,7 +97,7 @@ def picture_header(data: bytes) -> tuple[str, int, int]:
 
     Pixels are decoded only where a PNG may keep its orientation behind them. Raises BadSample.
     """
-    with _bad_sample():
+    with _bad_sample(data):
         if is_dicom(data):
             return "dcm", *dicom.picture_size(data)
         with _open(data) as image:
@@ -110,7 +111,7 @@ def picture_header(data: bytes) -> tuple[str, int, int]:
 
 def has_several_frames(data: bytes) -> bool:
     """Whether the file holds frames beside the first, which is the one that is shown. Raises BadSample."""
-    with _bad_sample():
+    with _bad_sample(data):
         if is_dicom(data):
             return dicom.has_several_frames(data)
         with _open(data) as image:
@@ -118,10 +119,12 @@ def has_several_frames(data: bytes) -> bool:
 
 
 @contextmanager
-def _bad_sample() -> Iterator[None]:
+def _bad_sample(data: bytes) -> Iterator[None]:
     try:
         yield
     except UnidentifiedImageError as error:
+        if told := pointer(data):
+            raise BadSample(f"image is {told}") from error
         # Pillow names the object in memory, which differs from run to run.
         names = ", ".join((*PILLOW_FORMATS, "DICOM"))
         raise BadSample(f"image cannot be decoded (of no format that is read: {names})") from error

@@ -17,6 +17,7 @@ import re
 from collections.abc import Collection, Iterable
 from functools import lru_cache
 
+from medalign.data.bad_sample import shown
 from medalign.data.samples import BadSample
 
 ANNOTATION, MASK_PNG = "json", "mask.png"
@@ -68,8 +69,8 @@ def passed_over(key: str, names: Collection[str]) -> list[str]:
     unknown = [name for name in others if not (_TEXT.fullmatch(name) or (arrays and _ARRAY.fullmatch(name)))]
     if unknown:
         raise BadSample(
-            f"member {key}.{unknown[0]} is not an image that is read; name it jpg, png or dcm (1.jpg, 2.png, ... for "
-            f"further images, {MASK_PNG} for a mask), or leave it out"
+            f"member {shown(key)}.{shown(unknown[0])} is not an image that is read; name it jpg, png or dcm "
+            f"(1.jpg, 2.png, ... for further images, {MASK_PNG} for a mask), or leave it out"
         )
     return others
 

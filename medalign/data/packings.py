@@ -23,13 +23,19 @@ _PACKINGS = (
     _Packing(b"BZh", "bzip2-compressed", ".bz2", (".tbz", ".tbz2"), "bunzip2"),
     _Packing(b"\x04\x22\x4d\x18", "lz4-compressed", ".lz4", (), "unlz4"),
 )
+_POINTER = b"version https://git-lfs"
 _OTHERS = {  # by the first bytes, in small letters
     b"pk\x03\x04": "a zip archive; unzip it, and pack its files with `tar --sort=name -cf`",
-    b"version https://git-lfs": "a pointer of Git LFS; fetch the file itself with `git lfs pull`",
+    _POINTER: "a pointer of Git LFS; fetch the file itself with `git lfs pull`",
     b"<!doctype html": "a web page; its download needs a login, or another address",
     b"<html": "a web page; its download needs a login, or another address",
 }
 _NEAR_TAR = re.compile(r"\.tar(\.(gz|zst|xz|bz2|lz4))?$|\.(tgz|tzst|txz|tbz2?|zip)$", re.IGNORECASE)
+
+
+def pointer(data: bytes) -> str:
+    """What a file that begins so is if it is a pointer of Git LFS, with the remedy; else ""."""
+    return _OTHERS[_POINTER] if data.startswith(_POINTER) else ""
 
 
 def packing_of(path: Path) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import reprlib
 from collections.abc import Container
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -77,7 +78,9 @@ def check_record(record: Record, seen: Container[str]) -> None:
 def check_key(key: str, seen: Container[str]) -> None:
     """Raises BadSample for a key that cannot be a member's name, or is taken."""
     if _BAD_NAME.search(key) or len(key.encode()) > _LONGEST_KEY:
-        raise BadSample(f"key {key!r} must have 1 to {_LONGEST_KEY} bytes, without '.', '/', '\\', white space")
+        raise BadSample(
+            f"key {reprlib.repr(key)} must have 1 to {_LONGEST_KEY} bytes, without '.', '/', '\\', white space"
+        )
     _check_free(key, seen)
 
 
@@ -87,7 +90,8 @@ def check_path_key(key: str, seen: Container[str]) -> None:
     bad = _BAD_NAME.search(name) or any(_BAD_FOLDER.search(folder) for folder in folders)
     if bad or len(key.encode()) > _LONGEST_PATH:
         raise BadSample(
-            f"key {key!r} must have 1 to {_LONGEST_PATH} bytes, without '\\', white space or a folder '', '.', '..'"
+            f"key {reprlib.repr(key)} must have 1 to {_LONGEST_PATH} bytes, without '\\', white space or a folder '', "
+            "'.', '..'"
         )
     _check_free(key, seen)
 

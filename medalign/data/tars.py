@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from medalign.data.bad_sample import shown
 from medalign.data.decode import SEVERAL_FRAMES, has_several_frames
 from medalign.data.listing import LARGEST
 from medalign.data.members import (
@@ -75,7 +76,7 @@ def rows_of_tar(path: Path, shard: int, seen: KeySet, findings: Findings) -> Ite
                     seen.add(key)
                     passed.update(map(last_ending, others))
             except BadSample as error:
-                findings.refused.append(f"{path.name}/{key}: {error}")
+                findings.refused.append(f"{path.name}/{shown(key)}: {error}")
     if split:
         findings.refused.append(f"{path.name}: {_why_split(split)}")
     findings.passed_over += [f"{path.name}: {note}" for note in _not_read(unnamed, passed)]
@@ -84,7 +85,7 @@ def rows_of_tar(path: Path, shard: int, seen: KeySet, findings: Findings) -> Ite
 def _not_read(unnamed: Sequence[str], passed: Counter[str]) -> Iterator[str]:
     """What stands in a tar beside the members that are read: names without ending, and endings with their counts."""
     if unnamed:
-        yield f"{len(unnamed)} files without name and ending are not read, the first is {unnamed[0]}"
+        yield f"{len(unnamed)} files without name and ending are not read, the first is {shown(unnamed[0])}"
     if passed:
         told = ", ".join(f"{count} x {ending}" for ending, count in passed.most_common())
         yield f"members of these endings are not read: {told}"
@@ -147,17 +148,17 @@ def _require_one_tar(path: Path, key: str, members: Run, findings: Findings) -> 
         findings.without_image.add(key)
     if key in findings.without_annotation and key in findings.without_image:
         raise DataError(
-            f"{path}: the members of {key} are divided between this tar and an earlier one, its annotation here or "
-            "there; all members of a sample stand in one tar, so unpack both and pack them as one"
+            f"{path}: the members of {shown(key)} are divided between this tar and an earlier one, its annotation here "
+            "or there; all members of a sample stand in one tar, so unpack both and pack them as one"
         )
 
 
 def _passed_over(key: str, members: Run) -> list[str]:
     """The extensions that are not read. Raises BadSample where the annotation lacks or one is not known."""
     if ANNOTATION not in members:
-        beside = ", ".join(list(members)[:3]) + (", ..." if len(members) > 3 else "")
+        beside = ", ".join(map(shown, list(members)[:3])) + (", ..." if len(members) > 3 else "")
         pointed = "; a key ends at the first point of the name" if any("." in name for name in members) else ""
-        raise BadSample(f"there is no {key}.{ANNOTATION} beside its other members ({beside}{pointed})")
+        raise BadSample(f"there is no {shown(key)}.{ANNOTATION} beside its other members ({beside}{pointed})")
     return passed_over(key, members)
 
 
@@ -198,17 +199,17 @@ def _require_none_lost(key: str, lost: dict[str, str]) -> None:
     image = lost.get(posixpath.basename(key)) or lost.get("")
     if image:
         raise BadSample(
-            f"it has no image, and {image} in the same tar has no annotation; name all members of a sample alike up to "
-            "the first point, folders included, as 0001.jpg and 0001.json, or leave the image out"
+            f"it has no image, and {shown(image)} in the same tar has no annotation; name all members of a sample "
+            "alike up to the first point, folders included, as 0001.jpg and 0001.json, or leave the image out"
         )
 
 
 def _read(file: BinaryIO, member: Member) -> bytes:
     """A member's bytes. Raises BadSample for one that has none."""
     if member.fault:
-        raise BadSample(f"member {member.name} {member.fault}")
+        raise BadSample(f"member {shown(member.name)} {member.fault}")
     if not 0 < member.length <= LARGEST:
-        raise BadSample(f"member {member.name} has {member.length} bytes; 1 to {LARGEST} are read")
+        raise BadSample(f"member {shown(member.name)} has {member.length} bytes; 1 to {LARGEST} are read")
     file.seek(member.offset)
     return file.read(member.length)
 
@@ -218,7 +219,7 @@ def _why_split(split: dict[str, list[Run]]) -> str:
     members = [member for runs in split.values() for run in runs for member in run.values()]
     key = next(iter(split))
     return (
-        f"{len(members)} files are not used, for there are points in their names, as in {members[0].name}: a key ends "
-        f"at the first point of the name, so that this one and others would all belong to the sample {key!r}; rename "
-        "them with another sign for the point, such as 1-2-840.jpg for 1.2.840.jpg"
+        f"{len(members)} files are not used, for there are points in their names, as in {shown(members[0].name)}: a "
+        f"key ends at the first point of the name, so that this one and others would all belong to the sample "
+        f"{shown(key)!r}; rename them with another sign for the point, such as 1-2-840.jpg for 1.2.840.jpg"
     )

@@ -12,8 +12,8 @@ from typing import Any
 
 MOST_LEVELS = 64  # of lists and objects within each other
 
-MARKS = "\ufdd0\ufdd1"  # noncharacters, which `spelling` puts around a text's special tokens
-_NO_TEXT = re.compile(f"[\0\ud800-\udfff{MARKS}]")
+MARKS = ("\ufdd0", "\ufdd1")  # noncharacters, which `spelling` puts around a text's special tokens
+_NO_TEXT = re.compile(f"[\0\ud800-\udfff{''.join(MARKS)}]")
 
 
 def fault(value: Any, *, numbers: bool = True) -> str | None:

@@ -15,10 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from medalign.data.packings import pointer
 from medalign.data.samples import BadSample
 from medalign.data.sources.texts import text
 from medalign.errors import DataError, plain
 
+HEAD = 32  # bytes of a file by which `encoding_problem` knows it
 _LEVELS = 64  # of lists and objects in one another; Python's own tools end at a few hundred
 _TOO_DEEP = f"lists and objects nest deeper than {_LEVELS} levels"
 _DIGITS = 300  # of an integer; floats end at 308
@@ -47,6 +49,8 @@ class Entry:
 
 def encoding_problem(head: bytes) -> str:
     """What is wrong with a file that begins so, with the remedy; "" for one that may be UTF-8."""
+    if told := pointer(head):
+        return f"is {told}"
     if head.startswith(b"\x1f\x8b"):
         return "is gzipped; unpack it with gunzip"
     if head.startswith(_UTF16 + _UTF32) or b"\0" in head[:4]:
@@ -125,8 +129,16 @@ def read_entries(path: Path) -> list[Entry]:
         return [_entry(f"{path.name} line {number}", line) for number, line in lines]
     value = _parsed(path, content)
     if not isinstance(value, list):
-        raise DataError(f"{path} holds a JSON {type(value).__name__}; a list of samples is needed")
+        raise DataError(f"{path} holds a JSON {type(value).__name__}; a list of samples is needed{_inner_list(value)}")
     return [Entry(f"{path.name} entry {number}", one) for number, one in enumerate(value)]
+
+
+def _inner_list(value: Any) -> str:
+    """How to take the one list out of an object, as of {"data": [...]}."""
+    names = [name for name, inner in value.items() if isinstance(inner, list)] if isinstance(value, dict) else []
+    if len(names) != 1:
+        return ""
+    return f", such as the one under {names[0]!r}: take it out with jq '.[{json.dumps(names[0])}]'"
 
 
 def _is_lines(content: str) -> bool:
@@ -150,7 +162,7 @@ def read_text(path: Path) -> str:
         data = path.read_bytes()
     except OSError as error:
         raise DataError(f"{plain(error)}; the file cannot be read") from error
-    problem = encoding_problem(data[:4])
+    problem = encoding_problem(data[:HEAD])
     if problem:
         raise DataError(f"{path} {problem}")
     try:
@@ -167,7 +179,7 @@ def read_csv(path: Path, *columns: str) -> Iterator[dict[str, str]]:
     gzipped = path.suffix == ".gz"
     try:
         with gzip.open(path) if gzipped else path.open("rb") as file:
-            problem = encoding_problem(file.read(4))
+            problem = encoding_problem(file.read(HEAD))
         if problem:
             raise DataError(f"{path} {problem}")
         with (gzip.open if gzipped else open)(path, "rt", encoding="utf-8-sig", newline="") as lines:

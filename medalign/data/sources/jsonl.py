@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from codecs import BOM_UTF8
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from medalign.data.image_tags import check_count, strip_tags
 from medalign.data.records import Record, Refused
 from medalign.data.samples import BadSample, normalize_answer_type
-from medalign.data.sources.annotations import decode_utf8, encoding_problem, parse_json
+from medalign.data.sources.annotations import HEAD, decode_utf8, encoding_problem, parse_json
 from medalign.data.sources.files import lacking, read_bytes, read_pictures
 from medalign.data.sources.grouped_split import Line, assign_splits
 from medalign.data.sources.image_fields import named_images
@@ -21,6 +21,10 @@ from medalign.errors import ConfigError
 
 ANNOTATIONS = "annotations.jsonl"
 DEFAULT_SPLIT = "train"
+_NO_OBJECT = (
+    "no line is a JSON object, and one object per line is needed: convert pretty-printed JSON with jq -c . , lines "
+    "that end in CR with tr '\\r' '\\n', and a table such as CSV with pandas' to_json(orient='records', lines=True)"
+)
 _TEST_SHARE = 0.2  # where the lines are split here and no other share is given
 
 LAYOUT = """\
@@ -53,7 +57,7 @@ def missing(folder: Path, _chosen: Chosen) -> list[str]:
 
 def items(folder: Path, chosen: Chosen) -> Iterator[Item | Refused]:
     """One item a line; a line that cannot be read is refused with its number."""
-    lines = _lines(folder)
+    lines = _with_remedy(_lines(folder))
     if chosen["split"] == "image" or any(chosen[name] is not None for name in ("group_by", "test_share", "val_share")):
         lines = assign_splits(lines, folder, chosen["group_by"] or (), *_shares(chosen))
     for line in lines:
@@ -93,9 +97,23 @@ def _lines(folder: Path) -> Iterator[Line | Refused]:
                 yield Refused(place, str(error))
 
 
+def _with_remedy(lines: Iterable[Line | Refused]) -> Iterator[Line | Refused]:
+    """The lines as they are; of a file without any JSON object only the first, with what the file should be."""
+    unread: list[Refused] | None = []
+    for line in lines:
+        if unread is not None and isinstance(line, Refused) and line.reason.startswith(("not JSON", "a JSON ")):
+            unread.append(line)
+            continue
+        yield from unread or ()
+        unread = None
+        yield line
+    if unread:
+        yield Refused(unread[0].name, f"{unread[0].reason}; {_NO_OBJECT}")
+
+
 def _file_problem(first: bytes) -> str:
     """Why a file that begins with this line cannot be read line by line; "" where it can."""
-    problem = encoding_problem(first[:4])
+    problem = encoding_problem(first[:HEAD])
     if problem:
         return f"the file {problem}"
     if first.removeprefix(BOM_UTF8).lstrip().startswith(b"["):

@@ -9,7 +9,7 @@ from typing import Any
 
 from medalign.data.records import Record, Refused
 from medalign.data.samples import BadSample
-from medalign.data.sources.annotations import decode_utf8, encoding_problem, read_csv
+from medalign.data.sources.annotations import HEAD, decode_utf8, encoding_problem, read_csv
 from medalign.data.sources.files import lacking, read_bytes, read_pictures
 from medalign.data.sources.reports import SECTIONS, VIEWS, report_text, split_sections
 from medalign.data.sources.source import Chosen, Item, Source
@@ -118,7 +118,7 @@ def _report(folder: Path, place: str) -> str:
     names = [f"{name}/{place}.txt" for name in _REPORTS]
     name = next((name for name in names if (folder / name).exists()), names[0])
     data = read_bytes(folder, name, "report")
-    problem = encoding_problem(data[:4])
+    problem = encoding_problem(data[:HEAD])
     if problem:
         raise BadSample(f"report {problem}")
     try:
