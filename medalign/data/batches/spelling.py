@@ -14,7 +14,7 @@ from typing import Any
 from medalign.data.samples.sample import BadSample
 from medalign.data.samples.values import MARKS
 
-_OPEN, _CLOSE = MARKS[0], MARKS[1]
+_OPEN, _CLOSE = MARKS
 
 
 class Speller:

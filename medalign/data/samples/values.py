@@ -12,8 +12,8 @@ from typing import Any
 
 MAX_NESTING = 64  # levels of lists and objects
 
-MARKS = "\ufdd0\ufdd1"  # noncharacters, which `spelling` places around the special tokens of a text
-_INVALID = re.compile(f"[\0\ud800-\udfff{MARKS}]")
+MARKS = ("\ufdd0", "\ufdd1")  # noncharacters, which `spelling` places around the special tokens of a text
+_INVALID = re.compile(f"[\0\ud800-\udfff{''.join(MARKS)}]")
 
 
 def fault(value: Any, *, numbers: bool = True) -> str | None:

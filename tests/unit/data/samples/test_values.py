@@ -125,6 +125,21 @@ def test_the_place_of_an_image_is_taken_out_of_a_question(tmp_path: Path) -> Non
     assert [index.read(i).question for i in range(2)] == ["is it clear ?", REPORT_PROMPT]
 
 
+def test_messages_are_one_short_line(tmp_path: Path) -> None:
+    long, pointer = "k" * 3000, b"version https://git-lfs.github.com/spec/v1\n"
+    box = json.dumps({**record(1).fields, "boxes": [[1, 2, 10**400, 9], [1, 2, -(10**400), 9]]}).encode()
+    texts = {"a\nb": ANNOTATION, long: ANNOTATION, "box": box, "pointer": pointer}
+    members = [m for key, text in texts.items() for m in (file(f"{key}.png", FILM), file(f"{key}.json", text))]
+    report, _ = indexed(write(tmp_path / "a.tar", *members, file("p.png", pointer), file("p.json", ANNOTATION)))
+    ends = "k" * 60
+    told = "a Git LFS pointer; fetch the file itself with `git lfs pull`"
+    assert report.refused[0].startswith(r"a.tar/a\nb: key 'a\nb' must have")
+    assert report.refused[1].startswith(f"a.tar/{ends}...{ends}: key 'kkk")
+    assert report.refused[2].startswith("a.tar/box: box [1, 2, 1000")
+    assert report.refused[3:] == (f"a.tar/pointer: annotation is {told}", f"a.tar/p: image is {told}")
+    assert all("\n" not in line and len(line) < 320 for line in report.refused)
+
+
 def test_an_answer_type_in_capitals_is_read_alike(tmp_path: Path) -> None:
     text = json.dumps({**record(1).fields, "boxes": [], "answer_type": " CLOSED"}).encode()
     build_index(write(tmp_path / "a.tar", file("a.png", FILM), file("a.json", text)))
