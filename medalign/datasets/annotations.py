@@ -15,10 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from medalign.data.samples.git_lfs import describe_pointer
 from medalign.data.samples.sample import BadSample
 from medalign.datasets.texts import text
 from medalign.errors import DataError, format_os_error
 
+HEAD_BYTES = 32  # of a file, passed to `encoding_problem`
 _LEVELS = 64  # nesting of lists and objects; Python's own functions fail at a few hundred
 _TOO_DEEP = f"lists and objects are nested deeper than {_LEVELS} levels"
 _DIGITS = 300  # of an integer; the largest float has 309
@@ -47,6 +49,8 @@ class Entry:
 
 def encoding_problem(head: bytes) -> str:
     """Return what is wrong with the encoding of a file that begins with `head`, and the remedy, or ""."""
+    if description := describe_pointer(head):
+        return f"is {description}"
     if head.startswith(b"\x1f\x8b"):
         return "is gzipped; unpack it with gunzip"
     if head.startswith(_UTF16 + _UTF32) or b"\0" in head[:4]:
@@ -132,8 +136,18 @@ def read_entries(path: Path) -> list[Entry]:
         return [_entry(f"{path.name} line {number}", line) for number, line in lines]
     value = _parsed(path, content)
     if not isinstance(value, list):
-        raise DataError(f"{path} contains a JSON {type(value).__name__}; it must be a list of samples")
+        raise DataError(
+            f"{path} contains a JSON {type(value).__name__}; it must be a list of samples{_inner_list(value)}"
+        )
     return [Entry(f"{path.name} entry {number}", one) for number, one in enumerate(value)]
+
+
+def _inner_list(value: Any) -> str:
+    """Explain how to extract the only list of an object such as {"data": [...]}, or return ""."""
+    names = [name for name, inner in value.items() if isinstance(inner, list)] if isinstance(value, dict) else []
+    if len(names) != 1:
+        return ""
+    return f", such as the one under {names[0]!r}: extract it with jq '.[{json.dumps(names[0])}]'"
 
 
 def _is_lines(content: str) -> bool:
@@ -157,7 +171,7 @@ def read_text(path: Path) -> str:
         data = path.read_bytes()
     except OSError as error:
         raise DataError(f"{format_os_error(error)}; the file cannot be read") from error
-    problem = encoding_problem(data[:4])
+    problem = encoding_problem(data[:HEAD_BYTES])
     if problem:
         raise DataError(f"{path} {problem}")
     try:
@@ -175,7 +189,7 @@ def read_csv(path: Path, *columns: str) -> Iterator[dict[str, str]]:
     gzipped = path.suffix == ".gz"
     try:
         with gzip.open(path) if gzipped else path.open("rb") as file:
-            problem = encoding_problem(file.read(4))
+            problem = encoding_problem(file.read(HEAD_BYTES))
         if problem:
             raise DataError(f"{path} {problem}")
         with (gzip.open if gzipped else open)(path, "rt", encoding="utf-8-sig", newline="") as lines:

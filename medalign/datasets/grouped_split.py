@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from medalign.data.samples.sample import BadSample
 from medalign.data.shards.records import Refused
 from medalign.datasets.image_fields import named_images
-from medalign.datasets.splitting import Groups, canonical_path, split_by_hash
+from medalign.datasets.splitting import Groups, canonical_path, split_by_hash, warn_of_empty_splits
 from medalign.datasets.texts import field
 from medalign.distributed import log
 
@@ -56,9 +56,13 @@ def assign_splits(
         if line.row.get("split"):
             given.setdefault(groups.name(member), set()).add(line.row["split"])
     _warn(kept, given)
+    names = {groups.name(member) for _, member in kept}
+    divided = {name: split_by_hash(name, test_share, val_share) for name in names if name not in given}
+    named = {f"{name} in {split}": split for name, splits in given.items() for split in splits}
+    warn_of_empty_splits(divided | named if divided else {}, test_share, val_share)
     for line, member in kept:
         group = groups.name(member)
-        yield _with_split(line, sorted(given.get(group) or {split_by_hash(group, test_share, val_share)}))
+        yield _with_split(line, sorted(given.get(group) or {divided[group]}))
 
 
 def _with_split(line: Line, splits: list[str]) -> Line | Refused:

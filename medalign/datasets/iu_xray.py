@@ -18,7 +18,7 @@ from medalign.datasets.annotations import read_csv
 from medalign.datasets.base import DatasetConverter, Item, Setting, Settings
 from medalign.datasets.files import first_folder, missing_paths, read_pictures
 from medalign.datasets.report_text import SECTIONS, VIEWS, report_text
-from medalign.datasets.splitting import parse_fraction, split_by_hash
+from medalign.datasets.splitting import parse_fraction, split_by_hash, warn_of_empty_splits
 from medalign.datasets.texts import text
 
 REPORTS = "ecgen-radiology"
@@ -50,6 +50,7 @@ def validate_layout(folder: Path, _settings: Settings) -> list[str]:
 def iter_items(folder: Path, settings: Settings) -> Iterator[Item | Refused]:
     paths = sorted((folder / REPORTS).glob("*.xml"), key=lambda path: (len(path.stem), path.stem))
     frontal = _frontal(folder / PROJECTIONS)
+    splits: dict[str, str] = {}  # of each study
     for path in paths:
         try:
             study = _parse(path)
@@ -59,9 +60,10 @@ def iter_items(folder: Path, settings: Settings) -> Iterator[Item | Refused]:
         samples = _samples(study["case"], study.pop("pictures"), frontal, settings["views"])
         if not samples:
             yield Refused(study["case"], "report names no image, or no frontal one")
-        split = split_by_hash(study["case"], settings["test_share"])
+        split = splits[study["case"]] = split_by_hash(study["case"], settings["test_share"])
         for index, image in enumerate(samples):
             yield Item(split, f"{study['case']}-{index}", {**study, "image": image})
+    warn_of_empty_splits(splits, settings["test_share"])
 
 
 def _frontal(table: Path) -> set[tuple[str, str]] | None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from codecs import BOM_UTF8
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from medalign.data.samples.image_tags import TAG, check_count, strip_tags
-from medalign.data.samples.sample import BadSample
+from medalign.data.samples.image_tags import check_count, strip_tags
+from medalign.data.samples.sample import BadSample, normalize_answer_type
 from medalign.data.shards.records import Record, Refused
-from medalign.datasets.annotations import decode_utf8, encoding_problem, parse_json
+from medalign.datasets.annotations import HEAD_BYTES, decode_utf8, encoding_problem, parse_json
 from medalign.datasets.base import DatasetConverter, Item, Setting, Settings
 from medalign.datasets.files import missing_paths, read_bytes, read_pictures
 from medalign.datasets.grouped_split import Line, assign_splits
@@ -21,6 +21,10 @@ from medalign.errors import ConfigError
 
 ANNOTATIONS = "annotations.jsonl"
 DEFAULT_SPLIT = "train"
+_NO_OBJECT = (
+    "no line is a JSON object, but one object per line is required: convert pretty-printed JSON with jq -c . , lines "
+    "that end in CR with tr '\\r' '\\n', and a table such as CSV with pandas' to_json(orient='records', lines=True)"
+)
 _ASSIGNS = ("group_by", "test_share", "val_share")  # settings that imply the split "image"
 _TEST_SHARE = 0.2  # default if splits are assigned here
 
@@ -54,7 +58,7 @@ def validate_layout(folder: Path, _settings: Settings) -> list[str]:
 
 def iter_items(folder: Path, settings: Settings) -> Iterator[Item | Refused]:
     """Yield one item per line; a line that cannot be read is refused with its number."""
-    lines = _lines(folder)
+    lines = _with_remedy(_lines(folder))
     if settings["split"] == "image" or any(
         settings[name] is not None for name in ("group_by", "test_share", "val_share")
     ):
@@ -96,9 +100,23 @@ def _lines(folder: Path) -> Iterator[Line | Refused]:
                 yield Refused(location, str(error))
 
 
+def _with_remedy(lines: Iterable[Line | Refused]) -> Iterator[Line | Refused]:
+    """Yield the lines unchanged; of a file without any JSON object only the first one, with the remedy."""
+    unread: list[Refused] | None = []
+    for line in lines:
+        if unread is not None and isinstance(line, Refused) and line.reason.startswith(("not JSON", "it is a JSON ")):
+            unread.append(line)
+            continue
+        yield from unread or ()
+        unread = None
+        yield line
+    if unread:
+        yield Refused(unread[0].name, f"{unread[0].reason}; {_NO_OBJECT}")
+
+
 def _file_problem(first: bytes) -> str:
     """Why a file with this first line cannot be read line by line, or ""."""
-    problem = encoding_problem(first[:4])
+    problem = encoding_problem(first[:HEAD_BYTES])
     if problem:
         return f"the file {problem}"
     if first.removeprefix(BOM_UTF8).lstrip().startswith(b"["):
@@ -115,8 +133,7 @@ def _parse(line: bytes) -> dict[str, Any]:
         raise BadSample(f"split is {split!r}; it names a folder, for example 'train'")
     if not isinstance(row.get("id"), str) or not row["id"]:
         raise BadSample(f"id is {row.get('id')!r}; each line needs a unique text")
-    given = row.get("answer_type")  # other tools also write CLOSED or Open
-    return {**row, "answer_type": given.strip().lower()} if isinstance(given, str) else row
+    return normalize_answer_type(row)
 
 
 def build_record(folder: Path, item: Item, _settings: Settings) -> Record:
@@ -124,15 +141,10 @@ def build_record(folder: Path, item: Item, _settings: Settings) -> Record:
     if "image" not in row and "images" not in row:
         raise BadSample("no image is named; write null for a question without an image")
     names = _images(row)
-    tags = 0
-    for name in ("question", "answer", "report"):
-        if isinstance(row.get(name), str):
-            stripped, count = strip_tags(row[name])
-            if count and name != "question":
-                raise BadSample(f"the {name} contains {TAG}")
-            row[name] = stripped.strip() if count else row[name]
-            tags += count
-    check_count(tags, len(names))
+    if isinstance(row.get("question"), str):
+        stripped, tags = strip_tags(row["question"])
+        check_count(tags, len(names))
+        row["question"] = stripped.strip() if tags else row["question"]
     mask = read_bytes(folder, row["mask"], "mask") if row.get("mask") else None
     return Record(item.key, read_pictures(folder, names) if names else (), row, mask)
 

@@ -15,7 +15,7 @@ from medalign.datasets.annotations import read_entries
 from medalign.datasets.base import DatasetConverter, Item, Setting, Settings
 from medalign.datasets.conversations import Turn, has_conversation, parse_entry
 from medalign.datasets.files import first_folder, read_pictures
-from medalign.datasets.splitting import Groups, canonical_path, parse_fraction, split_by_hash
+from medalign.datasets.splitting import Groups, canonical_path, parse_fraction, split_by_hash, warn_of_empty_splits
 from medalign.datasets.texts import as_text, text
 from medalign.errors import DataError
 
@@ -52,6 +52,7 @@ def validate_layout(folder: Path, settings: Settings) -> list[str]:
 
 def iter_items(folder: Path, settings: Settings) -> Iterator[Item | Refused]:
     files = _files(folder, settings)
+    _require_unique_names(files)
     for path in files:
         entries = read_entries(path)
         read = [entry.value for entry in entries if not entry.problem]
@@ -70,6 +71,16 @@ def iter_items(folder: Path, settings: Settings) -> Iterator[Item | Refused]:
             splits = _splits_by_image(folder, conversations, settings["test_share"])
         for one, split in zip(conversations, splits, strict=True):
             yield from _samples(one, split, _key_of(path))
+
+
+def _require_unique_names(files: Sequence[Path]) -> None:
+    """Raise DataError if the split or the keys of two files would have the same name."""
+    for name_of in (_split_of, _key_of):
+        first: dict[str, Path] = {}
+        for path in files:
+            other = first.setdefault(name_of(path), path)
+            if other is not path:
+                raise DataError(f"{other} and {path} would both be written as {name_of(path)!r}; rename one of them")
 
 
 @dataclass(frozen=True)
@@ -97,7 +108,9 @@ def _splits_by_image(folder: Path, conversations: Sequence[_Conversation], test_
         names = [name for name in one.images if isinstance(name, str)]
         members.append([canonical_path(images, name, os.path.abspath(folder)) for name in names] or [one.case])
         groups.add(members[-1])
-    return [split_by_hash(groups.name(names[0]), test_share) for names in members]
+    splits = {name: split_by_hash(name, test_share) for name in (groups.name(names[0]) for names in members)}
+    warn_of_empty_splits(splits, test_share)
+    return [splits[groups.name(names[0])] for names in members]
 
 
 def _samples(one: _Conversation, split: str, prefix: str) -> Iterator[Item]:

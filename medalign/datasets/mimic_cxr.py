@@ -9,7 +9,7 @@ from typing import Any
 
 from medalign.data.samples.sample import BadSample
 from medalign.data.shards.records import Record, Refused
-from medalign.datasets.annotations import decode_utf8, encoding_problem, read_csv
+from medalign.datasets.annotations import HEAD_BYTES, decode_utf8, encoding_problem, read_csv
 from medalign.datasets.base import DatasetConverter, Item, Settings
 from medalign.datasets.files import missing_paths, read_bytes, read_pictures
 from medalign.datasets.report_text import SECTIONS, VIEWS, report_text, split_sections
@@ -118,7 +118,7 @@ def _report(folder: Path, place: str) -> str:
     names = [f"{name}/{place}.txt" for name in _REPORTS]
     name = next((name for name in names if (folder / name).exists()), names[0])
     data = read_bytes(folder, name, "report")
-    problem = encoding_problem(data[:4])
+    problem = encoding_problem(data[:HEAD_BYTES])
     if problem:
         raise BadSample(f"report {problem}")
     try:

@@ -12,7 +12,7 @@ from medalign.data.shards.records import Record, Refused
 from medalign.datasets.annotations import read_entries
 from medalign.datasets.base import DatasetConverter, Item, Setting, Settings
 from medalign.datasets.files import read_picture, require_name
-from medalign.datasets.splitting import parse_fraction, split_by_hash
+from medalign.datasets.splitting import parse_fraction, split_by_hash, warn_of_empty_splits
 from medalign.datasets.texts import field, text
 
 LAYOUT = """\
@@ -42,6 +42,7 @@ def validate_layout(folder: Path, settings: Settings) -> list[str]:
 
 
 def iter_items(folder: Path, settings: Settings) -> Iterator[Item | Refused]:
+    test_share, splits = settings["test_share"], dict[str, str]()  # the split of each image
     for path in _files(folder, settings["access"]):
         for number, entry in enumerate(read_entries(path)):
             try:
@@ -51,7 +52,10 @@ def iter_items(folder: Path, settings: Settings) -> Iterator[Item | Refused]:
                 yield Refused(entry.location, str(error))
                 continue
             key = "_".join(f"omni-{path.stem}-{number:06d}".replace(".", "_").split())
-            yield Item(split_by_hash(normpath(row["image_path"]), settings["test_share"]), key, row)
+            image = normpath(row["image_path"])
+            splits[image] = split_by_hash(image, test_share)
+            yield Item(splits[image], key, row)
+    warn_of_empty_splits(splits, test_share)
 
 
 def build_record(folder: Path, item: Item, _settings: Settings) -> Record:

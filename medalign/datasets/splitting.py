@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+
+from medalign.distributed import log
 
 
 class Groups:
@@ -61,6 +63,24 @@ def split_by_hash(case: str, test_share: float, val_share: float = 0.0) -> str:
     if position < test_share:
         return "test"
     return "val" if position < test_share + val_share else "train"
+
+
+def warn_of_empty_splits(splits: Mapping[str, str], test_share: float, val_share: float = 0.0) -> None:
+    """Log a warning for each split with a fraction above 0 but without any group.
+
+    Args:
+        splits: the split of each group, by the name of the group.
+        test_share: fraction of the groups in the test split.
+        val_share: fraction of the groups in the validation split.
+    """
+    shares = {"train": round(1 - test_share - val_share, 9), "val": val_share, "test": test_share}
+    for name, part in shares.items():
+        if splits and part and name not in splits.values():
+            log.warning(
+                "the split %s is empty: of %d groups (images or cases that stay together), none falls into its "
+                "fraction of %g; choose other fractions, or name the splits in the data",
+                *(name, len(splits), part),
+            )
 
 
 def unit_hash(name: str) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,13 @@ from medalign.data.shards.records import Record, Refused
 from medalign.datasets.annotations import read_entries
 from medalign.datasets.base import DatasetConverter, Item, Setting, Settings
 from medalign.datasets.files import missing_paths, read_picture, require_name
-from medalign.datasets.splitting import Groups, parse_fraction, split_by_hash
+from medalign.datasets.splitting import Groups, parse_fraction, split_by_hash, warn_of_empty_splits
 from medalign.datasets.texts import field, text
 from medalign.distributed import log
 
 QUESTIONS = "VQA_RAD Dataset Public.json"
 IMAGES = "VQA_RAD Image Folder"
+_PUBLISHED = {"freeform": "train", "para": "train", "test_freeform": "test", "test_para": "test"}  # by phrase_type
 
 LAYOUT = """\
 VQA_RAD Dataset Public.json    the questions
@@ -40,17 +42,30 @@ def iter_items(folder: Path, settings: Settings) -> Iterator[Item | Refused]:
         try:
             row = entry.fields()
             image = require_name(row, "image_name")
+            rows[number] = {**row, "published_split": _published_split(row)}
         except BadSample as error:
             yield Refused(entry.location, str(error))
             continue
-        rows[number] = row
         # Some cases have several images, which share a case URL.
         cases.add([text(row.get("image_case_url")) or image, image])
+    names = {number: cases.name(row["image_name"]) for number, row in rows.items()}
+    by_case = {name: split_by_hash(name, settings["test_share"]) for name in names.values()}
+    if settings["split"] == "image":
+        warn_of_empty_splits(by_case, settings["test_share"])
     for number, row in rows.items():
-        published = "test" if text(row.get("phrase_type")).startswith("test") else "train"
-        by_case = split_by_hash(cases.name(row["image_name"]), settings["test_share"])
-        split = by_case if settings["split"] == "image" else published
-        yield Item(split, f"vqarad-{number:04d}", {**row, "published_split": published})
+        split = by_case[names[number]] if settings["split"] == "image" else row["published_split"]
+        yield Item(split, f"vqarad-{number:04d}", row)
+
+
+def _published_split(row: dict[str, Any]) -> str:
+    """Return the published split. Raises BadSample for an unknown phrase_type: a test question must not enter train."""
+    given = row.get("phrase_type")
+    if (name := text(given).lower()) not in _PUBLISHED:
+        raise BadSample(
+            f"phrase_type is {reprlib.repr(given)}, which determines no split; "
+            f"it must be one of {', '.join(_PUBLISHED)}"
+        )
+    return _PUBLISHED[name]
 
 
 def build_record(folder: Path, item: Item, _settings: Settings) -> Record:

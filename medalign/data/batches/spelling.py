@@ -13,8 +13,9 @@ from typing import Any
 
 from medalign.data.samples.faults import as_bad_sample
 from medalign.data.samples.sample import BadSample
+from medalign.data.samples.values import MARKS
 
-_OPEN, _CLOSE = "\ufdd0", "\ufdd1"
+_OPEN, _CLOSE = MARKS
 
 
 class Speller:

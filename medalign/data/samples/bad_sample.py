@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 from medalign.errors import DataError
 
+_MAX_NAME = 120  # characters of a name in a message
+
 
 class BadSample(DataError):
     """A single sample cannot be used, but its neighbors can. The message is the reason, or "shard/key: reason"."""
@@ -30,3 +32,9 @@ def sample_context(subject: str) -> Iterator[None]:
 def image_name(index: int, images: int) -> str:
     """Return "image 2 of 3" for index 1 of three images, or "" for a single image, which needs no name."""
     return f"image {index + 1} of {images}" if images > 1 else ""
+
+
+def short_name(name: str) -> str:
+    """Return a key or a file name for a message: on one line, and only both ends of a long one."""
+    text = name if name.isprintable() else repr(name)[1:-1]
+    return text if len(text) <= _MAX_NAME else f"{text[: _MAX_NAME // 2]}...{text[-_MAX_NAME // 2 :]}"

@@ -19,6 +19,7 @@ from PIL import ExifTags, Image, ImageOps, TiffImagePlugin, UnidentifiedImageErr
 from medalign.data.samples import dicom
 from medalign.data.samples.bad_sample import BadSample
 from medalign.data.samples.dicom import is_dicom
+from medalign.data.samples.git_lfs import describe_pointer
 
 # Pillow's name of each supported format -> file extension
 FORMATS = {
@@ -81,7 +82,7 @@ def decode_image(data: bytes, at_least: int = 0) -> Image.Image:
     Raises:
         BadSample: the bytes are not a complete image of a supported format, or the pixels cannot be displayed.
     """
-    with _bad_sample():
+    with _bad_sample(data):
         if is_dicom(data):
             return dicom.decode(data)
         image = _open(data)
@@ -94,7 +95,7 @@ def decode_image(data: bytes, at_least: int = 0) -> Image.Image:
 
 def decode_mask(data: bytes) -> Image.Image:
     """Decode a mask upright, without any other change to values, palette or transparency. Raises BadSample."""
-    with _bad_sample():
+    with _bad_sample(data):
         return _upright(_open(data))
 
 
@@ -109,7 +110,7 @@ def picture_header(data: bytes) -> tuple[str, int, int]:
     Raises:
         BadSample: the bytes are not an image of a supported format.
     """
-    with _bad_sample():
+    with _bad_sample(data):
         if is_dicom(data):
             return "dcm", *dicom.size(data)
         with _open(data) as image:
@@ -123,7 +124,7 @@ def picture_header(data: bytes) -> tuple[str, int, int]:
 
 def has_several_frames(data: bytes) -> bool:
     """Return whether the file contains frames after the first one, which is the only one used. Raises BadSample."""
-    with _bad_sample():
+    with _bad_sample(data):
         if is_dicom(data):
             return dicom.has_several_frames(data)
         with _open(data) as image:
@@ -131,10 +132,12 @@ def has_several_frames(data: bytes) -> bool:
 
 
 @contextmanager
-def _bad_sample() -> Iterator[None]:
+def _bad_sample(data: bytes) -> Iterator[None]:
     try:
         yield
     except UnidentifiedImageError as error:
+        if description := describe_pointer(data):
+            raise BadSample(f"image is {description}") from error
         # The message of Pillow contains the address of an object, which differs from run to run.
         names = ", ".join((*PILLOW_FORMATS, "DICOM"))
         raise BadSample(f"image cannot be decoded (it has none of the supported formats: {names})") from error

@@ -1,7 +1,8 @@
 """Decode DICOM images as a radiologist's screen shows them. Only tags about the display of pixels are used.
 
-Overlays (groups 60xx), shutters, ICC profiles and presentation states are not applied. Anything that is not handled
-here is rejected by name, because a guess could be a wrong image that nobody notices.
+Overlays (groups 60xx), shutters, ICC profiles, presentation states, PixelAspectRatio, and a WindowCenter or WindowWidth
+without the other are not applied. Anything that is not handled here is rejected by name, because a guess could be a
+wrong image that nobody notices.
 
 Only this file and `dicom_gray` handle pydicom, which is optional.
 """
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from medalign.data.samples.code_streams import JPEG, JPEG_2000, read_code_stream
 from medalign.data.samples.dicom_gray import DicomError, display_values, eight_bit, require_little_endian, stored_value
 
 _GRAY = ("MONOCHROME1", "MONOCHROME2")
@@ -57,7 +59,7 @@ def size(data: bytes) -> tuple[int, int]:
 def has_several_frames(data: bytes) -> bool:
     """Return whether there are frames that `decode` does not use. Raises DicomError."""
     with _as_dicom_error("its frames cannot be counted"):
-        return int(_read(data, header_only=True).get("NumberOfFrames") or 1) != 1
+        return int(_read(data, header_only=True).get("NumberOfFrames") or 1) != 1 or _contains_several(_read(data))
 
 
 def decode(data: bytes) -> Image.Image:
@@ -78,6 +80,7 @@ def decode(data: bytes) -> Image.Image:
         study = _read(data)
         _set_transfer_syntax(study)
         interpretation = _interpretation(study)
+        _check_stored(study)
         if interpretation in _GRAY:
             frames = _frame(study), lambda: _frame(study, correct_unused_bits=False)
             return Image.fromarray(display_values(study, *frames))
@@ -151,23 +154,66 @@ def _color(study: Any) -> np.ndarray:
     return eight_bit(values, 2 ** int(study.BitsStored) - 1)
 
 
+def _check_stored(study: Any) -> None:
+    """Raise DicomError if the bits or the code stream contradict the tags, which would give wrong pixels."""
+    if "PixelData" not in study:
+        return
+    stored, high = int(study.BitsStored), int(study.get("HighBit", study.BitsStored - 1))
+    if high != stored - 1:
+        raise DicomError(f"its HighBit is {high} with BitsStored {stored}; only {stored - 1} is supported")
+    if not study.file_meta.TransferSyntaxUID.is_compressed:
+        return
+    stream = read_code_stream(_first_frame(study))
+    if stream is None:
+        return
+    if (stream.width, stream.height) != (study.Columns, study.Rows):
+        raise DicomError(
+            f"its code stream has {stream.width} x {stream.height} pixels, not {study.Columns} x {study.Rows}"
+        )
+    if stream.precision > study.BitsAllocated:
+        raise DicomError(f"its code stream has {stream.precision} bits, but BitsAllocated is {study.BitsAllocated}")
+    unmarked = _is_lossy_jpeg(study) and stream.components == b"\1\2\3" and not stream.defines_colors
+    if unmarked and study.PhotometricInterpretation.strip() == "RGB":
+        raise DicomError("its JPEG is declared RGB, but has no JFIF or Adobe marker that distinguishes RGB from YCbCr")
+
+
+def _contains_several(study: Any) -> bool:
+    """Return whether the bytes contain more than one frame, because some writers omit NumberOfFrames."""
+    from pydicom.encaps import generate_fragments
+    from pydicom.pixels.utils import get_expected_length
+
+    if "PixelData" not in study:
+        return False
+    if study["PixelData"].is_undefined_length:
+        return sum(part.startswith((JPEG, JPEG_2000)) for part in generate_fragments(study.PixelData)) > 1
+    one = get_expected_length(study)  # bytes, padded by one if odd
+    return len(study.PixelData) >= max(one + one % 2 + 1, 2 * one)
+
+
+def _is_lossy_jpeg(study: Any) -> bool:
+    from pydicom.uid import JPEGBaseline8Bit, JPEGExtended12Bit
+
+    return study.file_meta.TransferSyntaxUID in (JPEGBaseline8Bit, JPEGExtended12Bit)
+
+
+def _first_frame(study: Any) -> bytes:
+    """Return the compressed bytes of the first frame."""
+    from pydicom.encaps import get_frame
+
+    offsets = study.get("ExtendedOffsetTable"), study.get("ExtendedOffsetTableLengths")
+    frames = int(study.get("NumberOfFrames") or 1)
+    return get_frame(study.PixelData, 0, extended_offsets=offsets if all(offsets) else None, number_of_frames=frames)
+
+
 def _marked_jpeg(study: Any) -> np.ndarray | None:
     """Return the frame as RGB if it is a JPEG whose Adobe marker states its colors, so that libjpeg converts them.
 
     pydicom keeps this conversion and applies a second one based on the tags.
     """
-    from pydicom.encaps import get_frame
-    from pydicom.uid import JPEGBaseline8Bit, JPEGExtended12Bit
-
-    if study.file_meta.TransferSyntaxUID not in (JPEGBaseline8Bit, JPEGExtended12Bit):
+    if not _is_lossy_jpeg(study):
         return None
-    frame = get_frame(study.PixelData, 0, number_of_frames=int(study.get("NumberOfFrames") or 1))
-    image = Image.open(io.BytesIO(frame), formats=("JPEG",))
-    if "adobe_transform" not in image.info:
-        return None
-    if image.size != (study.Columns, study.Rows):
-        raise DicomError(f"its JPEG has {image.width} x {image.height} pixels, not {study.Columns} x {study.Rows}")
-    return np.asarray(image.convert("RGB"))
+    image = Image.open(io.BytesIO(_first_frame(study)), formats=("JPEG",))
+    return np.asarray(image.convert("RGB")) if "adobe_transform" in image.info else None
 
 
 def _through_palette(study: Any) -> np.ndarray:

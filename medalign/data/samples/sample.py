@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import reprlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,9 +16,10 @@ from PIL import Image
 
 from medalign.contracts import Sample
 from medalign.data.samples import values
-from medalign.data.samples.bad_sample import BadSample, image_name, sample_context
+from medalign.data.samples.bad_sample import BadSample, image_name, sample_context, short_name
 from medalign.data.samples.decode import decode_image, picture_header
-from medalign.data.samples.image_tags import check_count, strip_tags
+from medalign.data.samples.git_lfs import describe_pointer
+from medalign.data.samples.image_tags import TAG, check_count, strip_tags
 
 __all__ = [
     "ANSWER_TYPES",
@@ -28,9 +30,10 @@ __all__ = [
     "check_fields",
     "decode_image",
     "image_name",
-    "sample_context",
+    "normalize_answer_type",
     "parse_fields",
     "picture_header",
+    "sample_context",
     "to_sample",
 ]
 
@@ -51,10 +54,16 @@ def parse_fields(data: bytes) -> dict[str, Any]:
     except RecursionError as error:
         raise BadSample("annotation is not readable JSON (it is nested too deep)") from error
     except ValueError as error:
-        raise BadSample(f"annotation is not JSON ({error})") from error
+        raise BadSample(f"annotation is {describe_pointer(data) or f'not JSON ({error})'}") from error
     if not isinstance(fields, dict):
         raise BadSample(f"annotation is a JSON {type(fields).__name__}, not an object")
-    return fields
+    return normalize_answer_type(fields)
+
+
+def normalize_answer_type(fields: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields with `answer_type` stripped and in lower case; other tools also write CLOSED or Open."""
+    given = fields.get("answer_type")
+    return {**fields, "answer_type": given.strip().lower()} if isinstance(given, str) else fields
 
 
 def check_fields(fields: dict[str, Any], size: tuple[int, int] | None, images: int) -> None:
@@ -71,25 +80,28 @@ def check_fields(fields: dict[str, Any], size: tuple[int, int] | None, images: i
     _check_values(fields)
     task = fields.get("task")
     if task not in TASKS:
-        raise BadSample(f"task is {task!r}; it must be 'vqa' or 'report'")
+        raise BadSample(f"task is {reprlib.repr(task)}; it must be 'vqa' or 'report'")
     for name in ("question", "answer") if task == "vqa" else ("report",):
         text = fields.get(name)
         if not isinstance(text, str) or not text.strip():
-            found = "empty" if text is None or text == "" else repr(text)
+            found = "empty" if text is None or text == "" else reprlib.repr(text)
             raise BadSample(f"{name} is {found}; task {task} requires text")
     question = fields.get("question") or ""
     if not isinstance(question, str):
-        raise BadSample(f"question is {question!r}, which is not text")
+        raise BadSample(f"question is {reprlib.repr(question)}, which is not text")
     asked, tags = strip_tags(question)
     check_count(tags, images)
+    for name in ("answer", "report"):
+        if isinstance(text := fields.get(name), str) and strip_tags(text)[1]:
+            raise BadSample(f"the {name} contains {TAG}")
     if task == "vqa" and not asked.strip():
-        raise BadSample(f"question is {question!r}, which contains no text; task vqa requires it")
+        raise BadSample(f"question is {reprlib.repr(question)}, which contains no text; task vqa requires it")
     answer_type = fields.get("answer_type") or ""
     if answer_type not in ANSWER_TYPES:
-        raise BadSample(f"answer_type is {answer_type!r}; it must be 'closed', 'open' or ''")
+        raise BadSample(f"answer_type is {reprlib.repr(answer_type)}; it must be 'closed', 'open' or ''")
     boxes = fields.get("boxes") or []
     if not isinstance(boxes, list):
-        raise BadSample(f"boxes is {boxes!r}, which is not a list of [x0, y0, x1, y1]")
+        raise BadSample(f"boxes is {reprlib.repr(boxes)}, which is not a list of [x0, y0, x1, y1]")
     if boxes and size is None:
         raise BadSample("boxes are given, but there is no image")
     for box in boxes:
@@ -100,23 +112,23 @@ def _check_values(fields: dict[str, Any]) -> None:
     """Raise BadSample for invalid text or numbers in any field; the numbers of boxes are checked in `_check_box`."""
     for name, value in fields.items():
         if fault := values.fault(name):
-            raise BadSample(f"the field {name!r} {fault}")
+            raise BadSample(f"the field {reprlib.repr(name)} {fault}")
         if fault := values.fault(value, numbers=name != "boxes"):
-            raise BadSample(f"{name} {fault}")
+            raise BadSample(f"{short_name(name)} {fault}")
 
 
 def _check_box(box: Any, size: tuple[int, int]) -> None:
     numbers = isinstance(box, list) and len(box) == 4
     if not numbers or not all(type(v) in (int, float) and abs(v) < math.inf for v in box):
-        raise BadSample(f"box {box!r} is not four numbers [x0, y0, x1, y1]")
+        raise BadSample(f"box {reprlib.repr(box)} is not four numbers [x0, y0, x1, y1]")
     x0, y0, x1, y1 = box
     if not (x0 < x1 and y0 < y1):
-        raise BadSample(f"box {box!r} is empty; x0 < x1 and y0 < y1 must hold")
+        raise BadSample(f"box {reprlib.repr(box)} is empty; x0 < x1 and y0 < y1 must hold")
     if max(x1, y1) <= 1 or (x1 - x0 < 1 and y1 - y0 < 1):
         extent = "a single pixel" if max(x1 - x0, y1 - y0) == 1 else "smaller than a pixel"
-        raise BadSample(f"box {box!r} is {extent}; boxes are in pixels, not fractions of the image")
+        raise BadSample(f"box {reprlib.repr(box)} is {extent}; boxes are in pixels, not fractions of the image")
     if min(x0, y0) < -_BOX_SLACK or x1 > size[0] + _BOX_SLACK or y1 > size[1] + _BOX_SLACK:
-        raise BadSample(f"box {box!r} is outside the image of {size[0]} x {size[1]} pixels")
+        raise BadSample(f"box {reprlib.repr(box)} is outside the image of {size[0]} x {size[1]} pixels")
 
 
 def to_sample(

@@ -12,7 +12,8 @@ from typing import Any
 
 MAX_NESTING = 64  # levels of lists and objects
 
-_INVALID = re.compile("[\0\ud800-\udfff]")
+MARKS = ("\ufdd0", "\ufdd1")  # noncharacters, which `spelling` places around the special tokens of a text
+_INVALID = re.compile(f"[\0\ud800-\udfff{''.join(MARKS)}]")
 
 
 def fault(value: Any, *, numbers: bool = True) -> str | None:
@@ -29,8 +30,7 @@ def fault(value: Any, *, numbers: bool = True) -> str | None:
     while stack:
         current, level = stack.pop()
         if isinstance(current, str) and (found := _INVALID.search(current)):
-            code = ord(found[0])
-            return f"contains half a character (U+{code:04X})" if code else "contains the character NUL (U+0000)"
+            return f"contains {_describe_character(found[0])} (U+{ord(found[0]):04X})"
         if numbers and isinstance(current, int | float) and not abs(current) <= sys.float_info.max:
             return f"contains {_describe(current)}, which is not a usable number"
         if isinstance(current, dict | list | tuple):
@@ -39,6 +39,12 @@ def fault(value: Any, *, numbers: bool = True) -> str | None:
             inner = [*current.keys(), *current.values()] if isinstance(current, dict) else current
             stack += [(item, level + 1) for item in reversed(inner)]
     return None
+
+
+def _describe_character(character: str) -> str:
+    if character in MARKS:
+        return "a noncharacter of Unicode"
+    return "half a character" if ord(character) else "the character NUL"
 
 
 def _describe(number: float) -> str:

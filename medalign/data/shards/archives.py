@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from medalign.data.samples import git_lfs
+
 
 class _Packing(NamedTuple):
     magic: bytes  # the first bytes of a file
@@ -25,7 +27,7 @@ _PACKINGS = (
 )
 _NOT_TARS = {  # by the first bytes, in lower case
     b"pk\x03\x04": "a zip archive; unzip it, and pack its files with `tar --sort=name -cf`",
-    b"version https://git-lfs": "a Git LFS pointer; fetch the file itself with `git lfs pull`",
+    git_lfs.POINTER: git_lfs.DESCRIPTION,
     b"<!doctype html": "a web page; the download needs a login or another address",
     b"<html": "a web page; the download needs a login or another address",
 }

@@ -17,6 +17,7 @@ import re
 from collections.abc import Collection, Iterable
 from functools import lru_cache
 
+from medalign.data.samples.bad_sample import short_name
 from medalign.data.samples.sample import BadSample
 
 ANNOTATION, MASK_PNG = "json", "mask.png"
@@ -70,8 +71,8 @@ def ignored_members(key: str, names: Collection[str]) -> list[str]:
     unknown = [name for name in others if not (_TEXT.fullmatch(name) or (has_image and _ARRAY.fullmatch(name)))]
     if unknown:
         raise BadSample(
-            f"member {key}.{unknown[0]} is not a supported image; name it jpg, png or dcm (1.jpg, 2.png, ... for "
-            f"further images, {MASK_PNG} for a mask), or leave it out"
+            f"member {short_name(key)}.{short_name(unknown[0])} is not a supported image; name it jpg, png or dcm "
+            f"(1.jpg, 2.png, ... for further images, {MASK_PNG} for a mask), or leave it out"
         )
     return others
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import reprlib
 from collections.abc import Container
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -85,7 +86,9 @@ def check_record(record: Record, seen: Container[str]) -> None:
 def check_key(key: str, seen: Container[str]) -> None:
     """Check a key that becomes a member name. Raises BadSample if it is invalid or in `seen`."""
     if _BAD_NAME.search(key) or len(key.encode()) > _MAX_KEY_BYTES:
-        raise BadSample(f"key {key!r} must have 1 to {_MAX_KEY_BYTES} bytes, without '.', '/', '\\', white space")
+        raise BadSample(
+            f"key {reprlib.repr(key)} must have 1 to {_MAX_KEY_BYTES} bytes, without '.', '/', '\\', white space"
+        )
     _check_free(key, seen)
 
 
@@ -95,7 +98,8 @@ def check_path_key(key: str, seen: Container[str]) -> None:
     bad = _BAD_NAME.search(name) or any(_BAD_FOLDER.search(folder) for folder in folders)
     if bad or len(key.encode()) > _MAX_PATH_BYTES:
         raise BadSample(
-            f"key {key!r} must have 1 to {_MAX_PATH_BYTES} bytes, without '\\', white space or a folder '', '.', '..'"
+            f"key {reprlib.repr(key)} must have 1 to {_MAX_PATH_BYTES} bytes, without '\\', white space or a folder "
+            "'', '.', '..'"
         )
     _check_free(key, seen)
 

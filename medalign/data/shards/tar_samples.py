@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from medalign.data.samples.bad_sample import short_name
 from medalign.data.samples.decode import SEVERAL_FRAMES, has_several_frames
 from medalign.data.samples.sample import BadSample, check_fields, image_name, parse_fields, sample_context
 from medalign.data.shards.listing import MAX_MEMBER_BYTES
@@ -77,7 +78,7 @@ def rows_of_tar(path: Path, shard: int, seen: KeySet, findings: Findings) -> Ite
                     seen.add(key)
                     ignored.update(map(last_ending, others))
             except BadSample as error:
-                findings.refused.append(f"{path.name}/{key}: {error}")
+                findings.refused.append(f"{path.name}/{short_name(key)}: {error}")
     if split:
         findings.refused.append(f"{path.name}: {_explain_dotted_names(split)}")
     findings.ignored += [f"{path.name}: {note}" for note in _describe_ignored(unnamed, ignored)]
@@ -86,7 +87,7 @@ def rows_of_tar(path: Path, shard: int, seen: KeySet, findings: Findings) -> Ite
 def _describe_ignored(unnamed: Sequence[str], ignored: Counter[str]) -> Iterator[str]:
     """Describe the members that are not read: names without an extension, and extensions with their counts."""
     if unnamed:
-        yield f"{len(unnamed)} files without a name and an ending are not read; the first is {unnamed[0]}"
+        yield f"{len(unnamed)} files without a name and an ending are not read; the first is {short_name(unnamed[0])}"
     if ignored:
         counts = ", ".join(f"{count} x {ending}" for ending, count in ignored.most_common())
         yield f"members with these endings are not read: {counts}"
@@ -153,17 +154,17 @@ def _require_one_tar(path: Path, key: str, members: Run, findings: Findings) -> 
         findings.without_image.add(key)
     if key in findings.without_annotation and key in findings.without_image:
         raise DataError(
-            f"{path}: the members of {key} are split between this tar and an earlier one; all members of a sample must "
-            "be in one tar, so unpack both and pack them as one"
+            f"{path}: the members of {short_name(key)} are split between this tar and an earlier one; all members of "
+            "a sample must be in one tar, so unpack both and pack them as one"
         )
 
 
 def _ignored_members(key: str, members: Run) -> list[str]:
     """Return the extensions that are not read. Raises BadSample if the annotation is missing or one is unknown."""
     if ANNOTATION not in members:
-        others = ", ".join(list(members)[:3]) + (", ..." if len(members) > 3 else "")
+        others = ", ".join(map(short_name, list(members)[:3])) + (", ..." if len(members) > 3 else "")
         dotted = "; a key ends at the first dot of the name" if any("." in name for name in members) else ""
-        raise BadSample(f"there is no {key}.{ANNOTATION} for its other members ({others}{dotted})")
+        raise BadSample(f"there is no {short_name(key)}.{ANNOTATION} for its other members ({others}{dotted})")
     return ignored_members(key, members)
 
 
@@ -204,17 +205,17 @@ def _require_no_orphan(key: str, orphans: dict[str, str]) -> None:
     image = orphans.get(posixpath.basename(key)) or orphans.get("")
     if image:
         raise BadSample(
-            f"it has no image, and {image} in the same tar has no annotation; give all members of a sample the same "
-            "path up to the first dot, for example 0001.jpg and 0001.json, or leave the image out"
+            f"it has no image, and {short_name(image)} in the same tar has no annotation; give all members of a sample "
+            "the same path up to the first dot, for example 0001.jpg and 0001.json, or leave the image out"
         )
 
 
 def _read(file: BinaryIO, member: TarMember) -> bytes:
     """Return the bytes of a member. Raises BadSample if they cannot be read."""
     if member.fault:
-        raise BadSample(f"member {member.name} {member.fault}")
+        raise BadSample(f"member {short_name(member.name)} {member.fault}")
     if not 0 < member.length <= MAX_MEMBER_BYTES:
-        raise BadSample(f"member {member.name} has {member.length} bytes; 1 to {MAX_MEMBER_BYTES} are read")
+        raise BadSample(f"member {short_name(member.name)} has {member.length} bytes; 1 to {MAX_MEMBER_BYTES} are read")
     file.seek(member.offset)
     return file.read(member.length)
 
@@ -224,7 +225,8 @@ def _explain_dotted_names(split: dict[str, list[Run]]) -> str:
     members = [member for runs in split.values() for run in runs for member in run.values()]
     key = next(iter(split))
     return (
-        f"{len(members)} files are not used because their names contain dots, for example {members[0].name}: a key "
-        f"ends at the first dot of the name, so this file and others would all belong to the sample {key!r}; replace "
-        "the dots by another character, for example 1-2-840.jpg instead of 1.2.840.jpg"
+        f"{len(members)} files are not used because their names contain dots, for example "
+        f"{short_name(members[0].name)}: a key ends at the first dot of the name, so this file and others would all "
+        f"belong to the sample {short_name(key)!r}; replace the dots by another character, for example "
+        "1-2-840.jpg instead of 1.2.840.jpg"
     )

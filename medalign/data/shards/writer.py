@@ -16,7 +16,7 @@ bytes, and the members of a sample may be apart from each other or links to othe
     task         "vqa" or "report"
     question     required for vqa; for a report, "" selects the default prompt
     answer       required for vqa
-    answer_type  "closed", "open", or "" if it is unknown (and for report)
+    answer_type  "closed", "open", or "" if it is unknown (and for report); in upper or lower case
     report       the target text; required for report
     boxes        [[x0, y0, x1, y1], ...] in pixels of the upright first image as stored; may be empty
     split, case, and any other field  kept unchanged as metadata of the sample

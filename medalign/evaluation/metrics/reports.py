@@ -35,7 +35,7 @@ def bleu_with_interval(predictions: Sequence[str], references: Sequence[str], re
     The tokenizer is 13a, applied after `tokens.separate`, which does not change English text. If `separate` changes
     the references, the signature contains `tok:13a+characters`. Standard BLEU is 0 for a corpus in which no text has
     four tokens. This also holds here for references in ASCII letters; for others, only n-gram orders that occur count
-    (`eff:yes`).
+    (`eff:yes`). A corpus that equals its references has 100 points in every script, however short its texts are.
 
     Args:
         predictions: texts to score.
@@ -53,7 +53,11 @@ def bleu_with_interval(predictions: Sequence[str], references: Sequence[str], re
     def points(counts_SK: np.ndarray) -> float:
         *counts, length, reference_length = counts_SK.sum(0).tolist()
         correct, total = counts[:4], counts[4:]
-        return float(BLEU.compute_bleu(correct, total, length, reference_length, "exp", effective_order=others).score)
+        equal = correct == total and length == reference_length  # standard BLEU of such a corpus is 0 or 100
+        effective = others or equal
+        return float(
+            BLEU.compute_bleu(correct, total, length, reference_length, "exp", effective_order=effective).score
+        )
 
     draw = np.random.default_rng(0)  # fixed seed: the same texts give the same interval
     drawn = [points(counts_SK[draw.integers(0, len(found), len(found))]) for _ in range(resamples)]

@@ -172,3 +172,49 @@ def test_marks_and_deep_lines_among_good_ones(tmp_path: Path) -> None:
     assert found.keys() == {"annotations.jsonl line 3", "annotations.jsonl line 4", "c"}
     assert found["annotations.jsonl line 3"] == found["c"] == "lists and objects are nested deeper than 64 levels"
     assert found["annotations.jsonl line 4"] == "an integer has thousands of digits"
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        (json.dumps(ROW, indent=1) + "\n" + json.dumps({**ROW, "list": ["a"]}, indent=1)).encode(),
+        "\r".join([json.dumps(ROW), json.dumps({**ROW, "id": "b"})]).encode(),
+        b"id,image,task\na,a.jpg,vqa\nb,a.jpg,vqa\n",
+    ],
+    ids=["pretty", "cr", "csv"],
+)
+def test_a_file_without_lines_of_objects_says_what_is_needed(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "annotations.jsonl").write_bytes(data)
+    told = r"\(1 x not JSON; first: .* line 1: not JSON .*; .* one object per line is required: .* jq -c .* tr .* CSV"
+    with pytest.raises(DataError, match=told):
+        pack("jsonl", tmp_path / "in", tmp_path / "out")
+
+
+def test_pointers_of_git_lfs_are_named(tmp_path: Path) -> None:
+    told = "a Git LFS pointer; fetch the file itself with `git lfs pull`"
+    path = damaged("llava", tmp_path / "list", lambda _: POINTER)
+    with pytest.raises(DataError, match=f"^{path} is {told}$"):
+        pack("llava", tmp_path / "list", tmp_path / "out")
+    lines = tmp_path / "in" / "annotations.jsonl"
+    lines.parent.mkdir()
+    lines.write_text(json.dumps(ROW))
+    (tmp_path / "in" / "a.jpg").write_bytes(POINTER)
+    with pytest.raises(DataError, match=f"first: a: image is {told}"):
+        pack("jsonl", tmp_path / "in", tmp_path / "out")
+    lines.write_bytes(POINTER)
+    with pytest.raises(DataError, match=f"line 1: the file is {told}"):
+        pack("jsonl", tmp_path / "in", tmp_path / "out")
+
+
+def test_a_list_in_an_object_has_a_remedy(tmp_path: Path) -> None:
+    path = damaged("llava", tmp_path / "in", lambda data: b'{"info": 1, "data": ' + data + b"}")
+    told = (
+        f"{path} contains a JSON dict; it must be a list of samples, such as the one under 'data': extract it with jq "
+    )
+    with pytest.raises(DataError) as caught:
+        pack("llava", tmp_path / "in", tmp_path / "out")
+    assert str(caught.value) == f"""{told}'.["data"]'"""

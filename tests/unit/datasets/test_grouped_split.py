@@ -15,7 +15,7 @@ from medalign.__main__ import main
 from medalign.datasets.splitting import Groups, split_by_hash, unit_hash
 from medalign.errors import ConfigError
 from tests.unit.data.tiny_data import picture
-from tests.unit.datasets.conversion import pack, samples, skipped
+from tests.unit.datasets.conversion import pack, samples, skipped, write_json, write_picture
 
 EMPTY = "patient is empty; --group-by patient requires a value in each line"
 
@@ -166,3 +166,35 @@ def test_real_data_without_its_split(tmp_path: Path, shared: Path) -> None:
     assert images["train"].isdisjoint(images["test"])
     # Of 253 images a fifth is 51; three standard deviations are 19.
     assert 32 <= len(images["test"]) <= 70
+
+
+def test_a_split_that_comes_out_empty_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    told = (
+        "the split %s is empty: of %d groups (images or cases that stay together), none falls into its fraction of %g"
+    )
+    name = next(f"{i}.png" for i in range(99) if split_by_hash(f"{i}.png", 0.2) == "train")
+    pack("jsonl", folder(tmp_path / "one", [row(0, name), row(1, name)]), tmp_path / "a", split="image")
+    assert told % ("test", 1, 0.2) in caplog.text
+    caplog.clear()
+    rows = [row(i, f"{i}.png") for i in range(3)]
+    assert {split_by_hash(one["image"], 0.999) for one in rows} == {"test"}
+    pack("jsonl", folder(tmp_path / "three", rows), tmp_path / "b", test_share=0.999)
+    assert told % ("train", 3, 0.001) in caplog.text
+    caplog.clear()
+    rows = [row(0, name), row(1, "other.png", split="test")]  # the line that names its split fills it
+    pack("jsonl", folder(tmp_path / "named", rows), tmp_path / "c", split="image")
+    pack("jsonl", folder(tmp_path / "all", rows[:1]), tmp_path / "d", test_share=1.0)  # train has no share
+    assert "is empty" not in caplog.text
+
+
+@pytest.mark.parametrize(("share", "empty"), [(0.1, "test"), (0.9, "train")])
+def test_a_split_of_conversations_that_comes_out_empty_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, share: float, empty: str
+) -> None:
+    turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "It."}]
+    write_json(tmp_path / "in/all.json", [{"id": "1", "image": ["a.jpg", "b.jpg"], "conversations": turns}])
+    for name in "ab":
+        write_picture(tmp_path / f"in/{name}.jpg", 1)
+    pack("llava", tmp_path / "in", tmp_path / "out", test_share=share)
+    assert f"the split {empty} is empty: of 1 groups" in caplog.text
+    assert "none falls into its fraction of 0.1" in caplog.text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -231,6 +232,23 @@ def test_file_names_become_names_of_folders(tmp_path: Path) -> None:
     account = pack("llava", tmp_path / "in", tmp_path / "out")
     assert sorted(account.splits) == ["_test", "_val", "train_v1_2", "\u80ba" * 40]
     assert account.skipped == []
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "name"),
+    [
+        ("train v1.json", "train.v1.json", "train_v1"),
+        ("train/all.json", "test/all.json", "all"),
+        ("a" + "\u80ba" * 14 + ".json", "b" + "\u80ba" * 14 + ".json", "\u80ba" * 13),  # the end of the keys
+    ],
+)
+def test_files_that_would_have_one_name_are_refused(tmp_path: Path, one: str, other: str, name: str) -> None:
+    folder = tmp_path / "in"
+    for path in (one, other):
+        write_json(folder / path, [ROWS[1]])
+    told = f"{folder / one} and {folder / other} would both be written as {name!r}; rename one of them"
+    with pytest.raises(DataError, match=f"^{re.escape(told)}$"):
+        pack("llava", folder, tmp_path / "out", annotations=[one, other])
 
 
 def test_missing_pieces(tmp_path: Path) -> None:

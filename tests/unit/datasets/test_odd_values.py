@@ -77,7 +77,7 @@ CHOICES = {"option_A": "yes", "option_B": "no", "option_C": "2", "gt_answer": "y
 SOURCES: dict[str, tuple[Callable, dict[str, Any], tuple[str, ...], tuple[str, ...]]] = {
     "vqa-rad": (
         vqa_rad,
-        {**ASKED, "image_name": "a.jpg"},
+        {**ASKED, "image_name": "a.jpg", "phrase_type": "freeform"},
         ("question", "answer", "image_name"),
         ("image_case_url", "phrase_type", "answer_type", "qid", "image_organ", "question_type"),
     ),

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from medalign.errors import DataError
-from tests.unit.datasets.conversion import pack, samples, write_json, write_picture
+from tests.unit.datasets.conversion import pack, samples, skipped, write_json, write_picture
 
 
 @pytest.fixture
@@ -74,6 +74,25 @@ def test_a_question_without_the_address_stays_with_its_image(vqa_rad: Path, tmp_
     images = [{s.metadata["case"] for s in samples(tmp_path / "out" / side)} for side in ("train", "test")]
     assert images[0].isdisjoint(images[1])
     assert len(images[0] | images[1]) == 8
+
+
+@pytest.mark.parametrize("split", ["published", "image"])
+def test_a_phrase_type_that_tells_no_split_is_refused(vqa_rad: Path, tmp_path: Path, split: str) -> None:
+    path = vqa_rad / "VQA_RAD Dataset Public.json"
+    rows = json.loads(path.read_text())
+    odd = [["test_freeform"], "Test question", None, "Test_Para "]
+    for row, value in zip(rows, odd, strict=False):
+        row["phrase_type"] = value
+    del rows[4]["phrase_type"]
+    write_json(path, rows)
+    account = pack("vqa-rad", vqa_rad, tmp_path / "out", split=split, test_share=0.5)
+    found = skipped(account)
+    name = path.name
+    assert sorted(found) == [f"{name} entry {i}" for i in (0, 1, 2, 24, 4)]
+    told = "it must be one of freeform, para, test_freeform, test_para"
+    assert found[f"{name} entry 1"] == f"phrase_type is 'Test question', which determines no split; {told}"
+    if split == "published":
+        assert "vqarad-0003" in {s.key for s in samples(tmp_path / "out" / "test")}
 
 
 def test_missing_pieces(tmp_path: Path) -> None:

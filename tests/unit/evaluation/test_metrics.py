@@ -94,6 +94,15 @@ def test_reports_by_hand():
     assert bleu(["a b c d"], ["a b c d e f g h"]) == pytest.approx(100 * math.exp(-1))
 
 
+@pytest.mark.parametrize("text", ["normal", "3.5 cm", "no acute disease", "\u6b63\u5e38", "normal\u0435"])
+def test_a_short_corpus_that_equals_its_references_has_bleu_100(text):
+    found = bleu_with_interval([text, text], [text, text], resamples=5)
+    assert (found.points, found.low, found.high) == pytest.approx((100, 100, 100))
+    if text.isascii():  # else standard BLEU stays
+        for given in ("abnormal", f"{text} {text}", ""):
+            assert bleu([given], [text]) == sacrebleu.corpus_bleu([given], [[text]]).score < 40
+
+
 def test_bleu_has_an_interval():
     """The reference is sacrebleu's bootstrap with another seed: 1000 samples vary by a few percent of the width."""
     sentence = "no acute cardiopulmonary abnormality is seen in the left lower lobe of the lung"

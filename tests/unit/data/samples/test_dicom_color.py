@@ -192,6 +192,15 @@ REFUSED = {
     "SamplesPerPixel is 3; MONOCHROME2 requires 1": study(HALVES, PhotometricInterpretation="MONOCHROME2"),
     "PixelPresentation is COLOR": study(GRAY, PixelPresentation="COLOR"),
     "color values are signed": study(HALVES, PixelRepresentation=1),
+    "code stream has 64 x 32 pixels, not 32 x 64": file_of(
+        compressed([jpeg(HALVES)], HALVES, JPEGBaseline8Bit, PhotometricInterpretation="YBR_FULL", Rows=64, Columns=32)
+    ),
+    "code stream has 64 x 32 pixels, not 64 x 16": file_of(
+        compressed([jpeg_2000(HALVES, False)], HALVES, JPEG2000Lossless, Rows=16)
+    ),
+    "declared RGB, but has no JFIF or Adobe marker": file_of(
+        compressed([jpeg(HALVES, jfif=False)], HALVES, JPEGBaseline8Bit)
+    ),
     "RedPaletteColorLookupTableDescriptor": study(GRAY, PhotometricInterpretation="PALETTE COLOR"),
 }
 

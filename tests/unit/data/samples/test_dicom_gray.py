@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from pydicom.dataset import Dataset
 from pydicom.pixels import apply_modality_lut, apply_voi, apply_windowing
-from pydicom.uid import JPEGBaseline8Bit
+from pydicom.uid import JPEG2000Lossless, JPEGBaseline8Bit
 
 from medalign.data.samples.decode import decode_image, has_several_frames, picture_header
 from medalign.data.samples.sample import BadSample
@@ -287,3 +288,31 @@ def test_truncated_jpegs_and_impossible_sizes_are_bad_samples() -> None:
     for rows, columns in ((65_535, 65_535), (0, 100)):
         with pytest.raises(BadSample, match=f"it has {columns} x {rows} pixels"):
             decode_image(study(RAMP, Rows=rows, Columns=columns))
+
+
+def jpeg_2000(values: np.ndarray) -> bytes:
+    """A code stream of 16 bits."""
+    buffer = io.BytesIO()
+    Image.fromarray(values.astype(np.uint16)).save(buffer, "JPEG2000", no_jp2=True)
+    return buffer.getvalue()
+
+
+STREAM = jpeg_2000(RAMP)
+DISAGREEING = {
+    "HighBit is 15 with BitsStored 12; only 11 is supported": data_set(RAMP << 4, HighBit=15),
+    "code stream has 16 bits, but BitsAllocated is 8": compressed(
+        [STREAM], RAMP, JPEG2000Lossless, BitsAllocated=8, BitsStored=8, HighBit=7
+    ),
+    "code stream has 100 x 20 pixels, not 20 x 100": compressed([STREAM], RAMP, JPEG2000Lossless, Rows=100, Columns=20),
+}
+
+
+@pytest.mark.parametrize("reason", DISAGREEING)
+def test_tags_that_the_pixels_do_not_agree_with_are_refused(reason: str) -> None:
+    with pytest.raises(BadSample, match=reason):
+        decode_image(file_of(DISAGREEING[reason]))
+
+
+def test_a_code_stream_of_more_bits_than_are_stored_is_read() -> None:
+    one = compressed([STREAM], RAMP, JPEG2000Lossless, WindowCenter=2000, WindowWidth=4000)
+    assert np.array_equal(shown(one), shown(data_set(RAMP, WindowCenter=2000, WindowWidth=4000)))

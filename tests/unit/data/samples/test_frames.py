@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import webdataset
 from PIL import Image
+from pydicom.uid import JPEGBaseline8Bit
 
 from medalign.__main__ import main
-from medalign.data.samples.decode import SEVERAL_FRAMES
+from medalign.data.samples.decode import SEVERAL_FRAMES, decode_image, has_several_frames, picture_header
 from medalign.data.shards.index import ShardIndex
 from medalign.errors import MedAlignError
 from medalign.inference import generate
-from tests.unit.data.dicom_files import study
+from tests.unit.data.dicom_files import compressed, file_of, jpeg, study
 from tests.unit.data.tiny_data import picture, record
 
 FILMS = [np.full((24, 40), level, np.uint8) for level in (10, 120, 240)]
@@ -63,6 +64,37 @@ def test_packing_counts_them(tmp_path: Path, capsys: pytest.CaptureFixture[str],
     index = ShardIndex.open(tmp_path / "out" / "train")
     for i in (0, 1, 4):
         assert (np.asarray(index.read(i).images[0].convert("L")) == 10).all()
+
+
+def jpegs(count: int) -> bytes:
+    pixels = np.dstack(FILMS)
+    return file_of(compressed([jpeg(pixels)] * count, pixels, JPEGBaseline8Bit, PhotometricInterpretation="YBR_FULL"))
+
+
+def raw(films: list[np.ndarray], **tags: object) -> bytes:
+    return study(films[0], PixelData=np.stack(films).astype(np.uint16).tobytes(), **tags)
+
+
+ODD = [np.full((3, 5), level, np.uint8) for level in (10, 120)]  # 15 bytes each, and no zero between them
+BYTES = {"BitsAllocated": 8, "BitsStored": 8, "HighBit": 7}
+
+
+@pytest.mark.parametrize(
+    ("data", "several"),
+    [
+        (raw(FILMS), True),
+        (raw(FILMS[:2], NumberOfFrames=1), True),
+        (raw(FILMS[:1]), False),
+        (study(ODD[0], PixelData=np.stack(ODD).tobytes(), **BYTES), True),
+        (study(ODD[0], PixelData=ODD[0].tobytes() + b"\0", **BYTES), False),
+        (study(ODD[0][:1, :1], PixelData=b"\1\0", **BYTES), False),
+        (jpegs(3), True),
+        (jpegs(1), False),
+    ],
+)
+def test_frames_that_no_tag_counts(data: bytes, several: bool) -> None:
+    assert has_several_frames(data) == several
+    assert decode_image(data).size == picture_header(data)[1:]
 
 
 def test_indexing_counts_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -60,6 +60,16 @@ ANNOTATIONS = {
     '{"task": "vqa", "question": "<image>\\n", "answer": "no"}': "question is",
     '{"task": "vqa", "question": "<ImageHere> is ?", "answer": "no"}': "'<ImageHere>'; write <image>",
     '{"task": "report", "question": "<image>", "report": "Clear."}': None,
+    '{"task": "vqa", "question": "is ?", "answer": "<image> no"}': "the answer contains <image>",
+    '{"task": "vqa", "question": "is ?", "answer": "<ImageHere> no"}': "'<ImageHere>'; write <image>",
+    '{"task": "report", "report": "Clear.\\n<image>"}': "the report contains <image>",
+    '{"task": "report", "report": "Clear.", "answer": "<image>"}': "the answer contains <image>",
+    '{"task": "vqa", "question": "is ?", "answer": "no \\ufdd0"}': "answer contains a noncharacter of Unicode (U+FDD0)",
+    '{"task": "report", "report": "Clear.\ufdd1"}': "report contains a noncharacter of Unicode (U+FDD1)",
+    f'{{{ASKED}, "case": ["\ufdd1"]}}': "case contains a noncharacter of Unicode (U+FDD1)",
+    f'{{{ASKED}, "answer_type": "CLOSED"}}': None,
+    f'{{{ASKED}, "answer_type": " Open\\n"}}': None,
+    f'{{{ASKED}, "answer_type": ["closed"]}}': "answer_type is ['closed']",
     f'{{{ASKED}, "answer_type": "perhaps"}}': "answer_type is 'perhaps'",
     '{"task": "segment"}': "task is 'segment'",
     f"{{{ASKED}": "not JSON",
@@ -113,6 +123,28 @@ def test_the_place_of_an_image_is_taken_out_of_a_question(tmp_path: Path) -> Non
     build_index(write(tmp_path / "a.tar", *members))
     index = ShardIndex.open(tmp_path)
     assert [index.read(i).question for i in range(2)] == ["is it clear ?", REPORT_PROMPT]
+
+
+def test_messages_are_one_short_line(tmp_path: Path) -> None:
+    long, pointer = "k" * 3000, b"version https://git-lfs.github.com/spec/v1\n"
+    box = json.dumps({**record(1).fields, "boxes": [[1, 2, 10**400, 9], [1, 2, -(10**400), 9]]}).encode()
+    texts = {"a\nb": ANNOTATION, long: ANNOTATION, "box": box, "pointer": pointer}
+    members = [m for key, text in texts.items() for m in (file(f"{key}.png", FILM), file(f"{key}.json", text))]
+    report, _ = indexed(write(tmp_path / "a.tar", *members, file("p.png", pointer), file("p.json", ANNOTATION)))
+    ends = "k" * 60
+    told = "a Git LFS pointer; fetch the file itself with `git lfs pull`"
+    assert report.refused[0].startswith(r"a.tar/a\nb: key 'a\nb' must have")
+    assert report.refused[1].startswith(f"a.tar/{ends}...{ends}: key 'kkk")
+    assert report.refused[2].startswith("a.tar/box: box [1, 2, 1000")
+    assert report.refused[3:] == (f"a.tar/pointer: annotation is {told}", f"a.tar/p: image is {told}")
+    assert all("\n" not in line and len(line) < 320 for line in report.refused)
+
+
+def test_an_answer_type_in_capitals_is_read_alike(tmp_path: Path) -> None:
+    text = json.dumps({**record(1).fields, "boxes": [], "answer_type": " CLOSED"}).encode()
+    build_index(write(tmp_path / "a.tar", file("a.png", FILM), file("a.json", text)))
+    index = ShardIndex.open(tmp_path)
+    assert (index.answer_type(0), index.read(0).answer_type) == ("closed", "closed")
 
 
 def test_masks_are_checked_at_both_doors(tmp_path: Path) -> None:
@@ -173,7 +205,7 @@ VALUES = st.recursive(
 def test_what_passes_can_be_written_as_strict_json_in_utf8(value: Any) -> None:
     try:
         text = json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
-        writable = "\\u0000" not in text.decode()
+        writable = "\\u0000" not in text.decode() and not {*text.decode()} & {"\ufdd0", "\ufdd1"}
     except ValueError:
         writable = False
     assert (fault(value) is None) == writable
