@@ -131,7 +131,9 @@ class TestQuickstartFigures:
         assert min(gain("medalign", "language") + gain("medalign", "language", "open_exact")) > 0
         assert round(sum(gain("medalign", "language")) / 3) == 8
         assert round(sum(gain("untrained", "language")) / 3) == 2
-        assert max(gain("untrained", "language", "open_exact")) < 0
+        assert round(sum(gain("steered", "language")) / 3) == 4
+        assert all(sum(gain(arm, "language", "open_exact")) < 0 for arm in ("steered", "untrained"))
+        assert all(min(gain("medalign", arm, "open_exact")) > 0 for arm in ("steered", "untrained"))
         row = next(line for line in self.table.differences(self.table.load()).splitlines() if "closed accuracy" in line)
         assert " -" in row.rpartition("| ")[0].rpartition("| ")[2] or "| -" in row, "the interval includes zero"
         assert (
