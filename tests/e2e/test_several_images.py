@@ -96,4 +96,4 @@ def test_a_limit_below_the_largest_sample_is_found_at_the_start(recipe: Path, fi
     (process,) = start(command(recipe, tmp_path / "run", overrides), 1)
     told = process.communicate(timeout=TIMEOUT)[0]
     assert process.returncode == 2
-    assert "the 3 images of the largest sample, each of 16 tokens, take" in told
+    assert "the 3 images of the largest sample with 16 tokens each take" in told
