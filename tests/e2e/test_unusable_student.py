@@ -20,11 +20,11 @@ from tests.distributed.ranks import TIMEOUT, start
 from tests.e2e.conftest import command
 
 MESSAGES = {
-    "vocabulary": "its tokenizer has 261 tokens, its embedding 260 rows; resize the model (resize_token_embeddings)",
-    "flat": "its config.json has no text_config and no vision_config; it is not in the form of transformers",
+    "vocabulary": "its tokenizer has 261 tokens, but its embedding has only 260 rows; resize the model (resize_token_embeddings)",
+    "flat": "its config.json has no text_config and no vision_config; it is not in the transformers ",
     "layer": "student.layer is 3, but it must be between 1 and 2",
     "template": "the student's prompt is not the beginning of its conversation: after",
-    "length": "data.max_length is 30, but the template and one image of 16 tokens, take 35; raise it to more than 35",
+    "length": "data.max_length is 30, but the template and one image with 16 tokens take 35; raise it to more than 35",
 }
 
 
@@ -58,7 +58,7 @@ def test_inspect_and_train_refuse_alike(broken, recipe: Path, tmp_path: Path, fa
     assert main(["inspect", str(recipe), *words]) == 2
     assert MESSAGES[fault] in capsys.readouterr().err
     with pytest.raises(ConfigError, match=re.escape(MESSAGES[fault])):
-        run._train(load(str(recipe), words), tmp_path / "run", {})
+        run._train(load(str(recipe), words), tmp_path / "run", {}, ())
 
 
 def test_two_ranks_refuse_together(broken: list[str], recipe: Path, tmp_path: Path) -> None:
