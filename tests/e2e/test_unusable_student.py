@@ -20,7 +20,7 @@ from tests.distributed.ranks import TIMEOUT, start
 from tests.e2e.conftest import command
 
 MESSAGES = {
-    "vocabulary": "its tokenizer has 261 tokens, but its embedding has only 260 rows; resize the model (resize_token_embeddings)",
+    "vocabulary": "its tokenizer has 261 tokens, but its embedding has only 260 rows; resize the model",
     "flat": "its config.json has no text_config and no vision_config; it is not in the transformers ",
     "layer": "student.layer is 3, but it must be between 1 and 2",
     "template": "the student's prompt is not the beginning of its conversation: after",
