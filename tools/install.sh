@@ -1,5 +1,6 @@
 # Sourced by the other scripts: creates or updates .venv with the tested versions and activates it.
 # PYTHON selects the interpreter (3.11 or newer).
+set -e  # an installation that failed must not look finished
 venv=.venv
 stamp=$venv/.installed
 if [ ! -x $venv/bin/python ]; then
