@@ -11,11 +11,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
 
-from medalign import distributed
+from medalign import distributed, pipeline
 from medalign.checkpoint import export
 from medalign.contracts import Sample
 from medalign.data.batches.collator import Collator
-from medalign.data.batches.prompts import PromptEncoder
 from medalign.data.samples import values
 from medalign.data.samples.bad_sample import BadSample, sample_context
 from medalign.data.samples.decode import decode_image, has_several_frames
@@ -233,18 +232,9 @@ def open_student(
     student = export.load_export(source, export.precision(source), distributed.device(), base)
     config = export.settings(source)
     processor = loading.load_processor(config if base is None else type(config)(**{**vars(config), "path": base}))
-    spec = student.spec
-    encoder = PromptEncoder(
-        processor,
-        image_token_id=spec.image_token_id,
-        tokens_per_image=spec.grid.size,
-        max_length=(max_length or export.max_length(source)) + (max_images - 1) * spec.grid.size,
-        max_images=max_images,
-        setting="--max-length",
-    )
-    student.end_with(encoder.end_token_id)
-    view = loading.preprocess_cfg(processor, spec.image_size)
-    collator = Collator(encoder, view, None, spec.grid, padding_side="left", with_answer=False)
+    limit = max_length or export.max_length(source)
+    collator = pipeline.build_question_collator(student.spec, processor, limit, max_images)
+    student.end_with(collator.encoder.end_token_id)
     return student, processor.tokenizer, collator
 
 

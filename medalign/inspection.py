@@ -6,9 +6,9 @@ import logging
 from collections.abc import Iterator
 from itertools import islice
 
-from medalign import run
+from medalign import pipeline
 from medalign.config import Config
-from medalign.data.batches.loader import TrainLoader, rank_indices_and_prefetch
+from medalign.data.batches.loader import rank_indices_and_prefetch
 from medalign.data.order.order import Order, StepPlan
 from medalign.data.shards.index import ShardIndex
 from medalign.evaluation.report.batches import BatchView, view_batch
@@ -23,11 +23,11 @@ def list_keys(config: Config, steps: range, world_size: int, workers: int) -> It
 
     Logs how long the run is. No image is decoded.
     """
-    index = run.open_index(config)
-    run.require_images(config, index)
+    index = pipeline.open_index(config)
+    pipeline.require_images(config, index)
     log.info("%s", describe_length(resolve_steps(config, len(index)), len(index)))
     plan = StepPlan(config.train.batch_size, config.train.micro_batch_size, world_size)
-    return global_batches(index, run.build_order(config, index), plan, workers, steps)
+    return global_batches(index, pipeline.build_order(config, index), plan, workers, steps)
 
 
 def global_batches(
@@ -42,19 +42,11 @@ def global_batches(
 
 def view_global_batch(config: Config, step: int) -> BatchView:
     """The global batch of a step, read and collated as in training. It needs no weights."""
-    index = run.open_index(config)
-    run.require_images(config, index)
+    index = pipeline.open_index(config)
+    pipeline.require_images(config, index)
     teacher = read_preprocess_cfg(config.teacher.path) if config.distils else None
-    collator, processor = run.check_collator(config, teacher, index.max_images)
-    loader = TrainLoader(
-        index,
-        run.build_order(config, index),
-        collator,
-        global_batch=config.train.batch_size,
-        micro_batch=config.train.micro_batch_size,
-        start_step=step,
-    )
-    batches = next(iter(loader))
+    collator, processor = pipeline.check_collator(config, teacher, index.max_images)
+    batches = next(iter(pipeline.build_loader(config, index, collator, step, whole_batch=True)))
     length = describe_length(resolve_steps(config, len(index)), len(index))
     title = f"step {step} in a run of {length}"
     tokenizer = getattr(processor, "tokenizer", processor)

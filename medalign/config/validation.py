@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from medalign.config.keys import ALTERNATIVES
 from medalign.config.schema import Config
 from medalign.errors import ConfigError
@@ -53,6 +55,11 @@ def _check_paths(config: Config, models: bool) -> None:
         not config.train.evaluate_every or bool(data.validation_folders),
         f"train.evaluate_every is {config.train.evaluate_every}, but there are no held-out shards; name their folder "
         "with --data.validation DIR",
+    )
+    shards = {os.path.realpath(folder) for folder in (*data.folders, *data.validation_folders)}
+    _require(
+        os.path.realpath(config.run.dir) not in shards,
+        f"run.dir {config.run.dir} is a folder of shards; name another folder for the run with --run.dir DIR",
     )
     _require(not data.cache_gib or bool(data.cache_dir), "data.cache_gib is set; name its folder with --data.cache_dir")
 

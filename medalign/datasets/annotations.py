@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from medalign.data.samples.git_lfs import describe_pointer
+from medalign.data.samples.json_fields import unique_fields
 from medalign.data.samples.sample import BadSample
 from medalign.datasets.texts import text
 from medalign.errors import DataError, format_os_error
@@ -76,11 +77,11 @@ def parse_json(content: str, *, nan_is_null: bool = False) -> Any:
         nan_is_null: read NaN as null, and an integer longer than any float as infinity, which all fields reject.
 
     Raises:
-        BadSample: the text is not JSON, or nested too deep.
+        BadSample: the text is not JSON, nested too deep, or a field occurs twice.
     """
     try:
         hooks: dict[str, Any] = {"parse_constant": _constant, "parse_int": _integer} if nan_is_null else {}
-        return json.loads(content, **hooks)
+        return json.loads(content, object_pairs_hook=unique_fields, **hooks)
     except RecursionError as error:
         raise BadSample(_TOO_DEEP) from error
     except json.JSONDecodeError as error:

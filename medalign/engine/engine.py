@@ -24,7 +24,7 @@ import deepspeed.ops
 from transformers.integrations import HfDeepSpeedConfig
 
 from medalign import distributed
-from medalign.distributed import log
+from medalign.engine import extensions
 from medalign.run_folder import CheckpointFolder
 
 # These warnings come from calls inside DeepSpeed and transformers, and they would hide the log of the run.
@@ -77,7 +77,8 @@ class Engine:
     """
 
     def __init__(self, student: nn.Module, groups: Sequence[dict[str, Any]], settings: Mapping[str, Any]) -> None:
-        _announce_compilation(settings)
+        with distributed.raise_on_all_ranks():
+            extensions.prepare(settings)
         optimizer = torch.optim.AdamW(list(groups))
         self._engine, self.optimizer, _, _ = deepspeed.initialize(
             model=student, optimizer=optimizer, config=dict(settings), dist_init_required=False
@@ -200,22 +201,6 @@ def to_universal(source: Path, target: Path) -> None:
 def stage(settings: Mapping[str, Any]) -> int:
     """Return the ZeRO stage of a DeepSpeed configuration."""
     return int(settings.get("zero_optimization", {}).get("stage", 0))
-
-
-def _announce_compilation(settings: Mapping[str, Any]) -> None:
-    """Warn that the start may take minutes. DeepSpeed compiles nothing for the packaged configurations."""
-    zero = settings.get("zero_optimization", {})
-    offloaded = [zero.get(key) or {} for key in ("offload_param", "offload_optimizer")]
-    nvme = any(part.get("device") == "nvme" for part in offloaded)
-    if nvme or any(value for key, value in zero.items() if key.startswith("zero_quantized")):
-        folder = os.environ.get("TORCH_EXTENSIONS_DIR") or "~/.cache/torch_extensions"
-        log.warning(
-            "engine.deepspeed enables %s: DeepSpeed compiles an extension for it in %s, which takes minutes at the "
-            "first start. It waits if another process holds the lock of that extension; if the run does not continue, "
-            "start it again with TORCH_EXTENSIONS_DIR set to a new folder",
-            "offload to NVMe" if nvme else "quantized communication",
-            folder,
-        )
 
 
 @contextlib.contextmanager

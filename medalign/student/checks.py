@@ -129,3 +129,22 @@ def _warn_about_window(config: StudentConfig, model: Any, spec: ModelSpec) -> No
             window,
             spec.grid.size,
         )
+
+
+def warn_about_positions(spec: ModelSpec, max_length: int, setting: str) -> None:
+    """Warn if texts may be longer than the student's language model was trained for.
+
+    Args:
+        spec: the student's spec.
+        max_length: longest text, in tokens.
+        setting: the user's name of max_length.
+    """
+    trained = getattr(spec.language_model.config, "max_position_embeddings", None)
+    if isinstance(trained, int) and max_length > trained and distributed.is_main():
+        log.warning(
+            "%s allows %d tokens, but the student was trained with at most %d (max_position_embeddings in its "
+            "config.json): it may not understand longer texts",
+            setting,
+            max_length,
+            trained,
+        )

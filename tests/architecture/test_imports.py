@@ -25,7 +25,7 @@ FLOORS = (
     ("engine",),
     ("checkpoint", "evaluation", "benchmark"),
     ("training",),
-    ("run", "inference", "inspection", "cli", "__main__"),
+    ("run", "pipeline", "inference", "inspection", "cli", "__main__"),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 

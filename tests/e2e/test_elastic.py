@@ -32,7 +32,7 @@ def runs(request, recipe, tmp_path_factory) -> tuple[Path, Path]:
         kill_at(recipe, moved, step, *words, world=world)
         assert (moved / "checkpoints" / "latest").read_text().strip() == checkpoint
     output = train(recipe, moved, *words, world=3)[0]
-    assert "going on from" in output and "was written by 1 ranks: converting it for 3" in output
+    assert "resuming from" in output and "was written by 1 ranks: converting it for 3" in output
     return whole, moved
 
 

@@ -55,7 +55,7 @@ def test_killed_twice_while_it_saves_a_run_goes_on_exactly(recipe, few, tmp_path
         assert (checkpoints / "latest").read_text().strip() == latest
         assert (checkpoints / left / "progress.json").is_file()
     output = train(recipe, folder, *words, world=2)[0]
-    assert f"going on from {checkpoints / 'step-000006'}" in output
+    assert f"resuming from {checkpoints / 'step-000006'}" in output
     assert len(losses(folder)) == 10 and losses(folder) == losses(tmp_path / "whole")
     assert sorted(path.name for path in checkpoints.iterdir()) == ["latest", "step-000009", "step-000010"]
 
@@ -89,6 +89,6 @@ def test_a_run_goes_on_with_its_own_stage_and_data_alone(refused, trained, few, 
     folder = tmp_path / "copy"
     shutil.copytree(trained, folder)
     settings = (folder / "config.yaml").read_text()
-    assert "step-000008 is of ZeRO stage 3" in refused(folder, "--engine.deepspeed", "zero2")
+    assert "step-000008 has ZeRO stage 3" in refused(folder, "--engine.deepspeed", "zero2")
     assert "data.train is not what" in refused(folder, "--data.train", str(few))
     assert (folder / "config.yaml").read_text() == settings

@@ -24,7 +24,7 @@ def test_a_killed_run_goes_on_exactly(recipe, trained, tmp_path):
     assert (checkpoints / "latest").read_text().strip() == "step-000003"
     (checkpoints / ".partial-step-000006").mkdir()  # as if killed while writing it
     (output,) = train(recipe, folder)
-    assert "going on from" in output
+    assert "resuming from" in output
     assert losses(folder) == losses(trained)
     assert len(losses(folder)) == 8
     elapsed, times = clocks(folder)

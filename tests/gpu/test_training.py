@@ -119,7 +119,7 @@ def test_a_killed_run_goes_on(cuda, recipe, tmp_path, monkeypatch, attention):
     train(recipe, tmp_path / "whole", *words)
     kill_at(recipe, tmp_path / "killed", 5, *words)
     (output,) = train(recipe, tmp_path / "killed", *words)
-    assert "going on from" in output
+    assert "resuming from" in output
     whole, killed = losses(tmp_path / "whole"), losses(tmp_path / "killed")
     assert len(whole) == len(killed) == 8
     if attention == "eager":

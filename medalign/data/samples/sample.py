@@ -20,6 +20,7 @@ from medalign.data.samples.bad_sample import BadSample, image_name, sample_conte
 from medalign.data.samples.decode import decode_image, picture_header
 from medalign.data.samples.git_lfs import describe_pointer
 from medalign.data.samples.image_tags import TAG, check_count, strip_tags
+from medalign.data.samples.json_fields import unique_fields
 
 __all__ = [
     "ANSWER_TYPES",
@@ -50,7 +51,7 @@ def parse_fields(data: bytes) -> dict[str, Any]:
     if not data.strip():
         raise BadSample("annotation is empty")
     try:
-        fields = json.loads(data)
+        fields = json.loads(data, object_pairs_hook=unique_fields)
     except RecursionError as error:
         raise BadSample("annotation is not readable JSON (it is nested too deep)") from error
     except ValueError as error:

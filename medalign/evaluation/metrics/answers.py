@@ -12,7 +12,16 @@ YES_NO = frozenset({"yes", "no"})
 _LETTER = r"[\p{L}\p{M}\p{N}]"
 _LETTERS = rf"[{_LETTER}--[{UNSPACED}]]+"
 _WORD = regex.compile(rf"(?V1)\d+(?:[.,]\d+)+|(?=[{_LETTER}&&[{UNSPACED}]])\X|{_LETTERS}(?:'{_LETTERS})*")
-SIGNATURE = "case:lower|tok:unicode|articles:no"  # rules of `words`, for scores.json
+SIGNATURE = "case:lower|tok:unicode|articles:no|yesno:en+zh+ja"  # the rules of this file, for scores.json
+
+# Chinese and Japanese write yes and no in several ways, with or without a particle or a polite verb. Excluded are
+# longer words that begin alike: "cannot be judged", "unclear", "in contrast", "whether".
+_PHRASES = {
+    "no": regex.compile(
+        r"(?:(?:不是|不对|不存在|没有|没|否|无(?!法)|不$)的?|いいえ|いえ|ありません|ないです|ない|違います)"
+    ),
+    "yes": regex.compile(r"(?:(?:是(?!否)|对(?![比于称照])|有|存在)的?|はい|ええ|そうです|あります|ある)"),
+}
 
 
 def words(text: str) -> list[str]:
@@ -30,9 +39,24 @@ def exact(prediction: str, reference: str) -> bool:
     return words(prediction) == words(reference)
 
 
-def is_yes_no(reference: str) -> bool:
-    """Return whether the first word of the reference is yes or no."""
-    return words(reference)[:1] in (["yes"], ["no"])
+def yes_or_no(reference: str) -> str | None:
+    """Return "yes" or "no" if a reference means this in English, Chinese or Japanese, otherwise None.
+
+    In English the first word decides. In Chinese and Japanese the whole reference must mean yes or no.
+    """
+    found = words(reference)
+    if found[:1] in (["yes"], ["no"]):
+        return found[0]
+    text = "".join(found)
+    return next((meaning for meaning, one in _PHRASES.items() if regex.fullmatch(f"{one.pattern}+", text)), None)
+
+
+def _given_yes_or_no(prediction: str) -> str | None:
+    """Return the first yes or no of an answer: any word in English, the beginning in Chinese and Japanese."""
+    found = words(prediction)
+    text = "".join(found)
+    english = next((word for word in found if word in YES_NO), None)
+    return english or next((meaning for meaning, one in _PHRASES.items() if one.match(text)), None)
 
 
 def closed_correct(prediction: str, reference: str) -> bool:
@@ -41,10 +65,8 @@ def closed_correct(prediction: str, reference: str) -> bool:
     If the reference is yes or no, only the first yes or no in the prediction counts: "There is no effusion." counts
     as no. Any other choice must match exactly after normalization.
     """
-    if is_yes_no(reference):
-        answer = next((word for word in words(prediction) if word in YES_NO), None)
-        return answer == words(reference)[0]
-    return exact(prediction, reference)
+    expected = yes_or_no(reference)
+    return exact(prediction, reference) if expected is None else _given_yes_or_no(prediction) == expected
 
 
 def open_recall(prediction: str, reference: str) -> float:

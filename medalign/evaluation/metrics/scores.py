@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from medalign.errors import DataError
-from medalign.evaluation.metrics.answers import SIGNATURE, closed_correct, exact, is_yes_no, open_recall, words
+from medalign.evaluation.metrics.answers import SIGNATURE, closed_correct, exact, open_recall, words, yes_or_no
 from medalign.evaluation.metrics.predictions import Prediction
 from medalign.evaluation.metrics.reports import bleu_with_interval, rouge_l, rouge_signature
 
@@ -66,7 +66,7 @@ def group(row: Prediction) -> str:
     if row.task == "vqa" and row.answer_type in ("closed", "open"):
         return row.answer_type
     if row.task == "vqa" and row.answer_type == "":
-        return "closed" if is_yes_no(row.answer) else "open"
+        return "closed" if yes_or_no(row.answer) else "open"
     raise DataError(
         f"prediction {row.key!r} has task {row.task!r} and answer_type {row.answer_type!r}; "
         "the task must be vqa or report, and the answer type closed, open or empty"
@@ -82,7 +82,7 @@ def correctness(row: Prediction) -> float:
 def _closed(rows: Sequence[Prediction]) -> Scores:
     scores: Scores = {"closed_n": len(rows)}
     if rows:
-        answers = Counter(words(r.answer)[0] if is_yes_no(r.answer) else " ".join(words(r.answer)) for r in rows)
+        answers = Counter(yes_or_no(r.answer) or " ".join(words(r.answer)) for r in rows)
         scores |= mean("closed_accuracy", [closed_correct(r.prediction, r.answer) for r in rows])
         scores["closed_majority"] = answers.most_common(1)[0][1] / len(rows)
     return scores

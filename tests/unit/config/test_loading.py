@@ -34,6 +34,14 @@ def test_the_dump_is_complete_and_reads_back(recipe, tmp_path):
     assert config.read(path) == settings
 
 
+def test_a_run_does_not_write_into_its_shards(recipe, tmp_path):
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "shards")
+    for folder in ("shards", "link"):
+        with pytest.raises(ConfigError, match=r"run\.dir .* is a folder of shards"):
+            config.load(recipe, ["--data.train", str(tmp_path / "shards"), "--run.dir", str(tmp_path / folder)])
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

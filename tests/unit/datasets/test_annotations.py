@@ -141,8 +141,9 @@ ROW = {"id": "a", "image": "a.jpg", "task": "vqa", "question": "Is it bright?", 
         (gzip.compress(json.dumps(ROW).encode()), "the file is gzipped; unpack it with gunzip"),
         (json.dumps({**ROW, "answer": "ö"}, ensure_ascii=False).encode("cp1252"), "not UTF-8 (byte 0xf6 at position "),
         (json.dumps(ROW, indent=1).encode(), "not JSON (Expecting property name"),
+        (json.dumps(ROW).encode()[:-1] + b', "answer": "other"}', "field 'answer' occurs twice in one object"),
     ],
-    ids=["list", "list after a mark", "utf-16", "gzip", "cp1252", "several lines"],
+    ids=["list", "list after a mark", "utf-16", "gzip", "cp1252", "several lines", "a field twice"],
 )
 def test_lines_that_are_not_annotations(tmp_path: Path, data: bytes, told: str) -> None:
     (tmp_path / "in").mkdir()

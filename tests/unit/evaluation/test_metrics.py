@@ -54,6 +54,19 @@ def test_words(text, expected):
         ("Right side", "right", False),
         ("CT", "ct", True),
         ("B", "B.", True),
+        ("是", "是的。", True),
+        ("是的", "是", True),
+        ("不是", "否", True),
+        ("没有", "没有胸腔积液。", True),
+        ("有", "没有", False),
+        ("否", "无法判断", False),  # "cannot be judged" begins like "no"
+        ("はい", "はい、あります。", True),
+        ("はい、あります", "はい", True),
+        ("いいえ", "ありません", True),
+        ("いいえ", "はい", False),
+        ("是", "yes", True),
+        ("有效", "有", False),  # a choice that begins like "yes"
+        ("右肺", "右肺。", True),
     ],
 )
 def test_closed_answers(reference, prediction, right):

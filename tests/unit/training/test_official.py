@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from medalign import config, run
+from medalign import config, pipeline, run
 from medalign.contracts import IGNORE, Batch, Sample
 from medalign.data.batches.collator import Collator
 from medalign.losses import build_objective
@@ -56,7 +56,9 @@ def build(settings: config.Config) -> tuple[Student, Teacher, Collator]:
             torch.nn.init.normal_(parameter, std=0.05)
     teacher = run.build_teacher(settings)
     assert teacher is not None
-    return student, teacher, run.build_collator(settings, student, load_processor(settings.student), teacher, 1)
+    processor = load_processor(settings.student)
+    collator = pipeline.build_collator(settings, student.spec, processor, teacher.preprocess_cfg, 1)
+    return student, teacher, collator
 
 
 def gradients(student: Student) -> dict[str, torch.Tensor]:

@@ -9,10 +9,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from medalign import phantom
+from medalign import phantom, pipeline
 from medalign.data.order.order import GlobalOrder
 from medalign.data.shards.index import ShardIndex
-from medalign.run import build_collator
 from medalign.student.loading import load_processor
 from tools.benchmarks.step.forms import FORMS, Bench
 from tools.benchmarks.step.measuring import WARM_UP
@@ -23,7 +22,9 @@ def measure_packing(bench: Bench, samples: int, rounds: int, folder: Path) -> di
     form = next(form for form in FORMS if form.name == "medalign_online")
     phantom.write_phantoms(folder, 80, 1, 0)
     index = ShardIndex.open(folder / "train")
-    collate = build_collator(bench.config, bench.student, load_processor(bench.config.student), bench.teacher, 1)
+    processor = load_processor(bench.config.student)
+    teacher_view = bench.teacher.preprocess_cfg
+    collate = pipeline.build_collator(bench.config, bench.student.spec, processor, teacher_view, 1)
     order, padding = GlobalOrder(len(index), 0), []
     times: dict[str, list[float]] = {"padded": [], "packed": []}
     for turn in tqdm(range(WARM_UP + rounds), desc="packing"):

@@ -161,7 +161,13 @@ def test_masks_are_checked_at_both_doors(tmp_path: Path) -> None:
 
 
 def test_annotations_that_no_parser_takes(tmp_path: Path) -> None:
-    texts = {"deep": b"[" * 100_000 + b"]" * 100_000, "blank": b" \n", "list": b"[1]", "latin": b'{"task": "caf\xe9"}'}
+    texts = {
+        "deep": b"[" * 100_000 + b"]" * 100_000,
+        "blank": b" \n",
+        "list": b"[1]",
+        "latin": b'{"task": "caf\xe9"}',
+        "twice": b'{"task": "vqa", "question": "a?", "answer": "yes", "answer": "no"}',
+    }
     members = [
         member for key, text in texts.items() for member in (file(f"{key}.png", FILM), file(f"{key}.json", text))
     ]
@@ -171,6 +177,7 @@ def test_annotations_that_no_parser_takes(tmp_path: Path) -> None:
     assert said["a.tar/deep"] == "annotation is not readable JSON (it is nested too deep)"
     assert said["a.tar/blank"] == "annotation is empty"
     assert said["a.tar/list"] == "annotation is a JSON list, not an object"
+    assert said["a.tar/twice"] == "field 'answer' occurs twice in one object; keep one of them"
     assert said["a.tar/latin"].startswith("annotation is not JSON ('utf-8' codec can't decode")
 
 

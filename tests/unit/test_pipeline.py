@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from medalign import run
+from medalign import pipeline, run
 from medalign.__main__ import main
 from medalign.config import load
 from medalign.data.shards.records import Record
@@ -68,7 +68,7 @@ def test_distilling_without_images_is_refused(
 def test_one_loss_is_enough_to_need_images(folders: dict[str, Path]) -> None:
     config = load("phantom", [*words(folders["none"])[1:], "--losses.alpha", "0"])
     with pytest.raises(ConfigError, match=r"losses\.alpha 0\.0 and losses\.beta 1\.0"):
-        run.require_images(config, run.open_index(config))
+        pipeline.require_images(config, pipeline.open_index(config))
 
 
 def test_text_only_without_distillation_is_a_choice(

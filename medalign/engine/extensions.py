@@ -1,0 +1,81 @@
+"""What DeepSpeed compiles at the first start: nothing for the packaged configurations, but some settings need it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch.utils.cpp_extension import get_default_build_root
+
+from medalign import distributed
+from medalign.errors import ConfigError
+
+log = logging.getLogger("medalign")
+
+LOCK_TIMEOUT = 600.0  # seconds; the largest of these extensions compiles in less
+_POLL = 1.0  # seconds
+_REPORT = 30.0  # seconds between two messages
+
+
+def prepare(settings: Mapping[str, Any], timeout: float = LOCK_TIMEOUT) -> None:
+    """Warn if the start will compile an extension, and wait until no other process is compiling one.
+
+    torch waits for such a lock forever and in silence, also if the process that created it was killed.
+
+    Args:
+        settings: a DeepSpeed configuration.
+        timeout: seconds until the wait is given up.
+
+    Raises:
+        ConfigError: a lock is still there after `timeout`.
+    """
+    purpose = _purpose(settings)
+    if not purpose or distributed.local_rank() > 0:  # the other ranks of a node wait for the first one
+        return
+    folder = build_folder()
+    log.warning(
+        "engine.deepspeed enables %s: DeepSpeed compiles an extension for it in %s, which takes minutes at the first "
+        "start",
+        purpose,
+        folder,
+    )
+    _wait_for_locks(folder, timeout)
+
+
+def build_folder() -> Path:
+    """Return the folder in which torch builds extensions: $TORCH_EXTENSIONS_DIR or its default."""
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+
+
+def _purpose(settings: Mapping[str, Any]) -> str:
+    """Return which setting needs an extension, or ""."""
+    zero = settings.get("zero_optimization", {})
+    offloaded = [zero.get(key) or {} for key in ("offload_param", "offload_optimizer")]
+    if any(part.get("device") == "nvme" for part in offloaded):
+        return "offload to NVMe"
+    return "quantized communication" if any(v for k, v in zero.items() if k.startswith("zero_quantized")) else ""
+
+
+def _wait_for_locks(folder: Path, timeout: float) -> None:
+    begin = reported = time.monotonic()
+    while locks := _locks(folder):
+        now = time.monotonic()
+        if now - begin > timeout:
+            raise ConfigError(
+                f"{locks[0]} has existed for {timeout / 60:.0f} minutes: another process is compiling an extension, or "
+                "was killed while it did. If none is compiling, delete this file; otherwise set TORCH_EXTENSIONS_DIR "
+                "to another folder"
+            )
+        if now == begin or now - reported > _REPORT:
+            log.warning("waiting for another process that holds %s", locks[0])
+            reported = now
+        time.sleep(min(_POLL, timeout))
+
+
+def _locks(folder: Path) -> list[Path]:
+    # FOLDER/NAME/lock, or FOLDER/VERSIONS/NAME/lock if TORCH_EXTENSIONS_DIR is not set
+    return sorted([*folder.glob("*/lock"), *folder.glob("*/*/lock")])

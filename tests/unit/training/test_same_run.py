@@ -1,0 +1,101 @@
+"""What may change when a run is resumed, and what may not."""
+
+import json
+import re
+from dataclasses import asdict, replace
+
+import pytest
+
+from medalign import config
+from medalign.checkpoint.state import TrainState
+from medalign.errors import ConfigError
+from medalign.run import _log_summary
+from medalign.training.same_run import require_same_run
+from medalign.training.schedule import resolve_steps
+
+WORDS = ["--data.train", "shards", "--student.path", "/one/models/llava", "--teacher.path", "/one/models/clip"]
+CHECKPOINT = TrainState(
+    step=3, samples=12, ranks=1, stage=3, data=("8 samples in 1 shards of 512 bytes, CRC-32 0000abcd",)
+)
+
+
+def begun(folder, *words):
+    return config.load("phantom", [*WORDS, "--run.dir", str(folder), *words])
+
+
+@pytest.fixture
+def resume(tmp_path):
+    """Resumes from a checkpoint with other words, or from another progress.json."""
+    (tmp_path / "config.yaml").write_text(config.dump(begun(tmp_path)))
+    checkpoint = tmp_path / "checkpoints" / "step-000003"
+    checkpoint.mkdir(parents=True)
+
+    def go(*words, before=CHECKPOINT, now=CHECKPOINT):
+        (checkpoint / "progress.json").write_text(json.dumps(asdict(before)))
+        require_same_run(begun(tmp_path, *words), now, checkpoint, tmp_path / "config.yaml")
+
+    return go
+
+
+@pytest.mark.parametrize(
+    "word, value",
+    [
+        ("run.seed", "5"),
+        ("train.lr", "0.5"),
+        ("student.layer", "3"),
+        ("optimizer.betas", "[0.9, 0.95]"),
+        ("optimizer.schedule", "linear"),
+        ("optimizer.min_lr_ratio", "0.1"),
+    ],
+)
+def test_what_shapes_the_run_must_stay(resume, word, value):
+    said = re.escape(value.replace("[", "(").replace("]", ")"))
+    with pytest.raises(ConfigError, match=rf"config\.yaml has {word} = .*this command has {said}.*--run\.dir"):
+        resume(f"--{word}", value)
+
+
+def test_what_decides_the_length_of_the_run_must_stay(resume, tmp_path):
+    with pytest.raises(ConfigError, match=r"has train\.steps = 600, but this command has None"):
+        resume("--train.epochs", "3")
+    begun_with_epochs = resolve_steps(begun(tmp_path, "--train.epochs", "3"), 640)
+    (tmp_path / "config.yaml").write_text(config.dump(begun_with_epochs))
+    resume("--train.epochs", "3")
+    with pytest.raises(ConfigError, match=r"has train\.epochs = 3\.0, but this command has 4\.0"):
+        resume("--train.epochs", "4")
+    with pytest.raises(ConfigError, match=r"has train\.epochs = 3\.0, but this command has None"):
+        resume("--train.steps", "60")
+
+
+def test_models_may_move_with_the_folders_above_them(resume):
+    resume("--student.path", "/two/llava", "--train.micro_batch_size", "8")
+    with pytest.raises(ConfigError, match=r"student\.path"):
+        resume("--student.path", "/two/other")
+
+
+def test_shards_may_move_but_not_change(resume):
+    resume("--data.train", "elsewhere")
+    other = replace(CHECKPOINT, data=("7 samples in 1 shards of 512 bytes, CRC-32 0000abcd",))
+    with pytest.raises(
+        ConfigError, match=r"data\.train is not what .*step-000003 was trained on: 8 samples.*7 samples"
+    ):
+        resume(now=other)
+
+
+def test_an_old_checkpoint_is_resumed_with_a_warning(resume, caplog):
+    resume(before=replace(CHECKPOINT, data=(), stage=None))
+    assert "step-000003 does not record its training data" in caplog.text
+
+
+def test_another_zero_stage_is_refused(resume):
+    with pytest.raises(
+        ConfigError,
+        match=r"step-000003 has ZeRO stage 3, but engine\.deepspeed zero2 has stage 2.*restore --engine\.deepspeed cpu",
+    ):
+        resume("--engine.deepspeed", "zero2", now=replace(CHECKPOINT, stage=2))
+
+
+def test_the_last_line_counts_replaced_and_cut_samples(tmp_path, caplog):
+    progress = TrainState(step=8, samples=32, ranks=1, skipped=3, truncated=5)
+    with caplog.at_level("INFO", logger="medalign"):
+        _log_summary(begun(tmp_path), tmp_path, progress)
+    assert "8 steps, 32 samples; 3 bad samples replaced, 5 cut to 160 tokens" in caplog.text
