@@ -51,7 +51,11 @@ def train(config: Config, callbacks: Sequence[Callback] = ()) -> Path:
 
     Returns:
         The run's folder.
+
+    Raises:
+        ConfigError: a setting is unknown, has the wrong type or range, or contradicts another one.
     """
+    config = settings.check(config)
     distributed.adopt_launcher()
     distributed.set_up_logging()
     folder = Path(config.run.dir)
