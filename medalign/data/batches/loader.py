@@ -20,6 +20,7 @@ from medalign.data.samples.faults import as_bad_sample
 from medalign.data.samples.sample import BadSample
 from medalign.data.shards.index import ShardIndex
 from medalign.errors import ConfigError, DataError, MedAlignError
+from medalign.stop_signals import shield_worker
 
 log = logging.getLogger("medalign")
 
@@ -90,6 +91,7 @@ class TrainLoader:
             batch_size=None,
             collate_fn=_identity,
             num_workers=self.workers,
+            worker_init_fn=shield_worker,
             generator=torch.Generator(),  # a separate one, so that loading does not advance the trainer's generator
         )
 
@@ -137,6 +139,7 @@ class ValidationLoader:
             batch_size=None,
             collate_fn=_identity,
             num_workers=self._workers,
+            worker_init_fn=shield_worker,
             generator=torch.Generator(),  # its own, so that loading draws nothing from the trainer's
         )
         for batch in micro_batches:
