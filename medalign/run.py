@@ -36,7 +36,15 @@ from medalign.student.model import Student, check_causality
 from medalign.teacher.clip import Teacher, load_teacher
 from medalign.teacher.targets import assert_replicated
 from medalign.training import schedule
-from medalign.training.callbacks import Callback, Checkpointing, ConsoleLogger, MetricLogger, Profiler, StopOnSignal, Validation
+from medalign.training.callbacks import (
+    Callback,
+    Checkpointing,
+    ConsoleLogger,
+    MetricLogger,
+    Profiler,
+    StopOnSignal,
+    Validation,
+)
 from medalign.training.same_run import require_same_run
 from medalign.training.step import TrainStep
 from medalign.training.trainer import Trainer
