@@ -103,7 +103,10 @@ class _RankLog(logging.FileHandler):
 
 @contextmanager
 def log_file(path: Path) -> Iterator[None]:
-    """Append the messages of this rank to a file too inside the context, with the time. Earlier messages are kept."""
+    """Append the messages of this rank to a file too inside the context, with the time. Earlier messages are kept.
+
+    An exception that ends the context is written too, with its traceback unless it is one that the user can correct.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handler = _RankLog(path, encoding="utf-8")
@@ -115,6 +118,10 @@ def log_file(path: Path) -> Iterator[None]:
     log.addHandler(handler)
     try:
         yield
+    except BaseException as error:
+        trace = None if isinstance(error, MedAlignError) else (type(error), error, error.__traceback__)
+        handler.handle(logging.LogRecord(log.name, logging.ERROR, __file__, 0, "%r", (error,), trace))
+        raise
     finally:
         log.removeHandler(handler)
         handler.close()
