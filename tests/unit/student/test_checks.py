@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 import re
 import shutil
@@ -28,6 +27,7 @@ from transformers import (
 from medalign.config import StudentConfig
 from medalign.errors import ConfigError
 from medalign.student.checks import check_student
+from medalign.student.loading import load_student
 from tests import tiny
 
 Edit = Callable[[Path], None]
@@ -211,6 +211,12 @@ def test_a_layer_that_does_not_exist(student_folder: Path, layer: int) -> None:
         check_student(config(student_folder, layer=layer))
 
 
+def test_missing_weights_are_rejected_when_they_are_read(student: Path) -> None:
+    without("multi_modal_projector")(student)
+    with pytest.raises(ConfigError, match=r"4 of its weights are not in its safetensors files .*linear_1.bias"):
+        load_student(config(student), torch.float32)
+
+
 def test_a_query_mixture_needs_a_query_projection(tmp_path: Path) -> None:
     folder = tiny.save_student(tmp_path / "fused", kind=Phi3Config)
     check_student(config(folder))
@@ -242,22 +248,25 @@ def test_a_tower_without_a_class_token(student_folder: Path, tmp_path: Path, str
 
 
 @pytest.mark.parametrize(
-    ("kind", "settings", "layer", "warned"),
+    ("kind", "settings", "layer", "remedy"),
     [
-        (MistralConfig, {"sliding_window": 15}, 1, True),
-        (MistralConfig, {"sliding_window": 16}, 1, False),
-        (MistralConfig, {"sliding_window": None}, 1, False),
-        (Qwen2Config, {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 2}, 2, True),
-        (Qwen2Config, {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 2}, 1, False),
+        (MistralConfig, {"sliding_window": 15}, 1, "choose a student with full attention"),
+        (MistralConfig, {"sliding_window": 16}, 1, None),
+        (MistralConfig, {"sliding_window": None}, 1, None),
+        (Qwen2Config, {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 2}, 2, "layer to 1"),
+        (Qwen2Config, {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 2}, 1, None),
     ],
 )
-def test_a_window_shorter_than_the_image_is_reported(tmp_path, caplog, kind, settings, layer, warned) -> None:
+def test_a_window_shorter_than_the_image(tmp_path, kind, settings, layer, remedy) -> None:
     folder = tiny.save_student(tmp_path / "student", kind=kind, **settings)
-    with caplog.at_level(logging.WARNING):
+    if remedy is None:
         check_student(config(folder, layer=layer))
-    lines = [record.getMessage() for record in caplog.records if record.name == "medalign"]
-    assert len(lines) == warned
-    assert all(line.startswith(f"student.layer {layer}: its attention covers only the last") for line in lines)
+    else:
+        window = settings["sliding_window"]
+        with pytest.raises(
+            ConfigError, match=rf"covers only the last {window} tokens, but an image has 16: .*{remedy}"
+        ):
+            check_student(config(folder, layer=layer))
 
 
 def test_tied_weights_are_not_missing(tmp_path: Path) -> None:
