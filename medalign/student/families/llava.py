@@ -23,6 +23,9 @@ class Llava(Family):
         "to 'full' for one without (SigLIP)"
     )
 
+    def claims(self, values: Mapping[str, Any]) -> bool:
+        return super().claims(values) and "mm_vision_tower" not in values  # else in the layout of LLaVA's authors
+
     def check(self, folder: Path, values: Mapping[str, Any]) -> None:
         lacking = [part for part in ("text_config", "vision_config") if not values.get(part)]
         if lacking:  # transformers would build a model of 7 billion random weights

@@ -12,11 +12,12 @@ from typing import Any
 
 from medalign.config import LoraConfig, StudentConfig
 from tests import tiny
+from tests.unit.student.families import authors
 
 
 @dataclass(frozen=True)
 class Case:
-    """How to make a model, and the settings of a student of it."""
+    """How to make a model, and the settings of a student of it; "{folder}" in them is the model's folder."""
 
     save: Callable[[Path], Path]
     settings: dict[str, Any] = field(default_factory=dict)
@@ -24,9 +25,15 @@ class Case:
     def config(self, folder: Path, **changes: Any) -> StudentConfig:
         """The settings of a student, with block 2 tapped unless the case says otherwise."""
         lora = LoraConfig(rank=4, alpha=8)
-        return StudentConfig(**{"path": str(folder), "layer": 2, "lora": lora, **self.settings, **changes})
+        own = {
+            name: value.format(folder=folder) if isinstance(value, str) else value
+            for name, value in self.settings.items()
+        }
+        return StudentConfig(**{"path": str(folder), "layer": 2, "lora": lora, **own, **changes})
 
 
 CASES = {
     "llava": Case(tiny.save_student),
+    "llava_mistral": Case(authors.save_llava_med, {"vision_tower": f"{{folder}}/{authors.TOWER}"}),
+    "llava_qwen2": Case(authors.save_huatuo),
 }
