@@ -13,7 +13,7 @@ from medalign.benchmark.kernels import eager
 from medalign.benchmark.kernels.case import Cost, CostModel, KernelCase, Problem, TuningEntry
 from medalign.benchmark.kernels.token_similarity.binaries import binaries
 from medalign.kernels import gpu
-from medalign.kernels.token_similarity import chunked, tile_table, token_similarity, triton
+from medalign.kernels.token_similarity import chunked, tile_table, token_similarity, triton, triton_launches
 from medalign.kernels.token_similarity.tile_table import FEW, ODD, SINGLE, Tile
 
 TOKENS = (576, 1024, 2304, 4096, 16384)  # a LLaVA image, and tiled images
@@ -22,6 +22,7 @@ WIDTHS, SMALL_WIDTHS = (4096, 1024), (96, 40)  # student, teacher
 
 
 def cost_models() -> Iterator[CostModel]:
+    """Yield the cost of each problem that is measured on a GPU."""
     for tokens in TOKENS:
         samples, (width, teacher_width) = samples_of(tokens), WIDTHS
         shape = samples, tokens, width, teacher_width
@@ -30,6 +31,7 @@ def cost_models() -> Iterator[CostModel]:
 
 
 def samples_of(tokens: int) -> int:
+    """Return the number of samples of a problem, which decreases for large images."""
     return 4 if tokens <= 2304 else 1
 
 
@@ -60,7 +62,7 @@ def triton_cost(samples: int, tokens: int, width: int, teacher_width: int, size:
     pass. The L2 cache is assumed to hold the data that the tiles of a launch share.
     """
     tile = tile_table.differences("sm_90", (torch.bfloat16, torch.bfloat16), True, tokens, samples)
-    count, height = triton.panels(tokens)
+    count, height = triton_launches.panels(tokens)
     rows, columns = height // tile.rows, count * height // tile.columns
     tiles = count * (rows * columns - rows * (rows - 1) // 2)
     operations = 2 * tiles * tile.rows * tile.columns * (width + teacher_width)
@@ -71,6 +73,7 @@ def triton_cost(samples: int, tokens: int, width: int, teacher_width: int, size:
 
 
 def problems(device: torch.device, dtype: torch.dtype, tokens: Sequence[int] | None) -> Iterator[Problem]:
+    """Yield one problem per number of tokens; None for the device's default numbers."""
     on_gpu = device.type == "cuda"
     for each in tokens or (TOKENS if on_gpu else SMALL_TOKENS):
         yield problem(device, dtype, each, *(WIDTHS if on_gpu else SMALL_WIDTHS))
