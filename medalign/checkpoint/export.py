@@ -25,6 +25,7 @@ from medalign.run_folder import CheckpointFolder, RunFolder
 from medalign.student import loading
 from medalign.student.checks import check_student
 from medalign.student.model import Student
+from medalign.student.weights import family_of
 
 _FORMAT = 1
 
@@ -162,7 +163,7 @@ def merge(source: Path, output: Path, base: str | None = None) -> None:
     config.path = base or config.path
     processor = loading.load_processor(config)
     model = loading.merge_adapters(student)
-    if loading.family_of(config.path).key_mapping:
+    if family_of(config.path).key_mapping:
         model = _in_transformers_layout(model)
     model.save_pretrained(output)
     processor.save_pretrained(output)

@@ -89,14 +89,13 @@ def _check_vocabulary(folder: str, model: Any, spec: ModelSpec, tokenizer: Any) 
 
 
 def _check_projections(config: StudentConfig, spec: ModelSpec) -> None:
-    if config.query_mixture and not hasattr(spec.attentions[config.layer], "q_proj"):
-        names = [
-            name for name, module in spec.attentions[config.layer].named_modules() if isinstance(module, nn.Linear)
-        ]
-        raise ConfigError(
-            f"student.query_mixture needs a query projection (q_proj), but the attention of block {config.layer} has "
-            f"{' and '.join(names)}; set student.query_mixture to false"
-        )
+    if config.query_mixture:
+        projection, queries = spec.query_projection(config.layer)
+        if config.query_mixture_form == "official" and queries < projection.out_features:
+            raise ConfigError(
+                "student.query_mixture_form is official, which replaces the LoRA of the query projection, but block "
+                f"{config.layer} computes queries, keys and values in one; set it to beside_lora"
+            )
     if not any(isinstance(module, nn.Linear) for block in spec.blocks for module in block.modules()):
         raise ConfigError("the student's blocks contain no linear layer (torch.nn.Linear) that LoRA can adapt")
 

@@ -72,10 +72,10 @@ def adapt(model: nn.Module, config: StudentConfig, dtype: torch.dtype, seed: int
     steering = Steering(spec.width, config.epsilon).to(dtype) if config.steering else None
     mixture = None
     if config.query_mixture:
-        projection: Any = spec.attentions[config.layer].q_proj
+        projection, queries = spec.query_projection(config.layer)
         official = config.query_mixture_form == "official"
         dropout = config.lora.dropout if official else 0.0
-        mixture = QueryMixture(projection.in_features, projection.out_features, lora_start=official, dropout=dropout)
+        mixture = QueryMixture(projection.in_features, queries, lora_start=official, dropout=dropout)
         mixture.to(dtype)
     student = Student(adapted, spec, config.layer, steering, mixture)
     if config.gradient_checkpointing:
@@ -223,7 +223,7 @@ def _lora(config: StudentConfig, model: nn.Module, spec: ModelSpec) -> PeftLora:
     """
     inside = f"{spec.decoder}.layers."
     replaced = config.query_mixture and config.query_mixture_form == "official"
-    skipped = spec.attentions[config.layer].q_proj if replaced else None
+    skipped = spec.query_projection(config.layer)[0] if replaced else None
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not skipped]
     return PeftLora(
         r=config.lora.rank,

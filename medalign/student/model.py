@@ -63,7 +63,7 @@ class Student(nn.Module):
         spec.language_model.register_forward_pre_hook(self._run_vision_tower_on_dummy, with_kwargs=True)
         spec.blocks[layer].register_forward_pre_hook(self._steer_block_input, with_kwargs=True)
         if mixture is not None:
-            mixture.attach(spec.attentions[layer].q_proj)
+            mixture.attach(spec.query_projection(layer)[0])
 
     def forward(self, batch: Batch, *, tap: bool = True) -> StudentOutput:
         """Run the model on a padded or packed batch. Under ZeRO-3, call it on every rank.

@@ -54,7 +54,8 @@ def reserve_image_token(tokenizer: Any, rows: int, folder: Path) -> int:
     if tokenizer.get_vocab().get(_IMAGE, rows) < rows:
         return tokenizer.convert_tokens_to_ids(_IMAGE)
     unknown = tokenizer.unk_token_id
-    if unknown is None or unknown in tokenizer(_UNUSUAL, add_special_tokens=False)["input_ids"]:
+    used = {None, tokenizer.eos_token_id, tokenizer.bos_token_id}
+    if unknown in used.union(tokenizer(_UNUSUAL, add_special_tokens=False)["input_ids"]):
         raise ConfigError(
             f"student.path {folder}: its embedding has {rows} rows, all of which its tokenizer uses, so there is none "
             "for the image token; resize the model (resize_token_embeddings) and save it"

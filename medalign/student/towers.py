@@ -12,7 +12,7 @@ from medalign.errors import ConfigError
 from medalign.student.reading import as_config_error
 
 # CLIP ViT-L/14 of OpenAI at two resolutions, by the end of its name; facts of its own config.json.
-_CLIP_L14 = {
+_CLIP_L14: dict[str, Any] = {
     "hidden_size": 1024,
     "intermediate_size": 4096,
     "num_hidden_layers": 24,

@@ -15,12 +15,13 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, LlamaTokenizer
 
 from medalign.config import StudentConfig
 from medalign.contracts import Batch, ImageTokens
 from medalign.errors import ConfigError
 from medalign.geometry import PatchGrid, PreprocessCfg
+from medalign.student.tokenizers import sentencepiece_tokenizer
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,23 @@ class ModelSpec:
         language: Any = self.language_model.config
         kinds = getattr(language, "layer_types", None) or ["sliding_attention"] * len(self.blocks)
         return getattr(language, "sliding_window", None) if kinds[block] == "sliding_attention" else None
+
+    def query_projection(self, block: int) -> tuple[nn.Linear, int]:
+        """Return the linear layer that computes the queries of a block, and how many of its first outputs are queries.
+
+        Raises:
+            ConfigError: there is no such layer.
+        """
+        attention = self.attentions[block]
+        if hasattr(attention, "q_proj"):
+            return attention.q_proj, attention.q_proj.out_features
+        if hasattr(attention, "qkv_proj"):  # queries, keys and values in one, in this order
+            return attention.qkv_proj, attention.o_proj.in_features
+        names = [name for name, module in attention.named_modules() if isinstance(module, nn.Linear)]
+        raise ConfigError(
+            f"student.query_mixture needs a query projection (q_proj or qkv_proj), but the attention of block {block} "
+            f"has {' and '.join(names)}; set student.query_mixture to false"
+        )
 
     def preprocess_cfg(self, processor: Any) -> PreprocessCfg:
         """How the vision tower takes its pixels; the normalization is that of the model's own processor."""
@@ -93,7 +111,10 @@ class Family:
 
     def processor(self, folder: Path, settings: StudentConfig) -> Any:
         """Return the processor: tokenizer, image settings, and chat template."""
-        return AutoProcessor.from_pretrained(folder, local_files_only=True)
+        processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
+        if isinstance(processor.tokenizer, LlamaTokenizer) and not (folder / "tokenizer.json").is_file():
+            processor.tokenizer = sentencepiece_tokenizer(folder)
+        return processor
 
     # The parts of a loaded model
 

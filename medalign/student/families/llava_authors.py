@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from transformers import (
     LlamaConfig,
@@ -117,7 +117,7 @@ class LlavaAuthors(Llava):
         )
 
 
-def _strategy(vision: Any) -> str:
+def _strategy(vision: Any) -> Literal["default", "full"]:
     return "default" if vision.model_type == "clip_vision_model" else "full"  # without a class token
 
 
@@ -137,7 +137,12 @@ class LlavaQwen2(LlavaAuthors):
     model_type = "llava_qwen2"
     text_config = Qwen2Config
     read_tokenizer = staticmethod(byte_level_tokenizer)
-    words: ClassVar = {"user": "<|user|>\n", "asked": "\n<|assistant|>\n", "answer": "", "end": "{{ eos_token }}"}
+    words: ClassVar = {
+        "user": "<|user|>\n",
+        "asked": "{{ '\\n<|assistant|>\\n' }}",
+        "answer": "",
+        "end": "{{ eos_token }}",
+    }
 
 
 @register

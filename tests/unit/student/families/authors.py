@@ -51,6 +51,13 @@ def save_llava_med(folder: Path) -> Path:
 def save_huatuo(folder: Path) -> Path:
     """HuatuoGPT-Vision-7B: a byte-level tokenizer.json, and the description of the tower in a folder of its own."""
     folder.mkdir(parents=True)
+    save_tokenizer(folder)
+    text = Qwen2Config(vocab_size=264, bos_token_id=256, eos_token_id=256, rope_theta=1e6, **SIZES)
+    return _save(folder, text, "llava_qwen2", f"./{TOWER}", rope_theta=1e6)
+
+
+def save_tokenizer(folder: Path) -> None:
+    """A tokenizer of Qwen2's kind that knows bytes only."""
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     inner = Tokenizer(models.BPE({token: i for i, token in enumerate(alphabet)}, []))
@@ -62,8 +69,6 @@ def save_huatuo(folder: Path) -> Path:
     )
     settings = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": specials[0], "pad_token": specials[0]}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    text = Qwen2Config(vocab_size=264, bos_token_id=256, eos_token_id=256, rope_theta=1e6, **SIZES)
-    return _save(folder, text, "llava_qwen2", f"./{TOWER}", rope_theta=1e6)
 
 
 SIZES: dict[str, Any] = {
