@@ -92,8 +92,8 @@ class QueryMixture(nn.Module):
     def attach(self, projection: nn.Module) -> None:
         """Add the mixture to the output of `projection` in every forward pass after `begin` was called.
 
-        If the output is wider than O, as that of a projection of queries, keys and values in one, the mixture is added to
-        the first O values.
+        If the output is wider than O, as that of a projection of queries, keys and values in one, the mixture is added
+        to the first O values.
         """
         projection.register_forward_hook(self._add_to)
 

@@ -8,9 +8,19 @@ from typing import Any
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from medalign.errors import ConfigError
+from medalign.student.files import read_object
 
 _IMAGE = "<image>"
 _UNUSUAL = "\u2603\U0001f9ff\u1e9e"  # a tokenizer with bytes has an encoding for it
+
+
+def is_bare_sentencepiece(folder: Path) -> bool:
+    """Whether a folder has the tokenizer.model of a Llama-like tokenizer, and no tokenizer.json made from it."""
+    if (folder / "tokenizer.json").is_file() or not (folder / "tokenizer.model").is_file():
+        return False
+    settings = folder / "tokenizer_config.json"
+    kind = read_object(settings).get("tokenizer_class") if settings.is_file() else None
+    return kind in (None, "LlamaTokenizer", "LlamaTokenizerFast")
 
 
 def sentencepiece_tokenizer(folder: Path) -> PreTrainedTokenizerFast:

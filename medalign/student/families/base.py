@@ -15,13 +15,13 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, LlamaTokenizer
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from medalign.config import StudentConfig
 from medalign.contracts import Batch, ImageTokens
 from medalign.errors import ConfigError
 from medalign.geometry import PatchGrid, PreprocessCfg
-from medalign.student.tokenizers import sentencepiece_tokenizer
+from medalign.student.tokenizers import is_bare_sentencepiece, sentencepiece_tokenizer
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class Family:
     def processor(self, folder: Path, settings: StudentConfig) -> Any:
         """Return the processor: tokenizer, image settings, and chat template."""
         processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
-        if isinstance(processor.tokenizer, LlamaTokenizer) and not (folder / "tokenizer.json").is_file():
+        if is_bare_sentencepiece(folder):
             processor.tokenizer = sentencepiece_tokenizer(folder)
         return processor
 
