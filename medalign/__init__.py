@@ -25,7 +25,7 @@ _MODULES = {
     "attention_map": "medalign.kernels",
     "attention_kl": "medalign.losses",
 }
-_NAMES = {"load_config": "load"}  # where the module calls it otherwise
+_NAMES = {"load_config": "load"}  # public name -> name in the module, where they differ
 
 __all__ = [  # noqa: F822 (found by __getattr__)
     "Config",
@@ -44,7 +44,11 @@ __all__ = [  # noqa: F822 (found by __getattr__)
 
 
 def __getattr__(name: str) -> Any:
-    """Imports a name of the public API on first use."""
+    """Import a name of the public API on first use.
+
+    Raises:
+        AttributeError: the name is not public.
+    """
     if name not in _MODULES:
         raise AttributeError(f"module 'medalign' has no attribute {name!r}")
     return getattr(importlib.import_module(_MODULES[name]), _NAMES.get(name, name))

@@ -2,11 +2,11 @@
 
 
 class MedAlignError(Exception):
-    """Base class of all exceptions for a user's input; the command line prints them without a traceback."""
+    """Base class of the exceptions for invalid user input. The command line prints them without a traceback."""
 
 
 class ConfigError(MedAlignError):
-    """A setting is unknown, has the wrong type, or contradicts another one."""
+    """A setting is unknown, has the wrong type or range, or contradicts another one."""
 
 
 class DataError(MedAlignError):

@@ -1,4 +1,4 @@
-"""What a run will read, before it runs: the keys of its global batches, or one decoded batch."""
+"""What a run will read: the keys of its global batches, or one decoded batch."""
 
 from __future__ import annotations
 
@@ -19,9 +19,15 @@ log = logging.getLogger("medalign")
 
 
 def list_keys(config: Config, steps: range, world_size: int, workers: int) -> Iterator[tuple[int, list[str]]]:
-    """Step and sample keys of each global batch of a run, for any number of ranks and loader workers.
+    """Yield the step and the sample keys of each global batch of a run, and log how long the run is.
 
-    Logs how long the run is. No image is decoded.
+    No image is decoded.
+
+    Args:
+        config: the whole configuration.
+        steps: the steps to list.
+        world_size: number of ranks to simulate.
+        workers: number of loader workers per rank to simulate.
     """
     index = pipeline.open_index(config)
     pipeline.require_images(config, index)
@@ -33,7 +39,7 @@ def list_keys(config: Config, steps: range, world_size: int, workers: int) -> It
 def global_batches(
     index: ShardIndex, order: Order, plan: StepPlan, workers: int, steps: range
 ) -> Iterator[tuple[int, list[str]]]:
-    """Step and sample keys of each global batch, joined from what every rank's loader draws for its workers."""
+    """Yield the step and the sample keys of each global batch, joined from what the loader of every rank draws."""
     ranks = [rank_indices_and_prefetch(order, plan, rank, steps.start, workers) for rank in range(plan.world)]
     for step in steps:
         draws = [draw for rank in ranks for draw in islice(rank, plan.accumulation)]
@@ -41,7 +47,7 @@ def global_batches(
 
 
 def view_global_batch(config: Config, step: int) -> BatchView:
-    """The global batch of a step, read and collated as in training. It needs no weights."""
+    """Read and collate the global batch of a step as in training. No weights are read."""
     index = pipeline.open_index(config)
     pipeline.require_images(config, index)
     settings = config.teacher

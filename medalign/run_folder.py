@@ -1,23 +1,25 @@
-"""The layout of a run's folder. No other file of the package spells the names below.
+"""The layout of a run's folder. No other file of the package contains these names.
 
 RUN/
   config.yaml               every setting of the run
   metrics.jsonl             one row per logged step
-  lock                      held by the training that uses the folder
-  profile/                  traces of torch.profiler, if asked for
-  wandb_run_id              the id under which a resumed run continues in W&B (whose own files are in wandb/)
+  lock                      held by the training process that uses the folder
+  profile/                  traces of torch.profiler, if log.profile_steps is set
+  wandb_run_id              the run's id in W&B, used again when the run resumes (W&B's own files are in wandb/)
   checkpoints/
     latest                  name of the newest complete checkpoint
     best                    name of the checkpoint with the lowest loss on held-out shards, if any was evaluated
     step-000500/
       state/                DeepSpeed's shards
       export/               the trained student, as `medalign export` writes it
-      progress.json         where the run stood
+      progress.json         steps, samples and counters of the run at this checkpoint
+      config.yaml           the settings it was trained with
+      complete.json         written last: size and SHA-256 of every file above
   evaluation/
-    NAME/                   of the run's latest checkpoint when it was evaluated
+    NAME/                   the evaluation of the checkpoint that was the latest at that time
       predictions.jsonl
       scores.json
-    step-000500-NAME/       of that checkpoint
+    step-000500-NAME/       the evaluation of checkpoint step-000500
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+_CONFIG = "config.yaml"
 _CHECKPOINTS = "checkpoints"
 _EVALUATION = "evaluation"
 _STEP = re.compile(r"step-(\d+)")
@@ -58,7 +61,7 @@ class CheckpointFolder:
 
     @property
     def step(self) -> int:
-        """Steps that the run had taken."""
+        """Number of steps that the run had taken."""
         return int(self.path.name.partition("-")[2])
 
     @property
@@ -68,8 +71,18 @@ class CheckpointFolder:
 
     @property
     def progress(self) -> Path:
-        """Where the run stood. It is written last, so a folder without it is not a complete checkpoint."""
+        """Steps, samples and counters of the run at this checkpoint."""
         return self.path / "progress.json"
+
+    @property
+    def config(self) -> Path:
+        """Every setting that the run was trained with up to this step."""
+        return self.path / _CONFIG
+
+    @property
+    def marker(self) -> Path:
+        """Size and SHA-256 of every other file. It is written last: without it, a checkpoint is not complete."""
+        return self.path / "complete.json"
 
 
 @dataclass(frozen=True)
@@ -80,24 +93,25 @@ class CheckpointsFolder:
 
     @property
     def latest(self) -> Path:
-        """The file that names the newest complete checkpoint."""
+        """The file with the name of the newest complete checkpoint."""
         return self.path / "latest"
 
     @property
     def best(self) -> Path:
-        """The file that names the checkpoint with the lowest loss on held-out shards."""
+        """The file with the name of the checkpoint that has the lowest loss on held-out shards."""
         return self.path / "best"
 
     def read_latest(self) -> CheckpointFolder | None:
-        """The checkpoint that `latest` names, whether it exists or not; None where there is no `latest`."""
-        return CheckpointFolder(self.path / self.latest.read_text().strip()) if self.latest.is_file() else None
+        """Return the checkpoint that `latest` refers to, even if it does not exist; None where no file names one."""
+        name = self.latest.read_text(errors="replace").strip() if self.latest.is_file() else ""
+        return CheckpointFolder(self.path / name) if _STEP.fullmatch(name) else None
 
     def step(self, step: int) -> CheckpointFolder:
-        """The checkpoint after that many steps."""
+        """Return the folder of the checkpoint after `step` steps."""
         return CheckpointFolder(self.path / f"step-{step:06d}")
 
     def by_step(self) -> dict[int, CheckpointFolder]:
-        """The checkpoints on disk by step, in ascending order."""
+        """Return the checkpoints on disk by step, in ascending order."""
         found = {int(match[1]): path for path in self.path.glob("step-*") if (match := _STEP.fullmatch(path.name))}
         return {step: CheckpointFolder(found[step]) for step in sorted(found)}
 
@@ -111,7 +125,7 @@ class RunFolder:
     @property
     def config(self) -> Path:
         """Every setting of the run."""
-        return self.path / "config.yaml"
+        return self.path / _CONFIG
 
     @property
     def metrics(self) -> Path:
@@ -120,7 +134,7 @@ class RunFolder:
 
     @property
     def lock(self) -> Path:
-        """Locked while a training uses the folder."""
+        """Locked while a training process uses the folder."""
         return self.path / "lock"
 
     @property
@@ -144,20 +158,23 @@ class RunFolder:
         return self.path / _EVALUATION
 
     def evaluation(self, name: str) -> EvaluationFolder:
-        """The evaluation of that name."""
+        """Return the folder of the evaluation `name`."""
         return EvaluationFolder(self.evaluation_root / name)
 
     def evaluations(self, prefix: str = "") -> list[EvaluationFolder]:
-        """The evaluations with scores whose names begin with `prefix`, sorted by name."""
+        """Return the evaluations that have scores and a name with this prefix, sorted by name."""
         found = [EvaluationFolder(folder) for folder in sorted(self.evaluation_root.glob(f"{prefix}*"))]
         return [evaluation for evaluation in found if evaluation.scores.is_file()]
 
 
 def find_run(path: Path) -> tuple[RunFolder, str]:
-    """The run folder where the evaluations of a run, a checkpoint or an export are kept, and the prefix of their names.
+    """Return the run folder that keeps the evaluations of `path`, and the prefix of their names.
 
-    Those of a checkpoint are kept in its run's folder under names that begin with its step, because the checkpoint is
-    deleted once newer ones replace it. Of everything else the prefix is empty.
+    The evaluations of a checkpoint are kept in its run's folder, because the checkpoint is deleted once newer ones
+    replace it. Their names begin with its step. For every other path the prefix is empty.
+
+    Args:
+        path: folder of a run, a checkpoint or an export.
     """
     resolved = path.resolve()
     for folder in (resolved, resolved.parent):  # a checkpoint, or the export in it

@@ -1,5 +1,4 @@
-"""The command line: a file per command, each with `register` and `run`; `main` puts them together.
+"""The command line: one file per command, each with `register` and `run`, and `main`, which combines them.
 
-A command's file imports what its `run` needs inside `run`, so that `medalign --help` loads neither torch nor a model
-library.
+The file of a command imports libraries inside `run`, so that `medalign --help` loads neither torch nor a model library.
 """

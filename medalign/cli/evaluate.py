@@ -19,9 +19,9 @@ def register(subparsers: Subparsers) -> None:
         "evaluate",
         run,
         "score a run on held-out shards",
-        "Writes RUN/evaluation/NAME/predictions.jsonl and scores.json and prints the scores: closed accuracy, open\n"
-        "recall, BLEU and ROUGE-L of reports, and for samples with boxes the share of the attention inside them (of\n"
-        "the question's tokens, at the tapped block) and the pointing game. Counts answers that are empty or cut at\n"
+        "Writes RUN/evaluation/NAME/predictions.jsonl and scores.json, and prints the scores: closed accuracy, open\n"
+        "recall, BLEU and ROUGE-L of reports, and for samples with boxes the share of the question's attention inside\n"
+        "them (at the tapped block) and the pointing game. Counts answers that are empty or cut off at\n"
         "--max-new-tokens. For a checkpoint RUN/checkpoints/step-N, NAME begins with step-N.\n\n"
         "example: medalign evaluate runs/first --data data/val",
     )
@@ -29,7 +29,9 @@ def register(subparsers: Subparsers) -> None:
     add_lengths(parser)
     parser.add_argument("--data", nargs="+", required=True, metavar="SHARDS", help="folders of shards")
     parser.add_argument(
-        "--name", metavar="NAME", help="default: the first folder's; an evaluation of that name is replaced"
+        "--name",
+        metavar="NAME",
+        help="name of the evaluation (default: of the first folder); an evaluation with this name is replaced",
     )
     parser.add_argument("--batch-size", type=count, default=32, metavar="N", help="default %(default)s")
     parser.add_argument("--limit", type=count, metavar="N", help="score only the first N samples")
@@ -38,12 +40,13 @@ def register(subparsers: Subparsers) -> None:
         type=share,
         default=0.01,
         metavar="SHARE",
-        help="stop when more of the samples cannot be read; fewer than 100 count as 100 (default %(default)s)",
+        help="stop if more than this share of the samples cannot be read; fewer than 100 samples count as 100 "
+        "(default %(default)s)",
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Evaluate, print the table of scores and log where they are. Returns the exit status."""
+    """Evaluate, print the table of scores and log where it is written. Returns the exit status."""
     from medalign.evaluation.report.page import format_evaluation
     from medalign.inference import evaluate
     from medalign.run_folder import RunFolder
@@ -61,6 +64,6 @@ def run(arguments: argparse.Namespace) -> int:
     )
     sys.stdout.write(format_evaluation(folder) + "\n")
     others = len(RunFolder(folder.parents[1]).evaluations()) - 1
-    note = f"; {others} more in {folder.parent}, medalign report shows all" if others else ""
+    note = f"; {others} more in {folder.parent}, medalign report shows them all" if others else ""
     log.info("predictions and scores: %s%s", folder, note)
     return 0

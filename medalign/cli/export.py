@@ -18,13 +18,14 @@ def register(subparsers: Subparsers) -> None:
         "export",
         run,
         "write the trained student as safetensors",
-        "An adapter, W and their settings, which `medalign generate` loads; with --merge an ordinary model folder\n"
-        "for transformers (only where W is off, because W acts only on image tokens).\n\n"
+        "Writes the adapter, W and their settings, which `medalign generate` loads. With --merge, writes an ordinary\n"
+        "model folder for transformers. This needs a student without W (student.steering false), because W acts only\n"
+        "on image tokens.\n\n"
         "example: medalign export runs/first --output student",
     )
     add_run(parser)
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="new folder")
-    parser.add_argument("--merge", action="store_true", help="fold the adapter into the base model's weights")
+    parser.add_argument("--merge", action="store_true", help="merge the adapter into the base model's weights")
 
 
 def run(arguments: argparse.Namespace) -> int:

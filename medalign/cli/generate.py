@@ -28,10 +28,10 @@ def register(subparsers: Subparsers) -> None:
         required=True,
         action="append",
         metavar="FILE",
-        help="PNG, JPEG, WebP, TIFF, BMP, GIF, JPEG 2000, PPM or DICOM; repeat it for each further image, in order",
+        help="PNG, JPEG, WebP, TIFF, BMP, GIF, JPEG 2000, PPM or DICOM; repeat the option for further images, in order",
     )
-    parser.add_argument("--question", required=True, metavar="TEXT", help="what to ask")
-    parser.add_argument("--overlay", type=Path, metavar="FILE", help="picture to write, .png or .jpg")
+    parser.add_argument("--question", required=True, metavar="TEXT", help="the question")
+    parser.add_argument("--overlay", type=Path, metavar="FILE", help="picture to write (.png or .jpg)")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""`medalign inspect`: what a recipe will train on, as keys of batches or as one batch in full."""
+"""`medalign inspect`: what a recipe will train on, as the keys of batches or as one decoded batch."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ _PICTURE, _PAGE = (".png",), (".html", ".htm")
 _DESCRIPTION = """\
 Show what a recipe will train on.
 
-With --keys: one JSON line per step, {"step": ..., "keys": [...]}, the sample keys of the global batch in order. No
-image is decoded. Each rank's part is drawn by the loader that training uses, and the parts are joined, so that the
-lines are the same for every --world-size and --workers.
+With --keys: one JSON line per step, {"step": ..., "keys": [...]}, with the sample keys of the global batch in order.
+No image is decoded. The part of each rank is drawn by the loader that training uses, and the parts are joined. The
+lines are therefore the same for every --world-size and --workers.
 
-Without --keys: one global batch, decoded, as the two models get it: pictures, text with the supervised tokens in
-color, spans, lengths and padding; in the terminal, or in a page or picture. It shows images and texts of the data:
-keep it only where the data may be kept."""
+Without --keys: one global batch, decoded, as the two models receive it: pictures, text with the supervised tokens in
+color, spans, lengths and padding. It is shown in the terminal, or written to a page or a picture. It contains images
+and texts of the data: keep it only where the data may be kept."""
 
 _EPILOG = """\
 Any setting of the recipe can be overridden (--data.train DIR, --train.batch_size 64, ...).
@@ -47,17 +47,21 @@ examples:
 def register(subparsers: Subparsers) -> None:
     """Add the command to `medalign`."""
     parser = add_recipe_command(
-        subparsers, "inspect", run, "show what a recipe will train on: keys of batches, or a batch", _DESCRIPTION
+        subparsers, "inspect", run, "show what a recipe will train on: the keys of batches, or a batch", _DESCRIPTION
     )
     parser.usage = "medalign inspect RECIPE [options] [--section.key VALUE ...]"
     parser.epilog = _EPILOG
     parser.add_argument("--keys", action="store_true", help="list the keys of global batches; decode no image")
-    parser.add_argument("--steps", type=whole, metavar="N", help="with --keys: up to step N (default 1)")
-    parser.add_argument("--skip", type=whole, metavar="S", help="with --keys: from step S on (default 0)")
-    parser.add_argument("--world-size", type=count, metavar="W", help="with --keys: ranks to compute (default 1)")
-    parser.add_argument("--workers", type=whole, metavar="K", help="with --keys: loader workers of each rank")
-    parser.add_argument("--step", type=whole, metavar="S", help="without --keys: the step (default 0)")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="without --keys: a .html page or a .png picture")
+    parser.add_argument("--steps", type=whole, metavar="N", help="with --keys: stop before step N (default 1)")
+    parser.add_argument("--skip", type=whole, metavar="S", help="with --keys: start at step S (default 0)")
+    parser.add_argument("--world-size", type=count, metavar="W", help="with --keys: number of ranks (default 1)")
+    parser.add_argument(
+        "--workers", type=whole, metavar="K", help="with --keys: loader workers per rank (default: the recipe's)"
+    )
+    parser.add_argument("--step", type=whole, metavar="S", help="without --keys: the step to show (default 0)")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="without --keys: .html page or .png picture to write"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -68,7 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     config = load(recipe, arguments.overrides, models=not arguments.keys)
     if not config.data.folders:
-        raise ConfigError("data.train is not set: name shard folders with --data.train DIR")
+        raise ConfigError("data.train is not set; give folders of shards with --data.train DIR")
     if arguments.keys:
         _print_keys(config, arguments)
     else:
@@ -79,15 +83,19 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _check_options(arguments: argparse.Namespace) -> None:
-    """Raises ConfigError for an option that has no effect together with the others."""
+    """Check that every given option has an effect.
+
+    Raises:
+        ConfigError: an option has no effect together with the others.
+    """
     names = _SHOWING if arguments.keys else _LISTING
     given = [f"--{name.replace('_', '-')}" for name in names if getattr(arguments, name) is not None]
     if given and arguments.keys:
-        raise ConfigError(f"{given[0]} is for a batch that is shown, and --keys lists only keys; leave one of them out")
+        raise ConfigError(f"{given[0]} applies to a batch that is shown, but --keys lists only keys; omit one of them")
     if given:
-        raise ConfigError(f"{given[0]} is for a list of keys; add --keys, or leave it out (--step says which batch)")
+        raise ConfigError(f"{given[0]} applies to a list of keys; add --keys, or omit it (--step selects the batch)")
     if arguments.output and arguments.output.suffix.lower() not in _PICTURE + _PAGE:
-        raise ConfigError(f"--output {arguments.output}: name a file that ends in .html or .png")
+        raise ConfigError(f"--output {arguments.output}: give a file that ends in .html or .png")
 
 
 def _print_keys(config: Config, arguments: argparse.Namespace) -> None:
@@ -96,8 +104,8 @@ def _print_keys(config: Config, arguments: argparse.Namespace) -> None:
     skip, steps = arguments.skip or 0, 1 if arguments.steps is None else arguments.steps
     if skip >= steps:
         raise ConfigError(
-            f"--skip {skip} leaves none of the {steps} steps; the lines are those of the steps from --skip up to "
-            "--steps: raise --steps"
+            f"--skip {skip} leaves none of the {steps} steps, because the list starts at --skip and stops before "
+            "--steps; raise --steps"
         )
     workers = config.data.workers if arguments.workers is None else arguments.workers
     for step, keys in list_keys(config, range(skip, steps), arguments.world_size or 1, workers):
@@ -105,8 +113,8 @@ def _print_keys(config: Config, arguments: argparse.Namespace) -> None:
 
 
 def _show(view: BatchView, output: Path | None) -> None:
-    """Write the batch to the terminal, or into a page or picture."""
-    from medalign.evaluation.report.batches import as_html, as_picture, as_text
+    """Write the batch to the terminal, a page or a picture."""
+    from medalign.evaluation.report.batch_formats import as_html, as_picture, as_text
     from medalign.observability.files import write_text
 
     if output is None:

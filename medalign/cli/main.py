@@ -1,4 +1,4 @@
-"""The `medalign` command: finds the command among the words, runs it, and turns errors into an exit status."""
+"""The `medalign` command: parses the command line, runs a command, and converts errors to an exit status."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ log = logging.getLogger("medalign")
 COMMANDS = (phantom, shards, inspect, train, generate, evaluate, report, export, bench)
 
 _EPILOG = """
-a first run, from nothing to a report:
+a first run, from synthetic data to a report:
   medalign phantom --output data --train 2000 --val 200
   deepspeed --module medalign train phantom --data.train data/train --run.dir runs/first
   medalign evaluate runs/first --data data/val
@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Args:
-        arguments: the words after `medalign`; by default those of this process.
+        arguments: the words after `medalign`; by default, those of this process.
 
     Returns:
         The exit status: 0; 2 after an error that the user can correct; 130 after an interrupt.
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except MedAlignError as error:
         log.error("error: %s", error)
         return 2
-    except OSError as error:  # a file that cannot be read or written, for which no caller had a better message
+    except OSError as error:  # a file that cannot be read or written, without a more specific message
         log.error("error: %s", format_os_error(error))
         return 2
     except KeyboardInterrupt:
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> CommandParser:
-    """The parser of `medalign` with all commands."""
+    """Build the parser of `medalign` with all commands."""
     parser = CommandParser(
         prog="medalign",
         description="Distill what a medical CLIP sees into a medical vision-language model, and measure the result.",

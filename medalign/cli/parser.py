@@ -1,4 +1,4 @@
-"""The parsers of the commands: options that are added on first use, and settings of a recipe among the options."""
+"""The parsers of the commands. They can add options on first use, and accept settings of a recipe as options."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class CommandParser(argparse.ArgumentParser):
     """The parser of one command.
 
     Attributes:
-        complete: adds what is expensive to import (options, texts) once this command is the one that was given.
-        takes_recipe: the command is `medalign NAME RECIPE [options] [--section.key VALUE ...]`. The namespace then has
-            `recipe` (None where the first word is an option) and `overrides`, every word that is not an option of the
-            command, in order.
+        complete: adds options and texts that are expensive to import; called only if this command is given.
+        takes_recipe: whether the command is `medalign NAME RECIPE [options] [--section.key VALUE ...]`. The namespace
+            then has `recipe` (None if the first word is an option) and `overrides` (every word that is not an option of
+            the command, in order).
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -31,7 +31,7 @@ class CommandParser(argparse.ArgumentParser):
         self.takes_recipe = False
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
-        """Parse the words of this command; argparse calls it for the command that was given."""
+        """Parse the words of this command. argparse calls it for the command that is given."""
         if self.complete is not None:
             complete, self.complete = self.complete, None
             complete(self)
@@ -54,8 +54,11 @@ def add_command(subparsers: Subparsers, name: str, run: Run, summary: str, descr
         subparsers: the commands of `medalign`.
         name: the word after `medalign`.
         run: runs the command with the parsed arguments; returns the exit status.
-        summary: one line for the list of commands, which also opens the command's own help.
-        description: what the command's help says after the summary.
+        summary: one line for the list of commands and the beginning of the command's own help.
+        description: the rest of the command's help.
+
+    Returns:
+        The command's parser.
     """
     parser = subparsers.add_parser(
         name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.\n\n{description}"
@@ -65,7 +68,7 @@ def add_command(subparsers: Subparsers, name: str, run: Run, summary: str, descr
 
 
 def add_recipe_command(subparsers: Subparsers, name: str, run: Run, summary: str, description: str) -> CommandParser:
-    """Add a command whose first word is a recipe and whose other words may be settings of that recipe."""
+    """Add a command that takes a recipe and settings of that recipe; see `add_command` for the arguments."""
     parser = subparsers.add_parser(name, help=summary, description=description, allow_abbrev=False, add_help=False)
     parser.takes_recipe = True
     parser.set_defaults(command=run)
@@ -73,16 +76,22 @@ def add_recipe_command(subparsers: Subparsers, name: str, run: Run, summary: str
 
 
 def require_recipe(arguments: argparse.Namespace, command: str) -> str:
-    """The recipe that was named. Raises ConfigError if the first word of the command is not one."""
+    """Return the recipe on the command line.
+
+    Raises:
+        ConfigError: the first word of the command is not a recipe.
+    """
     if arguments.recipe is None:
         from medalign.config import recipes
 
-        raise ConfigError(f"name a recipe first: medalign {command} RECIPE; packaged are {', '.join(recipes())}")
+        raise ConfigError(
+            f"the recipe is missing; give it first: medalign {command} RECIPE. Packaged recipes: {', '.join(recipes())}"
+        )
     return str(arguments.recipe)
 
 
 def add_run(parser: argparse.ArgumentParser) -> None:
-    """Add RUN and --student, which say where a trained student is."""
+    """Add RUN and --student, the location of a trained student."""
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run, a checkpoint or an export")
     parser.add_argument("--student", metavar="DIR", help="the base model's folder, if it has moved since training")
 
@@ -93,8 +102,12 @@ def add_lengths(parser: argparse.ArgumentParser) -> None:
         "--max-length",
         type=count,
         metavar="N",
-        help="longest question in tokens, its first image included; text beyond it is cut (default: as in training)",
+        help="maximum tokens of a question and its first image; text beyond it is cut off (default: as in training)",
     )
     parser.add_argument(
-        "--max-new-tokens", type=count, default=128, metavar="N", help="longest answer (default %(default)s)"
+        "--max-new-tokens",
+        type=count,
+        default=128,
+        metavar="N",
+        help="maximum tokens of an answer (default %(default)s)",
     )

@@ -20,7 +20,7 @@ def register(subparsers: Subparsers) -> None:
         run,
         "write synthetic chest radiographs as shards",
         "Each study has up to three findings with known boxes, a report and questions. The same seed gives the same\n"
-        "bytes; training and validation never share a study.\n\n"
+        "bytes. Training and validation never share a study.\n\n"
         "example: medalign phantom --output data --train 2000 --val 200",
     )
     parser.add_argument(
@@ -34,8 +34,8 @@ def register(subparsers: Subparsers) -> None:
         type=share,
         default=1.0,
         metavar="SHARE",
-        help="share of the studies whose report is a sample too, in addition to their questions; a report has ten "
-        "times the tokens of an answer and outweighs it in a mean over tokens (default %(default)s)",
+        help="share of the studies with their report as a sample in addition to their questions; a report has about "
+        "ten times the tokens of an answer and outweighs it in a mean over tokens (default %(default)s)",
     )
 
 

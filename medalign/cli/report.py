@@ -17,14 +17,14 @@ def register(subparsers: Subparsers) -> None:
         "report",
         run,
         "write an HTML report that compares runs",
-        "Score tables, loss curves and attention overlays in one file that loads nothing from elsewhere. It shows\n"
-        "images and text of the evaluation data: keep it only where the data may be kept.\n\n"
+        "Writes score tables, loss curves and attention overlays into one self-contained file. It contains images and\n"
+        "texts of the evaluation data: keep it only where the data may be kept.\n\n"
         "example: medalign report runs/language runs/medalign --output report.html",
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of evaluated runs")
     parser.add_argument("--output", type=Path, required=True, metavar="HTML", help="file to write")
     parser.add_argument(
-        "--examples", type=count, default=8, metavar="N", help="questions to show with pictures (default %(default)s)"
+        "--examples", type=count, default=8, metavar="N", help="example questions with pictures (default %(default)s)"
     )
 
 

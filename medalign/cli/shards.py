@@ -1,4 +1,4 @@
-"""`medalign shards CONVERTER`: a data set's folder to shards, with the options of its converter."""
+"""`medalign shards CONVERTER`: packs a data set into shards, with the options of its converter."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("medalign")
 
-_MAX_NAMED = 20  # refused samples that the log names; the report file names all
+_MAX_NAMED = 20  # refused samples that are logged one by one; the report file lists all of them
 
 _DESCRIPTION = """\
 Pack a data set into WebDataset shards.
 
-Each split goes into its own folder, OUTPUT/SPLIT, with an index. Samples that cannot be used are skipped; they are
-counted by reason, and named in OUTPUT/{report}. After an interruption the same command continues where it stopped.
+Each split is written to its own folder, OUTPUT/SPLIT, with an index. Samples that cannot be used are skipped, counted
+by reason, and listed in OUTPUT/{report}. After an interruption, the same command continues where it stopped.
 
-medalign shards CONVERTER --help shows what the folder of a data set must hold and what is written."""
+medalign shards CONVERTER --help shows what the folder of a data set must contain and what is written."""
 
 _EPILOG = """\
 examples:
@@ -39,17 +39,17 @@ examples:
   medalign shards mimic-cxr-jpg --input mimic-cxr-jpg/2.1.0 --output shards/mimic --hash-ids"""
 
 _INDEX = """\
-Write index.jsonl beside the tar files of each folder, as any WebDataset tool packed them: KEY.json, KEY.jpg, KEY.png
-or KEY.dcm, and KEY.1.jpg, KEY.2.png, ... for further images of a sample. KEY ends at the first dot of the base name
-and may be a path, as in train/0001.jpg. The tar files are only read.
+Write index.jsonl next to the tar files of each folder. They may come from any WebDataset tool: KEY.json, KEY.jpg,
+KEY.png or KEY.dcm, and KEY.1.jpg, KEY.2.png, ... for further images of a sample. KEY ends at the first dot of the base
+name and may be a path, as in train/0001.jpg. The tar files are only read.
 
-Of an image with several frames, the first is shown; such images are counted. A sample that cannot be used gets no row
-and is named, also one with a member that may be an image under a name that is not known. Texts and labels in other
-members of a sample (KEY.txt, KEY.cls, ...) are not read; they are counted."""
+If an image has several frames, the first one is used; such images are counted. A sample that cannot be used gets no row
+and is reported. This includes a sample with a member that may be an image but has an unknown suffix. Texts and labels
+in other members of a sample (KEY.txt, KEY.cls, ...) are not read; they are counted."""
 
 
 def register(subparsers: Subparsers) -> None:
-    """Add the command to `medalign`. The converters and their options follow when the command is used."""
+    """Add the command to `medalign`. The converters and their options are added when the command is used."""
     parser = subparsers.add_parser(
         "shards",
         help="pack a data set into WebDataset shards; index tar files from other tools",
@@ -74,7 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
     if len(report.skipped) > _MAX_NAMED:
         from medalign.datasets.convert import REPORT_NAME
 
-        log.warning("every refused sample is named in %s", arguments.output / REPORT_NAME)
+        log.warning("all refused samples are listed in %s", arguments.output / REPORT_NAME)
     return 0
 
 
@@ -96,7 +96,9 @@ def _index(folders: Sequence[Path]) -> int:
         if not report.written:
             empty.append(str(folder))
     if empty:
-        raise DataError(f"no sample of {', '.join(empty)} can be used, so no index was written there")
+        raise DataError(
+            f"no sample of {', '.join(empty)} can be used, so no index was written there; see the reasons above"
+        )
     return 0
 
 
@@ -109,7 +111,7 @@ def _log_kinds(refused: Sequence[str]) -> None:
 
 
 def _log_written(folder: Path, report: PackReport) -> None:
-    """Log how many samples a folder has and how many have an image; no image at all is most often a mistake."""
+    """Log how many samples a folder has and how many have an image. Samples without one are usually a mistake."""
     from medalign.data.shards.table import image_share, read_table
 
     if not report.written:
@@ -158,10 +160,10 @@ def _hashing(arguments: argparse.Namespace) -> Hashing | None:
 
     if not arguments.hash_ids:
         if arguments.salt or arguments.hash_fields:
-            raise ConfigError("--salt and --hash-fields say how to hash; give --hash-ids to hash at all")
+            raise ConfigError("--salt and --hash-fields have no effect without --hash-ids; add it, or omit them")
         return None
     path = arguments.salt or default_salt(arguments.output)
-    log.info("identifiers are hashed with the salt %s; keep it apart from the shards", path)
+    log.info("identifiers are hashed with the salt %s; do not store it with the shards", path)
     return Hashing(read_salt(path), IDENTIFIERS | set(arguments.hash_fields))
 
 
@@ -182,7 +184,7 @@ def _add_converters(parser: CommandParser) -> None:
                 _add_setting(group, setting)
     index = converters.add_parser(
         "index",
-        help="not a data set: write the index of tar files from any WebDataset tool",
+        help="write only the index of tar files from any WebDataset tool",
         description=_INDEX,
     )
     index.set_defaults(converter=None)
@@ -190,7 +192,7 @@ def _add_converters(parser: CommandParser) -> None:
 
 
 def _describe(converter: DatasetConverter) -> str:
-    source = f"Get it under the name: {converter.public_name}\n\n" if converter.public_name else ""
+    source = f"Published as: {converter.public_name}\n\n" if converter.public_name else ""
     return f"{converter.title[0].upper()}{converter.title[1:]}.\n\n{source}The folder:\n\n{converter.layout}"
 
 
@@ -202,23 +204,23 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         "--output", type=Path, required=True, metavar="DIR", help="folder to write one folder per split into"
     )
     parser.add_argument(
-        "--samples-per-shard", type=count, default=1000, metavar="N", help="listed samples per shard (default 1000)"
+        "--samples-per-shard", type=count, default=1000, metavar="N", help="samples per shard (default %(default)s)"
     )
     parser.add_argument("--workers", type=count, metavar="N", help="processes (default: one per core, at most 8)")
     parser.add_argument(
         "--hash-ids",
         action="store_true",
-        help=f"replace keys and the fields {', '.join(sorted(IDENTIFIERS))} by keyed hashes; texts and pictures stay "
-        "as they are, so names in them do too",
+        help=f"replace keys and the fields {', '.join(sorted(IDENTIFIERS))} by keyed hashes; texts and pictures are "
+        "not changed, so names in them remain",
     )
     parser.add_argument(
-        "--hash-fields", nargs="+", default=[], metavar="FIELD", help="more fields that --hash-ids replaces"
+        "--hash-fields", nargs="+", default=[], metavar="FIELD", help="further fields that --hash-ids replaces"
     )
     parser.add_argument(
         "--salt",
         type=Path,
         metavar="FILE",
-        help="the key of the hashes, 16 bytes or more (default: OUTPUT.salt, made once, readable only by its owner)",
+        help="the key of the hashes, at least 16 bytes (default: OUTPUT.salt, made once, readable only by its owner)",
     )
 
 

@@ -1,4 +1,4 @@
-"""`medalign train`: a student from a recipe."""
+"""`medalign train`: trains a student from a recipe."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def register(subparsers: Subparsers) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Train as the recipe and the settings say. Every rank calls it. Returns the exit status."""
+    """Train with the settings of the recipe and the command line. Every rank must call it. Returns the exit status."""
     recipe = require_recipe(arguments, "train")
     from medalign.config import load
 
@@ -33,8 +33,8 @@ def _describe(parser: CommandParser) -> None:
 
     parser.description = (
         f"Train a student from a recipe.\n\n"
-        f"RECIPE is a packaged one ({', '.join(recipes())}) or a path to a YAML file.\n"
-        "Any setting below can be overridden. The same command again continues from the last checkpoint.\n\n"
+        f"RECIPE is a packaged recipe ({', '.join(recipes())}) or the path of a YAML file.\n"
+        "Any setting below can be overridden. Running the same command again resumes from the latest checkpoint.\n\n"
         "on all GPUs of a node:  deepspeed --module medalign train RECIPE ...\n"
         "under SLURM:            srun --kill-on-bad-exit=1 python -m medalign train RECIPE ...\n"
         "on one rank:            medalign train RECIPE ...\n\n" + describe_settings()

@@ -1,4 +1,4 @@
-"""Numbers on the command line, with errors that say what is expected."""
+"""Number types for the command line, with errors that give the expected range."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Value = TypeVar("Value")
 
 
 def argument_type(parse: Callable[[str], Value]) -> Callable[[str], Value]:
-    """`parse` for argparse, which would otherwise not show the message of its ValueError."""
+    """Wrap `parse` for argparse, which otherwise does not show the message of a ValueError."""
 
     def parsed(text: str) -> Value:
         try:
@@ -23,17 +23,17 @@ def argument_type(parse: Callable[[str], Value]) -> Callable[[str], Value]:
 
 
 def count(text: str) -> int:
-    """A whole number, at least 1."""
+    """Parse a whole number of at least 1."""
     return _whole(text, 1)
 
 
 def whole(text: str) -> int:
-    """A whole number, at least 0."""
+    """Parse a whole number of at least 0."""
     return _whole(text, 0)
 
 
 def share(text: str) -> float:
-    """A number from 0 to 1."""
+    """Parse a number from 0 to 1."""
     try:
         value = float(text)
     except ValueError:

@@ -1,10 +1,11 @@
 """The settings of a run, read from a recipe (YAML) and dotted overrides.
 
-A recipe is a complete run by name: `medalign train phantom --train.steps 50` reads the packaged recipe `phantom`, then
-overrides one setting. A key that does not exist and a value of the wrong type or range are errors that name it.
+A recipe contains the settings of a complete run: `medalign train phantom --train.steps 50` reads the packaged recipe
+`phantom`, then overrides one setting. An unknown key and a value of the wrong type or range are errors that name the
+setting.
 """
 
-from medalign.config.loading import describe_settings, dump, load, read
+from medalign.config.loading import check, describe_settings, dump, load, read
 from medalign.config.recipe_files import recipes
 from medalign.config.schema import (
     CheckpointConfig,
@@ -35,6 +36,7 @@ __all__ = [
     "StudentConfig",
     "TeacherConfig",
     "TrainConfig",
+    "check",
     "describe_settings",
     "dump",
     "load",

@@ -1,4 +1,4 @@
-"""The names of settings: every dotted key, the names they had before, and the errors for a key that does not exist."""
+"""The names of settings: every dotted key, the earlier names, and the errors for an unknown key."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ OLD_NAMES = {
     "data.max_bad_share": "data.max_skip_fraction",
     "losses.normalise": "losses.normalize",
 }
-"""Names that settings had in earlier versions, with the present ones."""
+"""Names of settings in earlier versions, with their present names."""
 
 ALTERNATIVES = (("train.steps", "train.epochs"), ("train.warmup_ratio", "train.warmup_steps"))
 """Pairs of settings of which exactly one is set."""
@@ -30,11 +30,10 @@ def require_known(keys: Iterable[str], where: str) -> None:
 
     Args:
         keys: dotted keys such as "train.lr".
-        where: where they were found, for the message.
+        where: where the keys were found, for the message.
 
     Raises:
-        ConfigError: for the first key that is not a setting; it names the nearest one, or the present name of an old
-            one.
+        ConfigError: a key is not a setting. The message gives the nearest known key, or the present name of an old one.
     """
     known = set(all_keys())
     for key in keys:
@@ -51,7 +50,7 @@ def _hint(key: str, known: set[str]) -> str:
 
 
 def all_keys(kind: type = Config, prefix: str = "") -> Iterator[str]:
-    """Every setting as a dotted key, in the order of the fields."""
+    """Yield every setting as a dotted key, in the order of the fields."""
     hints = get_type_hints(kind)
     for item in fields(kind):
         if is_dataclass(hints[item.name]):
@@ -61,7 +60,7 @@ def all_keys(kind: type = Config, prefix: str = "") -> Iterator[str]:
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested sections as one mapping from dotted keys to values."""
+    """Convert nested sections to one mapping from dotted keys to values."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
@@ -69,7 +68,7 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `flatten`."""
+    """Convert a mapping from dotted keys to nested sections: the inverse of `flatten`."""
     values: dict[str, Any] = {}
     for key, value in flat.items():
         *path, last = key.split(".")
@@ -81,7 +80,12 @@ def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def override(flat: Mapping[str, Any], by: Mapping[str, Any]) -> dict[str, Any]:
-    """Dotted settings replaced by others; where one of two alternatives is set, the other one becomes null."""
+    """Replace settings. Where one of two alternatives is set, the other one becomes None.
+
+    Args:
+        flat: dotted keys with values.
+        by: the dotted keys to replace, with their new values.
+    """
     merged = {**flat, **by}
     for pair in ALTERNATIVES:
         for key, other in (pair, pair[::-1]):

@@ -1,10 +1,10 @@
-"""A run's settings from a recipe and dotted overrides, and their form on disk."""
+"""Reads the settings of a run from a recipe and dotted overrides, checks them, and writes them."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -19,32 +19,33 @@ from medalign.errors import ConfigError
 
 Section = TypeVar("Section")
 
-# What the type of a field does not say about the values it refuses.
+# Reasons for a range that its type does not show.
 _HINTS = {
     "student.layer": "the tapped block needs one before it",
     "train.epochs": "train.steps 0 writes the untrained student",
     "train.max_grad_norm": "0 disables clipping",
 }
 
-# Where jsonargparse's messages show the value that is refused; the first that is found is the value as it was written.
-_REFUSED = (
+# Patterns of the invalid value in jsonargparse's messages. The first match is the value as the user wrote it.
+_INVALID = (
     r"Given value: (.+)",
     r"Got value: (.+)",
     r"(\S+) does not conform",
+    r"(\S+) not an integer",
     r"(?:invalid literal|could not convert).*: '(.*)'",
 )
 
 
 def load(recipe: str, overrides: Sequence[str] = (), *, models: bool = True) -> Config:
-    """The settings of a recipe after dotted overrides.
+    """Read the settings of a recipe and apply dotted overrides.
 
-    `${assets}` in a value is the folder of the packaged models. A recipe may name another one with `base:`; its own
-    settings replace those of its base.
+    `${assets}` in a value stands for the folder of the packaged models. A recipe may build on another one with `base:`;
+    its own settings replace those of its base.
 
     Args:
         recipe: a packaged recipe, or the path of a YAML file.
         overrides: words of a command line such as `--train.steps 50`.
-        models: False does without the paths of the models, for what concerns the data only.
+        models: whether the paths of the models are required.
 
     Raises:
         ConfigError: an unknown recipe, an unknown key, a value of the wrong type or range, or settings that contradict
@@ -62,10 +63,28 @@ def load(recipe: str, overrides: Sequence[str] = (), *, models: bool = True) -> 
     return config
 
 
-def dump(config: Config) -> str:
-    """The settings as YAML, complete, readable by `load`.
+def check(config: Config) -> Config:
+    """Check a configuration that was built in Python, as `load` checks a recipe.
 
-    If train.epochs is set, train.steps stays null, and a comment gives the number of steps if it is already known.
+    Returns:
+        An equal configuration, with each number as the type of its field: 1 becomes 1.0 in a field of type float.
+
+    Raises:
+        ConfigError: an attribute that is not a setting, a value of the wrong type or range, or settings that contradict
+            each other.
+    """
+    values = _attributes(config)
+    require_known(flatten(values), "the Config")
+    namespace = _parsed("the Config", lambda: _parser().parse_object(values, defaults=True))
+    checked = _build(Config, namespace.as_dict())
+    validate(checked)
+    return checked
+
+
+def dump(config: Config) -> str:
+    """Return all settings as YAML, which `load` reads.
+
+    If train.epochs is set, train.steps is null, and a comment gives the number of steps if it is already known.
     """
     values, train = asdict(config), config.train
     comment = ""
@@ -76,16 +95,20 @@ def dump(config: Config) -> str:
 
 
 def read(path: Path) -> Config:
-    """The settings that a run wrote into its folder. Raises ConfigError if `path` does not exist."""
+    """Read the settings that a run wrote into its folder.
+
+    Raises:
+        ConfigError: the file does not exist, or a setting in it is not valid.
+    """
     if not path.is_file():
         raise ConfigError(f"{path} does not exist: {path.parent} is not the folder of a run")
     return load(str(path))
 
 
 def describe_settings() -> str:
-    """Every setting with its type, default and meaning, as `medalign train --help` shows it."""
+    """Return every setting with its type, default and meaning, as `medalign train --help` shows it."""
     text = _parser().format_help().split("\n\n", 1)[-1]
-    # jsonargparse offers a file for each section too; a recipe is the one file here.
+    # jsonargparse also lists an option that reads a section from a file; here, only a recipe is a file.
     return re.sub(r"  --[\w.]+ CONFIG\s+Path to a configuration file.\n", "", text)
 
 
@@ -98,7 +121,11 @@ def _parser() -> ArgumentParser:
 
 
 def _parsed(where: str, parse: Callable[[], Namespace]) -> Namespace:
-    """What `parse` returns. Raises ConfigError, which names `where`, if a value is refused."""
+    """Return what `parse` returns, and turn the error for an invalid value into a ConfigError that begins with `where`.
+
+    Raises:
+        ConfigError: a value is not valid.
+    """
     try:
         return parse()
     except (ArgumentError, TypeError, ValueError) as error:
@@ -106,10 +133,10 @@ def _parsed(where: str, parse: Callable[[], Namespace]) -> Namespace:
 
 
 def _explain(message: str) -> str:
-    """jsonargparse's message in one line; for a value that is refused, its key, its value and what is allowed only."""
+    """Shorten a message of jsonargparse to one line: for an invalid value the key, the value and what is allowed."""
     key = re.search(r'[Kk]ey "([\w.]+)"', message)
     rule = re.search(r"does not conform to restriction (v.+)", message)
-    value = next((found for pattern in _REFUSED if (found := re.search(pattern, message))), None)
+    value = next((found for pattern in _INVALID if (found := re.search(pattern, message))), None)
     if not (key and value and key[1] in all_keys()):
         return " ".join(message.split())
     must = re.sub(r"v(<=|>=|<|>)", r"\1 ", rule[1]) if rule else _describe_type(_type_of(key[1]))
@@ -118,7 +145,7 @@ def _explain(message: str) -> str:
 
 
 def _type_of(key: str) -> Any:
-    """The type of a setting."""
+    """Return the type of a setting."""
     kind: Any = Config
     for name in key.split("."):
         kind = get_type_hints(kind)[name]
@@ -126,7 +153,7 @@ def _type_of(key: str) -> Any:
 
 
 def _describe_type(kind: Any) -> str:
-    """The values of a type, in words."""
+    """Describe the values of a type in words."""
     arguments = get_args(kind)
     if get_origin(kind) is Literal:
         return f"one of {', '.join(map(str, arguments))}"
@@ -141,7 +168,7 @@ def _describe_type(kind: Any) -> str:
 
 
 def _build(kind: type[Section], values: Mapping[str, Any]) -> Section:
-    """A dataclass, its sections included, from nested values."""
+    """Build a dataclass and its sections from nested values."""
     hints = get_type_hints(kind)
     arguments = {}
     for item in fields(kind):  # type: ignore[arg-type]
@@ -150,8 +177,13 @@ def _build(kind: type[Section], values: Mapping[str, Any]) -> Section:
     return kind(**arguments)
 
 
+def _attributes(section: Any) -> dict[str, Any]:
+    """Return the attributes of a dataclass as nested values, including attributes that are not fields."""
+    return {name: _attributes(value) if is_dataclass(value) else value for name, value in vars(section).items()}
+
+
 def _plain(value: Any) -> Any:
-    """Numbers of jsonargparse's range types as int and float, also inside lists and tuples."""
+    """Convert jsonargparse's number types to int and float, also inside lists and tuples."""
     if isinstance(value, list | tuple):
         return type(value)(_plain(item) for item in value)
     if isinstance(value, bool) or not isinstance(value, int | float):

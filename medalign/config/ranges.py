@@ -1,4 +1,4 @@
-"""The ranges of numbers that settings may have: jsonargparse checks them, a type checker sees the plain number."""
+"""Number types with a range for the settings. jsonargparse checks the range; a type checker sees int or float."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ else:
 
     HalfOpenUnitInterval = restricted_number_type("HalfOpenUnitInterval", float, [(">=", 0), ("<", 1)])
     PositiveFiniteFloat = restricted_number_type("PositiveFiniteFloat", float, [(">", 0), ("<", math.inf)])
-    # The seeds of single steps (`distributed.seed_step`) are 64-bit numbers as long as this one has 32 bits.
+    # With a 32-bit seed, the seeds of single steps (`distributed.seed_step`) fit into 64 bits.
     Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**32)])
 
 __all__ = [

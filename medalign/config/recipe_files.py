@@ -1,4 +1,4 @@
-"""Recipes: YAML files that are packaged or named by a path, and that may build on one another with `base:`."""
+"""Recipes: YAML files, packaged or given by a path, that may build on one another with `base:`."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from medalign.config.keys import flatten, override, require_known
 from medalign.errors import ConfigError
 
 BASE = "base"
-"""The key of a recipe that names the recipe it builds on."""
+"""The key in a recipe for the name of the recipe that it builds on."""
 
 
 def recipes() -> list[str]:
-    """Names of the packaged recipes."""
+    """Return the names of the packaged recipes."""
     return sorted(p.name.removesuffix(".yaml") for p in _folder().iterdir() if p.name.endswith(".yaml"))
 
 
 def read_recipe(name: str) -> dict[str, Any]:
-    """The settings of a recipe as dotted keys with values, after those of the recipes that it builds on.
+    """Read the settings of a recipe and of the recipes that it builds on, as dotted keys with values.
 
     Args:
         name: a packaged recipe, or the path of a YAML file.
@@ -38,13 +38,13 @@ def read_recipe(name: str) -> dict[str, Any]:
 
 
 def _resolve(name: str, trail: Sequence[str]) -> dict[str, Any]:
-    """`trail` holds the recipes that led to this one by their bases."""
+    """Read a recipe and its bases. `trail` contains the recipes that lead to this one by their bases."""
     if name in trail:
-        raise ConfigError(f"recipes build on each other in a cycle: {' -> '.join((*trail, name))}; remove one base")
+        raise ConfigError(f"recipes build on one another in a cycle: {' -> '.join((*trail, name))}; remove one base")
     values = _parse(name, trail)
     base = values.pop(BASE, None)
     if base is not None and not isinstance(base, str):
-        raise ConfigError(f"recipe {name}: base is {base!r}; name one recipe, or a path to a YAML file")
+        raise ConfigError(f"recipe {name}: base is {base!r}; it must be one packaged recipe or the path of a YAML file")
     flat = flatten(values)
     require_known(flat, f"recipe {name}")
     if base is None:
@@ -53,7 +53,7 @@ def _resolve(name: str, trail: Sequence[str]) -> dict[str, Any]:
 
 
 def _base_name(base: str, child: str) -> str:
-    """A packaged recipe's name, or a path that is relative to the file of the recipe `child`."""
+    """Return the name of a packaged recipe, or a path; a relative path starts at the file of the recipe `child`."""
     if is_packaged(base):
         return base
     return os.path.normpath(base if is_packaged(child) else Path(child).parent / base)
@@ -66,7 +66,7 @@ def _parse(name: str, trail: Sequence[str]) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise ConfigError(f"recipe {name} is not YAML: {error}") from error
     if not isinstance(values, dict):
-        raise ConfigError(f"recipe {name} must hold sections such as 'train:', found {type(values).__name__}")
+        raise ConfigError(f"recipe {name} must contain sections such as 'train:', found {type(values).__name__}")
     return values
 
 
@@ -77,16 +77,16 @@ def _read(name: str, role: str) -> str:
         try:
             return Path(name).read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
-            raise ConfigError(f"recipe {name} is not text (UTF-8); name a YAML file") from error
+            raise ConfigError(f"recipe {name} is not text (UTF-8); give a YAML file") from error
     near = difflib.get_close_matches(os.path.basename(name), recipes(), n=1)
     hint = f"did you mean {near[0]}? " if near else ""
     raise ConfigError(
-        f"unknown recipe {name!r}{role}: {hint}Packaged are {', '.join(recipes())}; a path to a YAML file works too"
+        f"unknown recipe {name!r}{role}: {hint}Packaged recipes: {', '.join(recipes())}; or give a path to a YAML file"
     )
 
 
 def is_packaged(name: str) -> bool:
-    """Whether `name` is a packaged recipe; a file of the same name without a suffix does not replace it."""
+    """Return whether `name` is a packaged recipe. A file with the same name and no suffix does not replace it."""
     return bool(re.fullmatch(r"[\w-]+", name)) and (_folder() / f"{name}.yaml").is_file()
 
 

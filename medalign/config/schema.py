@@ -38,14 +38,14 @@ class RunConfig:
     """The run as a whole."""
 
     dir: str = "runs/default"
-    """Folder of the run: configuration, metrics, checkpoints, export. The same folder again resumes the run."""
+    """Folder of the run: configuration, metrics, checkpoints, export. If it contains a run, the run is resumed."""
     seed: Seed = 0
     """Determines the data order, the initial LoRA weights and every dropout mask. From 0 to 2^32 - 1."""
 
 
 @dataclass
 class DataConfig:
-    """Where the samples come from and how they are read."""
+    """The samples and how they are read."""
 
     train: list[str] | str = field(default_factory=list)
     """Folder of shards to train on, or a list of folders."""
@@ -54,35 +54,39 @@ class DataConfig:
     workers: NonNegativeInt = 0
     """Loader processes per rank; 0 reads in the training process. The batches are the same for any number."""
     max_length: PositiveInt = 1024
-    """Longest sample in tokens. It must hold all images of the largest sample: text beyond it is cut, images never."""
+    """Maximum number of tokens of a sample. It must hold all images of the largest sample: text beyond it is cut off,
+    images are never cut."""
     packing: bool = False
-    """Concatenate the samples of a micro-batch in one row instead of padding them. Each attends only to itself."""
+    """Concatenate the samples of a micro-batch in one row instead of padding them. Tokens attend only to their own
+    sample."""
     max_skip_fraction: ClosedUnitInterval = 0.01
-    """The run stops when more than this share of the samples cannot be read; fewer than 100 count as 100."""
+    """The run stops if more than this share of the samples so far cannot be read. Until 100 samples have been read, the
+    share is that of 100 samples."""
     weights: list[PositiveFloat] = field(default_factory=list)
     """One weight per folder: how often its samples are drawn. Empty: all folders form one data set, and each sample is
     drawn once per epoch."""
     shuffle_block: PositiveInt = 65536
-    """Samples shuffled together. A larger data set is read block by block; each block is whole shards, drawn at random.
-    """
+    """Number of samples that are shuffled together. A larger data set is read block by block; each block consists of
+    whole shards, drawn at random."""
     length_groups: NonNegativeInt = 0
-    """Number of global batches whose samples are sorted by length and divided again, to reduce padding. 0 or 1: off."""
+    """Number of consecutive global batches whose samples are sorted by length and divided into batches again, to reduce
+    padding. 0 and 1 disable it."""
     retries: NonNegativeInt = 5
-    """Attempts, after the first, to read from a shard that cannot be read, with growing pauses."""
+    """How often a failed read from a shard is tried again, with growing pauses."""
     cache_dir: str = ""
-    """Folder for what is read from remote shards, shared by the processes of a node. Empty: ~/.cache/medalign, for
-    indexes only."""
+    """Folder for copies of remote shards, shared by the processes of a node. Empty: ~/.cache/medalign, for indexes
+    only."""
     cache_gib: NonNegativeFloat = 0.0
     """Maximum size of cache_dir in GiB; 0 caches no samples."""
 
     @property
     def folders(self) -> list[str]:
-        """The training folders, one or many."""
+        """The training folders as a list."""
         return [self.train] if isinstance(self.train, str) else self.train
 
     @property
     def validation_folders(self) -> list[str]:
-        """The folders of held-out shards, none or many."""
+        """The folders of held-out shards as a list."""
         return [self.validation] if isinstance(self.validation, str) else self.validation
 
 
@@ -147,27 +151,28 @@ class StudentConfig:
 
 @dataclass
 class LossConfig:
-    """L = L_LM + alpha L_vis + beta L_att."""
+    """The training loss, L_LM + alpha L_vis + beta L_att."""
 
     alpha: NonNegativeFloat = 1.0
     """Coefficient of the spatial alignment loss; 0 disables it."""
     beta: NonNegativeFloat = 0.06
     """Coefficient of the attention loss; 0 disables it."""
     normalize: Normalization = "sum"
-    """How attention becomes a distribution: divided by its sum; softmax of its values; divided by its L2 norm, as in
-    the released code (official; the loss may then be negative)."""
+    """How attention becomes a distribution. sum: divided by its sum. softmax: softmax of its values. official: divided
+    by its L2 norm, as in the released code; the loss may then be negative."""
     language_mean: LanguageMean = "tokens"
-    """The language loss is the mean over the answer tokens of the global batch, or (samples, as in the released code)
-    the mean over each sample's answer tokens, then over the samples of the global batch."""
+    """The mean of the language loss. tokens: over the answer tokens of the global batch. samples: over each sample's
+    answer tokens, then over the samples of the global batch, as in the released code."""
     attention_rows: AttentionRows = "prompt"
-    """Tokens after the image whose attention is distilled: all of the prompt, or (official, as in the released code) up
-    to the last ":" of prompt and answer together."""
+    """Tokens after the image whose attention is distilled. prompt: the rest of the prompt. official: all tokens up to
+    the last ":" of prompt and answer, as in the released code."""
     weighting: PairWeighting = "uniform"
-    """Weights of the token pairs in the spatial loss: all equal, or by the teacher's attention to both."""
+    """Weights of the token pairs in the spatial loss. uniform: all equal. teacher_attention: the product of the
+    teacher's attention to both tokens."""
     ignore_padding: bool = False
     """Exclude patches that show only canvas padding from both distillation losses."""
     impl: KernelImpl = "auto"
-    """Implementation of the kernels. auto: triton on a GPU if it can run, else chunked. A named implementation that
+    """Implementation of the kernels. auto: triton on a GPU if it can run, else chunked. Any other implementation that
     cannot run is an error."""
     extra: list[str] = field(default_factory=list)
     """Import paths (package.module.factory) of callables that take the Config and return a further loss term. A term
@@ -181,8 +186,9 @@ class TrainConfig:
     steps: NonNegativeInt | None = 1000
     """Optimizer steps of the whole run; 0 writes the untrained student as a run. null if train.epochs is set."""
     epochs: PositiveFiniteFloat | None = None
-    """Passes over the training samples, in place of train.steps: epochs * samples / batch_size steps, rounded to the
-    nearest whole number (halves up), at least 1. Whichever of the two the command line sets replaces the recipe's."""
+    """Passes over the training samples, instead of train.steps: epochs * samples / batch_size steps, rounded to the
+    nearest whole number (halves up), at least 1. If the command line sets one of the two, the recipe's other one is
+    ignored."""
     batch_size: PositiveInt = 32
     """Samples per step, over all ranks and accumulated micro-batches."""
     micro_batch_size: PositiveInt = 4
@@ -192,34 +198,35 @@ class TrainConfig:
     projector_lr: NonNegativeFloat = 2e-5
     """Peak learning rate of the projector."""
     weight_decay: float = 0.0
-    """Weight decay of the adapters and the projector; W never decays."""
+    """Weight decay of the adapters and the projector. W has none."""
     warmup_ratio: ClosedUnitInterval | None = 0.03
     """Share of the steps over which the learning rate rises linearly to its peak. null if train.warmup_steps is set."""
     warmup_steps: NonNegativeInt | None = None
-    """Steps of the rise, in place of train.warmup_ratio. Whichever of the two the command line sets replaces the
-    recipe's."""
+    """Steps over which the learning rate rises, instead of train.warmup_ratio. If the command line sets one of the two,
+    the recipe's other one is ignored."""
     max_grad_norm: NonNegativeFloat = 1.0
     """Gradients are clipped to this norm; 0 disables clipping."""
     precision: Precision = "auto"
     """auto: bf16 on a GPU, fp32 on a CPU."""
     evaluate_every: NonNegativeInt = 0
-    """Steps between two evaluations of the losses on data.validation; 0 is off. The last step is evaluated too. Each
-    new lowest total writes a checkpoint, which is kept until there is a lower one; checkpoints/best names it."""
+    """Steps between two evaluations of the losses on data.validation; 0 disables them. The last step is evaluated too.
+    Each new lowest total loss writes a checkpoint, which is kept until there is a lower one; the file checkpoints/best
+    contains its name."""
 
 
 @dataclass
 class OptimizerConfig:
-    """AdamW, and the course of its learning rates after the warm-up. The rates themselves are in train."""
+    """AdamW, and the schedule of its learning rates after the warm-up. The peaks are settings of train."""
 
     betas: tuple[HalfOpenUnitInterval, HalfOpenUnitInterval] = (0.9, 0.999)
     """AdamW's decay rates of the first and second moment."""
     eps: PositiveFloat = 1e-8
     """AdamW's term in the denominator."""
     schedule: LearningRateSchedule = "cosine"
-    """From the peak, reached at the end of the warm-up, down to the minimum: along half a cosine, or linearly. constant
-    stays at the peak."""
+    """The learning rate after the warm-up. cosine: falls to the minimum along half a cosine. linear: falls to the
+    minimum linearly. constant: stays at the peak."""
     min_lr_ratio: ClosedUnitInterval = 0.0
-    """Minimum of each learning rate, as a share of its peak; without effect for a constant schedule."""
+    """Minimum of each learning rate as a share of its peak. It has no effect on a constant schedule."""
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""The checks across settings. The range of each one is part of its field's type."""
+"""Checks that involve several settings. The range of a single setting is part of its field's type."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from medalign.errors import ConfigError
 
 
 def validate(config: Config, *, models: bool = True) -> None:
-    """Check that no setting is missing and that none contradicts another.
+    """Check that no required setting is missing and that none contradicts another.
 
     Args:
-        models: whether the paths of the models are needed.
+        config: the settings.
+        models: whether the paths of the models are required.
 
     Raises:
-        ConfigError: names the settings and the remedy.
+        ConfigError: the message gives the settings and the remedy.
     """
     for first, second in ALTERNATIVES:
         _require_one(config, first, second)
@@ -30,7 +31,7 @@ def _require(holds: bool, message: str) -> None:
 
 
 def _require_one(config: Config, first: str, second: str) -> None:
-    """Exactly one of two settings must be set."""
+    """Check that exactly one of two settings is set."""
     values = [getattr(getattr(config, section), name) for section, name in (first.split("."), second.split("."))]
     found = sum(value is not None for value in values)
     _require(found < 2, f"{first} is {values[0]} and {second} is {values[1]}; set one of them")
@@ -41,7 +42,7 @@ def _check_paths(config: Config, models: bool) -> None:
     data = config.data
     _require(
         not models or bool(config.student.path),
-        "student.path is not set: name a local model folder with --student.path DIR",
+        "student.path is not set; give a local model folder with --student.path DIR",
     )
     _require(
         not models or not config.distils or bool(config.teacher.path),
@@ -49,26 +50,29 @@ def _check_paths(config: Config, models: bool) -> None:
     )
     _require(
         config.train.steps == 0 or bool(data.folders),
-        "data.train is not set: name shard folders with --data.train DIR",
+        "data.train is not set; give folders of shards with --data.train DIR",
     )
     _require(
         not config.train.evaluate_every or bool(data.validation_folders),
-        f"train.evaluate_every is {config.train.evaluate_every}, but there are no held-out shards; name their folder "
+        f"train.evaluate_every is {config.train.evaluate_every}, but there are no held-out shards; give their folders "
         "with --data.validation DIR",
     )
     shards = {os.path.realpath(folder) for folder in (*data.folders, *data.validation_folders)}
     _require(
         os.path.realpath(config.run.dir) not in shards,
-        f"run.dir {config.run.dir} is a folder of shards; name another folder for the run with --run.dir DIR",
+        f"run.dir {config.run.dir} is a folder of shards; give another folder for the run with --run.dir DIR",
     )
-    _require(not data.cache_gib or bool(data.cache_dir), "data.cache_gib is set; name its folder with --data.cache_dir")
+    _require(
+        not data.cache_gib or bool(data.cache_dir),
+        f"data.cache_gib is {data.cache_gib}, but data.cache_dir is not set; give a folder with --data.cache_dir DIR",
+    )
 
 
 def _check_mixture(config: Config) -> None:
     data, epochs = config.data, config.train.epochs
     _require(
         not data.weights or len(data.weights) == len(data.folders),
-        f"data.weights holds {len(data.weights)} numbers for {len(data.folders)} folders; give one per folder",
+        f"data.weights has {len(data.weights)} numbers for {len(data.folders)} folders; give one per folder",
     )
     _require(
         epochs is None or not data.weights,

@@ -1,0 +1,1 @@
+"""Evaluation of a trained student: answers, scores, grounding, and the report that compares runs."""

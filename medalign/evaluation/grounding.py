@@ -1,7 +1,7 @@
 """Grounding scores: how much of the question's attention is on the finding.
 
-The attention is that of the question's tokens at the tapped block, averaged over heads and tokens. It is a saliency
-map. It does not show whether the student follows the question, or whether the answer depends on the attended region.
+The attention of the question's tokens at the tapped block, averaged over heads and tokens, is a saliency map. It does
+not show whether the student follows the question, or whether the answer depends on the attended region.
 
 All scores refer to the image without the padding that makes it square. Attention to padding is removed before the
 attention is normalized, and the area of the padding does not count. Attention that is uniform over the image then

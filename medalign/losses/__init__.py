@@ -1,4 +1,4 @@
-"""The terms of the training loss, one per file, and the objective that adds them up."""
+"""The terms of the training loss, one per file, and the objective that sums them."""
 
 from medalign.losses.attention import AttentionTerm, attention_kl
 from medalign.losses.build import build_objective, build_terms

@@ -14,7 +14,7 @@ from medalign.contracts import Batch, LossValue, StudentOutput, TeacherTargets
 from medalign.losses.term import LossTerm, check_choice
 
 NORMALIZATIONS = get_args(Normalization)
-SMALLEST = 1e-12  # a map of less mass has no loss; a smaller share counts as this inside the logarithm
+SMALLEST = 1e-12  # a map with a smaller sum has no loss; inside the logarithm, smaller shares are raised to this value
 
 
 class AttentionTerm(LossTerm):
@@ -22,8 +22,8 @@ class AttentionTerm(LossTerm):
 
     Args:
         coefficient: the paper's beta.
-        normalize: how attention becomes a distribution: "sum", "softmax" or "official", see `attention_kl`.
-        ignore_padding: leave out patches that show only canvas padding.
+        normalize: how attention becomes a distribution: "sum", "softmax" or "official"; see `attention_kl`.
+        ignore_padding: whether to exclude patches that show only canvas padding.
 
     Raises:
         ValueError: a negative coefficient, or an unknown `normalize`.
@@ -36,11 +36,11 @@ class AttentionTerm(LossTerm):
         self.ignore_padding = ignore_padding
 
     def count(self, batch: Batch) -> torch.Tensor:
-        """Real images whose sample has rows of the attention loss."""
+        """Return the number of real images whose sample has rows of the attention loss."""
         return image_weights(batch).sum()
 
     def compute(self, output: StudentOutput, targets: TeacherTargets | None, batch: Batch) -> LossValue | None:
-        """The divergence summed over the images that count."""
+        """Return the divergence, summed over the images that count."""
         if output.attention is None or targets is None:
             return None
         mask_IN = batch.patch_valid if self.ignore_padding else None
@@ -56,22 +56,22 @@ def attention_kl(
     *,
     normalize: str = "sum",
 ) -> torch.Tensor:
-    """`KL(t || p)` of the normalized maps t (teacher) and p (student), for each image.
+    """Compute `KL(t || p)` of the normalized maps t (teacher) and p (student) of each image.
 
     Args:
         student_map: `[B, N]`, not negative; receives the gradient.
         teacher_map: `[B, N]`, not negative; a constant.
-        mask: `[B, N]` bool; positions where it is False take no part, not even in the normalization.
+        mask: `[B, N]` bool; positions where it is False are excluded, also from the normalization.
         normalize: "sum": divided by the sum. "softmax": softmax of the N values. "official": divided by the L2
-            norm, and the sum over N divided by N, as the released code does; that one may be negative.
+            norm, and the sum over N divided by N, as in the released code; the result may be negative.
 
     Returns:
-        `[B]` float32 (float64 if both maps are). 0, with gradient 0, where either map has a mass of `SMALLEST`
-        (1e-12) or less: a question without rows, an image without valid patches.
-        Shares of p below `SMALLEST` count as `SMALLEST`, and receive no gradient through the logarithm.
+        `[B]` float32 (float64 if both maps are float64). It is 0, with gradient 0, where the sum of either map is at
+        most `SMALLEST` (1e-12): a question without rows, or an image without valid patches. Shares of p below
+        `SMALLEST` are raised to `SMALLEST` and receive no gradient through the logarithm.
 
     Raises:
-        ValueError: shapes, mask or `normalize` that do not fit.
+        ValueError: `normalize` is unknown, or a shape or dtype does not match.
     """
     _validate(student_map, teacher_map, mask, normalize)
     both_double = student_map.dtype == teacher_map.dtype == torch.float64
@@ -80,7 +80,7 @@ def attention_kl(
     valid_BN = torch.ones_like(student_BN, dtype=torch.bool) if mask is None else mask
     student_BN, teacher_BN = student_BN.masked_fill(~valid_BN, 0), teacher_BN.masked_fill(~valid_BN, 0)
     known_B = (student_BN.detach().sum(1) > SMALLEST) & (teacher_BN.sum(1) > SMALLEST)
-    # Maps without mass go through the arithmetic as uniform ones, so that no gradient on the way is NaN.
+    # Maps without mass are replaced by uniform ones, so that no gradient is NaN before it is masked.
     student_BN = torch.where(known_B[:, None], student_BN, valid_BN.to(dtype))
     teacher_BN = torch.where(known_B[:, None], teacher_BN, valid_BN.to(dtype))
     share_BN, log_share_BN = _normalized(teacher_BN, valid_BN, normalize)
@@ -93,7 +93,7 @@ def attention_kl(
 
 
 def _normalized(map_BN: torch.Tensor, valid_BN: torch.Tensor, normalize: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """The normalized map and its logarithm, both finite everywhere."""
+    """Return the normalized map and its logarithm, both finite everywhere."""
     if normalize == "softmax":
         log_BN = map_BN.masked_fill(~valid_BN, torch.finfo(map_BN.dtype).min).log_softmax(1)
         return log_BN.exp(), log_BN
@@ -117,7 +117,7 @@ def _validate(student_map: torch.Tensor, teacher_map: torch.Tensor, mask: torch.
 
 
 def image_weights(batch: Batch) -> torch.Tensor:
-    """1 for each real image whose sample has rows of the attention loss, otherwise 0; [I] float32."""
+    """Return 1 for each real image whose sample has rows of the attention loss, otherwise 0; [I] float32."""
     row_of_sample = batch.sample_of_token().flatten(), batch.rows.flatten().float()
     samples = len(batch.bounds()) - 1
     has_rows_S = torch.zeros(samples, device=batch.input_ids.device).index_add_(0, *row_of_sample) > 0

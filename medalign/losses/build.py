@@ -1,4 +1,4 @@
-"""The objective of a run, from its settings."""
+"""Builds the objective of a run from its settings."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from medalign.losses.token_similarity import SimilarityTerm
 
 
 def build_objective(config: Config) -> Objective:
-    """The paper's terms, then those that `losses.extra` names.
+    """Build the objective: the paper's terms, followed by those of `losses.extra`.
 
     Raises:
-        ConfigError: an entry of `losses.extra` does not lead to a loss term, or a name is used twice.
+        ConfigError: an entry of `losses.extra` does not give a loss term, or two terms have the same name.
     """
     extra = [load_term(path, config) for path in config.losses.extra]
     try:
@@ -28,10 +28,10 @@ def build_objective(config: Config) -> Objective:
 
 
 def build_terms(settings: LossConfig) -> list[LossTerm]:
-    """The paper's terms: "language", "similarity" (alpha) and "attention" (beta).
+    """Build the paper's terms: "language", "similarity" (alpha) and "attention" (beta).
 
     Raises:
-        ValueError: a negative coefficient, or a setting that is not one of its choices.
+        ValueError: a coefficient is negative, or a setting is not one of its choices.
     """
     return [
         LanguageTerm(mean=settings.language_mean),
@@ -46,18 +46,21 @@ def build_terms(settings: LossConfig) -> list[LossTerm]:
 
 
 def load_term(path: str, config: Config) -> LossTerm:
-    """The term that a callable of another package makes from the configuration.
+    """Build a loss term with a callable from another package.
 
     Args:
         path: import path `package.module.factory` of a callable that takes the `Config` and returns a `LossTerm`.
         config: the configuration of the run.
+
+    Returns:
+        The term.
 
     Raises:
         ConfigError: the path cannot be imported, or the callable returns something else.
     """
     factory = _import(path)
     if not callable(factory):
-        raise ConfigError(f"losses.extra {path!r} is not callable; name a function that takes the Config")
+        raise ConfigError(f"losses.extra {path!r} is not callable; give a function that takes the Config")
     term = factory(config)
     if not isinstance(term, LossTerm):
         raise ConfigError(

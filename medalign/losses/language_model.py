@@ -22,10 +22,11 @@ class LanguageTerm(LossTerm):
 
     Args:
         coefficient: factor in the total.
-        mean: over the answer "tokens" of the global batch, or over its "samples" of each sample's mean.
+        mean: "tokens" for the mean over the answer tokens of the global batch, "samples" for the mean over each
+            sample's answer tokens and then over the samples of the global batch.
 
     Raises:
-        ValueError: a negative coefficient, or an unknown `mean`.
+        ValueError: the coefficient is negative, or `mean` is unknown.
     """
 
     def __init__(self, coefficient: float = 1.0, *, mean: str = "tokens") -> None:
@@ -34,12 +35,12 @@ class LanguageTerm(LossTerm):
         self.mean = mean
 
     def count(self, batch: Batch) -> torch.Tensor:
-        """Supervised tokens, or samples with a supervised token."""
+        """Return the number of supervised tokens, or of samples with a supervised token."""
         sample_BL = self._sample_of_token(batch)
         return supervised_tokens(batch.labels) if sample_BL is None else supervised_samples(batch.labels, sample_BL)
 
     def compute(self, output: StudentOutput, targets: TeacherTargets | None, batch: Batch) -> LossValue:
-        """The summed loss and its count."""
+        """Return the summed loss and its count."""
         return language_model(output.logits, output.kept, batch.labels, self._sample_of_token(batch))
 
     def _sample_of_token(self, batch: Batch) -> torch.Tensor | None:
@@ -49,31 +50,30 @@ class LanguageTerm(LossTerm):
 def language_model(
     logits_BKV: torch.Tensor, kept_K: torch.Tensor, labels_BL: torch.Tensor, sample_BL: torch.Tensor | None = None
 ) -> LossValue:
-    """The summed loss and the number of supervised tokens.
+    """Compute the summed loss and the number of supervised tokens.
 
-    With `sample_BL`, the sum over the samples of each sample's mean loss, and the number of samples with a supervised
-    token.
+    With `sample_BL`, compute the sum of each sample's mean loss and the number of samples with a supervised token.
 
     Args:
         logits_BKV: any float dtype; the logit at position p predicts the label at p + 1. Only the rows that
-            predict a supervised token are widened to float32.
+            predict a supervised token are converted to float32.
         kept_K: int64, the positions at which logits were kept.
-        labels_BL: int64, not shifted; IGNORE where nothing is learned. The first label has no token before it
-            that could predict it and does not count.
+        labels_BL: int64, not shifted; IGNORE at tokens that are not supervised. The first label does not count,
+            because no token before it could predict it.
         sample_BL: int64, index of the sample that each token belongs to, from 0. Padding may have any index.
 
     Returns:
         Sum and count, float32 scalars.
 
     Raises:
-        ValueError: shapes that do not fit, or a supervised token whose logit was not kept.
+        ValueError: a shape does not match, or the logit of a supervised token was not kept.
     """
     if logits_BKV.shape[:2] != (labels_BL.shape[0], kept_K.shape[0]):
         raise ValueError(
             f"language_model: logits {tuple(logits_BKV.shape)} must be [{labels_BL.shape[0]}, {kept_K.shape[0]}, V] "
             f"for labels {tuple(labels_BL.shape)} and {kept_K.shape[0]} kept positions"
         )
-    # The last position predicts a token that is not there.
+    # The last position predicts a token beyond the sequence.
     target_BK = F.pad(labels_BL[:, 1:], (0, 1), value=IGNORE)[:, kept_K]
     supervised_BK = target_BK != IGNORE
     target_T = target_BK[supervised_BK]
@@ -93,19 +93,19 @@ def language_model(
 
 
 def supervised_tokens(labels_BL: torch.Tensor) -> torch.Tensor:
-    """How many labels of the batch count, as a float32 scalar."""
+    """Return the number of labels of the batch that count, a float32 scalar."""
     return (labels_BL[:, 1:] != IGNORE).sum().float()
 
 
 def supervised_samples(labels_BL: torch.Tensor, sample_BL: torch.Tensor) -> torch.Tensor:
-    """How many samples of the batch have a label that counts, as a float32 scalar."""
+    """Return the number of samples of the batch that have a label that counts, a float32 scalar."""
     return (supervised_by_sample(labels_BL, sample_BL) > 0).sum().float()
 
 
 def supervised_by_sample(labels_BL: torch.Tensor, sample_BL: torch.Tensor) -> torch.Tensor:
-    """How many labels of each sample count, [B * L] float32; 0 beyond the batch's samples.
+    """Return the number of labels of each sample that count, [B * L] float32; 0 beyond the samples of the batch.
 
-    The length is that of the tokens because it is known without waiting for the device.
+    The length is the number of tokens, because it is known without waiting for the device.
     """
     supervised_BL = (labels_BL[:, 1:] != IGNORE).float()
     tokens_S = torch.zeros(labels_BL.numel(), device=labels_BL.device)

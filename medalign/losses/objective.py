@@ -18,7 +18,7 @@ class Objective:
         terms: the terms, in the order in which they are added.
 
     Raises:
-        ValueError: two terms have the same name, or no term has a coefficient above 0.
+        ValueError: two terms have the same name, or all coefficients are 0.
     """
 
     def __init__(self, terms: Sequence[LossTerm]) -> None:
@@ -26,7 +26,7 @@ class Objective:
         if repeated:
             raise ValueError(f"Objective: several loss terms are named {', '.join(repeated)}; give each its own name")
         if not any(term.coefficient > 0 for term in terms):
-            raise ValueError("Objective: no loss term has a coefficient above 0, so there is nothing to train")
+            raise ValueError("Objective: all coefficients of the loss terms are 0, so there is nothing to train")
         self.terms = tuple(terms)
 
     @property
@@ -35,28 +35,28 @@ class Objective:
         return {term.name: term.coefficient for term in self.terms}
 
     def counts(self, batch: Batch) -> dict[str, torch.Tensor]:
-        """The count of each term, by name, from the batch only; float32 scalars.
+        """Return the count of each term by name, float32 scalars.
 
-        Known before the forward pass, so that all ranks can add them up first.
+        The counts depend only on the batch, so that all ranks can sum them before the forward pass.
         """
         return {term.name: term.count(batch) for term in self.terms}
 
     def __call__(
         self, output: StudentOutput, targets: TeacherTargets | None, batch: Batch, scale: Mapping[str, float]
     ) -> LossReport:
-        """The terms of a micro-batch, and `total = sum of coefficient * scale[name] * term.sum`.
+        """Compute the terms of a micro-batch, and `total = sum of coefficient * scale[name] * term.sum`.
 
-        A term with coefficient 0 is computed without gradient; where one of its inputs is missing, it is left out.
+        A term with coefficient 0 is computed without gradient; if one of its inputs is missing, it is omitted.
 
         Args:
             output: the student's output for `batch`.
-            targets: the teacher's output; None when nothing is distilled.
+            targets: the teacher's output; None if nothing is distilled.
             batch: the micro-batch.
-            scale: for each term, one over its count in the global batch, times whatever the caller's reduction
-                divides by.
+            scale: for each term, 1 / its count in the global batch, times the divisor of the caller's reduction over
+                ranks and micro-batches.
 
         Raises:
-            ValueError: a term has a coefficient above 0 and one of its inputs is missing.
+            ValueError: an input of a term with a coefficient above 0 is missing.
         """
         values = {}
         parts = []

@@ -1,4 +1,4 @@
-"""What every term of the training loss provides."""
+"""The interface of the terms of the training loss."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ RESERVED = ("total",)  # `loss/total` is the weighted sum of all terms
 
 
 class LossTerm(ABC):
-    """One term of the training loss: its name, its coefficient, what it counts and what it computes.
+    """One term of the training loss: its name, its coefficient, its count and its value.
 
     The loss of a step is the term's sum over the global batch divided by its count over the global batch. It therefore
-    does not depend on how the batch is cut into ranks and micro-batches.
+    does not depend on how the batch is divided among ranks and micro-batches.
 
     Args:
         name: unique among the terms of an objective; the term is logged as `loss/NAME`.
-        coefficient: factor of the term in the total. With 0 the term is reported, but not trained.
+        coefficient: factor of the term in the total. A term with coefficient 0 is logged, but not trained.
 
     Raises:
         ValueError: the coefficient is negative, or the name is reserved.
@@ -35,32 +35,29 @@ class LossTerm(ABC):
 
     @abstractmethod
     def count(self, batch: Batch) -> torch.Tensor:
-        """What the term is divided by, for one micro-batch.
+        """Return the term's divisor for one micro-batch, a float32 scalar on the batch's device.
 
-        Called before the forward pass, so that the counts of all ranks and micro-batches can be added up first.
-
-        Returns:
-            Float32 scalar, on the batch's device.
+        It is called before the forward pass, so that the counts of all ranks and micro-batches can be summed first.
         """
 
     @abstractmethod
     def compute(self, output: StudentOutput, targets: TeacherTargets | None, batch: Batch) -> LossValue | None:
-        """The sum over a micro-batch, not divided, and its count.
+        """Compute the sum over a micro-batch, not divided by the count, and the count.
 
-        Images of weight 0 must stay in the graph, with gradient zero: under ZeRO-3 every rank runs the same backward
-        pass. For the same reason, whether the result is None must not depend on the data.
+        Images of weight 0 must stay in the graph with gradient zero, because every rank runs the same backward pass
+        under ZeRO-3. For the same reason, whether the result is None must not depend on the data.
 
         Args:
             output: the student's output for `batch`.
-            targets: the teacher's output; None when nothing is distilled.
+            targets: the teacher's output; None if nothing is distilled.
             batch: the micro-batch.
 
         Returns:
-            The value, or None where an input is missing.
+            The value, or None if an input is missing.
         """
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Raise ValueError if `value`, an argument called `name`, is not one of `choices`."""
+    """Raise ValueError if `value` of the argument `name` is not one of `choices`."""
     if value not in choices:
         raise ValueError(f'{name}="{value}" is not one of {", ".join(choices)}')

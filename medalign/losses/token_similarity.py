@@ -19,13 +19,13 @@ class SimilarityTerm(LossTerm):
 
     Args:
         coefficient: the paper's alpha.
-        weighting: weights of the token pairs: "uniform", or "teacher_attention" (w_i w_j, w the teacher's attention
-            scaled to mean 1).
-        ignore_padding: leave out patches that show only canvas padding.
+        weighting: weights of the token pairs: "uniform", or "teacher_attention" (w_i w_j with the teacher's attention
+            w, scaled to mean 1).
+        ignore_padding: whether to exclude patches that show only canvas padding.
         impl: implementation of the kernel.
 
     Raises:
-        ValueError: a negative coefficient, or an unknown `weighting`.
+        ValueError: the coefficient is negative, or `weighting` is unknown.
     """
 
     def __init__(
@@ -38,11 +38,11 @@ class SimilarityTerm(LossTerm):
         self.impl = impl
 
     def count(self, batch: Batch) -> torch.Tensor:
-        """Real images."""
+        """Return the number of real images."""
         return batch.image_weight.float().sum()
 
     def compute(self, output: StudentOutput, targets: TeacherTargets | None, batch: Batch) -> LossValue | None:
-        """The loss summed over the real images."""
+        """Return the loss, summed over the real images."""
         if output.tokens is None or targets is None:
             return None
         mask_IN = batch.patch_valid if self.ignore_padding else None
@@ -60,13 +60,13 @@ def similarity_loss(
     pair_weight_IN: torch.Tensor | None = None,
     impl: str = "auto",
 ) -> LossValue:
-    """The loss summed over images, each with its weight (0 for an image that is not real)."""
+    """Return the loss, summed over images with their weights (0 for an image that is not real), and the count."""
     loss_I = token_similarity(tokens_IND, features_INE, mask_IN, pair_weight_IN, impl=impl)
     return LossValue(sum=(loss_I * weight_I).sum(), count=weight_I.sum())
 
 
 def attention_weights(attention_IN: torch.Tensor, mask_IN: torch.Tensor | None = None) -> torch.Tensor:
-    """The teacher's attention scaled to mean 1 over the valid tokens of each image, float32."""
+    """Scale the teacher's attention to mean 1 over the valid tokens of each image; [I, N] float32."""
     attention_IN = attention_IN.detach().float()
     valid_IN = torch.ones_like(attention_IN, dtype=torch.bool) if mask_IN is None else mask_IN
     attention_IN = attention_IN.masked_fill(~valid_IN, 0)

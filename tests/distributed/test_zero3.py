@@ -50,8 +50,11 @@ def two(tmp_path_factory, student_folder, teacher_folder) -> list[dict[str, Any]
 
 
 def assert_same(left: dict[str, Any], right: dict[str, Any]) -> None:
-    """float32 sums in another order: rounding of 1e-7 in a loss, and more in the attention loss, where terms cancel.
-    It does not grow over the updates; the weights agree to 1e-7."""
+    """Compare losses and weights, whose float32 sums are in another order.
+
+    The rounding is about 1e-7 of a loss, and more of the attention loss, where terms cancel. It does not grow over the
+    updates: the weights agree to 1e-7.
+    """
     for mine, other in zip(left["losses"], right["losses"], strict=True):
         assert mine == pytest.approx(other, rel=1e-5)
     assert left["learnt"] == pytest.approx(right["learnt"], rel=1e-6)

@@ -113,8 +113,11 @@ def scenarios(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def build(config: Config, *, steered: bool = False, warm: bool = False) -> tuple[Engine, Student, TrainStep]:
-    """As a run does it. `steered` starts from a W that is not zero, `warm` with random adapters too (where ZeRO does
-    not partition them while it loads)."""
+    """Build engine, student and step as a run does.
+
+    `steered` starts from a W that is not zero. `warm` also starts from random adapters, which is possible where ZeRO
+    does not partition them during loading.
+    """
     ds_settings = deepspeed_settings(config, distributed.world_size())
     teacher = build_teacher(config)
     with door.sharded_loading(ds_settings):

@@ -90,7 +90,7 @@ def test_what_a_page_names_exists(page):
 
 @pytest.mark.parametrize("page", FRONT, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
-    """mkdocs checks those of docs/."""
+    """The build with mkdocs checks the links in docs/."""
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8")):
         assert (ROOT / target).exists(), target
 

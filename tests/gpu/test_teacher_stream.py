@@ -51,8 +51,10 @@ def overwritten(cuda: torch.device, beside: AsyncTeacher) -> tuple[bool, bool]:
 
 
 def same(found, wanted) -> bool:
-    """Another stream may use another algorithm, whose sums differ in order; overwritten memory gives NaN, or the
-    targets of another picture."""
+    """Whether targets are equal up to the order of sums, since another stream may use another algorithm.
+
+    Overwritten memory gives NaN or the targets of another picture, which differ in the first digit.
+    """
     return all(torch.allclose(one, other, rtol=1e-3, atol=1e-4) for one, other in zip(found, wanted, strict=True))
 
 

@@ -75,7 +75,7 @@ def first_losses(settings: dict[str, Any], device: torch.device) -> dict[str, fl
 
 
 def test_the_first_losses_are_those_of_the_cpu(device, settings):
-    """cuDNN's convolution of the patches takes TF32: 2^-11, a dozen times with what follows."""
+    """The convolution of the patches uses TF32 in cuDNN: a rounding of 2^-11, amplified about ten times after it."""
     found, expected = first_losses(settings, device), first_losses(settings, torch.device("cpu"))
     assert found.keys() == expected.keys() == {"language", "similarity", "attention"}
     assert found == pytest.approx(expected, rel=12 * 2**-11)

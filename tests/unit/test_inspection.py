@@ -1,4 +1,4 @@
-"""`medalign inspect`: the same global batches for every number of ranks and workers; a batch that can be looked at."""
+"""`medalign inspect`: the same global batches for every number of ranks and workers; and a batch that is shown."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from medalign.phantom.records import records
 
 
 class Keys:
-    """An index of which only the keys are asked."""
+    """An index that has only keys."""
 
     def key(self, number: int) -> str:
         return f"k{number}"
@@ -40,7 +40,7 @@ class Keys:
     skip=st.integers(0, 4),
 )
 def test_what_is_listed_is_what_the_loaders_draw(size, batch, micro, world, workers, skip) -> None:
-    """That the loaders' draws are the same for every cut is proved in data/test_draws.py."""
+    """`test_index_sampler.py` proves that the draws are the same for every division into ranks."""
     order, steps = GlobalOrder(size, 5), range(skip, skip + 3)
     got = list(global_batches(Keys(), order, StepPlan(batch, micro, world), workers, steps))  # type: ignore[arg-type]
     positions = order.take(skip * batch, len(steps) * batch).reshape(-1, batch)
@@ -122,7 +122,7 @@ def test_a_batch_is_shown(capsys: pytest.CaptureFixture[str], data: Path, tmp_pa
     assert (0x12, 0x80, 0x5C) in colors  # supervised tokens have this color
 
 
-def test_every_form_tells_the_spans(data: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+def test_every_format_gives_the_spans(data: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     drawn: list[str] = []
     real = ImageDraw.ImageDraw.text
 
@@ -143,7 +143,7 @@ def test_every_form_tells_the_spans(data: Path, tmp_path: Path, monkeypatch, cap
         assert line.replace("-", "\N{EN DASH}") in page
 
 
-def test_what_is_cut_is_marked_in_every_form(data: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+def test_what_is_cut_is_marked_in_every_format(data: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     drawn: list[str] = []
     real = ImageDraw.ImageDraw.text
 
@@ -247,21 +247,27 @@ def test_all_images_of_a_sample_are_shown(data: Path, tmp_path: Path, capsys, mo
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--keys"], "name a recipe first"),
+        (["--keys"], "the recipe is missing"),
         (["phantom", "--keys"], "data.train is not set"),
         (["phantom", "--data.train", "nowhere", "--keys"], "does not exist"),
         (["phantom", "--data.train", "DATA", "--keys", "--steps", "3", "--skip", "3"], "raise --steps"),
         (["phantom", "--data.train", "DATA", "--nothing", "1"], "unknown key 'nothing'"),
         (["phantom", "--data.train", "DATA", "--output", "x.pdf"], r".html or .png"),
-        (["phantom", "--data.train", "DATA", "--skip", "0"], "--skip is for a list of keys; add --keys"),
-        (["phantom", "--data.train", "DATA", "--world-size", "2"], "--world-size is for a list of keys; add --keys"),
-        (["phantom", "--data.train", "DATA", "--workers", "0"], "--workers is for a list of keys; add --keys"),
-        (["phantom", "--data.train", "DATA", "--steps", "1"], "--steps is for a list of keys; add --keys"),
-        (["phantom", "--data.train", "DATA", "--keys", "--output", "x.png"], "--output is for a batch that is shown"),
-        (["phantom", "--data.train", "DATA", "--keys", "--step", "1"], "--step is for a batch that is shown"),
+        (["phantom", "--data.train", "DATA", "--skip", "0"], "--skip applies to a list of keys; add --keys"),
+        (
+            ["phantom", "--data.train", "DATA", "--world-size", "2"],
+            "--world-size applies to a list of keys; add --keys",
+        ),
+        (["phantom", "--data.train", "DATA", "--workers", "0"], "--workers applies to a list of keys; add --keys"),
+        (["phantom", "--data.train", "DATA", "--steps", "1"], "--steps applies to a list of keys; add --keys"),
+        (
+            ["phantom", "--data.train", "DATA", "--keys", "--output", "x.png"],
+            "--output applies to a batch that is shown",
+        ),
+        (["phantom", "--data.train", "DATA", "--keys", "--step", "1"], "--step applies to a batch that is shown"),
     ],
 )
-def test_errors_name_the_remedy(words: list[str], message: str, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_errors_give_the_remedy(words: list[str], message: str, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", *(str(data) if word == "DATA" else word for word in words)]) == 2
     assert message in capsys.readouterr().err
 
@@ -274,13 +280,13 @@ def test_errors_name_the_remedy(words: list[str], message: str, data: Path, caps
         (["--step", "-1"], "argument --step: '-1' is not a whole number of at least 0"),
     ],
 )
-def test_numbers_that_cannot_be(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_numbers_out_of_range_are_refused(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["inspect", "phantom", *words])
     assert message in capsys.readouterr().err
 
 
-def test_index_of_tars_of_others(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_index_of_tars_from_other_tools(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "theirs"
     folder.mkdir()
     for tar in data.glob("*.tar"):

@@ -23,8 +23,10 @@ def sample(image: Image.Image) -> Sample:
 
 @pytest.mark.parametrize("size", [(120, 80), (80, 160), (96, 96)])
 def test_a_marker_moves_the_same_patch_of_both(student_folder, teacher_folder, size):
-    """A white square is put on each patch of the student's grid in turn. The student's token and the teacher's
-    resampled feature that change most are the patch under it."""
+    """Put a white square on each patch of the student's grid in turn.
+
+    The student's token and the teacher's resampled feature that change most are those of the patch under the square.
+    """
     config = StudentConfig(path=str(student_folder), layer=1, lora=LoraConfig(rank=4))
     student, teacher = load_student(config, torch.float32).eval(), load_teacher(teacher_folder)
     anatomy, processor = student.spec, load_processor(config)

@@ -81,12 +81,15 @@ def shrink(image: Image.Image) -> np.ndarray:
 
 
 def plain_webdataset(folder: Path) -> Iterator[np.ndarray]:
+    """Read the tar files with webdataset; arrays [336, 336, 3]."""
     urls = sorted(str(path) for path in (folder / "shards").glob("*.tar"))
     for sample in webdataset.WebDataset(urls, shardshuffle=False).decode("pilrgb"):
         yield shrink(sample["jpg"])
 
 
 class Files(Dataset):
+    """The pictures as single files; arrays [336, 336, 3]."""
+
     def __init__(self, folder: Path) -> None:
         self.paths = sorted((folder / "files").glob("*.jpg"))
 
@@ -98,6 +101,7 @@ class Files(Dataset):
 
 
 def files(folder: Path) -> Iterator[np.ndarray]:
+    """Read the single files with torch's DataLoader."""
     yield from DataLoader(Files(folder), batch_size=None, collate_fn=lambda x: x)
 
 
@@ -113,6 +117,7 @@ def write_chunks(records: list[Record], folder: Path) -> None:
 
 
 def chunks(folder: Path) -> Iterator[np.ndarray]:
+    """Read the chunks with litdata; arrays [336, 336, 3]."""
     os.environ["LITDATA_DISABLE_VERSION_CHECK"] = "1"  # it may look for a newer version online
     from litdata import StreamingDataset
 
@@ -128,6 +133,7 @@ WAYS: dict[str, Callable[[Path], Iterator[np.ndarray]]] = {
 
 
 def speed(side: int, noise: int, samples: int, rounds: int) -> dict[str, object]:
+    """Measure all readers on pictures of one size, in turns."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "files").mkdir()
@@ -237,6 +243,7 @@ def first_batch(folder: Path, position: int) -> None:
 
 
 def large_index(samples: int) -> dict[str, object]:
+    """Measure the time to a batch and the memory of a new process on an index of `samples` samples."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         synthetic(folder, samples)
@@ -250,6 +257,7 @@ def large_index(samples: int) -> dict[str, object]:
 
 
 def main() -> None:
+    """Measure all parts, print the result and write it as JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--samples", type=int, default=200, help="pictures of 512 pixels; a fifth of it of 2,500")
     parser.add_argument("--rounds", type=int, default=3)

@@ -87,6 +87,7 @@ def blind(data: Path) -> dict[str, float]:
 
 
 def scores_file(folder: Path, arm: str) -> Path:
+    """Return the file with the scores of an arm."""
     return folder / arm / "evaluation/val/scores.json"
 
 
@@ -167,7 +168,7 @@ def table(by_seed: BySeed) -> dict[str, dict[str, Any]]:
 
 
 def differences(by_seed: BySeed) -> dict[str, dict[str, Any]]:
-    """ "medalign - language" -> score -> summary of the differences of each seed that has both."""
+    """Pair of arms ("medalign - language") -> score -> summary of the differences over the seeds that have both."""
     found: dict[str, dict[str, Any]] = {}
     for arm, other in PAIRS:
         found[f"{arm} - {other}"] = {
@@ -198,6 +199,7 @@ def as_text(rows: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> str:
 
 
 def main() -> None:
+    """Run the arms of all seeds, print the tables and write the result file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="arms to run; default: all")

@@ -153,8 +153,12 @@ def _auc(score: np.ndarray, truth: np.ndarray) -> float:
 
 @torch.no_grad()
 def attention(teacher: Teacher, test: Films) -> dict[str, Any]:
-    """Share of the class token's attention inside the boxes, the boxes' share of the film, and how often the most
-    attended patch touches a box. By kind: films with findings of that kind only."""
+    """Compare the class token's attention with the boxes, on all films with findings and on those of a single kind.
+
+    Returns:
+        For "all" and each kind: the share of the attention inside the boxes, the boxes' share of the film, their ratio,
+        and how often the patch with the most attention touches a box.
+    """
     maps = torch.cat([teacher(chunk)[1] for chunk in test.pixels.split(100)]).numpy()
     rows: dict[str, list[tuple[float, float, bool]]] = {kind: [] for kind in ("all", *KINDS)}
     for item, weight in zip(test.items, maps, strict=True):

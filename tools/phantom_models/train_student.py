@@ -196,6 +196,7 @@ class Running:
         self.value: dict[str, float] = {}
 
     def add(self, **losses: Tensor) -> str:
+        """Add the losses of a step and return the means as text."""
         for name, loss in losses.items():
             self.value[name] = 0.98 * self.value.get(name, loss.item()) + 0.02 * loss.item()
         return " ".join(f"{name} {value:.3f}" for name, value in self.value.items())

@@ -53,6 +53,7 @@ PAD, UNKNOWN, START, END = "[PAD]", "[UNK]", "[START]", "[END]"
 
 
 def model_config(vocabulary: int) -> dict:
+    """Return open_clip's configuration of the model."""
     vision = {
         "image_size": IMAGE_SIZE,
         "patch_size": PATCH,
@@ -85,6 +86,7 @@ def shown(finding: Finding) -> torch.Tensor:
 
 
 def render(count: int, seed: int) -> Pool:
+    """Render the films of the pool, with their sites, maps and reports."""
     films = torch.empty(count, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.uint8)
     sites = torch.zeros(count, len(SITES))
     maps = torch.zeros(count, GRID.size, len(KINDS), dtype=torch.bool)
@@ -170,6 +172,7 @@ class Heads(nn.Module):
 
 
 def train(options: argparse.Namespace) -> None:
+    """Train the teacher and save it every 100 steps."""
     torch.manual_seed(options.seed)
     pool = render(options.studies, options.seed)
     tokenizer = make_tokenizer(pool.reports)
@@ -197,6 +200,7 @@ def train(options: argparse.Namespace) -> None:
 
 
 def save(model: nn.Module, tokenizer: Tokenizer, folder: Path) -> None:
+    """Write weights, configuration and tokenizer into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file({key: value.contiguous() for key, value in model.state_dict().items()}, folder / WEIGHTS_NAME)
     preprocess = {"size": IMAGE_SIZE, "mean": MEAN, "std": STD, "mode": "RGB", "interpolation": "bicubic"}
@@ -206,6 +210,7 @@ def save(model: nn.Module, tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def main() -> None:
+    """Train the teacher, evaluate it and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--batch", type=int, default=64)

@@ -1,1 +1,1 @@
-"""Measurement, ahead-of-time compilation, cost models and tuning of the kernels, behind `medalign bench kernels`."""
+"""`medalign bench kernels`: measurement, ahead-of-time compilation, cost models and tuning of the kernels."""

@@ -15,7 +15,7 @@ import yaml
 from medalign.errors import ConfigError, DataError
 from medalign.evaluation.metrics import Prediction, read_predictions
 from medalign.geometry import PatchGrid
-from medalign.observability.sinks import read_rows
+from medalign.observability.rows import read_rows
 from medalign.run_folder import EvaluationFolder, RunFolder, find_run
 
 
@@ -78,7 +78,7 @@ def read_runs(paths: Sequence[Path], titles: Sequence[str] | None = None) -> lis
 
 
 def read_evaluation(folder: Path) -> RunRecord:
-    """One evaluation alone, as a run that has no other."""
+    """Read a single evaluation, as a run without other evaluations."""
     evaluation = Evaluation(folder, _read_scores(EvaluationFolder(folder).scores))
     run = folder.absolute().parents[1]
     return RunRecord(run, run.name, config={}, rows=[], evaluations={folder.name: evaluation})

@@ -188,6 +188,7 @@ class TrainingSummary:
 
     @property
     def known(self) -> bool:
+        """Whether the run logged any training step."""
         return self.steps is not None
 
 

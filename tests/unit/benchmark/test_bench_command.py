@@ -1,4 +1,4 @@
-"""`medalign bench kernels` from end to end: compiled for GPUs that are not here, measured and tuned, interpreted."""
+"""`medalign bench kernels` end to end: compilation for absent GPUs; measurement and tuning in the interpreter."""
 
 import itertools
 import json

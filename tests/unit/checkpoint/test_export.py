@@ -55,7 +55,7 @@ def logits(student: Student) -> torch.Tensor:
 
 
 def test_the_files_hold_the_trained_values(student, exported):
-    """peft's names are those of the student without "model." and the name of the adapter."""
+    """The names in peft's file are those of the student without "model." and the name of the adapter."""
     found = load_file(exported / "adapter_model.safetensors") | load_file(exported / "medalign.safetensors")
     trained = {
         name.removeprefix("model.").replace(".default.", ".") if group == "adapters" else name: value

@@ -1,4 +1,4 @@
-"""The command line as a whole: plain reasons and exit statuses instead of tracebacks, and help that loads no model."""
+"""The command line as a whole: messages and exit statuses instead of tracebacks, and help that loads no model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from medalign.cli.main import COMMANDS
 HEAVY = ("torch", "numpy", "transformers", "deepspeed", "jsonargparse", "PIL")
 
 
-def test_an_unexpected_file_error_is_a_plain_reason(monkeypatch, capsys):
+def test_an_unexpected_file_error_is_one_line(monkeypatch, capsys):
     def full(_arguments):
         raise OSError(errno.ENOSPC, "No space left on device", "/runs/mine/metrics.jsonl")
 
@@ -24,7 +24,7 @@ def test_an_unexpected_file_error_is_a_plain_reason(monkeypatch, capsys):
     assert capsys.readouterr().err == "error: /runs/mine/metrics.jsonl: No space left on device\n"
 
 
-def test_the_help_says_srun_as_the_readme_does(capsys):
+def test_the_help_shows_srun_as_the_readme_does(capsys):
     with pytest.raises(SystemExit) as end:
         command.main(["train", "--help"])
     assert end.value.code == 0
@@ -53,10 +53,12 @@ def test_every_command_is_listed_once(capsys):
 @pytest.mark.parametrize("name", ["train", "inspect"])
 def test_a_recipe_comes_before_the_settings(name, capsys):
     assert command.main([name, "--train.steps", "3"]) == 2
-    assert f"name a recipe first: medalign {name} RECIPE; packaged are" in capsys.readouterr().err
+    assert (
+        f"the recipe is missing; give it first: medalign {name} RECIPE. Packaged recipes: " in capsys.readouterr().err
+    )
 
 
-def test_the_settings_of_a_recipe_stay_as_they_were_given(monkeypatch):
+def test_the_settings_of_a_recipe_are_passed_on_unchanged(monkeypatch):
     given = []
     monkeypatch.setattr(train, "run", lambda arguments: given.append((arguments.recipe, arguments.overrides)) or 0)
     words = ["--data.train+", "a b", "--losses.alpha", "-1", "--run.dir=x", "--data.weights", "[1, 2]"]
@@ -74,7 +76,7 @@ def test_the_settings_of_a_recipe_stay_as_they_were_given(monkeypatch):
         (["phantom", "--output", "x", "--train", "0"], "argument --train: '0' is not a whole number of at least 1"),
     ],
 )
-def test_words_that_cannot_be_parsed(words, message, capsys):
+def test_the_message_for_words_that_cannot_be_parsed(words, message, capsys):
     with pytest.raises(SystemExit) as end:
         command.main(words)
     assert end.value.code == 2

@@ -12,7 +12,7 @@ NEEDED = "student: {path: a}\nteacher: {path: b}\ndata: {train: [c]}\n"
 
 @pytest.fixture
 def write(tmp_path):
-    """Writes a recipe into a temporary folder and returns its path."""
+    """A function that writes a recipe into a temporary folder and returns its path."""
 
     def act(name: str, text: str) -> str:
         path = tmp_path / name
@@ -62,7 +62,7 @@ def test_the_dump_names_no_base(write, tmp_path):
     [
         ("base: missing.yaml", r"unknown recipe '.*missing\.yaml' \(the base of .*child\.yaml\)"),
         ("base: phantm", r"unknown recipe '.*phantm' \(the base of .*child\.yaml\): did you mean phantom\?"),
-        ("base: [phantom]", r"recipe .*child\.yaml: base is \['phantom'\]; name one recipe"),
+        ("base: [phantom]", r"recipe .*child\.yaml: base is \['phantom'\]; it must be one packaged recipe"),
         ("base: child.yaml", r"cycle: .*child\.yaml -> .*child\.yaml; remove one base"),
         ("base: other.yaml", r"cycle: .*child\.yaml -> .*other\.yaml -> .*child\.yaml"),
         ("base: wrong.yaml", r"unknown key 'train\.stps' in recipe .*wrong\.yaml; the nearest known key"),

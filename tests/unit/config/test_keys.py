@@ -1,4 +1,4 @@
-"""Names of settings, present and earlier ones."""
+"""Present and earlier names of settings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Recipes, overrides and the errors that teach."""
+"""Recipes, overrides, and error messages for invalid settings."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_a_run_does_not_write_into_its_shards(recipe, tmp_path):
         (["--student.layer", "0"], "student.layer is 0; it must be > 0 .the tapped block needs one before it"),
     ],
 )
-def test_bad_words_are_named(recipe, words, message):
+def test_the_message_gives_the_invalid_word(recipe, words, message):
     with pytest.raises(ConfigError, match=message):
         config.load(recipe, words)
 
@@ -72,39 +72,39 @@ def test_bad_words_are_named(recipe, words, message):
     [
         ("student: {pth: a}", "'student.pth'.*'student.path'"),
         ("train: {steps: many}", "^recipe .*bad.yaml: .*train.steps"),
-        ("- a", "must hold sections"),
+        ("- a", "must contain sections"),
         ("a: [", "not YAML"),
         ("student: {path: a}", "teacher.path is not set"),
         ("teacher: {path: a}", "student.path is not set"),
         ("student: {path: a}\nteacher: {path: b}", "data.train is not set"),
     ],
 )
-def test_bad_recipes_are_named(tmp_path, text, message):
+def test_the_message_gives_the_invalid_part_of_a_recipe(tmp_path, text, message):
     path = tmp_path / "bad.yaml"
     path.write_text(text)
     with pytest.raises(ConfigError, match=message):
         config.load(str(path))
 
 
-def test_a_recipe_that_is_no_text_is_named(tmp_path):
+def test_a_recipe_that_is_not_text_is_refused(tmp_path):
     path = tmp_path / "model.safetensors"
     path.write_bytes(b"\xff\xfe\x00\x81")
     with pytest.raises(ConfigError, match=r"recipe .*model\.safetensors is not text"):
         config.load(str(path))
 
 
-def test_an_unknown_recipe_gets_the_nearest_name():
+def test_the_message_for_an_unknown_recipe_suggests_the_nearest_name():
     with pytest.raises(ConfigError, match="did you mean phantom"):
         config.load("phantm")
 
 
-def test_a_key_like_no_other_points_to_the_help():
+def test_the_message_for_a_key_without_a_near_name_points_to_the_help():
     with pytest.raises(ConfigError, match="unknown key 'zzqq' .*medalign train --help"):
         config.load("phantom", ["--zzqq", "1"])
 
 
 @pytest.mark.parametrize("impl", ["auto", "reference", "chunked", "triton"])
-def test_every_kernel_can_be_asked_for(impl):
+def test_every_kernel_implementation_can_be_selected(impl):
     assert config.load("phantom", ["--data.train", "c", "--losses.impl", impl]).losses.impl == impl
 
 
@@ -125,7 +125,7 @@ def test_every_kernel_can_be_asked_for(impl):
         ("log.interval", "0"),
     ],
 )
-def test_values_that_mean_nothing_are_refused_by_name(word, value):
+def test_values_out_of_range_are_refused_with_the_name_of_the_setting(word, value):
     with pytest.raises(ConfigError, match=word.replace(".", r"\.") + f" is {value.strip('[]')}; it must be "):
         config.load("phantom", ["--data.train", "c", f"--{word}", value])
 
@@ -150,7 +150,7 @@ def test_no_teacher_is_needed_without_distillation(tmp_path):
         ("train: {steps: 7}", ["--train.epochs", "null"], (7, None)),
     ],
 )
-def test_steps_or_epochs_decide_and_the_command_line_beats_the_recipe(recipe, tmp_path, text, words, decides):
+def test_steps_or_epochs_decide_and_the_command_line_overrides_the_recipe(recipe, tmp_path, text, words, decides):
     path = tmp_path / "length.yaml"
     path.write_text(NEEDED + text)
     settings = config.load(str(path), words)
@@ -202,14 +202,14 @@ def test_a_ratio_or_steps_decide_the_warmup(recipe, tmp_path, text, words, decid
         ),
     ],
 )
-def test_alternatives_that_leave_the_choice_open_are_refused(tmp_path, text, words, message):
+def test_both_or_neither_of_two_alternatives_is_refused(tmp_path, text, words, message):
     path = tmp_path / "length.yaml"
     path.write_text(NEEDED + text)
     with pytest.raises(ConfigError, match=message):
         config.load(str(path), words)
 
 
-def test_the_dump_of_epochs_tells_the_steps_and_reads_back_as_epochs(recipe, tmp_path):
+def test_the_dump_of_epochs_gives_the_steps_and_reads_back_as_epochs(recipe, tmp_path):
     settings = config.load(recipe, ["--train.epochs", "9"])
     path = tmp_path / "config.yaml"
     path.write_text(config.dump(resolve_steps(settings, 1797)))

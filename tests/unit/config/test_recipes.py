@@ -1,4 +1,4 @@
-"""The packaged recipes are the runs that they name: the settings of the released runs, written down here once more."""
+"""The packaged recipes have the settings of the released runs, which are repeated here."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from medalign.training.schedule import describe_length, rates, resolve_steps, to
 
 WORDS = ["--student.path", "a", "--teacher.path", "b", "--data.train", "c"]
 
-# Of the released runs on LLaVA-Med-1.5, and what each task has of its own.
+# Settings of the released runs on LLaVA-Med-1.5, and those of each task.
 PAPER = {
     "student.layer": 20,
     "student.epsilon": 1.0,
@@ -70,7 +70,7 @@ def test_a_recipe_has_the_settings_of_the_released_run(form, task):
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_an_official_recipe_differs_from_ours_by_its_form_alone(task):
+def test_an_official_recipe_differs_from_ours_only_by_its_form(task):
     ours, official = (flat(asdict(config.load(f"{form}_{task}", WORDS))) for form in FORMS)
     assert {name for name in ours if ours[name] != official[name]} == set(FORMS["official"])
 

@@ -1,4 +1,4 @@
-"""Every setting of the packaged recipes for LLaVA-Med, written as literals: building on a base changes none."""
+"""Every setting of the packaged recipes for LLaVA-Med as a literal. Building on a base changes none of them."""
 
 from __future__ import annotations
 

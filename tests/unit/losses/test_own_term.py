@@ -72,5 +72,5 @@ def test_names_are_unique_and_total_is_reserved():
         build_objective(named("tests.own_loss.z_loss", "tests.own_loss.z_loss"))
     with pytest.raises(ValueError, match="'total': the name is reserved"):
         type("Total", (ZLoss,), {"__init__": lambda self: LossTerm.__init__(self, "total", 1.0)})()
-    with pytest.raises(ValueError, match="no loss term has a coefficient above 0"):
+    with pytest.raises(ValueError, match="all coefficients of the loss terms are 0"):
         Objective([LanguageTerm(0.0)])

@@ -1,5 +1,8 @@
-"""The recipe `official_vqa` against a plain implementation of the released code's loss: sample by sample, eager
-attention of all tokens, no masks, no kernels. Values and gradients of everything that learns."""
+"""The recipe `official_vqa` against a plain implementation of the released code's loss.
+
+The plain implementation computes sample by sample, with eager attention of all tokens, without masks and kernels. The
+losses and the gradients of all trained parameters are compared.
+"""
 
 from __future__ import annotations
 

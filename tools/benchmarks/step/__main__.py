@@ -40,6 +40,7 @@ DEFAULT_PRESETS = ("phantom", "wide", "packing")
 
 
 def packaged(samples: int, options: argparse.Namespace) -> Bench:
+    """Build the packaged student and teacher."""
     config = models.settings(samples, options.engine)
     teacher = build_teacher(config)
     assert teacher is not None
@@ -47,10 +48,12 @@ def packaged(samples: int, options: argparse.Namespace) -> Bench:
 
 
 def phantom(options: argparse.Namespace, _folder: Path) -> dict[str, Any]:
+    """Measure the packaged student."""
     return measure(packaged(options.samples or 16, options), options.rounds, "phantom")
 
 
 def wide(options: argparse.Namespace, _folder: Path) -> dict[str, Any]:
+    """Measure a wider student with 576 image tokens."""
     samples = options.samples or 2
     config = models.settings(samples, options.engine)
     teacher = build_teacher(config)
@@ -59,11 +62,13 @@ def wide(options: argparse.Namespace, _folder: Path) -> dict[str, Any]:
 
 
 def packing(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Measure the packaged student with padded and with packed micro-batches."""
     samples = options.samples or 16
     return measure_packing(packaged(samples, options), samples, options.rounds, folder / "phantoms")
 
 
 def llava(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Measure random weights at the shapes of LLaVA-Med, or at tiny shapes."""
     shape, samples = TINY if options.preset == ["tiny"] else LLAVA, options.samples or 4
     device = distributed.device()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -80,6 +85,7 @@ PRESETS: dict[str, Callable[[argparse.Namespace, Path], dict[str, Any]]] = {
 
 
 def parse() -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, nargs="+", default=list(DEFAULT_PRESETS))
     parser.add_argument("--rounds", type=int, default=15, help="timed steps of each form (default %(default)s)")
@@ -91,6 +97,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
+    """Measure the presets, print the result and write it as JSON."""
     options = parse()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)

@@ -57,6 +57,7 @@ class ReleasedStudent(Student):
     """Computes and keeps the attention weights of every block, and takes the map from one of them."""
 
     def forward(self, batch: Batch, *, tap: bool = True) -> StudentOutput:
+        """Run the model with the attention weights of every block."""
         kept = (batch.labels[:, 1:] != IGNORE).any(0).nonzero()[:, 0]
         self._begin_batch(batch)
         output = self.model(
@@ -84,6 +85,7 @@ class ReleasedSimilarity(SimilarityTerm):
     """The spatial loss from whole matrices [I, N, N], differentiated by autograd; the teacher's may be given."""
 
     def compute(self, output: StudentOutput, targets: TeacherTargets | None, batch: Batch) -> LossValue | None:
+        """Return the loss, summed over the real images."""
         if output.tokens is None or targets is None:
             return None
         student_INN = cosines(output.tokens.float(), batch.patch_valid)
@@ -120,6 +122,7 @@ class Bench:
         self.steps = {form.name: self._step(form) for form in FORMS}
 
     def take(self, form: Form) -> dict[str, float]:
+        """Make one step of a form and return its losses."""
         with self._as(form):
             return self.steps[form.name]([self.batch], self.rates)
 

@@ -50,10 +50,12 @@ class Shape:
     rank: int = 32
 
     def with_blocks(self, blocks: int) -> Shape:
+        """Return the same shape with another number of decoder blocks."""
         return replace(self, language=self.language | {"num_hidden_layers": blocks})
 
     @property
     def blocks(self) -> int:
+        """Number of decoder blocks."""
         return self.language["num_hidden_layers"]
 
 
@@ -118,6 +120,7 @@ def tapped_layer(blocks: int) -> int:
 
 
 def random_student(shape: Shape, config: StudentConfig, device: torch.device, dtype: torch.dtype) -> Student:
+    """Build a LLaVA student of random weights."""
     text = MistralConfig(**shape.language, head_dim=None, sliding_window=None, max_position_embeddings=4096)
     image_token = shape.language["vocab_size"] - 1
     whole = LlavaConfig(vision_config=CLIPVisionConfig(**shape.vision), text_config=text, image_token_index=image_token)
@@ -143,6 +146,7 @@ def _untrained(whole: PreTrainedConfig, config: StudentConfig, device: torch.dev
 
 
 def packaged_student(config: StudentConfig, _device: torch.device, dtype: torch.dtype) -> Student:
+    """Load the packaged student."""
     return load_student(config, dtype)
 
 

@@ -109,6 +109,7 @@ class Course:
         return self.pad([row._replace(labels=[IGNORE, *row.ids[1:]]) for row in rows])
 
     def encode(self, turns: list[Turn], image: bool) -> Encoded:
+        """Convert a conversation to tokens. The answers are supervised."""
         ids, labels, questions = [self.tokenizer.bos_token_id], [IGNORE], []
         for number, turn in enumerate(turns):
             opening = folder.IMAGE * TOKENS + "\n" if image and number == 0 else ""
@@ -122,6 +123,7 @@ class Course:
         return Encoded(ids, labels, questions)
 
     def pad(self, rows: list[Encoded]) -> tuple[Tensor, Tensor]:
+        """Pad conversations to one length: ids and labels, [B, L]."""
         length = max(len(row.ids) for row in rows)
         pad = self.tokenizer.pad_token_id
         ids_BL = torch.tensor([row.ids + [pad] * (length - len(row.ids)) for row in rows])
@@ -166,10 +168,12 @@ def shape_questions(course: Course, count: int) -> list[tuple[Tensor, Turn]]:
 
 
 def phantom_texts(made: Study) -> list[str]:
+    """Return the report of a study, and its questions with their answers."""
     return [made.report, *(f"{question.question} {question.answer}" for question in made.questions)]
 
 
 def generic_texts(seed: int) -> list[str]:
+    """Return questions about scenes with their answers."""
     rng = np.random.default_rng([seed, 3])
     blank = Pool(np.zeros((1, folder.IMAGE_SIZE, folder.IMAGE_SIZE), np.uint8), [CanvasFrame(1, 1)])
     return [f"{turn.question} {turn.answer}" for _ in range(200) for turn in scene(rng, blank).turns]

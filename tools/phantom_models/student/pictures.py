@@ -53,6 +53,7 @@ class Shape:
 
     @property
     def place(self) -> str:
+        """Row and column in words."""
         return f"{self.row} {self.column}"
 
 

@@ -32,6 +32,7 @@ class Shape(NamedTuple):
 
     @property
     def length(self) -> int:
+        """Number of tokens of the prompt."""
         return self.image + self.question + self.others
 
     def __str__(self) -> str:
@@ -39,10 +40,12 @@ class Shape(NamedTuple):
 
 
 def shape_of(image: int, on_gpu: bool) -> Shape:
+    """Return the shape of the prompt for a number of image tokens; smaller in all other sizes on the CPU."""
     return Shape(image, 40, 152, 32, 8, 128) if on_gpu else Shape(image, 5, 11, 4, 2, 16)
 
 
 def cost_models() -> Iterator[CostModel]:
+    """Yield the cost of each problem that is measured on a GPU."""
     for tokens in TOKENS:
         shape = shape_of(tokens, on_gpu=True)
         costs = {"least": least_cost(shape), "eager": eager_cost(shape), "triton": triton_cost(shape)}
@@ -83,12 +86,14 @@ def triton_cost(shape: Shape, size: int = 2) -> Cost:
 
 
 def problems(device: torch.device, dtype: torch.dtype, tokens: Sequence[int] | None) -> Iterator[Problem]:
+    """Yield one problem per number of image tokens; None for the device's default numbers."""
     on_gpu = device.type == "cuda"
     for each in tokens or (TOKENS if on_gpu else SMALL_TOKENS):
         yield problem(device, dtype, shape_of(each, on_gpu))
 
 
 def problem(device: torch.device, dtype: torch.dtype, shape: Shape) -> Problem:
+    """Build random queries and keys of a shape, with the paths that can run on them."""
     generator = torch.Generator(device).manual_seed(0)
     make = functools.partial(torch.randn, generator=generator, device=device)
     query = make(1, shape.heads, shape.length, shape.width).to(dtype).requires_grad_()

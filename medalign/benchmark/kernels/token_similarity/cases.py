@@ -22,6 +22,7 @@ WIDTHS, SMALL_WIDTHS = (4096, 1024), (96, 40)  # student, teacher
 
 
 def cost_models() -> Iterator[CostModel]:
+    """Yield the cost of each problem that is measured on a GPU."""
     for tokens in TOKENS:
         samples, (width, teacher_width) = samples_of(tokens), WIDTHS
         shape = samples, tokens, width, teacher_width
@@ -30,6 +31,7 @@ def cost_models() -> Iterator[CostModel]:
 
 
 def samples_of(tokens: int) -> int:
+    """Return the number of samples of a problem, which decreases for large images."""
     return 4 if tokens <= 2304 else 1
 
 
@@ -71,6 +73,7 @@ def triton_cost(samples: int, tokens: int, width: int, teacher_width: int, size:
 
 
 def problems(device: torch.device, dtype: torch.dtype, tokens: Sequence[int] | None) -> Iterator[Problem]:
+    """Yield one problem per number of tokens; None for the device's default numbers."""
     on_gpu = device.type == "cuda"
     for each in tokens or (TOKENS if on_gpu else SMALL_TOKENS):
         yield problem(device, dtype, each, *(WIDTHS if on_gpu else SMALL_WIDTHS))
