@@ -87,7 +87,7 @@ def eager_open_clip(visual: VisionTransformer, pixels: torch.Tensor) -> Outputs:
 
 @register_model
 def medalign_tiny_vit(**kwargs: Any) -> TimmTransformer:
-    """timm finds models by name, and has none this small."""
+    """Register a model this small: timm builds models by name only."""
     return _timm(**kwargs)
 
 
