@@ -27,7 +27,7 @@ setup(
         "transformers>=5.20,<6",  # a private function: see student/capture.py
         "peft>=0.21,<1",
         "open_clip_torch>=3.3,<4",  # the layout of its transformer blocks: see teacher/clip.py
-        "wandb>=0.31,<1",  # experimental settings: see observability/sinks.py
+        "wandb>=0.31,<1",  # experimental settings: see observability/wandb_run.py
         "webdataset>=1.0",
         "safetensors>=0.5",
         "jsonargparse[signatures]>=4.40",

@@ -8,7 +8,7 @@ from itertools import islice
 
 from medalign import pipeline
 from medalign.config import Config
-from medalign.data.batches.loader import rank_indices_and_prefetch
+from medalign.data.batches.indices import rank_indices_and_prefetch
 from medalign.data.order.order import Order, StepPlan
 from medalign.data.shards.index import ShardIndex
 from medalign.evaluation.report.batches import BatchView, view_batch

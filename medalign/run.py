@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,9 @@ from PIL import Image
 
 from medalign import config as settings
 from medalign import distributed, pipeline
-from medalign.checkpoint import export, lock, state
+from medalign.checkpoint import export, lock
+from medalign.checkpoint.loading import find_whole, load
+from medalign.checkpoint.saving import CheckpointWriter
 from medalign.checkpoint.state import TrainState
 from medalign.config import Config
 from medalign.contracts import Batch, Sample
@@ -22,8 +24,10 @@ from medalign.engine import engine as deepspeed_engine
 from medalign.engine.engine import Engine
 from medalign.engine.settings import deepspeed_settings, precision
 from medalign.losses.build import build_objective
+from medalign.observability.console import ConsoleSink
 from medalign.observability.files import write_text
-from medalign.observability.sinks import ConsoleSink, JsonlSink, WandbSink
+from medalign.observability.rows import JsonlSink
+from medalign.observability.wandb_run import WandbSink
 from medalign.run_folder import RunFolder
 from medalign.student import loading
 from medalign.student.model import Student, check_causality
@@ -72,7 +76,7 @@ def _train(config: Config, folder: Path, ds_settings: dict[str, Any], callbacks:
         if index is not None:
             pipeline.require_images(config, index)
         pipeline.check_collator(config, None, _max_images(index, held_out))
-    found = state.latest(RunFolder(folder).checkpoints.path)
+    found = find_whole(RunFolder(folder).checkpoints.path)
     stage, data = deepspeed_engine.stage(ds_settings), index.fingerprint() if index else ()
     now = TrainState(step=0, samples=0, ranks=distributed.world_size(), stage=stage, data=data)
     if found:
@@ -83,11 +87,11 @@ def _train(config: Config, folder: Path, ds_settings: dict[str, Any], callbacks:
     log.info("%s", schedule.describe_length(config, samples))
     engine, teacher, student, collator = _build(config, ds_settings, _max_images(index, held_out))
     if found:
-        now = replace(state.load(engine, found), stage=stage, data=data)
+        now = replace(load(engine, found), stage=stage, data=data)
         log.info("resuming from %s", found)
     with distributed.raise_on_all_ranks():
         loggers = _write_config_and_open_loggers(config, folder, now) if distributed.is_main() else []
-    save = _saver(config, RunFolder(folder).checkpoints.path, engine, student)
+    save = _checkpoint_writer(config, RunFolder(folder).checkpoints.path, engine, student).save
     try:
         if index is None:
             if not found:
@@ -104,15 +108,15 @@ def _train(config: Config, folder: Path, ds_settings: dict[str, Any], callbacks:
     _log_summary(config, folder, now)
 
 
-def _saver(config: Config, root: Path, engine: Engine, student: Student) -> Callable[[TrainState], Path]:
-    """The function that writes the checkpoint of a state; every rank must call it."""
+def _checkpoint_writer(config: Config, root: Path, engine: Engine, student: Student) -> CheckpointWriter:
+    """What writes the checkpoints of this run; every rank must use it."""
 
     def write_export(target: Path) -> None:
         whole = engine.gather_parameters([pair for group in student.trainable().values() for pair in group])
         if distributed.is_main():
             export.write_export(student, whole, config.student, config.data.max_length, target)
 
-    return lambda now: state.save(engine, root, now, config.checkpoint.save_total_limit, write_export)
+    return CheckpointWriter(engine, root, config.checkpoint.save_total_limit, settings.dump(config), write_export)
 
 
 def _build(

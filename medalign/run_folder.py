@@ -13,6 +13,8 @@ RUN/
       state/                DeepSpeed's shards
       export/               the trained student, as `medalign export` writes it
       progress.json         steps, samples and counters of the run at this checkpoint
+      config.yaml           the settings it was trained with
+      complete.json         written last: size and SHA-256 of every file above
   evaluation/
     NAME/                   the evaluation of the checkpoint that was the latest at that time
       predictions.jsonl
@@ -26,6 +28,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+_CONFIG = "config.yaml"
 _CHECKPOINTS = "checkpoints"
 _EVALUATION = "evaluation"
 _STEP = re.compile(r"step-(\d+)")
@@ -68,8 +71,18 @@ class CheckpointFolder:
 
     @property
     def progress(self) -> Path:
-        """Steps, samples and counters. It is written last, so a folder without it is not a complete checkpoint."""
+        """Steps, samples and counters of the run at this checkpoint."""
         return self.path / "progress.json"
+
+    @property
+    def config(self) -> Path:
+        """Every setting that the run was trained with up to this step."""
+        return self.path / _CONFIG
+
+    @property
+    def marker(self) -> Path:
+        """Size and SHA-256 of every other file. It is written last: without it, a checkpoint is not complete."""
+        return self.path / "complete.json"
 
 
 @dataclass(frozen=True)
@@ -89,8 +102,9 @@ class CheckpointsFolder:
         return self.path / "best"
 
     def read_latest(self) -> CheckpointFolder | None:
-        """Return the checkpoint that `latest` refers to, even if it does not exist; None without the file `latest`."""
-        return CheckpointFolder(self.path / self.latest.read_text().strip()) if self.latest.is_file() else None
+        """Return the checkpoint that `latest` refers to, even if it does not exist; None where no file names one."""
+        name = self.latest.read_text(errors="replace").strip() if self.latest.is_file() else ""
+        return CheckpointFolder(self.path / name) if _STEP.fullmatch(name) else None
 
     def step(self, step: int) -> CheckpointFolder:
         """Return the folder of the checkpoint after `step` steps."""
@@ -111,7 +125,7 @@ class RunFolder:
     @property
     def config(self) -> Path:
         """Every setting of the run."""
-        return self.path / "config.yaml"
+        return self.path / _CONFIG
 
     @property
     def metrics(self) -> Path:

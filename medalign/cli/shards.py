@@ -112,7 +112,8 @@ def _log_kinds(refused: Sequence[str]) -> None:
 
 def _log_written(folder: Path, report: PackReport) -> None:
     """Log how many samples a folder has and how many have an image. Samples without one are usually a mistake."""
-    from medalign.data.shards.table import image_share, read_table
+    from medalign.data.shards.table import image_share
+    from medalign.data.shards.table_reader import read_table
 
     if not report.written:
         log.info("%s: 0 samples in %d shards", folder, report.shards)

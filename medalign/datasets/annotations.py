@@ -10,16 +10,19 @@ import gzip
 import json
 import math
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from medalign.data.samples.git_lfs import describe_pointer
 from medalign.data.samples.json_fields import unique_fields
 from medalign.data.samples.sample import BadSample
+from medalign.data.shards.records import Refused
 from medalign.datasets.texts import text
 from medalign.errors import DataError, format_os_error
+
+Parsed = TypeVar("Parsed")
 
 HEAD_BYTES = 32  # of a file, passed to `encoding_problem`
 _LEVELS = 64  # nesting of lists and objects; Python's own functions fail at a few hundred
@@ -141,6 +144,46 @@ def read_entries(path: Path) -> list[Entry]:
             f"{path} contains a JSON {type(value).__name__}; it must be a list of samples{_inner_list(value)}"
         )
     return [Entry(f"{path.name} entry {number}", one) for number, one in enumerate(value)]
+
+
+def read_files(
+    paths: Iterable[Path], read: Callable[[Path], list[Entry]] = read_entries
+) -> Iterator[tuple[Path, list[Entry]]]:
+    """Yield each file with its samples, after all files have been read.
+
+    Args:
+        paths: the files.
+        read: reads one file. Raises DataError if it cannot be read.
+
+    Raises:
+        DataError: some files cannot be read. The message has one line per file.
+    """
+    files: list[tuple[Path, list[Entry]]] = []
+    problems: list[str] = []
+    for path in paths:
+        try:
+            files.append((path, read(path)))
+        except DataError as error:
+            problems.append(str(error))
+    if problems:
+        raise DataError("\n".join(problems))
+    yield from files
+
+
+def parse_entries(entries: Iterable[Entry], parse: Callable[[dict[str, Any]], Parsed]) -> Iterator[Parsed | Refused]:
+    """Yield the result of `parse` for the fields of each entry, or the location of the entry and why it is refused.
+
+    Args:
+        entries: the samples of a file.
+        parse: parses the fields of one entry. Raises BadSample if they cannot be used.
+    """
+    for entry in entries:
+        try:
+            parsed = parse(entry.fields())
+        except BadSample as error:
+            yield Refused(entry.location, str(error))
+        else:
+            yield parsed
 
 
 def _inner_list(value: Any) -> str:

@@ -27,8 +27,8 @@ from typing import NoReturn
 from medalign import __version__
 from medalign.data.samples.sample import BadSample
 from medalign.data.shards.listing import INDEX_NAME
+from medalign.data.shards.output import require_replaceable
 from medalign.data.shards.records import Refused
-from medalign.data.shards.writer import require_replaceable
 from medalign.datasets.annotations import check_depth
 from medalign.datasets.base import DatasetConverter, Item, Settings
 from medalign.datasets.hashing import Hashing

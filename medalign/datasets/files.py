@@ -75,14 +75,14 @@ def read_picture(folder: Path, name: Any) -> Picture:
     return as_png_or_jpeg(read_bytes(folder, name, "image"))
 
 
-def require_name(row: Mapping[str, Any], field: str) -> str:
-    """Return the image path that a question gives in `field`. Raises BadSample if there is none."""
+def require_name(row: dict[str, Any], field: str) -> dict[str, Any]:
+    """Return a row whose `field` has the path of an image. Raises BadSample if it has none."""
     name = row.get(field)
     if is_missing(name):
         raise BadSample(f"the question has no {field}")
     if not isinstance(name, str):
         raise BadSample(f"{field} is {reprlib.repr(name)}, which is not a path")
-    return name
+    return row
 
 
 def read_bytes(folder: Path, name: Any, role: str) -> bytes:

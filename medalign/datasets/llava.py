@@ -11,7 +11,7 @@ from typing import Any
 
 from medalign.data.samples.sample import BadSample
 from medalign.data.shards.records import Record, Refused
-from medalign.datasets.annotations import read_entries
+from medalign.datasets.annotations import Entry, read_entries, read_files
 from medalign.datasets.base import DatasetConverter, Item, Setting, Settings
 from medalign.datasets.conversations import Turn, has_conversation, parse_entry
 from medalign.datasets.files import first_folder, read_pictures
@@ -53,11 +53,7 @@ def validate_layout(folder: Path, settings: Settings) -> list[str]:
 def iter_items(folder: Path, settings: Settings) -> Iterator[Item | Refused]:
     files = _files(folder, settings)
     _require_unique_names(files)
-    for path in files:
-        entries = read_entries(path)
-        read = [entry.value for entry in entries if not entry.problem]
-        if read and not any(map(has_conversation, read)):
-            raise DataError(f"{path} contains no conversations; name the right files with --annotations")
+    for path, entries in read_files(files, _read):
         conversations: list[_Conversation] = []
         for number, entry in enumerate(entries):
             try:
@@ -71,6 +67,15 @@ def iter_items(folder: Path, settings: Settings) -> Iterator[Item | Refused]:
             splits = _splits_by_image(folder, conversations, settings["test_share"])
         for one, split in zip(conversations, splits, strict=True):
             yield from _samples(one, split, _key_of(path))
+
+
+def _read(path: Path) -> list[Entry]:
+    """Read the entries of a file. Raises DataError if it has none with a conversation."""
+    entries = read_entries(path)
+    read = [entry.value for entry in entries if not entry.problem]
+    if read and not any(map(has_conversation, read)):
+        raise DataError(f"{path} contains no conversations; name the right files with --annotations")
+    return entries
 
 
 def _require_unique_names(files: Sequence[Path]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from medalign.data.samples.sample import BadSample
 from medalign.data.shards.records import Record, Refused
-from medalign.datasets.annotations import read_entries
+from medalign.datasets.annotations import parse_entries, read_files
 from medalign.datasets.base import DatasetConverter, Item, Setting, Settings
 from medalign.datasets.files import read_picture, require_name
 from medalign.datasets.splitting import parse_fraction, split_by_hash, warn_of_empty_splits
@@ -43,13 +43,10 @@ def validate_layout(folder: Path, settings: Settings) -> list[str]:
 
 def iter_items(folder: Path, settings: Settings) -> Iterator[Item | Refused]:
     test_share, splits = settings["test_share"], dict[str, str]()  # the split of each image
-    for path in _files(folder, settings["access"]):
-        for number, entry in enumerate(read_entries(path)):
-            try:
-                row = entry.fields()
-                require_name(row, "image_path")
-            except BadSample as error:
-                yield Refused(entry.location, str(error))
+    for path, entries in read_files(_files(folder, settings["access"])):
+        for number, row in enumerate(parse_entries(entries, lambda fields: require_name(fields, "image_path"))):
+            if isinstance(row, Refused):
+                yield row
                 continue
             key = "_".join(f"omni-{path.stem}-{number:06d}".replace(".", "_").split())
             image = normpath(row["image_path"])

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from medalign.data.samples.sample import BadSample
+from medalign.data.shards.joining import join_shards
 from medalign.data.shards.records import Record, Refused
-from medalign.data.shards.writer import PackReport, join_shards, write_shards
+from medalign.data.shards.writer import PackReport, write_shards
 from medalign.datasets import get_converter
 from medalign.datasets.base import Item
 from medalign.datasets.hashing import Hashing

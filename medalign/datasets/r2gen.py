@@ -8,7 +8,7 @@ from typing import Any
 
 from medalign.data.samples.sample import BadSample
 from medalign.data.shards.records import Record, Refused
-from medalign.datasets.annotations import Entry, read_json
+from medalign.datasets.annotations import Entry, parse_entries, read_json
 from medalign.datasets.base import DatasetConverter, Item, Setting, Settings
 from medalign.datasets.files import missing_paths, read_pictures
 from medalign.datasets.texts import field
@@ -41,28 +41,26 @@ def iter_items(folder: Path, settings: Settings) -> Iterator[Item | Refused]:
         studies = annotation.get(split) or []
         if not isinstance(studies, list):
             raise DataError(f"{folder / ANNOTATION}: {split} is a JSON {type(studies).__name__}; it must be a list")
-        for number, one in enumerate(studies):
-            entry = Entry(f"{ANNOTATION} {split} entry {number}", one)
-            try:
-                case, pictures = _study(entry.fields())
-            except BadSample as error:
-                yield Refused(entry.location, str(error))
+        entries = [Entry(f"{ANNOTATION} {split} entry {number}", study) for number, study in enumerate(studies)]
+        for study in parse_entries(entries, _parse):
+            if isinstance(study, Refused):
+                yield study
                 continue
-            shared = {"case": case, "report": one.get("report")}
+            pictures = study.pop("pictures")
             samples = {"first": pictures[:1], "study": [pictures], "all": pictures}[settings["views"]]
             for view, image in enumerate(samples):
-                yield Item(split, f"{case}-{view}".replace(".", "_"), {**shared, "image": image})
+                yield Item(split, f"{study['case']}-{view}".replace(".", "_"), {**study, "image": image})
 
 
-def _study(study: dict[str, Any]) -> tuple[str, list[Any]]:
-    """Name and images of a study. Raises BadSample."""
+def _parse(study: dict[str, Any]) -> dict[str, Any]:
+    """Name, report and images of a study. Raises BadSample."""
     case, pictures = field(study, "id"), study.get("image_path")
     pictures = [pictures] if isinstance(pictures, str) else pictures
     if not case or not pictures:
         raise BadSample("it is not a study with id and image_path")
     if not isinstance(pictures, list):
         raise BadSample(f"image_path is {pictures!r}; it must be a list of paths")
-    return case, pictures
+    return {"case": case, "report": study.get("report"), "pictures": pictures}
 
 
 def build_record(folder: Path, item: Item, _settings: Settings) -> Record:

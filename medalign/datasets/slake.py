@@ -19,7 +19,7 @@ from PIL import Image
 from medalign.data.samples.decode import decode_mask, picture_header
 from medalign.data.samples.sample import BadSample
 from medalign.data.shards.records import Record, Refused
-from medalign.datasets.annotations import read_entries, read_json, read_text
+from medalign.datasets.annotations import parse_entries, read_files, read_json, read_text
 from medalign.datasets.base import DatasetConverter, Item, Setting, Settings
 from medalign.datasets.files import missing_paths, png, read_bytes, read_picture, require_name
 from medalign.datasets.texts import field, is_missing, text
@@ -48,17 +48,13 @@ def validate_layout(folder: Path, _settings: Settings) -> list[str]:
 
 def iter_items(folder: Path, settings: Settings) -> Iterator[Item | Refused]:
     languages = settings["languages"]
-    for split, names in _SPLITS:
-        path = next(folder / name for name in names.split("|") if (folder / name).exists())
-        for number, entry in enumerate(read_entries(path)):
-            try:
-                row = entry.fields()
-                require_name(row, "img_name")
-            except BadSample as error:
-                yield Refused(entry.location, str(error))
-                continue
+    paths = [next(folder / name for name in names.split("|") if (folder / name).exists()) for _, names in _SPLITS]
+    for (split, _), (_, entries) in zip(_SPLITS, read_files(paths), strict=True):
+        for number, row in enumerate(parse_entries(entries, lambda fields: require_name(fields, "img_name"))):
             key = f"slake-{split}-{number:05d}"
-            if row.get("q_lang") not in languages:
+            if isinstance(row, Refused):
+                yield row
+            elif row.get("q_lang") not in languages:
                 yield Refused(key, f"language is {text(row.get('q_lang')) or 'not given'}, which is not in --languages")
             else:
                 yield Item(split, key, row)

@@ -9,7 +9,7 @@ from typing import Any
 
 from medalign.data.samples.sample import BadSample
 from medalign.data.shards.records import Record, Refused
-from medalign.datasets.annotations import read_entries
+from medalign.datasets.annotations import parse_entries, read_entries
 from medalign.datasets.base import DatasetConverter, Item, Setting, Settings
 from medalign.datasets.files import missing_paths, read_picture, require_name
 from medalign.datasets.splitting import Groups, parse_fraction, split_by_hash, warn_of_empty_splits
@@ -38,16 +38,13 @@ def iter_items(folder: Path, settings: Settings) -> Iterator[Item | Refused]:
         log.warning("VQA-RAD's published test split asks about images of the train split; --split image avoids this")
     rows: dict[int, dict[str, Any]] = {}
     cases = Groups()
-    for number, entry in enumerate(read_entries(folder / QUESTIONS)):
-        try:
-            row = entry.fields()
-            image = require_name(row, "image_name")
-            rows[number] = {**row, "published_split": _published_split(row)}
-        except BadSample as error:
-            yield Refused(entry.location, str(error))
+    for number, row in enumerate(parse_entries(read_entries(folder / QUESTIONS), _parse)):
+        if isinstance(row, Refused):
+            yield row
             continue
+        rows[number] = row
         # Some cases have several images, which share a case URL.
-        cases.add([text(row.get("image_case_url")) or image, image])
+        cases.add([text(row.get("image_case_url")) or row["image_name"], row["image_name"]])
     names = {number: cases.name(row["image_name"]) for number, row in rows.items()}
     by_case = {name: split_by_hash(name, settings["test_share"]) for name in names.values()}
     if settings["split"] == "image":
@@ -55,6 +52,10 @@ def iter_items(folder: Path, settings: Settings) -> Iterator[Item | Refused]:
     for number, row in rows.items():
         split = by_case[names[number]] if settings["split"] == "image" else row["published_split"]
         yield Item(split, f"vqarad-{number:04d}", row)
+
+
+def _parse(row: dict[str, Any]) -> dict[str, Any]:
+    return {**require_name(row, "image_name"), "published_split": _published_split(row)}
 
 
 def _published_split(row: dict[str, Any]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field
 
-from medalign.data.batches.loader import check_skip_rate
+from medalign.data.batches.reader import check_skip_rate
 from medalign.evaluation.generation import PredictionBatch
 from medalign.evaluation.metrics import Prediction
 from medalign.evaluation.metrics.predictions import LENGTH

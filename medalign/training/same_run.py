@@ -6,11 +6,14 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+import yaml
+
 from medalign import config as settings
-from medalign.checkpoint import state
-from medalign.checkpoint.state import TrainState
+from medalign.checkpoint.state import TrainState, read_state
 from medalign.config import Config
+from medalign.config.keys import flatten
 from medalign.errors import ConfigError
+from medalign.run_folder import CheckpointFolder
 
 log = logging.getLogger("medalign")
 
@@ -34,6 +37,9 @@ _MAY_CHANGE: Sequence[str] = (
 def require_same_run(config: Config, now: TrainState, found: Path, path: Path) -> None:
     """Check that a checkpoint belongs to these settings, this ZeRO stage and this data.
 
+    The settings it was written with are those of its own copy, whose checksum was checked. The one in the run's folder
+    is for the reader: if it is damaged, a warning gives its name, and this start replaces it.
+
     Args:
         config: the settings of this start.
         now: the state of a run that begins with them.
@@ -43,17 +49,16 @@ def require_same_run(config: Config, now: TrainState, found: Path, path: Path) -
     Raises:
         ConfigError: it does not; the message gives the first difference and the remedy.
     """
-    engine = ""
-    if path.is_file():
-        written = settings.read(path)
-        _require_same_settings(written, config, path)
-        engine = f" {written.engine.deepspeed}"
-    before = state.read_state(found)
+    copy = CheckpointFolder(found).config
+    written = settings.read(copy)
+    _require_same_settings(written, config, copy)
+    _warn_if_damaged(path, copy)
+    before = read_state(found)
     if before.stage not in (None, now.stage):
         raise ConfigError(
             f"{found} has ZeRO stage {before.stage}, but engine.deepspeed {config.engine.deepspeed} has stage "
-            f"{now.stage}: a run keeps the stage it began with; restore --engine.deepspeed{engine}, or name a new "
-            "folder with --run.dir"
+            f"{now.stage}: a run keeps the stage it began with; restore --engine.deepspeed "
+            f"{written.engine.deepspeed}, or name a new folder with --run.dir"
         )
     if not before.data:
         log.warning("%s does not record its training data: whether data.train is the same is not checked", found)
@@ -63,6 +68,19 @@ def require_same_run(config: Config, now: TrainState, found: Path, path: Path) -
             "now. A run continues with the same shards, folders in the same order; restore them, or name a new folder "
             "with --run.dir"
         )
+
+
+def _warn_if_damaged(path: Path, copy: Path) -> None:
+    """Warn if config.yaml of the run cannot be read or lacks settings that the checkpoint's copy has."""
+    try:
+        settings.read(path)
+        expected, found = (flatten(yaml.safe_load(file.read_text(encoding="utf-8"))) for file in (copy, path))
+        lost = sorted(expected.keys() - found.keys())
+        reason = f"it lacks {', '.join(lost)}" if lost else ""
+    except ConfigError as error:
+        reason = str(error)
+    if reason:
+        log.warning("%s is damaged (%s): this start writes it again", path, reason)
 
 
 def _require_same_settings(before: Config, now: Config, path: Path) -> None:

@@ -15,7 +15,7 @@ from medalign import distributed
 from medalign.checkpoint.state import TrainState
 from medalign.config import Config
 from medalign.contracts import Batch
-from medalign.data.batches.loader import check_skip_rate
+from medalign.data.batches.reader import check_skip_rate
 from medalign.errors import DivergedError, MedAlignError
 from medalign.observability.meters import Throughput, peak_memory_gib
 from medalign.training.schedule import rates, total_steps

@@ -37,7 +37,7 @@ DOORS = {
     "peft": "student/loading.py",
     "pydicom": "data/samples/dicom*.py",
     "triton": "*kernels/*triton*.py",
-    "wandb": "observability/sinks.py",
+    "wandb": "observability/wandb_*.py",
     "webdataset": "data/shards/writer.py",
 }
 
@@ -47,7 +47,15 @@ HARMLESS = "pickle.UnpicklingError"  # what torch.load(weights_only=True) raises
 # Names of files and folders in a run's folder: only run_folder.py spells them. Those of the second line are common
 # words, and a breach only where they are joined to a path.
 LAYOUT_OWNER = "run_folder.py"
-RUN_FILES = {"config.yaml", "metrics.jsonl", "wandb_run_id", "progress.json", "predictions.jsonl", "scores.json"}
+RUN_FILES = {
+    "config.yaml",
+    "metrics.jsonl",
+    "wandb_run_id",
+    "progress.json",
+    "complete.json",
+    "predictions.jsonl",
+    "scores.json",
+}
 RUN_FOLDERS = {"checkpoints", "latest", "export", "evaluation", "lock", "state", "wandb"}
 
 Sources = Mapping[str, str]  # path under medalign/ -> text
@@ -222,7 +230,7 @@ BREACHES = [
         "data.b",
     ),
     (door_breaches, {"training/loop.py": "import deepspeed.comm as c"}, "engine/*"),
-    (door_breaches, {"observability/meters.py": "def f():\n    import wandb"}, "sinks.py"),
+    (door_breaches, {"observability/meters.py": "def f():\n    import wandb"}, "wandb_"),
     (door_breaches, {"checkpoint/export.py": "from peft import LoraConfig"}, "loading.py"),
     (door_breaches, {"kernels/dispatch.py": "from triton import language"}, "*triton*.py"),
     (dangers, {"run.py": "print('x')"}, "prints"),

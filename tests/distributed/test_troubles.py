@@ -39,8 +39,8 @@ def test_all_raise_the_error_of_one(ranks):
     assert both(ranks, "together") == "DataError: rank 1: naïve: a shard is lost"
 
 
-def test_rank_0_says_which_checkpoint_is_the_latest(ranks):
-    assert both(ranks, "latest") == "/step-000005"
+def test_a_damage_that_one_rank_finds_makes_all_take_the_checkpoint_before(ranks):
+    assert both(ranks, "latest") == {"whole": "/step-000002", "damaged": "/step-000001"}
 
 
 def test_a_shard_that_one_rank_loses_ends_all(ranks):

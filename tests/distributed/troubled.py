@@ -15,7 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from medalign import distributed
-from medalign.checkpoint import export, state
+from medalign.checkpoint import export
+from medalign.checkpoint.loading import find_whole
+from medalign.checkpoint.saving import CheckpointWriter
 from medalign.checkpoint.state import TrainState
 from medalign.config import Config
 from medalign.contracts import Batch
@@ -44,7 +46,7 @@ def troubles(settings: dict[str, Any]) -> dict[str, Any]:
     language = TrainStep(engine, None, Objective([LanguageTerm()]), student.spec.grid)
     results = {
         "together": raised(lambda: _together(1)),
-        "latest": _latest(folder / "seen"),
+        "latest": _latest(engine, folder / "seen"),
         "lost shard": _loop(config, step, _lost_shard),
         "export": _exported(config, engine, student, folder / "export"),
         "checkpoints": _checkpoints(engine, folder / "checkpoints"),
@@ -68,14 +70,25 @@ def _together(troubled: int) -> None:
             raise DataError("naïve: a shard is lost")
 
 
-def _latest(root: Path) -> str:
-    """Rank 1 sees another folder, without any checkpoint."""
-    mine = root / str(distributed.rank())
+def _latest(engine: Engine, root: Path) -> dict[str, str]:
+    """Two checkpoints, whose files both ranks check: rank 1 finds the damage of its share."""
+    for step in (1, 2):
+        CheckpointWriter(engine, root, 2, "", _make_on_main).save(TrainState(step=step, samples=0, ranks=2))
+    found = {"whole": str(find_whole(root)).removeprefix(str(root))}
+    distributed.barrier()
+    files = sorted((root / "step-000002" / "state").iterdir(), key=lambda path: (-path.stat().st_size, path.name))
     if distributed.is_main():
-        (mine / "step-000005").mkdir(parents=True)
-        (mine / "step-000005" / "progress.json").write_text("{}")
-        (mine / "latest").write_text("step-000005\n")
-    return str(state.latest(mine)).removeprefix(str(mine))
+        content = bytearray(files[1].read_bytes())  # the second largest file is the first of rank 1
+        content[len(content) // 2] ^= 1
+        files[1].write_bytes(content)
+    distributed.barrier()
+    found["damaged"] = str(find_whole(root)).removeprefix(str(root))
+    return found
+
+
+def _make_on_main(target: Path) -> None:
+    if distributed.is_main():
+        target.mkdir()
 
 
 def _loop(config: Config, step: TrainStep, batches: Callable[[], Iterator[list[Batch]]]) -> dict[str, Any]:
@@ -137,29 +150,25 @@ def _checkpoints(engine: Engine, root: Path) -> dict[str, Any]:
     """One checkpoint, then troubles of every kind, then another checkpoint."""
 
     def save(step: int, export: Callable[[Path], None], root: Path = root) -> Path:
-        return state.save(engine, root, TrainState(step=step, samples=0, ranks=2), 1, export)
+        return CheckpointWriter(engine, root, 1, "", export).save(TrainState(step=step, samples=0, ranks=2))
 
     def full(target: Path) -> None:
         if distributed.is_main():
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    def mkdir_on_main(target: Path) -> None:
-        if distributed.is_main():
-            target.mkdir()
-
-    save(1, mkdir_on_main)
+    save(1, _make_on_main)
     results: dict[str, Any] = {}
     for name, troubled in (("rank 0 full", 0), ("rank 1 full", 1)):
         with room(20_000, troubled):
-            results[name] = raised(lambda: save(2, mkdir_on_main))
+            results[name] = raised(lambda: save(2, _make_on_main))
     results["export full"] = raised(lambda: save(2, full))
     if distributed.is_main():
         (root / "file").write_text("")
-    results["no folder"] = raised(lambda: save(2, mkdir_on_main, root / "file"))
+    results["no folder"] = raised(lambda: save(2, _make_on_main, root / "file"))
     distributed.barrier()
     results["left"] = sorted(path.name for path in root.iterdir())
     distributed.barrier()
-    results["after"] = save(2, mkdir_on_main).name
+    results["after"] = save(2, _make_on_main).name
     return results
 
 

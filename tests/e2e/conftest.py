@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from medalign.observability.sinks import read_rows
+from medalign.observability.rows import read_rows
 from tests.distributed.ranks import TIMEOUT, finish, start
 
 EXACT = ("loss/total", "loss/language", "loss/similarity", "loss/attention", "optim/grad_norm", "optim/lr")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from medalign.observability.sinks import read_rows
+from medalign.observability.rows import read_rows
 from tests.e2e.conftest import kill_at, train
 
 # Six samples per step can be cut for one, two and three ranks. No dropout, for its draws belong to a rank.

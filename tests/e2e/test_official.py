@@ -7,7 +7,7 @@ from pathlib import Path
 
 from medalign.data.shards.index import ShardIndex
 from medalign.inference import open_student
-from medalign.observability.sinks import read_rows
+from medalign.observability.rows import read_rows
 from tests.e2e.conftest import train
 
 

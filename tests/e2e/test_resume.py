@@ -6,7 +6,7 @@ from datetime import datetime
 from pathlib import Path
 
 from medalign.data.shards.index import ShardIndex
-from medalign.observability.sinks import read_rows
+from medalign.observability.rows import read_rows
 from tests.e2e.conftest import kill_at, losses, train
 
 

@@ -14,7 +14,7 @@ from medalign.__main__ import main
 from medalign.data.shards.index import ShardIndex
 from medalign.data.shards.records import Picture, Record
 from medalign.data.shards.writer import write_shards
-from medalign.observability.sinks import read_rows
+from medalign.observability.rows import read_rows
 from medalign.phantom.records import records
 from tests.distributed.ranks import TIMEOUT, start
 from tests.e2e.conftest import command, train

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from medalign.data.shards.index import ShardIndex
-from medalign.observability.sinks import read_rows
+from medalign.observability.rows import read_rows
 from tests.e2e.conftest import EXACT, losses, train
 
 # No dropout, whose draws belong to a rank, so that runs on one and two ranks have the same weights.

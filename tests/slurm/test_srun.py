@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from medalign.observability.sinks import read_rows
+from medalign.observability.rows import read_rows
 from tests.e2e.conftest import recipe, shards  # noqa: F401 (fixtures)
 
 ROOT = Path(__file__).parents[2]

@@ -13,7 +13,8 @@ def test_the_names_are_those_of_runs_on_disk():
     run = RunFolder(Path("runs/first"))
     checkpoint, evaluation = run.checkpoints.step(500), run.evaluation("val")
     files = [run.config, run.metrics, run.lock, run.wandb_run_id, run.checkpoints.latest]
-    files += [checkpoint.export, checkpoint.progress, evaluation.predictions, evaluation.scores]
+    files += [checkpoint.export, checkpoint.progress, checkpoint.config, checkpoint.marker]
+    files += [evaluation.predictions, evaluation.scores]
     assert [str(path.relative_to(run.path)) for path in files] == [
         "config.yaml",
         "metrics.jsonl",
@@ -22,6 +23,8 @@ def test_the_names_are_those_of_runs_on_disk():
         "checkpoints/latest",
         "checkpoints/step-000500/export",
         "checkpoints/step-000500/progress.json",
+        "checkpoints/step-000500/config.yaml",
+        "checkpoints/step-000500/complete.json",
         "evaluation/val/predictions.jsonl",
         "evaluation/val/scores.json",
     ]
@@ -36,6 +39,9 @@ def test_checkpoints_are_found_by_step(tmp_path):
     assert [folder.step for folder in checkpoints.by_step().values()] == [20, 500, 1_000_000]
     checkpoints.latest.write_text("step-000500\n")
     assert checkpoints.read_latest() == checkpoints.step(500)
+    for text in ("", "\0" * 12, "../step-000500", "step-"):
+        checkpoints.latest.write_text(text)
+        assert checkpoints.read_latest() is None
 
 
 def test_evaluations_are_those_with_scores(tmp_path):

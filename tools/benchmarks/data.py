@@ -44,7 +44,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from medalign.data.order.order import GlobalOrder
-from medalign.data.shards import listing, table
+from medalign.data.shards import listing, mapped_table, table_reader
 from medalign.data.shards.index import ShardIndex
 from medalign.data.shards.records import Picture, Record
 from medalign.data.shards.writer import write_shards
@@ -201,7 +201,7 @@ def synthetic(folder: Path, samples: int) -> None:
     """Write an index of `samples` samples in 1,000 shards, all of them links to one shard with one sample."""
     fields = {"task": "vqa", "question": "is there a nodule?", "answer": "no"}
     write_shards([Record("real", (Picture(film(336, 0), "jpg"),), fields)], folder / "one")
-    real = table.read_table(folder / "one")
+    real = table_reader.read_table(folder / "one")
     each = samples // 1000
     entries = []
     for number in range(1000):
@@ -214,16 +214,16 @@ def synthetic(folder: Path, samples: int) -> None:
     rows = np.repeat(real.rows, each * 1000)
     rows["shard"] = np.arange(each * 1000) // each
     keys = b"".join(b"sample-%010d" % i for i in range(each * 1000))
-    with (folder / table.TABLE_NAME).open("wb") as file:
+    with (folder / mapped_table.TABLE_NAME).open("wb") as file:
         rows.tofile(file)
-        file.write(b"\0" * (table._ends_at(len(rows)) - file.tell()))
+        file.write(b"\0" * (mapped_table._ends_at(len(rows)) - file.tell()))
         (np.arange(1, len(rows) + 1, dtype=np.int64) * 17).tofile(file)
         file.write(keys)
-        file.write(b"\0" * (table._further_at(len(rows), len(keys)) - file.tell()))  # and no further images
+        file.write(b"\0" * (mapped_table._further_at(len(rows), len(keys)) - file.tell()))  # and no further images
         packed = listing.IndexStats(keys=len(keys), further=0, max_images=1)
-        footer = {"samples": len(rows), **packed._asdict(), "stamp": table._stamp(text), "shards": entries}
+        footer = {"samples": len(rows), **packed._asdict(), "stamp": table_reader._stamp(text), "shards": entries}
         body = json.dumps(footer).encode()
-        file.write(body + len(body).to_bytes(8, "little") + table._MAGIC)
+        file.write(body + len(body).to_bytes(8, "little") + mapped_table._MAGIC)
 
 
 def first_batch(folder: Path, position: int) -> None:
@@ -247,7 +247,7 @@ def large_index(samples: int) -> dict[str, object]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         synthetic(folder, samples)
-        shared = (folder / table.TABLE_NAME).stat().st_size
+        shared = (folder / mapped_table.TABLE_NAME).stat().st_size
         found = []
         for position in (10, 1_000_000 if samples > 1_000_100 else samples // 2) * 2:
             command = [sys.executable, "-m", "tools.benchmarks.data", "--first-batch", str(folder), str(position)]

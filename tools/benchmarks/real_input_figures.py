@@ -11,7 +11,7 @@ from pathlib import Path
 
 from jsonargparse import auto_cli
 
-from medalign.observability.sinks import read_rows
+from medalign.observability.rows import read_rows
 
 ROWS = 5  # logged steps at each end over which a loss is averaged
 

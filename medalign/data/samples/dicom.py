@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from medalign.data.samples.code_streams import JPEG, JPEG_2000, read_code_stream
+from medalign.data.samples.code_streams import JPEG, JPEG_2000, CodeStream, read_code_stream
 from medalign.data.samples.dicom_gray import DicomError, display_values, eight_bit, require_little_endian, stored_value
 
 _GRAY = ("MONOCHROME1", "MONOCHROME2")
@@ -80,10 +80,12 @@ def decode(data: bytes) -> Image.Image:
         study = _read(data)
         _set_transfer_syntax(study)
         interpretation = _interpretation(study)
-        _check_stored(study)
+        stream = _checked_code_stream(study)
         if interpretation in _GRAY:
-            frames = _frame(study), lambda: _frame(study, correct_unused_bits=False)
-            return Image.fromarray(display_values(study, *frames))
+            # pydicom cuts off the bits beyond BitsStored. Those of a code stream are kept, so that they are checked.
+            excess = stream is not None and stream.precision > study.BitsStored
+            stored = _frame(study, correct_unused_bits=not excess)
+            return Image.fromarray(display_values(study, stored, lambda: _frame(study, correct_unused_bits=False)))
         return Image.fromarray(_through_palette(study) if interpretation == _PALETTE else _color(study))
 
 
@@ -154,27 +156,37 @@ def _color(study: Any) -> np.ndarray:
     return eight_bit(values, 2 ** int(study.BitsStored) - 1)
 
 
-def _check_stored(study: Any) -> None:
-    """Raise DicomError if the bits or the code stream contradict the tags, which would give wrong pixels."""
+def _checked_code_stream(study: Any) -> CodeStream | None:
+    """Return the header of the first frame's code stream, or None if there is none.
+
+    Raises:
+        DicomError: the bits or the code stream contradict the tags, which would give wrong pixels. Of gray values that
+            may have more bits than BitsStored, `display_values` checks whether they do.
+    """
     if "PixelData" not in study:
-        return
+        return None
     stored, high = int(study.BitsStored), int(study.get("HighBit", study.BitsStored - 1))
     if high != stored - 1:
         raise DicomError(f"its HighBit is {high} with BitsStored {stored}; only {stored - 1} is supported")
-    if not study.file_meta.TransferSyntaxUID.is_compressed:
-        return
-    stream = read_code_stream(_first_frame(study))
+    compressed = study.file_meta.TransferSyntaxUID.is_compressed
+    stream = read_code_stream(_first_frame(study)) if compressed else None
     if stream is None:
-        return
+        return None
     if (stream.width, stream.height) != (study.Columns, study.Rows):
         raise DicomError(
             f"its code stream has {stream.width} x {stream.height} pixels, not {study.Columns} x {study.Rows}"
         )
     if stream.precision > study.BitsAllocated:
         raise DicomError(f"its code stream has {stream.precision} bits, but BitsAllocated is {study.BitsAllocated}")
+    interpretation = study.PhotometricInterpretation.strip()
+    if interpretation not in _GRAY and stream.precision != stored:
+        raise DicomError(
+            f"its code stream has {stream.precision} bits, but BitsStored is {stored}; colors need as many"
+        )
     unmarked = _is_lossy_jpeg(study) and stream.components == b"\1\2\3" and not stream.defines_colors
-    if unmarked and study.PhotometricInterpretation.strip() == "RGB":
+    if unmarked and interpretation == "RGB":
         raise DicomError("its JPEG is declared RGB, but has no JFIF or Adobe marker that distinguishes RGB from YCbCr")
+    return stream
 
 
 def _contains_several(study: Any) -> bool:

@@ -35,9 +35,10 @@ def display_values(study: Any, stored: np.ndarray, with_unused_bits: Callable[[]
         Gray values, uint8 [rows, columns].
 
     Raises:
-        DicomError: a tag has an unsupported value, or pixels are not finite.
+        DicomError: a tag has an unsupported value, or pixels are not finite or have more bits than BitsStored.
     """
     padding = _padding(study, stored, with_unused_bits)
+    _check_range(study, stored[~padding])
     tags = _tags(study)
     values = _rescaled(study, tags, stored)
     visible = values[~padding]
@@ -79,6 +80,15 @@ def _padding(study: Any, stored: np.ndarray, with_unused_bits: Callable[[], np.n
     if not kind and not _fits(ends, int(study.BitsStored), stored.dtype.kind == "i"):
         stored = with_unused_bits()
     return (stored >= ends[0]) & (stored <= ends[1])
+
+
+def _check_range(study: Any, visible: np.ndarray) -> None:
+    """Raise DicomError for a value beyond BitsStored; a code stream of more bits may contain one."""
+    if "PixelData" not in study or not visible.size:
+        return
+    ends = [visible.min().item(), visible.max().item()]
+    if not _fits(ends, int(study.BitsStored), visible.dtype.kind == "i"):
+        raise DicomError(f"its values are from {ends[0]} to {ends[1]}, which BitsStored {study.BitsStored} cannot hold")
 
 
 def _fits(ends: list[Any], bits: int, signed: bool) -> bool:

@@ -17,8 +17,10 @@ from medalign.data.samples.decode import decode_image, decode_mask
 from medalign.data.samples.faults import as_bad_sample
 from medalign.data.samples.sample import ANSWER_TYPES, TASKS, parse_fields, to_sample
 from medalign.data.shards.listing import IMAGE, INDEX_NAME, JSON, MASK, REBUILD
-from medalign.data.shards.table import IndexTable, MemberRange, read_table
-from medalign.data.storage.byte_ranges import Storage, StorageOptions, fetched_folder, is_remote, storage_of
+from medalign.data.shards.table import IndexTable, MemberRange
+from medalign.data.shards.table_reader import read_table
+from medalign.data.storage.byte_ranges import Storage, StorageOptions, is_remote, storage_of
+from medalign.data.storage.fetched_folder import fetched_folder
 from medalign.errors import DataError
 
 _GAP = 1 << 16  # bytes; a gap up to this size is read and discarded, which is faster than a second request

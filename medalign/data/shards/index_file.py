@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from medalign.data.shards.listing import FORMAT, INDEX_NAME, VERSION
-from medalign.data.shards.table import LARGE, read_table
+from medalign.data.shards.table_reader import LARGE, read_table
 
 
 class IndexFile:

@@ -1,7 +1,7 @@
 """Format of WebDataset shards, and writing them. Only this file imports webdataset.
 
 A shard folder contains `shard-000000.tar`, `shard-000001.tar`, ... and `index.jsonl` (see `listing`); a large one also
-contains `index.bin` (see `table`). Each sample consists of a few neighboring members of one tar:
+contains `index.bin` (see `mapped_table`). Each sample consists of a few neighboring members of one tar:
 
     KEY.jpg or KEY.png    the image as received (absent for a sample without an image)
     KEY.1.jpg, KEY.2.png  further images of the sample, in order; up to 64 images in total
@@ -30,14 +30,9 @@ records.
 
 from __future__ import annotations
 
-import json
-import os
-import re
-import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -46,15 +41,11 @@ from webdataset import TarWriter
 from medalign.data.samples.sample import BadSample
 from medalign.data.shards.archives import describe_missing_tars, near_tars
 from medalign.data.shards.index_file import IndexFile
-from medalign.data.shards.listing import INDEX_NAME
 from medalign.data.shards.members import ANNOTATION, MASK_PNG, image_member
+from medalign.data.shards.output import replaced_folder, shard_name
 from medalign.data.shards.records import KeySet, Record, Refused, check_record, json_bytes
-from medalign.data.shards.table import TABLE_NAME
 from medalign.data.shards.tar_samples import Findings, rows_of_tar
 from medalign.errors import ConfigError, DataError
-
-_SHARD_NAME = re.compile(r"shard-\d{6,}\.tar")
-_OURS = (INDEX_NAME, TABLE_NAME)
 
 
 @dataclass(frozen=True)
@@ -98,69 +89,15 @@ def write_shards(
     output = Path(output).absolute()
     if samples_per_shard < 1:
         raise ConfigError(f"samples_per_shard is {samples_per_shard}; at least 1 is needed")
-    require_replaceable(output)
-    partial = output.parent / f".{output.name}.partial-{os.getpid()}"
-    try:
-        partial.mkdir(parents=True)
-        refused: list[str] = []
-        notes: Counter[str] = Counter()
+    refused: list[str] = []
+    notes: Counter[str] = Counter()
+    with replaced_folder(output) as partial, IndexFile(partial) as index:
         valid = _valid_records(records, refused, notes)
-        with IndexFile(partial) as index:
-            _write_tars(valid, partial, samples_per_shard, progress, index)
-            if not index.samples and not allow_empty:
-                first = "; ".join(refused[:3]) or "there was no record"
-                raise DataError(f"no valid sample for {output} ({len(refused)} refused): {first}")
-        _move_into_place(partial, output)
-    except OSError as error:
-        raise DataError(f"packing into {output} failed, nothing was written: {error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        _write_tars(valid, partial, samples_per_shard, progress, index)
+        if not index.samples and not allow_empty:
+            first = "; ".join(refused[:3]) or "there was no record"
+            raise DataError(f"no valid sample for {output} ({len(refused)} refused): {first}")
     return PackReport(index.samples, len(index.shards), tuple(refused), notes)
-
-
-def join_shards(parts: Sequence[Path], output: Path) -> PackReport:
-    """Join several shard folders into one, with shards renumbered in the order of `parts`.
-
-    The tars are hard links if the file system supports them, and copies otherwise. The parts are not changed.
-    The output appears atomically, as in `write_shards`.
-
-    Raises:
-        DataError: no part contains a sample, `output` cannot be replaced, or the disk fails.
-    """
-    output = Path(output).absolute()
-    require_replaceable(output)
-    partial = output.parent / f".{output.name}.partial-{os.getpid()}"
-    try:
-        partial.mkdir(parents=True)
-        with IndexFile(partial) as index:
-            for part in parts:
-                _add_part(part, partial, index)
-            if not index.shards:
-                raise DataError(f"no valid sample for {output}")
-        _move_into_place(partial, output)
-    except OSError as error:
-        raise DataError(f"packing into {output} failed, nothing was written: {error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return PackReport(index.samples, len(index.shards), ())
-
-
-def _add_part(part: Path, output: Path, index: IndexFile) -> None:
-    """Link the shards of a part under the next free names, and add their rows."""
-    with (part / INDEX_NAME).open(encoding="utf-8") as lines:
-        for shard in json.loads(next(lines))["shards"]:
-            index_of_shard = len(index.shards)
-            path = output / f"shard-{index_of_shard:06d}.tar"
-            _link(part / shard["name"], path)
-            rows = ({**json.loads(row), "shard": index_of_shard} for row in islice(lines, shard["samples"]))
-            index.add(path, rows)
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # hard links are not supported
-        shutil.copyfile(source, target)
 
 
 def build_index(folder: Path) -> PackReport:
@@ -215,7 +152,7 @@ def _write_tars(
     pending = next(records, None)
     while pending is not None:
         shard = len(index.shards)
-        path = folder / f"shard-{shard:06d}.tar"
+        path = folder / shard_name(shard)
         with path.open("wb") as file, TarWriter(file, encoder=False, mtime=0, user="", group="", compress=False) as tar:
             for _ in range(samples_per_shard):
                 tar.write(_members(pending))
@@ -235,28 +172,3 @@ def _members(record: Record) -> dict[str, Any]:
     if record.mask is not None:
         members[MASK_PNG] = record.mask
     return members
-
-
-def require_replaceable(output: Path) -> None:
-    """Check that shards can be written to `output`: it does not exist, or contains only shards.
-
-    Raises:
-        DataError: `output` is a file, or a folder that contains anything else.
-    """
-    if not output.exists():
-        return
-    if not output.is_dir():
-        raise DataError(f"{output} is a file; name a folder for the shards")
-    foreign = [p.name for p in sorted(output.iterdir()) if p.name not in _OURS and not _SHARD_NAME.fullmatch(p.name)]
-    if foreign:
-        raise DataError(f"{output} contains {foreign[0]!r}, which is not a shard; name an empty or a new folder")
-
-
-def _move_into_place(partial: Path, output: Path) -> None:
-    if not output.exists():
-        partial.rename(output)
-        return
-    old = output.parent / f".{output.name}.old-{os.getpid()}"
-    output.rename(old)
-    partial.rename(output)
-    shutil.rmtree(old)

@@ -15,7 +15,7 @@ import yaml
 from medalign.errors import ConfigError, DataError
 from medalign.evaluation.metrics import Prediction, read_predictions
 from medalign.geometry import PatchGrid
-from medalign.observability.sinks import read_rows
+from medalign.observability.rows import read_rows
 from medalign.run_folder import EvaluationFolder, RunFolder, find_run
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from medalign.observability.sinks import ConsoleSink
+from medalign.observability.console import ConsoleSink
 from medalign.training.callbacks.metrics import MetricLogger
 from medalign.training.trainer import Trainer
 

@@ -226,6 +226,20 @@ def test_files_are_splits(tmp_path: Path) -> None:
     assert samples(tmp_path / "out" / "test")[0].answer_type == "closed"
 
 
+def test_all_files_that_cannot_be_read_are_named_before_anything_is_written(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    for name in ("a", "b", "c", "settings"):
+        write_json(folder / f"{name}.json", [{"lr": 1}] if name == "settings" else [ROWS[1]])
+    for name in "bc":
+        (folder / f"{name}.json").write_bytes((folder / f"{name}.json").read_bytes()[:20])
+    with pytest.raises(DataError) as caught:
+        pack("llava", folder, tmp_path / "out")
+    broken = [line.partition(" cannot be read: not JSON")[0] for line in str(caught.value).splitlines()[:2]]
+    assert broken == [str(folder / "b.json"), str(folder / "c.json")]
+    assert str(caught.value).splitlines()[2].startswith(f"{folder / 'settings.json'} contains no conversations")
+    assert not (tmp_path / "out").exists()
+
+
 def test_file_names_become_names_of_folders(tmp_path: Path) -> None:
     for name in ("train v1.2", "-test", ".val", "\u80ba" * 50):
         write_json(tmp_path / "in" / f"{name}.json", [ROWS[1]])

@@ -13,7 +13,7 @@ from medalign.evaluation.grounding import grounding
 from medalign.evaluation.metrics import Prediction, score, write_predictions
 from medalign.evaluation.metrics.scores import group
 from medalign.geometry import CanvasFrame, PatchGrid, coverage
-from medalign.observability.sinks import JsonlSink
+from medalign.observability.rows import JsonlSink
 
 GRID = PatchGrid(8, 8)
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from medalign.errors import KernelError
 from medalign.kernels import dispatch, gpu, token_similarity
-from medalign.kernels.token_similarity import tile_table
+from medalign.kernels.token_similarity import tile_table, triton_launches
 from medalign.kernels.token_similarity import triton as room
 from tests.unit.kernels.allocations import LargestTensor
 
@@ -80,7 +80,7 @@ def test_tokens_of_real_images_on_the_tiles_of_half_precision(tokens, monkeypatc
 @pytest.mark.parametrize("ragged", [False, True])
 def test_several_panels_and_groups(ragged, monkeypatch):
     """300 tokens in three panels, and sample after sample: what thousands of tokens do."""
-    monkeypatch.setattr(room, "TALLEST_PANEL", 128)
+    monkeypatch.setattr(triton_launches, "TALLEST_PANEL", 128)
     monkeypatch.setattr(room, "WORKSPACE_ELEMENTS", 1)
     student, teacher = inputs(3, 300, width=5, teacher_width=3)
     mask, weight = masked_and_weighted(300) if ragged else (None, None)
@@ -180,7 +180,7 @@ def test_invariances(tokens, seed):
 
 
 def test_memory_is_linear_in_the_tokens(monkeypatch):
-    monkeypatch.setattr(room, "TALLEST_PANEL", 128)
+    monkeypatch.setattr(triton_launches, "TALLEST_PANEL", 128)
     elements = []
     for tokens in (256, 512):
         student, teacher = inputs(1, tokens, width=4, teacher_width=3)
@@ -194,7 +194,7 @@ def test_memory_is_linear_in_the_tokens(monkeypatch):
 
 @pytest.mark.parametrize(("tokens", "count", "height"), [(1, 1, 128), (576, 1, 640), (2304, 2, 1152), (16384, 8, 2048)])
 def test_panels(tokens, count, height):
-    assert room.panels(tokens) == (count, height)
+    assert triton_launches.panels(tokens) == (count, height)
 
 
 class TestRefusals:

@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import math
+import resource
 import subprocess
 import sys
 from datetime import UTC, datetime, timedelta
@@ -13,7 +14,9 @@ import pytest
 
 from medalign.distributed import log
 from medalign.errors import DataError
-from medalign.observability.sinks import ConsoleSink, JsonlSink, read_rows, summary, to_python_numbers
+from medalign.observability.console import ConsoleSink, summary
+from medalign.observability.rows import JsonlSink, read_rows
+from medalign.observability.sinks import to_python_numbers
 
 
 @pytest.fixture
@@ -65,6 +68,50 @@ def test_resuming_drops_later_rows_and_a_partial_one(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
+@pytest.mark.parametrize(
+    "tail", [bytes(300), bytes(10) + b"\n" + bytes(10), b'{"st\0\0\0\n', b"\n\n", b'20, "a": 2.0}\n{"x"\n']
+)
+def test_a_torn_end_is_dropped(tmp_path, caplog, tail):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 10, "a": 1.0}\n' + tail)
+    caplog.set_level(logging.INFO, logger=log.name)
+    assert [row["step"] for row in read_rows(path)] == [10]
+    assert "metrics.jsonl" in caplog.text and "not a complete row" in caplog.text
+    JsonlSink(path, resumed_step=10).close()
+    assert path.read_text() == '{"step": 10, "a": 1.0}\n'
+
+
+def test_rows_are_caught_up_after_a_full_disk(tmp_path, caplog):
+    """No file may grow beyond 150 bytes for a while, which is inside a row."""
+    path = tmp_path / "metrics.jsonl"
+    sink = JsonlSink(path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (150, hard))
+    try:
+        for step in range(1, 6):
+            sink.log(step, {"a": 1.0})
+        assert path.stat().st_size == 150
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert caplog.text.count("cannot be written") == 1
+    sink.log(6, {"a": 1.0})
+    sink.close()
+    assert [row["step"] for row in read_rows(path)] == [1, 2, 3, 4, 5, 6]
+    assert "metrics.jsonl is written again" in caplog.text and "lost" not in caplog.text
+
+
+def test_rows_that_never_fit_are_reported(tmp_path, caplog):
+    sink = JsonlSink(tmp_path / "metrics.jsonl")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
+    try:
+        sink.log(1, {"a": 1.0})
+        sink.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "metrics.jsonl: 1 rows are lost" in caplog.text
+
+
 def test_a_new_run_in_an_old_folder_starts_empty(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 10, "a": 1.0}\n')
@@ -114,7 +161,7 @@ def test_console_draws_a_bar_on_request(lines):
 
 def test_wandb_off_never_imports_it(tmp_path):
     program = (
-        "import sys, pathlib; from medalign.observability.sinks import WandbSink\n"
+        "import sys, pathlib; from medalign.observability.wandb_run import WandbSink\n"
         f"sink = WandbSink('off', pathlib.Path({str(tmp_path)!r})); sink.log(1, {{'a': 1.0}}); sink.close()\n"
         "assert not [m for m in sys.modules if m.split('.')[0] == 'wandb']"
     )

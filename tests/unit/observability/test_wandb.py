@@ -18,7 +18,7 @@ from wandb.proto import wandb_internal_pb2
 from medalign import config
 from medalign.checkpoint.state import TrainState
 from medalign.distributed import log
-from medalign.observability.sinks import WandbSink
+from medalign.observability.wandb_run import WandbSink
 from medalign.run import build_loggers
 
 BLOCK, HEADER = 32768, 7  # LevelDB log framing; the file starts with a header of the same size

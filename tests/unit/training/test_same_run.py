@@ -26,9 +26,10 @@ def begun(folder, *words):
 @pytest.fixture
 def resume(tmp_path):
     """Resumes from a checkpoint with other words, or from another progress.json."""
-    (tmp_path / "config.yaml").write_text(config.dump(begun(tmp_path)))
     checkpoint = tmp_path / "checkpoints" / "step-000003"
     checkpoint.mkdir(parents=True)
+    for folder in (tmp_path, checkpoint):
+        (folder / "config.yaml").write_text(config.dump(begun(tmp_path)))
 
     def go(*words, before=CHECKPOINT, now=CHECKPOINT):
         (checkpoint / "progress.json").write_text(json.dumps(asdict(before)))
@@ -58,7 +59,7 @@ def test_what_decides_the_length_of_the_run_must_stay(resume, tmp_path):
     with pytest.raises(ConfigError, match=r"has train\.steps = 600, but this command has None"):
         resume("--train.epochs", "3")
     begun_with_epochs = resolve_steps(begun(tmp_path, "--train.epochs", "3"), 640)
-    (tmp_path / "config.yaml").write_text(config.dump(begun_with_epochs))
+    (tmp_path / "checkpoints" / "step-000003" / "config.yaml").write_text(config.dump(begun_with_epochs))
     resume("--train.epochs", "3")
     with pytest.raises(ConfigError, match=r"has train\.epochs = 3\.0, but this command has 4\.0"):
         resume("--train.epochs", "4")
@@ -84,6 +85,27 @@ def test_shards_may_move_but_not_change(resume):
 def test_an_old_checkpoint_is_resumed_with_a_warning(resume, caplog):
     resume(before=replace(CHECKPOINT, data=(), stage=None))
     assert "step-000003 does not record its training data" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda text: text[: len(text) // 2], "config.yaml is damaged (it lacks "),
+        (lambda text: text[:100] + "\0" * 100, "config.yaml is damaged (recipe "),
+        (lambda text: text[:50], "config.yaml is damaged ("),
+        (lambda text: "", "config.yaml is damaged ("),
+    ],
+)
+def test_damaged_settings_of_the_run_are_named_and_do_not_stop_it(resume, tmp_path, caplog, damage, reason):
+    path = tmp_path / "config.yaml"
+    path.write_text(damage(path.read_text()))
+    resume()
+    assert reason in caplog.text and "this start writes it again" in caplog.text
+
+
+def test_whole_settings_of_the_run_are_not_complained_about(resume, caplog):
+    resume("--data.workers", "3")
+    assert not caplog.text
 
 
 def test_another_zero_stage_is_refused(resume):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from medalign.benchmark.kernels.case import Binary
-from medalign.kernels.token_similarity import tile_table, triton
+from medalign.kernels.token_similarity import tile_table, triton_launches
 from medalign.kernels.token_similarity.reference import SMALLEST_NORM
 from medalign.kernels.token_similarity.tile_table import Tile
 
@@ -42,8 +42,8 @@ def _prepare(student: torch.dtype, teacher: torch.dtype) -> Binary:
         "SMALLEST": SMALLEST_NORM,
         "MASKED": True,
         "WEIGHTED": True,
-        "ROWS": triton.PREPARE_ROWS,
-        "CHANNELS": triton.PREPARE_CHANNELS,
+        "ROWS": triton_launches.PREPARE_ROWS,
+        "CHANNELS": triton_launches.PREPARE_CHANNELS,
     }
     name = f"prepare {_NAMES[student]}/{_NAMES[teacher]}"
     return _binary("prepare", name, student, teacher, constants, Tile(0, 0, 0, 4, 3), tensor_cores=False)
@@ -52,8 +52,8 @@ def _prepare(student: torch.dtype, teacher: torch.dtype) -> Binary:
 def _differences(student: torch.dtype, teacher: torch.dtype, tile: Tile, gradient: bool, kind: str) -> Binary:
     constants = {
         "GRADIENT": gradient,
-        "PRECISION": triton.precision(student),
-        "TEACHER_PRECISION": triton.precision(teacher),
+        "PRECISION": triton_launches.precision(student),
+        "TEACHER_PRECISION": triton_launches.precision(teacher),
         "BLOCK": tile.rows,
         "CHANNELS": tile.depth,
     }
@@ -65,7 +65,7 @@ def _differences(student: torch.dtype, teacher: torch.dtype, tile: Tile, gradien
 def _gradients(student: torch.dtype, tile: Tile, masked: bool, kind: str) -> Binary:
     constants = {
         "MASKED": masked,
-        "PRECISION": triton.precision(student),
+        "PRECISION": triton_launches.precision(student),
         "ROWS": tile.rows,
         "CHANNELS": tile.columns,
         "DEPTH": tile.depth,

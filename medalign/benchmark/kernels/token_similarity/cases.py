@@ -13,7 +13,7 @@ from medalign.benchmark.kernels import eager
 from medalign.benchmark.kernels.case import Cost, CostModel, KernelCase, Problem, TuningEntry
 from medalign.benchmark.kernels.token_similarity.binaries import binaries
 from medalign.kernels import gpu
-from medalign.kernels.token_similarity import chunked, tile_table, token_similarity, triton
+from medalign.kernels.token_similarity import chunked, tile_table, token_similarity, triton, triton_launches
 from medalign.kernels.token_similarity.tile_table import FEW, ODD, SINGLE, Tile
 
 TOKENS = (576, 1024, 2304, 4096, 16384)  # a LLaVA image, and tiled images
@@ -62,7 +62,7 @@ def triton_cost(samples: int, tokens: int, width: int, teacher_width: int, size:
     pass. The L2 cache is assumed to hold the data that the tiles of a launch share.
     """
     tile = tile_table.differences("sm_90", (torch.bfloat16, torch.bfloat16), True, tokens, samples)
-    count, height = triton.panels(tokens)
+    count, height = triton_launches.panels(tokens)
     rows, columns = height // tile.rows, count * height // tile.columns
     tiles = count * (rows * columns - rows * (rows - 1) // 2)
     operations = 2 * tiles * tile.rows * tile.columns * (width + teacher_width)

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from medalign.data.batches.loader import TrainLoader, rank_indices
+from medalign.data.batches.indices import rank_indices
+from medalign.data.batches.loader import TrainLoader
 from medalign.data.order.mixture import LengthGroupedOrder, Mixture
 from medalign.data.order.order import GlobalOrder, Order, StepPlan
 from tests.unit.data.batches.test_loader import loader

@@ -15,9 +15,10 @@ from PIL import Image
 
 from medalign.__main__ import main
 from medalign.contracts import IGNORE, Batch, Sample
-from medalign.data.batches import loader as loading
+from medalign.data.batches import reader
 from medalign.data.batches.collator import Collator, Prepared
-from medalign.data.batches.loader import TrainLoader, ValidationLoader, batches, check_skip_rate
+from medalign.data.batches.loader import TrainLoader, ValidationLoader, batches
+from medalign.data.batches.reader import check_skip_rate
 from medalign.data.order.order import GlobalOrder
 from medalign.data.shards.index import ShardIndex
 from medalign.data.shards.records import Record, json_bytes
@@ -279,7 +280,7 @@ def test_nothing_to_substitute(tmp_path: Path) -> None:
 
 
 def test_lost_data_are_not_searched_to_their_end(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "MAX_REPLACEMENT_DISTANCE", 3)
+    monkeypatch.setattr(reader, "MAX_REPLACEMENT_DISTANCE", 3)
     damage(shards, 6, 7, 11, 12, 13)
     order = GlobalOrder(23, 0, shuffle=False)
     steps = iter(TrainLoader(ShardIndex.open(shards), order, collator(), global_batch=9, micro_batch=3))

@@ -13,7 +13,8 @@ from medalign.data.order import mixture, order
 from medalign.data.order.mixture import ROUND, LengthGroupedOrder, Mixture
 from medalign.data.order.order import GlobalOrder, Order
 from medalign.data.shards.index import ShardIndex
-from medalign.data.shards.table import IndexTable, read_table
+from medalign.data.shards.table import IndexTable
+from medalign.data.shards.table_reader import read_table
 from medalign.data.shards.writer import write_shards
 from medalign.data.storage.byte_ranges import StorageOptions
 from tests.unit.data.batches.test_loader import collator

@@ -21,7 +21,7 @@ from medalign.data.batches.loader import batches
 from medalign.data.order.mixture import LengthGroupedOrder
 from medalign.data.order.order import GlobalOrder
 from medalign.data.samples.sample import BadSample
-from medalign.data.shards import index_file, listing, table
+from medalign.data.shards import index_file, listing, table, table_reader
 from medalign.data.shards.index import ShardIndex
 from medalign.data.shards.listing import IMAGE, JSON, MASK
 from medalign.data.shards.members import MAX_IMAGES, image_member, image_members
@@ -189,9 +189,9 @@ def test_the_table_says_what_the_text_says(
     header["shards"] = [{"name": "shard-000000.tar", "bytes": 1, "samples": len(rows)}]
     (folder / "index.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (header, *rows)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(table, "LARGE", 1)
+        patch.setattr(table_reader, "LARGE", 1)
         patch.setattr(listing, "_CHUNK", chunk)
-        tables = [table._parse(folder / "index.jsonl"), table.read_table(folder)]
+        tables = [table_reader._parse(folder / "index.jsonl"), table_reader.read_table(folder)]
     assert isinstance(tables[1].rows, np.memmap)
     for one in tables:
         assert one.images(np.arange(len(rows))).tolist() == counts
@@ -214,14 +214,14 @@ def test_damaged_rows(tmp_path: Path) -> None:
     ):
         members = {name: place for name, place in (row["members"] | changed).items() if place}
         (tmp_path / "index.jsonl").write_text(f"{header}\n{json.dumps(row | {'members': members})}\n")
-        with pytest.raises(table.DataError, match=message):
+        with pytest.raises(table_reader.DataError, match=message):
             ShardIndex.open(tmp_path)
 
 
 @pytest.fixture
 def mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ShardIndex:
     """Nine samples with 0, 1 and 2 images in turn, and their index mapped from its file."""
-    monkeypatch.setattr(table, "LARGE", 3)
+    monkeypatch.setattr(table_reader, "LARGE", 3)
     monkeypatch.setattr(index_file, "LARGE", 3)
     return pack(tmp_path / "mapped", *(several(f"k{i}", *films(i % 3, i)) for i in range(9)))
 

@@ -198,6 +198,12 @@ REFUSED = {
     "code stream has 64 x 32 pixels, not 64 x 16": file_of(
         compressed([jpeg_2000(HALVES, False)], HALVES, JPEG2000Lossless, Rows=16)
     ),
+    "code stream has 8 bits, but BitsStored is 7": file_of(
+        compressed([jpeg_2000(HALVES, False)], HALVES, JPEG2000Lossless, BitsStored=7, HighBit=6)
+    ),
+    "code stream has 8 bits, but BitsStored is 16": file_of(
+        compressed([jpeg(HALVES, adobe=1)], HALVES, JPEGBaseline8Bit, BitsAllocated=16, BitsStored=16, HighBit=15)
+    ),
     "declared RGB, but has no JFIF or Adobe marker": file_of(
         compressed([jpeg(HALVES, jfif=False)], HALVES, JPEGBaseline8Bit)
     ),

@@ -316,3 +316,15 @@ def test_tags_that_the_pixels_do_not_agree_with_are_refused(reason: str) -> None
 def test_a_code_stream_of_more_bits_than_are_stored_is_read() -> None:
     one = compressed([STREAM], RAMP, JPEG2000Lossless, WindowCenter=2000, WindowWidth=4000)
     assert np.array_equal(shown(one), shown(data_set(RAMP, WindowCenter=2000, WindowWidth=4000)))
+
+
+def test_a_code_stream_with_values_beyond_the_stored_bits_is_refused() -> None:
+    too_bright = np.where(RAMP.max() == RAMP, 4096, RAMP)
+    with pytest.raises(BadSample, match=r"its values are from \d+ to 4096, which BitsStored 12 cannot hold"):
+        decode_image(file_of(compressed([jpeg_2000(too_bright)], RAMP, JPEG2000Lossless)))
+
+
+def test_padding_of_a_code_stream_may_be_beyond_the_stored_bits() -> None:
+    values = padded(INNER, 63536)
+    one = compressed([jpeg_2000(values)], values, JPEG2000Lossless, PixelPaddingValue=63536)
+    assert np.array_equal(shown(one)[:, 8:-8], shown(data_set(INNER)))

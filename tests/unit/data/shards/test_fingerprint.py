@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 
-from medalign.data.shards import table
+from medalign.data.shards import table, table_reader
 from medalign.data.shards.index import ShardIndex
 from medalign.data.shards.writer import build_index, write_shards
 from tests.unit.data.tiny_data import record
@@ -45,5 +45,6 @@ def test_other_data_have_another(tmp_path):
 def test_a_mapped_index_has_the_same(tmp_path, monkeypatch):
     folder = packed(tmp_path / "a")
     before = fingerprint(folder)
-    monkeypatch.setattr(table, "LARGE", 5)  # also: many pieces instead of one
+    monkeypatch.setattr(table_reader, "LARGE", 5)
+    monkeypatch.setattr(table, "_CHUNK", 5)  # many pieces instead of one
     assert fingerprint(folder) == before and (folder / "index.bin").is_file()

@@ -19,11 +19,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from medalign.data.samples.sample import REPORT_PROMPT, BadSample, decode_image
-from medalign.data.shards import index_file, table
+from medalign.data.shards import index_file, mapped_table, table_reader
 from medalign.data.shards import records as records_module
 from medalign.data.shards.index import ShardIndex
+from medalign.data.shards.joining import join_shards
 from medalign.data.shards.records import KeySet, Picture, Record, Refused, json_bytes
-from medalign.data.shards.writer import build_index, join_shards, write_shards
+from medalign.data.shards.writer import build_index, write_shards
 from medalign.data.storage.byte_ranges import StorageOptions
 from medalign.errors import ConfigError, DataError
 from tests.unit.data.tiny_data import images, picture, record
@@ -410,14 +411,14 @@ def test_a_corrupted_and_a_truncated_tar_from_another_tool(tmp_path: Path, shard
 def test_a_large_index_is_mapped_and_rebuilt_when_the_text_changes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(table, "LARGE", 20)
+    monkeypatch.setattr(table_reader, "LARGE", 20)
     monkeypatch.setattr(index_file, "LARGE", 20)
     folder = tmp_path / "large"
     write_shards([record(i) for i in range(30)], folder, samples_per_shard=7)
     assert (folder / "index.bin").is_file()
     index = ShardIndex.open(folder)
-    text = table._parse(folder / "index.jsonl")
-    mapped = table.read_table(folder)
+    text = table_reader._parse(folder / "index.jsonl")
+    mapped = table_reader.read_table(folder)
     assert isinstance(mapped.rows, np.memmap)
     assert np.array_equal(mapped.rows, text.rows)
     assert index.keys == [f"s{i:03d}" for i in range(30)]
@@ -429,10 +430,10 @@ def test_a_large_index_is_mapped_and_rebuilt_when_the_text_changes(
     assert ShardIndex.open(folder).keys[0] == "s040"
     (folder / "index.bin").write_bytes(b"cut")
     assert ShardIndex.open(folder).read(3).key == "s043"
-    assert table._TableFile(folder / "index.bin").footer()
+    assert mapped_table.TableFile(folder / "index.bin").footer()
 
     (folder / "index.bin").unlink()
-    monkeypatch.setattr(table._TableFile, "build", _no_space)
+    monkeypatch.setattr(mapped_table.TableFile, "build", _no_space)
     assert ShardIndex.open(folder).key(24) == "s064"
     assert "every process keeps its own copy" in caplog.text
 
@@ -440,7 +441,7 @@ def test_a_large_index_is_mapped_and_rebuilt_when_the_text_changes(
 @pytest.mark.parametrize("large", [False, True])
 def test_rows_that_the_header_was_not_written_for(shards: Path, monkeypatch: pytest.MonkeyPatch, large: bool) -> None:
     if large:
-        monkeypatch.setattr(table, "LARGE", 20)
+        monkeypatch.setattr(table_reader, "LARGE", 20)
     path = shards / "index.jsonl"
     written = path.read_bytes()
     path.write_bytes(written.replace(b'"width":40', b'"width":41', 1))
@@ -457,17 +458,18 @@ def test_rows_that_the_header_was_not_written_for(shards: Path, monkeypatch: pyt
 def test_two_nodes_may_make_the_mapped_form_at_once(
     shards: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(table, "LARGE", 20)
-    monkeypatch.setattr(table, "file_lock", lambda _: nullcontext())  # the lock of one node is unknown to the other
-    pack = table.pack
+    monkeypatch.setattr(table_reader, "LARGE", 20)
+    # The lock of one node is unknown to the other.
+    monkeypatch.setattr(table_reader, "file_lock", lambda _: nullcontext())
+    pack = mapped_table.pack
 
     def slow(*arguments):
-        monkeypatch.setattr(table, "pack", pack)
-        table.read_table(shards)  # another node's process of the same number, meanwhile
+        monkeypatch.setattr(mapped_table, "pack", pack)
+        table_reader.read_table(shards)  # another node's process of the same number, meanwhile
         return pack(*arguments)
 
-    monkeypatch.setattr(table, "pack", slow)
-    assert isinstance(table.read_table(shards).rows, np.memmap)
+    monkeypatch.setattr(mapped_table, "pack", slow)
+    assert isinstance(table_reader.read_table(shards).rows, np.memmap)
     assert not caplog.records
     assert not list(shards.glob(".*"))
 

@@ -27,7 +27,7 @@ from medalign.data.order.order import GlobalOrder
 from medalign.data.shards.index import ShardIndex
 from medalign.data.shards.records import Record
 from medalign.data.shards.writer import write_shards
-from medalign.data.storage import byte_ranges
+from medalign.data.storage import byte_ranges, fetched_folder
 from medalign.data.storage.byte_ranges import StorageOptions
 from medalign.data.storage.cache import RangeCache, file_lock
 from medalign.errors import ConfigError, DataError
@@ -168,7 +168,7 @@ def test_an_index_is_fetched_again_only_where_it_changed(shards: Path, server: S
 def test_only_the_beginning_of_a_long_index_is_compared(
     shards: Path, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(byte_ranges, "_BEGINNING", 100)
+    monkeypatch.setattr(fetched_folder, "_BEGINNING", 100)
     ShardIndex.open(f"{server.address}/train", QUICK)
     rename_last(shards)
     assert ShardIndex.open(f"{server.address}/train", QUICK).keys[-1] == "t022"  # by the checksum in the header
@@ -179,7 +179,7 @@ def test_only_the_beginning_of_a_long_index_is_compared(
 def test_an_index_without_checksum_is_fetched_by_its_size(
     shards: Path, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(byte_ranges, "_BEGINNING", 100)
+    monkeypatch.setattr(fetched_folder, "_BEGINNING", 100)
     path = shards / "index.jsonl"
     path.write_bytes(re.sub(rb'"checksum":"[0-9a-f]{8}",', b"", path.read_bytes()))
     old = ShardIndex.open(f"{server.address}/train", QUICK)

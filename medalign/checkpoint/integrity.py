@@ -1,0 +1,104 @@
+"""The completion marker of a checkpoint: the size and the SHA-256 of each of its files.
+
+The marker is written last, so a checkpoint that has it is complete. It is checked before anything is loaded. The ranks
+share the reading.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from medalign import distributed
+from medalign.checkpoint.files import write_flushed
+from medalign.errors import CheckpointError
+from medalign.run_folder import CheckpointFolder
+
+_DIGEST_BYTES = hashlib.sha256().digest_size
+
+
+def seal(folder: Path) -> None:
+    """Write the marker of a checkpoint whose files are all written. Every rank must call it.
+
+    Raises:
+        MedAlignError: a rank cannot read a file, or rank 0 cannot write the marker; on every rank.
+    """
+    listing = ""
+    with distributed.raise_on_all_ranks():
+        if distributed.is_main():
+            listing = json.dumps(_sizes(folder))
+    sizes: dict[str, int] = json.loads(distributed.broadcast_from_main(listing))
+    names = _by_size(sizes)
+    digests = torch.zeros(len(names), _DIGEST_BYTES, dtype=torch.float64, device=distributed.device())
+    with distributed.raise_on_all_ranks():
+        for index in _own_share(len(names)):
+            digests[index] = torch.tensor(list(_digest(folder / names[index])), dtype=torch.float64)
+    rows = distributed.sum_over_ranks({"digests": digests})["digests"].to(torch.uint8).cpu().tolist()
+    files = {name: {"bytes": sizes[name], "sha256": bytes(row).hex()} for name, row in zip(names, rows, strict=True)}
+    with distributed.raise_on_all_ranks():
+        if distributed.is_main():
+            write_flushed(CheckpointFolder(folder).marker, json.dumps({"files": files}, indent=1) + "\n")
+
+
+def verify(folder: Path) -> None:
+    """Check each file of a checkpoint against its marker. Every rank must call it.
+
+    Raises:
+        MedAlignError: the marker or a file is missing, damaged or cannot be read; on every rank. The message names the
+            file.
+    """
+    marker = ""
+    with distributed.raise_on_all_ranks():
+        if distributed.is_main():
+            marker = json.dumps(_read_marker(folder))
+    files: dict[str, dict[str, Any]] = json.loads(distributed.broadcast_from_main(marker))
+    names = _by_size({name: entry["bytes"] for name, entry in files.items()})
+    with distributed.raise_on_all_ranks():
+        for index in _own_share(len(names)):
+            name = names[index]
+            if _digest(folder / name) != bytes.fromhex(files[name]["sha256"]):
+                raise CheckpointError(f"{name} is damaged: its content does not match its SHA-256")
+
+
+def _read_marker(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return the entries of the marker, after a check of the size of each file."""
+    path = CheckpointFolder(folder).marker
+    if not path.is_file():
+        raise CheckpointError(
+            f"{path.name} is missing: the checkpoint is not complete, or an earlier version of medalign wrote it"
+        )
+    try:
+        files = json.loads(path.read_text(encoding="utf-8"))["files"]
+        expected = {name: (int(entry["bytes"]), len(bytes.fromhex(entry["sha256"]))) for name, entry in files.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path.name} is damaged ({type(error).__name__}: {error})") from error
+    for name, (size, _) in expected.items():
+        file = folder / name
+        if not file.is_file():
+            raise CheckpointError(f"{name} is missing")
+        if file.stat().st_size != size:
+            raise CheckpointError(f"{name} is damaged: it has {file.stat().st_size} bytes instead of {size}")
+    return dict(files)
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    return {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def _by_size(sizes: dict[str, int]) -> list[str]:
+    """Return the names in descending order of size, so that dealing them out in turn gives equal shares."""
+    return sorted(sizes, key=lambda name: (-sizes[name], name))
+
+
+def _own_share(count: int) -> Sequence[int]:
+    return range(distributed.rank(), count, distributed.world_size())
+
+
+def _digest(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()

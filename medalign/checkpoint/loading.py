@@ -1,0 +1,136 @@
+"""Which checkpoint a run resumes from, and how it is loaded on any number of ranks.
+
+DeepSpeed's shards are pickle files, so they are read only from the run's own folder.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from medalign import distributed
+from medalign.checkpoint.integrity import verify
+from medalign.checkpoint.saving import PARTIAL, convert_write_errors, on_main
+from medalign.checkpoint.state import TrainState, read_state
+from medalign.engine.engine import Engine, to_universal
+from medalign.errors import CheckpointError, MedAlignError
+from medalign.run_folder import CheckpointsFolder
+
+log = logging.getLogger("medalign")
+
+
+def find_whole(root: Path) -> Path | None:
+    """Return the checkpoint to resume from, or None if there is none. Every rank must call it.
+
+    That is the one that `latest` names. If it is damaged, or if `latest` does not name a checkpoint, the newest one
+    before it that matches its checksums is taken, with a warning that names both.
+
+    Raises:
+        CheckpointError: there are checkpoints, and none of them can be used; on every rank.
+    """
+    names = ""
+    with distributed.raise_on_all_ranks():
+        if distributed.is_main():
+            names = json.dumps(_candidates(CheckpointsFolder(root)))
+    candidates: list[str] = json.loads(distributed.broadcast_from_main(names))
+    damages = []
+    for name in candidates:
+        try:
+            verify(root / name)
+        except MedAlignError as error:
+            damages.append(f"{name}: {error}")
+            log.warning("checkpoint %s is damaged and is not used: %s", root / name, error)
+            continue
+        if damages:
+            log.warning("the run resumes from %s instead", root / name)
+        return root / name
+    if damages:
+        raise CheckpointError(_no_whole_checkpoint(root, damages))
+    return None
+
+
+def _no_whole_checkpoint(root: Path, damages: Sequence[str]) -> str:
+    return (
+        f"none of the checkpoints in {root} can be used ({'; '.join(damages)}); restore one from a copy and write its "
+        f"name into {CheckpointsFolder(root).latest}, or remove {root} to start again"
+    )
+
+
+def _candidates(checkpoints: CheckpointsFolder) -> list[str]:
+    """Return the names of the checkpoints that a run may resume from, the preferred one first."""
+    steps = checkpoints.by_step()
+    names = {step: folder.path.name for step, folder in sorted(steps.items(), reverse=True)}
+    named = checkpoints.read_latest()
+    if named is None:
+        if checkpoints.latest.exists():
+            log.warning("%s does not name a checkpoint: the newest whole one is taken", checkpoints.latest)
+        elif names:
+            log.warning("%s does not exist: the newest whole checkpoint is taken", checkpoints.latest)
+        return list(names.values())
+    found = [name for step, name in names.items() if step <= named.step]
+    if named.step in steps:
+        return found
+    if not found:
+        later = f"write {min(names.items())[1]} into {checkpoints.latest}, or " if names else ""
+        raise CheckpointError(
+            f"{checkpoints.latest} names {named.path.name}, which does not exist, and there is no earlier checkpoint; "
+            f"{later}remove {checkpoints.path} to start again"
+        )
+    log.warning(
+        "%s names %s, which does not exist: the newest whole checkpoint before it is taken",
+        checkpoints.latest,
+        named.path.name,
+    )
+    return found
+
+
+def load(engine: Engine, folder: Path) -> TrainState:
+    """Restore the engine on any number of ranks. Every rank must call it.
+
+    The order of the data does not depend on the number of ranks, so the run resumes with the batches that would have
+    come next. On another number of ranks its results differ only by the order of sums over ranks and by the random
+    numbers that dropout draws on each rank.
+
+    Args:
+        engine: receives the student's trainable parameters and the optimizer's state.
+        folder: the checkpoint, which `find_whole` has checked.
+
+    Returns:
+        Progress of the run, with the current number of ranks.
+
+    Raises:
+        CheckpointError: the checkpoint is of another version, or it cannot be rewritten for this number of ranks.
+    """
+    state = read_state(folder)
+    if state.ranks == distributed.world_size():
+        engine.load(folder)
+        return state
+    log.info("the checkpoint was written by %d ranks: converting it for %d", state.ranks, distributed.world_size())
+    rewritten = folder.parent / f"{PARTIAL}universal-{folder.name}"
+    _rewrite(folder, rewritten)
+    engine.load(rewritten, universal=True)
+    distributed.barrier()
+    if distributed.is_main():
+        shutil.rmtree(rewritten, ignore_errors=True)  # the next checkpoint removes any remains
+    return replace(state, ranks=distributed.world_size())
+
+
+def _rewrite(folder: Path, target: Path) -> None:
+    """Convert the checkpoint to the universal format on rank 0 while the other ranks wait.
+
+    Raises:
+        CheckpointError: rank 0 cannot write. It is raised on every rank.
+    """
+
+    def write() -> None:
+        shutil.rmtree(target, ignore_errors=True)
+        to_universal(folder, target)
+
+    failed = f"{folder} could not be converted for another number of ranks"
+    remedy = "free disk space, or start with the number of ranks that wrote it"
+    with distributed.raise_on_all_ranks(), convert_write_errors(failed, remedy):
+        on_main(write)()
