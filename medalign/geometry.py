@@ -192,4 +192,4 @@ def gather_images(values: torch.Tensor, cells_BL: torch.Tensor, images: int, tok
     chosen = values[cells_BL]
     if chosen.shape[0] != images * tokens:
         raise ValueError(f"{chosen.shape[0]} image tokens in the batch, expected {images} images with {tokens} each")
-    return chosen.unflatten(0, (images, tokens))
+    return chosen.reshape(images, tokens, *chosen.shape[1:])

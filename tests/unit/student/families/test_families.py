@@ -25,7 +25,7 @@ from medalign.student.checks import check_student
 from medalign.student.loading import load_student
 from medalign.student.model import Student, check_causality
 from medalign.student.weights import load_model
-from medalign.teacher.clip import load_teacher
+from medalign.teacher.loading import load_teacher
 from medalign.teacher.targets import teacher_targets
 from tests.unit.student.families.cases import CASES, Case
 
