@@ -95,7 +95,13 @@ class TeacherConfig:
     """The frozen medical CLIP."""
 
     path: str = ""
-    """Folder with open_clip_config.json and open_clip_model.safetensors, or open_clip:ARCHITECTURE/FILE."""
+    """Folder with open_clip_config.json and its weights, folder of a vision model of transformers, or
+    open_clip:ARCHITECTURE/FILE."""
+    mean: tuple[ClosedUnitInterval, ClosedUnitInterval, ClosedUnitInterval] | None = None
+    """Mean of red, green and blue that the teacher was trained with, for pixels from 0 to 1. null: that of its folder;
+    open_clip:ARCHITECTURE/FILE has none."""
+    std: tuple[ClosedUnitInterval, ClosedUnitInterval, ClosedUnitInterval] | None = None
+    """Standard deviation of red, green and blue, as teacher.mean."""
     random_weights_seed: int | None = None
     """A control experiment: replace the trained weights by random ones from this seed."""
     features: TeacherFeatures = "after_norm"
@@ -119,7 +125,10 @@ class StudentConfig:
     """The vision-language model that is trained."""
 
     path: str = ""
-    """Local folder of a LLaVA-class model with tokenizer and processor."""
+    """Local folder of a vision-language model, as it is published."""
+    vision_tower: str = ""
+    """Folder of the vision tower's config.json and preprocessor_config.json, for a student in the layout of LLaVA's
+    authors whose tower is neither in its folder nor known (CLIP ViT-L/14). Weights are read from the student only."""
     layer: PositiveInt = 20
     """The tapped decoder block l, counted from 0: its input is aligned with the teacher's features, its attention with
     the teacher's attention. At least 1, because block l needs one before it."""

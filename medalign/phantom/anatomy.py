@@ -70,7 +70,8 @@ class Chest:
 
     def aerated(self, side: Side) -> np.ndarray:
         """Return the part of the lung that the heart does not hide."""
-        return self.fields[side] * (1 - self.heart)
+        visible: np.ndarray = self.fields[side] * (1 - self.heart)
+        return visible
 
 
 def draw_chest(rng: np.random.Generator, enlarged_heart: bool) -> Chest:
@@ -152,10 +153,11 @@ def skeleton(rng: np.random.Generator, chest: Chest) -> np.ndarray:
     behind = (chest.v + 0.35 * (reach - 0.2) - 2.2 * (reach - 0.16) ** 2) / spacing
     front = (chest.v - rng.uniform(0.5, 0.8) * (reach - 0.15)) / (1.15 * spacing) + rng.uniform()
     bands = strength * _bands(behind) + 0.6 * strength * _bands(front)
-    density = bands * cage * soft((reach - 0.04) * (width / 3))
+    ribs = bands * cage * soft((reach - 0.04) * (width / 3))
     joints = 0.03 * np.cos(chest.v * (2 * np.pi / rng.uniform(0.05, 0.07)))
-    density = density + (rng.uniform(0.10, 0.20) + joints) * soft((0.05 - reach) * (width / 4))
-    return density + _lines(rng, chest)
+    spine = (rng.uniform(0.10, 0.20) + joints) * soft((0.05 - reach) * (width / 4))
+    density: np.ndarray = ribs + spine + _lines(rng, chest)
+    return density
 
 
 def _bands(phase: np.ndarray) -> np.ndarray:

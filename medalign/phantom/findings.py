@@ -60,7 +60,8 @@ def _distance(chest: Chest, x: float, y: float) -> np.ndarray:
     height, width = chest.shape
     dx = np.arange(width, dtype=np.float32)[None, :] - x
     dy = np.arange(height, dtype=np.float32)[:, None] - y
-    return np.sqrt(dx * dx + dy * dy)
+    distance: np.ndarray = np.sqrt(dx * dx + dy * dy)
+    return distance
 
 
 def _nodule(rng: np.random.Generator, chest: Chest, density: np.ndarray, site: Site, large: bool) -> np.ndarray:
@@ -94,7 +95,8 @@ def _effusion(rng: np.random.Generator, chest: Chest, density: np.ndarray, site:
     wall = soft((1 - lung.radius(chest.u, chest.v)) * (lung.half_width * width / 1.5))
     fluid = wall * soft((chest.v - level) * (height / 3)) * soft((lung.base - chest.v) * height)
     density += rng.uniform(0.7, 0.9) * fluid * (FLUID - density)
-    return fluid * (1 - chest.heart) > 0.5
+    mask: np.ndarray = fluid * (1 - chest.heart) > 0.5
+    return mask
 
 
 def _pneumothorax(rng: np.random.Generator, chest: Chest, density: np.ndarray, site: Site, large: bool) -> np.ndarray:
@@ -109,7 +111,8 @@ def _pneumothorax(rng: np.random.Generator, chest: Chest, density: np.ndarray, s
     gap = soft(inner * (lung.half_width * width / 1.5)) * extent
     density += gap * ((AIR - rng.uniform(0.19, 0.24)) - density)
     density += 0.16 * extent * np.maximum(1 - np.abs(inner) * (lung.half_width * width / 1.2), 0)
-    return gap > 0.5
+    mask: np.ndarray = gap > 0.5
+    return mask
 
 
 def _own(mask: np.ndarray, x: int, y: int) -> np.ndarray:

@@ -10,9 +10,10 @@ WARM_UP = 2  # unmeasured runs' worth of time
 
 
 def gpu_milliseconds(step: Callable[[], object], repeats: int) -> list[float]:
-    """The time of each of about `repeats` runs of `step` on the current CUDA device.
+    """Return the time of each of about `repeats` runs of `step` on the current CUDA device.
 
     `do_bench` takes a duration instead of a number of runs, so the step is timed once to convert one into the other.
     """
     estimate = testing.do_bench(step, warmup=0, rep=0, return_mode="min")
-    return testing.do_bench(step, warmup=WARM_UP * estimate, rep=repeats * estimate, return_mode="all")
+    times: list[float] = testing.do_bench(step, warmup=WARM_UP * estimate, rep=repeats * estimate, return_mode="all")
+    return times

@@ -49,7 +49,8 @@ def separate(text: str) -> str:
     These are the characters of scripts without spaces, and punctuation that only some scripts use, such as the Arabic
     comma and the danda of Hindi.
     """
-    return _SPLIT.sub(r" \g<0> ", normalize(text))
+    spaced: str = _SPLIT.sub(r" \g<0> ", normalize(text))
+    return spaced
 
 
 def separable(text: str) -> bool:

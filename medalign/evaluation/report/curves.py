@@ -63,7 +63,8 @@ def _title(key: str) -> str:
 
 def smoothed(values: np.ndarray, span: int) -> np.ndarray:
     """Compute an exponential moving average with weight 2 / (span + 1), in both directions, so that it has no lag."""
-    return (_average(values, span) + _average(values[::-1], span)[::-1]) / 2
+    average: np.ndarray = (_average(values, span) + _average(values[::-1], span)[::-1]) / 2
+    return average
 
 
 def _average(values: np.ndarray, span: int) -> np.ndarray:
