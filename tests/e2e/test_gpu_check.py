@@ -52,7 +52,7 @@ def assert_every_form_took_the_same_step(found):
     losses = {name: row["loss"] for name, row in found["forms"].items()}
     distilled = [loss for name, loss in losses.items() if name != "plain"]
     assert len(distilled) == 4 and losses["plain"] < min(distilled)
-    assert max(distilled) - min(distilled) < 1e-3 * losses["plain"]
+    assert max(distilled) - min(distilled) < 1e-5 * losses["plain"]  # float32 sums in another order
     assert all(row["seconds"] > 0 and row["mfu"] is None for row in found["forms"].values())
     assert found["peak_tflops"] == "not known for CPU: MFU is null"
 

@@ -109,13 +109,13 @@ def test_finished_arms_are_not_run_again(finished, monkeypatch, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_arms_that_cannot_be_compared_are_told(finished, monkeypatch, capsys):
+def test_arms_that_cannot_be_compared_are_reported(finished, monkeypatch, capsys):
     monkeypatch.setattr(tool, "blind", lambda _data: {})
     config = finished / "steered/config.yaml"
     config.write_text(config.read_text().replace("    alpha: 32", "    alpha: 64"))
     tool.run(0, finished)
-    told = capsys.readouterr().err.splitlines()
-    assert len(told) == 2 and f"{finished}: student.alpha: 64 holds for steered only" in told[1]
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and f"{finished}: student.alpha: 64 only in steered; train the arms" in lines[1]
     tool.scores_file(finished, "untrained").write_text(json.dumps({"n": 19, "bleu": 5.0}))
     with pytest.raises(SystemExit, match="answered different questions.*'untrained': 19"):
         tool.run(0, finished)
@@ -142,7 +142,7 @@ def test_one_arm_is_run_beside_the_stored_ones(by_seed, tmp_path, monkeypatch):
     output = tmp_path / "quickstart.json"
     words = ["repeat_quickstart", "--output", str(output)]
     monkeypatch.setattr(sys, "argv", [*words, "--arms", "steered"])
-    with pytest.raises(SystemExit, match="does not hold base, language, untrained, medalign for seeds"):
+    with pytest.raises(SystemExit, match="does not contain base, language, untrained, medalign for seeds"):
         tool.main()
     monkeypatch.setattr(sys, "argv", words)
     tool.main()

@@ -56,7 +56,8 @@ def test_the_patients_right_is_on_the_left_of_the_picture():
         for found in item.findings:
             middle = 0.5 * (found.box[0] + found.box[2]) / item.image.width
             if found.side:
-                assert (middle < 0.55) == (found.side == "right") or abs(middle - 0.5) < 0.05
+                # The midline is drawn between 0.46 and 0.54, and the chest may be tilted.
+                assert abs(middle - 0.5) < 0.05 or (middle < 0.5) == (found.side == "right")
 
 
 @pytest.mark.parametrize(("kind", "sign"), [("nodule", 1), ("consolidation", 1), ("effusion", 1), ("pneumothorax", -1)])
@@ -101,10 +102,10 @@ def test_closed_questions_cannot_be_answered_without_looking():
             if asked.answer_type == "closed":
                 answers[asked.question].append(asked.answer == "yes")
     overall = np.concatenate([np.array(given) for given in answers.values()])
-    assert abs(overall.mean() - 0.5) < 0.04
+    assert abs(overall.mean() - 0.5) < 3 * np.sqrt(0.25 / len(overall))  # three standard errors of a fair coin
     for question, given in answers.items():
-        spread = np.sqrt(0.25 / len(given))
-        assert abs(np.mean(given) - 0.5) < 0.06 + 3 * spread, question
+        # Four standard errors, because the largest deviation of many questions is expected near three.
+        assert abs(np.mean(given) - 0.5) < 4 * np.sqrt(0.25 / len(given)), question
 
 
 def test_open_answers_are_right():
