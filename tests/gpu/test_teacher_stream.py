@@ -17,7 +17,7 @@ PAUSE = 200_000_000  # clock cycles that a stream sleeps, a tenth of a second
 
 @pytest.fixture
 def teacher(cuda, teacher_folder) -> Teacher:
-    """It sleeps before it reads, so that the work of the other stream comes first."""
+    """A teacher that sleeps before it reads, so that the other stream works first."""
     teacher = load_teacher(teacher_folder, cuda)
     teacher.register_forward_pre_hook(lambda *_: torch.cuda._sleep(PAUSE))
     return teacher
@@ -34,7 +34,7 @@ def expected(teacher: Teacher, pixels: torch.Tensor):
 
 
 def overwritten(cuda: torch.device, beside: AsyncTeacher) -> tuple[bool, bool]:
-    """Frees pixels at once and allocates again; was their memory reused, and did the targets change?"""
+    """Free the pixels at once and allocate again; return whether their memory was reused and the targets changed."""
     wanted = expected(beside.teacher, draw(cuda, 0))
     torch.cuda.empty_cache()
     pixels = draw(cuda, 0)
@@ -67,13 +67,13 @@ def test_pixels_are_kept_until_the_teacher_has_read_them(cuda, teacher):
 
 
 def test_without_the_record_the_memory_would_be_overwritten(cuda, teacher, monkeypatch):
-    """The control: the test above provokes what it looks for."""
+    """A control: without the record, the test above would fail."""
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
     assert overwritten(cuda, AsyncTeacher(teacher, GRID, cuda)) == (True, True)
 
 
 def test_targets_are_kept_until_the_student_has_read_them(cuda, teacher):
-    """The student's stream is late; meanwhile, the teacher encodes other pictures and needs memory."""
+    """The student's stream is delayed; meanwhile, the teacher encodes other pictures and needs memory."""
     beside = AsyncTeacher(teacher, GRID, cuda)
     wanted = [expected(teacher, draw(cuda, seed)) for seed in range(3)]
     read = []

@@ -42,12 +42,12 @@ def test_peaks_by_name(card, peak):
     assert utilization.peak(card) == peak
 
 
-def test_the_tapped_block_lies_as_deep_as_twenty_of_thirty_two():
+def test_the_tapped_block_has_the_relative_depth_of_block_20_of_32():
     assert [models.tapped_layer(blocks) for blocks in (2, 4, 12, 32)] == [1, 2, 7, 20]
 
 
 def test_blocks_follow_from_two_peaks(monkeypatch):
-    """5 GiB beside the blocks, 2 GiB for each of them, and 0.9 of 60 GiB free."""
+    """The blocks take 2 GiB each, everything else 5 GiB, and 0.9 of 60 GiB are available."""
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 1 * 2**30)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (60 * 2**30, 80 * 2**30))

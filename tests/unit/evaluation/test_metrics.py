@@ -188,7 +188,7 @@ def test_a_box_outside_the_image_is_counted_and_changes_no_score():
 
 
 @pytest.mark.parametrize(("task", "kind"), [("caption", ""), ("vqa", "CLOSED")])
-def test_unknown_groups_are_an_error(task, kind):
+def test_an_unknown_task_or_answer_type_is_an_error(task, kind):
     with pytest.raises(DataError, match="'k7'"):
         score([Prediction("k7", task, "q", "a", kind, "a")])
 
