@@ -30,7 +30,7 @@ MESSAGES = {
 
 @pytest.fixture
 def broken(student_folder: Path, teacher_folder: Path, tmp_path: Path) -> list[str]:
-    """Overrides that name a copy of the student and a teacher without weights."""
+    """Overrides with a copy of the student and a teacher without weights."""
     shutil.copytree(student_folder, tmp_path / "student")
     shutil.copytree(teacher_folder, tmp_path / "teacher")
     (tmp_path / "teacher" / "open_clip_model.safetensors").unlink()

@@ -41,7 +41,7 @@ OPTIONS = {
     "both": {"softcap": 5.0, "window": 37},
 }
 
-# Each form of the scores at the real shape; other shapes with all of them at once, for each is a binary to compile.
+# Each option of the scores at the real shape. Other shapes have all options at once, since each compiles a binary.
 CASES = [*(("llava", options) for options in OPTIONS), *((name, "both") for name in REAL if name != "llava")]
 
 

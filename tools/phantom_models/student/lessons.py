@@ -43,7 +43,7 @@ class Lesson:
 
 
 class Encoded(NamedTuple):
-    """One conversation as tokens; `questions` holds the half-open range of each question."""
+    """One conversation as tokens; `questions` contains the half-open range of each question."""
 
     ids: list[int]
     labels: list[int]
