@@ -18,7 +18,7 @@ _MODULES = {
     "open_student": "medalign.inference",
     "generate": "medalign.inference",
     "evaluate": "medalign.inference",
-    "load_teacher": "medalign.teacher.clip",
+    "load_teacher": "medalign.teacher.loading",
     "teacher_targets": "medalign.teacher.targets",
     "PatchGrid": "medalign.geometry",
     "token_similarity": "medalign.kernels",

@@ -31,7 +31,8 @@ from medalign.observability.wandb_run import WandbSink
 from medalign.run_folder import RunFolder
 from medalign.student import loading
 from medalign.student.model import Student, check_causality
-from medalign.teacher.clip import Teacher, load_teacher
+from medalign.teacher.loading import load_teacher
+from medalign.teacher.model import Teacher
 from medalign.teacher.targets import assert_replicated
 from medalign.training import schedule
 from medalign.training.callbacks import Callback, Checkpointing, ConsoleLogger, MetricLogger, Profiler, Validation
@@ -148,6 +149,8 @@ def build_teacher(config: Config) -> Teacher | None:
         precision(config),
         random_weights_seed=config.teacher.random_weights_seed,
         features=config.teacher.features,
+        mean=config.teacher.mean,
+        std=config.teacher.std,
     )
 
 

@@ -22,8 +22,8 @@ from transformers import (
 )
 
 from medalign.contracts import IGNORE, Batch
-from medalign.teacher.clip import build_clip
 from medalign.teacher.source import CONFIG_NAME, WEIGHTS_NAME
+from medalign.teacher.towers.open_clip_vit import build_clip
 
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"

@@ -95,7 +95,13 @@ class TeacherConfig:
     """The frozen medical CLIP."""
 
     path: str = ""
-    """Folder with open_clip_config.json and open_clip_model.safetensors, or open_clip:ARCHITECTURE/FILE."""
+    """Folder with open_clip_config.json and its weights, folder of a vision model of transformers, or
+    open_clip:ARCHITECTURE/FILE."""
+    mean: tuple[ClosedUnitInterval, ClosedUnitInterval, ClosedUnitInterval] | None = None
+    """Mean of red, green and blue that the teacher was trained with, for pixels from 0 to 1. null: that of its folder;
+    open_clip:ARCHITECTURE/FILE has none."""
+    std: tuple[ClosedUnitInterval, ClosedUnitInterval, ClosedUnitInterval] | None = None
+    """Standard deviation of red, green and blue, as teacher.mean."""
     random_weights_seed: int | None = None
     """A control experiment: replace the trained weights by random ones from this seed."""
     features: TeacherFeatures = "after_norm"

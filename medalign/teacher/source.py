@@ -1,137 +1,170 @@
-"""Source of a teacher: a folder with the layout of open_clip's hub models, or an open_clip architecture by name.
+"""Where a teacher comes from: a folder of open_clip or of transformers, or an open_clip architecture and a file.
 
-Everything that the configuration determines is checked here, before any weights are read.
+A `TeacherSource` holds what the configuration files say. No weights are read here.
 """
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import open_clip
 
 from medalign.errors import ConfigError
-from medalign.geometry import PreprocessCfg
 
 CONFIG_NAME, WEIGHTS_NAME = "open_clip_config.json", "open_clip_model.safetensors"
+_TORCH_WEIGHTS_NAME = "open_clip_pytorch_model.bin"  # in folders from before open_clip wrote safetensors
+_HF_CONFIG_NAME, _HF_IMAGE_NAMES = "config.json", ("preprocessor_config.json", "processor_config.json")
 SCHEME = "open_clip:"
-OPENAI_MEAN, OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+_OPENAI_MEAN, _OPENAI_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
+
+Colors = Sequence[float]  # one number per channel: red, green, blue
 
 
 @dataclass(frozen=True)
 class TeacherSource:
-    """Architecture, weights file and preprocessing of a teacher."""
+    """Architecture, weights and normalization of a teacher."""
 
     name: str  # the configuration file or the name given by the user, for error messages
-    model_config: dict[str, Any]
-    weights: Path
-    mean: Sequence[float]
-    std: Sequence[float]
+    kind: str  # key of `towers.TOWERS`
+    config: dict[str, Any]  # model_cfg of open_clip, or config.json of transformers
+    weights: Path  # the file of weights, or the folder of transformers
+    mean: Colors
+    std: Colors
+
+    def require_whole_patches(self, image: int, patch: int) -> int:
+        """Return the image size in pixels. Raises ConfigError if the patches do not cover the image exactly."""
+        if image % patch:
+            raise ConfigError(
+                f"teacher {self.name}: its image size {image} is not a multiple of its patch size {patch}: the patches "
+                f"would cover only {image // patch * patch} of {image} pixels and would not align with the student's "
+                "patches"
+            )
+        return image
 
 
-def find_teacher(path: str | Path) -> TeacherSource:
-    """Resolve a path or a name to a teacher's source and check it.
+def find_teacher(path: str | Path, mean: Colors | None = None, std: Colors | None = None) -> TeacherSource:
+    """Resolve a path or a name to a teacher's source.
 
     Args:
         path: a folder, or `open_clip:ARCH/WEIGHTS`.
+        mean: the normalization's mean per channel, for pixels from 0 to 1; None takes the folder's.
+        std: the normalization's standard deviation per channel; None takes the folder's.
 
     Raises:
         ConfigError: the source is not valid; the message names the file and the key.
     """
-    source = _named_source(str(path)) if str(path).startswith(SCHEME) else _folder_source(Path(path))
-    _require_vision(source)
-    _require_colors(source)
-    return source
+    if str(path).startswith(SCHEME):
+        return _named_source(str(path), mean, std)
+    folder = Path(path)
+    if (folder / CONFIG_NAME).is_file():
+        return _open_clip_folder(folder, mean, std)
+    if (folder / _HF_CONFIG_NAME).is_file():
+        return _transformers_folder(folder, mean, std)
+    raise ConfigError(
+        f"teacher {folder} contains neither {CONFIG_NAME} nor {_HF_CONFIG_NAME}; give a folder with {CONFIG_NAME} and "
+        f"{WEIGHTS_NAME}, the folder of a vision model of transformers, or {SCHEME}ARCH/WEIGHTS"
+    )
 
 
-def read_preprocess_cfg(path: str | Path) -> PreprocessCfg:
-    """How a teacher takes its pixels, from its configuration; its weights are not read."""
-    source = find_teacher(path)
-    mean, std = source.mean, source.std
-    return PreprocessCfg(_square_size(source, "image_size"), (mean[0], mean[1], mean[2]), (std[0], std[1], std[2]))
-
-
-def _require_vision(source: TeacherSource) -> None:
-    """Raise ConfigError for a kind of tower that is not supported, or whose patches do not tile its images."""
-    where, vision = f"teacher {source.name}", source.model_config["vision_cfg"]
-    known = [field.name for field in fields(open_clip.CLIPVisionCfg)]
-    for key in vision:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"open_clip knows {', '.join(known)}"
-            raise ConfigError(f"{where}: unknown key {key!r} in model_cfg.vision_cfg; {hint}")
-    if vision.get("timm_model_name") or isinstance(vision.get("layers"), Sequence):
-        tower = vision.get("timm_model_name") or "a ResNet"
-        raise ConfigError(f"{where}: its vision tower is {tower}; supported: open_clip's VisionTransformer")
-    if vision.get("pool_type", "tok") != "tok":
-        raise ConfigError(
-            f"{where}: model_cfg.vision_cfg.pool_type is {vision['pool_type']!r}: its class token, whose attention is "
-            "distilled, was not trained; supported: 'tok'"
-        )
-    image, patch = _square_size(source, "image_size"), _square_size(source, "patch_size")
-    if image % patch:
-        raise ConfigError(
-            f"{where}: its image size {image} is not a multiple of its patch size {patch}: the patches would cover "
-            f"only {image // patch * patch} of {image} pixels and would not align with the student's patches"
-        )
-
-
-def _square_size(source: TeacherSource, key: str) -> int:
-    """Return a size of the vision tower, in pixels per side. Raises ConfigError if it is not square."""
-    size = source.model_config["vision_cfg"].get(key, getattr(open_clip.CLIPVisionCfg, key))
-    sides = list(size) if isinstance(size, list | tuple) else [size]
-    if not sides or any(type(side) is not int or side < 1 or side != sides[0] for side in sides):
-        raise ConfigError(
-            f"teacher {source.name}: model_cfg.vision_cfg.{key} is {size!r}; supported: a positive integer (square)"
-        )
-    return sides[0]
-
-
-def _require_colors(source: TeacherSource) -> None:
-    for key, values in (("mean", source.mean), ("std", source.std)):
-        numbers = isinstance(values, Sequence) and all(type(value) in (int, float) for value in values)
-        allowed = "greater than 0 and at most 1" if key == "std" else "from 0 to 1"
-        fits = numbers and all(v <= 1 and (v > 0 or (v == 0 and key == "mean")) for v in values)
-        if not fits or len(values) != 3:
-            expected = f"three numbers, for red, green and blue, {allowed} (for pixels from 0 to 1, not to 255)"
-            raise ConfigError(f"teacher {source.name}: preprocess_cfg.{key} is {values!r}; it must be {expected}")
-
-
-def _folder_source(folder: Path) -> TeacherSource:
-    config_file = folder / CONFIG_NAME
-    if not config_file.is_file():
-        raise ConfigError(
-            f"teacher {folder} does not contain {CONFIG_NAME}; give a folder with {CONFIG_NAME} and {WEIGHTS_NAME}, "
-            f"or {SCHEME}ARCH/WEIGHTS"
-        )
+def _open_clip_folder(folder: Path, mean: Colors | None, std: Colors | None) -> TeacherSource:
+    file = folder / CONFIG_NAME
+    config = _read_object(file)
     try:
-        config = json.loads(config_file.read_text())
-        model_config, _ = config["model_cfg"], config["model_cfg"]["vision_cfg"]["image_size"]
+        model_config, vision = config["model_cfg"], config["model_cfg"]["vision_cfg"]
+        _ = vision["image_size"]
         preprocess = config.get("preprocess_cfg", {})
-        mean, std = preprocess.get("mean", OPENAI_MEAN), preprocess.get("std", OPENAI_STD)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        own_mean, own_std = preprocess.get("mean"), preprocess.get("std")
+    except (KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
-            f"teacher {config_file} cannot be used ({type(error).__name__}: {error}); it must be a JSON object with "
+            f"teacher {file} cannot be used ({type(error).__name__}: {error}); it must be a JSON object with "
             "model_cfg and preprocess_cfg, as open_clip writes it"
         ) from error
-    return TeacherSource(str(config_file), model_config, folder / WEIGHTS_NAME, mean, std)
+    colors = _colors(str(file), "preprocess_cfg.", (own_mean, own_std), (mean, std))
+    torch_weights = folder / _TORCH_WEIGHTS_NAME
+    weights = folder / WEIGHTS_NAME
+    if not weights.is_file() and torch_weights.is_file():
+        weights = torch_weights
+    return TeacherSource(str(file), _open_clip_kind(vision), model_config, weights, *colors)
 
 
-def _named_source(name: str) -> TeacherSource:
+def _named_source(name: str, mean: Colors | None, std: Colors | None) -> TeacherSource:
     architecture, _, weights = name.removeprefix(SCHEME).partition("/")
     config = open_clip.get_model_config(architecture)
     if config is None or not weights:
         known = "is one of open_clip.list_models()" if config is None else f"is {architecture}"
         raise ConfigError(f"teacher {name}: expected {SCHEME}ARCH/WEIGHTS, where ARCH {known} and WEIGHTS is a file")
-    if Path(weights).is_file():
-        return TeacherSource(name, config, Path(weights), OPENAI_MEAN, OPENAI_STD)
-    if not open_clip.get_pretrained_cfg(architecture, weights):
-        raise ConfigError(f"teacher {name}: the weights file {weights} does not exist")
-    raise ConfigError(
-        f"teacher {name}: {weights} is a tag whose weights open_clip would download, and medalign downloads nothing; "
-        f"download the weights first and give the file: {SCHEME}{architecture}/PATH"
-    )
+    if not Path(weights).is_file():
+        if not open_clip.get_pretrained_cfg(architecture, weights):
+            raise ConfigError(f"teacher {name}: the weights file {weights} does not exist")
+        raise ConfigError(
+            f"teacher {name}: {weights} is a tag whose weights open_clip would download, and medalign downloads "
+            f"nothing; download the weights first and give the file: {SCHEME}{architecture}/PATH"
+        )
+    colors = _colors(name, "", (None, None), (mean, std))
+    return TeacherSource(name, _open_clip_kind(config["vision_cfg"]), config, Path(weights), *colors)
+
+
+def _transformers_folder(folder: Path, mean: Colors | None, std: Colors | None) -> TeacherSource:
+    file = folder / _HF_CONFIG_NAME
+    config = _read_object(file)
+    image_file = next((folder / name for name in _HF_IMAGE_NAMES if (folder / name).is_file()), None)
+    image = _read_object(image_file) if image_file else {}
+    image = image.get("image_processor", image)  # processor_config.json holds the image settings under this key
+    owner = str(image_file or file)
+    colors = _colors(owner, "image_", (image.get("image_mean"), image.get("image_std")), (mean, std))
+    return TeacherSource(str(file), str(config.get("model_type")), config, folder, *colors)
+
+
+def _open_clip_kind(vision: dict[str, Any]) -> str:
+    if vision.get("timm_model_name"):
+        return "timm"
+    return "resnet" if isinstance(vision.get("layers"), Sequence) else "open_clip"
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise TypeError(f"it holds a {type(values).__name__}")
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(
+            f"teacher {file} cannot be used ({type(error).__name__}: {error}); it must be a JSON object, as its "
+            "library writes it"
+        ) from error
+    return values
+
+
+def _colors(
+    owner: str, prefix: str, own: tuple[Any, Any], given: tuple[Colors | None, Colors | None]
+) -> tuple[Colors, Colors]:
+    """Choose mean and standard deviation: those given by the user, otherwise the source's own.
+
+    Raises:
+        ConfigError: there is none, or it is not three numbers for pixels from 0 to 1.
+    """
+    keys = ("mean", "std")
+    values = [ours if theirs is None else theirs for ours, theirs in zip(own, given, strict=True)]
+    if unknown := [key for key, value in zip(keys, values, strict=True) if value is None]:
+        settings = " and ".join(f"teacher.{key}" for key in unknown)
+        raise ConfigError(
+            f"teacher {owner} does not give the normalization of its pixels; set {settings} to what it was trained "
+            f"with (OpenAI's CLIP: mean {_OPENAI_MEAN}, std {_OPENAI_STD})"
+        )
+    for key, value, theirs in zip(keys, values, given, strict=True):
+        _check_color(f"{owner}: {prefix if theirs is None else 'teacher.'}{key}", value, zero=key == "mean")
+    return values[0], values[1]
+
+
+def _check_color(where: str, values: Any, *, zero: bool) -> None:
+    """Raise ConfigError unless the values are three numbers from 0 (excluded unless `zero`) to 1."""
+    numbers = isinstance(values, Sequence) and all(type(value) in (int, float) for value in values)
+    if not numbers or len(values) != 3 or not all(v <= 1 and (v > 0 or (v == 0 and zero)) for v in values):
+        allowed = "from 0 to 1" if zero else "greater than 0 and at most 1"
+        raise ConfigError(
+            f"teacher {where} is {values!r}; it must be three numbers, for red, green and blue, {allowed} (for pixels "
+            "from 0 to 1, not to 255)"
+        )

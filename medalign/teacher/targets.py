@@ -7,7 +7,7 @@ import torch
 from medalign.contracts import TeacherTargets
 from medalign.errors import ConfigError
 from medalign.geometry import PatchGrid, resample_features, resample_map
-from medalign.teacher.clip import Teacher
+from medalign.teacher.model import Teacher
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from medalign.engine.engine import Engine
 from medalign.errors import MedAlignError
 from medalign.geometry import PatchGrid
 from medalign.losses.objective import Objective
-from medalign.teacher.clip import Teacher
+from medalign.teacher.model import Teacher
 from medalign.teacher.targets import AsyncTeacher
 
 _FAULTS = "faults"  # ranks without micro-batches, counted beside the terms

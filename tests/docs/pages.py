@@ -49,6 +49,8 @@ def medalign_commands() -> Iterator[tuple[str, list[str]]]:
 
 def command_name(arguments: list[str]) -> str:
     """Return the command that has its own help: "train", or "shards jsonl"."""
+    if arguments[0] == "shards" and ":" in arguments[1]:  # the page's own converter; it has the options of all
+        return "shards jsonl"
     return " ".join(arguments[: 2 if arguments[0] == "shards" else 1])
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from medalign import phantom
 from medalign.evaluation.metrics import Prediction, write_predictions
-from tests.docs.pages import ROOT, RUNS, RUNS_AS, blocks
+from tests.docs.pages import ROOT, RUNS, RUNS_AS, Block, blocks
 
 EXAMPLE = "example.py"
 ALL_COMMANDS = """
@@ -58,13 +58,26 @@ def test_python_runs(page, folder):
     for name, text in programs()[page].items():
         (folder / name).write_text(text, encoding="utf-8")
     run([sys.executable, EXAMPLE], folder)
+    for block in commands():
+        if block.page == page:
+            run_commands(block, folder)
 
 
 def test_commands_run(tmp_path):
-    for number, block in enumerate(b for b in blocks("bash") if b.mark == RUNS):
+    """Those of pages without Python; the others need the modules of their page."""
+    for number, block in enumerate(block for block in commands() if block.page not in programs()):
         folder = tmp_path / str(number)
         folder.mkdir()
-        for words in block.commands():
-            assert words[0] == "medalign", words
-        lines = [words[1:] for words in block.commands()]
-        run([sys.executable, "-c", ALL_COMMANDS, json.dumps(lines)], folder)
+        run_commands(block, folder)
+
+
+def commands() -> list[Block]:
+    """All blocks of commands that run."""
+    return [block for block in blocks("bash") if block.mark == RUNS]
+
+
+def run_commands(block: Block, folder: Path) -> None:
+    for words in block.commands():
+        assert words[0] == "medalign", words
+    lines = [words[1:] for words in block.commands()]
+    run([sys.executable, "-c", ALL_COMMANDS, json.dumps(lines)], folder)

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from medalign.geometry import PatchGrid
-from medalign.teacher.clip import Teacher, load_teacher
+from medalign.teacher.loading import load_teacher
+from medalign.teacher.model import Teacher
 from medalign.teacher.targets import AsyncTeacher, teacher_targets
 
 pytestmark = pytest.mark.gpu

@@ -16,7 +16,7 @@ import torch
 
 from medalign.losses import build_objective
 from medalign.student.loading import load_student
-from medalign.teacher.clip import load_teacher
+from medalign.teacher.loading import load_teacher
 from medalign.teacher.targets import teacher_targets
 from tests.distributed.ranks import finish, start
 from tests.distributed.test_zero3 import assert_same

@@ -53,7 +53,7 @@ def test_distilling_without_images_is_refused(
     def loaded(*_: object, **__: object) -> None:
         raise AssertionError("a model was loaded")
 
-    for module, loads in ((run, "check_student"), (run.loading, "load_processor"), (run.loading, "load_student")):
+    for module, loads in ((pipeline, "check_student"), (run.loading, "load_processor"), (run.loading, "load_student")):
         monkeypatch.setattr(module, loads, loaded)
     monkeypatch.setattr(run, "load_teacher", loaded)
     monkeypatch.setattr(run.deepspeed_engine, "start", lambda _: None)

@@ -13,7 +13,7 @@ from medalign.data.batches.collator import Collator
 from medalign.data.batches.prompts import PromptEncoder
 from medalign.geometry import CanvasFrame, coverage
 from medalign.student.loading import load_processor, load_student, preprocess_cfg
-from medalign.teacher.clip import load_teacher
+from medalign.teacher.loading import load_teacher
 from medalign.teacher.targets import teacher_targets
 
 

@@ -13,8 +13,10 @@ from safetensors.torch import load_file
 
 from medalign.geometry import CanvasFrame, coverage, square_canvas
 from medalign.phantom import KINDS, Study, stream, study
-from medalign.teacher.clip import Teacher, build_clip, load_teacher
+from medalign.teacher.loading import load_teacher
+from medalign.teacher.model import Teacher
 from medalign.teacher.source import CONFIG_NAME, WEIGHTS_NAME
+from medalign.teacher.towers.open_clip_vit import build_clip
 
 Tokenize = Callable[[list[str]], torch.Tensor]
 PLACES = [f"{side} {zone} zone" for side in ("right", "left") for zone in ("upper", "middle", "lower")]

@@ -34,8 +34,8 @@ from tqdm import tqdm
 from medalign.geometry import CanvasFrame, PatchGrid, PreprocessCfg, square_canvas
 from medalign.phantom import KINDS, Finding, stream, study
 from medalign.phantom.contracts import SIDES, ZONES
-from medalign.teacher.clip import build_clip
 from medalign.teacher.source import CONFIG_NAME, WEIGHTS_NAME
+from medalign.teacher.towers.open_clip_vit import build_clip
 from tools.phantom_models.teacher_evaluation import evaluate
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -27,6 +27,8 @@ LLAVA_VQA = {
     "data.cache_dir": "",
     "data.cache_gib": 0.0,
     "teacher.path": "b",
+    "teacher.mean": None,
+    "teacher.std": None,
     "teacher.random_weights_seed": None,
     "teacher.features": "after_norm",
     "student.path": "a",

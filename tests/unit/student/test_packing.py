@@ -15,7 +15,7 @@ from medalign.losses import Objective, build_terms
 from medalign.student import model, packing
 from medalign.student.loading import load_student
 from medalign.student.model import Student, check_causality
-from medalign.teacher.clip import load_teacher
+from medalign.teacher.loading import load_teacher
 from medalign.teacher.targets import teacher_targets
 from tests import tiny
 

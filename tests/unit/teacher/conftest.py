@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from medalign.teacher.clip import build_clip
 from medalign.teacher.source import CONFIG_NAME, WEIGHTS_NAME
+from medalign.teacher.towers.open_clip_vit import build_clip
 
 MODEL = {
     "embed_dim": 16,

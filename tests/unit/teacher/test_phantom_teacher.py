@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 import medalign
 from medalign.geometry import CanvasFrame, PatchGrid, coverage, square_canvas
 from medalign.phantom import stream, study
-from medalign.teacher.clip import load_teacher
+from medalign.teacher.loading import load_teacher
 from medalign.teacher.targets import teacher_targets
 from tools.phantom_models import teacher_evaluation, train_teacher
 

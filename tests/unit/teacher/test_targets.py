@@ -8,7 +8,7 @@ from torch import nn
 
 from medalign.errors import ConfigError
 from medalign.geometry import PatchGrid, resample_features, resample_map
-from medalign.teacher.clip import load_teacher
+from medalign.teacher.loading import load_teacher
 from medalign.teacher.targets import AsyncTeacher, assert_replicated, teacher_targets
 
 GOLDEN = Path(__file__).parents[3].parent / "shared" / "golden" / "official_losses.npz"

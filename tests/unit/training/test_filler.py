@@ -12,7 +12,7 @@ from medalign.contracts import IGNORE
 from medalign.geometry import PatchGrid
 from medalign.losses import Objective, build_terms
 from medalign.student.loading import load_student
-from medalign.teacher.clip import load_teacher
+from medalign.teacher.loading import load_teacher
 from medalign.teacher.targets import teacher_targets
 from tests import tiny
 

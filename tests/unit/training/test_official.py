@@ -19,7 +19,7 @@ from medalign.data.batches.collator import Collator
 from medalign.losses import build_objective
 from medalign.student.loading import load_processor, load_student
 from medalign.student.model import Student
-from medalign.teacher.clip import Teacher
+from medalign.teacher.model import Teacher
 from medalign.teacher.targets import teacher_targets
 
 LAYER = 2

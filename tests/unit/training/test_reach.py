@@ -9,7 +9,7 @@ from medalign.config import LoraConfig, LossConfig, StudentConfig
 from medalign.geometry import PatchGrid
 from medalign.losses import Objective, build_terms
 from medalign.student.loading import load_student
-from medalign.teacher.clip import load_teacher
+from medalign.teacher.loading import load_teacher
 from medalign.teacher.targets import teacher_targets
 from tests import tiny
 

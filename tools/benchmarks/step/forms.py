@@ -30,7 +30,7 @@ from medalign.losses import Objective, SimilarityTerm, build_terms
 from medalign.student.loading import attention_names
 from medalign.student.model import Student
 from medalign.student.packing import forward_arguments
-from medalign.teacher.clip import Teacher
+from medalign.teacher.model import Teacher
 from medalign.teacher.targets import teacher_targets
 from medalign.training.step import TrainStep
 

@@ -17,7 +17,7 @@ from medalign.engine.engine import Engine
 from medalign.engine.settings import deepspeed_settings
 from medalign.run import parameter_groups
 from medalign.student.model import Student
-from medalign.teacher.clip import Teacher
+from medalign.teacher.model import Teacher
 from tools.benchmarks.step import models, utilization
 from tools.benchmarks.step.forms import FORMS, Bench, Form
 from tools.benchmarks.step.models import Shape, Text

@@ -21,7 +21,8 @@ from medalign.config import Config, StudentConfig, load
 from medalign.contracts import IGNORE, Batch
 from medalign.student.loading import adapt, attention_names, load_student
 from medalign.student.model import Student
-from medalign.teacher.clip import Teacher, load_teacher
+from medalign.teacher.loading import load_teacher
+from medalign.teacher.model import Teacher
 from medalign.teacher.source import CONFIG_NAME
 
 ASSETS = Path(__file__).resolve().parents[3] / "medalign" / "assets"

@@ -1,0 +1,57 @@
+"""The teacher: a frozen vision tower and how it takes its pixels.
+
+Shape suffixes: I images, T pixels per side, M patches, b the tower's width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from medalign.geometry import PatchGrid, PreprocessCfg
+from medalign.teacher.towers import Tower
+
+
+class Teacher(nn.Module):
+    """A frozen vision tower and its preprocessing.
+
+    Args:
+        tower: the vision tower.
+        mean: per-channel mean for the normalization of pixels in [0, 1].
+        std: per-channel standard deviation.
+    """
+
+    def __init__(self, tower: Tower, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.tower = tower
+        self.preprocess_cfg = PreprocessCfg(tower.image_size, (mean[0], mean[1], mean[2]), (std[0], std[1], std[2]))
+        self.requires_grad_(False)
+        super().train(False)
+
+    @property
+    def grid(self) -> PatchGrid:
+        """The tower's patches."""
+        return self.tower.grid
+
+    @property
+    def width(self) -> int:
+        """Number of features per patch."""
+        return self.tower.width
+
+    def train(self, mode: bool = True) -> Teacher:
+        """Do nothing: the teacher stays in eval mode."""
+        return self
+
+    def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compute patch features of the last layer and the attention target, in one pass.
+
+        Args:
+            pixels: normalized, [I, 3, T, T].
+
+        Returns:
+            Features [I, M, b], and attention [I, M] in float32.
+        """
+        streams = self.tower.encode(pixels.to(next(self.parameters()).dtype))
+        return self.tower.features(streams), self.tower.attention(streams)

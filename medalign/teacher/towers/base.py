@@ -1,0 +1,122 @@
+"""The form that every kind of vision tower fills in.
+
+Shape suffixes: I images, T pixels per side, M patches, K tokens (the patches, and class or register tokens if there
+are any), b the tower's width, H heads, h head dimension.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar, NamedTuple, get_args
+
+import torch
+from torch import nn
+
+from medalign.config.schema import TeacherFeatures
+from medalign.geometry import PatchGrid
+from medalign.teacher.source import TeacherSource
+
+FEATURES = get_args(TeacherFeatures)
+
+
+class Streams(NamedTuple):
+    """The residual stream around the last block: all from which features and attention are computed."""
+
+    before: torch.Tensor  # [I, K, b]; all tokens that enter the last block
+    after: torch.Tensor  # [I, M, b]; the patches that leave it
+
+
+class Tower(nn.Module, ABC):
+    """A vision tower. Each kind is a subclass in a file of its own, and has an entry in `towers.TOWERS`.
+
+    Features are taken after the final norm by default: the bare residual stream may have a few channels far larger
+    than the others, which would make every cosine between patches close to one. "before_norm" takes the stream, as the
+    released code does.
+
+    Args:
+        grid: the tower's patches.
+        width: b, number of features per patch.
+        image_size: height and width of its input, in pixels.
+        features: "after_norm" or "before_norm": whether features are taken after the final norm.
+
+    Raises:
+        ValueError: `features` is none of these.
+    """
+
+    has_attention: ClassVar[bool] = True  # whether the tower has a class token or a pooling head to distill from
+
+    def __init__(self, grid: PatchGrid, width: int, image_size: int, features: str) -> None:
+        super().__init__()
+        if features not in FEATURES:
+            raise ValueError(f'{type(self).__name__}: features="{features}" is none of {", ".join(FEATURES)}')
+        self.grid = grid
+        self.width = width
+        self.image_size = image_size
+        self.takes_features = features
+
+    @staticmethod
+    @abstractmethod
+    def check(source: TeacherSource) -> int:
+        """Check the source's configuration, before any weights are read.
+
+        Returns:
+            The height and width of the tower's input, in pixels.
+
+        Raises:
+            ConfigError: the tower is not supported; the message gives the file, the key and the remedy.
+        """
+
+    @classmethod
+    @abstractmethod
+    def build(cls, source: TeacherSource, features: str) -> Tower:
+        """Build the tower with random weights.
+
+        Raises:
+            ConfigError: no tower can be built from the configuration.
+        """
+
+    @classmethod
+    @abstractmethod
+    def load(cls, source: TeacherSource, features: str) -> Tower:
+        """Build the tower with the source's weights.
+
+        Raises:
+            ConfigError: no tower can be built from the configuration.
+            CheckpointError: the weights cannot be read, or do not fit the tower exactly.
+        """
+
+    @abstractmethod
+    def encode(self, pixels: torch.Tensor) -> Streams:
+        """Run the tower once on normalized pixels [I, 3, T, T]."""
+
+    @abstractmethod
+    def final_norm(self, patches: torch.Tensor) -> torch.Tensor:
+        """Apply the norm after the last block to patches [I, M, b]."""
+
+    @abstractmethod
+    def attention(self, streams: Streams) -> torch.Tensor:
+        """Compute how much the class token, or the pooling head, attends to each patch: float32 [I, M]."""
+
+    def features(self, streams: Streams) -> torch.Tensor:
+        """Select the patch features [I, M, b]."""
+        return self.final_norm(streams.after) if self.takes_features == "after_norm" else streams.after
+
+
+def query_attention(query: torch.Tensor, key: torch.Tensor, heads: int, scale: float | None = None) -> torch.Tensor:
+    """Compute the attention of one query per image: one row of the softmax over all keys, in float32.
+
+    The other rows of the attention matrix are not computed.
+
+    Args:
+        query: the projected query, [I, H h].
+        key: the projected keys, [I, K, H h].
+        heads: H.
+        scale: factor of the scores; h ** -0.5 by default.
+
+    Returns:
+        Attention [I, K], the mean over the heads. Each row sums to 1.
+    """
+    query_IHh, key_IKHh = query.unflatten(-1, (heads, -1)).float(), key.unflatten(-1, (heads, -1)).float()
+    scale = query_IHh.shape[-1] ** -0.5 if scale is None else scale
+    scores_IHK = torch.einsum("ihc,ikhc->ihk", query_IHh, key_IKHh) * scale
+    return scores_IHK.softmax(dim=-1).mean(dim=1)

@@ -1,0 +1,81 @@
+"""CLIP's vision tower in transformers: PubMedCLIP, StreetCLIP and other folders with `model_type` clip."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import CLIPVisionConfig, CLIPVisionModel, CLIPVisionModelWithProjection
+from typing_extensions import override
+
+from medalign.geometry import PatchGrid
+from medalign.teacher.source import TeacherSource
+from medalign.teacher.towers import hf
+from medalign.teacher.towers.base import Streams, Tower, query_attention
+
+_OTHERS = ("text_model.", "text_projection.", "logit_scale", "visual_projection.")
+
+
+class HFClipTower(Tower):
+    """A pre-norm transformer with a class token.
+
+    Args:
+        model: CLIP's vision tower, with or without the projection into the space of texts.
+        features: "after_norm" or "before_norm".
+    """
+
+    def __init__(self, model: Any, features: str = "after_norm") -> None:
+        config = model.config
+        side = config.image_size // config.patch_size
+        super().__init__(PatchGrid(side, side), config.hidden_size, config.image_size, features)
+        self.model = model
+
+    @staticmethod
+    @override
+    def check(source: TeacherSource) -> int:
+        return hf.check_sizes(source, CLIPVisionConfig)
+
+    @classmethod
+    @override
+    def build(cls, source: TeacherSource, features: str) -> HFClipTower:
+        return cls(hf.build_model(source, _class(source), _config(source)), features)
+
+    @classmethod
+    @override
+    def load(cls, source: TeacherSource, features: str) -> HFClipTower:
+        return cls(hf.load_model(source, _class(source), _config(source), _OTHERS), features)
+
+    @override
+    def encode(self, pixels: torch.Tensor) -> Streams:
+        tokens = self._trunk.pre_layrnorm(self._trunk.embeddings(pixels))
+        *blocks, last = self._trunk.encoder.layers
+        for block in blocks:
+            tokens = block(tokens, None)
+        return Streams(tokens, last(tokens, None)[:, 1:])
+
+    @override
+    def final_norm(self, patches: torch.Tensor) -> torch.Tensor:
+        return self._trunk.post_layernorm(patches)
+
+    @override
+    def attention(self, streams: Streams) -> torch.Tensor:
+        last = self._trunk.encoder.layers[-1]
+        attention, normed = last.self_attn, last.layer_norm1(streams.before)
+        query, key = attention.q_proj(normed[:, 0]), attention.k_proj(normed)
+        return query_attention(query, key, attention.num_heads)[:, 1:]
+
+    @property
+    def _trunk(self) -> Any:
+        return getattr(self.model, "vision_model", self.model)
+
+
+def _class(source: TeacherSource) -> type[CLIPVisionModel | CLIPVisionModelWithProjection]:
+    """A complete CLIP has the projection into the space of texts, a vision model does not."""
+    return CLIPVisionModelWithProjection if source.kind == "clip" else CLIPVisionModel
+
+
+def _config(source: TeacherSource) -> Any:
+    """The projection's width is a setting of the complete model, not of its vision tower."""
+    config = hf.read_config(source, CLIPVisionConfig)
+    config.projection_dim = source.config.get("projection_dim", config.projection_dim)
+    return config

@@ -1,0 +1,65 @@
+"""DINOv2 in transformers: RAD-DINO and other folders with `model_type` dinov2. It has no text tower."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import Dinov2Config, Dinov2Model
+from typing_extensions import override
+
+from medalign.geometry import PatchGrid
+from medalign.teacher.source import TeacherSource
+from medalign.teacher.towers import hf
+from medalign.teacher.towers.base import Streams, Tower, query_attention
+
+_OTHERS = ("classifier.",)  # of a model for image classification
+
+
+class HFDinov2Tower(Tower):
+    """A pre-norm transformer with a class token, trained without texts.
+
+    Args:
+        model: DINOv2.
+        features: "after_norm" or "before_norm".
+    """
+
+    def __init__(self, model: Any, features: str = "after_norm") -> None:
+        config = model.config
+        side = config.image_size // config.patch_size
+        super().__init__(PatchGrid(side, side), config.hidden_size, config.image_size, features)
+        self.model = model
+
+    @staticmethod
+    @override
+    def check(source: TeacherSource) -> int:
+        return hf.check_sizes(source, Dinov2Config)
+
+    @classmethod
+    @override
+    def build(cls, source: TeacherSource, features: str) -> HFDinov2Tower:
+        return cls(hf.build_model(source, Dinov2Model, hf.read_config(source, Dinov2Config)), features)
+
+    @classmethod
+    @override
+    def load(cls, source: TeacherSource, features: str) -> HFDinov2Tower:
+        return cls(hf.load_model(source, Dinov2Model, hf.read_config(source, Dinov2Config), _OTHERS), features)
+
+    @override
+    def encode(self, pixels: torch.Tensor) -> Streams:
+        tokens = self.model.embeddings(pixels)
+        *blocks, last = self.model.encoder.layer
+        for block in blocks:
+            tokens = block(tokens)
+        return Streams(tokens, last(tokens)[:, 1:])
+
+    @override
+    def final_norm(self, patches: torch.Tensor) -> torch.Tensor:
+        return self.model.layernorm(patches)
+
+    @override
+    def attention(self, streams: Streams) -> torch.Tensor:
+        last = self.model.encoder.layer[-1]
+        attention, normed = last.attention, last.norm1(streams.before)
+        query, key = attention.q_proj(normed[:, 0]), attention.k_proj(normed)
+        return query_attention(query, key, attention.num_attention_heads)[:, 1:]

@@ -1,0 +1,79 @@
+"""SigLIP's vision tower in transformers: MedSigLIP and other folders with `model_type` siglip.
+
+It has no class token. A pooling head reads the patches with one learned query, the probe; the probe's attention to the
+patches takes the place of the class token's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import SiglipVisionConfig, SiglipVisionModel
+from typing_extensions import override
+
+from medalign.errors import ConfigError
+from medalign.geometry import PatchGrid
+from medalign.teacher.source import TeacherSource
+from medalign.teacher.towers import hf
+from medalign.teacher.towers.base import Streams, Tower, query_attention
+
+_OTHERS = ("text_model.", "logit_scale", "logit_bias")
+
+
+class HFSiglipTower(Tower):
+    """A pre-norm transformer whose patches are pooled by attention.
+
+    Args:
+        model: SigLIP's vision tower with its pooling head.
+        features: "after_norm" or "before_norm".
+    """
+
+    def __init__(self, model: Any, features: str = "after_norm") -> None:
+        config = model.config
+        side = config.image_size // config.patch_size
+        super().__init__(PatchGrid(side, side), config.hidden_size, config.image_size, features)
+        self.model = model
+
+    @staticmethod
+    @override
+    def check(source: TeacherSource) -> int:
+        if not hf.read_config(source, SiglipVisionConfig).vision_use_head:
+            raise ConfigError(
+                f"teacher {source.name}: vision_use_head is false: without its pooling head the tower has no attention "
+                "that could be distilled; give the folder of the complete model"
+            )
+        return hf.check_sizes(source, SiglipVisionConfig)
+
+    @classmethod
+    @override
+    def build(cls, source: TeacherSource, features: str) -> HFSiglipTower:
+        return cls(hf.build_model(source, SiglipVisionModel, hf.read_config(source, SiglipVisionConfig)), features)
+
+    @classmethod
+    @override
+    def load(cls, source: TeacherSource, features: str) -> HFSiglipTower:
+        return cls(
+            hf.load_model(source, SiglipVisionModel, hf.read_config(source, SiglipVisionConfig), _OTHERS), features
+        )
+
+    @override
+    def encode(self, pixels: torch.Tensor) -> Streams:
+        tokens = self.model.embeddings(pixels)
+        *blocks, last = self.model.encoder.layers
+        for block in blocks:
+            tokens = block(tokens, None)
+        return Streams(tokens, last(tokens, None))
+
+    @override
+    def final_norm(self, patches: torch.Tensor) -> torch.Tensor:
+        return self.model.post_layernorm(patches)
+
+    @override
+    def attention(self, streams: Streams) -> torch.Tensor:
+        pooling, patches = self.model.head.attention, self.final_norm(streams.after)
+        weight_q, weight_k, _ = pooling.in_proj_weight.chunk(3)
+        bias_q, bias_k, _ = pooling.in_proj_bias.chunk(3)
+        probe = nn.functional.linear(self.model.head.probe[:, 0], weight_q, bias_q).expand(len(patches), -1)
+        return query_attention(probe, nn.functional.linear(patches, weight_k, bias_k), pooling.num_heads)

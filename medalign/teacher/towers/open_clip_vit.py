@@ -1,0 +1,166 @@
+"""open_clip's own vision transformer with a class token; UniMed-CLIP, CheXzero and OpenAI's CLIP are such towers."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+import open_clip
+import torch
+from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
+from torch import nn
+from typing_extensions import override
+
+from medalign.errors import ConfigError
+from medalign.geometry import PatchGrid
+from medalign.teacher.source import SCHEME, TeacherSource
+from medalign.teacher.towers.base import Streams, Tower, query_attention
+from medalign.teacher.towers.conv_stem import ConvStem
+from medalign.teacher.weights import load_exactly, read_weights
+
+_STUB_TEXT = {"context_length": 1, "vocab_size": 1, "width": 8, "heads": 1, "layers": 1}
+_UNIMED = "text_encoder."  # UniMed-CLIP's name for its text tower, which open_clip calls text
+_KNOWN = [field.name for field in fields(open_clip.CLIPVisionCfg)]
+
+
+def build_clip(model_config: Mapping[str, Any]) -> open_clip.CLIP:
+    """Build open_clip's CLIP, with random weights, from a `model_cfg`, which may also set `conv_stem` channels."""
+    settings = dict(model_config)
+    channels = settings.pop("conv_stem", None)
+    model = open_clip.CLIP(**settings)
+    if channels:
+        vision = settings["vision_cfg"]
+        model.visual.conv1 = ConvStem(channels, vision["width"], vision["patch_size"])
+    return model
+
+
+def build_visual(source: TeacherSource) -> Any:
+    """Build the vision tower of a CLIP with random weights. Raises ConfigError if open_clip cannot build it."""
+    # The text tower is replaced by a stub: it is not needed, and some text towers require a download.
+    wanted = ("embed_dim", "vision_cfg", "quick_gelu", "conv_stem")
+    config = {key: source.config[key] for key in wanted if key in source.config}
+    try:
+        return build_clip({**config, "text_cfg": _STUB_TEXT}).visual
+    except (TypeError, ValueError, AssertionError, ArithmeticError, RuntimeError) as error:
+        raise ConfigError(
+            f"teacher {source.name}: open_clip cannot build model_cfg ({type(error).__name__}: {error})"
+        ) from error
+
+
+class OpenClipTower(Tower):
+    """open_clip's VisionTransformer, whose class token is trained."""
+
+    def __init__(self, visual: VisionTransformer, features: str = "after_norm") -> None:
+        blocks = visual.transformer.resblocks
+        if len(blocks) < 2 or not isinstance(blocks[-1], ResidualAttentionBlock) or visual.attn_pool is not None:
+            raise ConfigError(
+                "the teacher's vision tower must have at least two plain blocks and no attentional pooling; "
+                f"this one has {len(blocks)} of type {type(blocks[-1]).__name__}"
+            )
+        super().__init__(PatchGrid(*visual.grid_size), visual.transformer.width, visual.image_size[0], features)
+        self.visual = visual
+
+    @staticmethod
+    @override
+    def check(source: TeacherSource) -> int:
+        vision = source.config["vision_cfg"]
+        require_known_keys(source)
+        if vision.get("pool_type", "tok") != "tok":
+            raise ConfigError(
+                f"teacher {source.name}: model_cfg.vision_cfg.pool_type is {vision['pool_type']!r}: its class token, "
+                "whose attention is distilled, was not trained; supported: 'tok'"
+            )
+        return source.require_whole_patches(square_size(source, "image_size"), square_size(source, "patch_size"))
+
+    @classmethod
+    @override
+    def build(cls, source: TeacherSource, features: str) -> OpenClipTower:
+        return cls(build_visual(source), features)
+
+    @classmethod
+    @override
+    def load(cls, source: TeacherSource, features: str) -> OpenClipTower:
+        tower, state = cls.build(source, features), read_weights(source.weights)
+        _require_quick_gelu(source, state)
+        load_exactly(tower.visual, state, source.weights)
+        return tower
+
+    @override
+    def encode(self, pixels: torch.Tensor) -> Streams:
+        last = len(self.visual.transformer.resblocks) - 1
+        output = self.visual.forward_intermediates(
+            pixels,
+            indices=[last - 1, last],
+            intermediates_only=True,
+            output_fmt="NLC",
+            output_extra_tokens=True,
+        )
+        before, after = output["image_intermediates"]
+        return Streams(torch.cat([output["image_intermediates_prefix"][0], before], dim=1), after)
+
+    @override
+    def final_norm(self, patches: torch.Tensor) -> torch.Tensor:
+        return self.visual.ln_post(patches)
+
+    @override
+    def attention(self, streams: Streams) -> torch.Tensor:
+        return class_attention(self.visual.transformer.resblocks[-1], streams.before)
+
+
+def class_attention(block: ResidualAttentionBlock, tokens: torch.Tensor) -> torch.Tensor:
+    """Compute the attention of the class token to the patches in one block, in float32.
+
+    Args:
+        block: the transformer block.
+        tokens: input of the block, [I, 1 + M, b], with the class token first.
+
+    Returns:
+        Attention [I, M], the mean over the heads. The attention of the class token to itself is omitted, so a row
+        sums to less than 1.
+    """
+    attention = block.attn
+    normed = block.ln_1(tokens)
+    weight_q, weight_k, _ = attention.in_proj_weight.chunk(3)
+    bias_q, bias_k, _ = attention.in_proj_bias.chunk(3)
+    query = nn.functional.linear(normed[:, 0], weight_q, bias_q)
+    key = nn.functional.linear(normed, weight_k, bias_k)
+    return query_attention(query, key, attention.num_heads)[:, 1:]
+
+
+def require_known_keys(source: TeacherSource) -> None:
+    """Raise ConfigError for a key of model_cfg.vision_cfg that open_clip does not know."""
+    for key in source.config["vision_cfg"]:
+        if key not in _KNOWN:
+            near = difflib.get_close_matches(key, _KNOWN, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"open_clip knows {', '.join(_KNOWN)}"
+            raise ConfigError(f"teacher {source.name}: unknown key {key!r} in model_cfg.vision_cfg; {hint}")
+
+
+def square_size(source: TeacherSource, key: str) -> int:
+    """Return a size of the vision tower, in pixels per side. Raises ConfigError if it is not square."""
+    size = source.config["vision_cfg"].get(key, getattr(open_clip.CLIPVisionCfg, key))
+    sides = list(size) if isinstance(size, list | tuple) else [size]
+    if not sides or any(type(side) is not int or side < 1 or side != sides[0] for side in sides):
+        raise ConfigError(
+            f"teacher {source.name}: model_cfg.vision_cfg.{key} is {size!r}; supported: a positive integer (square)"
+        )
+    return sides[0]
+
+
+def _require_quick_gelu(source: TeacherSource, state: Mapping[str, torch.Tensor]) -> None:
+    """Raise ConfigError if a UniMed-CLIP tower would run with an activation that it was not trained with.
+
+    Its weights fit both activations, and with the wrong one all features are wrong.
+    """
+    if source.config.get("quick_gelu") or not any(key.startswith(_UNIMED) for key in state):
+        return
+    remedy = "set model_cfg.quick_gelu to true"
+    if source.name.startswith(SCHEME):
+        architecture = source.name.removeprefix(SCHEME).partition("/")[0]
+        remedy = f"give {SCHEME}{architecture}-quickgelu/{source.weights}"
+    raise ConfigError(
+        f"teacher {source.name}: {source.weights.name} holds {_UNIMED}* and is therefore a UniMed-CLIP, which was "
+        f"trained with quick GELU, but this architecture uses exact GELU; {remedy}"
+    )

@@ -1,0 +1,250 @@
+"""Small random teachers of every kind, written by the real classes, and their outputs computed another way."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from open_clip.transformer import VisionTransformer
+from safetensors.torch import save_file
+from timm.models import register_model
+from timm.models.vision_transformer import VisionTransformer as TimmTransformer
+from torch import nn
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    Dinov2Config,
+    Dinov2Model,
+    SiglipConfig,
+    SiglipModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
+
+from medalign.teacher.source import CONFIG_NAME, WEIGHTS_NAME
+from medalign.teacher.towers.open_clip_vit import build_clip
+
+SIZE, PATCH = 48, 8
+GRID, WIDTH, HEADS = SIZE // PATCH, 24, 3
+MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]
+Outputs = tuple[torch.Tensor, torch.Tensor]  # features [I, M, b], attention [I, M]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kind of tower."""
+
+    name: str
+    write: Callable[[Path], Any]  # writes a folder; returns the model that it holds
+    eager: Callable[[Any, torch.Tensor], Outputs]
+    weights: str = "model.safetensors"
+    a_weight: str = ""  # name in the file of one weight of the vision tower, with at least two dimensions
+
+
+def sharpen(model: nn.Module) -> nn.Module:
+    """Draw weights that are far from those of a fresh model, whose attention is almost uniform."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        parameter.data = parameter + 0.3 * noise if parameter.ndim < 2 else noise * 2 * parameter.shape[-1] ** -0.5
+    return model.eval()
+
+
+def write_image_settings(folder: Path) -> None:
+    settings = {"image_processor_type": "CLIPImageProcessor", "image_mean": MEAN, "image_std": STD}
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+
+
+def write_open_clip(folder: Path, vision: dict, weights: str = WEIGHTS_NAME) -> Any:
+    text = {"context_length": 8, "vocab_size": 32, "width": 16, "heads": 2, "layers": 1}
+    config = {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}
+    model = sharpen(build_clip(config))
+    folder.mkdir(parents=True)
+    preprocess = {"mean": MEAN, "std": STD}
+    (folder / CONFIG_NAME).write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}))
+    if weights.endswith(".bin"):
+        torch.save(model.state_dict(), folder / weights)
+    else:
+        save_file(model.state_dict(), folder / weights)
+    return model.visual
+
+
+def eager_open_clip(visual: VisionTransformer, pixels: torch.Tensor) -> Outputs:
+    seen: list[torch.Tensor] = []
+    block = visual.transformer.resblocks[-1]
+    handle = block.register_forward_pre_hook(lambda _, inputs: seen.append(block.ln_1(inputs[0])))
+    visual.output_tokens = True
+    features = visual(pixels)[1]
+    handle.remove()
+    return features, block.attn(*seen * 3, need_weights=True)[1][:, 0, 1:]
+
+
+@register_model
+def medalign_tiny_vit(**kwargs: Any) -> TimmTransformer:
+    """Register a model this small: timm builds models by name only."""
+    return _timm(**kwargs)
+
+
+@register_model
+def medalign_tiny_vit_registers(**kwargs: Any) -> TimmTransformer:
+    return _timm(**kwargs, reg_tokens=2, qk_norm=True, init_values=0.5)
+
+
+@register_model
+def medalign_tiny_siglip(**kwargs: Any) -> TimmTransformer:
+    return _timm(**{**kwargs, "global_pool": "map"}, class_token=False)
+
+
+@register_model
+def medalign_tiny_averaged(**kwargs: Any) -> TimmTransformer:
+    return _timm(**{**kwargs, "global_pool": "avg"})
+
+
+def _timm(**kwargs: Any) -> TimmTransformer:
+    for key in ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):
+        kwargs.pop(key, None)
+    model = TimmTransformer(img_size=SIZE, patch_size=PATCH, embed_dim=WIDTH, depth=3, num_heads=HEADS, **kwargs)
+    model.default_cfg = {}  # open_clip looks for the size of the pooling here
+    return model
+
+
+def timm_case(name: str, model: str, eager: Callable[[Any, torch.Tensor], Outputs], **vision: Any) -> Case:
+    settings = {"timm_model_name": model, "timm_pool": "", "timm_proj": "linear", "image_size": SIZE, **vision}
+    file = "open_clip_pytorch_model.bin"
+    return Case(
+        name,
+        lambda folder: write_open_clip(folder, settings, file),
+        eager,
+        file,
+        "visual.trunk.blocks.1.attn.qkv.weight",
+    )
+
+
+def eager_timm(visual: Any, pixels: torch.Tensor) -> Outputs:
+    """Unfused attention of timm passes its matrix to the dropout layer."""
+    trunk, seen = visual.trunk, []
+    attention = trunk.blocks[-1].attn
+    attention.fused_attn = False
+    handle = attention.attn_drop.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))
+    features = trunk.forward_features(pixels)
+    handle.remove()
+    prefix = trunk.num_prefix_tokens
+    return features[:, prefix:], seen[0].mean(1)[:, 0, prefix:]
+
+
+def eager_timm_pooling(visual: Any, pixels: torch.Tensor) -> Outputs:
+    """The pooling query through torch's own multi-head attention."""
+    trunk, pool = visual.trunk, visual.trunk.attn_pool
+    features = trunk.forward_features(pixels)
+    reference = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
+    reference.in_proj_weight.data = torch.cat([pool.q.weight, pool.kv.weight])
+    reference.in_proj_bias.data = torch.cat([pool.q.bias, pool.kv.bias])
+    query = pool.latent.expand(len(pixels), -1, -1)
+    return features, reference(query, features, features, need_weights=True)[1][:, 0]
+
+
+def write_transformers(folder: Path, model: Any) -> Any:
+    sharpen(model).save_pretrained(folder)
+    write_image_settings(folder)
+    return model
+
+
+VISION = {
+    "hidden_size": WIDTH,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": HEADS,
+    "image_size": SIZE,
+    "patch_size": PATCH,
+}
+TEXT = {
+    "hidden_size": WIDTH,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "vocab_size": 40,
+}
+
+
+def clip_model() -> CLIPModel:
+    return CLIPModel(CLIPConfig(vision_config=VISION, text_config=TEXT | {"vocab_size": 40}, projection_dim=16))
+
+
+def siglip_model() -> SiglipModel:
+    return SiglipModel(
+        SiglipConfig(vision_config=VISION, text_config=TEXT | {"projection_size": WIDTH, "vocab_size": 40})
+    )
+
+
+def eager_clip(model: Any, pixels: torch.Tensor) -> Outputs:
+    vision = getattr(model, "vision_model", model)
+    model.set_attn_implementation("eager")
+    output = vision(pixels, output_attentions=True)
+    return vision.post_layernorm(output.last_hidden_state[:, 1:]), output.attentions[-1].mean(1)[:, 0, 1:]
+
+
+def eager_siglip(model: Any, pixels: torch.Tensor) -> Outputs:
+    vision = getattr(model, "vision_model", model)
+    patches = vision(pixels).last_hidden_state
+    probe = vision.head.probe.expand(len(pixels), -1, -1)
+    return patches, vision.head.attention(probe, patches, patches, need_weights=True)[1][:, 0]
+
+
+def eager_dinov2(model: Any, pixels: torch.Tensor) -> Outputs:
+    model.set_attn_implementation("eager")
+    output = model(pixels, output_attentions=True)
+    return output.last_hidden_state[:, 1:], output.attentions[-1].mean(1)[:, 0, 1:]
+
+
+CASES = [
+    Case(
+        "open_clip",
+        lambda folder: write_open_clip(
+            folder, {"image_size": SIZE, "patch_size": PATCH, "width": WIDTH, "head_width": 8, "layers": 3}
+        ),
+        eager_open_clip,
+        WEIGHTS_NAME,
+        "visual.transformer.resblocks.1.attn.in_proj_weight",
+    ),
+    timm_case("timm (BiomedCLIP)", "medalign_tiny_vit", eager_timm),
+    timm_case("timm with registers, norms of queries and keys, layer scale", "medalign_tiny_vit_registers", eager_timm),
+    timm_case("timm (SigLIP)", "medalign_tiny_siglip", eager_timm_pooling, timm_pool="map", timm_proj="none"),
+    Case(
+        "transformers CLIP",
+        lambda folder: write_transformers(folder, clip_model()),
+        eager_clip,
+        a_weight="vision_model.encoder.layers.1.self_attn.q_proj.weight",
+    ),
+    Case(
+        "transformers CLIP vision model",
+        lambda folder: write_transformers(folder, CLIPVisionModel(CLIPVisionConfig(**VISION))),
+        eager_clip,
+        a_weight="encoder.layers.1.self_attn.q_proj.weight",
+    ),
+    Case(
+        "transformers SigLIP (MedSigLIP)",
+        lambda folder: write_transformers(folder, siglip_model()),
+        eager_siglip,
+        a_weight="vision_model.head.attention.in_proj_weight",
+    ),
+    Case(
+        "transformers SigLIP vision model",
+        lambda folder: write_transformers(folder, SiglipVisionModel(SiglipVisionConfig(**VISION))),
+        eager_siglip,
+        a_weight="head.attention.in_proj_weight",
+    ),
+    Case(
+        "transformers DINOv2 (RAD-DINO)",
+        lambda folder: write_transformers(
+            folder, Dinov2Model(Dinov2Config(**{k: v for k, v in VISION.items() if k != "intermediate_size"}))
+        ),
+        eager_dinov2,
+        a_weight="encoder.layer.1.attention.attention.query.weight",
+    ),
+]
