@@ -12,7 +12,7 @@ from medalign.contracts import Sample
 from medalign.data.batches.collator import Collator
 from medalign.data.batches.prompts import PromptEncoder
 from medalign.geometry import CanvasFrame, coverage
-from medalign.student.loading import load_processor, load_student, preprocess_cfg
+from medalign.student.loading import load_processor, load_student
 from medalign.teacher.loading import load_teacher
 from medalign.teacher.targets import teacher_targets
 
@@ -30,11 +30,9 @@ def test_a_marker_moves_the_same_patch_of_both(student_folder, teacher_folder, s
     config = StudentConfig(path=str(student_folder), layer=1, lora=LoraConfig(rank=4))
     student, teacher = load_student(config, torch.float32).eval(), load_teacher(teacher_folder)
     anatomy, processor = student.spec, load_processor(config)
-    own = preprocess_cfg(processor, anatomy.image_size)
-    encoder = PromptEncoder(
-        processor, image_token_id=anatomy.image_token_id, tokens_per_image=anatomy.grid.size, max_length=200
-    )
-    collate = Collator(encoder, own, teacher.preprocess_cfg, anatomy.grid)
+    own = anatomy.preprocess_cfg(processor)
+    encoder = PromptEncoder(processor, image=anatomy.image, max_length=200)
+    collate = Collator(encoder, own, teacher.preprocess_cfg)
 
     def look(image: Image.Image) -> tuple[torch.Tensor, torch.Tensor]:
         batch = collate([sample(image)])

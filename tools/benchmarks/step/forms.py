@@ -76,8 +76,8 @@ class ReleasedStudent(Student):
         return StudentOutput(
             logits=output.logits,
             kept=kept,
-            tokens=gather_images(self._tokens, batch.image_index, images, tokens),
-            attention=gather_images(map_BL, batch.image_index, images, tokens),
+            tokens=gather_images(self._tokens, batch.cells, images, tokens),
+            attention=gather_images(map_BL, batch.cells, images, tokens),
         )
 
 
