@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from medalign.engine import engine
 from tests.distributed.engines import DECAYS, RATES
 from tests.distributed.ranks import run_worker
 
@@ -41,22 +40,6 @@ def test_bf16_gradients_of_many_micro_batches_are_summed_in_fp32(accumulated, na
 def test_engines_neither_compile_nor_wait_for_a_process_that_compiles(extensions, accumulated):
     assert accumulated.keys() == set(STAGES)
     assert [path.name for path in extensions.rglob("*")] == ["deepspeed_shm_comm", "lock"]
-
-
-@pytest.mark.parametrize(
-    ("zero", "feature"),
-    [
-        ({"offload_optimizer": {"device": "nvme"}}, "offload to NVMe"),
-        ({"zero_quantized_gradients": True}, "quantized communication"),
-        ({"offload_param": {"device": "cpu"}, "zero_quantized_weights": False, "offload_optimizer": None}, None),
-    ],
-)
-def test_a_configuration_that_compiles_logs_a_warning(zero, feature, caplog, monkeypatch):
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "/scratch/extensions")
-    with caplog.at_level("WARNING"):
-        engine._announce_compilation({"zero_optimization": zero})
-    message = f"enables {feature}: DeepSpeed compiles an extension for it in /scratch/extensions"
-    assert (message in caplog.text) if feature else not caplog.text
 
 
 @pytest.fixture(scope="module")
