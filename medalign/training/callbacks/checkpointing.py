@@ -31,7 +31,7 @@ class Checkpointing(Callback):
             self._write(trainer)
 
     def on_step_end(self, trainer: Trainer) -> None:
-        """Write a checkpoint if it is due."""
+        """Write a checkpoint if one is due, and call the hooks `on_checkpoint`."""
         state = trainer.state
         asked = state.step in (trainer.total_steps, state.best_step) or trainer.stopping is not None
         if asked or state.step % self.interval == 0:

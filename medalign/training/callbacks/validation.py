@@ -35,7 +35,7 @@ class Validation(Callback):
             self._evaluate_if_due(trainer)
 
     def on_step_end(self, trainer: Trainer) -> None:
-        """Evaluate the held-out samples if it is due."""
+        """Evaluate if an evaluation is due, and record the best step."""
         self._evaluate_if_due(trainer)
 
     def _evaluate_if_due(self, trainer: Trainer) -> None:
