@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -18,7 +18,8 @@ class CommandParser(argparse.ArgumentParser):
     """The parser of one command.
 
     Attributes:
-        complete: adds options and texts that are expensive to import; called only if this command is given.
+        complete: adds options and texts that are expensive to import. It is called with the parser and the words after
+            the command, and only if this command is given.
         takes_recipe: whether the command is `medalign NAME RECIPE [options] [--section.key VALUE ...]`. The namespace
             then has `recipe` (None if the first word is an option) and `overrides` (every word that is not an option of
             the command, in order).
@@ -27,14 +28,14 @@ class CommandParser(argparse.ArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(*args, **kwargs)
-        self.complete: Callable[[CommandParser], None] | None = None
+        self.complete: Callable[[CommandParser, Sequence[str]], None] | None = None
         self.takes_recipe = False
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
         """Parse the words of this command. argparse calls it for the command that is given."""
         if self.complete is not None:
             complete, self.complete = self.complete, None
-            complete(self)
+            complete(self, args or ())
         if not self.takes_recipe:
             return super().parse_known_args(args, namespace)
         words = list(args or ())

@@ -29,7 +29,8 @@ Pack a data set into WebDataset shards.
 Each split is written to its own folder, OUTPUT/SPLIT, with an index. Samples that cannot be used are skipped, counted
 by reason, and listed in OUTPUT/{report}. After an interruption, the same command continues where it stopped.
 
-medalign shards CONVERTER --help shows what the folder of a data set must contain and what is written."""
+medalign shards CONVERTER --help shows what the folder of a data set must contain and what is written. CONVERTER can
+also be the import path of a converter in another package, package.module:NAME."""
 
 _EPILOG = """\
 examples:
@@ -168,14 +169,14 @@ def _hashing(arguments: argparse.Namespace) -> Hashing | None:
     return Hashing(read_salt(path), IDENTIFIERS | set(arguments.hash_fields))
 
 
-def _add_converters(parser: CommandParser) -> None:
-    """Add a command for each converter, and `index`."""
-    from medalign.datasets import REGISTRY
+def _add_converters(parser: CommandParser, words: Sequence[str]) -> None:
+    """Add a command for each packaged converter, for one of another package if it is given, and `index`."""
+    from medalign.datasets import REGISTRY, get_converter, is_import_path
     from medalign.datasets.convert import REPORT_NAME
 
     parser.description = _DESCRIPTION.format(report=REPORT_NAME)
     converters = parser.add_subparsers(title="converters", required=True, metavar="CONVERTER")
-    for converter in REGISTRY.values():
+    for converter in (*REGISTRY.values(), *map(get_converter, filter(is_import_path, words[:1]))):
         one = converters.add_parser(converter.name, help=converter.title, description=_describe(converter))
         one.set_defaults(converter=converter)
         _add_common(one)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 
 from medalign.cli.parser import CommandParser, Subparsers, add_recipe_command, require_recipe
 
@@ -28,7 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _describe(parser: CommandParser) -> None:
+def _describe(parser: CommandParser, _words: Sequence[str]) -> None:
     from medalign.config import describe_settings, recipes
 
     parser.description = (

@@ -135,7 +135,10 @@ class StudentConfig:
     """The vision-language model that is trained."""
 
     path: str = ""
-    """Local folder of a LLaVA-class model with tokenizer and processor."""
+    """Local folder of a vision-language model, as it is published."""
+    vision_tower: str = ""
+    """Folder of the vision tower's config.json and preprocessor_config.json, for a student in the layout of LLaVA's
+    authors whose tower is neither in its folder nor known (CLIP ViT-L/14). Weights are read from the student only."""
     layer: PositiveInt = 20
     """The tapped decoder block l, counted from 0: its input is aligned with the teacher's features, its attention with
     the teacher's attention. At least 1, because block l needs one before it."""

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
-
 from medalign.config import Config, LossConfig
 from medalign.errors import ConfigError
+from medalign.import_path import import_object
 from medalign.losses.attention import AttentionTerm
 from medalign.losses.language_model import LanguageTerm
 from medalign.losses.objective import Objective
@@ -58,7 +56,7 @@ def load_term(path: str, config: Config) -> LossTerm:
     Raises:
         ConfigError: the path cannot be imported, or the callable returns something else.
     """
-    factory = _import(path)
+    factory = import_object(path, "losses.extra")
     if not callable(factory):
         raise ConfigError(f"losses.extra {path!r} is not callable; give a function that takes the Config")
     term = factory(config)
@@ -67,15 +65,3 @@ def load_term(path: str, config: Config) -> LossTerm:
             f"losses.extra {path!r} returned {type(term).__name__}; it must return a medalign.losses.LossTerm"
         )
     return term
-
-
-def _import(path: str) -> Any:
-    module, _, name = path.rpartition(".")
-    if not module:
-        raise ConfigError(f"losses.extra {path!r} is not an import path such as package.module.factory")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(
-            f"losses.extra {path!r} cannot be imported: {error}; install its package, or add its folder to PYTHONPATH"
-        ) from error

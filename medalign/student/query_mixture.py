@@ -15,6 +15,7 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 
@@ -89,7 +90,11 @@ class QueryMixture(nn.Module):
         self._question_BL, self._bounds, self._gates_BLE = question_mask_BL, bounds, None
 
     def attach(self, projection: nn.Module) -> None:
-        """Add the mixture to the output of `projection` in every forward pass after `begin` was called."""
+        """Add the mixture to the output of `projection` in every forward pass after `begin` was called.
+
+        If the output is wider than O, as that of a projection of queries, keys and values in one, the mixture is added
+        to the first O values.
+        """
         projection.register_forward_hook(self._add_to)
 
     def route(
@@ -134,7 +139,10 @@ class QueryMixture(nn.Module):
         return self._gates_BLE
 
     def _add_to(self, _projection: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
-        return output if self._question_BL is None else output + self(inputs[0])
+        if self._question_BL is None:
+            return output
+        added_BLO = self(inputs[0])
+        return output + F.pad(added_BLO, (0, output.shape[-1] - added_BLO.shape[-1]))
 
     def extra_repr(self) -> str:
         experts, rank, width = self.down.shape

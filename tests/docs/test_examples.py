@@ -1,4 +1,4 @@
-"""The blocks that the documentation marks with `runs` run, page by page, each page in a folder of its own."""
+"""The blocks that are marked with `runs` in the documentation run, each page in its own folder."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 from medalign import phantom
 from medalign.evaluation.metrics import Prediction, write_predictions
-from tests.docs.pages import ROOT, RUNS, RUNS_AS, blocks
+from tests.docs.pages import ROOT, RUNS, RUNS_AS, Block, blocks
 
 EXAMPLE = "example.py"
 ALL_COMMANDS = """
@@ -31,7 +31,7 @@ def run(words: list[str], folder: Path) -> None:
 
 
 def programs() -> dict[str, dict[str, str]]:
-    """Page -> file -> text. Blocks that name no file are put together in example.py, which is run."""
+    """Return page -> file -> text. Blocks without a file name are joined in example.py, which is run."""
     found: defaultdict[str, defaultdict[str, str]] = defaultdict(lambda: defaultdict(str))
     for block in blocks("python"):
         if block.mark == RUNS or block.mark.startswith(RUNS_AS):
@@ -41,7 +41,7 @@ def programs() -> dict[str, dict[str, str]]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """What the examples find in their folder: shards, a film, an evaluated run, images of a data set."""
+    """The folder of the examples: shards, a film, an evaluated run, images of a data set."""
     phantom.write_phantoms(tmp_path / "data", train=16, val=2, seed=0)
     film = phantom.study(0, 0).image
     film.save(tmp_path / "film.png")
@@ -58,13 +58,26 @@ def test_python_runs(page, folder):
     for name, text in programs()[page].items():
         (folder / name).write_text(text, encoding="utf-8")
     run([sys.executable, EXAMPLE], folder)
+    for block in commands():
+        if block.page == page:
+            run_commands(block, folder)
 
 
 def test_commands_run(tmp_path):
-    for number, block in enumerate(b for b in blocks("bash") if b.mark == RUNS):
+    """Those of pages without Python; the others need the modules of their page."""
+    for number, block in enumerate(block for block in commands() if block.page not in programs()):
         folder = tmp_path / str(number)
         folder.mkdir()
-        for words in block.commands():
-            assert words[0] == "medalign", words
-        lines = [words[1:] for words in block.commands()]
-        run([sys.executable, "-c", ALL_COMMANDS, json.dumps(lines)], folder)
+        run_commands(block, folder)
+
+
+def commands() -> list[Block]:
+    """All blocks of commands that run."""
+    return [block for block in blocks("bash") if block.mark == RUNS]
+
+
+def run_commands(block: Block, folder: Path) -> None:
+    for words in block.commands():
+        assert words[0] == "medalign", words
+    lines = [words[1:] for words in block.commands()]
+    run([sys.executable, "-c", ALL_COMMANDS, json.dumps(lines)], folder)
