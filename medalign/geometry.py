@@ -176,20 +176,20 @@ def _cuts(edges: np.ndarray, patches: int) -> np.ndarray:
     return np.unique(np.concatenate([np.arange(patches + 1.0), edges.clip(0, patches).ravel()]))
 
 
-def gather_images(values: torch.Tensor, image_index_BL: torch.Tensor, images: int, tokens: int) -> torch.Tensor:
-    """Gather the values at image tokens, [B, L, ...] to [I, N, ...], in the order of the images in the batch.
+def gather_images(values: torch.Tensor, cells_BL: torch.Tensor, images: int, tokens: int) -> torch.Tensor:
+    """Gather the values at the cells of the images, [B, L, ...] to [I, N, ...], in the order of the batch.
 
     Args:
         values: [B, L, ...].
-        image_index_BL: index of the image in the batch at each image token, -1 elsewhere. The images occur in ascending
-            order and each has exactly `tokens` tokens (the loader guarantees both).
+        cells_BL: True at image tokens that are cells. The images occur in ascending order and each has exactly `tokens`
+            cells (the loader guarantees both).
         images: I.
         tokens: N.
 
     Raises:
-        ValueError: the number of image tokens is not images * tokens.
+        ValueError: the number of cells is not images * tokens.
     """
-    chosen = values[image_index_BL >= 0]
+    chosen = values[cells_BL]
     if chosen.shape[0] != images * tokens:
         raise ValueError(f"{chosen.shape[0]} image tokens in the batch, expected {images} images with {tokens} each")
     return chosen.reshape(images, tokens, *chosen.shape[1:])

@@ -21,8 +21,7 @@ from medalign.data.storage.byte_ranges import StorageOptions
 from medalign.errors import ConfigError
 from medalign.geometry import PreprocessCfg
 from medalign.student.checks import check_student, warn_about_positions
-from medalign.student.families import ModelSpec
-from medalign.student.loading import preprocess_cfg
+from medalign.student.families.base import ModelSpec
 
 log = logging.getLogger("medalign")
 
@@ -93,11 +92,15 @@ def build_collator(
         processor: the student's processor.
         teacher_view: how the teacher preprocesses images; None without a teacher.
         max_images: largest number of images in a sample.
+
+    Raises:
+        ConfigError: the settings do not fit the student.
     """
+    if config.data.packing and spec.family.no_packing:
+        raise ConfigError(f"data.packing is true, but {spec.family.no_packing}; set data.packing to false")
     encoder = _encoder(spec, processor, config.data.max_length, max_images, "data.max_length")
-    view = preprocess_cfg(processor, spec.image_size)
-    rows = config.losses.attention_rows
-    return Collator(encoder, view, teacher_view, spec.grid, packed=config.data.packing, attention_rows=rows)
+    view, rows = spec.preprocess_cfg(processor), config.losses.attention_rows
+    return Collator(encoder, view, teacher_view, packed=config.data.packing, attention_rows=rows)
 
 
 def build_question_collator(spec: ModelSpec, processor: Any, max_length: int, max_images: int) -> Collator:
@@ -109,18 +112,16 @@ def build_question_collator(spec: ModelSpec, processor: Any, max_length: int, ma
         max_length: limit of a question and one image, in tokens. Each further image adds its tokens to the limit.
         max_images: largest number of images in a sample.
     """
-    longest = max_length + (max_images - 1) * spec.grid.size
+    longest = max_length + (max_images - 1) * spec.image.count
     encoder = _encoder(spec, processor, longest, max_images, "--max-length")
-    view = preprocess_cfg(processor, spec.image_size)
-    return Collator(encoder, view, None, spec.grid, padding_side="left", with_answer=False)
+    return Collator(encoder, spec.preprocess_cfg(processor), None, padding_side="left", with_answer=False)
 
 
 def _encoder(spec: ModelSpec, processor: Any, max_length: int, max_images: int, setting: str) -> PromptEncoder:
     warn_about_positions(spec, max_length, setting)
     return PromptEncoder(
         processor,
-        image_token_id=spec.image_token_id,
-        tokens_per_image=spec.grid.size,
+        image=spec.image,
         max_length=max_length,
         max_images=max_images,
         setting=setting,

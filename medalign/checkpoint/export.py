@@ -25,6 +25,7 @@ from medalign.run_folder import CheckpointFolder, RunFolder
 from medalign.student import loading
 from medalign.student.checks import check_student
 from medalign.student.model import Student
+from medalign.student.weights import family_of
 
 _FORMAT = 1
 
@@ -161,14 +162,26 @@ def merge(source: Path, output: Path, base: str | None = None) -> None:
     student = load_export(source, torch.float32, torch.device("cpu"), base)
     config.path = base or config.path
     processor = loading.load_processor(config)
-    loading.merge_adapters(student).save_pretrained(output)
+    model = loading.merge_adapters(student)
+    if family_of(config.path).key_mapping:
+        model = _in_transformers_layout(model)
+    model.save_pretrained(output)
     processor.save_pretrained(output)
+
+
+def _in_transformers_layout(model: Any) -> Any:
+    """Return the same model without the memory of the names that its weights had in the files it was read from."""
+    with torch.device("meta"):
+        fresh = type(model)(model.config)
+    fresh.load_state_dict(model.state_dict(), assign=True)
+    fresh.generation_config = model.generation_config
+    return fresh
 
 
 def _values(folder: Path) -> dict[str, Any]:
     path = folder / "medalign.json"
     try:
-        values = json.loads(path.read_text())
+        values: dict[str, Any] = json.loads(path.read_text())
         found = values["format"]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise _unreadable(folder, error) from error

@@ -11,17 +11,17 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig
 
 from medalign import distributed
 from medalign.config import StudentConfig
 from medalign.errors import ConfigError
-from medalign.student.families import ModelSpec, inspect_model, require_family
+from medalign.student.families.base import ModelSpec
+from medalign.student.families.registry import inspect_model
 from medalign.student.files import check_files, check_settings, read_object
 from medalign.student.loading import load_processor, model_folder
 from medalign.student.model import require_layer
 from medalign.student.reading import as_config_error
-from medalign.student.weights import empty_model
+from medalign.student.weights import empty_model, family_of
 
 log = logging.getLogger("medalign")
 
@@ -37,55 +37,39 @@ def check_student(config: StudentConfig) -> tuple[ModelSpec, Any]:
     """
     folder = model_folder(config)
     check_files(Path(folder))
-    _check_settings(folder)
+    _check_settings(folder, config)
     processor = load_processor(config)
-    model = empty_model(folder)
+    model = empty_model(folder, config)
     spec = inspect_model(model)
     require_layer(config.layer, spec)
-    _check_image_features(model, spec)
+    _check_window(config, spec)
+    _check_image_features(spec)
     _check_vocabulary(folder, model, spec, processor.tokenizer)
     _check_projections(config, spec)
-    _warn_about_window(config, model, spec)
     return spec, processor
 
 
-def _check_settings(folder: str) -> None:
+def _check_settings(folder: str, config: StudentConfig) -> None:
     """Check what config.json shows before a model is built from it."""
     found = read_object(Path(folder) / "config.json")
     check_settings(Path(folder), found)
+    family = family_of(folder)
+    family.check(Path(folder), found)
     with as_config_error(f"student.path {folder} cannot be read as a model"):
-        settings: Any = AutoConfig.from_pretrained(folder, local_files_only=True)
-    require_family(settings.model_type)
-    lacking = [part for part in ("text_config", "vision_config") if not found.get(part)]
-    if lacking:  # transformers would build a model of 7 billion random weights
-        raise ConfigError(
-            f"student.path {folder}: its config.json has no {' and no '.join(lacking)}; it is not in the transformers "
-            "format (checkpoints from the original LLaVA code are not): convert the model, or use a converted one "
-            "(such as those by llava-hf)"
-        )
-    for name in ("image_size", "patch_size"):
-        if not isinstance(getattr(settings.vision_config, name, None), int):
-            raise ConfigError(
-                f"student.path {folder}: {name} in vision_config is {getattr(settings.vision_config, name, None)}; "
-                "only towers with square images and patches are supported, whose size is a single integer"
-            )
+        settings = family.config(Path(folder), config)
+    family.image(settings)
 
 
-def _check_image_features(model: Any, spec: ModelSpec) -> None:
+def _check_image_features(spec: ModelSpec) -> None:
     """Run the tower and the projector on the meta device: an image must yield one feature per image token."""
-    side, config = spec.image_size, model.config
-    settings = (
-        f"vision_feature_select_strategy {config.vision_feature_select_strategy!r} and vision_feature_layer "
-        f"{config.vision_feature_layer}"
-    )
+    family, side = spec.family, spec.image_size
+    settings = family.features_settings(spec.model.config)
     with as_config_error(f"the student's vision tower and projector do not run with {settings}"), torch.no_grad():
-        features = model.get_image_features(pixel_values=torch.empty(1, 3, side, side, device="meta"))
-    found = sum(len(image) for image in features.pooler_output)
-    if found != spec.grid.size:
+        found = family.features(spec, torch.empty(1, 3, side, side, device="meta")).shape[1]
+    if found != spec.image.count:
         raise ConfigError(
             f"with {settings}, the student's vision tower returns {found} features for an image of {spec.grid.rows} x "
-            f"{spec.grid.columns} patches; in its config.json, set vision_feature_select_strategy to 'default' for a "
-            "tower with a class token (CLIP), or to 'full' for one without (SigLIP)"
+            f"{spec.grid.columns} patches; {family.features_remedy}"
         )
 
 
@@ -105,30 +89,32 @@ def _check_vocabulary(folder: str, model: Any, spec: ModelSpec, tokenizer: Any) 
 
 
 def _check_projections(config: StudentConfig, spec: ModelSpec) -> None:
-    if config.query_mixture and not hasattr(spec.attentions[config.layer], "q_proj"):
-        names = [
-            name for name, module in spec.attentions[config.layer].named_modules() if isinstance(module, nn.Linear)
-        ]
-        raise ConfigError(
-            f"student.query_mixture needs a query projection (q_proj), but the attention of block {config.layer} has "
-            f"{' and '.join(names)}; set student.query_mixture to false"
-        )
+    if config.query_mixture:
+        projection, queries = spec.query_projection(config.layer)
+        if config.query_mixture_form == "official" and queries < projection.out_features:
+            raise ConfigError(
+                "student.query_mixture_form is official, which replaces the LoRA of the query projection, but block "
+                f"{config.layer} computes queries, keys and values in one; set it to beside_lora"
+            )
     if not any(isinstance(module, nn.Linear) for block in spec.blocks for module in block.modules()):
         raise ConfigError("the student's blocks contain no linear layer (torch.nn.Linear) that LoRA can adapt")
 
 
-def _warn_about_window(config: StudentConfig, model: Any, spec: ModelSpec) -> None:
-    language = model.config.text_config
-    kinds = getattr(language, "layer_types", None) or ["sliding_attention"] * len(spec.blocks)
-    window = getattr(language, "sliding_window", None) if kinds[config.layer] == "sliding_attention" else None
-    if window and window < spec.grid.size and distributed.is_main():
-        log.warning(
-            "student.layer %d: its attention covers only the last %d tokens, but an image has %d tokens: patches "
-            "outside the window get an attention of zero; choose a block with full attention if there is one",
-            config.layer,
-            window,
-            spec.grid.size,
-        )
+def _check_window(config: StudentConfig, spec: ModelSpec) -> None:
+    """Raise ConfigError if the tapped block cannot attend to a whole image: the map would be zero at some cells."""
+
+    def covers(block: int) -> bool:
+        window = spec.window(block)
+        return window is None or window >= spec.image.count
+
+    if covers(config.layer):
+        return
+    others = [str(block) for block in range(1, len(spec.blocks)) if covers(block)]
+    remedy = f"set student.layer to {' or '.join(others)}" if others else "choose a student with full attention"
+    raise ConfigError(
+        f"student.layer is {config.layer}, whose attention covers only the last {spec.window(config.layer)} tokens, "
+        f"but an image has {spec.image.count}: its attention to some patches would always be zero; {remedy}"
+    )
 
 
 def warn_about_positions(spec: ModelSpec, max_length: int, setting: str) -> None:

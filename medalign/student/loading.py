@@ -16,19 +16,19 @@ from peft import LoraConfig as PeftLora
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging as transformers_logging
 
 from medalign.config import StudentConfig
 from medalign.errors import CheckpointError, ConfigError
-from medalign.geometry import PreprocessCfg
 from medalign.student.capture import register_attention
-from medalign.student.families import ModelSpec, inspect_model
+from medalign.student.families.base import ModelSpec
+from medalign.student.families.registry import inspect_model
 from medalign.student.files import check_colors, tokenizer_fault
 from medalign.student.model import Student, require_layer
 from medalign.student.query_mixture import QueryMixture
 from medalign.student.reading import as_config_error
 from medalign.student.steering import Steering
+from medalign.student.weights import family_of, load_model
 
 log = logging.getLogger("medalign")
 
@@ -72,10 +72,10 @@ def adapt(model: nn.Module, config: StudentConfig, dtype: torch.dtype, seed: int
     steering = Steering(spec.width, config.epsilon).to(dtype) if config.steering else None
     mixture = None
     if config.query_mixture:
-        projection: Any = spec.attentions[config.layer].q_proj
+        projection, queries = spec.query_projection(config.layer)
         official = config.query_mixture_form == "official"
         dropout = config.lora.dropout if official else 0.0
-        mixture = QueryMixture(projection.in_features, projection.out_features, lora_start=official, dropout=dropout)
+        mixture = QueryMixture(projection.in_features, queries, lora_start=official, dropout=dropout)
         mixture.to(dtype)
     student = Student(adapted, spec, config.layer, steering, mixture)
     if config.gradient_checkpointing:
@@ -108,19 +108,13 @@ def load_processor(config: StudentConfig) -> Any:
     subject = f"student.path {folder} has no usable processor (tokenizer, image settings, chat template)"
     try:
         with as_config_error(subject):
-            processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
+            processor = family_of(folder).processor(Path(folder), config)
     except ConfigError as error:
         if fault := tokenizer_fault(Path(folder)):
             raise ConfigError(f"student.path {folder}: {fault}") from error
         raise
     check_colors(Path(folder), getattr(processor, "image_processor", None))
     return processor
-
-
-def preprocess_cfg(processor: Any, image_size: int) -> PreprocessCfg:
-    """Normalization from the model's own image processor, size from its vision tower."""
-    image = processor.image_processor  # checked by `load_processor`
-    return PreprocessCfg(image_size, tuple(image.image_mean), tuple(image.image_std))
 
 
 def adapter_state(student: Student, parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -132,7 +126,10 @@ def adapter_state(student: Student, parameters: Mapping[str, torch.Tensor]) -> d
     """
     prefix = "model."
     state = {name.removeprefix(prefix): value for name, value in parameters.items() if name.startswith(prefix)}
-    return get_peft_model_state_dict(_peft(student), state_dict=state, save_embedding_layers=False)
+    adapter: dict[str, torch.Tensor] = get_peft_model_state_dict(
+        _peft(student), state_dict=state, save_embedding_layers=False
+    )
+    return adapter
 
 
 def set_adapter_state(student: Student, state: dict[str, torch.Tensor]) -> None:
@@ -177,11 +174,10 @@ def _load_model(config: StudentConfig, dtype: torch.dtype) -> nn.Module:
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()  # it would add one line per tensor to a log file
     try:
-        return AutoModelForImageTextToText.from_pretrained(
-            folder, dtype=dtype, attn_implementation=names, local_files_only=True, use_safetensors=True
-        )
+        model: nn.Module = load_model(folder, config, dtype=dtype, attn_implementation=names)
     except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError(f"student.path {folder} cannot be loaded: {error}") from error
+    return model
 
 
 def attention_names(wanted: str, dtype: torch.dtype) -> dict[str, str]:
@@ -231,7 +227,7 @@ def _lora(config: StudentConfig, model: nn.Module, spec: ModelSpec) -> PeftLora:
     """
     inside = f"{spec.decoder}.layers."
     replaced = config.query_mixture and config.query_mixture_form == "official"
-    skipped = spec.attentions[config.layer].q_proj if replaced else None
+    skipped = spec.query_projection(config.layer)[0] if replaced else None
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not skipped]
     return PeftLora(
         r=config.lora.rank,

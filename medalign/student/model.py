@@ -4,7 +4,7 @@
                            |
                            +-> tokens for the spatial loss
 
-Shape suffixes: B samples, L tokens, T generated tokens, I images, N tokens per image, D hidden size.
+Shape suffixes: B samples, L tokens, T generated tokens, I images, N cells per image, D hidden size.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from medalign.contracts import IGNORE, Batch, StudentOutput
 from medalign.errors import ConfigError
 from medalign.geometry import gather_images
 from medalign.student.capture import attach_capture
-from medalign.student.families import ModelSpec
+from medalign.student.families.base import ModelSpec
 from medalign.student.packing import forward_arguments, without_packed_mask
 from medalign.student.query_mixture import QueryMixture
 from medalign.student.steering import Steering
 
 
 class Student(nn.Module):
-    """A LLaVA-class model, with or without adapters, with steering and an attention capture.
+    """A vision-language model, with or without adapters, with steering and an attention capture.
 
     Args:
         model: the transformers model, or a peft model that wraps it.
@@ -56,14 +56,14 @@ class Student(nn.Module):
         self.spec = spec
         self.layer = layer
         self.attention_capture = attach_capture(spec.attentions[layer])
-        self._image_index: torch.Tensor | None = None
+        self._cells: torch.Tensor | None = None
         self._tokens: torch.Tensor | None = None
         self._dummy: torch.Tensor | None = None  # pixels for a batch without images, until its forward pass
         self._dummy_tokens: torch.Tensor | None = None
         spec.language_model.register_forward_pre_hook(self._run_vision_tower_on_dummy, with_kwargs=True)
-        spec.blocks[layer - 1].register_forward_hook(self._steer_block_input)
+        spec.blocks[layer].register_forward_pre_hook(self._steer_block_input, with_kwargs=True)
         if mixture is not None:
-            mixture.attach(spec.attentions[layer].q_proj)
+            mixture.attach(spec.query_projection(layer)[0])
 
     def forward(self, batch: Batch, *, tap: bool = True) -> StudentOutput:
         """Run the model on a padded or packed batch. Under ZeRO-3, call it on every rank.
@@ -81,14 +81,18 @@ class Student(nn.Module):
         has_image = bool((batch.image_index >= 0).any())
         pixels = batch.student_pixels.to(self.dtype)
         self._dummy = None if has_image else pixels
-        rows, columns = self._rows(batch, tap), batch.image_index >= 0
-        with without_packed_mask(batch), self.attention_capture.recording(rows, columns, batch.attention_mask):
+        layout = forward_arguments(batch)
+        layout["position_ids"] = self.spec.family.positions(self.spec, batch, layout["position_ids"])
+        with (
+            without_packed_mask(batch),
+            self.attention_capture.recording(self._rows(batch, tap), batch.cells, batch.attention_mask),
+        ):
             output = self.model(
                 input_ids=batch.input_ids,
-                pixel_values=pixels if has_image else None,
                 logits_to_keep=kept,
                 use_cache=False,
-                **forward_arguments(batch),
+                **layout,
+                **self.spec.family.inputs(self.spec, batch, pixels if has_image else None),
             )
         tokens, attention = self._collect(batch) if tap else (None, None)
         return StudentOutput(logits=output.logits, kept=kept, tokens=tokens, attention=attention)
@@ -106,12 +110,13 @@ class Student(nn.Module):
             images.
         """
         has_image = bool((batch.image_index >= 0).any())
+        pixels = batch.student_pixels.to(self.dtype) if has_image else None
         self._begin_batch(batch)
-        with self.attention_capture.recording(self._rows(batch, True), batch.image_index >= 0, batch.attention_mask):
+        with self.attention_capture.recording(self._rows(batch, True), batch.cells, batch.attention_mask):
             ids = self.model.generate(
                 input_ids=batch.input_ids,
                 attention_mask=batch.attention_mask.long(),
-                pixel_values=batch.student_pixels.to(self.dtype) if has_image else None,
+                **self.spec.family.inputs(self.spec, batch, pixels),
                 **settings,
             )
         attention = self._collect(batch)[1] if has_image else None
@@ -119,7 +124,9 @@ class Student(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self.model.parameters()).dtype
+        """The dtype of the base model's weights."""
+        dtype: torch.dtype = next(self.model.parameters()).dtype
+        return dtype
 
     @property
     def end_tokens(self) -> list[int]:
@@ -147,7 +154,7 @@ class Student(nn.Module):
         return groups
 
     def _begin_batch(self, batch: Batch) -> None:
-        self._image_index, self._tokens, self._dummy_tokens = batch.image_index, None, None
+        self._cells, self._tokens, self._dummy_tokens = batch.cells, None, None
         if self.mixture is not None:
             self.mixture.begin(batch.question_mask, batch.bounds() if batch.lengths else None)
 
@@ -162,22 +169,26 @@ class Student(nn.Module):
         """
         if self._dummy is None:
             return None
-        features = self.model.get_image_features(pixel_values=self._dummy).pooler_output
-        self._dummy, self._dummy_tokens = None, torch.stack(tuple(features))
+        features_IND = self.spec.family.features(self.spec, self._dummy)
+        self._dummy, self._dummy_tokens = None, features_IND[:, : self.spec.grid.size]
         embeddings = kwargs["inputs_embeds"]
         return args, kwargs | {"inputs_embeds": embeddings + 0 * self._dummy_tokens.sum().to(embeddings.dtype)}
 
-    def _steer_block_input(self, _block: nn.Module, _inputs: Any, hidden: Any) -> Any:
-        index = self._image_index
-        hidden_BLD = hidden[0] if isinstance(hidden, tuple) else hidden
+    def _steer_block_input(self, _block: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Steer the cells of the images at the input of the tapped block.
+
+        The output of the block before is not always that input: some models add features of the image in between.
+        """
+        cells_BL = self._cells
+        hidden_BLD = args[0] if args else kwargs["hidden_states"]
         # During generation, passes after the first one process single new tokens, which are not image tokens.
-        if index is None or hidden_BLD.shape[1] != index.shape[1]:
-            return hidden
+        if cells_BL is None or hidden_BLD.shape[1] != cells_BL.shape[1]:
+            return None
         if self.steering is not None:
-            copies = hidden_BLD.shape[0] // index.shape[0]  # the beams of a sample are consecutive rows
-            hidden_BLD = self.steering(hidden_BLD, (index >= 0).repeat_interleave(copies, dim=0))
+            copies = hidden_BLD.shape[0] // cells_BL.shape[0]  # the beams of a sample are consecutive rows
+            hidden_BLD = self.steering(hidden_BLD, cells_BL.repeat_interleave(copies, dim=0))
         self._tokens = hidden_BLD
-        return (hidden_BLD, *hidden[1:]) if isinstance(hidden, tuple) else hidden_BLD
+        return ((hidden_BLD, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden_BLD})
 
     def _collect(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         hidden_BLD, map_BL, dummy_IND = self._tokens, self.attention_capture.attention, self._dummy_tokens
@@ -192,8 +203,8 @@ class Student(nn.Module):
             return dummy_IND + 0 * hidden_BLD.sum(), (0 * map_BL.sum()).expand(dummy_IND.shape[:2])
         images, tokens = len(batch.image_weight), self.spec.grid.size
         return (
-            gather_images(hidden_BLD, batch.image_index, images, tokens),
-            gather_images(map_BL, batch.image_index, images, tokens),
+            gather_images(hidden_BLD, batch.cells, images, tokens),
+            gather_images(map_BL, batch.cells, images, tokens),
         )
 
 

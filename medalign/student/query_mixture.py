@@ -15,6 +15,7 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 
@@ -89,7 +90,11 @@ class QueryMixture(nn.Module):
         self._question_BL, self._bounds, self._gates_BLE = question_mask_BL, bounds, None
 
     def attach(self, projection: nn.Module) -> None:
-        """Add the mixture to the output of `projection` in every forward pass after `begin` was called."""
+        """Add the mixture to the output of `projection` in every forward pass after `begin` was called.
+
+        If the output is wider than O, as that of a projection of queries, keys and values in one, the mixture is added
+        to the first O values.
+        """
         projection.register_forward_hook(self._add_to)
 
     def route(
@@ -113,7 +118,8 @@ class QueryMixture(nn.Module):
         last_S = bounds[:-1].scatter_reduce(0, sample_T, asked_T, "amax")  # or the first token of the sample
         chosen_SD = hidden_BLD.flatten(0, 1)[last_S]
         gates_SE = self.router(chosen_SD.to(self.router.weight.dtype)).float().softmax(-1)
-        return gates_SE[sample_T].unflatten(0, (rows, length))
+        gates_BLE: torch.Tensor = gates_SE[sample_T].unflatten(0, (rows, length))
+        return gates_BLE
 
     def _decide(self, hidden_BLD: torch.Tensor) -> torch.Tensor:
         question_BL = self._question_BL
@@ -134,8 +140,12 @@ class QueryMixture(nn.Module):
         return self._gates_BLE
 
     def _add_to(self, _projection: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
-        return output if self._question_BL is None else output + self(inputs[0])
+        if self._question_BL is None:
+            return output
+        added_BLO = self(inputs[0])
+        return output + F.pad(added_BLO, (0, output.shape[-1] - added_BLO.shape[-1]))
 
     def extra_repr(self) -> str:
+        """Return the settings for the text of the module."""
         experts, rank, width = self.down.shape
         return f"width={width}, experts={experts}, rank={rank}, scaling={self.scaling}"

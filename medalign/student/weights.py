@@ -1,4 +1,4 @@
-"""Checks that a student's safetensors files contain exactly the weights that its configuration describes."""
+"""Reads a student's weights. Its safetensors files must contain exactly those that its configuration describes."""
 
 from __future__ import annotations
 
@@ -9,33 +9,58 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForImageTextToText
 
+from medalign.config import StudentConfig
 from medalign.errors import ConfigError
+from medalign.student.families.base import Family
+from medalign.student.families.registry import find_family
+from medalign.student.files import read_object
 from medalign.student.reading import as_config_error, silent_transformers
 
 _MAX_NAMES = 4  # weights named in an error message
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
-def empty_model(folder: str) -> Any:
-    """Load the model on the meta device.
+def family_of(folder: str) -> Family:
+    """Return the family of a model folder. Raises ConfigError if no family can read it."""
+    return find_family(Path(folder), read_object(Path(folder) / "config.json"))
+
+
+def empty_model(folder: str, settings: StudentConfig) -> Any:
+    """Load the model on the meta device, without its weights.
 
     Raises:
         ConfigError: a weight is missing, unexpected, of another shape, or tied to a weight with other values.
     """
     with as_config_error(f"student.path {folder} cannot be read as a model"), silent_transformers():
-        loaded: Any = AutoModelForImageTextToText.from_pretrained(
-            folder,
-            device_map="meta",
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # reported below, by name
-            local_files_only=True,
-            use_safetensors=True,
-        )
-    model, report = loaded
-    _check_names(folder, report)
+        model = load_model(folder, settings, device_map="meta")
     _check_tied(folder, model.all_tied_weights_keys)
+    return model
+
+
+def load_model(folder: str, settings: StudentConfig, **arguments: Any) -> Any:
+    """Load a model as its family says.
+
+    Args:
+        folder: the model's folder.
+        settings: the user's settings of the student.
+        **arguments: passed to `from_pretrained` of transformers.
+
+    Raises:
+        ConfigError: a weight is missing, unexpected, or of another shape.
+    """
+    family = family_of(folder)
+    model, report = family.model_class.from_pretrained(
+        folder,
+        config=family.config(Path(folder), settings),
+        key_mapping=family.key_mapping,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # reported below, by name
+        local_files_only=True,
+        use_safetensors=True,
+        **arguments,
+    )
+    _check_names(folder, report)
     return model
 
 
@@ -96,7 +121,8 @@ def _files_of_weights(folder: Path) -> dict[str, Path]:
 
 def _tensor(path: Path, name: str) -> torch.Tensor:
     with as_config_error(f"student.path {path.parent}: {path.name} cannot be read"), safe_open(path, "pt") as file:
-        return file.get_tensor(name)
+        tensor: torch.Tensor = file.get_tensor(name)
+        return tensor
 
 
 def _format_names(names: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""Teacher patch i and student token i see the same pixels, on images that are not square. Shown with a marker."""
+"""Teacher patch i and student token i see the same pixels, also on images that are not square."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from medalign.contracts import Sample
 from medalign.data.batches.collator import Collator
 from medalign.data.batches.prompts import PromptEncoder
 from medalign.geometry import CanvasFrame, coverage
-from medalign.student.loading import load_processor, load_student, preprocess_cfg
+from medalign.student.loading import load_processor, load_student
 from medalign.teacher.loading import load_teacher
 from medalign.teacher.targets import teacher_targets
 
@@ -30,11 +30,9 @@ def test_a_marker_moves_the_same_patch_of_both(student_folder, teacher_folder, s
     config = StudentConfig(path=str(student_folder), layer=1, lora=LoraConfig(rank=4))
     student, teacher = load_student(config, torch.float32).eval(), load_teacher(teacher_folder)
     anatomy, processor = student.spec, load_processor(config)
-    own = preprocess_cfg(processor, anatomy.image_size)
-    encoder = PromptEncoder(
-        processor, image_token_id=anatomy.image_token_id, tokens_per_image=anatomy.grid.size, max_length=200
-    )
-    collate = Collator(encoder, own, teacher.preprocess_cfg, anatomy.grid)
+    own = anatomy.preprocess_cfg(processor)
+    encoder = PromptEncoder(processor, image=anatomy.image, max_length=200)
+    collate = Collator(encoder, own, teacher.preprocess_cfg)
 
     def look(image: Image.Image) -> tuple[torch.Tensor, torch.Tensor]:
         batch = collate([sample(image)])
@@ -71,7 +69,7 @@ def test_a_marker_moves_the_same_patch_of_both(student_folder, teacher_folder, s
 
 
 def _patch_in_pixels(row: int, column: int, side: int, frame: CanvasFrame) -> tuple[int, int, int, int] | None:
-    """The patch in pixels of the image, if it lies wholly inside it."""
+    """Return the patch in pixels of the image, if it is entirely inside the image."""
     step = frame.side / side
     x0, y0 = round(column * step) - frame.left, round(row * step) - frame.top
     x1, y1 = round((column + 1) * step) - frame.left, round((row + 1) * step) - frame.top

@@ -19,17 +19,18 @@ from medalign.contracts import IGNORE, Batch, Sample
 from medalign.data.batches.attention_rows import official_rows
 from medalign.data.batches.prompts import Encoded, PromptEncoder
 from medalign.errors import ConfigError
-from medalign.geometry import CanvasFrame, PatchGrid, PreprocessCfg, coverage, square_canvas
+from medalign.geometry import CanvasFrame, PreprocessCfg, coverage, square_canvas
 
 
 class Prepared(NamedTuple):
     """One sample, ready to be collated."""
 
     key: str
+    question: str
     encoded: Encoded
     student_views: list[torch.Tensor]  # [3, S, S] per image
     teacher_views: list[torch.Tensor]  # [3, T, T] per image
-    patch_valid: list[np.ndarray]  # [N] bool per image
+    patch_valid: list[np.ndarray]  # [cells] bool per image
 
 
 class Collator:
@@ -39,7 +40,6 @@ class Collator:
         encoder: the prompt encoder of the student.
         student_view: preprocessing of the student's tower; its mean color pads the canvas.
         teacher_view: preprocessing of the teacher's tower; None leaves teacher_pixels empty, [I, 3, 0, 0].
-        grid: the student's image tokens.
         padding_side: "right" for training, "left" for generation.
         with_answer: whether the answer and its labels are appended.
         attention_rows: "prompt", or "official" (see `losses.attention_rows`).
@@ -47,7 +47,7 @@ class Collator:
         pad_token_id: None takes the one of the encoder.
 
     Raises:
-        ConfigError: the grid does not match the encoder, or "official" rows do not fit the chat template.
+        ConfigError: "official" rows do not fit the chat template.
     """
 
     def __init__(
@@ -55,7 +55,6 @@ class Collator:
         encoder: PromptEncoder,
         student_view: PreprocessCfg,
         teacher_view: PreprocessCfg | None,
-        grid: PatchGrid,
         *,
         padding_side: Literal["right", "left"] = "right",
         with_answer: bool = True,
@@ -63,15 +62,10 @@ class Collator:
         packed: bool = False,
         pad_token_id: int | None = None,
     ) -> None:
-        if grid.size != encoder.tokens_per_image:
-            raise ConfigError(
-                f"the student's grid has {grid.rows} x {grid.columns} patches, but an image takes "
-                f"{encoder.tokens_per_image} tokens; the two must be equal"
-            )
         self.encoder = encoder
         self.student_view = student_view
         self.teacher_view = teacher_view
-        self.grid = grid
+        self.grid = encoder.image.grid
         self.padding_side = padding_side
         self.with_answer = with_answer
         self.attention_rows = attention_rows
@@ -101,6 +95,7 @@ class Collator:
         frames = [CanvasFrame(*image.size) for image in sample.images]
         return Prepared(
             key=sample.key,
+            question=sample.question,
             encoded=self.encoder.encode(sample, with_answer=self.with_answer),
             student_views=[self.student_view.view(canvas) for canvas in canvases],
             teacher_views=[self.teacher_view.view(canvas) for canvas in canvases] if self.teacher_view else [],
@@ -127,8 +122,10 @@ class Collator:
             image_weight=torch.zeros(1) if dummy else torch.ones(len(owners)),
             patch_valid=self._patch_valid([v for p in prepared for v in p.patch_valid]),
             image_sample=torch.tensor(owners or [0]),
+            cell_mask=self._rows([t.cells for t in texts], False) if self.encoder.image.cells else None,
             attention_rows=self._official_rows(texts) if self.attention_rows == "official" else None,
             lengths=tuple(len(t.input_ids) for t in texts) if self.packed else (),
+            image_questions=tuple(prepared[row].question for row in owners) or ("",),
             keys=tuple(p.key for p in prepared),
             cuts=tuple((t.question_cut, t.answer_cut) for t in texts),
             truncated=sum(t.truncated for t in texts),

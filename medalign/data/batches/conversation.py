@@ -9,9 +9,11 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from medalign.contracts import ImageTokens
 from medalign.data.batches.spelling import Speller
 from medalign.data.samples.faults import as_bad_sample
 from medalign.data.samples.sample import BadSample
+from medalign.data.samples.values import MARKS
 from medalign.errors import ConfigError
 
 PROBE = "probe"
@@ -25,15 +27,18 @@ class Conversation:
 
     Args:
         processor: the student's processor or tokenizer, with a chat template that takes lists of typed content.
-        image_token_id: the token id that represents an image.
+        image: how an image is written.
 
     Raises:
         ConfigError: template, tokenizer and image token do not fit together.
     """
 
-    def __init__(self, processor: Any, image_token_id: int) -> None:
+    def __init__(self, processor: Any, image: ImageTokens) -> None:
         self.tokenizer: Any = getattr(processor, "tokenizer", processor)
-        self._image_token_id = image_token_id
+        self._image_token_id = image.token_id
+        self._image_text = image.text
+        # The texts of users are marked, so that a marker in them is not taken for an image.
+        self._marker = re.compile(f"(?<!{MARKS[0]}){re.escape(image.marker)}") if image.marker else None
         owners = (processor, self.tokenizer)
         self._renderer: Any = next((o for o in owners if getattr(o, "chat_template", None)), None)
         if self._renderer is None:
@@ -48,7 +53,7 @@ class Conversation:
         self._bos = [bos] if bos is not None and self.tokenizer(PROBE)["input_ids"][:1] == [bos] else []
         prompt, whole = self._probe_texts()
         self._speller = Speller(self.tokenizer, prompt + whole)
-        self._special_ids = {*self._speller.special.values(), image_token_id} - {self.tokenizer.unk_token_id}
+        self._special_ids = {*self._speller.special.values()} - {self.tokenizer.unk_token_id} | {image.token_id}
         self._written: dict[tuple[int, bool, bool], list[int]] = {}  # special tokens that the template writes, by form
         self._probe_image(prompt)
         self._after, end = self._end_of_turn(whole)
@@ -127,7 +132,9 @@ class Conversation:
         turns: list[dict[str, Any]] = [{"role": "user", "content": content}]
         if answer is not None:
             turns.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
-        return self._renderer.apply_chat_template(turns, tokenize=False, add_generation_prompt=answer is None)
+        text = self._renderer.apply_chat_template(turns, tokenize=False, add_generation_prompt=answer is None)
+        # The text around an image is written before the text is tokenized: its line ends may merge with others.
+        return self._marker.sub(lambda _: self._image_text, text) if self._marker else text
 
     def _probe_texts(self) -> tuple[str, str]:
         """Render a prompt and its conversation."""

@@ -1,7 +1,7 @@
 """Tokenize the text of a sample with the model's own chat template, and compute its labels and masks.
 
-The sequence of a sample consists of the template up to the question, each image as `tokens_per_image` image tokens, the
-question, the template up to the answer, the answer, and the token that ends its turn. Only the last two are supervised.
+The sequence of a sample consists of the template up to the question, each image as a run of image tokens, the question,
+the template up to the answer, the answer, and the token that ends its turn. Only the last two are supervised.
 Positions are derived from token ids, never from counts of characters or words.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from medalign.contracts import IGNORE, Sample
+from medalign.contracts import IGNORE, ImageTokens, Sample
 from medalign.data.batches.conversation import Conversation
 from medalign.data.samples.faults import as_bad_sample
 from medalign.data.samples.sample import BadSample, sample_context
@@ -19,12 +19,13 @@ from medalign.errors import ConfigError
 
 @dataclass(frozen=True)
 class Encoded:
-    """One sample as tokens; four lists of equal length."""
+    """One sample as tokens; lists of equal length."""
 
     input_ids: list[int]
     labels: list[int]  # IGNORE outside the answer
     question_mask: list[bool]  # prompt tokens after the last image token; all False without an image
-    image_index: list[int]  # index of the image within the sample at its tokens, -1 elsewhere
+    image_index: list[int]  # index of the image within the sample at its image tokens, -1 elsewhere
+    cells: list[bool]  # image tokens that are cells of the grid
     question_cut: int = 0  # tokens of the question that were cut to the length limit
     answer_cut: int = 0  # tokens of the answer and its end that were cut to the length limit
 
@@ -39,8 +40,7 @@ class PromptEncoder:
 
     Args:
         processor: the student's processor or tokenizer, with a chat template that takes lists of typed content.
-        image_token_id: the token id that represents an image.
-        tokens_per_image: N, image tokens per image.
+        image: how an image is written.
         max_length: maximum number of tokens, including image tokens.
         max_images: largest number of images in a sample; max_length must have room for them.
         setting: the user's name of max_length, for error messages.
@@ -53,20 +53,18 @@ class PromptEncoder:
         self,
         processor: Any,
         *,
-        image_token_id: int,
-        tokens_per_image: int,
+        image: ImageTokens,
         max_length: int,
         max_images: int = 1,
         setting: str = "data.max_length",
     ) -> None:
         try:
             with as_bad_sample("the student's tokenizer rejects what its chat template renders"):
-                self._conversation = Conversation(processor, image_token_id)
+                self._conversation = Conversation(processor, image)
         except BadSample as error:
             raise ConfigError(f"{error}; correct tokenizer.json or chat_template.jinja in its folder") from error
         self.tokenizer: Any = self._conversation.tokenizer
-        self.image_token_id = image_token_id
-        self.tokens_per_image = tokens_per_image
+        self.image = image
         self.max_length = max_length
         self._setting = setting
         self._probe_images(max_images)
@@ -109,13 +107,16 @@ class PromptEncoder:
     def _spans(self, prompt: list[int], answer: list[int], keep: int, question_cut: int) -> Encoded:
         ids: list[int] = []
         image_index: list[int] = []
+        cells: list[bool] = []
         images = after_image = 0
+        run = self.image.cells or (True,) * self.image.count
         for token in prompt:
-            image = token == self.image_token_id
-            count = self.tokens_per_image if image else 1
+            is_image = token == self.image.token_id
+            count = len(run) if is_image else 1
             ids += [token] * count
-            image_index += [images if image else -1] * count
-            if image:
+            image_index += [images if is_image else -1] * count
+            cells += run if is_image else (False,)
+            if is_image:
                 images, after_image = images + 1, len(ids)
         question = [images > 0 and i >= after_image for i in range(len(ids))]
         kept = answer[:keep]
@@ -124,6 +125,7 @@ class PromptEncoder:
             labels=[IGNORE] * len(ids) + kept,
             question_mask=question + [False] * len(kept),
             image_index=image_index + [-1] * len(kept),
+            cells=cells + [False] * len(kept),
             question_cut=question_cut,
             answer_cut=len(answer) - len(kept),
         )
@@ -135,7 +137,7 @@ class PromptEncoder:
         if self._length(best) > room:
             raise ConfigError(
                 f"{self._setting} is {self.max_length}, but the template and {images} images with "
-                f"{self.tokens_per_image} tokens each take {self._length(best)} ({sample.shard}/{sample.key}); raise it"
+                f"{self.image.count} tokens each take {self._length(best)} ({sample.shard}/{sample.key}); raise it"
             )
         fits, longest = 0, len(sample.question)
         while fits < longest:
@@ -149,7 +151,7 @@ class PromptEncoder:
         return kept, best
 
     def _length(self, prompt: list[int]) -> int:
-        return len(prompt) + prompt.count(self.image_token_id) * (self.tokens_per_image - 1)
+        return len(prompt) + prompt.count(self.image.token_id) * (self.image.count - 1)
 
     def _probe_images(self, images: int) -> None:
         """Require that the template renders this number of images, and that they leave room for text."""
@@ -161,6 +163,6 @@ class PromptEncoder:
             subject = "one image with" if images == 1 else f"the {images} images of the largest sample with"
             each = "" if images == 1 else " each"
             raise ConfigError(
-                f"{self._setting} is {self.max_length}, but the template and {subject} {self.tokens_per_image} "
+                f"{self._setting} is {self.max_length}, but the template and {subject} {self.image.count} "
                 f"tokens{each} take {empty}; raise it to more than {empty}"
             )

@@ -5,7 +5,9 @@ from __future__ import annotations
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from medalign.contracts import ImageTokens
 from medalign.data.batches.prompts import PromptEncoder
+from medalign.geometry import PatchGrid
 
 TEMPLATE = (
     "{% for m in messages %}{{ ' ' if not loop.first }}{{ m['role'].upper() }}: {% for c in m['content'] %}"
@@ -55,12 +57,12 @@ def tokenizer(template: str | None = TEMPLATE, bos: bool = True, pad: str | None
     return outer
 
 
-def encoder(max_length: int = 64, tokens_per_image: int = 9, max_images: int = 1, **changes: object) -> PromptEncoder:
+def encoder(max_length: int = 64, max_images: int = 1, **changes: object) -> PromptEncoder:
+    """An image has a grid of 3 x 3 tokens."""
     text = tokenizer(**changes)
     return PromptEncoder(
         text,
-        image_token_id=text.convert_tokens_to_ids("<image>"),
-        tokens_per_image=tokens_per_image,
+        image=ImageTokens(text.convert_tokens_to_ids("<image>"), PatchGrid(3, 3)),
         max_length=max_length,
         max_images=max_images,
     )

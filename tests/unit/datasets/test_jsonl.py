@@ -13,7 +13,7 @@ from medalign.data.batches.collator import Collator
 from medalign.data.batches.loader import batches
 from medalign.data.shards.index import ShardIndex
 from medalign.errors import DataError
-from medalign.geometry import PatchGrid, PreprocessCfg
+from medalign.geometry import PreprocessCfg
 from tests.unit.data.tiny_data import picture
 from tests.unit.data.tiny_text import encoder
 from tests.unit.datasets.conversion import pack, samples, skipped
@@ -260,6 +260,6 @@ def test_real_data(tmp_path: Path, name: str, counts: dict[str, int], boxes: int
     if name == "covid_chestxray":
         assert sum(bool(index.read(i).boxes) for i in range(len(index))) == boxes
     view = PreprocessCfg(12, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-    reader = Collator(encoder(), view, view, PatchGrid(3, 3), padding_side="left", with_answer=False)
+    reader = Collator(encoder(), view, view, padding_side="left", with_answer=False)
     read = list(batches(index, reader, 4, range(12)))
     assert sum(len(batch.keys) for _, batch in read) == 12

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import Gemma2Config, MistralConfig
 
 from medalign.config import LoraConfig, StudentConfig
+from medalign.contracts import ImageTokens
 from medalign.errors import ConfigError
-from medalign.geometry import gather_images
+from medalign.geometry import PatchGrid, gather_images
 from medalign.student import capture
 from medalign.student.loading import load_student
 from medalign.student.model import Student, check_causality
@@ -47,7 +50,7 @@ def assert_map_is_the_mean_of_eager_attention(folder, side="right", **settings):
         ).attentions[2]
     mean_BLL = weights_BHLL.mean(1)
     rows = [mean_BLL[b][batch.question_mask[b]].mean(0) for b in range(2)]
-    expected = gather_images(torch.stack(rows), batch.image_index, 2, 16)
+    expected = gather_images(torch.stack(rows), batch.cells, 2, 16)
     assert expected.sum() > 0.1
     torch.testing.assert_close(output.attention, expected, rtol=1e-4, atol=1e-5)
 
@@ -145,6 +148,38 @@ def test_steering_changes_only_image_tokens(student_folder):
         torch.nn.init.normal_(student.steering.weight, std=0.1)
         after = student(batch).tokens
     torch.testing.assert_close(after, before + before @ student.steering.weight.T)
+
+
+def test_features_that_the_model_adds_between_blocks_are_steered(student_folder):
+    """W acts on the input of block l, which is not the output of block l-1 in every model."""
+    student = load(student_folder).eval()
+    torch.nn.init.normal_(student.steering.weight, std=0.1)
+    with torch.no_grad():
+        before = student(tiny.batch()).tokens
+        handle = student.spec.blocks[1].register_forward_hook(lambda _block, _inputs, hidden: hidden + 1)
+        after = student(tiny.batch()).tokens
+        handle.remove()
+    added = torch.ones_like(before)
+    # float32, sums over 32 channels in another order
+    torch.testing.assert_close(after - before, added + added @ student.steering.weight.T, rtol=1e-4, atol=1e-4)
+
+
+def test_image_tokens_that_are_not_cells(student_folder):
+    """Tokens that only accompany the cells are neither steered nor part of the map."""
+    student, batch = load(student_folder).eval(), tiny.batch()
+    disturb(student)
+    cells = batch.image_index >= 0
+    for start in range(1, 17, 4):  # the last token of each row of the grid
+        cells[:, start + 3] = False
+    student.spec = replace(student.spec, image=ImageTokens(3, PatchGrid(4, 3)))
+    with torch.no_grad():
+        every = student(batch, tap=False).logits
+        output = student(replace(batch, cell_mask=cells))
+        torch.nn.init.zeros_(student.steering.weight)
+        plain = student(replace(batch, cell_mask=cells))
+    assert output.tokens.shape == (2, 12, 32) and output.attention.shape == (2, 12)
+    assert not torch.allclose(output.logits, every)
+    assert not torch.equal(output.tokens, plain.tokens)
 
 
 def test_a_batch_without_images_keeps_every_gradient_path(student_folder):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 import re
 import shutil
@@ -28,7 +27,8 @@ from transformers import (
 from medalign.config import StudentConfig
 from medalign.errors import ConfigError
 from medalign.student.checks import check_student
-from tests import tiny
+from medalign.student.loading import load_processor, load_student
+from tests import mistral, tiny
 
 Edit = Callable[[Path], None]
 
@@ -211,11 +211,39 @@ def test_a_layer_that_does_not_exist(student_folder: Path, layer: int) -> None:
         check_student(config(student_folder, layer=layer))
 
 
-def test_a_query_mixture_needs_a_query_projection(tmp_path: Path) -> None:
+def test_missing_weights_are_rejected_when_they_are_read(student: Path) -> None:
+    without("multi_modal_projector")(student)
+    with pytest.raises(ConfigError, match=r"4 of its weights are not in its safetensors files .*linear_1.bias"):
+        load_student(config(student), torch.float32)
+
+
+def test_a_bare_tokenizer_model_keeps_the_prefix_space(student: Path) -> None:
+    """Transformers 5 alone reads "[INST]" after <s> without it: 28792 in place of 733, and says nothing."""
+    (student / "tokenizer.json").unlink()
+    shutil.copy(mistral.sentencepiece_model(), student / "tokenizer.model")
+    (student / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
+    tokenizer = load_processor(config(student)).tokenizer
+    assert tokenizer("<s>[INST]", add_special_tokens=False)["input_ids"] == [1, 733, 16289, 28793]
+
+
+def test_a_query_mixture_on_a_fused_projection(tmp_path: Path) -> None:
+    """It adds to the queries only: keys and values, the later outputs of the projection, stay as they are."""
     folder = tiny.save_student(tmp_path / "fused", kind=Phi3Config)
-    check_student(config(folder))
-    with pytest.raises(ConfigError, match=r"block 1 has o_proj and qkv_proj; set student.query_mixture to false"):
-        check_student(config(folder, query_mixture=True))
+    check_student(config(folder, query_mixture=True))
+    with pytest.raises(ConfigError, match="official, .* queries, keys and values in one; set it to beside_lora"):
+        check_student(config(folder, query_mixture=True, query_mixture_form="official"))
+    student = load_student(config(folder, query_mixture=True), torch.float32).eval()
+    assert student.mixture is not None
+    torch.nn.init.normal_(student.mixture.up)
+    outputs: list[torch.Tensor] = []
+    student.spec.query_projection(1)[0].register_forward_hook(lambda _layer, _inputs, output: outputs.append(output))
+    with torch.no_grad():
+        student(tiny.batch())
+        torch.nn.init.zeros_(student.mixture.up)
+        student(tiny.batch())
+    (mixed, plain), queries = outputs, 32
+    assert (mixed[..., :queries] - plain[..., :queries]).abs().max() > 0.01
+    assert torch.equal(mixed[..., queries:], plain[..., queries:])
 
 
 def test_a_language_model_with_other_blocks(tmp_path: Path) -> None:
@@ -242,22 +270,25 @@ def test_a_tower_without_a_class_token(student_folder: Path, tmp_path: Path, str
 
 
 @pytest.mark.parametrize(
-    ("kind", "settings", "layer", "warned"),
+    ("kind", "settings", "layer", "remedy"),
     [
-        (MistralConfig, {"sliding_window": 15}, 1, True),
-        (MistralConfig, {"sliding_window": 16}, 1, False),
-        (MistralConfig, {"sliding_window": None}, 1, False),
-        (Qwen2Config, {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 2}, 2, True),
-        (Qwen2Config, {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 2}, 1, False),
+        (MistralConfig, {"sliding_window": 15}, 1, "choose a student with full attention"),
+        (MistralConfig, {"sliding_window": 16}, 1, None),
+        (MistralConfig, {"sliding_window": None}, 1, None),
+        (Qwen2Config, {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 2}, 2, "layer to 1"),
+        (Qwen2Config, {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 2}, 1, None),
     ],
 )
-def test_a_window_shorter_than_the_image_is_reported(tmp_path, caplog, kind, settings, layer, warned) -> None:
+def test_a_window_shorter_than_the_image(tmp_path, kind, settings, layer, remedy) -> None:
     folder = tiny.save_student(tmp_path / "student", kind=kind, **settings)
-    with caplog.at_level(logging.WARNING):
+    if remedy is None:
         check_student(config(folder, layer=layer))
-    lines = [record.getMessage() for record in caplog.records if record.name == "medalign"]
-    assert len(lines) == warned
-    assert all(line.startswith(f"student.layer {layer}: its attention covers only the last") for line in lines)
+    else:
+        window = settings["sliding_window"]
+        with pytest.raises(
+            ConfigError, match=rf"covers only the last {window} tokens, but an image has 16: .*{remedy}"
+        ):
+            check_student(config(folder, layer=layer))
 
 
 def test_tied_weights_are_not_missing(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from PIL import Image
 from medalign.contracts import Sample
 from medalign.data.batches.collator import Collator
 from medalign.errors import ConfigError
-from medalign.geometry import PatchGrid, PreprocessCfg
+from medalign.geometry import PreprocessCfg
 from tests.unit.data.tiny_text import TEMPLATE, encoder
 
 VIEW = PreprocessCfg(12, (0.5, 0.4, 0.3), (0.2, 0.2, 0.2))
@@ -17,7 +17,7 @@ VIEW = PreprocessCfg(12, (0.5, 0.4, 0.3), (0.2, 0.2, 0.2))
 
 def collator(rows: str = "official", **changes) -> Collator:
     packed = changes.pop("packed", False)
-    return Collator(encoder(**changes), VIEW, None, PatchGrid(3, 3), attention_rows=rows, packed=packed)
+    return Collator(encoder(**changes), VIEW, None, attention_rows=rows, packed=packed)
 
 
 def sample(question: str, answer: str, images: int = 1) -> Sample:

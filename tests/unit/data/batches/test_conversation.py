@@ -15,12 +15,13 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import AutoProcessor, PreTrainedTokenizerFast
 
 import medalign
-from medalign.contracts import IGNORE, Sample
+from medalign.contracts import IGNORE, ImageTokens, Sample
 from medalign.data.batches.conversation import Conversation
 from medalign.data.batches.prompts import PromptEncoder
 from medalign.data.batches.spelling import Speller
 from medalign.data.samples.sample import REPORT_PROMPT, BadSample
 from medalign.errors import ConfigError
+from medalign.geometry import PatchGrid
 from medalign.phantom.records import records
 from tests import mistral, tiny
 from tests.unit.data.tiny_text import TEMPLATE as WORDS_TEMPLATE
@@ -40,7 +41,7 @@ def sample(question: str, answer: str = "yes", images: int = 1) -> Sample:
 
 
 def conversation(tokenizer: Any) -> Conversation:
-    return Conversation(tokenizer, tokenizer.convert_tokens_to_ids("<image>"))
+    return Conversation(tokenizer, ImageTokens(tokenizer.convert_tokens_to_ids("<image>"), PatchGrid(1, 1)))
 
 
 def chatml(template: str = CHATML) -> PreTrainedTokenizerFast:
@@ -123,13 +124,13 @@ def test_an_end_that_is_not_a_token_is_refused(end: str) -> None:
 def test_the_turn_ends_as_the_template_ends_it() -> None:
     tokenizer = chatml()
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    encoder = PromptEncoder(tokenizer, image_token_id=3, tokens_per_image=2, max_length=200)
+    encoder = PromptEncoder(tokenizer, image=ImageTokens(3, PatchGrid(1, 2)), max_length=200)
     encoded = encoder.encode(sample(" Is it? ", " yes "), with_answer=True)
     learned = [token for token in encoded.labels if token != IGNORE]
     assert tokenizer.decode(learned) == "yes<|im_end|>"  # not the line break that the template writes after it
     assert encoder.end_token_id == end != tokenizer.eos_token_id
     assert str(tokenizer.decode(encoded.input_ids)).endswith("Is it?<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>")
-    without = PromptEncoder(tiny.tokenizer(), image_token_id=3, tokens_per_image=2, max_length=200)
+    without = PromptEncoder(tiny.tokenizer(), image=ImageTokens(3, PatchGrid(1, 2)), max_length=200)
     assert without.end_token_id == tokenizer.eos_token_id  # this template writes no end
 
 
@@ -176,7 +177,7 @@ def test_special_tokens_of_a_text_are_spelled(text: str) -> None:
 
 
 def test_a_text_that_names_the_image_token_is_a_sample_like_another() -> None:
-    encoder = PromptEncoder(tiny.tokenizer(), image_token_id=3, tokens_per_image=4, max_length=200)
+    encoder = PromptEncoder(tiny.tokenizer(), image=ImageTokens(3, PatchGrid(1, 4)), max_length=200)
     encoded = encoder.encode(sample("What is <image> ?", "an <image> </s>", images=2), with_answer=True)
     assert encoded.input_ids.count(3) == 8 and max(encoded.image_index) == 1
     assert encoded.input_ids.count(encoder.tokenizer.eos_token_id) == 1
@@ -202,7 +203,7 @@ def test_a_tokenizer_that_cannot_spell_is_refused_by_name() -> None:
     )
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     tokenizer.chat_template = tiny.TEMPLATE
-    encoder = PromptEncoder(tokenizer, image_token_id=2, tokens_per_image=4, max_length=200)
+    encoder = PromptEncoder(tokenizer, image=ImageTokens(2, PatchGrid(1, 4)), max_length=200)
     encoder.encode(sample("pro?", "ban"), with_answer=True)
     for question, answer, token in (("pro <image>", "no", "<image>"), ("pro", "no</s>", "</s>")):
         with pytest.raises(BadSample, match=f"^a.tar/k: the tokenizer reads '{token}' in the text as a special token"):
@@ -222,7 +223,7 @@ def test_a_special_token_that_normalization_makes_is_refused_by_name() -> None:
 
 
 def test_a_text_that_no_tokenizer_takes() -> None:
-    encoder = PromptEncoder(tiny.tokenizer(), image_token_id=3, tokens_per_image=4, max_length=200)
+    encoder = PromptEncoder(tiny.tokenizer(), image=ImageTokens(3, PatchGrid(1, 4)), max_length=200)
     for answer, message in (("ok \ud83d", "cannot read the text"), ("a \ufdd0", r"contains U\+FDD0"), ("", "no token")):
         with pytest.raises(BadSample, match=rf"^a\.tar/k: .*{message}"):
             encoder.encode(sample("q", answer), with_answer=True)
@@ -244,7 +245,7 @@ def test_an_answer_that_merges_into_the_prompt_is_refused_by_name() -> None:
     inner.add_special_tokens(tiny.SPECIAL)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>")
     tokenizer.chat_template = tiny.TEMPLATE.replace("ASSISTANT: {% endif", "ASSISTANT:{% endif")
-    encoder = PromptEncoder(tokenizer, image_token_id=3, tokens_per_image=4, max_length=200)
+    encoder = PromptEncoder(tokenizer, image=ImageTokens(3, PatchGrid(1, 4)), max_length=200)
     encoder.encode(sample("Which?", "A"), with_answer=True)
     with pytest.raises(BadSample, match=r"^a.tar/k: the tokenizer merges the beginning of the answer '\(A\) left'"):
         encoder.encode(sample("Which?", "(A) left"), with_answer=True)
@@ -252,8 +253,8 @@ def test_an_answer_that_merges_into_the_prompt_is_refused_by_name() -> None:
 
 @pytest.mark.parametrize("limit", [80, 95, 110])
 def test_what_is_cut_is_the_end_of_the_same_tokens(limit: int) -> None:
-    long = PromptEncoder(chatml(), image_token_id=3, tokens_per_image=16, max_length=1000)
-    short = PromptEncoder(chatml(), image_token_id=3, tokens_per_image=16, max_length=limit)
+    long = PromptEncoder(chatml(), image=ImageTokens(3, PatchGrid(1, 16)), max_length=1000)
+    short = PromptEncoder(chatml(), image=ImageTokens(3, PatchGrid(1, 16)), max_length=limit)
     asked = sample("Is it?", "because " * 9)
     whole, cut = (encoder.encode(asked, with_answer=True) for encoder in (long, short))
     assert cut.input_ids == whole.input_ids[:limit] and cut.labels == whole.labels[:limit]
@@ -283,7 +284,7 @@ def test_the_packaged_students_tokens_are_what_they_were(limit: int, digest: str
     """The scores of the quickstart depend on them."""
     folder = Path(medalign.__file__).parent / "assets" / "phantom_student"
     encoder = PromptEncoder(
-        AutoProcessor.from_pretrained(folder), image_token_id=3, tokens_per_image=64, max_length=limit
+        AutoProcessor.from_pretrained(folder), image=ImageTokens(3, PatchGrid(1, 64)), max_length=limit
     )
     seen = hashlib.sha256()
     for record in records(40, 0, "train"):
@@ -312,4 +313,4 @@ def test_a_tokenizer_without_a_token_for_the_unknown() -> None:
     )
     words.chat_template = tiny.TEMPLATE
     with pytest.raises(ConfigError, match=r"rejects what its chat template renders: .*UNK.*; correct tokenizer"):
-        PromptEncoder(words, image_token_id=0, tokens_per_image=16, max_length=100)
+        PromptEncoder(words, image=ImageTokens(0, PatchGrid(1, 16)), max_length=100)

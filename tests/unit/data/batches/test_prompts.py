@@ -8,10 +8,12 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import CLIPImageProcessor, LlavaProcessor, tokenization_utils_base
 
-from medalign.contracts import IGNORE, Sample
+from medalign.contracts import IGNORE, ImageTokens, Sample
+from medalign.data.batches.collator import Collator
 from medalign.data.batches.prompts import Encoded, PromptEncoder
 from medalign.data.samples.sample import BadSample
 from medalign.errors import ConfigError
+from medalign.geometry import PatchGrid, PreprocessCfg
 from tests import tiny
 from tests.unit.data.tiny_text import TEMPLATE, WORDS, encoder, tokenizer
 
@@ -61,12 +63,34 @@ def test_prompt_equals_the_models_own_processor(bos: bool) -> None:
         chat_template=TEMPLATE,
     )
     image = processor.tokenizer.convert_tokens_to_ids("<image>")
-    enc = PromptEncoder(processor, image_token_id=image, tokens_per_image=9, max_length=64)
+    enc = PromptEncoder(processor, image=ImageTokens(image, PatchGrid(1, 9)), max_length=64)
     content = [{"type": "image", "image": GREY}, {"type": "text", "text": "is there a nodule ?"}]
     theirs = processor.apply_chat_template(
         [{"role": "user", "content": content}], tokenize=True, add_generation_prompt=True, return_dict=True
     )
     assert enc.encode(sample(), with_answer=False).input_ids == theirs["input_ids"][0]
+
+
+def test_the_text_around_an_image_and_its_companions() -> None:
+    """The template writes a marker, the model expects tokens around the image, and not every image token is a cell."""
+    tokenizer_ = tokenizer(TEMPLATE.replace("<image>", "<marker>"))
+    tokenizer_.add_special_tokens({"additional_special_tokens": ["<image>", "<marker>", "<begin>", "<end>"]})
+    cells = (False, True, True, False)
+    image = ImageTokens(
+        tokenizer_.convert_tokens_to_ids("<image>"), PatchGrid(1, 2), cells, "<marker>", "<begin><image><end>"
+    )
+    enc = PromptEncoder(tokenizer_, image=image, max_length=64, max_images=2)
+    got = enc.encode(sample("is there a zone ?", images=2), with_answer=True)
+    assert words(enc, got, [True] * len(got.input_ids)).split() == [
+        *["<s>", "USER", ":", *["<begin>", *["<image>"] * 4, "<end>"] * 2],
+        *["is", "there", "a", "zone", "?", "ASSISTANT", ":", "yes", "</s>"],
+    ]
+    assert got.image_index == [*[-1] * 4, *[0] * 4, -1, -1, *[1] * 4, *[-1] * 10]
+    assert got.cells == [*[False] * 4, *cells, False, False, *cells, *[False] * 10]
+    written = enc.encode(sample("is <marker> a zone ?", images=2), with_answer=True)
+    assert written.input_ids.count(image.token_id) == 8  # the marker in the question is text
+    batch = Collator(enc, PreprocessCfg(12, (0.5,) * 3, (0.5,) * 3), None)([sample(images=2)])
+    assert batch.cells.sum() == 4 and (batch.image_index >= 0).sum() == 8
 
 
 def test_several_images_and_none() -> None:
@@ -99,7 +123,7 @@ def test_length_limit(limit: int, question: int, answer: int, with_answer: bool)
 
 
 def test_a_text_longer_than_the_model_takes_is_cut_without_its_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    enc = PromptEncoder(tiny.tokenizer(), image_token_id=3, tokens_per_image=16, max_length=100)
+    enc = PromptEncoder(tiny.tokenizer(), image=ImageTokens(3, PatchGrid(1, 16)), max_length=100)
     enc.tokenizer.model_max_length = 100
     warned: list[str] = []
     monkeypatch.setattr(tokenization_utils_base.logger, "warning", lambda text, *_: warned.append(text))
@@ -166,7 +190,7 @@ def test_padding_token_falls_back_to_the_end_token() -> None:
 def test_an_answer_begins_as_the_template_writes_it() -> None:
     """Answers are tokenized as the template writes them: here with a leading space in the first token."""
     words = tiny.tokenizer()
-    encode = PromptEncoder(words, image_token_id=3, tokens_per_image=2, max_length=200)
+    encode = PromptEncoder(words, image=ImageTokens(3, PatchGrid(1, 2)), max_length=200)
     encoded = encode.encode(sample(question="Is it?", answer="yes"), with_answer=True)
     supervised = [token for token in encoded.labels if token != IGNORE]
     assert words.decode(supervised[:-1]) == " yes" and supervised[-1] == words.eos_token_id

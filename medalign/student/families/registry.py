@@ -1,0 +1,54 @@
+"""The families by model type, and the models that cannot be students, with the reason."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from medalign.errors import ConfigError
+from medalign.student.families.base import Family, ModelSpec
+
+FAMILIES: dict[str, Family] = {}
+
+
+def register(family: type[Family]) -> type[Family]:
+    """Make a family known, as a decorator of its class."""
+    FAMILIES[family.model_type] = family()
+    return family
+
+
+def inspect_model(model: Any) -> ModelSpec:
+    """Return the spec of a transformers model.
+
+    Raises:
+        ConfigError: the model's family is not supported.
+    """
+    kind = getattr(model.config, "model_type", type(model).__name__)
+    if kind not in FAMILIES:
+        raise _unsupported(kind)
+    return FAMILIES[kind].inspect(model)
+
+
+def find_family(folder: Path, values: dict[str, Any]) -> Family:
+    """Return the family of a folder.
+
+    Args:
+        folder: the model's folder.
+        values: its config.json.
+
+    Raises:
+        ConfigError: no family can read it.
+    """
+    for family in FAMILIES.values():
+        if family.claims(values):
+            return family
+    if "model_type" not in values:
+        raise ConfigError(
+            f"student.path {folder} cannot be read as a model: its config.json has no model_type; copy the model's "
+            "file again"
+        )
+    raise _unsupported(values["model_type"])
+
+
+def _unsupported(kind: str) -> ConfigError:
+    return ConfigError(f"student model type {kind!r} is not supported; supported: {', '.join(sorted(FAMILIES))}")

@@ -1,0 +1,39 @@
+"""A small model of random weights for each family, in the layout in which the real one is published.
+
+A line in `CASES` gives a family every test of `test_families`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from medalign.config import LoraConfig, StudentConfig
+from tests import tiny
+from tests.unit.student.families import authors
+
+
+@dataclass(frozen=True)
+class Case:
+    """How to make a model, and the settings of a student of it; "{folder}" in them is the model's folder."""
+
+    save: Callable[[Path], Path]
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def config(self, folder: Path, **changes: Any) -> StudentConfig:
+        """The settings of a student, with block 2 tapped unless the case says otherwise."""
+        lora = LoraConfig(rank=4, alpha=8)
+        own = {
+            name: value.format(folder=folder) if isinstance(value, str) else value
+            for name, value in self.settings.items()
+        }
+        return StudentConfig(**{"path": str(folder), "layer": 2, "lora": lora, **own, **changes})
+
+
+CASES = {
+    "llava": Case(tiny.save_student),
+    "llava_mistral": Case(authors.save_llava_med, {"vision_tower": f"{{folder}}/{authors.TOWER}"}),
+    "llava_qwen2": Case(authors.save_huatuo),
+}

@@ -1,0 +1,142 @@
+"""Folders in the layout of LLaVA's authors: the ids of their own code, and what cannot be read, with the reason."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from medalign.config import StudentConfig
+from medalign.contracts import IGNORE, Sample
+from medalign.data.batches.prompts import PromptEncoder
+from medalign.errors import ConfigError
+from medalign.student.checks import check_student
+from medalign.student.families.registry import find_family
+from medalign.student.tokenizers import reserve_image_token
+from tests import mistral
+from tests.unit.student.families import authors
+
+CONVERSATIONS = [
+    ("Is the heart enlarged?", "No.", 1),
+    ("What differs between the two films?", "The left effusion is new: 3.5 cm, ≈ 40 %.", 2),
+    ("Define\natelectasis", "Collapse of lung tissue ☃", 0),
+]
+
+
+def encoder(config: StudentConfig) -> PromptEncoder:
+    spec, processor = check_student(config)
+    return PromptEncoder(processor, image=spec.image, max_length=1000, max_images=2)
+
+
+def sample(question: str, answer: str, images: int) -> Sample:
+    return Sample("k", "shard", "vqa", question, answer, "open", (Image.new("L", (8, 8)),) * images)
+
+
+@pytest.fixture(scope="module")
+def llava_med(tmp_path_factory: pytest.TempPathFactory) -> StudentConfig:
+    folder = authors.save_llava_med(tmp_path_factory.mktemp("authors") / "llava_med")
+    return StudentConfig(path=str(folder), layer=2, vision_tower=f"{folder}/{authors.TOWER}")
+
+
+@pytest.mark.parametrize(("question", "answer", "images"), CONVERSATIONS)
+def test_llava_med_has_the_ids_of_its_authors(llava_med, question: str, answer: str, images: int) -> None:
+    """Their code cuts the text at "<image>" and tokenizes each piece by SentencePiece."""
+    from sentencepiece import SentencePieceProcessor
+
+    pieces = SentencePieceProcessor(model_file=str(mistral.sentencepiece_model()))
+    encode = encoder(llava_med)
+    text = "<image>\n" * images + question
+    image = [encode.image.token_id] * encode.image.count
+
+    def theirs(words: str) -> list[int]:
+        first, *others = (pieces.encode(part) for part in words.split("<image>"))
+        return [1, *first, *(token for part in others for token in [*image, *part])]
+
+    got = encode.encode(sample(question, answer, images), with_answer=True)
+    assert got.input_ids == [*theirs(f"[INST] {text} [/INST] {answer} "), 2]
+    asked = theirs(f"[INST] {text} [/INST]")
+    assert [label != IGNORE for label in got.labels].index(True) == len(asked)
+    assert got.input_ids[-2:] == [28705, 2]  # the space before the end
+    assert encode.encode(sample(question, answer, images), with_answer=False).input_ids == asked
+
+
+def test_the_image_token_of_llava_med_needs_no_row(llava_med) -> None:
+    """Mistral's tokenizer writes bytes for unknown characters, so its unknown token is free."""
+    encode = encoder(llava_med)
+    assert encode.image.token_id == 0 and len(encode.tokenizer) == 32000
+    got = encode.encode(sample("What is <unk>, or <image>?", "<unk>", 1), with_answer=True)
+    assert got.input_ids.count(0) == encode.image.count
+
+
+@pytest.mark.parametrize(("question", "answer", "images"), CONVERSATIONS)
+def test_huatuo_has_the_prompt_of_its_authors(tmp_path, question: str, answer: str, images: int) -> None:
+    encode = encoder(StudentConfig(path=str(authors.save_huatuo(tmp_path / "huatuo")), layer=2))
+    got = encode.encode(sample(question, answer, images), with_answer=True)
+    text = encode.tokenizer.decode(got.input_ids).replace("<image>" * encode.image.count, "<image>")
+    written = "<image>\n" * images
+    assert text == f"<|user|>\n{written}{question}\n<|assistant|>\n{answer}<|endoftext|>"
+    taught = [token for token in got.labels if token != IGNORE]
+    assert encode.tokenizer.decode(taught) == f"{answer}<|endoftext|>"
+    assert encode.image.token_id == 259 and encode.tokenizer.convert_ids_to_tokens(259) == "<image>"
+
+
+def edited(folder: Path, **changes: Any) -> StudentConfig:
+    values = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps(values))
+    return StudentConfig(path=str(folder), layer=2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mm_projector_type": "linear"}, "mm_projector_type is 'linear'; .* only with 'mlp2x_gelu'"),
+        ({"mm_use_im_start_end": True}, "mm_use_im_start_end is True"),
+        ({"mm_vision_select_feature": "cls_patch"}, "mm_vision_select_feature is 'cls_patch'"),
+        ({"mm_patch_merge_type": "spatial_unpad"}, "mm_patch_merge_type is 'spatial_unpad'"),
+        ({"image_aspect_ratio": "anyres"}, "image_aspect_ratio is 'anyres', whose images take a varying number"),
+        ({"mm_vision_tower": None}, "does not name its vision tower"),
+        (
+            {"mm_vision_tower": "google/siglip-base"},
+            "names the vision tower google/siglip-base, .*student.vision_tower",
+        ),
+        ({"vocab_size": 259}, "its embedding has 259 rows, all of which its tokenizer uses"),
+        ({"model_type": "llava"}, r"its embedding|tokenizer.model is missing"),
+    ],
+)
+def test_what_cannot_be_read_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    config = edited(authors.save_huatuo(tmp_path / "huatuo"), **changes)
+    with pytest.raises(ConfigError, match=message) as refused:
+        check_student(config)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_flat_configuration_is_not_taken_for_that_of_transformers(tmp_path: Path) -> None:
+    """LLaVA 1.0 says `llava`; transformers would build 7 billion random weights for it."""
+    flat = {"model_type": "llava", "mm_vision_tower": "openai/clip-vit-large-patch14", "mm_use_im_start_end": True}
+    family = find_family(tmp_path, flat)
+    assert family.model_type == "llava_llama"
+    with pytest.raises(ConfigError, match="mm_projector_type is 'linear'"):
+        family.check(tmp_path, flat)
+
+
+@pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json"])
+def test_a_tower_that_is_named_must_be_described(llava_med: StudentConfig, tmp_path: Path, name: str) -> None:
+    for path in Path(llava_med.vision_tower).iterdir():
+        if path.name != name:
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    with pytest.raises(ConfigError, match=rf"student.vision_tower {re.escape(str(tmp_path))} .*{name}"):
+        check_student(StudentConfig(path=llava_med.path, layer=2, vision_tower=str(tmp_path)))
+
+
+def test_an_unknown_token_that_occurs_is_not_an_image_token(tmp_path: Path) -> None:
+    from tests.unit.data.tiny_text import tokenizer
+
+    words = tokenizer()
+    image = words.convert_tokens_to_ids("<image>")
+    with pytest.raises(ConfigError, match="none for the image token"):
+        reserve_image_token(words, image, tmp_path)
+    assert reserve_image_token(words, image + 1, tmp_path) == image

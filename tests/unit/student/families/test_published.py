@@ -1,0 +1,65 @@
+"""The names and shapes of published weights, at their real size, fit the models without rest in both directions."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from medalign.config import StudentConfig
+from medalign.errors import ConfigError
+from medalign.student.families.registry import inspect_model
+from medalign.student.weights import empty_model
+from tests import mistral
+from tests.unit.student.families import authors, published
+
+
+def llava_med(folder: Path, known: dict[str, Any]) -> None:
+    shutil.copy(mistral.sentencepiece_model(), folder / "tokenizer.model")
+    config = known["config"] | {"model_type": "llava_mistral"}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def huatuo(folder: Path, known: dict[str, Any]) -> None:
+    authors.save_tokenizer(folder)  # small: only the rows of the embedding matter here
+    (folder / "config.json").write_text(json.dumps(known["config"]))
+
+
+MODELS = {"llava-med-1.5": llava_med, "huatuogpt-vision-7b": huatuo}
+
+
+class Published(NamedTuple):
+    """A folder with the published weights, and their shapes."""
+
+    folder: Path
+    tensors: published.Shapes
+
+    @property
+    def config(self) -> StudentConfig:
+        return StudentConfig(path=str(self.folder))
+
+
+@pytest.fixture(params=MODELS)
+def model(request: pytest.FixtureRequest, shared: Path, tmp_path: Path) -> Published:
+    known = published.facts(shared, request.param)
+    MODELS[request.param](tmp_path, known)
+    tensors = published.shapes(known)
+    published.write_weights(tmp_path, tensors)
+    return Published(tmp_path, tensors)
+
+
+def test_every_published_weight_has_its_place(model: Published) -> None:
+    spec = inspect_model(empty_model(str(model.folder), model.config))
+    assert spec.image.count == spec.grid.size == 576
+    assert len(spec.blocks) > model.config.layer
+
+
+@pytest.mark.parametrize("part", [0, -1])
+def test_a_published_folder_without_one_weight_is_refused(model: Published, part: int) -> None:
+    del model.tensors[list(model.tensors)[part]]
+    published.write_weights(model.folder, model.tensors)
+    with pytest.raises(ConfigError, match="1 of its weights are not in its safetensors files"):
+        empty_model(str(model.folder), model.config)
