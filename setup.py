@@ -45,6 +45,7 @@ setup(
         "ninja>=1.11",
         "psutil>=6",
         "defusedxml>=0.7",
+        "filelock>=3.12",  # torch locks the extensions that it compiles with it: see engine/extensions.py
         "fsspec>=2025.3",
     ],
     extras_require={

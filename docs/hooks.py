@@ -11,12 +11,12 @@ from medalign import config
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Replaces `{{ settings }}`."""
+    """Replace `{{ settings }}`."""
     return markdown.replace("{{ settings }}", settings()) if "{{ settings }}" in markdown else markdown
 
 
 def settings() -> str:
-    """One table per section."""
+    """Return one table per section."""
     parts = []
     for section in fields(config.Config):
         kind = get_type_hints(config.Config)[section.name]
@@ -43,7 +43,7 @@ def _default(item: Field[Any]) -> Any:
 
 
 def _field_docs(kind: type) -> dict[str, str]:
-    """The text below each field."""
+    """Return the text below each field."""
     body = ast.parse(inspect.getsource(kind)).body[0].body  # type: ignore[attr-defined]
     docs = {}
     for field, text in zip(body, body[1:], strict=False):

@@ -1,6 +1,6 @@
-"""The quickstart's tables, from the file of scores.
+"""Formats the quickstart's tables from the file of scores.
 
-As a hook of mkdocs it writes them into the results page. `python docs/quickstart_table.py` writes the README's table,
+As a hook of mkdocs, it writes them into the results page. `python docs/quickstart_table.py` writes the README's table,
 which a test compares with the file.
 """
 
@@ -45,7 +45,7 @@ Scores = Mapping[str, Mapping[str, Any]]  # score -> its mean, its spread and it
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Replaces `{{ quickstart }}` and `{{ quickstart_differences }}`."""
+    """Replace `{{ quickstart }}` and `{{ quickstart_differences }}`."""
     if "{{ quickstart" not in markdown:
         return markdown
     facts = load()
@@ -54,12 +54,12 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def load() -> dict[str, Any]:
-    """The file of scores."""
+    """Read the file of scores."""
     return json.loads(RESULTS.read_text(encoding="utf-8"))
 
 
 def scores(facts: Mapping[str, Any], names: Sequence[str] = SHORT) -> str:
-    """One row per arm that the file holds: mean and standard deviation over the seeds, in per cent."""
+    """Return one row per arm in the file: mean and standard deviation over the seeds, in percent."""
     rows = []
     for arm, title in ARMS.items():
         if arm in facts["arms"]:
@@ -69,7 +69,7 @@ def scores(facts: Mapping[str, Any], names: Sequence[str] = SHORT) -> str:
 
 
 def differences(facts: Mapping[str, Any]) -> str:
-    """MedAlign minus each other arm: the difference of each seed, their mean and its 95 % t-interval."""
+    """Return MedAlign minus each other arm: the difference of each seed, their mean and its 95 % t-interval."""
     rows = []
     for other in COMPARED:
         for name in ("closed_accuracy", "open_exact", "bleu"):
@@ -81,7 +81,7 @@ def differences(facts: Mapping[str, Any]) -> str:
 
 
 def paired(arms: Mapping[str, Scores], arm: str, other: str, name: str) -> list[float]:
-    """The difference of two arms for each seed, in points of 100."""
+    """Return the difference of two arms for each seed, in points of 100."""
     pairs = zip(arms[arm][name]["seeds"], arms[other][name]["seeds"], strict=True)
     return [_points(name, one - two) for one, two in pairs]
 
@@ -113,7 +113,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _update_readme() -> None:
-    """Replaces the README's only table of scores."""
+    """Replace the README's table of scores."""
     text = README.read_text(encoding="utf-8")
     old = r"\|  \| closed accuracy \|(?:.*\n)(?:\|.*\n)+"
     README.write_text(re.sub(old, lambda _: scores(load()) + "\n", text), encoding="utf-8")

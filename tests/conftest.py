@@ -1,4 +1,4 @@
-"""Fixtures shared by all tests: tiny models on disk, made once."""
+"""Fixtures shared by all tests: tiny models on disk, created once."""
 
 import logging
 import os
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-# Before anything imports triton: its kernels then run on the CPU, one program after the other, in NumPy.
+# Set before triton is imported: its kernels then run on the CPU, one program after another, in NumPy.
 # tools/gpu_check.sh sets it to 0, for tests/gpu.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -17,7 +17,7 @@ _MARKS = {"e2e": "slow", "distributed": "slow", "slurm": "slurm"}  # folder of t
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks the tests of whole runs and of a cluster by their folder."""
+    """Mark the tests of whole runs and of a cluster by their folder."""
     for item in items:
         mark = _MARKS.get(item.path.relative_to(Path(__file__).parent).parts[0])
         if mark:
@@ -38,16 +38,16 @@ def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """Data and golden numbers beside the checkout; tests that need them are skipped where they are absent."""
+    """The folder ../shared with real data and golden numbers. Tests that need it are skipped if it is absent."""
     folder = Path(__file__).parents[2] / "shared"
     if not folder.is_dir():
-        pytest.skip("the folder ../shared with golden numbers and real data is not beside this checkout")
+        pytest.skip("the folder ../shared with real data and golden numbers does not exist")
     return folder
 
 
 @pytest.fixture(autouse=True)
 def plain_logger() -> None:
-    """The command sets the project's logger up for a terminal; each test begins without that."""
+    """Reset the project's logger, which the command line sets up for a terminal, before each test."""
     log.handlers[:] = []
     log.propagate = True
     log.setLevel(logging.NOTSET)

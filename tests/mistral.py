@@ -1,4 +1,4 @@
-"""The vocabulary of Mistral 7B, as mistral-common carries it: SentencePiece's own model, and a tokenizer of it."""
+"""The vocabulary of Mistral 7B from mistral-common: SentencePiece's own model, and tokenizers built from it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
-# LLaVA-Med's form: no space is written before an answer, and the prompt ends with "[/INST]".
+# LLaVA-Med's template: no space before an answer, and the prompt ends with "[/INST]".
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}[INST] "
     "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>\n{% else %}{{ part['text'] }}"
@@ -20,16 +20,16 @@ TEMPLATE = (
 
 
 def sentencepiece_model() -> Path:
-    """Mistral's tokenizer.model (version 1); skips the test where the packages are not installed."""
+    """Return Mistral's tokenizer.model (version 1); skip the test if the packages are not installed."""
     pytest.importorskip("sentencepiece", reason="sentencepiece is not installed (pip install medalign[dev])")
-    found = find_spec("mistral_common")  # only its file is needed, not its code
+    found = find_spec("mistral_common")  # only its file is used, not its code
     if found is None or not found.submodule_search_locations:
-        pytest.skip("mistral-common, which carries Mistral's vocabulary, is not installed (pip install medalign[dev])")
+        pytest.skip("mistral-common, which contains Mistral's vocabulary, is not installed (pip install medalign[dev])")
     return Path(found.submodule_search_locations[0]) / "data" / "tokenizer.model.v1"
 
 
 def prepend_tokenizer(template: str = TEMPLATE) -> PreTrainedTokenizerFast:
-    """A fast tokenizer in the form of Llama's and Mistral's first tokenizer.json: the normalizer prepends a space."""
+    """Build a fast tokenizer as in Llama's and Mistral's first tokenizer.json: the normalizer prepends a space."""
     from transformers.tokenization_utils_sentencepiece import SentencePieceExtractor
 
     vocabulary, _, merges = SentencePieceExtractor(str(sentencepiece_model())).extract()
@@ -44,7 +44,7 @@ def prepend_tokenizer(template: str = TEMPLATE) -> PreTrainedTokenizerFast:
 
 
 def slow_tokenizer(template: str = TEMPLATE) -> Any:
-    """The same as a slow tokenizer around SentencePiece itself."""
+    """Build the same tokenizer as a slow one, which uses SentencePiece itself."""
     from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 
     return _finished(

@@ -28,7 +28,7 @@ class ZLoss(LossTerm):
 
 
 def z_loss(config: Config) -> LossTerm:
-    """What `losses.extra: [tests.own_loss.z_loss]` names."""
+    """The factory for `losses.extra: [tests.own_loss.z_loss]`."""
     assert config.student.path
     return ZLoss()
 

@@ -37,7 +37,7 @@ SPECIAL = ["<pad>", "<s>", "</s>", "<image>"]
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Bytes as tokens: every text has an encoding."""
+    """Build a tokenizer of bytes, which encodes every text."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate([*SPECIAL, *alphabet])}
     backend = Tokenizer(models.BPE(vocabulary, []))
@@ -63,9 +63,9 @@ def save_student(
     kind: type[PreTrainedConfig] = LlamaConfig,
     **language: Any,
 ) -> Path:
-    """A LLaVA of random weights: 8-pixel patches (a 4 x 4 grid), grouped-query attention, width 32.
+    """Save a LLaVA of random weights: 8-pixel patches (a 4 x 4 grid), grouped-query attention, width 32.
 
-    `kind` is the language model's, and `language` its settings beside the common ones.
+    `kind` is the configuration class of the language model, and `language` its further settings.
     """
     torch.manual_seed(seed)
     words = tokenizer()
@@ -92,7 +92,7 @@ def save_student(
     )
     config = LlavaConfig(vision_config=vision, text_config=text, image_token_id=3, pad_token_id=0)
     model = LlavaForConditionalGeneration(config)
-    with torch.no_grad():  # sharper than the default start, so that attention and answers are not all alike
+    with torch.no_grad():  # larger than the default weights, so that attention and answers differ
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1:
                 parameter.mul_(4.0 if "proj" in name else 2.0)
@@ -120,7 +120,7 @@ def batch(
     size: int = 32,
     seed: int = 0,
 ) -> Batch:
-    """Samples of one image each (or none): <s>, image tokens, then (question, answer) tokens as `texts` counts them."""
+    """Build samples with one image each, or none: <s>, image tokens, then tokens (question, answer) as in `texts`."""
     draw = torch.Generator().manual_seed(seed)
     rows = []
     for number, (question, answer) in enumerate(texts):
@@ -156,7 +156,7 @@ def batch(
 
 
 def packed(padded: Batch) -> Batch:
-    """The same samples end to end in one row."""
+    """Concatenate the samples of a batch in one row."""
     valid = padded.attention_mask
     rows = ("input_ids", "attention_mask", "labels", "question_mask", "image_index")
     flat = {name: getattr(padded, name)[valid][None] for name in rows}
@@ -164,7 +164,7 @@ def packed(padded: Batch) -> Batch:
 
 
 def save_teacher(folder: Path, *, image_size: int = 48, seed: int = 0) -> Path:
-    """An open_clip CLIP of random weights: 8-pixel patches on 48 pixels, 6 x 6 of them to the student's 4 x 4."""
+    """Save an open_clip CLIP of random weights: 6 x 6 patches of 8 pixels, unlike the student's 4 x 4."""
     torch.manual_seed(seed)
     model_config = {
         "embed_dim": 16,

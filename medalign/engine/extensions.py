@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from torch.utils.cpp_extension import get_default_build_root
 
 from medalign import distributed
@@ -17,14 +18,14 @@ from medalign.errors import ConfigError
 log = logging.getLogger("medalign")
 
 LOCK_TIMEOUT = 600.0  # seconds; the largest of these extensions compiles in less
-_POLL = 1.0  # seconds
+_POLL = 0.2  # seconds
 _REPORT = 30.0  # seconds between two messages
 
 
 def prepare(settings: Mapping[str, Any], timeout: float = LOCK_TIMEOUT) -> None:
     """Warn if the start will compile an extension, and wait until no other process is compiling one.
 
-    torch waits for such a lock forever and in silence, also if the process that created it was killed.
+    torch waits for the lock of an extension forever and in silence.
 
     Args:
         settings: a DeepSpeed configuration.
@@ -62,20 +63,28 @@ def _purpose(settings: Mapping[str, Any]) -> str:
 
 def _wait_for_locks(folder: Path, timeout: float) -> None:
     begin = reported = time.monotonic()
-    while locks := _locks(folder):
+    while held := [lock for lock in _locks(folder) if _is_held(lock)]:
         now = time.monotonic()
         if now - begin > timeout:
             raise ConfigError(
-                f"{locks[0]} has existed for {timeout / 60:.0f} minutes: another process is compiling an extension, or "
-                "was killed while it did. If none is compiling, delete this file; otherwise set TORCH_EXTENSIONS_DIR "
-                "to another folder"
+                f"another process has held {held[0]} for {timeout / 60:.0f} minutes, in which torch compiles an "
+                "extension; end that process, or set TORCH_EXTENSIONS_DIR to another folder"
             )
-        if now == begin or now - reported > _REPORT:
-            log.warning("waiting for another process that holds %s", locks[0])
+        if reported == begin or now - reported > _REPORT:
+            log.warning("waiting for another process, which holds %s", held[0])
             reported = now
-        time.sleep(min(_POLL, timeout))
+        time.sleep(_POLL)
 
 
 def _locks(folder: Path) -> list[Path]:
     # FOLDER/NAME/lock, or FOLDER/VERSIONS/NAME/lock if TORCH_EXTENSIONS_DIR is not set
     return sorted([*folder.glob("*/lock"), *folder.glob("*/*/lock")])
+
+
+def _is_held(lock: Path) -> bool:
+    """Return whether another process has locked a file. torch leaves the file behind when it releases the lock."""
+    try:
+        with FileLock(lock, timeout=0):
+            return False
+    except Timeout:
+        return True

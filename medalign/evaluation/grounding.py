@@ -40,10 +40,8 @@ def grounding(
 ) -> Grounding | None:
     """Compare a question's attention with boxes.
 
-    The boxes count as their union, clipped to the image. A patch that is partly inside counts in proportion. A patch
-    is a hit if its center is inside a box or if it contains the center of a box, which may be smaller than a patch.
-    The pointing game uses the patch with the largest attention (the first one of several) among the patches that show
-    a part of the image.
+    The boxes count as their union, clipped to the image. A patch that is partly inside counts in proportion. The
+    pointing game uses the patch with the largest attention (the first one of several) that shows a part of the image.
 
     Args:
         attention_N: attention of any positive scale.
@@ -92,7 +90,11 @@ def _clip(box: Box, frame: CanvasFrame) -> tuple[float, float, float, float]:
 
 
 def _hits(unit_boxes: Sequence[tuple[float, float, float, float]], grid: PatchGrid) -> np.ndarray:
-    """Return which patches are hits, [N] bool."""
+    """Return which patches are hits, [N] bool.
+
+    A patch is a hit if its center is inside a box, or if it contains the center of a box, which may be smaller than a
+    patch.
+    """
     y = (np.arange(grid.rows) + 0.5) / grid.rows
     x = (np.arange(grid.columns) + 0.5) / grid.columns
     hits = np.zeros((grid.rows, grid.columns), dtype=bool)

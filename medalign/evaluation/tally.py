@@ -1,4 +1,4 @@
-"""Counts of an evaluation besides its scores: truncated or empty answers, skipped or duplicate samples."""
+"""Counts of an evaluation, apart from its scores: truncated or empty answers, skipped or duplicate samples."""
 
 from __future__ import annotations
 

@@ -68,21 +68,9 @@ def language_model(
     Raises:
         ValueError: a shape does not match, or the logit of a supervised token was not kept.
     """
-    if logits_BKV.shape[:2] != (labels_BL.shape[0], kept_K.shape[0]):
-        raise ValueError(
-            f"language_model: logits {tuple(logits_BKV.shape)} must be [{labels_BL.shape[0]}, {kept_K.shape[0]}, V] "
-            f"for labels {tuple(labels_BL.shape)} and {kept_K.shape[0]} kept positions"
-        )
-    # The last position predicts a token beyond the sequence.
-    target_BK = F.pad(labels_BL[:, 1:], (0, 1), value=IGNORE)[:, kept_K]
+    target_BK = _targets(logits_BKV, kept_K, labels_BL)
     supervised_BK = target_BK != IGNORE
     target_T = target_BK[supervised_BK]
-    expected = int(supervised_tokens(labels_BL))
-    if target_T.shape[0] != expected:
-        raise ValueError(
-            f"language_model: logits were kept for {target_T.shape[0]} of {expected} supervised tokens; "
-            "keep every position that comes before a label"
-        )
     logits_TV = logits_BKV[supervised_BK].float()
     if sample_BL is None:
         return LossValue(F.cross_entropy(logits_TV, target_T, reduction="sum"), count=supervised_BK.sum().float())
@@ -90,6 +78,24 @@ def language_model(
     sample_T = F.pad(sample_BL[:, 1:], (0, 1))[:, kept_K][supervised_BK]
     tokens_S = supervised_by_sample(labels_BL, sample_BL)
     return LossValue(sum=(loss_T / tokens_S[sample_T]).sum(), count=(tokens_S > 0).sum().float())
+
+
+def _targets(logits_BKV: torch.Tensor, kept_K: torch.Tensor, labels_BL: torch.Tensor) -> torch.Tensor:
+    """Return the label that each kept logit predicts, [B, K], after a check that none is missing."""
+    if logits_BKV.shape[:2] != (labels_BL.shape[0], kept_K.shape[0]):
+        raise ValueError(
+            f"language_model: logits {tuple(logits_BKV.shape)} must be [{labels_BL.shape[0]}, {kept_K.shape[0]}, V] "
+            f"for labels {tuple(labels_BL.shape)} and {kept_K.shape[0]} kept positions"
+        )
+    # The last position predicts a token beyond the sequence.
+    target_BK = F.pad(labels_BL[:, 1:], (0, 1), value=IGNORE)[:, kept_K]
+    found, expected = (target_BK != IGNORE).sum(), supervised_tokens(labels_BL)
+    if found != expected:  # the only wait for the device
+        raise ValueError(
+            f"language_model: logits were kept for {int(found)} of {int(expected)} supervised tokens; "
+            "keep every position that comes before a label"
+        )
+    return target_BK
 
 
 def supervised_tokens(labels_BL: torch.Tensor) -> torch.Tensor:

@@ -121,7 +121,7 @@ def _about_kind(rng: np.random.Generator, findings: Sequence[Finding], yes: bool
 
 
 def _about_side(rng: np.random.Generator, findings: Sequence[Finding]) -> Question:
-    """Half of the questions with the answer no name the right kind on the wrong side, so that the side matters."""
+    """Ask about a kind on one side. In half of the questions with the answer no, it is present on the other side."""
     sided = [finding for finding in findings if finding.side]
     sites: set[tuple[Kind, Side]] = {(finding.kind, finding.side) for finding in sided}
     everywhere: list[tuple[Kind, Side]] = [(kind, side) for kind in KINDS if kind != "cardiomegaly" for side in SIDES]

@@ -1,6 +1,6 @@
-"""The house stands: imports go down, vendors come in by one door, nothing prints, nothing unpickles.
+"""The package's structure: imports descend, each library has one door, nothing prints, nothing unpickles.
 
-The checks read the sources as syntax trees and import none of them.
+The checks parse the sources and do not import them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ FLOORS = (
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
-# vendor: the files, as patterns under medalign/, that may import it
+# library: the files that may import it, as patterns under medalign/
 DOORS: dict[str, tuple[str, ...]] = {
     "deepspeed": ("engine/*",),
     "fsspec": ("data/storage/filesystems.py",),
@@ -46,8 +46,8 @@ DOORS: dict[str, tuple[str, ...]] = {
 PICKLERS = ("pickle", "cPickle", "dill", "joblib", "cloudpickle", "shelve")
 HARMLESS = "pickle.UnpicklingError"  # what torch.load(weights_only=True) raises
 
-# Names of files and folders in a run's folder: only run_folder.py spells them. Those of the second line are common
-# words, and a breach only where they are joined to a path.
+# Names of files and folders in a run's folder, which only run_folder.py may contain. Those in RUN_FOLDERS are common
+# words, and count only if they are joined to a path.
 LAYOUT_OWNER = "run_folder.py"
 RUN_FILES = {
     "config.yaml",
@@ -78,7 +78,7 @@ def room(module: str) -> str:
 
 
 def imports(path: str, tree: ast.Module) -> Iterator[tuple[str, int]]:
-    """Every imported name with its line, relative ones made absolute, also those inside functions."""
+    """Yield every imported name with its line, including imports inside functions. Relative names become absolute."""
     package = (PACKAGE, *Path(path).parts[:-1])
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -90,14 +90,14 @@ def imports(path: str, tree: ast.Module) -> Iterator[tuple[str, int]]:
 
 
 def internal_imports(texts: Sources) -> dict[str, dict[str, int]]:
-    """For each module the modules of the package that it imports, with the line."""
+    """Return, for each module, the modules of the package that it imports, with the line."""
     modules = {module_name(path) for path in texts}
     graph: dict[str, dict[str, int]] = {module_name(path): {} for path in texts}
     for path, text in texts.items():
         for name, line in imports(path, ast.parse(text)):
             if name.split(".")[0] != PACKAGE:
                 continue
-            # `from medalign.a import b` names the module a.b, or something inside the module a.
+            # `from medalign.a import b` imports the module a.b, or an object in the module a.
             target = name
             while target not in modules and "." in target:
                 target = target.rpartition(".")[0]
@@ -149,7 +149,7 @@ def door_breaches(texts: Sources) -> list[str]:
 
 
 def dangers(texts: Sources) -> list[str]:
-    """Prints, unpickling, and code from a model's folder."""
+    """Return calls that print, unpickle, or run code from a model's folder."""
     found = []
     for path, text in texts.items():
         tree = ast.parse(text)
@@ -169,7 +169,7 @@ def dangers(texts: Sources) -> list[str]:
 
 
 def layout_breaches(texts: Sources) -> list[str]:
-    """Paths of a run's folder that are spelled outside the file that owns its layout."""
+    """Return names in a run's folder that occur outside the file that defines its layout."""
     return [
         f"{path}:{line} spells {name!r} of a run's folder; take it from {LAYOUT_OWNER}"
         for path, text in texts.items()
@@ -215,7 +215,7 @@ def is_constant(node: ast.expr | None, value: object) -> bool:
 
 
 @pytest.mark.parametrize("check", [floor_breaches, cycles, door_breaches, dangers, layout_breaches])
-def test_the_house_stands(check):
+def test_the_package_keeps_its_structure(check):
     assert check(sources()) == []
 
 

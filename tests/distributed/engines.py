@@ -1,4 +1,4 @@
-"""What the ranks of test_engine.py do: engines of two small layers, without a student."""
+"""The workers of test_engine.py: engines with two small layers, without a student."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DECAYS = {"first": 0.5, "second": 0.0}
 
 
 def accumulated(settings: dict[str, Any]) -> dict[str, float]:
-    """Relative error of the gradient that Adam gets, by configuration, against the exact mean of the same gradients."""
+    """Return the relative error of the gradient that Adam receives, by configuration."""
     door.start({})
     results = {}
     for name in settings["engines"]:
@@ -71,7 +71,7 @@ def _gradients() -> Iterator[list[torch.Tensor]]:
 
 
 def _error(engine: Engine) -> float:
-    """The first moment after the first update is a tenth of its gradient."""
+    """Compare with the exact mean. The first moment after the first update is a tenth of its gradient."""
     exact = [sum(parts) / (MICRO_BATCHES * distributed.world_size()) for parts in zip(*_gradients(), strict=True)]
     errors = []
     for parameter, wanted in zip(engine.student.parameters(), exact, strict=True):
@@ -81,7 +81,7 @@ def _error(engine: Engine) -> float:
 
 
 def reloaded(settings: dict[str, Any]) -> dict[str, Any]:
-    """The optimizer's groups and counters after two updates, a save, a load, and one more update."""
+    """Return the optimizer's groups and counters after two updates, a save, a load, and one more update."""
     door.start({})
     results: dict[str, Any] = {}
     for name in settings["engines"]:

@@ -1,4 +1,4 @@
-"""Starts real ranks on this machine: one process each, gloo, ZeRO-3."""
+"""Starts real ranks on this machine, one process per rank."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TIMEOUT = 300  # seconds; a hang becomes a failure
 
 
 def start(arguments: list[str], world: int, **variables: str) -> list[subprocess.Popen]:
-    """`python ARGUMENTS` once a rank, with the variables that a launcher sets."""
+    """Start `python ARGUMENTS` once per rank, with the variables that a launcher sets."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -41,7 +41,7 @@ def start(arguments: list[str], world: int, **variables: str) -> list[subprocess
 
 
 def finish(processes: list[subprocess.Popen]) -> list[str]:
-    """Waits for all; what each printed. Fails with that text if one failed or did not end in time."""
+    """Wait for all processes and return their output. Fail with the output if one failed or timed out."""
     outputs = []
     try:
         for process in processes:
@@ -55,7 +55,7 @@ def finish(processes: list[subprocess.Popen]) -> list[str]:
 
 
 def run_worker(worker: str, settings: dict[str, Any], world: int, folder: Path, module: str = "workers") -> list[Any]:
-    """Calls function `worker` of a module beside this one on each rank; returns what each returned (JSON)."""
+    """Call the function `worker` of a module in this folder on each rank; return the results (JSON)."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "settings.json").write_text(json.dumps(settings))
     finish(start(["-m", f"tests.distributed.{module}", worker, str(folder)], world))

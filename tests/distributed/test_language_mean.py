@@ -1,4 +1,4 @@
-"""The language loss as a mean over samples: the same loss and gradient however a batch is cut."""
+"""The language loss as a mean over samples: loss and gradient do not depend on how a batch is divided."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CUTS = {
 
 @pytest.mark.parametrize("world", CUTS)
 def test_the_gradient_is_that_of_a_plain_implementation(tmp_path, student_folder, teacher_folder, world):
-    """float32 sums in another order: 1e-6 of loss and gradient. A mean over tokens would be off by 0.75 of it."""
+    """Sums in another order differ by 1e-6 of loss and gradient. A mean over tokens would differ by 75 %."""
     common = COMMON | {"engine": "zero2", "student": str(student_folder), "teacher": str(teacher_folder)}
     ranks: list[dict[str, Any]] = run_worker(
         "language_gradients", {"common": common, "scenarios": CUTS[world]}, world, tmp_path

@@ -1,4 +1,4 @@
-"""What befalls one of two ranks ends both with the same clear error, and leaves what was good."""
+"""A failure on one of two ranks ends both with the same error, and keeps earlier checkpoints."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def ranks(folder, student_folder, teacher_folder) -> list[dict[str, Any]]:
 
 
 def both(ranks: list[dict[str, Any]], *path: str) -> Any:
-    """What both ranks have there, which must be the same."""
+    """Return the result at this path, which must be the same on both ranks."""
     one, other = ranks
     for name in path:
         one, other = one[name], other[name]
@@ -39,34 +39,34 @@ def test_all_raise_the_error_of_one(ranks):
     assert both(ranks, "together") == "DataError: rank 1: naïve: a shard is lost"
 
 
-def test_a_damage_that_one_rank_finds_makes_all_take_the_checkpoint_before(ranks):
+def test_damage_found_by_one_rank_makes_all_ranks_take_the_checkpoint_before(ranks):
     assert both(ranks, "latest") == {"whole": "/step-000002", "damaged": "/step-000001"}
 
 
 def test_a_shard_that_one_rank_loses_ends_all(ranks):
-    """Before the second step, so that step 1 is the last checkpoint."""
+    """The shard is lost before the second step, so step 1 is the last checkpoint."""
     found = both(ranks, "lost shard")
     assert found == {"raised": "DataError: rank 1: train/shard-000001.tar is gone", "saved": [1]}
 
 
-def test_a_loss_that_is_no_number_ends_all_and_is_never_saved(ranks):
+def test_a_loss_that_is_not_finite_ends_all_ranks_and_is_never_saved(ranks):
     for rank in ranks:
         assert rank["diverged"]["saved"] == [1]
         assert rank["diverged"]["raised"].startswith("DivergedError: step 2: loss/language is nan")
 
 
 @pytest.mark.parametrize("trouble", ["rank 0 full", "rank 1 full", "export full", "no folder"])
-def test_a_disk_that_fails_one_rank_ends_all(ranks, trouble):
-    said = both(ranks, "checkpoints", trouble)
-    assert re.fullmatch(r"CheckpointError: (rank 1: )?checkpoint .*step-000002 could not be written \(.+\); .*", said)
+def test_a_disk_failure_on_one_rank_ends_all_ranks(ranks, trouble):
+    shown = both(ranks, "checkpoints", trouble)
+    assert re.fullmatch(r"CheckpointError: (rank 1: )?checkpoint .*step-000002 could not be written \(.+\); .*", shown)
 
 
-def test_troubles_leave_the_earlier_checkpoint_and_an_engine_that_saves_again(ranks):
+def test_failures_leave_the_earlier_checkpoint_and_an_engine_that_can_save_again(ranks):
     assert both(ranks, "checkpoints", "left") == ["file", "latest", "step-000001"]
     assert both(ranks, "checkpoints", "after") == "step-000002"
 
 
-def test_an_export_holds_what_the_sharded_student_learnt(ranks, folder):
+def test_an_export_contains_the_trained_values_of_the_sharded_student(ranks, folder):
     assert ranks[0]["export"] == {"names": [], "differ": [], "still": []}
     student = export.load_export(folder / "export", torch.float32, torch.device("cpu"))
     with torch.no_grad():

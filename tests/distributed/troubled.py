@@ -1,4 +1,4 @@
-"""What two ranks do when one of them meets trouble; all in one process group, with one engine."""
+"""The workers of test_troubles.py: failures on one of two ranks, in one process group with one engine."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ MICRO = {"micro": 2}
 
 
 def troubles(settings: dict[str, Any]) -> dict[str, Any]:
-    """Each trouble in turn: what this rank raised, and what was left."""
+    """Cause each failure in turn; return what this rank raised and what was left."""
     door.start({})
     folder = Path(settings["folder"])
     config = configure(settings | MICRO)
     config.train.steps, config.checkpoint.interval = 3, 1
     engine, student, step = build(config)
-    # On the CPU the kernels of distillation refuse what is no number before the loss can be one.
+    # On the CPU, the distillation kernels refuse values that are not finite before a loss is computed from them.
     language = TrainStep(engine, None, Objective([LanguageTerm()]), student.spec.grid)
     results = {
         "together": raised(lambda: _together(1)),
@@ -50,7 +50,7 @@ def troubles(settings: dict[str, Any]) -> dict[str, Any]:
         "lost shard": _loop(config, step, _lost_shard),
         "export": _exported(config, engine, student, folder / "export"),
         "checkpoints": _checkpoints(engine, folder / "checkpoints"),
-        "diverged": _loop(config, language, _not_a_number),  # the last: nothing of the student is left
+        "diverged": _loop(config, language, _not_a_number),  # last, because the student is unusable afterwards
     }
     door.stop()
     return results
@@ -59,7 +59,7 @@ def troubles(settings: dict[str, Any]) -> dict[str, Any]:
 def raised(act: Callable[[], object]) -> str:
     try:
         act()
-    except Exception as error:  # noqa: BLE001 (whatever it is, the test compares it)
+    except Exception as error:  # noqa: BLE001 (the test compares any exception)
         return f"{type(error).__name__}: {error}"
     return "nothing"
 
@@ -71,7 +71,7 @@ def _together(troubled: int) -> None:
 
 
 def _latest(engine: Engine, root: Path) -> dict[str, str]:
-    """Two checkpoints, whose files both ranks check: rank 1 finds the damage of its share."""
+    """Write two checkpoints, whose files both ranks check. Rank 1 finds the damage in its part."""
     for step in (1, 2):
         CheckpointWriter(engine, root, 2, "", _make_on_main).save(TrainState(step=step, samples=0, ranks=2))
     found = {"whole": str(find_whole(root)).removeprefix(str(root))}
@@ -100,8 +100,8 @@ def _loop(config: Config, step: TrainStep, batches: Callable[[], Iterator[list[B
         return Path()
 
     checkpointing = Checkpointing(config.checkpoint.interval, save)
-    said = raised(lambda: Trainer(config, step, batches(), begun, [checkpointing]).fit())
-    return {"raised": said, "saved": saved}
+    shown = raised(lambda: Trainer(config, step, batches(), begun, [checkpointing]).fit())
+    return {"raised": shown, "saved": saved}
 
 
 def _lost_shard() -> Iterator[list[Batch]]:
@@ -112,7 +112,7 @@ def _lost_shard() -> Iterator[list[Batch]]:
 
 
 def _not_a_number() -> Iterator[list[Batch]]:
-    """From the second step on, a picture of rank 1 is not one."""
+    """Yield batches in which the pictures of rank 1 are NaN from the second step on."""
     yield share(MICRO, 0)
     for step in itertools.count(1):
         batches = share(MICRO, step)
@@ -123,7 +123,7 @@ def _not_a_number() -> Iterator[list[Batch]]:
 
 
 def _exported(config: Config, engine: Engine, student: Student, folder: Path) -> dict[str, Any]:
-    """After some training: the exported values against those of the sharded student, whose logits are kept too."""
+    """Compare the exported values with those of the sharded student after some training, and keep its logits."""
     whole = engine.gather_parameters([pair for group in student.trainable().values() for pair in group])
     engine.student.eval()
     with torch.no_grad():
@@ -147,7 +147,7 @@ def _exported_name(name: str) -> str:
 
 
 def _checkpoints(engine: Engine, root: Path) -> dict[str, Any]:
-    """One checkpoint, then troubles of every kind, then another checkpoint."""
+    """Write a checkpoint, cause failures of every kind, then write another checkpoint."""
 
     def save(step: int, export: Callable[[Path], None], root: Path = root) -> Path:
         return CheckpointWriter(engine, root, 1, "", export).save(TrainState(step=step, samples=0, ranks=2))
@@ -174,7 +174,7 @@ def _checkpoints(engine: Engine, root: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def room(size: int, rank: int) -> Iterator[None]:
-    """No file of this rank may grow beyond `size` bytes."""
+    """Limit the files of this rank to `size` bytes."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     if distributed.rank() == rank:
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))

@@ -1,4 +1,4 @@
-"""What the ranks of the distributed tests do. Each function takes settings and returns something JSON can hold."""
+"""The workers of the distributed tests. Each function takes settings and returns values for JSON."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def configure(settings: dict[str, Any]) -> Config:
 
 
 def rows(settings: dict[str, Any], step: int) -> list[Batch]:
-    """The global batch of a step, one sample a batch, uneven in length; None of them padded."""
+    """Return the global batch of a step as batches of one sample, of different lengths and without padding."""
     lengths = [(5, 4), (9, 2), (3, 7), (6, 1), (2, 2), (8, 3), (4, 4), (7, 5)][: settings.get("batch", 4)]
     return [
         tiny.batch(
@@ -60,7 +60,7 @@ def rows(settings: dict[str, Any], step: int) -> list[Batch]:
 
 
 def join(parts: list[Batch]) -> Batch:
-    """Several batches of one sample as one, padded on the right."""
+    """Join several batches of one sample to one batch, padded on the right."""
     longest = max(part.input_ids.shape[1] for part in parts)
     fills = {"input_ids": 0, "attention_mask": False, "labels": -100, "question_mask": False, "image_index": -1}
 
@@ -80,7 +80,7 @@ def join(parts: list[Batch]) -> Batch:
 
 
 def share(settings: dict[str, Any], step: int) -> list[Batch]:
-    """This rank's micro-batches of a step."""
+    """Return this rank's micro-batches of a step."""
     whole = rows(settings, step)
     mine = len(whole) // distributed.world_size()
     local = whole[distributed.rank() * mine :][:mine]
@@ -96,7 +96,7 @@ def share(settings: dict[str, Any], step: int) -> list[Batch]:
 
 
 def digest(tensors: dict[str, torch.Tensor]) -> str:
-    """One hash of many tensors, bit for bit."""
+    """Return one hash of the bits of many tensors."""
     total = hashlib.sha256()
     for name in sorted(tensors):
         total.update(name.encode())
@@ -105,7 +105,7 @@ def digest(tensors: dict[str, torch.Tensor]) -> str:
 
 
 def scenarios(settings: dict[str, Any]) -> dict[str, Any]:
-    """Every named scenario in turn, in one process group: starting ranks costs more than their work."""
+    """Run every scenario in turn, in one process group, because starting ranks takes longer than their work."""
     door.start({})
     results = {name: train(settings["common"] | own) for name, own in settings["scenarios"].items()}
     door.stop()
@@ -134,7 +134,7 @@ def build(config: Config, *, steered: bool = False, warm: bool = False) -> tuple
 
 
 def train(settings: dict[str, Any]) -> dict[str, Any]:
-    """Some steps under ZeRO. Returns the losses, the frozen weights before and after, and what changed."""
+    """Train some steps under ZeRO; return the losses, hashes of the frozen weights, and what changed."""
     config = configure(settings)
     engine, student, step = build(config, steered=settings.get("steered", False))
     sharded = sum(p.ds_numel > p.ds_tensor.numel() for p in student.parameters() if hasattr(p, "ds_tensor"))
@@ -156,7 +156,7 @@ def train(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def language_gradients(settings: dict[str, Any]) -> dict[str, Any]:
-    """For each named scenario: loss and gradient of one step under ZeRO, beside those of `_plain_gradients`."""
+    """Compare loss and gradient of one step of each scenario under ZeRO with those of `_plain_gradients`."""
     door.start({})
     results = {name: _language_gradients(settings["common"] | own) for name, own in settings["scenarios"].items()}
     door.stop()
@@ -186,7 +186,7 @@ def _language_gradients(settings: dict[str, Any]) -> dict[str, float]:
 
 
 def _plain_gradients(config: Config, samples: list[Batch]) -> tuple[float, dict[str, torch.Tensor]]:
-    """The mean over samples of each one's mean loss, a forward and backward pass each, without an engine."""
+    """Return the mean over samples of their mean losses, with one pass per sample and without an engine."""
     student = load_student(config.student, precision(config))
     _warm(student)
     total = 0.0
@@ -200,7 +200,7 @@ def _plain_gradients(config: Config, samples: list[Batch]) -> tuple[float, dict[
 
 
 def _warm(student: Student) -> None:
-    """Adapters and W start at random. The projector keeps its weights: ZeRO-3 may have partitioned them by now."""
+    """Initialize adapters and W randomly, but not the projector, which ZeRO-3 may have partitioned already."""
     torch.manual_seed(1)
     for group in ("adapters", "steering"):
         for _, parameter in student.trainable()[group]:
@@ -212,7 +212,7 @@ def _everything(engine: Engine, student: Student) -> dict[str, torch.Tensor]:
 
 
 def main(functions: dict[str, Any]) -> None:
-    """The function that the command line names, with the settings of the folder that it names."""
+    """Run the function on the command line with the settings in the folder on the command line."""
     folder = Path(sys.argv[2])
     result = functions[sys.argv[1]](json.loads((folder / "settings.json").read_text()))
     (folder / f"result-{distributed.rank()}.json").write_text(json.dumps(result))

@@ -1,4 +1,4 @@
-"""The documentation's pages, taken apart for the tests."""
+"""Parses the documentation's pages for the tests."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ class Block(NamedTuple):
     """A fenced block of commands or of Python."""
 
     page: str
-    mark: str  # "runs", "runs as FILE" for a module that others import, or "needs: ..." for what a test lacks
+    mark: str  # "runs", "runs as FILE" for a module that other blocks import, or "needs: ..." if a test cannot run it
     language: str
     text: str
 
     def commands(self) -> list[list[str]]:
-        """The words of each command, continued lines joined, comments left out."""
+        """Return the words of each command, with continued lines joined and without comments."""
         lines = self.text.replace("\\\n", " ").splitlines()
         return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
 def blocks(language: str) -> Iterator[Block]:
-    """All blocks of a language, page by page."""
+    """Yield all blocks of a language, page by page."""
     for page in PAGES:
         for match in _BLOCK.finditer(page.read_text(encoding="utf-8")):
             if match["language"] == language:
@@ -40,7 +40,7 @@ def blocks(language: str) -> Iterator[Block]:
 
 
 def medalign_commands() -> Iterator[tuple[str, list[str]]]:
-    """Page and arguments of each call of medalign, whichever launcher starts it."""
+    """Yield the page and the arguments of each call of medalign, with any launcher."""
     for block in blocks("bash"):
         for words in block.commands():
             if "medalign" in words:
@@ -48,14 +48,14 @@ def medalign_commands() -> Iterator[tuple[str, list[str]]]:
 
 
 def command_name(arguments: list[str]) -> str:
-    """The command that has its own help: "train", or "shards jsonl"."""
+    """Return the command that has its own help: "train", or "shards jsonl"."""
     if arguments[0] == "shards" and ":" in arguments[1]:  # the page's own converter; it has the options of all
         return "shards jsonl"
     return " ".join(arguments[: 2 if arguments[0] == "shards" else 1])
 
 
 def hook(name: str) -> ModuleType:
-    """A module of docs/, which is no package."""
+    """Load a module of docs/, which is not a package."""
     spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -1,4 +1,4 @@
-"""The documentation builds without a warning, and what it names exists."""
+"""The documentation builds without warnings, and the settings, options, files and links in it exist."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ def run(words: list[str], folder: Path) -> str:
 
 @pytest.fixture(scope="module")
 def help_of() -> dict[str, str]:
-    """What `--help` of each command that the documentation calls says, all from one process."""
+    """The `--help` text of each command in the documentation, all from one process."""
     names = sorted({command_name(arguments) for _, arguments in medalign_commands()})
     return json.loads(run([sys.executable, "-c", ALL_HELP, json.dumps(names)], ROOT))
 
 
 def settings(kind: type = Config, prefix: str = "") -> set[str]:
-    """Every setting's dotted name, and those of the sections."""
+    """Return the dotted names of all settings and sections."""
     hints, names = get_type_hints(kind), set()
     for item in fields(kind):
         names.add(prefix + item.name)
@@ -62,7 +62,7 @@ def test_the_site_builds_without_a_warning_and_can_be_searched(tmp_path):
     assert "{{" not in re.sub(r"<script.*?</script>", "", pages, flags=re.DOTALL), "a placeholder was not replaced"
 
 
-def test_every_block_runs_or_says_what_it_needs():
+def test_every_block_runs_or_is_marked_with_what_it_needs():
     marked = [*blocks("bash"), *blocks("python")]
     assert marked and [b for b in marked if b.mark != RUNS and not b.mark.startswith((RUNS_AS, NEEDS))] == []
 
@@ -71,7 +71,7 @@ def test_every_option_exists(help_of):
     assert len(help_of) >= 8
     for page, arguments in medalign_commands():
         known = help_of[command_name(arguments)] + (help_of["train"] if arguments[0] == "inspect" else "")
-        assert known, f"{page}: there is no command {command_name(arguments)}"
+        assert known, f"{page}: unknown command {command_name(arguments)}"
         for word in arguments:
             if word.startswith("--"):
                 option = re.escape(word.partition("=")[0])
@@ -79,17 +79,17 @@ def test_every_option_exists(help_of):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_what_a_page_names_exists(page):
+def test_settings_and_files_on_a_page_exist(page):
     text, known = page.read_text(encoding="utf-8"), settings()
     sections = "|".join(item.name for item in fields(Config))
     for name in re.findall(rf"[`-]((?:{sections})(?:\.[a-z_]+)+)(?![\w.*(])", text):
-        assert name in known or (page.parent / name).exists(), f"there is no setting {name}"
+        assert name in known or (page.parent / name).exists(), f"unknown setting {name}"
     for path in re.findall(r"(?<![\w/.-])(?:tools|tests|slurm|ds_configs)/[\w./-]*\w", text):
-        assert (ROOT / path).exists() or path.startswith(GENERATED), f"there is no {path}"
+        assert (ROOT / path).exists() or path.startswith(GENERATED), f"{path} does not exist"
 
 
 @pytest.mark.parametrize("page", FRONT, ids=lambda page: page.name)
-def test_links_lead_somewhere(page):
+def test_links_are_valid(page):
     """The build with mkdocs checks the links in docs/."""
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8")):
         assert (ROOT / target).exists(), target
@@ -121,8 +121,8 @@ class TestQuickstartFigures:
         assert "| language loss only | 50.0 |" in self.table.scores(facts)
         assert self.table.differences(facts).endswith("| +0.0 |  |")
 
-    def test_what_the_page_says_holds(self):
-        """The sentences of docs/results/quickstart.md that name a figure."""
+    def test_the_figures_in_the_text_of_the_page_are_correct(self):
+        """The sentences of docs/results/quickstart.md that contain a figure."""
         arms = self.table.load()["arms"]
 
         def gain(arm: str, other: str, name: str = "closed_accuracy") -> list[float]:

@@ -1,4 +1,4 @@
-"""The blocks that the documentation marks with `runs` run, page by page, each page in a folder of its own."""
+"""The blocks that are marked with `runs` in the documentation run, each page in its own folder."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def run(words: list[str], folder: Path) -> None:
 
 
 def programs() -> dict[str, dict[str, str]]:
-    """Page -> file -> text. Blocks that name no file are put together in example.py, which is run."""
+    """Return page -> file -> text. Blocks without a file name are joined in example.py, which is run."""
     found: defaultdict[str, defaultdict[str, str]] = defaultdict(lambda: defaultdict(str))
     for block in blocks("python"):
         if block.mark == RUNS or block.mark.startswith(RUNS_AS):
@@ -41,7 +41,7 @@ def programs() -> dict[str, dict[str, str]]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """What the examples find in their folder: shards, a film, an evaluated run, images of a data set."""
+    """The folder of the examples: shards, a film, an evaluated run, images of a data set."""
     phantom.write_phantoms(tmp_path / "data", train=16, val=2, seed=0)
     film = phantom.study(0, 0).image
     film.save(tmp_path / "film.png")

@@ -1,4 +1,4 @@
-"""A small run on phantoms, made once: shards, a recipe for the tiny models, a trained run."""
+"""A small run on phantoms, created once: shards, a recipe for the tiny models, a trained run."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory, shards: Path, student_folde
 
 
 def train(recipe: Path, folder: Path, *overrides: str, world: int = 1) -> list[str]:
-    """Train as a launcher would; what each rank printed."""
+    """Train with this number of ranks; return the output of each rank."""
     return finish(start(command(recipe, folder, overrides), world))
 
 
@@ -51,7 +51,7 @@ def command(recipe: Path, folder: Path, overrides: Sequence[str] = ()) -> list[s
 
 
 def kill_at(recipe: Path, folder: Path, step: int, *overrides: str, world: int = 1) -> None:
-    """Starts a run and kills it, without warning, once it has written the row of `step`."""
+    """Start a run, and kill it with SIGKILL once it has written the row of `step`."""
     processes = start(command(recipe, folder, overrides), world)
     rows = folder / "metrics.jsonl"
     deadline = time.monotonic() + TIMEOUT
@@ -66,7 +66,7 @@ def kill_at(recipe: Path, folder: Path, step: int, *overrides: str, world: int =
 
 
 def losses(folder: Path) -> list[tuple]:
-    """What every step must have in common with that of another run to be the same to the bit."""
+    """Return the values of each step that must be bit-identical in two runs."""
     return [(row["step"], *(row[name] for name in EXACT)) for row in read_rows(folder / "metrics.jsonl")]
 
 

@@ -1,7 +1,7 @@
-"""`medalign` that kills itself while it writes a checkpoint: `python -m tests.e2e.dying MOMENT STEP WORD ...`.
+"""Runs `medalign` and kills it while it writes a checkpoint: `python -m tests.e2e.dying MOMENT STEP WORD ...`.
 
-MOMENT is "rename", when all is written and nothing yet renamed, or "pointer", when the checkpoint has its name and
-`latest` does not name it.
+MOMENT is "rename", when everything is written and nothing renamed yet, or "pointer", when the checkpoint has its name
+and `latest` still refers to an earlier one.
 """
 
 from __future__ import annotations

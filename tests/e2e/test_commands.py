@@ -1,4 +1,4 @@
-"""What a user types, after training: evaluate, generate, report, export."""
+"""The commands after training: evaluate, generate, report, export."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_evaluate_writes_predictions_and_scores(evaluated, shards):
     assert scores["grid"] == [4, 4] and scores["unreadable"] == 0
 
 
-def test_report_stands_alone(evaluated, tmp_path):
+def test_the_report_is_self_contained(evaluated, tmp_path):
     page = tmp_path / "report.html"
     assert main(["report", str(evaluated), "--output", str(page), "--examples", "2"]) == 0
     text = page.read_text()
@@ -57,11 +57,11 @@ def test_generate_answers_and_draws(trained, film, tmp_path, capsys):
     assert main([*words, "--overlay", str(overlay), "--max-new-tokens", "4"]) == 0
     assert capsys.readouterr().out.endswith("\n")
     width, height = Image.open(overlay).size
-    assert width / height == pytest.approx(1.5, rel=0.02)
+    assert abs(width - 1.5 * height) <= 1.5  # each side is rounded to whole pixels
 
 
 def test_an_export_answers_like_its_run(trained, film, tmp_path, capsys):
-    """W survives saving: the exported student gives the same words, and W's weights are not zero."""
+    """The export includes W: the exported student gives the same answer, and W is not zero."""
     folder = tmp_path / "export"
     assert main(["export", str(trained), "--output", str(folder)]) == 0
     question = ["--image", str(film), "--question", "Where is the nodule?", "--max-new-tokens", "12"]
@@ -74,13 +74,13 @@ def test_an_export_answers_like_its_run(trained, film, tmp_path, capsys):
     assert not list(folder.rglob("*.bin")) and not list(folder.rglob("*.pt"))
 
 
-def test_merging_is_refused_while_w_is_on(trained, tmp_path):
+def test_merging_is_refused_for_a_student_with_w(trained, tmp_path):
     with pytest.raises(ConfigError, match="steering"):
         export.merge(export.find_export(trained), tmp_path / "merged")
 
 
 def test_a_merged_folder_is_the_same_model(recipe, tmp_path):
-    """Logits of the merged HF folder against adapters beside the base: float32 products in another order, 1e-4."""
+    """Logits of the merged folder against base and adapters: float32 products in another order differ by 1e-4."""
     from tests import tiny
 
     run, folder = tmp_path / "plain", tmp_path / "merged"
@@ -103,7 +103,7 @@ def test_an_export_that_does_not_fit_is_refused(trained, tmp_path):
         open_student(folder)
 
 
-def test_a_folder_that_is_no_run_is_named(tmp_path):
+def test_a_folder_that_is_not_a_run_is_refused(tmp_path):
     assert main(["evaluate", str(tmp_path), "--data", str(tmp_path)]) == 2
     with pytest.raises(CheckpointError, match="contains no trained student"):
         export.find_export(tmp_path)

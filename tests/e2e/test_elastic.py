@@ -1,4 +1,4 @@
-"""A run killed on two ranks goes on, in the middle of its epoch, on one rank, is killed again, and ends on three."""
+"""A run is killed on two ranks in the middle of its epoch, resumed and killed on one, and finished on three."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from medalign.observability.rows import read_rows
 from tests.e2e.conftest import kill_at, train
 
-# Six samples per step can be cut for one, two and three ranks. No dropout, for its draws belong to a rank.
+# Six samples per step can be divided among one, two and three ranks. No dropout, because its masks depend on the rank.
 CUT = ("--train.batch_size", "6", "--train.micro_batch_size", "1", "--student.lora.dropout", "0")
-# Each of the four parameter groups trains, and they differ in learning rate and weight decay.
+# All four parameter groups are trained, with different learning rates and weight decays.
 RATE_WORDS = ("--train.lr", "1e-3", "--train.projector_lr", "1e-4", "--train.weight_decay", "0.1")
 GROUPS = ("--student.train_projector", "true", "--student.query_mixture", "true", *RATE_WORDS)
 STEPS = 9
@@ -23,7 +23,7 @@ RATES = ("optim/lr", "optim/lr_mixture", "optim/lr_steering", "optim/lr_projecto
 
 @pytest.fixture(scope="module", params=["cpu", "zero2"])
 def runs(request, recipe, tmp_path_factory) -> tuple[Path, Path]:
-    """The same training twice, ZeRO-3 and ZeRO-2: uninterrupted on two ranks, and killed on two, on one, ended on 3."""
+    """A run on two ranks, and one that is killed on two, then on one, and finished on three; ZeRO-3 and ZeRO-2."""
     words = (*CUT, *GROUPS, "--train.steps", str(STEPS), "--engine.deepspeed", request.param)
     folder = tmp_path_factory.mktemp("elastic")
     whole, moved = folder / "whole", folder / "moved"

@@ -1,4 +1,4 @@
-"""Evaluation as it goes wrong: damaged shards, long questions, odd names and addresses, equal keys."""
+"""Evaluation in unusual cases: damaged shards, long questions, odd names and addresses, equal keys."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ QUICK = ["--max-new-tokens", "2"]
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, trained: Path) -> Path:
-    """A copy of the trained run, for these evaluations alone."""
+    """A copy of the trained run, only for these evaluations."""
     return shutil.copytree(trained, tmp_path_factory.mktemp("runs") / "evaluated")
 
 
@@ -51,14 +51,14 @@ def scores(run: Path, name: str) -> dict:
     return json.loads((run / "evaluation" / name / "scores.json").read_text())
 
 
-def test_too_many_unreadable_samples_end_it_and_the_answers_stay(run, damaged, capsys):
+def test_too_many_unreadable_samples_end_the_evaluation_and_the_answers_are_kept(run, damaged, capsys):
     words = ["evaluate", str(run), "--data", str(damaged), "--batch-size", "3", *QUICK]
     assert main(words) == 2
-    told = capsys.readouterr()
-    assert "2 of 5 samples could not be used, more than --max-skip-fraction 0.01" in told.err
+    shown = capsys.readouterr()
+    assert "2 of 5 samples could not be used, more than --max-skip-fraction 0.01" in shown.err
     folder = run / "evaluation" / "damaged"
     kept = folder / ".predictions.jsonl.unfinished"
-    assert str(kept) in told.err and not (folder / "scores.json").exists()
+    assert str(kept) in shown.err and not (folder / "scores.json").exists()
     keys = ShardIndex.open(damaged).keys
     assert [row.key for row in read_predictions(kept)] == [keys[0], keys[2], keys[4]]
     assert main([*words, "--max-skip-fraction", "0.02"]) == 0
@@ -66,12 +66,12 @@ def test_too_many_unreadable_samples_end_it_and_the_answers_stay(run, damaged, c
     assert scores(run, "damaged")["unreadable"] == 2 and not kept.exists()
 
 
-def test_the_table_is_that_of_this_evaluation_alone(run, shards, capsys):
+def test_the_table_shows_only_this_evaluation(run, shards, capsys):
     for name in ("one", "two"):
         assert main(["evaluate", str(run), "--data", str(shards / "val"), "--name", name, "--limit", "3", *QUICK]) == 0
-    told = capsys.readouterr()
-    (_, table) = told.out.split("two")
-    assert "one" not in table and str(run / "evaluation" / "two") in told.err and "medalign report" in told.err
+    shown = capsys.readouterr()
+    (_, table) = shown.out.split("two")
+    assert "one" not in table and str(run / "evaluation" / "two") in shown.err and "medalign report" in shown.err
 
 
 def test_a_checkpoint_is_evaluated_into_its_run_s_folder(run, shards, tmp_path, capsys):
@@ -111,8 +111,8 @@ def test_questions_that_are_cut_are_counted(run, shards, capsys):
     assert "--max-length is 20, but the template and" in capsys.readouterr().err
 
 
-def says(token: int) -> Callable[..., tuple[torch.Tensor, None]]:
-    """In place of a student's `generate`: this token over and over."""
+def repeats(token: int) -> Callable[..., tuple[torch.Tensor, None]]:
+    """Return a replacement for a student's `generate` that repeats this token."""
 
     def generate(_student: Student, batch: Batch, *, max_new_tokens: int, **_: object) -> tuple[torch.Tensor, None]:
         return torch.full((len(batch.input_ids), max_new_tokens), token), None
@@ -122,30 +122,30 @@ def says(token: int) -> Callable[..., tuple[torch.Tensor, None]]:
 
 def test_answers_that_are_cut_or_empty_are_counted(run, shards, capsys, monkeypatch):
     words = ["evaluate", str(run), "--data", str(shards / "val"), "--name", "answers", "--limit", "4", *QUICK]
-    monkeypatch.setattr(Student, "generate", says(72))  # no end token
+    monkeypatch.setattr(Student, "generate", repeats(72))  # no end token
     assert main(words) == 0
-    told = capsys.readouterr()
-    assert "4 of 4 answers were cut off at 2 tokens; --max-new-tokens raises the limit" in told.err
-    assert "4 of 4 answers were cut off at 2 tokens (--max-new-tokens)" in told.out
+    shown = capsys.readouterr()
+    assert "4 of 4 answers were cut off at 2 tokens; --max-new-tokens raises the limit" in shown.err
+    assert "4 of 4 answers were cut off at 2 tokens (--max-new-tokens)" in shown.out
     found = scores(run, "answers")
     assert (found["max_new_tokens"], found["answers_cut"], found["limit"]) == (2, 4, 4)
     rows = read_predictions(run / "evaluation" / "answers" / "predictions.jsonl")
     assert {row.finish_reason for row in rows} == {"length"}
     assert found["answers_empty"] == 0 and not any(row.empty for row in rows)
-    monkeypatch.setattr(Student, "generate", says(2))
+    monkeypatch.setattr(Student, "generate", repeats(2))
     assert main(words) == 0
-    told = capsys.readouterr()
-    assert "answers were cut" not in told.out + told.err and "4 of 4 answers are empty" in told.err
+    shown = capsys.readouterr()
+    assert "answers were cut" not in shown.out + shown.err and "4 of 4 answers are empty" in shown.err
     assert (scores(run, "answers")["answers_cut"], scores(run, "answers")["answers_empty"]) == (0, 4)
     rows = read_predictions(run / "evaluation" / "answers" / "predictions.jsonl")
     assert {(row.finish_reason, row.empty) for row in rows} == {("stop", True)}
 
 
-def test_a_log_shows_how_far_the_evaluation_is(run, shards, capsys):
+def test_the_log_shows_the_progress_of_the_evaluation(run, shards, capsys):
     assert main(["evaluate", str(run), "--data", str(shards / "val"), "--limit", "4", "--batch-size", "2", *QUICK]) == 0
-    told = capsys.readouterr().err
-    assert "evaluate: 4 samples" in told and re.search(r"evaluate: 2 of 4 samples, \d+:\d\d left", told)
-    assert re.search(r"evaluate: 4 of 4 samples in \d+:\d\d", told)
+    shown = capsys.readouterr().err
+    assert "evaluate: 4 samples" in shown and re.search(r"evaluate: 2 of 4 samples, \d+:\d\d left", shown)
+    assert re.search(r"evaluate: 4 of 4 samples in \d+:\d\d", shown)
 
 
 def test_a_folder_named_twice_is_refused_before_the_student_is_loaded(run, shards, tmp_path, monkeypatch, capsys):
@@ -157,7 +157,7 @@ def test_a_folder_named_twice_is_refused_before_the_student_is_loaded(run, shard
 
 
 @pytest.mark.parametrize(
-    ("text", "ended", "told"),
+    ("text", "ended", "shown"),
     [
         ("", "stop", ["(empty answer)"]),
         ("no eff", "length", ["the answer is cut off at 2 tokens; --max-new-tokens raises the limit"]),
@@ -165,22 +165,22 @@ def test_a_folder_named_twice_is_refused_before_the_student_is_loaded(run, shard
         ("yes", "stop", []),
     ],
 )
-def test_generate_says_what_the_text_does_not(run, shards, tmp_path, text, ended, told, monkeypatch, capsys):
+def test_generate_logs_what_the_answer_does_not_show(run, shards, tmp_path, text, ended, shown, monkeypatch, capsys):
     ShardIndex.open(shards / "val").read(0).images[0].save(tmp_path / "film.png")
     monkeypatch.setattr("medalign.inference.generate_answers", lambda *_: [generation.Answer(text, None, ended)])
     assert main(["generate", str(run), "--image", str(tmp_path / "film.png"), "--question", "Is there?", *QUICK]) == 0
-    said = capsys.readouterr()
-    assert said.out == text + "\n" and said.err.splitlines() == told
+    captured = capsys.readouterr()
+    assert captured.out == text + "\n" and captured.err.splitlines() == shown
 
 
-def test_generate_says_that_it_cut_the_question(run, shards, tmp_path, capsys):
+def test_generate_logs_that_the_question_was_cut(run, shards, tmp_path, capsys):
     ShardIndex.open(shards / "val").read(0).images[0].save(tmp_path / "film.png")
     words = ["generate", str(run), "--image", str(tmp_path / "film.png"), "--question", "Is there? " * 600, *QUICK]
     assert main(words) == 0
     assert "the question is truncated to 220 tokens; --max-length raises the limit" in capsys.readouterr().err
 
 
-def test_data_where_one_stands_is_named_after_its_folder(run, shards, monkeypatch, capsys):
+def test_data_in_the_current_folder_is_named_after_that_folder(run, shards, monkeypatch, capsys):
     monkeypatch.chdir(shards / "val")
     assert main(["evaluate", str(run), "--data", ".", "--limit", "2", *QUICK]) == 0
     assert scores(run, "val")["data"] == [str(shards / "val")]
@@ -222,7 +222,7 @@ def test_equal_keys_in_two_folders_are_two_samples(run, shards, tmp_path):
 
 
 @pytest.mark.parametrize("place", ["/proc/x/r.html", "FILE/r.html"])
-def test_a_report_that_cannot_be_written_says_so(run, shards, tmp_path, place, capsys):
+def test_a_report_that_cannot_be_written_is_an_error(run, shards, tmp_path, place, capsys):
     assert main(["evaluate", str(run), "--data", str(shards / "val"), "--limit", "2", *QUICK]) == 0
     (tmp_path / "FILE").touch()
     output = tmp_path / place
@@ -230,6 +230,6 @@ def test_a_report_that_cannot_be_written_says_so(run, shards, tmp_path, place, c
     assert f"--output {output} cannot be written" in capsys.readouterr().err
 
 
-def test_export_offers_nothing_that_it_does_not_do(run, tmp_path):
+def test_export_has_no_option_without_effect(run, tmp_path):
     with pytest.raises(SystemExit):
         main(["export", str(run), "--output", str(tmp_path / "out"), "--max-new-tokens", "4"])

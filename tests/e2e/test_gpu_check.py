@@ -1,4 +1,4 @@
-"""tools/gpu_check.sh: the whole program, small and on the CPU, and what it does when a stage goes wrong."""
+"""tools/gpu_check.sh: the whole program at small sizes on the CPU, and its behavior if a stage fails."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def assert_every_form_took_the_same_step(found):
     losses = {name: row["loss"] for name, row in found["forms"].items()}
     distilled = [loss for name, loss in losses.items() if name != "plain"]
     assert len(distilled) == 4 and losses["plain"] < min(distilled)
-    assert max(distilled) - min(distilled) < 1e-3 * losses["plain"]
+    assert max(distilled) - min(distilled) < 1e-5 * losses["plain"]  # float32 sums in another order
     assert all(row["seconds"] > 0 and row["mfu"] is None for row in found["forms"].values())
     assert found["peak_tflops"] == "not known for CPU: MFU is null"
 
@@ -69,7 +69,7 @@ def run(monkeypatch, tmp_path, *stages, minutes="1"):
     return status, json.loads((tmp_path / "gpu_check.json").read_text()), (tmp_path / "gpu_check.md").read_text()
 
 
-def test_it_goes_on_after_a_failure_and_says_what_failed(monkeypatch, tmp_path, capsys):
+def test_it_continues_after_a_failure_and_reports_it(monkeypatch, tmp_path, capsys):
     tested = 'import os; open(os.environ["GPU_CHECK_OUTCOMES"], "w").write(%r); raise SystemExit(1)'
     rows = [
         {"test": "t.py::good", "outcome": "passed", "seconds": 1},
@@ -91,7 +91,7 @@ def test_it_goes_on_after_a_failure_and_says_what_failed(monkeypatch, tmp_path, 
     assert "RuntimeError: no such card" in page and "| 1.5 |" in page
 
 
-def test_a_stage_out_of_time_is_killed_with_its_children_and_the_whole_time_is_kept(monkeypatch, tmp_path):
+def test_a_stage_out_of_time_is_killed_with_its_children_and_the_total_time_is_kept(monkeypatch, tmp_path):
     child = tmp_path / "child"
     forks = (
         "import subprocess, sys, time; p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']);"
@@ -131,7 +131,7 @@ def test_without_a_gpu_it_stops_at_once(monkeypatch, tmp_path, capsys):
     assert stopped.value.code == 2 and "no CUDA device found" in capsys.readouterr().out
 
 
-def test_what_is_missing_is_named(monkeypatch, capsys):
+def test_missing_packages_are_listed(monkeypatch, capsys):
     monkeypatch.setattr(check, "NEEDED", "torch no_such_package")
     monkeypatch.setattr(sys, "argv", ["gpu_check", "--missing"])
     assert check.main() == 1
@@ -141,7 +141,7 @@ def test_what_is_missing_is_named(monkeypatch, capsys):
     assert "and 4.0 or newer is needed; set PYTHON=" in capsys.readouterr().err
 
 
-def test_an_installation_that_fails_says_what_to_do(tmp_path):
+def test_the_message_after_a_failed_installation_gives_the_remedy(tmp_path):
     (tmp_path / "tools").mkdir()
     for name in ("tools/gpu_check.sh", "tools/install.sh", "tools/constraints.txt", "setup.py"):
         shutil.copy(ROOT / name, tmp_path / name)

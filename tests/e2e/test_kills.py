@@ -1,4 +1,4 @@
-"""Killed again and again, at any moment, a run ends with the losses of the run that was never interrupted."""
+"""A run that is killed several times, at any moment, ends with the losses of an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TWO = ("--data.workers", "1", "--data.length_groups", "2", "--train.steps", "10"
 
 @pytest.fixture(scope="module")
 def few(tmp_path_factory) -> Path:
-    """Shards of fewer samples than the run draws."""
+    """Shards with fewer samples than the run draws."""
     from medalign import phantom
 
     folder = tmp_path_factory.mktemp("few")
@@ -29,7 +29,7 @@ def few(tmp_path_factory) -> Path:
 
 
 def die_while_saving(recipe: Path, folder: Path, moment: str, step: str, *words: str) -> None:
-    """Rank 0 kills itself at that moment; the other one is killed, wherever it is."""
+    """Start a run in which rank 0 kills itself at this moment; then kill the other rank."""
     processes = start(["-m", "tests.e2e.dying", moment, step, *command(recipe, folder, words)[2:]], 2)
     try:
         processes[0].wait(timeout=TIMEOUT)
@@ -41,8 +41,8 @@ def die_while_saving(recipe: Path, folder: Path, moment: str, step: str, *words:
     assert processes[0].returncode == -signal.SIGKILL, output
 
 
-def test_killed_twice_while_it_saves_a_run_goes_on_exactly(recipe, few, tmp_path):
-    """First step 6 is written and not renamed, so step 3 is gone on from; then step 9 is renamed and not the latest."""
+def test_a_run_killed_twice_while_saving_resumes_exactly(recipe, few, tmp_path):
+    """First, step 6 is written but not renamed, so step 3 is resumed. Then, step 9 is renamed but not in `latest`."""
     words = (*TWO, "--data.train", str(few))
     train(recipe, tmp_path / "whole", *words, world=2)
     folder = tmp_path / "killed"
@@ -62,7 +62,7 @@ def test_killed_twice_while_it_saves_a_run_goes_on_exactly(recipe, few, tmp_path
 
 @pytest.fixture
 def refused(recipe, monkeypatch, capsys):
-    """What a run of one rank, in this process, says that ends with status 2."""
+    """Train on one rank in this process, which must end with status 2, and return the message."""
 
     def run(folder: Path, *words: str) -> str:
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
@@ -75,7 +75,7 @@ def refused(recipe, monkeypatch, capsys):
 
 
 def test_a_failed_first_start_leaves_its_folder_free(refused, recipe, tmp_path):
-    """Settings count from the first checkpoint on: those of a run that never had one bind nobody."""
+    """Settings are fixed from the first checkpoint on. Without one, a run can start again with other settings."""
     (tmp_path / "old").mkdir()
     old = config.dump(config.load(str(recipe), ["--train.lr", "0.1"]))
     (tmp_path / "old" / "config.yaml").write_text(old)
@@ -85,7 +85,7 @@ def test_a_failed_first_start_leaves_its_folder_free(refused, recipe, tmp_path):
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["lock"]
 
 
-def test_a_run_goes_on_with_its_own_stage_and_data_alone(refused, trained, few, tmp_path):
+def test_a_run_resumes_only_with_its_own_stage_and_data(refused, trained, few, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(trained, folder)
     settings = (folder / "config.yaml").read_text()

@@ -1,4 +1,4 @@
-"""The recipe `official_vqa` as a run: one epoch, its mixture on, and an export that answers."""
+"""The recipe `official_vqa` as a run: one epoch with the query mixture, and an export that answers."""
 
 from __future__ import annotations
 

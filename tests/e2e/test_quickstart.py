@@ -1,4 +1,4 @@
-"""The first of the two commands, as a user types it, on a few films and steps: the launcher, two ranks, the report."""
+"""tools/quickstart.sh with few films and steps: the launcher, two ranks, the report."""
 
 from __future__ import annotations
 

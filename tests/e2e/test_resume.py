@@ -1,4 +1,4 @@
-"""Killed at any moment and started again, a run ends with the numbers of the run that was never interrupted."""
+"""A run that is killed and started again ends with the losses of an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from tests.e2e.conftest import kill_at, losses, train
 
 
 def clocks(folder: Path) -> tuple[list[float], list[datetime]]:
-    """The seconds of training and the time of day of each row."""
+    """Return the seconds of training and the time of day of each row."""
     rows = read_rows(folder / "metrics.jsonl")
     return [row["time/elapsed_seconds"] for row in rows], [datetime.fromisoformat(row["time"]) for row in rows]
 
 
-def test_a_killed_run_goes_on_exactly(recipe, trained, tmp_path):
-    """Bit for bit, dropout and data order included: step 5 is done, the checkpoint is that of step 3."""
+def test_a_killed_run_resumes_exactly(recipe, trained, tmp_path):
+    """Bit for bit, including dropout and data order: it is killed after step 5 and resumes from step 3."""
     folder = tmp_path / "killed"
     kill_at(recipe, folder, step=5)
     checkpoints = folder / "checkpoints"
@@ -36,14 +36,14 @@ def test_a_killed_run_goes_on_exactly(recipe, trained, tmp_path):
     assert len(list(checkpoints.glob("step-*"))) == 2
 
 
-def test_a_finished_run_is_left_as_it_is(recipe, trained):
+def test_a_finished_run_is_not_changed(recipe, trained):
     before = losses(trained)
     (output,) = train(recipe, trained)
     assert "8 steps, 32 samples" in output
     assert losses(trained) == before
 
 
-def test_epochs_are_a_number_of_steps_and_go_on_exactly(recipe, shards, trained, tmp_path):
+def test_epochs_are_a_number_of_steps_and_resume_exactly(recipe, shards, trained, tmp_path):
     """Eight steps of 4 samples, given as epochs, interrupted once: the run of eight steps, bit for bit."""
     samples, folder = len(ShardIndex.open(shards / "train")), tmp_path / "epochs"
     words = ["--train.epochs", str(32 / samples)]

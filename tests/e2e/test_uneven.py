@@ -1,4 +1,4 @@
-"""A batch that the ranks do not divide, where one rank runs empty micro-batches: the same losses as on one rank.
+"""A batch that the ranks cannot divide evenly: one rank runs empty micro-batches, with the losses of a single rank.
 
 So it is with the samples packed.
 """

@@ -30,7 +30,7 @@ MESSAGES = {
 
 @pytest.fixture
 def broken(student_folder: Path, teacher_folder: Path, tmp_path: Path) -> list[str]:
-    """Overrides that name a copy of the student and a teacher without weights."""
+    """Overrides with a copy of the student and a teacher without weights."""
     shutil.copytree(student_folder, tmp_path / "student")
     shutil.copytree(teacher_folder, tmp_path / "teacher")
     (tmp_path / "teacher" / "open_clip_model.safetensors").unlink()
@@ -38,7 +38,7 @@ def broken(student_folder: Path, teacher_folder: Path, tmp_path: Path) -> list[s
 
 
 def spoil(folder: Path, fault: str) -> list[str]:
-    """Spoil the student, or say which setting does."""
+    """Damage the student, or return the setting that makes it unusable."""
     tokenizer, config = (json.loads((folder / name).read_text()) for name in ("tokenizer.json", "config.json"))
     if fault == "vocabulary":
         tokenizer["added_tokens"].append(tokenizer["added_tokens"][0] | {"id": 260, "content": "<finding>"})
@@ -64,7 +64,7 @@ def test_inspect_and_train_refuse_alike(broken, recipe: Path, tmp_path: Path, fa
 def test_two_ranks_refuse_together(broken: list[str], recipe: Path, tmp_path: Path) -> None:
     words = [*broken, *spoil(tmp_path / "student", "vocabulary")]
     for process in start(command(recipe, tmp_path / "run", words), 2):
-        said = process.communicate(timeout=TIMEOUT)[0]
-        assert process.returncode == 2, said
-        assert MESSAGES["vocabulary"] in said and "Traceback" not in said
+        shown = process.communicate(timeout=TIMEOUT)[0]
+        assert process.returncode == 2, shown
+        assert MESSAGES["vocabulary"] in shown and "Traceback" not in shown
     assert not (tmp_path / "run" / "config.yaml").exists()

@@ -12,14 +12,14 @@ from medalign.data.shards.index import ShardIndex
 from medalign.observability.rows import read_rows
 from tests.e2e.conftest import EXACT, losses, train
 
-# No dropout, whose draws belong to a rank, so that runs on one and two ranks have the same weights.
+# No dropout, because its masks depend on the rank: runs on one and two ranks then have the same weights.
 WORDS = ("--train.evaluate_every", "3", "--student.lora.dropout", "0", "--checkpoint.interval", "5")
 TERMS = ("total", "language", "similarity", "attention")
 
 
 @pytest.fixture(scope="module")
 def runs(recipe: Path, shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The same run on one rank, on two (one of which has a micro-batch less), and without evaluation."""
+    """The same run on one rank, on two ranks (one of which has one micro-batch less), and without evaluation."""
     root = tmp_path_factory.mktemp("validation")
     assert len(ShardIndex.open(shards / "val")) % 4, "the last micro-batch should be for one rank only"
     held_out = ("--data.validation", str(shards / "val"))
@@ -39,20 +39,20 @@ def test_every_term_is_evaluated_at_intervals_and_at_the_end(runs):
     assert all(row[f"validation/loss/{term}"] > 0 for row in rows for term in TERMS)
 
 
-def test_two_ranks_find_what_one_finds(runs):
-    """Up to the weights, which differ by float32 sums in another order."""
+def test_two_ranks_report_the_losses_of_one(runs):
+    """The weights differ by float32 sums in another order."""
     for one, two in zip(validation(runs["one"]), validation(runs["two"]), strict=True):
         for term in TERMS:
             name = f"validation/loss/{term}"
             assert two[name] == pytest.approx(one[name], rel=1e-5), name
 
 
-def test_the_training_is_the_same_to_the_bit(runs):
+def test_evaluation_does_not_change_the_training(runs):
     rows = [row for row in read_rows(runs["one"] / "metrics.jsonl") if "loss/total" in row]
     assert [(row["step"], *(row[name] for name in EXACT)) for row in rows] == losses(runs["without"])
 
 
-def test_the_best_checkpoint_is_named_and_kept(runs):
+def test_the_best_checkpoint_is_recorded_and_kept(runs):
     for name in ("one", "two"):
         checkpoints = runs[name] / "checkpoints"
         best = min(validation(runs[name]), key=lambda row: row["validation/loss/total"])

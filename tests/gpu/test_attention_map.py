@@ -1,4 +1,4 @@
-"""The kernels of the attention map, compiled, against the specification in float64 on the same numbers."""
+"""The compiled kernels of the attention map against the reference in float64 on the same inputs."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ OPTIONS = {
     "both": {"softcap": 5.0, "window": 37},
 }
 
-# Each form of the scores at the real shape; other shapes with all of them at once, for each is a binary to compile.
+# Each option of the scores at the real shape. Other shapes have all options at once, since each compiles a binary.
 CASES = [*(("llava", options) for options in OPTIONS), *((name, "both") for name in REAL if name != "llava")]
 
 
 def make(case: Case, device: torch.device, dtype: torch.dtype, layout: str = "padded"):
-    """Four samples: whole, padded on the right, on the left, and one without rows. The last value tells the layout."""
+    """Four samples: full, padded on the right, padded on the left, and without rows. The last value is the layout."""
     tensors, rows, columns, valid = inputs(*case)
     settings = {"attention_mask": valid}
     if layout == "packed":
@@ -69,7 +69,7 @@ def check(found, expected, scale: float, limits: tuple[float, float]) -> None:
 
 
 def unit(gradients) -> float:
-    """A power of two that brings the smaller gradient to size 1, which float16 can hold."""
+    """Return a power of two that scales the smaller gradient to about 1, which float16 can represent."""
     return 2.0 ** -round(min(float(gradient.square().mean().sqrt().log2()) for gradient in gradients))
 
 
@@ -98,7 +98,7 @@ def test_two_runs_are_equal_to_the_bit(device, rehearsing):
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
 
 
-def test_heads_in_the_order_that_a_model_hands_over(device, rehearsing):
+def test_heads_in_the_memory_order_of_a_model(device, rehearsing):
     """Views of [B, L, H, d], as after the projection."""
     dtype = torch.float16 if rehearsing else torch.bfloat16
     tensors, rows, columns, settings = make((SMALL if rehearsing else REAL)["llava"], device, dtype)

@@ -1,4 +1,4 @@
-"""flash-attention under the tap, padded and packed, where the package is installed."""
+"""flash-attention with the attention capture, padded and packed, if the package is installed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def load(cuda, student_folder):
 
 @pytest.mark.parametrize("form", ["even", "padded", "left", "packed"])
 def test_the_student_is_the_one_with_sdpa(cuda, load, form):
-    """Both round to bf16 after every product, 2^-8, in another order: 3 blocks of a dozen roundings each."""
+    """Both round to bf16 after every product, 2^-8, in another order, about 12 times in each of 3 blocks."""
     texts = ((5, 4), (7, 2)) if form == "even" else ((5, 4), (9, 2))
     batch = tiny.batch(texts=texts, side="left" if form == "left" else "right")
     batch = (tiny.packed(batch) if form == "packed" else batch).to(cuda)
@@ -57,7 +57,7 @@ def test_gradients_are_those_of_sdpa(cuda, load, form):
         gradients.append(torch.cat([p.grad.float().flatten() for p in student.parameters() if p.grad is not None]))
     one, other = gradients
     assert other.norm() > 0
-    # Backward the roundings are as many again, and gradients of opposite signs add up.
+    # The backward pass has as many roundings again, and gradients of opposite signs cancel.
     assert (one - other).norm() <= 2 * 72**0.5 * 2**-8 * other.norm()
 
 

@@ -1,4 +1,4 @@
-"""The kernels of token similarity, compiled, against the specification in float64 on the same numbers."""
+"""The compiled kernels of token similarity against the reference in float64 on the same inputs."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def check(student, teacher, mask, weight) -> None:
     upstream = torch.linspace(0.5, 2, len(student), dtype=torch.float64, device=student.device)
     exact = student.double(), teacher.double(), mask, wide
     value, gradient = solve("reference", *exact, upstream)
-    # As a loss scaler would: a gradient of size 1, which float16 can hold.
+    # Scaled as by a loss scaler to a gradient of about 1, which float16 can represent.
     scale = 2.0 ** -round(float(gradient.square().mean().sqrt().log2()))
     found = solve("triton", student, teacher, mask, weight, (upstream * scale).float())
     valid = torch.ones(student.shape[:2], dtype=torch.bool, device=student.device) if mask is None else mask
@@ -102,7 +102,7 @@ def test_two_runs_are_equal_to_the_bit(device, rehearsing):
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
 
 
-def test_auto_takes_the_kernels_on_a_gpu(cuda, caplog):
+def test_auto_selects_the_kernels_on_a_gpu(cuda, caplog):
     from medalign.kernels import dispatch
 
     dispatch._announce.cache_clear()

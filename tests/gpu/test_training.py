@@ -25,11 +25,11 @@ from tests.e2e.conftest import kill_at, losses, train
 
 pytestmark = pytest.mark.gpu
 STEPS = 50
-# bf16 keeps 8 bits: 2^-8 per rounding, a dozen of them, with either sign, between the pixels and a loss. The weights
-# that learn are kept in float32 by ZeRO, so that the roundings of different steps do not add up. (On a CPU the curves
-# lie within 0.0006.)
+# bf16 keeps 8 bits: 2^-8 per rounding, about 12 of them, with either sign, between the pixels and a loss. ZeRO keeps
+# the trained weights in float32, so that the roundings of different steps do not add up. On a CPU, the curves differ
+# by less than 0.0006.
 BAND = 12**0.5 * 2**-8
-RESUMED = 0.05  # gradients in bf16, summed in another order, and their norm; measured nowhere yet
+RESUMED = 0.05  # a loss that differs by bf16 gradients summed in another order; an estimate, not measured on a GPU
 
 
 def run(worker: str, settings: dict[str, Any], folder: Path) -> Any:
@@ -63,7 +63,7 @@ def test_every_engine_takes_the_same_steps(cuda, engines, engine):
 
 
 def first_losses(settings: dict[str, Any], device: torch.device) -> dict[str, float]:
-    """The terms of the first step, in float32, without an engine."""
+    """Return the terms of the first step, in float32, without an engine."""
     config = configure(settings)
     teacher = load_teacher(config.teacher.path, device)
     student = load_student(config.student, torch.float32).to(device)
@@ -82,12 +82,12 @@ def test_the_first_losses_are_those_of_the_cpu(device, settings):
 
 
 def test_bf16_learns_as_fp32_does(device, rehearsing, settings, tmp_path):
-    """On one batch again and again, so that the curve has no noise of its own."""
+    """The same batch in every step, so that the curve has no noise of the data."""
     common = settings | {"steps": 6 if rehearsing else STEPS, "same": True, "engine": "cpu" if rehearsing else "zero3"}
     named = {"bf16": {"precision": "bf16"}, "fp32": {"precision": "fp32"}}
     found = run("scenarios", {"common": common, "scenarios": named}, tmp_path)
     bf16, fp32 = ([row["loss/total"] for row in found[name]["losses"]] for name in ("bf16", "fp32"))
-    assert bf16 != fp32, "nothing was rounded: this was no bf16 run"
+    assert bf16 != fp32, "nothing was rounded, so this was not a bf16 run"
     assert fp32[-1] < fp32[0] and bf16[-1] < bf16[0]
     for step, (one, other) in enumerate(zip(bf16, fp32, strict=True)):
         assert abs(one - other) <= BAND * fp32[0], f"step {step + 1}: {one} in bf16, {other} in fp32"
@@ -113,7 +113,7 @@ def recipe(tmp_path_factory, student_folder, teacher_folder) -> Path:
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_a_killed_run_goes_on(cuda, recipe, tmp_path, monkeypatch, attention):
+def test_a_killed_run_resumes(cuda, recipe, tmp_path, monkeypatch, attention):
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, cuBLAS may sum in another order
     words = ("--student.attention", attention, "--train.precision", "fp32" if attention == "eager" else "bf16")
     train(recipe, tmp_path / "whole", *words)

@@ -18,12 +18,12 @@ ELEMENTARY = 2.0**-21  # of an exponential, a logarithm, a root and a quotient, 
 
 
 def roundoff(dtype: torch.dtype) -> float:
-    """Unit roundoff: the relative error of one rounding, at most."""
+    """Return the unit roundoff: the largest relative error of one rounding."""
     return torch.finfo(dtype).eps / 2
 
 
 def product(dtype: torch.dtype, terms: int) -> float:
-    """Error of the product of two unrelated vectors of `terms` channels, relative to their lengths."""
+    """Return the error of the product of two unrelated vectors of `terms` channels, relative to their lengths."""
     left_out = 2.0**-21 / terms**0.5 if dtype == torch.float32 else 0.0
     return SAFETY * (left_out + terms**0.5 / 8 * 2.0**-23)
 
@@ -31,7 +31,7 @@ def product(dtype: torch.dtype, terms: int) -> float:
 def similarity(
     student: torch.dtype, teacher: torch.dtype, widths: tuple[int, int], difference: float
 ) -> tuple[float, float]:
-    """Limits of value and gradient.
+    """Return the limits of value and gradient.
 
     `difference` is the root mean square of D = cos - cos', by which both errors are divided.
     Value: twice the relative error of D, and the sum of D's squares. Gradient: D once in each of its two terms; in half
@@ -44,7 +44,7 @@ def similarity(
 
 
 def attention(dtype: torch.dtype, width: int, softcap: float | None = None) -> tuple[float, float]:
-    """Limits of value and gradients, for scores of standard deviation 1.
+    """Return the limits of value and gradients, for scores of standard deviation 1.
 
     An absolute error of a score is a relative one of its probability, and of the sum that divides it. A softcap's tanh
     is good to 2^-23, and is multiplied by the cap. Gradient: the probability, and the product with the keys; in half

@@ -34,7 +34,7 @@ def test_srun_variables_are_translated(monkeypatch):
     assert os.environ["MASTER_ADDR"] == "gpu03" and os.environ["MASTER_PORT"] == "23456"
 
 
-def test_a_batch_script_of_several_tasks_without_srun_is_told_so(monkeypatch):
+def test_a_batch_script_of_several_tasks_without_srun_is_an_error(monkeypatch):
     monkeypatch.setenv("SLURM_PROCID", "0")
     monkeypatch.setenv("SLURM_NTASKS", "8")
     with pytest.raises(
@@ -43,7 +43,7 @@ def test_a_batch_script_of_several_tasks_without_srun_is_told_so(monkeypatch):
         distributed.adopt_launcher()
 
 
-def test_one_rank_alone_raises_its_own_error():
+def test_a_single_rank_raises_its_own_error():
     with pytest.raises(DataError, match="lost"), distributed.raise_on_all_ranks():
         raise DataError("lost")
     with pytest.raises(MedAlignError, match="^/nowhere: No such file"), distributed.raise_on_all_ranks():
@@ -52,7 +52,7 @@ def test_one_rank_alone_raises_its_own_error():
         pass
 
 
-def test_a_launcher_is_left_alone(monkeypatch):
+def test_the_variables_of_a_launcher_are_not_changed(monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("SLURM_PROCID", "5")

@@ -34,7 +34,7 @@ def conversation(question: str, images: int = 1) -> list[dict]:
     return [{"role": "user", "content": content}]
 
 
-def test_the_folder_is_small_and_holds_no_pickle():
+def test_the_folder_is_small_and_contains_no_pickle():
     files = [path for path in FOLDER.iterdir() if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= LIMIT_BYTES
     assert {path.suffix for path in files} <= {".json", ".jinja", ".safetensors"}
@@ -76,7 +76,7 @@ def test_prompt_tokens_do_not_depend_on_the_answer_that_follows(processor):
     assert whole[-1] == processor.tokenizer.eos_token_id
 
 
-def test_the_processor_makes_one_token_a_patch_and_the_pixels_of_the_canvas(processor, model, image):
+def test_the_processor_gives_one_token_per_patch_and_the_pixels_of_the_canvas(processor, model, image):
     text = processor.apply_chat_template(conversation("Is there a nodule?"), add_generation_prompt=True)
     canvas = square_canvas(image)
     inputs = processor(images=canvas, text=text, return_tensors="pt")
@@ -87,17 +87,17 @@ def test_the_processor_makes_one_token_a_patch_and_the_pixels_of_the_canvas(proc
     assert (inputs["pixel_values"][0] - ours).abs().max() < 8 / 255 / images.image_std[0]
 
 
-def test_generation_is_the_same_alone_and_beside_a_longer_prompt(processor, model, image):
+def test_generation_is_the_same_alone_and_in_a_batch_with_a_longer_prompt(processor, model, image):
     texts = [
         processor.apply_chat_template(conversation(question), add_generation_prompt=True)
         for question in ("Is there a disc?", "What shape lies at the top left of this whole picture?")
     ]
     images = [[square_canvas(image)]] * 2
     both = processor(images=images, text=texts, return_tensors="pt", padding=True, padding_side="left")
-    alone = processor(images=images[:1], text=texts[:1], return_tensors="pt")
+    one = processor(images=images[:1], text=texts[:1], return_tensors="pt")
     with torch.no_grad():
-        answers = [model.generate(**inputs, max_new_tokens=5, do_sample=False) for inputs in (both, alone)]
+        answers = [model.generate(**inputs, max_new_tokens=5, do_sample=False) for inputs in (both, one)]
     batch = answers[0][0, both["input_ids"].shape[1] :].tolist()
-    single = answers[1][0, alone["input_ids"].shape[1] :].tolist()
+    single = answers[1][0, one["input_ids"].shape[1] :].tolist()
     assert batch[: len(single)] == single
     assert single

@@ -1,4 +1,4 @@
-"""What the base student is taught to look at: the tokens that ask, and the patches that they ask about."""
+"""The supervision of the base student's attention: the tokens of a question and the patches of its region."""
 
 from pathlib import Path
 
@@ -26,12 +26,12 @@ def lesson(course):
 def test_question_tokens_decode_to_the_question(course):
     made = tool.Turn("Where is the disc?", "top left"), tool.Turn("Is there a ring?", "no")
     code = course.encode(list(made), image=True)
-    said = [course.tokenizer.decode(code.ids[start:end]) for start, end in code.questions]
-    assert all(turn.question in text for turn, text in zip(made, said, strict=True))
-    assert "<image>" not in said[0] and "top left" not in "".join(said)
+    shown = [course.tokenizer.decode(code.ids[start:end]) for start, end in code.questions]
+    assert all(turn.question in text for turn, text in zip(made, shown, strict=True))
+    assert "<image>" not in shown[0] and "top left" not in "".join(shown)
 
 
-def test_a_question_points_at_patches_that_it_speaks_of(lesson):
+def test_the_target_of_a_question_is_its_region(lesson):
     known = lesson.where_BTN.sum(-1) > 0
     assert 5 < int(known.sum()) < known.numel()
     torch.testing.assert_close(lesson.where_BTN.sum(-1)[known], torch.ones(int(known.sum())))
@@ -39,7 +39,7 @@ def test_a_question_points_at_patches_that_it_speaks_of(lesson):
     assert not (lesson.rows_BTL[..., 1:2] > 0).any(), "the first tokens are the picture's opening"
 
 
-def test_pointing_is_least_where_attention_is_where_it_should_be(lesson):
+def test_the_pointing_loss_is_lowest_for_attention_to_the_region(lesson):
     image_id = AutoProcessor.from_pretrained(STUDENT).tokenizer.convert_tokens_to_ids("<image>")
     length = lesson.ids_BL.shape[1]
     image_BL = lesson.ids_BL == image_id

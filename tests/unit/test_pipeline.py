@@ -1,4 +1,4 @@
-"""How many samples have an image is said before anything is loaded; distilling without any image is an error."""
+"""The number of samples with an image is logged before anything is loaded. Distilling without one is an error."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_counts_are_logged_for_each_folder(folders: dict[str, Path], capsys: pyt
     assert f"{folders['all']}: 8 samples, all with images" in err
     assert f"{folders['some']}: 8 samples, 3 with images, 5 without" in err
     assert f"{folders['none']}: 8 samples, none with images, 8 without" in err
-    assert json.loads(out)["step"] == 0  # the lines of keys stand alone in the output
+    assert json.loads(out)["step"] == 0  # the output contains only the lines of keys
 
 
 @pytest.mark.parametrize("command", [["inspect", "--keys"], ["inspect"], ["train"]])
@@ -71,7 +71,7 @@ def test_one_loss_is_enough_to_need_images(folders: dict[str, Path]) -> None:
         pipeline.require_images(config, pipeline.open_index(config))
 
 
-def test_text_only_without_distillation_is_a_choice(
+def test_text_only_without_distillation_is_allowed(
     folders: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["inspect", *words(folders["none"]), *WITHOUT_LOSSES, "--keys"]) == 0

@@ -16,7 +16,7 @@ def test_each_name_is_there_and_documented(name):
     assert name in dir(medalign)
 
 
-def test_other_names_are_not():
+def test_other_names_are_not_public():
     with pytest.raises(AttributeError, match="no attribute 'trian'"):
         _ = medalign.trian
 

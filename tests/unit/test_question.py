@@ -1,4 +1,4 @@
-"""A question on the command line is read as one of the training data is."""
+"""A question on the command line is read like one in the training data."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from medalign.contracts import Sample
 
 
 class Opened(Exception):
-    """Raised in the place of a student that answers."""
+    """Raised in place of generating an answer."""
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def film(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("question", ["<image> is it?", "is it?<image>", "<image>\nis it? ", " is it?"])
-def test_the_tag_is_left_out_as_in_training(monkeypatch, tmp_path: Path, film: Path, question: str) -> None:
+def test_the_image_tag_is_removed_as_in_training(monkeypatch, tmp_path: Path, film: Path, question: str) -> None:
     asked: list[Sample] = []
 
     def collator(samples: list[Sample]) -> None:
@@ -49,10 +49,12 @@ def test_the_tag_is_left_out_as_in_training(monkeypatch, tmp_path: Path, film: P
         ("", "--question is empty"),
     ],
 )
-def test_a_question_that_cannot_be_asked(tmp_path: Path, film: Path, capsys, question: str, message: str) -> None:
+def test_a_question_that_cannot_be_used_is_refused(
+    tmp_path: Path, film: Path, capsys, question: str, message: str
+) -> None:
     assert main(["generate", str(tmp_path), "--image", str(film), "--question", question]) == 2
-    said = capsys.readouterr().err
-    assert message in said and said.count("\n") == 1
+    shown = capsys.readouterr().err
+    assert message in shown and shown.count("\n") == 1
 
 
 def test_a_folder_is_not_an_image(tmp_path: Path, capsys) -> None:

@@ -16,7 +16,7 @@ EVALUATED = RECORD + 'if [ "$1" = evaluate ]; then mkdir -p "$2/evaluation"; fi\
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """The script beside an install.sh that installs nothing."""
+    """A copy of the script with an install.sh that installs nothing."""
     (tmp_path / "tools").mkdir()
     shutil.copy(ROOT / "tools/quickstart.sh", tmp_path / "tools")
     (tmp_path / "tools/install.sh").write_text(f'export PATH="{tmp_path}/bin:$PATH"\n')
@@ -35,13 +35,13 @@ def start(checkout: Path, **settings: str) -> subprocess.CompletedProcess[str]:
 
 
 def trainings(checkout: Path) -> dict[str, str]:
-    """Arm -> what sets it apart: the words after those that all arms share."""
+    """Return arm -> its own words, without those that all arms share."""
     lines = [line for line in (checkout / "record").read_text().splitlines() if line.startswith("deepspeed")]
     runs = [line.split("--run.dir out/")[1].split() for line in lines]
     return {words[0]: " ".join(words[words.index("cpu") + 1 :]) for words in runs}
 
 
-def test_each_arm_differs_from_medalign_by_one_thing(checkout: Path) -> None:
+def test_each_arm_differs_from_medalign_in_one_setting(checkout: Path) -> None:
     assert start(checkout, ARMS="base language steered untrained medalign").returncode == 0
     assert trainings(checkout) == {
         "base": "--train.steps 0",
@@ -61,7 +61,7 @@ def test_three_arms_by_default(checkout: Path) -> None:
     assert list(trainings(checkout)) == ["base", "language", "medalign"]
 
 
-def test_a_later_arm_joins_the_report_of_earlier_ones(checkout: Path) -> None:
+def test_a_later_arm_is_added_to_the_report_of_earlier_ones(checkout: Path) -> None:
     assert start(checkout).returncode == start(checkout, ARMS="steered").returncode == 0
     lines = (checkout / "record").read_text().splitlines()
     assert sum(line.startswith("deepspeed") for line in lines) == 4

@@ -1,4 +1,4 @@
-"""The quickstart over several seeds: intervals, paired differences, arms that are finished."""
+"""The quickstart over several seeds: intervals, paired differences, finished arms."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CONFIG = "run:\n  dir: {arm}\n  seed: 0\nlosses:\n  alpha: {alpha}\n  impl: auto
 
 @pytest.fixture
 def by_seed() -> dict[int, dict[str, dict[str, float]]]:
-    """Three seeds: whatever the seed gives, MedAlign is 0.04, 0.05, 0.06 above language in closed accuracy."""
+    """Three seeds: MedAlign is 0.04, 0.05, 0.06 above language in closed accuracy, independent of the seed's level."""
     base = {0: 0.5, 1: 0.7, 2: 0.6}
     lead = {0: 0.04, 1: 0.05, 2: 0.06}
     found = {}
@@ -47,7 +47,7 @@ def test_every_score_has_its_seeds_and_its_interval(by_seed):
 
 
 def test_differences_are_those_of_each_seed(by_seed):
-    """Their interval is that of the paired differences, far narrower than the arms' own over such unequal seeds."""
+    """The interval is that of the paired differences, which is far narrower than those of the arms."""
     found = tool.differences(by_seed)
     assert list(found) == ["medalign - language", "medalign - steered", "medalign - untrained"]
     closed = found["medalign - language"]["closed_accuracy"]
@@ -82,7 +82,7 @@ def test_the_text_shows_bleu_and_differences_with_intervals(by_seed):
 
 @pytest.fixture
 def finished(tmp_path: Path) -> Path:
-    """Every arm with scores, as the quickstart leaves them; no questions to be blind at."""
+    """Every arm with scores, as the quickstart writes them, but without questions for the arm "blind"."""
     for arm in tool.ARMS:
         tool.scores_file(tmp_path, arm).parent.mkdir(parents=True)
         tool.scores_file(tmp_path, arm).write_text(json.dumps({"n": 20, "bleu": 5.0}))
@@ -109,19 +109,19 @@ def test_finished_arms_are_not_run_again(finished, monkeypatch, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_arms_that_cannot_be_compared_are_told(finished, monkeypatch, capsys):
+def test_arms_that_cannot_be_compared_are_reported(finished, monkeypatch, capsys):
     monkeypatch.setattr(tool, "blind", lambda _data: {})
     config = finished / "steered/config.yaml"
     config.write_text(config.read_text().replace("    alpha: 32", "    alpha: 64"))
     tool.run(0, finished)
-    told = capsys.readouterr().err.splitlines()
-    assert len(told) == 2 and f"{finished}: student.alpha: 64 holds for steered only" in told[1]
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and f"{finished}: student.alpha: 64 only in steered; train the arms" in lines[1]
     tool.scores_file(finished, "untrained").write_text(json.dumps({"n": 19, "bleu": 5.0}))
     with pytest.raises(SystemExit, match="answered different questions.*'untrained': 19"):
         tool.run(0, finished)
 
 
-def test_the_json_holds_arms_and_differences(by_seed, tmp_path, monkeypatch, capsys):
+def test_the_json_contains_arms_and_differences(by_seed, tmp_path, monkeypatch, capsys):
     by_seed[1]["base"]["n"] = by_seed[0]["base"]["n"] = 20
     monkeypatch.setattr(tool, "run", lambda seed, _folder, _arms: by_seed[seed])
     output = tmp_path / "quickstart.json"
@@ -134,7 +134,7 @@ def test_the_json_holds_arms_and_differences(by_seed, tmp_path, monkeypatch, cap
     assert "medalign - steered" in capsys.readouterr().out
 
 
-def test_one_arm_is_run_beside_the_stored_ones(by_seed, tmp_path, monkeypatch):
+def test_one_arm_is_run_and_the_others_are_read_from_the_file(by_seed, tmp_path, monkeypatch):
     for scores in by_seed.values():
         for arm in tool.ARMS:
             scores[arm]["n"] = 20
@@ -142,7 +142,7 @@ def test_one_arm_is_run_beside_the_stored_ones(by_seed, tmp_path, monkeypatch):
     output = tmp_path / "quickstart.json"
     words = ["repeat_quickstart", "--output", str(output)]
     monkeypatch.setattr(sys, "argv", [*words, "--arms", "steered"])
-    with pytest.raises(SystemExit, match="does not hold base, language, untrained, medalign for seeds"):
+    with pytest.raises(SystemExit, match="does not contain base, language, untrained, medalign for seeds"):
         tool.main()
     monkeypatch.setattr(sys, "argv", words)
     tool.main()

@@ -1,4 +1,4 @@
-"""The layout of a run's folder: names as runs on disk have them, and whose run a path belongs to."""
+"""The layout of a run's folder: the names on disk, and the run that a path belongs to."""
 
 from __future__ import annotations
 

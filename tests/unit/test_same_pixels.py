@@ -1,4 +1,4 @@
-"""Teacher patch i and student token i see the same pixels, on images that are not square. Shown with a marker."""
+"""Teacher patch i and student token i see the same pixels, also on images that are not square."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_a_marker_moves_the_same_patch_of_both(student_folder, teacher_folder, s
 
 
 def _patch_in_pixels(row: int, column: int, side: int, frame: CanvasFrame) -> tuple[int, int, int, int] | None:
-    """The patch in pixels of the image, if it lies wholly inside it."""
+    """Return the patch in pixels of the image, if it is entirely inside the image."""
     step = frame.side / side
     x0, y0 = round(column * step) - frame.left, round(row * step) - frame.top
     x1, y1 = round((column + 1) * step) - frame.left, round((row + 1) * step) - frame.top

@@ -1,11 +1,12 @@
-"""The cost of reading data: the index of medalign compared with common pipelines, on one core.
+"""Measures the cost of reading data: the index of medalign compared with common pipelines, on one core.
 
     python -m tools.benchmarks.data                        # all parts; tools/benchmarks/results/data_cpu.json
     python -m tools.benchmarks.data --samples 400 --rounds 5
     python -m tools.benchmarks.data --index-samples 1000000
 
-Speed: gray JPEGs of 512 and of 2,500 pixels a side, stored in a webdataset tar and as files, to 336 x 336 pixels,
-with little and with much noise. The readers take turns, so that other load on the machine affects all of them:
+Speed: gray JPEGs of 512 x 512 and 2,500 x 2,500 pixels, with little and with much noise, are stored in a webdataset tar
+and as files, then read and resized to 336 x 336 pixels. The readers take turns, so that other load on the machine
+affects all of them:
 
     medalign     byte ranges from the index, checksum, gray decoding, at reduced scale for much larger films,
                  resized as for the towers
@@ -14,10 +15,10 @@ with little and with much noise. The readers take turns, so that other load on t
     litdata      StreamingDataset over its own chunks of the same JPEG bytes, opened and converted to RGB, resized;
                  only if it is installed (pip install litdata); the result states if it is not
 
-At 512 pixels the results must be bit-identical, or the run stops; at 2,500 the largest and mean difference in gray
-levels are recorded. `at_most` is an upper bound for any reader of these bytes with this decoder: the ratio if medalign
-took no longer than decoding at an eighth of the scale, which reads every code and computes almost no pixels. Memory and
-resume are measured on a synthetic index whose rows all point into one real shard.
+At 512 pixels the results must be bit-identical, otherwise the run stops. At 2,500 pixels the largest and the mean
+difference in gray levels are recorded. `at_most` is an upper bound for any reader of these bytes with this decoder: the
+ratio if medalign took only as long as decoding at an eighth of the scale, which reads every code and computes almost no
+pixels. Memory and resume are measured on a synthetic index. All of its rows point into one real shard.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ RESULT = ROOT / "tools/benchmarks/results/data_cpu.json"
 
 
 def film(side: int, seed: int, noise: int = 2) -> bytes:
-    """A gray JPEG with smooth structure and noise of `noise` gray levels; more noise means more bytes to decode."""
+    """Return a gray JPEG with smooth structure and noise of `noise` gray levels; more noise gives more bytes."""
     draw = np.random.default_rng(seed)
     coarse = Image.fromarray(draw.integers(0, 256, (24, 24), dtype=np.uint8))
     soft = np.asarray(coarse.resize((side, side), Image.Resampling.BICUBIC), dtype=np.int16)
@@ -68,7 +69,7 @@ def film(side: int, seed: int, noise: int = 2) -> bytes:
 
 
 def ours(folder: Path) -> Iterator[np.ndarray]:
-    """Arrays [336, 336, 1]: the channels of a gray picture are equal, and the towers' views expand them."""
+    """Read with medalign; arrays [336, 336, 1], because the towers' views expand the one channel of gray pictures."""
     index = ShardIndex.open(folder / "shards")
     for position in GlobalOrder(len(index), 0, shuffle=False).epoch(0):
         canvas = square_canvas(index.read(int(position), at_least=SIZE).images[0])
@@ -76,7 +77,7 @@ def ours(folder: Path) -> Iterator[np.ndarray]:
 
 
 def shrink(image: Image.Image) -> np.ndarray:
-    """[336, 336, 3]."""
+    """Resize a picture to [336, 336, 3]."""
     return np.asarray(image.resize((SIZE, SIZE), Image.Resampling.BICUBIC))
 
 
@@ -106,7 +107,7 @@ def files(folder: Path) -> Iterator[np.ndarray]:
 
 
 def write_chunks(records: list[Record], folder: Path) -> None:
-    """Write the pictures as litdata chunks of JPEG bytes, since litdata decodes its own picture types differently."""
+    """Write the pictures as litdata chunks of JPEG bytes, because litdata decodes its own picture types differently."""
     from litdata.streaming.cache import Cache
 
     cache = Cache(str(folder), chunk_bytes="64MB")
@@ -164,7 +165,7 @@ def speed(side: int, noise: int, samples: int, rounds: int) -> dict[str, object]
 
 
 def read_codes(record: Record) -> Image.Image:
-    """The picture at an eighth of the scale: all Huffman codes are read, one value in 64 becomes a pixel."""
+    """Decode a picture at an eighth of the scale: all Huffman codes are read, but one value in 64 becomes a pixel."""
     image = Image.open(io.BytesIO(record.images[0].data), formats=("JPEG",))
     image.draft(None, (image.width // 8, image.height // 8))
     image.load()
@@ -172,7 +173,7 @@ def read_codes(record: Record) -> Image.Image:
 
 
 def times(seconds: dict[str, list[float]]) -> dict[str, object]:
-    """Ratios to medalign: of the medians, the extremes over single rounds, and the upper bound."""
+    """Return ratios to medalign: of the medians, the extremes over single rounds, and the upper bound."""
     measured = {way: np.array(rounds[1:]) for way, rounds in seconds.items()}
     median = {way: float(np.median(rounds)) for way, rounds in measured.items()}
     others = [way for way in WAYS if way != "medalign"]
@@ -198,7 +199,7 @@ def compare(folder: Path, side: int) -> dict[str, object]:
 
 
 def synthetic(folder: Path, samples: int) -> None:
-    """Write an index of `samples` samples in 1,000 shards, all of them links to one shard with one sample."""
+    """Write an index of `samples` samples in 1,000 shards that are all links to one shard with one sample."""
     fields = {"task": "vqa", "question": "is there a nodule?", "answer": "no"}
     write_shards([Record("real", (Picture(film(336, 0), "jpg"),), fields)], folder / "one")
     real = table_reader.read_table(folder / "one")
@@ -227,7 +228,7 @@ def synthetic(folder: Path, samples: int) -> None:
 
 
 def first_batch(folder: Path, position: int) -> None:
-    """Print the time from opening the index to a decoded batch at a position, and the memory; runs in a new process."""
+    """Print the time from opening the index to a decoded batch at a position, and the memory of this new process."""
     began = time.perf_counter()
     index = ShardIndex.open(folder)
     order = GlobalOrder(len(index), 0, shards=index.shard_sizes(0))

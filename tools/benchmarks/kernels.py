@@ -1,12 +1,12 @@
-"""Time and memory of the distillation kernels on the CPU: the form of the released code against the chunked path.
+"""Measures time and memory of the distillation kernels on the CPU: the released code's form against the chunked path.
 
     python -m tools.benchmarks.kernels            # minutes; writes tools/benchmarks/results/kernels_cpu.json
     python -m tools.benchmarks.kernels --quick    # seconds, at small sizes; writes only with --output
 
 Measures with the package's own benchmark (`medalign bench kernels`), on one thread, with a separate process for each
 measurement, so that no path inherits the buffers of another. Every run is forward and backward together. Times are
-medians, by the wall clock and by processor time; on one thread the latter hardly depends on the load of the machine.
-Extra memory is the peak of resident memory beyond the inputs, in the first run. GPUs are measured by
+medians, by the wall clock and by processor time, which on one thread hardly depends on the load of the machine. Extra
+memory is the peak of resident memory beyond the inputs in the first run. Measure GPUs with
 `medalign bench kernels --device cuda`.
 """
 
@@ -71,7 +71,7 @@ QUICK = (
 
 
 def step_of(case: Case, path: str) -> Callable[[], tuple[torch.Tensor, ...]]:
-    """A function that solves the case once and returns the value and its gradients."""
+    """Return a function that solves the case once and returns the value and its gradients."""
     if case.kind == "attention":
         return attention_step(case, path)
     shape = case.tokens, case.width, case.teacher_width, case.samples
@@ -79,7 +79,7 @@ def step_of(case: Case, path: str) -> Callable[[], tuple[torch.Tensor, ...]]:
 
 
 def attention_step(case: Case, path: str) -> Callable[[], tuple[torch.Tensor, ...]]:
-    """The attention of one decoder block. Projections are left out: they cost the same on every path."""
+    """Return the step of one decoder block's attention, without the projections, which cost the same on every path."""
     head_width = case.width // case.heads
 
     def leaf(heads: int) -> torch.Tensor:
@@ -110,7 +110,7 @@ def attention_step(case: Case, path: str) -> Callable[[], tuple[torch.Tensor, ..
 
 
 def measure(case: Case, path: str, repeats: int, threads: int) -> dict[str, object]:
-    """Measure one path; runs in a separate process."""
+    """Measure one path. It runs in a separate process."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     step_of(next(quick for quick in QUICK if quick.kind == case.kind), path)()  # loads the libraries
@@ -122,7 +122,7 @@ def measure(case: Case, path: str, repeats: int, threads: int) -> dict[str, obje
 
 
 def in_fresh_process(case: Case, path: str, options: argparse.Namespace) -> dict[str, Any]:
-    """What `measure` returns, from a separate process."""
+    """Call `measure` in a separate process."""
     request = json.dumps({"case": asdict(case), "path": path})
     shared = ["--threads", str(options.threads), "--repeats", str(options.repeats)]
     command = [sys.executable, "-m", "tools.benchmarks.kernels", *shared, "--measure", request]
@@ -132,7 +132,7 @@ def in_fresh_process(case: Case, path: str, options: argparse.Namespace) -> dict
 
 
 def compare(case: Case, options: argparse.Namespace) -> dict[str, object]:
-    """All paths of a case, taking turns for `rounds` rounds, with ratios to the first path."""
+    """Measure all paths of a case in turns for `rounds` rounds, with ratios to the first path."""
     runs: dict[str, list[dict[str, Any]]] = {path: [] for path in case.paths}
     for _ in range(options.rounds):
         for path in case.paths:
@@ -159,7 +159,7 @@ def compare(case: Case, options: argparse.Namespace) -> dict[str, object]:
 
 
 def machine() -> dict[str, object]:
-    """The processor and the versions that were measured."""
+    """Return the processor and the versions that were measured."""
     return {"device": "cpu", "name": _processor(), "python": platform.python_version(), "torch": torch.__version__}
 
 
@@ -171,7 +171,7 @@ def _processor() -> str:
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help=f"JSON file (default {RESULT.relative_to(ROOT)} without --quick)")
     parser.add_argument("--quick", action="store_true", help="small sizes: seconds instead of minutes")

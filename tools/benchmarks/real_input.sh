@@ -3,8 +3,8 @@
 #
 #   bash tools/benchmarks/real_input.sh VQA_FOLDER REPORT_FOLDER [OUTPUT]
 #
-# The folders hold annotations.jsonl and images (see docs/datasets.md). The packaged student is far too small to answer
-# radiologists' questions well: this shows that every part runs, not what a 7B student would score.
+# The folders contain annotations.jsonl and images (see docs/datasets.md). The packaged student is far too small to answer
+# radiologists' questions well. The script shows that every part runs, not the scores of a 7B student.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 source tools/install.sh

@@ -17,7 +17,7 @@ ROWS = 5  # logged steps at each end over which a loss is averaged
 
 
 def gather(folder: Path) -> dict:
-    """Counts of packed, refused, replaced and truncated samples; each loss at the start and the end; the scores."""
+    """Collect counts of packed, refused, replaced and truncated samples, first and last losses, and scores."""
     rows = read_rows(folder / "run/metrics.jsonl")
     packed = {name: json.loads((folder / name / "conversion.json").read_text()) for name in ("vqa", "reports")}
     losses = {

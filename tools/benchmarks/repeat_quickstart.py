@@ -1,4 +1,4 @@
-"""The quickstart's table over several seeds: every score of every arm, and the differences between arms.
+"""Repeats the quickstart with several seeds: every score of every arm, and the differences between arms.
 
     python -m tools.benchmarks.repeat_quickstart --seeds 0 1 2
     python -m tools.benchmarks.repeat_quickstart --seeds 0 1 2 --arms steered     # this arm only
@@ -9,9 +9,9 @@ determines the films, their order and the initial adapters; the base student and
 differences have a 95 % t-interval over the seeds. The differences are paired: both arms of a seed see the same films in
 the same order and answer the same questions.
 
-The arm "blind" is not a model: it gives each question its most common answer in the training split, which is the score
-without the film. Two arms are controls: "steered" has the language loss and W but no teacher, "untrained" is MedAlign
-with a teacher of random weights.
+The arm "blind" is not a model. It gives each question its most common answer in the training split, which is the score
+without the film. Two arms are controls: "steered" has the language loss and W but no teacher, and "untrained" is
+MedAlign with a teacher of random weights.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ SCORES = (
 )
 PAIRS = (("medalign", "language"), ("medalign", "steered"), ("medalign", "untrained"))
 COMPARED = ("closed_accuracy", "open_exact", "bleu")
-# What makes an arm what it is; every other setting must be the same in all arms.
+# Settings in which the arms differ. Every other setting must be the same in all arms.
 ARM_SETTINGS = {
     "run.dir",
     "train.steps",
@@ -64,7 +64,7 @@ BySeed = Mapping[int, Mapping[str, Scores]]  # seed -> arm -> scores
 
 
 def questions(split: Path) -> Iterator[dict[str, str]]:
-    """The question-answer samples of a folder of shards."""
+    """Yield the question-answer samples of a folder of shards."""
     for shard in sorted(split.glob("*.tar")):
         with tarfile.open(shard) as archive:
             for member in archive:
@@ -75,7 +75,7 @@ def questions(split: Path) -> Iterator[dict[str, str]]:
 
 
 def blind(data: Path) -> dict[str, float]:
-    """Exact-match scores of the commonest training answer to each question."""
+    """Return the exact-match scores of the most common training answer to each question."""
     seen: dict[str, Counter[str]] = defaultdict(Counter)
     for sample in questions(data / "train"):
         seen[sample["question"]][sample["answer"]] += 1
@@ -92,14 +92,14 @@ def scores_file(folder: Path, arm: str) -> Path:
 
 
 def waiting(run: Path) -> dict[str, float]:
-    """The share of the time, over all logged steps of a run, that its ranks waited for data; none if it had no step."""
+    """Return the share of the time that the ranks waited for data, over all logged steps; empty without a step."""
     rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     shares = [row["speed/data_wait_share"] for row in rows]
     return {"data_wait_share": statistics.mean(shares)} if shares else {}
 
 
 def run(seed: int, folder: Path, arms: Sequence[str] = ARMS) -> dict[str, Scores]:
-    """The scores of these arms, and of "blind", for one seed. Only arms without scores are trained."""
+    """Return the scores of these arms and of "blind" for one seed. Only arms without scores are trained."""
     missing = [arm for arm in arms if not scores_file(folder, arm).is_file()]
     if missing:
         environment = os.environ | {"SEED": str(seed), "ARMS": " ".join(missing)}
@@ -110,11 +110,11 @@ def run(seed: int, folder: Path, arms: Sequence[str] = ARMS) -> dict[str, Scores
 
 
 def stored(path: Path, seeds: Sequence[int], arms: Sequence[str]) -> dict[int, dict[str, Scores]]:
-    """The scores that an earlier call wrote for these seeds and arms. Exits where the file does not hold them."""
+    """Return the scores that an earlier call wrote for these seeds and arms. Exit if the file does not contain them."""
     facts = json.loads(path.read_text()) if path.is_file() else {}
     lacking = [arm for arm in arms if arm not in facts.get("arms", {})]
     if facts.get("seeds") != list(seeds) or lacking:
-        sys.exit(f"{path} does not hold {', '.join(lacking or arms)} for seeds {list(seeds)}; run all arms")
+        sys.exit(f"{path} does not contain {', '.join(lacking or arms)} for seeds {list(seeds)}; run all arms")
     return {
         seed: {
             arm: {name: found["seeds"][place] for name, found in facts["arms"][arm].items()} | {"n": asked}
@@ -125,7 +125,7 @@ def stored(path: Path, seeds: Sequence[int], arms: Sequence[str]) -> dict[int, d
 
 
 def check(folder: Path, scores: Mapping[str, Scores]) -> None:
-    """Exit where arms answered different questions; tell where finished arms had other settings."""
+    """Exit if arms answered different questions; print settings in which finished arms differ."""
     asked = {arm: one["n"] for arm, one in scores.items()}
     if len(set(asked.values())) > 1:
         sys.exit(f"{folder}: the arms answered different questions ({asked}); evaluate them again on {folder}/data/val")
@@ -133,11 +133,12 @@ def check(folder: Path, scores: Mapping[str, Scores]) -> None:
     for line in sorted(set().union(*settings.values())):
         arms = [arm for arm, lines in settings.items() if line in lines]
         if len(arms) < len(settings):
-            print(f"{folder}: {line} holds for {', '.join(arms)} only; train the arms alike", file=sys.stderr)
+            only = ", ".join(arms)
+            print(f"{folder}: {line} only in {only}; train the arms with the same settings", file=sys.stderr)
 
 
 def common_settings(run: Path) -> set[str]:
-    """The settings of a run as "section.key: value", without those that make an arm what it is."""
+    """Return the settings of a run as "section.key: value", without those in which the arms differ."""
     section, found = "", set()
     for line in (run / "config.yaml").read_text().splitlines():
         if line.startswith(" "):
@@ -148,7 +149,7 @@ def common_settings(run: Path) -> set[str]:
 
 
 def summary(values: Sequence[float]) -> dict[str, Any]:
-    """Mean, standard deviation and 95 % t-interval over the seeds; one seed has neither of the last two."""
+    """Return the mean, the standard deviation and the 95 % t-interval over the seeds; for one seed only the mean."""
     mean = statistics.mean(values)
     found: dict[str, Any] = {"mean": round(mean, 4)}
     if len(values) > 1:
@@ -159,7 +160,7 @@ def summary(values: Sequence[float]) -> dict[str, Any]:
 
 
 def table(by_seed: BySeed) -> dict[str, dict[str, Any]]:
-    """Arm -> score -> summary, without the scores that an arm does not have."""
+    """Return arm -> score -> summary, without the scores that an arm does not have."""
     found: dict[str, dict[str, Any]] = {}
     for arm in ("blind", *ARMS):
         columns = {name: [scores[arm][name] for scores in by_seed.values() if name in scores[arm]] for name in SCORES}
@@ -168,7 +169,7 @@ def table(by_seed: BySeed) -> dict[str, dict[str, Any]]:
 
 
 def differences(by_seed: BySeed) -> dict[str, dict[str, Any]]:
-    """Pair of arms ("medalign - language") -> score -> summary of the differences over the seeds that have both."""
+    """Return "medalign - language" -> score -> summary of the differences over the seeds that have both scores."""
     found: dict[str, dict[str, Any]] = {}
     for arm, other in PAIRS:
         found[f"{arm} - {other}"] = {
@@ -186,7 +187,7 @@ def differences(by_seed: BySeed) -> dict[str, dict[str, Any]]:
 
 
 def as_text(rows: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> str:
-    """A line per row, "mean [low, high]" per score."""
+    """Format one line per row, with "mean [low, high]" per score."""
 
     def cell(found: Mapping[str, Any] | None) -> str:
         if found is None:

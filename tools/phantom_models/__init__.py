@@ -1,1 +1,1 @@
-"""The training of the packaged student and teacher, each run as a module from the checkout."""
+"""Trains the packaged student and teacher. Each is run as a module from the checkout."""

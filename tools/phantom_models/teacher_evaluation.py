@@ -1,4 +1,4 @@
-"""How good a teacher is: what it tells apart without training for it, and its attention to findings."""
+"""Evaluates a teacher: its zero-shot accuracy, and its attention to findings."""
 
 from __future__ import annotations
 
@@ -38,18 +38,18 @@ ABSENT = {
 
 
 class Films(NamedTuple):
-    """Films of one stream, as the teacher wants them."""
+    """Films of one stream, preprocessed for the teacher."""
 
     items: list[Study]
     pixels: torch.Tensor  # [n, 3, T, T]
 
     def showing(self, kind: str) -> np.ndarray:
-        """Which films have a finding of this kind, [n] bool."""
+        """Return which films have a finding of this kind, [n] bool."""
         return np.array([any(found.kind == kind for found in item.findings) for item in self.items])
 
 
 def films(teacher: Teacher, count: int, seed: int, split: str) -> Films:
-    """The first `count` films of a split's stream."""
+    """Render the first `count` films of a split's stream."""
     items = [study(stream(seed, split), index) for index in range(count)]
     pixels = [teacher.preprocess_cfg.view(square_canvas(i.image)) for i in items]
     return Films(items, torch.stack(pixels))
@@ -57,9 +57,9 @@ def films(teacher: Teacher, count: int, seed: int, split: str) -> Films:
 
 @torch.no_grad()
 def evaluate(folder: Path, tokenize: Tokenize, count: int, calibration: int, seed: int) -> dict[str, Any]:
-    """Zero-shot accuracy and the share of attention inside the boxes, on `count` films of the test stream.
+    """Measure zero-shot accuracy and the share of attention inside the boxes, on `count` films of the test stream.
 
-    Thresholds are chosen on `calibration` films of the val stream, which neither training nor the test shares.
+    Thresholds are chosen on `calibration` films of the val stream, which neither training nor the test uses.
     """
     teacher = load_teacher(folder)
     test, held_out = films(teacher, count, seed, "test"), films(teacher, calibration, seed, "val")
@@ -76,10 +76,10 @@ def evaluate(folder: Path, tokenize: Tokenize, count: int, calibration: int, see
 
 @torch.no_grad()
 def zero_shot(folder: Path, tokenize: Tokenize, test: Films, held_out: Films) -> dict[str, Any]:
-    """Present against absent by the nearer mean prompt; `chance` is the accuracy of the commoner answer.
+    """Classify each finding as present or absent by the nearer prompts.
 
-    `calibrated_...` decide at the threshold that is best on `held_out` instead of at equal scores: how much the
-    prompts of a finding resemble films at large differs from one finding to the next.
+    `chance` is the accuracy of the more common answer. The `calibrated_` scores use the threshold that is best on
+    `held_out` instead of equal scores, because the prompts of some findings resemble all films more than others.
     """
     model = build_clip(json.loads((folder / CONFIG_NAME).read_text())["model_cfg"]).eval()
     model.load_state_dict(load_file(folder / WEIGHTS_NAME))
@@ -92,7 +92,7 @@ def zero_shot(folder: Path, tokenize: Tokenize, test: Films, held_out: Films) ->
         return images @ model.encode_text(tokenize(prompts), normalize=True).T
 
     def margin(images: torch.Tensor, kind: str) -> np.ndarray:
-        # The log of the mean over prompts: a film fits a finding's prompts at one place, not on average.
+        # The log of the mean over prompts: a film matches the prompt for one place, not the average of all prompts.
         scale = model.logit_scale.exp()
         present = (scale * score(images, PRESENT[kind])).logsumexp(1) - np.log(len(PRESENT[kind]))
         absent = (scale * score(images, ABSENT[kind])).logsumexp(1) - np.log(len(ABSENT[kind]))
@@ -118,10 +118,10 @@ def zero_shot(folder: Path, tokenize: Tokenize, test: Films, held_out: Films) ->
 
 
 def best_threshold(margins: np.ndarray, truth: np.ndarray) -> float:
-    """The threshold of most accuracy, halfway between two neighboring margins."""
+    """Return the threshold with the best accuracy, halfway between two neighboring margins."""
     order = margins.argsort()
     ordered = margins[order]
-    # Right answers when the i lowest are called absent: the absent ones among these, the present ones among the rest.
+    # Correct answers if the i lowest are called absent: the absent ones among these, the present ones among the rest.
     right = (
         np.concatenate([[0], np.cumsum(~truth[order])]) + truth.sum() - np.concatenate([[0], np.cumsum(truth[order])])
     )
@@ -138,7 +138,7 @@ def _decided(called: np.ndarray, truth: np.ndarray) -> dict[str, float]:
 
 
 def _placed(kind: str, nearest: torch.Tensor, items: list[Study]) -> dict[str, float]:
-    """How often the nearest prompt names the place, on films with one finding of the kind."""
+    """Return how often the nearest prompt gives the correct place, on films with one finding of the kind."""
     chosen = [i for i, item in enumerate(items) if sum(found.kind == kind for found in item.findings) == 1]
     places = [next(f.place for f in items[i].findings if f.kind == kind) for i in chosen]
     hits = [PLACES[guess] == place for guess, place in zip(nearest[chosen].tolist(), places, strict=True)]

@@ -1,15 +1,15 @@
 """Train the packaged base student: a small LLaVA that has seen text and pictures, but no disease.
 
-    OMP_NUM_THREADS=1 python -m tools.phantom_models.train_student      # from scratch, as the packaged one was made
+    OMP_NUM_THREADS=1 python -m tools.phantom_models.train_student      # from scratch, as the packaged one was trained
 
 1. The vision tower learns to restore radiographs and random pictures from noisy copies with missing patches, and to
    outline the plain shapes that are drawn on them.
 2. Tower, projector and language model learn to answer questions about plain shapes, gray levels, format and exposure
-   (`student/pictures.py`), while the tower goes on restoring. A question's attention is taught to point at
-   what it asks about, as grounded captions teach it to general models: without that, a model of this size does not
-   leave the plateau of guessing within the steps that two cores can spend.
-3. Beside it the language model reads reports and medical questions of radiographs that it is not shown: it knows the
-   words and the kinds of answer, but not the link to the picture. No finding ever reaches the tower.
+   (`student/pictures.py`), while the tower continues to restore pictures. The attention of a question is trained to
+   point at the subject of the question, as grounded captions do for general models. Without this, a model of this size
+   does not learn more than guessing within the steps that two cores can compute.
+3. At the same time, the language model reads reports and medical questions about radiographs that it is not shown. It
+   learns the words and the kinds of answer, but not their relation to a picture. No finding is ever shown to the tower.
 
 The studies come from the split `pretrain`, which no training or evaluation of the product uses.
 
@@ -48,12 +48,12 @@ from tools.phantom_models.student.lessons import (
 from tools.phantom_models.student.pictures import SHAPES, TONES, Turn
 
 OUTLINES = 10.0  # weight of the shapes' outlines
-POINTING = (1, 2)  # blocks of the language model whose attention is taught to point
+POINTING = (1, 2)  # blocks of the language model whose attention is trained to point
 CONTEXT = 9  # a token also restores the 3 x 3 patches around it, at 9 x 9 pixels
 
 
 class Restorer(nn.Module):
-    """Linear read-outs of the patch tokens: fine detail of a token's own patch, its surroundings, and plain shapes."""
+    """Linear heads on the patch tokens: fine detail of a token's own patch, its surroundings, and plain shapes."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -61,7 +61,7 @@ class Restorer(nn.Module):
         self.outline = nn.Linear(width, len(SHAPES) + len(TONES))
 
     def forward(self, tokens_BND: Tensor, clean_BSS: Tensor, cover_BCSS: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean squared error of the restored pixels; cross-entropy of the share of each patch that shapes cover."""
+        """Return the mean squared error of the restored pixels and the cross-entropy of the share that shapes cover."""
         share_BNC = F.avg_pool2d(cover_BCSS, folder.PATCH).flatten(2).transpose(1, 2)
         outlines = F.binary_cross_entropy_with_logits(self.outline(tokens_BND), share_BNC.clamp(0, 1))
         return F.mse_loss(self.restore(tokens_BND), self._target(clean_BSS)), outlines
@@ -77,7 +77,7 @@ class Restorer(nn.Module):
 
 
 def spoil(clean_BSS: Tensor, generator: torch.Generator, missing: float) -> Tensor:
-    """Noise everywhere and a share of patches grayed out."""
+    """Add noise and replace a share of the patches by gray."""
     grid = folder.IMAGE_SIZE // folder.PATCH
     keep = torch.rand(len(clean_BSS), 1, grid, grid, generator=generator) >= missing
     keep_BSS = F.interpolate(keep.float(), scale_factor=folder.PATCH)[:, 0]
@@ -85,13 +85,13 @@ def spoil(clean_BSS: Tensor, generator: torch.Generator, missing: float) -> Tens
 
 
 def patch_tokens(model, pixels_BSS: Tensor) -> Tensor:
-    """The tower's patch tokens [B, N, D] that the projector reads."""
+    """Return the tower's patch tokens [B, N, D], the input of the projector."""
     pixels = pixels_BSS[:, None].expand(-1, 3, -1, -1)
     return model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-1][:, 1:]
 
 
 def decode(model, ids_BL: Tensor, tokens_BND: Tensor | None, attend: bool = False):
-    """The language model's output: last hidden states [B, L, d] and, on request, attentions [B, H, L, L] a block."""
+    """Run the language model: last hidden states [B, L, d] and, if requested, attentions [B, H, L, L] per block."""
     embeds = model.get_input_embeddings()(ids_BL)
     if tokens_BND is not None:
         image = model.model.multi_modal_projector(tokens_BND)
@@ -102,14 +102,14 @@ def decode(model, ids_BL: Tensor, tokens_BND: Tensor | None, attend: bool = Fals
 
 
 def next_token_loss(model, hidden_BLD: Tensor, labels_BL: Tensor) -> Tensor:
-    """Mean loss at the labeled positions; logits are computed only there."""
+    """Return the mean loss at the labeled positions; logits are computed only there."""
     wanted = labels_BL[:, 1:]
     chosen = wanted != IGNORE
     return F.cross_entropy(model.lm_head(hidden_BLD[:, :-1][chosen]), wanted[chosen])
 
 
 def pointing_loss(attentions: tuple[Tensor, ...], lesson: Lesson, image_id: int) -> Tensor:
-    """Cross-entropy of the questions' attention over the patches, in the middle blocks, with what they speak of."""
+    """Return the cross-entropy of the questions' attention to the patches, in the middle blocks, with their regions."""
     image_BL = lesson.ids_BL == image_id
     known_BT = lesson.where_BTN.sum(-1) > 0
     losses = []
@@ -122,17 +122,17 @@ def pointing_loss(attentions: tuple[Tensor, ...], lesson: Lesson, image_id: int)
     return torch.stack(losses).mean()
 
 
-def optimise(parameters: list[nn.Parameter], steps: int, rate: float) -> Iterator[tuple[int, torch.optim.Optimizer]]:
-    """AdamW with warm-up and cosine: set gradients between two yields."""
-    optimiser = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.98), weight_decay=0.02)
+def optimize(parameters: list[nn.Parameter], steps: int, rate: float) -> Iterator[tuple[int, torch.optim.Optimizer]]:
+    """Optimize with AdamW, warm-up and a cosine. The caller sets the gradients between two yields."""
+    optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.98), weight_decay=0.02)
     for step in range(steps):
         warm = min(1.0, (step + 1) / 60)
-        for group in optimiser.param_groups:
+        for group in optimizer.param_groups:
             group["lr"] = rate * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
-        optimiser.zero_grad(set_to_none=True)
-        yield step, optimiser
+        optimizer.zero_grad(set_to_none=True)
+        yield step, optimizer
         nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimiser.step()
+        optimizer.step()
 
 
 def train_tower(model, restorer: Restorer, course: Course, seed: int, steps: int, batch: int) -> dict[str, float]:
@@ -140,7 +140,7 @@ def train_tower(model, restorer: Restorer, course: Course, seed: int, steps: int
     rng, generator = np.random.default_rng([seed, 1]), torch.Generator().manual_seed(seed)
     losses = Running()
     parameters = [*model.model.vision_tower.parameters(), *restorer.parameters()]
-    bar = tqdm(optimise(parameters, steps, 2e-3), "restoration", total=steps, mininterval=5)
+    bar = tqdm(optimize(parameters, steps, 2e-3), "restoration", total=steps, mininterval=5)
     for _, _ in bar:
         clean, cover = course.pictures(rng, batch)
         restoration, outlines = restorer(patch_tokens(model, spoil(clean, generator, 0.25)), clean, cover)
@@ -160,11 +160,11 @@ def train_whole(
     unrelated: float,
     point: float,
 ) -> dict[str, float]:
-    """Steps 2 and 3 together. Returns the last mean losses."""
+    """Train steps 2 and 3 together. Returns the last mean losses."""
     rng, generator = np.random.default_rng([seed, 2]), torch.Generator().manual_seed(seed + 1)
     losses = Running()
     parameters = [*model.parameters(), *restorer.parameters()]
-    bar = tqdm(optimise(parameters, steps, 2e-3), "captions", total=steps, mininterval=5)
+    bar = tqdm(optimize(parameters, steps, 2e-3), "captions", total=steps, mininterval=5)
     for _, _ in bar:
         lesson = course.lesson(rng, batch, turns, unrelated)
         tokens = patch_tokens(model, spoil(lesson.clean_BSS, generator, 0.0))
@@ -179,7 +179,7 @@ def train_whole(
 def lesson_losses(
     model, course: Course, lesson: Lesson, tokens_BND: Tensor, rng: np.random.Generator
 ) -> dict[str, Tensor]:
-    """What the language model learns from one lesson and from some reading beside it."""
+    """Return the losses of the language model on one lesson and on a batch of text."""
     decoded = decode(model, lesson.ids_BL, tokens_BND, attend=True)
     ids_BL, labels_BL = course.reading(rng, max(1, len(lesson.ids_BL) // 4), 4)
     return {
@@ -204,9 +204,9 @@ class Running:
 
 @torch.no_grad()
 def accuracy(model, course: Course, asked: list[tuple[Tensor, Turn]], batch: int = 64) -> float:
-    """Exact-match accuracy of greedy answers to (picture [S, S], (question, answer)).
+    """Return the exact-match accuracy of greedy answers to (picture [S, S], (question, answer)).
 
-    A greedy answer equals the true one if and only if every token is the likeliest after the true ones before it.
+    A greedy answer equals the reference if and only if every token is the most likely one after the reference's tokens.
     """
     right = 0
     for start in range(0, len(asked), batch):
@@ -217,6 +217,15 @@ def accuracy(model, course: Course, asked: list[tuple[Tensor, Turn]], batch: int
         wanted_BL = labels_BL[:, 1:]
         right += int(((guess_BL == wanted_BL) | (wanted_BL == IGNORE)).all(1).sum())
     return right / len(asked)
+
+
+def accuracies(model, course: Course, findings: list[tuple[Tensor, Turn]]) -> dict[str, float]:
+    """Return the accuracy on questions about shapes and findings, and that of answers without the picture."""
+    return {
+        "shape_question_accuracy": round(accuracy(model, course, shape_questions(course, 400)), 4),
+        "finding_question_accuracy": round(accuracy(model, course, findings), 4),
+        "finding_question_blind": round(blind_accuracy(course, findings), 4),
+    }
 
 
 def main(
@@ -239,17 +248,17 @@ def main(
     Args:
         output: folder to write, loadable with AutoModelForImageTextToText and AutoProcessor.
         results: JSON file for losses and accuracies.
-        seed: of weights, pictures and texts.
-        studies: radiographs that are rendered once and drawn upon.
-        tower_steps: steps of restoration only.
-        steps: steps of captions and reading.
+        seed: seed of weights, pictures and texts.
+        studies: number of radiographs, which are rendered once and used as backgrounds.
+        tower_steps: steps with restoration only.
+        steps: steps with captions and reading.
         batch: pictures per step.
         turns: questions per picture.
         unrelated: share of conversations with a medical turn about another radiograph.
-        point: weight of the loss that turns a question's attention to the shape or place it speaks of.
+        point: weight of the loss that directs a question's attention to the shape or place that it asks about.
         width: hidden width of the language model.
         blocks: decoder blocks of the language model.
-        vocabulary: tokens.
+        vocabulary: number of tokens.
     """
     began = time.perf_counter()
     torch.manual_seed(seed)
@@ -258,23 +267,18 @@ def main(
     model = folder.build_model(processor.tokenizer, width, blocks)
     sizes = {name: sum(p.numel() for p in module.parameters()) for name, module in model.model.named_children()}
     print(f"vocabulary {len(processor.tokenizer)}, parameters {sizes}")
-    model.set_attn_implementation({"text_config": "eager"})  # its weights are taught
+    model.set_attn_implementation({"text_config": "eager"})  # its attention weights are trained
     course, restorer = Course(seed, studies, processor), Restorer(folder.TOWER_WIDTH)
     tower = train_tower(model, restorer, course, seed, tower_steps, batch)
     losses = {f"tower_{name}": value for name, value in tower.items()}
     losses |= train_whole(model, restorer, course, seed, steps, batch, turns, unrelated, point)
-    findings = finding_questions(seed, 250)
-    size = folder.save(model, processor, output)
     record = {
         "command": shlex.join(["python", "-m", "tools.phantom_models.train_student", *sys.argv[1:]]),
         "seconds": round(time.perf_counter() - began),
-        "folder_bytes": size,
+        "folder_bytes": folder.save(model, processor, output),
         "parameters": sizes,
         "losses": {name: round(value, 4) for name, value in losses.items()},
-        "shape_question_accuracy": round(accuracy(model, course, shape_questions(course, 400)), 4),
-        "finding_question_accuracy": round(accuracy(model, course, findings), 4),
-        "finding_question_blind": round(blind_accuracy(course, findings), 4),
-    }
+    } | accuracies(model, course, finding_questions(seed, 250))
     results.parent.mkdir(parents=True, exist_ok=True)
     results.write_text(json.dumps(record, indent=2) + "\n")
     print(json.dumps(record, indent=2))

@@ -4,10 +4,10 @@
     python -m tools.phantom_models.train_teacher --evaluate-only   # the saved weights only
 
 The films come from the "pretrain" stream, which shares no study with the train, val and test splits. Two linear heads
-add losses to the contrastive one and are discarded afterwards: one predicts every finding and its location from the
-image embedding, the other predicts what each patch shows, supervised by the masks. With reports only, a model of this
-size learns the largest findings (effusion, heart size), which distinguish most films of a batch, and no others: after
-700 steps it still missed the rest.
+add losses to the contrastive one and are discarded afterwards. One predicts every finding and its location from the
+image embedding. The other predicts what each patch shows, supervised by the masks. With reports only, a model of this
+size learns only the largest findings (effusion, heart size), which distinguish most films of a batch: after 700 steps
+it still missed the others.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ ROOT = Path(__file__).resolve().parents[2]
 IMAGE_SIZE, CONTEXT, EMBEDDING = 96, 48, 64
 PATCH, WIDTH = 8, 96
 GRID = PatchGrid(IMAGE_SIZE // PATCH, IMAGE_SIZE // PATCH)
-NAMING_WEIGHT, MAPPING_WEIGHT = 0.5, 2.0  # of the heads' losses, sums over sites and kinds, beside the contrastive one
-SHOWN = 0.3  # share of a patch that a finding covers from which the patch shows it
+NAMING_WEIGHT, MAPPING_WEIGHT = 0.5, 2.0  # of the heads' losses (sums over sites and kinds); the contrastive one has 1
+SHOWN = 0.3  # a patch shows a finding that covers more than this share of it
 RARITY = 4.0  # weight of patches that show a finding against those that do not
 MEAN, STD = (0.4, 0.4, 0.4), (0.25, 0.25, 0.25)
 LUNG_SITES = [(kind, side, zone) for kind in ("nodule", "consolidation") for side in SIDES for zone in ZONES]
@@ -68,16 +68,16 @@ def model_config(vocabulary: int) -> dict:
 
 @dataclass
 class Pool:
-    """What training draws from."""
+    """The films and reports that training draws from."""
 
-    films: torch.Tensor  # uint8 [n, IMAGE_SIZE, IMAGE_SIZE], as the trainer shows them
+    films: torch.Tensor  # uint8 [n, IMAGE_SIZE, IMAGE_SIZE], resized as during distillation
     sites: torch.Tensor  # float32 [n, len(SITES)], 1 where there is a finding
     maps: torch.Tensor  # bool [n, GRID.size, len(KINDS)], True where the patch shows the finding
     reports: list[str]
 
 
 def shown(finding: Finding) -> torch.Tensor:
-    """Which patches of the canvas show a finding, bool [GRID.size]."""
+    """Return which patches of the canvas show a finding, bool [GRID.size]."""
     height, width = finding.mask.shape
     frame = CanvasFrame(width, height)
     canvas = torch.zeros(frame.side, frame.side)
@@ -103,7 +103,10 @@ def render(count: int, seed: int) -> Pool:
 
 
 def make_tokenizer(reports: list[str]) -> Tokenizer:
-    """Whole words. The end token has the highest number: open_clip's text tower pools where it finds the maximum."""
+    """Build a tokenizer of whole words.
+
+    The end token has the highest number, because open_clip's text tower pools at the position of the maximum.
+    """
     splitter, lower = pre_tokenizers.Whitespace(), normalizers.Lowercase()
     words = {word for text in reports for word, _ in splitter.pre_tokenize_str(lower.normalize_str(text))}
     vocabulary = [PAD, UNKNOWN, START, *sorted(words), END]
@@ -113,7 +116,7 @@ def make_tokenizer(reports: list[str]) -> Tokenizer:
 
 
 def tokenize(tokenizer: Tokenizer, texts: list[str]) -> torch.Tensor:
-    """[len(texts), CONTEXT] int64, start and end tokens included, padded on the right."""
+    """Convert texts to int64 [len(texts), CONTEXT], with start and end tokens, padded on the right."""
     vocabulary = tokenizer.get_vocab()
     start, end = vocabulary[START], vocabulary[END]
     ids = torch.full((len(texts), CONTEXT), vocabulary[PAD])
@@ -124,26 +127,26 @@ def tokenize(tokenizer: Tokenizer, texts: list[str]) -> torch.Tensor:
 
 
 def normalize(films: torch.Tensor) -> torch.Tensor:
-    """uint8 [I, T, T] to what the tower wants, [I, 3, T, T]."""
+    """Convert uint8 [I, T, T] to the tower's input [I, 3, T, T]."""
     return ((films[:, None].float() / 255 - MEAN[0]) / STD[0]).expand(-1, 3, -1, -1)
 
 
-def make_optimiser(modules: nn.Module, rate: float, steps: int) -> tuple[torch.optim.Optimizer, LambdaLR]:
-    """AdamW without weight decay on vectors; warm-up, then a cosine down to one hundredth."""
+def make_optimizer(modules: nn.Module, rate: float, steps: int) -> tuple[torch.optim.Optimizer, LambdaLR]:
+    """Build AdamW without weight decay on vectors, and a schedule: warm-up, then a cosine down to one hundredth."""
     matrices = [p for p in modules.parameters() if p.ndim >= 2]
     flat = [p for p in modules.parameters() if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": 0.05}, {"params": flat, "weight_decay": 0.0}]
-    optimiser = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98))
     warmup = max(min(50, steps // 5), 1)
 
     def scale(step: int) -> float:
         return min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / steps)) + 0.01)
 
-    return optimiser, LambdaLR(optimiser, scale)
+    return optimizer, LambdaLR(optimizer, scale)
 
 
 def batches(size: int, batch: int, steps: int, seed: int) -> Iterator[torch.Tensor]:
-    """Numbers of films, each film once before any comes again."""
+    """Yield batches of indices of films. Every film is drawn once before any is drawn again."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.empty(0, dtype=torch.long)
     for _ in range(steps):
@@ -154,7 +157,7 @@ def batches(size: int, batch: int, steps: int, seed: int) -> Iterator[torch.Tens
 
 
 class Heads(nn.Module):
-    """What holds the tower to the findings while it trains; see the module's docstring."""
+    """Linear heads that supervise the tower with the findings during training; see the module's docstring."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -164,7 +167,10 @@ class Heads(nn.Module):
     def losses(
         self, image: torch.Tensor, patches: torch.Tensor, sites: torch.Tensor, maps: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of embeddings [I, EMBEDDING] and of patch features [I, M, WIDTH]; each summed over what there is to say."""
+        """Return the losses of the embeddings [I, EMBEDDING] and of the patch features [I, M, WIDTH].
+
+        The first is summed over the sites, the second over the kinds; both are means over everything else.
+        """
         rarity = torch.tensor(RARITY)
         named = F.binary_cross_entropy_with_logits(self.sample_context(image), sites) * len(SITES)
         mapped = F.binary_cross_entropy_with_logits(self.mapping(patches), maps.float(), pos_weight=rarity)
@@ -179,7 +185,7 @@ def train(options: argparse.Namespace) -> None:
     texts = tokenize(tokenizer, pool.reports)
     model, heads, contrast = build_clip(model_config(tokenizer.get_vocab_size())), Heads(), ClipLoss()
     model.visual.output_tokens = True
-    optimiser, scheduler = make_optimiser(nn.ModuleList([model, heads]), options.rate, options.steps)
+    optimizer, scheduler = make_optimizer(nn.ModuleList([model, heads]), options.rate, options.steps)
     order = batches(len(pool.films), options.batch, options.steps, options.seed)
     bar = tqdm(order, total=options.steps, desc="training", mininterval=5)
     for step, chosen in enumerate(bar, 1):
@@ -187,10 +193,10 @@ def train(options: argparse.Namespace) -> None:
         text = model.encode_text(texts[chosen], normalize=True)
         pulled = contrast(F.normalize(image, dim=-1), text, model.logit_scale.exp())
         named, mapped = heads.losses(image, patches, pool.sites[chosen], pool.maps[chosen])
-        optimiser.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=True)
         (pulled + NAMING_WEIGHT * named + MAPPING_WEIGHT * mapped).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
+        optimizer.step()
         scheduler.step()
         model.logit_scale.data.clamp_(max=math.log(50))
         figures = {"contrast": pulled.item(), "naming": named.item(), "mapping": mapped.item()}

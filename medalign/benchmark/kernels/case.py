@@ -1,7 +1,7 @@
 """The types that describe an operation to the benchmark: its binaries, its cost, problems to measure, tuning entries.
 
-Each operation has a folder here, whose `cases.py` defines a `KernelCase`. `registry` lists the cases; the rest of the
-benchmark knows nothing else about the operations.
+Each operation has a folder here, and its `cases.py` defines a `KernelCase`. `registry` lists the cases. The rest of the
+benchmark does not depend on the operations.
 """
 
 from __future__ import annotations

@@ -90,7 +90,7 @@ def _spread(keys: Sequence[str], count: int) -> list[str]:
 def _pictures(evaluation: Evaluation, keys: Sequence[str]) -> dict[str, tuple[Image.Image, int]]:
     """Read the first image of each sample, to which boxes and attention refer, and the sample's number of images."""
     if not evaluation.data:
-        raise DataError(f"{EvaluationFolder(evaluation.folder).scores} does not name the shards")
+        raise DataError(f"{EvaluationFolder(evaluation.folder).scores} does not contain the folders of the shards")
     opened = cache(ShardIndex.open)
     found = {}
     for key in keys:

@@ -39,7 +39,7 @@ class Evaluation:
 
     @cached_property
     def predictions(self) -> dict[str, Prediction]:
-        """Predictions by key, in order; none without the file. A key that comes twice names its folder too."""
+        """Predictions by key, in order; none without the file. A repeated key is preceded by its folder."""
         path = EvaluationFolder(self.folder).predictions
         rows = read_predictions(path) if path.is_file() else []
         times = Counter(row.key for row in rows)

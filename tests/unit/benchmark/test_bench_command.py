@@ -19,13 +19,13 @@ from medalign.kernels import gpu
 from medalign.kernels.attention_map import tile_table as maps
 from medalign.kernels.token_similarity import tile_table, token_similarity
 
-# torch.compile builds C++ for minutes on the CPU; what it compiles, the eager form, is among the paths.
+# torch.compile builds C++ for minutes on the CPU. The eager form, which it compiles, is among the paths.
 SMALL = ["bench", "kernels", "--kernel", "token_similarity", "--repeats", "2", "--skip", "torch.compile"]
 
 
 @pytest.fixture(scope="module", params=["sm_80", "sm_90", "sm_100"])
 def compiled(request, tmp_path_factory):
-    """The tables for one architecture, by a process of its own: in this one, Triton interprets."""
+    """The tables for one architecture, from a separate process, because Triton interprets its kernels in this one."""
     output = tmp_path_factory.mktemp("bench") / "compiled.json"
     command = [sys.executable, "-m", "medalign", "bench", "kernels", "--compile", "--architecture", request.param]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -56,7 +56,7 @@ def test_every_configuration_compiles_well(compiled):
         assert row["tensor_cores"].startswith(wanted), row["kernel"]
 
 
-def test_shared_memory_is_what_dispatch_reckons_with(compiled):
+def test_shared_memory_is_what_the_tile_tables_assume(compiled):
     architecture, _, binaries, _ = compiled
     for row in binaries:
         if row["operation"] == "token_similarity":
@@ -64,7 +64,7 @@ def test_shared_memory_is_what_dispatch_reckons_with(compiled):
             assert row["shared_memory"] <= tile_table.shared_memory(architecture, dtype, dtype), row["kernel"]
 
 
-def test_the_account_is_derived_and_says_so(compiled):
+def test_the_costs_are_labeled_as_derived(compiled):
     _, done, _, account = compiled
     assert "not measured" in done.stdout and "H100 us (derived)" in account[0]
     rows = {(row["problem"], row["method"]): row for row in account if row["operation"] == "token_similarity"}
@@ -100,7 +100,7 @@ def test_a_wrong_kernel_is_an_error(monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
-def test_no_gpu_is_said(capsys):
+def test_a_missing_gpu_is_an_error(capsys):
     assert main([*SMALL, "--device", "cuda"]) == 2
     assert "no CUDA device found" in capsys.readouterr().err
 
@@ -123,7 +123,7 @@ def test_tuning_writes_the_table(tmp_path, monkeypatch):
             assert re.search("the fastest of [23] on the interpreter", entry["reason"])  # two, and the table's own
 
 
-def test_a_short_search_writes_into_a_folder_and_never_takes_a_slower_tile(tmp_path, monkeypatch):
+def test_a_short_search_writes_into_a_folder_and_never_selects_a_slower_tile(tmp_path, monkeypatch):
     """One candidate per entry: the table's own, which is tried first."""
     packaged = maps.TABLE.read_text()
     words = ["bench", "kernels", "--tune", "--repeats", "1", "--kernel", "attention_map", "--seconds", "1"]

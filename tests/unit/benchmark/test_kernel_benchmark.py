@@ -1,4 +1,4 @@
-"""The kernel benchmarks: every path computes the same, and GPU times come from Triton's own benchmark."""
+"""The kernel benchmarks: every path gives the same result, and GPU times come from Triton's own benchmark."""
 
 import pytest
 import torch

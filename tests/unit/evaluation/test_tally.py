@@ -1,4 +1,4 @@
-"""Counts of an evaluation besides its scores."""
+"""Counts of an evaluation, apart from its scores."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_counts(tally):
     }
 
 
-def test_warnings_name_the_options(tally, caplog, monkeypatch):
+def test_warnings_give_the_options(tally, caplog, monkeypatch):
     monkeypatch.setattr(log, "propagate", True)
     with caplog.at_level(logging.WARNING, logger=log.name):
         Tally(0.0).warn(64, 8)

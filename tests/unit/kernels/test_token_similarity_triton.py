@@ -91,15 +91,19 @@ def test_several_panels_and_groups(ragged, monkeypatch):
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 300.0])
 def test_float16_with_lengths_far_from_one(scale):
-    """D goes to the tensor cores in float16: 2^-11 an entry, and as much for the result."""
+    """In float16, D (in both terms of the gradient), the gradient, and its product with the upstream are each rounded.
+
+    One rounding is at most 2^-11 of an element.
+    """
     student, teacher = inputs(2, 70)
     student = (student * scale).half().double()
     found = solve("triton", student, teacher.half().double(), dtype=torch.float16)
     expected = solve("reference", student, teacher.half().double(), dtype=torch.float64)
     assert found[0].dtype == torch.float32 and found[1].dtype == torch.float16
     torch.testing.assert_close(found[0].double(), expected[0], rtol=1e-5, atol=1e-8)
-    # Where |s| is large the gradient itself lies below float16's least number, whoever computes it.
-    assert (found[1].double() - expected[1]).norm() < 2e-3 * expected[1].norm() + 6e-8 * student.numel() ** 0.5
+    # Where |s| is large, the exact gradient lies below the smallest float16 number, 2^-24.
+    limit = 4 * 2**-11 * expected[1].norm() + 2**-24 * student.numel() ** 0.5
+    assert (found[1].double() - expected[1]).norm() < limit
 
 
 def test_a_teacher_in_another_type():

@@ -36,7 +36,7 @@ def test_against_torch():
 
 
 @pytest.mark.parametrize("normalize", NORMALIZATIONS)
-def test_masked_positions_take_no_part(normalize):
+def test_masked_positions_have_no_effect(normalize):
     student, teacher = maps()
     mask = torch.zeros(3, 11, dtype=torch.bool)
     mask[:, 2:9] = True
@@ -73,7 +73,7 @@ def test_zeros_inside_a_map_stay_finite(normalize):
 
 @settings(max_examples=25, deadline=None)
 @given(tokens=st.integers(1, 30), seed=st.integers(0, 2**16), factor=st.floats(0.01, 100))
-def test_divergence_is_positive_and_knows_shares_alone(tokens, seed, factor):
+def test_divergence_is_positive_and_depends_only_on_shares(tokens, seed, factor):
     student, teacher = maps(tokens=tokens, seed=seed)
     divergence = attention_kl(student, teacher)
     assert (divergence >= -1e-12).all()
@@ -92,7 +92,7 @@ def test_divergence_is_positive_and_knows_shares_alone(tokens, seed, factor):
         ({"mask": torch.ones(2, 3, dtype=torch.bool)}, "mask"),
     ],
 )
-def test_bad_arguments_are_named(arguments, named):
+def test_the_message_gives_the_invalid_argument(arguments, named):
     good = {"student_map": torch.ones(2, 4), "teacher_map": torch.ones(2, 4)}
     with pytest.raises(ValueError, match=named):
         attention_kl(**(good | arguments))

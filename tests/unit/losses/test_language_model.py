@@ -28,8 +28,8 @@ def test_equals_the_shifted_cross_entropy(kept):
 
 @pytest.mark.parametrize("kept", [list(range(8)), [2, 3, 4, 5, 6], [6, 5, 4, 3, 2, 7]])
 @pytest.mark.parametrize("packed", [False, True])
-def test_the_mean_over_samples_is_that_of_each_sample_by_itself(kept, packed):
-    """Packed: both rows end to end in one, the numbers telling the samples apart. Float32 sums of six terms: 1e-6."""
+def test_the_mean_over_samples_equals_that_of_single_samples(kept, packed):
+    """Packed: both rows in one, with the samples' numbers. Float32 sums of six terms differ by less than 1e-6."""
     logits, labels = inputs()
     means = [F.cross_entropy(row[:-1], words[1:]) for row, words in zip(logits, labels, strict=True)]
     (expected,) = torch.autograd.grad(sum(means), logits)
@@ -44,7 +44,7 @@ def test_the_mean_over_samples_is_that_of_each_sample_by_itself(kept, packed):
     assert term.count == 2 == supervised_samples(labels, samples)
 
 
-def test_a_sample_that_learns_nothing_counts_for_nothing():
+def test_a_sample_without_supervised_tokens_does_not_count():
     logits, labels = inputs()
     labels[0] = IGNORE
     samples = torch.tensor([[0] * 8, [1] * 8])
@@ -56,7 +56,7 @@ def test_a_sample_that_learns_nothing_counts_for_nothing():
     assert none.sum == 0 == none.count and (torch.autograd.grad(none.sum, logits)[0] == 0).all()
 
 
-def test_half_precision_is_widened():
+def test_half_precision_is_converted_to_float32():
     logits, labels = inputs()
     term = language_model(logits.bfloat16(), torch.arange(8), labels)
     expected = language_model(logits.bfloat16().float(), torch.arange(8), labels)
@@ -64,7 +64,7 @@ def test_half_precision_is_widened():
 
 
 @pytest.mark.parametrize("kept", [[], [1, 2]])
-def test_nothing_supervised_is_zero_and_connected(kept):
+def test_without_supervised_tokens_the_loss_is_zero_with_a_gradient(kept):
     logits, labels = inputs()
     labels[:] = IGNORE
     labels[:, 0] = 5  # nothing comes before it

@@ -1,4 +1,4 @@
-"""The objective: what counts, what is weighed, and what each term reaches."""
+"""The objective: the counts, the weights, and the inputs that each term reaches."""
 
 from dataclasses import replace
 
@@ -101,14 +101,14 @@ def test_images_of_weight_zero_stay_connected_with_zero_gradient():
     assert (leaves["logits"].grad != 0).any()
 
 
-def test_an_image_nobody_asks_about_has_no_attention_loss():
+def test_an_image_without_a_question_has_no_attention_loss():
     leaves, output, targets = values()
     objective()(output, targets, batch(questions=(True, False)), ONE).total.backward()
     assert (leaves["attention"].grad[2] == 0).all() and (leaves["attention"].grad[:2] != 0).any(1).all()
     assert (leaves["tokens"].grad != 0).any(-1).all()
 
 
-def test_rows_of_their_own_decide_which_images_have_an_attention_loss():
+def test_the_attention_rows_decide_which_images_have_an_attention_loss():
     _, output, targets = values()
     rows = torch.zeros(2, LENGTH, dtype=torch.bool)
     rows[1, 10] = True  # inside the answer of sample 1
@@ -117,14 +117,14 @@ def test_rows_of_their_own_decide_which_images_have_an_attention_loss():
     torch.testing.assert_close(term.sum, attention_kl(output.attention, targets.attention)[2])
 
 
-def test_each_term_reaches_its_own_input_alone():
+def test_each_term_reaches_only_its_own_input():
     for name, reached in (("similarity", "tokens"), ("attention", "attention"), ("language", "logits")):
         leaves, output, targets = values()
         objective()(output, targets, batch(), ONE).terms[name].sum.backward()
         assert [leaf for leaf, value in leaves.items() if value.grad is not None] == [reached]
 
 
-def test_coefficient_zero_is_reported_without_gradient_or_left_out():
+def test_a_term_with_coefficient_zero_is_reported_without_gradient_or_omitted():
     leaves, output, targets = values()
     report = objective(0.0, 0.0)(output, targets, batch(), ONE)
     assert set(report.terms) == {"language", "similarity", "attention"}
@@ -166,6 +166,6 @@ def test_pairs_can_be_weighted_by_the_teachers_attention():
         ({"language_mean": "words"}, "language_mean"),
     ],
 )
-def test_bad_settings_are_named(arguments, named):
+def test_the_message_gives_the_invalid_setting(arguments, named):
     with pytest.raises(ValueError, match=named):
         objective(**arguments)

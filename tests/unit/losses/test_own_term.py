@@ -19,7 +19,7 @@ def named(*extra: str) -> Config:
     return settings
 
 
-def test_it_is_counted_reported_and_added():
+def test_an_own_term_is_counted_reported_and_added():
     leaves, output, targets = values()
     paper = build_terms(Config().losses)
     objective = Objective([*paper, ZLoss()])
@@ -36,7 +36,7 @@ def test_it_is_counted_reported_and_added():
     assert leaves["logits"].grad.abs().max() > 0
 
 
-def test_settings_name_it_by_its_import_path():
+def test_an_own_term_is_set_by_its_import_path():
     objective = build_objective(named("tests.own_loss.z_loss"))
     assert objective.coefficients == {"language": 1.0, "similarity": 1.0, "attention": 0.06, "z_loss": COEFFICIENT}
     words = ["--student.path", "a", "--teacher.path", "b", "--data.train", "c"]
@@ -44,7 +44,7 @@ def test_settings_name_it_by_its_import_path():
     assert loaded.losses.extra == ["tests.own_loss.z_loss"]
 
 
-def test_it_may_need_the_teacher_that_the_paper_s_terms_do_not():
+def test_an_own_term_may_need_the_teacher_if_the_paper_s_terms_do_not():
     settings = named("tests.own_loss.z_loss")
     settings.losses.alpha = settings.losses.beta = 0.0
     assert not settings.distils
@@ -62,7 +62,7 @@ def test_it_may_need_the_teacher_that_the_paper_s_terms_do_not():
         ("tests.own_loss.not_a_term", "returned int; it must return a medalign.losses.LossTerm"),
     ],
 )
-def test_a_path_that_does_not_lead_to_a_term_is_named(path, message):
+def test_a_path_that_does_not_give_a_term_is_refused(path, message):
     with pytest.raises(ConfigError, match=f"losses.extra '{path}' {message}"):
         build_objective(named(path))
 

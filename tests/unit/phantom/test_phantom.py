@@ -17,14 +17,14 @@ def studies() -> tuple[Study, ...]:
     return tuple(study(SEED, index) for index in range(600))
 
 
-def test_a_study_depends_on_seed_and_index_alone():
+def test_a_study_depends_only_on_seed_and_index():
     once, again, other = study(3, 5), study(3, 5), study(3, 6)
     assert once.image.tobytes() == again.image.tobytes()
     assert (once.report, once.questions) == (again.report, again.questions)
     assert once.image.tobytes() != other.image.tobytes()
 
 
-def test_films_are_grey_small_and_not_all_square():
+def test_films_are_gray_small_and_not_all_square():
     sizes = {item.image.size for item in studies()}
     assert all(item.image.mode == "L" and 96 <= max(item.image.size) <= 128 for item in studies())
     assert any(w > h for w, h in sizes) and any(w < h for w, h in sizes) and any(w == h for w, h in sizes)
@@ -56,7 +56,8 @@ def test_the_patients_right_is_on_the_left_of_the_picture():
         for found in item.findings:
             middle = 0.5 * (found.box[0] + found.box[2]) / item.image.width
             if found.side:
-                assert (middle < 0.55) == (found.side == "right") or abs(middle - 0.5) < 0.05
+                # The midline is drawn between 0.46 and 0.54, and the chest may be tilted.
+                assert abs(middle - 0.5) < 0.05 or (middle < 0.5) == (found.side == "right")
 
 
 @pytest.mark.parametrize(("kind", "sign"), [("nodule", 1), ("consolidation", 1), ("effusion", 1), ("pneumothorax", -1)])
@@ -71,7 +72,7 @@ def test_findings_change_the_film_against_the_other_lung(kind, sign):
     assert sign * np.mean(differences) > 10
 
 
-def test_reports_name_every_finding():
+def test_reports_mention_every_finding():
     words = {"cardiomegaly": ("enlarged", "cardiomegaly", "Enlarged")}
     for item in studies():
         for found in item.findings:
@@ -80,7 +81,7 @@ def test_reports_name_every_finding():
     assert len({item.report for item in studies()}) > 300
 
 
-def test_question_boxes_belong_to_findings_and_noes_have_none():
+def test_question_boxes_belong_to_findings_and_negative_answers_have_none():
     for item in studies():
         boxes = {found.box for found in item.findings}
         for asked in item.questions:
@@ -101,10 +102,10 @@ def test_closed_questions_cannot_be_answered_without_looking():
             if asked.answer_type == "closed":
                 answers[asked.question].append(asked.answer == "yes")
     overall = np.concatenate([np.array(given) for given in answers.values()])
-    assert abs(overall.mean() - 0.5) < 0.04
+    assert abs(overall.mean() - 0.5) < 3 * np.sqrt(0.25 / len(overall))  # three standard errors of a fair coin
     for question, given in answers.items():
-        spread = np.sqrt(0.25 / len(given))
-        assert abs(np.mean(given) - 0.5) < 0.06 + 3 * spread, question
+        # Four standard errors, because the largest deviation of many questions is expected near three.
+        assert abs(np.mean(given) - 0.5) < 4 * np.sqrt(0.25 / len(given)), question
 
 
 def test_open_answers_are_right():
@@ -122,7 +123,7 @@ def test_no_two_streams_share_studies():
         stream(0, "holdout")
 
 
-def test_records_carry_the_documented_fields():
+def test_records_have_the_documented_fields():
     written = list(records(5, 0, "train"))
     assert len({record.key for record in written}) == len(written)
     assert sum(record.fields["task"] == "report" for record in written) == 5
@@ -141,7 +142,7 @@ def test_a_share_of_the_studies_has_its_report_and_all_keep_their_questions():
     assert (len(every) - len(asked[0]), len(some) - len(asked[1])) == (8, 2)
 
 
-def test_every_record_is_fit_to_be_packed_and_no_film_is_in_both_splits(tmp_path):
+def test_every_record_can_be_packed_and_no_film_is_in_both_splits(tmp_path):
     reports = write_phantoms(tmp_path, train=6, val=4, seed=1)
     assert set(reports) == {"train", "val"} and not any(report.refused for report in reports.values())
     assert reports["train"].written == len(list(records(6, 1, "train")))
@@ -149,7 +150,7 @@ def test_every_record_is_fit_to_be_packed_and_no_film_is_in_both_splits(tmp_path
     assert not films[0] & films[1]
 
 
-def test_numbers_that_cannot_be(capsys):
+def test_numbers_out_of_range_are_refused(capsys):
     for words, message in (
         (["--train", "many"], "argument --train: 'many' is not a whole number of at least 1"),
         (["--val", "0"], "argument --val: '0' is not a whole number of at least 1"),

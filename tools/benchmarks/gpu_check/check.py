@@ -1,4 +1,4 @@
-"""Everything that needs a GPU, checked by one command in ten minutes: tests, kernels, training steps, tile tuning.
+"""Checks everything that needs a GPU with one command in ten minutes: tests, kernels, training steps, tile tuning.
 
     tools/gpu_check.sh                    # installs missing packages into .venv, then runs this
     python -m tools.benchmarks.gpu_check --tiny      # a rehearsal on the CPU, at small sizes
@@ -68,7 +68,7 @@ class Stage:
 
 
 def missing() -> str:
-    """What this interpreter lacks to run the stages, as a sentence; empty if nothing."""
+    """Return what this interpreter needs to run the stages, as a sentence; empty if nothing is missing."""
     if sys.version_info < OLDEST:
         found, wanted = (".".join(map(str, version[:2])) for version in (sys.version_info, OLDEST))
         return f"this is Python {found}, and {wanted} or newer is needed; set PYTHON=/path/to/python"
@@ -77,7 +77,7 @@ def missing() -> str:
 
 
 def stages(tiny: bool, output: Path) -> list[Stage]:
-    """The stages, most important first. The tuned tables are written below `output`."""
+    """Return the stages, most important first. The tuned tables are written below `output`."""
     bench = ("-m", "medalign", "bench", "kernels")
     rehearsed, measured, steps, tuned = TINY if tiny else REAL
     others = ("tests/gpu/test_teacher_stream.py", "tests/gpu/test_flash_attention.py", "tests/gpu/test_training.py")

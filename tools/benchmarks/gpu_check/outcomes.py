@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-VARIABLE = "GPU_CHECK_OUTCOMES"  # names the file
+VARIABLE = "GPU_CHECK_OUTCOMES"  # environment variable with the path of the file
 
 
 def pytest_runtest_logreport(report: Any) -> None:

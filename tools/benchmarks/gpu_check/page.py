@@ -1,4 +1,4 @@
-"""The results of the check as a page of Markdown."""
+"""Formats the results of the check as a page of Markdown."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def _cell(value: Any) -> str:
 
 def _head(document: dict[str, Any]) -> Iterator[str]:
     if document["rehearsal"]:
-        yield "**A rehearsal on the CPU at small sizes: these figures say nothing about a GPU.**"
+        yield "**A rehearsal on the CPU at small sizes: these figures do not describe a GPU.**"
     machine = [{"": name, "value": value} for name, value in document["machine"].items()]
     yield table(machine)
     verdict = f"failed: {', '.join(document['failed'])}" if document["failed"] else "everything passed"

@@ -54,7 +54,7 @@ FORMS = (
 
 
 class ReleasedStudent(Student):
-    """Computes and keeps the attention weights of every block, and takes the map from one of them."""
+    """A student that computes and keeps the attention weights of every block, and takes the map from one of them."""
 
     def forward(self, batch: Batch, *, tap: bool = True) -> StudentOutput:
         """Run the model with the attention weights of every block."""
@@ -82,7 +82,10 @@ class ReleasedStudent(Student):
 
 
 class ReleasedSimilarity(SimilarityTerm):
-    """The spatial loss from whole matrices [I, N, N], differentiated by autograd; the teacher's may be given."""
+    """The spatial loss from whole matrices [I, N, N], differentiated by autograd.
+
+    The teacher's features may be replaced by its precomputed matrix.
+    """
 
     def compute(self, output: StudentOutput, targets: TeacherTargets | None, batch: Batch) -> LossValue | None:
         """Return the loss, summed over the real images."""
@@ -98,7 +101,7 @@ class ReleasedSimilarity(SimilarityTerm):
 
 
 class GivenStep(TrainStep):
-    """A step that is handed the teacher's targets in place of a teacher."""
+    """A step with precomputed targets instead of a teacher."""
 
     targets: TeacherTargets  # on the host
 
@@ -152,7 +155,7 @@ class Bench:
 
     @contextmanager
     def _as(self, form: Form) -> Iterator[None]:
-        """The student in a form: whose forward pass runs, how its blocks attend, whether W acts."""
+        """Put the student into a form: its forward pass, the attention of its blocks, and whether W acts."""
         student: Any = self.student
         names = attention_names("eager" if form.released else self.config.student.attention, student.dtype)
         parts = self._parts()
@@ -169,7 +172,7 @@ class Bench:
                 config._attn_implementation = before[part]
 
     def _parts(self) -> dict[str, Any]:
-        """The settings that the modules of each part read their attention from."""
+        """Return the configurations that select the attention of the language model and of the vision tower."""
         model: Any = self.student.model.get_base_model()
         language: Any = self.student.spec.language_model
         return {"text_config": language.config, "vision_config": model.model.vision_tower.config}

@@ -1,4 +1,4 @@
-"""Students and teachers to benchmark: the packaged ones, and random weights at other shapes."""
+"""Students and teachers to benchmark: the packaged ones, and random weights of other shapes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ TINY_TEACHER = {"image_size": 32, "layers": 2, "width": 64, "patch_size": 8}
 
 @dataclass(frozen=True)
 class Text:
-    """Numbers of text tokens of a sample."""
+    """Numbers of text tokens in a sample."""
 
     before: int = 1
     question: int = 24
@@ -59,7 +59,7 @@ class Shape:
         return self.language["num_hidden_layers"]
 
 
-# LLaVA-Med 1.5: Mistral 7B and CLIP ViT-L/14 at 336 pixels; 34 tokens of system text stand before the image.
+# LLaVA-Med 1.5: Mistral 7B and CLIP ViT-L/14 at 336 pixels, with 34 tokens of system text before the image.
 LLAVA = Shape(
     language={
         "vocab_size": 32000,
@@ -104,7 +104,7 @@ TINY = Shape(
 
 
 def settings(samples: int, engine: str, layer: int | None = None, rank: int | None = None) -> Config:
-    """The settings of the packaged recipe, with one micro-batch per step."""
+    """Load the settings of the packaged recipe, with one micro-batch per step."""
     words = ["--data.train", "none", "--train.batch_size", str(samples), "--train.micro_batch_size", str(samples)]
     words += ["--engine.deepspeed", engine]
     if layer is not None:
@@ -115,7 +115,7 @@ def settings(samples: int, engine: str, layer: int | None = None, rank: int | No
 
 
 def tapped_layer(blocks: int) -> int:
-    """The block at the relative depth of block 20 of 32, and never the first."""
+    """Return the block at the relative depth of block 20 of 32, but never the first block."""
     return max(1, blocks * 20 // 32)
 
 
@@ -128,7 +128,7 @@ def random_student(shape: Shape, config: StudentConfig, device: torch.device, dt
 
 
 def wide_student(config: StudentConfig, device: torch.device, dtype: torch.dtype) -> Student:
-    """The architecture of the packaged student with LLaVA's 576 image tokens, width 512 and 6 blocks."""
+    """Build the packaged student's architecture with LLaVA's 576 image tokens, width 512 and 6 blocks."""
     whole = AutoConfig.from_pretrained(ASSETS / "phantom_student")
     whole.vision_config.image_size, whole.vision_config.patch_size = 336, 14
     text = whole.text_config
@@ -138,7 +138,7 @@ def wide_student(config: StudentConfig, device: torch.device, dtype: torch.dtype
 
 
 def _untrained(whole: PreTrainedConfig, config: StudentConfig, device: torch.device, dtype: torch.dtype) -> Student:
-    """A student of random weights, generated on the device: billions of random numbers take minutes on a CPU."""
+    """Build a student of random weights on the device, because billions of random numbers take minutes on a CPU."""
     names = attention_names(config.attention, dtype)
     with torch.device(device):
         model = AutoModelForImageTextToText.from_config(whole, dtype=dtype, attn_implementation=names)
@@ -151,14 +151,14 @@ def packaged_student(config: StudentConfig, _device: torch.device, dtype: torch.
 
 
 def random_teacher(vision: dict[str, int], folder: Path, device: torch.device, dtype: torch.dtype) -> Teacher:
-    """A tower of open_clip with random weights; its configuration is written to `folder`."""
+    """Build a tower of open_clip with random weights, and write its configuration to `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG_NAME).write_text(json.dumps({"model_cfg": {"embed_dim": 16, "vision_cfg": vision}}))
     return load_teacher(folder, device, dtype, random_weights_seed=0)
 
 
 def make_batch(student: Student, teacher_size: int, samples: int, text: Text) -> Batch:
-    """Random pixels and tokens: one image per sample, then a question and an answer."""
+    """Build a batch of random pixels and tokens: per sample one image, a question and an answer."""
     grid, anatomy = student.spec.grid.size, student.spec
     first, length = text.before + grid, text.before + grid + text.question + text.answer
     words = [token for token in range(10, 100) if token != anatomy.image_token_id]

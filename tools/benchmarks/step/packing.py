@@ -1,4 +1,4 @@
-"""The same micro-batches of phantoms, with questions and reports mixed, padded and packed."""
+"""Compares padding with packing on the same micro-batches of phantoms, with questions and reports mixed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,11 @@ from tools.benchmarks.step.measuring import WARM_UP
 
 
 def measure_packing(bench: Bench, samples: int, rounds: int, folder: Path) -> dict[str, Any]:
-    """Measure the packaged student. Raises AssertionError if padding and packing do not give the same loss."""
+    """Measure the packaged student.
+
+    Raises:
+        AssertionError: padding and packing do not give the same loss.
+    """
     form = next(form for form in FORMS if form.name == "medalign_online")
     phantom.write_phantoms(folder, 80, 1, 0)
     index = ShardIndex.open(folder / "train")

@@ -3,10 +3,15 @@
     MFU = FLOPs of the plain step / (seconds per step * peak FLOPs per second)
 
 The numerator is the same for every form, so the teacher, the losses and eager attention lower the MFU. A multiply-add
-is two operations. Each linear layer of the language model counts 2 per weight and token forward, 2 for
-the gradient of its input, and 2 more for the gradient of its weights where they train (LoRA); attention counts two
-products over the causal half forward and twice that backward; the output layer counts at the kept positions only; the
-vision tower and the projector run forward only. Every block is counted as passing a gradient to the one before.
+counts as two operations:
+
+- A linear layer of the language model: 2 per weight and token forward, 2 for the gradient of its input, and 2 for the
+  gradient of its weights if they are trained (LoRA).
+- Attention: two products over the causal half forward, and twice that backward.
+- The output layer: at the kept positions only.
+- The vision tower and the projector: forward only.
+
+Every block is counted as if it passed a gradient to the one before.
 """
 
 from __future__ import annotations
@@ -34,17 +39,17 @@ PEAKS = {
 
 
 def peak(card: str) -> float | None:
-    """The peak of a GPU by its name; None if it is not in the table."""
+    """Return the peak of a GPU by its name, or None if it is not in the table."""
     return next((operations for name, operations in PEAKS.items() if name in card), None)
 
 
 def card_name(device: torch.device) -> str:
-    """The name of the GPU, or "CPU"."""
+    """Return the name of the GPU, or "CPU"."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
 def plain_flops(student: Student, batch: Batch) -> float:
-    """The operations of one plain step, forward and backward."""
+    """Count the operations of one plain step, forward and backward."""
     samples, length = batch.input_ids.shape
     kept = int((batch.labels[:, 1:] != IGNORE).any(0).sum()) * samples
     model: Any = student.model.get_base_model()
@@ -63,7 +68,7 @@ def plain_flops(student: Student, batch: Batch) -> float:
 
 
 def _linear(module: nn.Module) -> float:
-    """Operations per token of all linear layers in a module, forward and backward."""
+    """Count the operations per token of all linear layers in a module, forward and backward."""
     return sum(
         (6 if layer.weight.requires_grad else 4) * layer.in_features * layer.out_features for layer in _layers(module)
     )

@@ -1,1 +1,1 @@
-"""What the packaged base student is trained on: pictures, lessons, and its folder on disk."""
+"""Parts of the packaged base student's training: pictures, lessons, and its folder on disk."""

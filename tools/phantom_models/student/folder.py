@@ -1,4 +1,4 @@
-"""The untrained student as a folder of transformers' own classes: tokenizer, processor, chat template, model."""
+"""The untrained student, built from transformers' own classes: tokenizer, processor, chat template, model."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ CHAT_TEMPLATE = """{{ bos_token }}{% for message in messages %}\
 {% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] + ' ' }}{% endfor %}{% endif %}\
 {% endif %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"""
 
-# What the tokenizer learns to write in few tokens, beside the phantoms' own language.
+# Text that the tokenizer learns to encode in few tokens, in addition to the phantoms' own language.
 GENERAL_TEXT = """
 The picture shows what was seen on the film and where it lies. Please describe this image and give your answer in a
 few words. What is the most likely diagnosis? Which organ is shown? Which organ system is imaged? Is this an axial,
@@ -75,7 +75,7 @@ comes before colour, that black and white make grey, and that a bright thing sta
 
 
 def build_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE that can write any text, trained on `texts` and the general text."""
+    """Build a byte-level BPE tokenizer, trained on `texts` and the general text. It can encode any text."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
@@ -100,7 +100,7 @@ def build_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenize
 
 
 def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
-    """Images are resized to the tower's square as they are: whoever wants no distortion pads them beforehand."""
+    """Build the processor. It resizes images to the tower's square; to avoid distortion, pad them first."""
     size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     images = CLIPImageProcessor(
         size=size, do_center_crop=False, crop_size=size, image_mean=list(MEAN), image_std=list(STD)
@@ -116,7 +116,7 @@ def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, width: int, blocks: int) -> LlavaForConditionalGeneration:
-    """A LLaVA with random weights: CLIP tower of 3 blocks, two-layer projector, Llama of `blocks` blocks."""
+    """Build a LLaVA with random weights: CLIP tower of 3 blocks, two-layer projector, Llama of `blocks` blocks."""
     vision = CLIPVisionConfig(
         hidden_size=TOWER_WIDTH,
         intermediate_size=384,
@@ -155,7 +155,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, width: int, blocks: int) -> 
 
 
 def save(model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder: Path) -> int:
-    """Write the folder and return its size in bytes."""
+    """Write the folder, and return its size in bytes."""
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return sum(path.stat().st_size for path in folder.iterdir())

@@ -1,4 +1,4 @@
-"""The base student's lessons: radiographs, scenes and conversations, turned into tensors.
+"""The base student's lessons: radiographs, scenes and conversations, converted to tensors.
 
 Shapes: B samples, L tokens, T turns, N patches, P radiographs, S pixels of a side.
 """
@@ -35,15 +35,15 @@ class Lesson:
     """One batch: pictures and the conversations about them."""
 
     clean_BSS: Tensor
-    cover_BCSS: Tensor  # what each kind and tone of shape covers
+    cover_BCSS: Tensor  # coverage by each kind and tone of shape
     ids_BL: Tensor
     labels_BL: Tensor
     rows_BTL: Tensor  # the mean over each question's tokens, as weights
-    where_BTN: Tensor  # the share of each patch in what the question speaks of; sums to one, or zero if unknown
+    where_BTN: Tensor  # the share of each patch in the region of the question; sums to one, or zero if unknown
 
 
 class Encoded(NamedTuple):
-    """One conversation as tokens; `questions` holds the half-open range of each question."""
+    """One conversation as tokens; `questions` contains the half-open range of each question."""
 
     ids: list[int]
     labels: list[int]
@@ -51,7 +51,7 @@ class Encoded(NamedTuple):
 
 
 class Course:
-    """Makes lessons, each from a random generator alone, so that a seed gives one course."""
+    """Makes lessons. Each depends only on a random generator, so that a seed determines the course."""
 
     def __init__(self, seed: int, studies: int, processor):
         self.tokenizer = processor.tokenizer
@@ -66,20 +66,20 @@ class Course:
         self.pool = Pool(np.stack(canvases), frames)
 
     def pictures(self, rng: np.random.Generator, count: int) -> tuple[Tensor, Tensor]:
-        """Clean pictures [B, S, S], normalized, and the cover of their shapes [B, C, S, S]."""
+        """Make clean pictures [B, S, S], normalized, and the coverage by their shapes [B, C, S, S]."""
         scenes = [scene(rng, self.pool) for _ in range(count)]
         cover = torch.from_numpy(np.stack([made.cover for made in scenes]))
         return normalize(np.stack([made.picture for made in scenes])), cover
 
     def medical_turn(self, rng: np.random.Generator) -> Turn:
-        """A question or report request about some radiograph, without the radiograph."""
+        """Draw a question or report request about a radiograph, without the radiograph."""
         report, questions = self.readings[rng.integers(len(self.readings))]
         if rng.uniform() < 0.2:
             return Turn(REPORT_REQUESTS[rng.integers(len(REPORT_REQUESTS))], report)
         return questions[rng.integers(len(questions))]
 
     def lesson(self, rng: np.random.Generator, count: int, turns: int, unrelated: float) -> Lesson:
-        """Conversations about `count` scenes; a share of them gets one medical turn that has nothing to do with it."""
+        """Make conversations about `count` scenes. A share of them gets one medical turn unrelated to the scene."""
         scenes = [scene(rng, self.pool) for _ in range(count)]
         talks = [made.turns[:turns] for made in scenes]
         for talk in talks:
@@ -92,7 +92,7 @@ class Course:
         return Lesson(pictures, cover, ids_BL, labels_BL, *self._ground(talks, encoded, ids_BL.shape[1]))
 
     def _ground(self, talks: list[list[Turn]], encoded: list[Encoded], length: int) -> tuple[Tensor, Tensor]:
-        """Which tokens ask, and where they should look: `Lesson.rows_BTL` and `where_BTN`."""
+        """Return the tokens of each question and its region: `Lesson.rows_BTL` and `where_BTN`."""
         most = max(map(len, talks))
         rows_BTL, where_BTN = torch.zeros(len(talks), most, length), torch.zeros(len(talks), most, TOKENS)
         for b, (talk, code) in enumerate(zip(talks, encoded, strict=True)):
@@ -104,7 +104,7 @@ class Course:
         return rows_BTL, where_BTN
 
     def reading(self, rng: np.random.Generator, count: int, turns: int) -> tuple[Tensor, Tensor]:
-        """Text alone: medical conversations in which every word counts."""
+        """Make medical conversations without pictures, in which every token is supervised."""
         rows = [self.encode([self.medical_turn(rng) for _ in range(turns)], image=False) for _ in range(count)]
         return self.pad([row._replace(labels=[IGNORE, *row.ids[1:]]) for row in rows])
 
@@ -113,7 +113,7 @@ class Course:
         ids, labels, questions = [self.tokenizer.bos_token_id], [IGNORE], []
         for number, turn in enumerate(turns):
             opening = folder.IMAGE * TOKENS + "\n" if image and number == 0 else ""
-            # A space belongs to the token of the word after it.
+            # A space is part of the token of the next word.
             lead = self.tokenizer.encode(f"USER: {opening}".rstrip(" "), add_special_tokens=False)
             prompt = self.tokenizer.encode(f"USER: {opening}{turn.question} ASSISTANT:", add_special_tokens=False)
             reply = self.tokenizer.encode(f" {turn.answer}{folder.EOS}", add_special_tokens=False)
@@ -132,12 +132,12 @@ class Course:
 
 
 def normalize(pictures: np.ndarray) -> Tensor:
-    """Grey levels in [0, 1], [B, S, S], as the tower wants them (one of three equal channels)."""
+    """Normalize gray levels in [0, 1], [B, S, S], for the tower (one of three equal channels)."""
     return (torch.from_numpy(pictures.astype(np.float32)) - folder.MEAN[0]) / folder.STD[0]
 
 
 def finding_questions(seed: int, studies: int) -> list[tuple[Tensor, Turn]]:
-    """Every question about radiographs that no one was trained on."""
+    """Return every question about radiographs of the test split."""
     asked = []
     for index in range(studies):
         made = study(stream(seed, "test"), index)
@@ -147,7 +147,7 @@ def finding_questions(seed: int, studies: int) -> list[tuple[Tensor, Turn]]:
 
 
 def blind_accuracy(course: Course, asked: list[tuple[Tensor, Turn]]) -> float:
-    """What the commonest answer to each question would score: what can be had without looking."""
+    """Return the score of the most common answer to each question, which needs no picture."""
     seen: dict[str, Counter[str]] = defaultdict(Counter)
     for _, questions in course.readings:
         for turn in questions:
@@ -157,7 +157,7 @@ def blind_accuracy(course: Course, asked: list[tuple[Tensor, Turn]]) -> float:
 
 
 def shape_questions(course: Course, count: int) -> list[tuple[Tensor, Turn]]:
-    """Short questions about new scenes."""
+    """Return short questions about new scenes."""
     rng = np.random.default_rng([9, 9])
     asked: list[tuple[Tensor, Turn]] = []
     while len(asked) < count:

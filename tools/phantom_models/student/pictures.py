@@ -1,8 +1,9 @@
-"""Generic pictures with generic captions: what the base student sees instead of medical lessons.
+"""Generic pictures with generic captions, which the base student sees instead of medical lessons.
 
-Plain shapes are drawn over radiographs and over random textures; the captions and questions speak of the shapes,
-of the picture's format and of its exposure, never of disease. Positions are those of the picture, so they teach
-that words can name places without teaching the patient's sides. Arrays are [side, side] float32 in [0, 1].
+Plain shapes are drawn over radiographs and over random textures. The captions and questions are about the shapes, the
+picture's format and its exposure, never about disease. Positions refer to the picture, so the student learns that words
+refer to places, but not the patient's sides. The texts keep the spelling with which the packaged student was trained
+("grey", "centre"). Arrays are [side, side] float32 in [0, 1].
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ from medalign.geometry import CanvasFrame, square_canvas
 
 SHAPES = ("disc", "ring", "bar", "cross", "patch")
 TONES = ("bright", "dark")
-GREYS, LEVELS = ("black", "dark", "grey", "light", "white"), (0.2, 0.32, 0.44, 0.58)
+GRAYS, LEVELS = ("black", "dark", "grey", "light", "white"), (0.2, 0.32, 0.44, 0.58)
 ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "right")
 NUMBERS = ("no", "one", "two", "three")
 SIDES, ZONES = ("right", "left"), ("upper", "middle", "lower")
 
 
 class Turn(NamedTuple):
-    """A question, its answer, and the part of the picture that it speaks of."""
+    """A question, its answer, and the part of the picture that it is about."""
 
     question: str
     answer: str
@@ -41,14 +42,14 @@ class Pool:
 
 @dataclass(frozen=True)
 class Shape:
-    """One shape and the cell of a 3 x 3 grid over the picture in which its centre lies."""
+    """One shape, and the cell of a 3 x 2 grid over the picture that contains its center."""
 
     name: str
     tone: str
     size: str
     row: str
     column: str
-    zone: str | None  # the part of a chest film in which its centre lies
+    zone: str | None  # the part of a chest film that contains its center
     outline: np.ndarray  # [side, side] float32 in [0, 1]
 
     @property
@@ -58,13 +59,13 @@ class Shape:
 
 
 def fit(image: Image.Image, side: int) -> tuple[np.ndarray, CanvasFrame]:
-    """An image on its square canvas, grey, side x side, as uint8."""
+    """Put an image on its square canvas and resize it to side x side, gray, uint8."""
     canvas = square_canvas(image).convert("L").resize((side, side), Image.Resampling.BICUBIC)
     return np.asarray(canvas), CanvasFrame(*image.size)
 
 
 def texture(rng: np.random.Generator, side: int) -> tuple[np.ndarray, CanvasFrame]:
-    """Clouds at several scales on a film of random format."""
+    """Draw clouds at several scales on a film of random format."""
     cloud = np.zeros((side, side), dtype=np.float32)
     for cells in (2, 5, 12):
         coarse = Image.fromarray(rng.standard_normal((cells, cells)).astype(np.float32))
@@ -75,7 +76,7 @@ def texture(rng: np.random.Generator, side: int) -> tuple[np.ndarray, CanvasFram
 
 
 def _picture(frame: CanvasFrame, side: int) -> np.ndarray:
-    """Where the canvas holds the picture rather than padding, [side, side] bool."""
+    """Return where the canvas shows the picture and not padding, [side, side] bool."""
     x0, y0, x1, y1 = frame.picture
     grid = (np.arange(side) + 0.5) / side
     return ((grid >= y0) & (grid < y1))[:, None] & ((grid >= x0) & (grid < x1))[None, :]
@@ -83,7 +84,7 @@ def _picture(frame: CanvasFrame, side: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture, what may be asked about it, and where each kind and tone of shape covers it."""
+    """A picture, questions about it, and where each kind and tone of shape covers it."""
 
     picture: np.ndarray  # [side, side] float32
     turns: list[Turn]
@@ -91,7 +92,7 @@ class Scene:
 
 
 def scene(rng: np.random.Generator, pool: Pool) -> Scene:
-    """A radiograph or a texture with 0 to 3 shapes, in random exposure."""
+    """Draw a radiograph or a texture with 0 to 3 shapes, in random exposure."""
     side = pool.canvases.shape[1]
     radiograph = rng.uniform() < 0.75
     if radiograph:
@@ -107,9 +108,9 @@ def scene(rng: np.random.Generator, pool: Pool) -> Scene:
     shapes = [_draw(rng, picture, cover, frame, *divmod(int(cell), len(COLUMNS))) for cell in cells]
     grain = rng.uniform(0, 0.02) if rng.uniform() < 0.6 else rng.uniform(0.05, 0.08)
     noisy = picture + grain * rng.standard_normal(picture.shape, dtype=np.float32) * inside
-    turns = _turns(rng, shapes, frame, side, gain, grain > 0.04) + _greys(rng, picture, frame)
+    turns = _turns(rng, shapes, frame, side, gain, grain > 0.04) + _grays(rng, picture, frame)
     if radiograph:
-        turns += _zone_greys(rng, picture, frame) + _zone_shapes(rng, shapes)
+        turns += _zone_grays(rng, picture, frame) + _zone_shapes(rng, shapes)
     return Scene(np.clip(noisy, 0, 1), [turns[i] for i in rng.permutation(len(turns))], cover)
 
 
@@ -141,7 +142,7 @@ def _draw(
 
 
 def _outline(rng: np.random.Generator, name: str, dx: np.ndarray, dy: np.ndarray, radius: float) -> np.ndarray:
-    """Coverage in [0, 1] of a shape around the origin of (dx, dy), with soft edges."""
+    """Return the coverage in [0, 1] of a shape around the origin of (dx, dy), with soft edges."""
     away = np.hypot(dx, dy)
     angle = rng.uniform(0, np.pi)
     along, across = dx * np.cos(angle) + dy * np.sin(angle), dy * np.cos(angle) - dx * np.sin(angle)
@@ -162,7 +163,7 @@ def _outline(rng: np.random.Generator, name: str, dx: np.ndarray, dy: np.ndarray
 def _turns(
     rng: np.random.Generator, shapes: list[Shape], frame: CanvasFrame, side: int, gain: float, noisy: bool
 ) -> list[Turn]:
-    """Questions and answers about shapes, format and exposure."""
+    """Ask about shapes, format and exposure."""
     names = [shape.name for shape in shapes]
     turns = [_presence(rng, shapes), _presence(rng, shapes), _cell(rng, shapes, frame, side)]
     turns.append(Turn("How many shapes are there?", NUMBERS[len(shapes)], _union(shapes)))
@@ -182,7 +183,7 @@ def _turns(
 
 
 def _about(rng: np.random.Generator, shape: Shape, frame: CanvasFrame, side: int) -> list[Turn]:
-    """Questions about the one shape of its kind."""
+    """Ask about a shape that is the only one of its kind."""
     name, outline = shape.name, shape.outline
     turns = [
         Turn(f"Where is the {name}?", shape.place, outline),
@@ -209,7 +210,7 @@ def _rectangle(side: int, top: int, bottom: int, start: int, end: int) -> np.nda
 
 
 def _cell_edges(frame: CanvasFrame, side: int, row: int, column: int, columns: int = 2) -> tuple[int, int, int, int]:
-    """Top, bottom, start and end of a cell of the 3 x `columns` grid over the picture."""
+    """Return top, bottom, start and end of a cell of the 3 x `columns` grid over the picture."""
     x0, y0, x1, y1 = frame.picture
     y, x = (
         np.linspace(side * lo, side * hi, n + 1).round().astype(int)
@@ -219,7 +220,7 @@ def _cell_edges(frame: CanvasFrame, side: int, row: int, column: int, columns: i
 
 
 def _zones(frame: CanvasFrame, side: int) -> dict[str, tuple[int, int, int, int]]:
-    """The edges of the six parts of a chest film, whatever lies there: the patient's right is on the picture's left."""
+    """Return the edges of the six zones of a chest film. The patient's right is on the left of the picture."""
     x0, y0, x1, y1 = (side * edge for edge in frame.picture)
     zones = {}
     for i, zone in enumerate(ZONES):
@@ -229,42 +230,42 @@ def _zones(frame: CanvasFrame, side: int) -> dict[str, tuple[int, int, int, int]
     return zones
 
 
-def _greys(rng: np.random.Generator, picture: np.ndarray, frame: CanvasFrame) -> list[Turn]:
-    """Questions about the grey of a place: the plainest way to learn that words can point into a picture."""
+def _grays(rng: np.random.Generator, picture: np.ndarray, frame: CanvasFrame) -> list[Turn]:
+    """Ask about the gray level of a place: the simplest way to learn that words refer to places in a picture."""
     side, columns = len(picture), ("left", "centre", "right")
     names = [f"{row} {column}" for row in ROWS for column in columns]
     regions = [_rectangle(side, *_cell_edges(frame, side, *divmod(cell, 3), 3)) for cell in range(9)]
-    grey = [float(picture[region > 0].mean()) for region in regions]
+    gray = [float(picture[region > 0].mean()) for region in regions]
     turns = []
     for i in rng.permutation(9)[:2]:
-        turns.append(Turn(f"How light is the {names[i]}?", GREYS[np.searchsorted(LEVELS, grey[i])], regions[i]))
+        turns.append(Turn(f"How light is the {names[i]}?", GRAYS[np.searchsorted(LEVELS, gray[i])], regions[i]))
     i, j = rng.permutation(9)[:2]
-    if abs(grey[i] - grey[j]) > 0.06:
+    if abs(gray[i] - gray[j]) > 0.06:
         question = f"Is the {names[i]} lighter than the {names[j]}?"
-        turns.append(Turn(question, "yes" if grey[i] > grey[j] else "no", regions[i] + regions[j]))
+        turns.append(Turn(question, "yes" if gray[i] > gray[j] else "no", regions[i] + regions[j]))
     return turns
 
 
-def _zone_greys(rng: np.random.Generator, picture: np.ndarray, frame: CanvasFrame) -> list[Turn]:
-    """Greys again, in the words for the parts of a chest film."""
+def _zone_grays(rng: np.random.Generator, picture: np.ndarray, frame: CanvasFrame) -> list[Turn]:
+    """Ask about gray levels, with the words for the zones of a chest film."""
     side, zones = len(picture), _zones(frame, len(picture))
     regions = {name: _rectangle(side, *edges) for name, edges in zones.items()}
-    grey = {name: float(picture[region > 0].mean()) for name, region in regions.items()}
+    gray = {name: float(picture[region > 0].mean()) for name, region in regions.items()}
     turns = []
     for i in rng.permutation(len(ZONES))[:2]:
         j = int(rng.integers(2))
         name, other = (f"{SIDES[k]} {ZONES[i]} zone" for k in (j, 1 - j))
         both = regions[name] + regions[other]
-        turns.append(Turn(f"How light is the {name}?", GREYS[np.searchsorted(LEVELS, grey[name])], regions[name]))
-        if abs(grey[name] - grey[other]) > 0.025:
-            lighter = SIDES[j if grey[name] > grey[other] else 1 - j]
+        turns.append(Turn(f"How light is the {name}?", GRAYS[np.searchsorted(LEVELS, gray[name])], regions[name]))
+        if abs(gray[name] - gray[other]) > 0.025:
+            lighter = SIDES[j if gray[name] > gray[other] else 1 - j]
             turns.append(Turn(f"Which {ZONES[i]} zone is lighter?", lighter, both))
             turns.append(Turn(f"Is the {name} lighter than the {other}?", "yes" if lighter == SIDES[j] else "no", both))
     return turns
 
 
 def _zone_shapes(rng: np.random.Generator, shapes: list[Shape]) -> list[Turn]:
-    """Where shapes lie, in the words for the parts of a chest film."""
+    """Ask where shapes are, with the words for the zones of a chest film."""
     names, turns = [shape.name for shape in shapes], []
     for shape in shapes:
         if not shape.zone:
@@ -300,7 +301,7 @@ def _cell(rng: np.random.Generator, shapes: list[Shape], frame: CanvasFrame, sid
 
 
 def _caption(shapes: list[Shape], frame: CanvasFrame, noisy: bool) -> str:
-    """Format and grain, then the shapes row by row."""
+    """Describe format and grain, then the shapes row by row."""
     parts = [f"A {'grainy ' if noisy else ''}picture in {_format(frame)} format."]
     parts += [f"A {shape.size} {shape.tone} {shape.name} at the {shape.place}." for shape in shapes]
     return " ".join(parts)

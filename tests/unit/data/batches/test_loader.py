@@ -81,7 +81,8 @@ def test_both_views_show_one_canvas_padded_with_the_students_mean() -> None:
     for seen in (student, teacher):
         assert torch.allclose(seen[:, 0, 0], torch.tensor(STUDENT.mean), atol=1 / 255)
         assert torch.allclose(seen[:, seen.shape[1] // 2, 0], torch.ones(3), atol=1e-5)
-    assert got.student_pixels[0, :, 0, 0].abs().max() < 0.05  # the padding is about zero for the student
+    # The padding is the student's mean color, rounded to a whole gray level.
+    assert got.student_pixels[0, :, 0, 0].abs().max() < 1 / 255 / 0.2
 
 
 @pytest.mark.parametrize("teacher", [TEACHER, None])
