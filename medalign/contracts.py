@@ -75,6 +75,7 @@ class Batch:
     attention_rows: torch.Tensor | None = None  # [B, L] bool; rows of the attention loss, if not question_mask
     cell_mask: torch.Tensor | None = None  # [B, L] bool; image tokens that are cells of the grid; None: all of them
     lengths: tuple[int, ...] = ()  # tokens of each sample of a packed batch; empty for a padded one
+    image_questions: tuple[str, ...] = ()  # [I]; the question of each image's sample, in memory only
     keys: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()  # "shard/key: reason" of bad samples replaced in this batch
     cuts: tuple[tuple[int, int], ...] = ()  # tokens of each sample's question and answer cut to the length limit
@@ -112,7 +113,7 @@ class TeacherTargets:
     """Targets of the student, already on the student's grid, in float32, without gradient."""
 
     features: torch.Tensor  # [I, N, b]
-    attention: torch.Tensor  # [I, N]; attention of the class token to each patch, mean over heads
+    attention: torch.Tensor  # [I, N]; the attention target, on the class token's or the question's patches
 
 
 class StudentOutput(NamedTuple):

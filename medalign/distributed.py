@@ -170,4 +170,5 @@ TIMEOUT = timedelta(minutes=30)  # a rank that waits longer than this for anothe
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+        port: int = probe.getsockname()[1]
+        return port

@@ -143,15 +143,7 @@ def build_teacher(config: Config) -> Teacher | None:
     """The teacher of this rank, frozen; None when nothing is distilled."""
     if not config.distils or config.train.steps == 0:
         return None
-    return load_teacher(
-        config.teacher.path,
-        distributed.device(),
-        precision(config),
-        random_weights_seed=config.teacher.random_weights_seed,
-        features=config.teacher.features,
-        mean=config.teacher.mean,
-        std=config.teacher.std,
-    )
+    return load_teacher(device=distributed.device(), dtype=precision(config), **vars(config.teacher))
 
 
 def _max_images(*indexes: ShardIndex | None) -> int:

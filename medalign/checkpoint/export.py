@@ -181,7 +181,7 @@ def _in_transformers_layout(model: Any) -> Any:
 def _values(folder: Path) -> dict[str, Any]:
     path = folder / "medalign.json"
     try:
-        values = json.loads(path.read_text())
+        values: dict[str, Any] = json.loads(path.read_text())
         found = values["format"]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise _unreadable(folder, error) from error

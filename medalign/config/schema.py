@@ -106,6 +106,16 @@ class TeacherConfig:
     """A control experiment: replace the trained weights by random ones from this seed."""
     features: TeacherFeatures = "after_norm"
     """Patch features of the last block: after the tower's final norm, or before it, as in the released code."""
+    text_weight: ClosedUnitInterval = 0.0
+    """Share of a text-conditioned map in the attention target of each question that names a finding of the lexicon. 0:
+    only the class token's attention (the paper's), the same for every question about an image."""
+    text_temperature: PositiveFloat = 0.05
+    """Temperature of the softmax that turns the patches' relevance for a finding into the text-conditioned map."""
+    text_absent_weight: ClosedUnitInterval = 0.0
+    """Weight of the prompts where the finding is absent, which are subtracted from those where it is present."""
+    lexicon: str = ""
+    """YAML file with the findings that a question can name, and their prompts. Empty: the packaged one, for chest
+    radiographs."""
 
 
 @dataclass

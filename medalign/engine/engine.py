@@ -88,11 +88,14 @@ class Engine:
         self.device: torch.device = torch.device(self._engine.device)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the student's forward pass. Every rank must call it."""
         return self._engine(*args, **kwargs)
 
     @property
     def student(self) -> nn.Module:
-        return self._engine.module
+        """The student, as DeepSpeed wraps its weights."""
+        module: nn.Module = self._engine.module
+        return module
 
     def backward(self, loss: torch.Tensor) -> None:
         """Accumulate the gradient of one micro-batch.

@@ -1,0 +1,1 @@
+"""Metrics of a run: meters, sinks, and what may be logged."""

@@ -57,6 +57,7 @@ class ConsoleSink:
             self._bar.update(step - self._bar.n)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Show the metrics of a step."""
         text = summary(to_python_numbers(values))
         if self._bar is not None:
             self._bar.set_postfix_str(text, refresh=False)
@@ -68,6 +69,7 @@ class ConsoleSink:
             self._flush()
 
     def close(self) -> None:
+        """End the progress bar, and write the last line."""
         if self._bar is not None:
             self._bar.close()
         self._flush()

@@ -24,7 +24,8 @@ def public_config(config: Mapping[str, Any]) -> dict[str, Any]:
     several slashes, starts with ./, ../ or ~, has the suffix of a settings file, or names an existing file. Other
     text such as `organization/model`, the name of a model on a hub, is kept.
     """
-    return _public(config, False)
+    public: dict[str, Any] = _public(config, False)
+    return public
 
 
 def _public(value: Any, is_place: bool) -> Any:

@@ -67,11 +67,13 @@ class WandbSink:
             self._run = _start_offline(arguments, timeouts)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Send the metrics of a step."""
         numbers_only = to_python_numbers(values)
         if self._run is not None:
             self._guarded(lambda: self._run.log(numbers_only, step=step))
 
     def close(self) -> None:
+        """Finish the run in W&B."""
         if self._run is not None:
             self._guarded(self._run.finish)
             self._run = None

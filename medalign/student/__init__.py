@@ -1,0 +1,1 @@
+"""The student: families of models, loading, steering, attention capture, query mixture."""

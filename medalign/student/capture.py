@@ -121,7 +121,11 @@ def register_attention(backend: str) -> str:
             capture.capture(query, key, scaling, kwargs)
         if backend != "sdpa":
             kwargs.pop("sample_lengths", None)
-        return _backend(backend, module)(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        attend = _backend(backend, module)
+        result: tuple[torch.Tensor, torch.Tensor | None] = attend(
+            module, query, key, value, attention_mask, scaling=scaling, **kwargs
+        )
+        return result
 
     AttentionInterface.register(name, forward)
     mask = packing.sdpa_mask if backend == "sdpa" else ALL_MASK_ATTENTION_FUNCTIONS[backend]

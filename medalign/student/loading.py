@@ -126,7 +126,10 @@ def adapter_state(student: Student, parameters: Mapping[str, torch.Tensor]) -> d
     """
     prefix = "model."
     state = {name.removeprefix(prefix): value for name, value in parameters.items() if name.startswith(prefix)}
-    return get_peft_model_state_dict(_peft(student), state_dict=state, save_embedding_layers=False)
+    adapter: dict[str, torch.Tensor] = get_peft_model_state_dict(
+        _peft(student), state_dict=state, save_embedding_layers=False
+    )
+    return adapter
 
 
 def set_adapter_state(student: Student, state: dict[str, torch.Tensor]) -> None:
@@ -171,9 +174,10 @@ def _load_model(config: StudentConfig, dtype: torch.dtype) -> nn.Module:
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()  # it would add one line per tensor to a log file
     try:
-        return load_model(folder, config, dtype=dtype, attn_implementation=names)
+        model: nn.Module = load_model(folder, config, dtype=dtype, attn_implementation=names)
     except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError(f"student.path {folder} cannot be loaded: {error}") from error
+    return model
 
 
 def attention_names(wanted: str, dtype: torch.dtype) -> dict[str, str]:

@@ -124,7 +124,9 @@ class Student(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self.model.parameters()).dtype
+        """The dtype of the base model's weights."""
+        dtype: torch.dtype = next(self.model.parameters()).dtype
+        return dtype
 
     @property
     def end_tokens(self) -> list[int]:

@@ -63,7 +63,8 @@ def sdpa_mask(*args: Any, local_size: int | None = None, **kwargs: Any) -> torch
     """Return transformers' mask for SDPA, or None for a packed batch without a sliding window."""
     if _skip_mask.get() and local_size is None:
         return None
-    return ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](*args, local_size=local_size, **kwargs)
+    mask: torch.Tensor | None = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](*args, local_size=local_size, **kwargs)
+    return mask
 
 
 def sdpa(
@@ -83,6 +84,7 @@ def sdpa(
     """
     attend: Any = ALL_ATTENTION_FUNCTIONS["sdpa"]
     if attention_mask is not None or not sample_lengths:
-        return attend(module, query_BHLD, key_BHLD, value_BHLD, attention_mask, **kwargs)
+        result: tuple[torch.Tensor, None] = attend(module, query_BHLD, key_BHLD, value_BHLD, attention_mask, **kwargs)
+        return result
     parts = zip(*(t.split(sample_lengths, dim=2) for t in (query_BHLD, key_BHLD, value_BHLD)), strict=True)
     return torch.cat([attend(module, *part, None, **kwargs)[0] for part in parts], dim=1), None

@@ -118,7 +118,8 @@ class QueryMixture(nn.Module):
         last_S = bounds[:-1].scatter_reduce(0, sample_T, asked_T, "amax")  # or the first token of the sample
         chosen_SD = hidden_BLD.flatten(0, 1)[last_S]
         gates_SE = self.router(chosen_SD.to(self.router.weight.dtype)).float().softmax(-1)
-        return gates_SE[sample_T].unflatten(0, (rows, length))
+        gates_BLE: torch.Tensor = gates_SE[sample_T].unflatten(0, (rows, length))
+        return gates_BLE
 
     def _decide(self, hidden_BLD: torch.Tensor) -> torch.Tensor:
         question_BL = self._question_BL
@@ -145,5 +146,6 @@ class QueryMixture(nn.Module):
         return output + F.pad(added_BLO, (0, output.shape[-1] - added_BLO.shape[-1]))
 
     def extra_repr(self) -> str:
+        """Return the settings for the text of the module."""
         experts, rank, width = self.down.shape
         return f"width={width}, experts={experts}, rank={rank}, scaling={self.scaling}"

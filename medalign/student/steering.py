@@ -42,4 +42,5 @@ class Steering(nn.Module):
         return steered_BLD
 
     def extra_repr(self) -> str:
+        """Return the settings for the text of the module."""
         return f"width={self.weight.shape[1]}, epsilon={self.epsilon}"

@@ -61,9 +61,10 @@ def reserve_image_token(tokenizer: Any, rows: int, folder: Path) -> int:
     """
     if _IMAGE not in tokenizer.get_vocab() and len(tokenizer) < rows:
         tokenizer.add_special_tokens({"additional_special_tokens": [_IMAGE]})
-    if tokenizer.get_vocab().get(_IMAGE, rows) < rows:
-        return tokenizer.convert_tokens_to_ids(_IMAGE)
-    unknown = tokenizer.unk_token_id
+    image: int = tokenizer.get_vocab().get(_IMAGE, rows)
+    if image < rows:
+        return image
+    unknown: int = tokenizer.unk_token_id
     used = {None, tokenizer.eos_token_id, tokenizer.bos_token_id}
     if unknown in used.union(tokenizer(_UNUSUAL, add_special_tokens=False)["input_ids"]):
         raise ConfigError(

@@ -121,7 +121,8 @@ def _files_of_weights(folder: Path) -> dict[str, Path]:
 
 def _tensor(path: Path, name: str) -> torch.Tensor:
     with as_config_error(f"student.path {path.parent}: {path.name} cannot be read"), safe_open(path, "pt") as file:
-        return file.get_tensor(name)
+        tensor: torch.Tensor = file.get_tensor(name)
+        return tensor
 
 
 def _format_names(names: Sequence[str]) -> str:

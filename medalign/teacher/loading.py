@@ -4,24 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.nn import functional as F
 
+from medalign.config.schema import TeacherConfig
+from medalign.errors import ConfigError
 from medalign.geometry import PreprocessCfg
+from medalign.teacher.conditioning import TextConditioning
+from medalign.teacher.lexicon import PACKAGED, read_lexicon
 from medalign.teacher.model import Teacher
-from medalign.teacher.source import find_teacher
-from medalign.teacher.towers import tower_class
+from medalign.teacher.source import TeacherSource, find_teacher
+from medalign.teacher.towers import TextAlignedTower, Tower, tower_class
 
 
 def load_teacher(
-    path: str | Path,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    *,
-    random_weights_seed: int | None = None,
-    features: str = "after_norm",
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
+    path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, **settings: Any
 ) -> Teacher:
     """Load a frozen teacher. Under ZeRO-3, call it before the student is built, on every rank.
 
@@ -31,23 +30,22 @@ def load_teacher(
             Tags are not supported, because nothing is downloaded.
         device: where the teacher runs.
         dtype: data type of its weights.
-        random_weights_seed: use random weights drawn from this seed instead of reading them. An untrained teacher
-            serves as a control.
-        features: take patch features "after_norm" or "before_norm", that is after or before the tower's final norm.
-        mean: per-channel mean for the normalization of pixels in [0, 1]; None takes the folder's.
-        std: per-channel standard deviation; None takes the folder's.
+        **settings: the other settings of the section `teacher`, by name.
 
     Raises:
         ConfigError: the source is not valid, or the kind of tower is not supported.
         CheckpointError: the weights cannot be read or do not fit the tower.
     """
-    source = find_teacher(path, mean, std)
+    config = TeacherConfig(path=str(path), **settings)
+    source = find_teacher(config.path, config.mean, config.std)
     kind = tower_class(source)
     kind.check(source)
+    seed = config.random_weights_seed
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(random_weights_seed or 0)
-        tower = (kind.load if random_weights_seed is None else kind.build)(source, features)
-    return Teacher(tower, source.mean, source.std).to(device=device, dtype=dtype)
+        torch.manual_seed(seed or 0)
+        tower = (kind.load if seed is None else kind.build)(source, config.features)
+    conditioning = _build_conditioning(source, kind, config) if config.text_weight > 0 else None
+    return Teacher(tower.to(dtype), source.mean, source.std, conditioning).to(device)
 
 
 def read_preprocess_cfg(
@@ -58,3 +56,27 @@ def read_preprocess_cfg(
     mean, std = source.mean, source.std
     size = tower_class(source).check(source)
     return PreprocessCfg(size, (mean[0], mean[1], mean[2]), (std[0], std[1], std[2]))
+
+
+@torch.no_grad()
+def _build_conditioning(source: TeacherSource, kind: type[Tower], config: TeacherConfig) -> TextConditioning:
+    """Embed the lexicon's prompts. Raises ConfigError if the teacher has no text tower."""
+    if not issubclass(kind, TextAlignedTower):
+        raise ConfigError(
+            f"teacher {source.name} was trained without texts, but teacher.text_weight is {config.text_weight}; set it "
+            "to 0, or choose a teacher with a text tower"
+        )
+    lexicon = read_lexicon(config.lexicon or PACKAGED)
+    findings = lexicon.findings.values()
+    prompts = [list(finding.present) for finding in findings] + [list(finding.absent) for finding in findings]
+    embedded = F.normalize(kind.embed_texts(source, [text for texts in prompts for text in texts]), dim=-1)
+    means = torch.stack([rows.mean(0) for rows in embedded.split([len(texts) for texts in prompts])])
+    present, absent = means.chunk(2)
+    return TextConditioning(
+        lexicon,
+        present,
+        absent,
+        weight=config.text_weight,
+        temperature=config.text_temperature,
+        absent_weight=config.text_absent_weight,
+    )

@@ -1,4 +1,4 @@
-"""The teacher: a frozen vision tower and how it takes its pixels.
+"""The teacher: a frozen vision tower, how it takes its pixels, and whether its attention follows the question.
 
 Shape suffixes: I images, T pixels per side, M patches, b the tower's width.
 """
@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from medalign.geometry import PatchGrid, PreprocessCfg
-from medalign.teacher.towers import Tower
+from medalign.teacher.conditioning import TextConditioning
+from medalign.teacher.towers import TextAlignedTower, Tower
 
 
 class Teacher(nn.Module):
@@ -21,11 +22,15 @@ class Teacher(nn.Module):
         tower: the vision tower.
         mean: per-channel mean for the normalization of pixels in [0, 1].
         std: per-channel standard deviation.
+        conditioning: makes the attention follow the question; None takes the class token's or the pooling head's.
     """
 
-    def __init__(self, tower: Tower, mean: Sequence[float], std: Sequence[float]) -> None:
+    def __init__(
+        self, tower: Tower, mean: Sequence[float], std: Sequence[float], conditioning: TextConditioning | None = None
+    ) -> None:
         super().__init__()
         self.tower = tower
+        self.conditioning = conditioning
         self.preprocess_cfg = PreprocessCfg(tower.image_size, (mean[0], mean[1], mean[2]), (std[0], std[1], std[2]))
         self.requires_grad_(False)
         super().train(False)
@@ -44,14 +49,19 @@ class Teacher(nn.Module):
         """Do nothing: the teacher stays in eval mode."""
         return self
 
-    def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, pixels: torch.Tensor, questions: Sequence[str] = ()) -> tuple[torch.Tensor, torch.Tensor]:
         """Compute patch features of the last layer and the attention target, in one pass.
 
         Args:
             pixels: normalized, [I, 3, T, T].
+            questions: the question about each image; used only if the attention follows the question.
 
         Returns:
             Features [I, M, b], and attention [I, M] in float32.
         """
         streams = self.tower.encode(pixels.to(next(self.parameters()).dtype))
-        return self.tower.features(streams), self.tower.attention(streams)
+        features, attention = self.tower.features(streams), self.tower.attention(streams)
+        if self.conditioning is not None:
+            assert isinstance(self.tower, TextAlignedTower)
+            attention = self.conditioning(attention, self.tower.values(streams), questions)
+        return features, attention

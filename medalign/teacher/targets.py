@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from medalign.contracts import TeacherTargets
@@ -11,7 +13,9 @@ from medalign.teacher.model import Teacher
 
 
 @torch.no_grad()
-def teacher_targets(teacher: Teacher, pixels: torch.Tensor, grid: PatchGrid) -> TeacherTargets:
+def teacher_targets(
+    teacher: Teacher, pixels: torch.Tensor, grid: PatchGrid, questions: Sequence[str] = ()
+) -> TeacherTargets:
     """Compute the targets and resample them bilinearly to the student's grid.
 
     The features are not normalized and the attention is not a distribution; the losses take care of both.
@@ -20,11 +24,12 @@ def teacher_targets(teacher: Teacher, pixels: torch.Tensor, grid: PatchGrid) -> 
         teacher: the frozen teacher.
         pixels: normalized for the teacher, [I, 3, T, T].
         grid: the student's grid of N patches.
+        questions: the question about each image, for a teacher whose attention follows the question.
 
     Returns:
         Features [I, N, b] and attention [I, N], both in float32.
     """
-    features, attention = teacher(pixels)
+    features, attention = teacher(pixels, questions)
     return TeacherTargets(
         features=resample_features(features.float(), teacher.grid, grid),
         attention=resample_map(attention.float(), teacher.grid, grid),
@@ -67,18 +72,18 @@ class AsyncTeacher:
         self.grid = grid
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def submit(self, pixels: torch.Tensor) -> PendingTargets:
-        """Start to compute the targets of pixels [I, 3, T, T] and return a handle to them.
+    def submit(self, pixels: torch.Tensor, questions: Sequence[str] = ()) -> PendingTargets:
+        """Start to compute the targets of pixels [I, 3, T, T] with their questions and return a handle to them.
 
         The host never waits. The caching allocator returns memory to the stream on which it was allocated, so every
         tensor that is used on a second stream is recorded there. Otherwise its memory could be overwritten while the
         second stream still reads it.
         """
         if self.stream is None:
-            return PendingTargets(teacher_targets(self.teacher, pixels, self.grid), None)
+            return PendingTargets(teacher_targets(self.teacher, pixels, self.grid, questions), None)
         self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
         with torch.cuda.stream(self.stream):
-            targets = teacher_targets(self.teacher, pixels, self.grid)
+            targets = teacher_targets(self.teacher, pixels, self.grid, questions)
         pixels.record_stream(self.stream)
         return PendingTargets(targets, self.stream)
 

@@ -21,7 +21,7 @@ from medalign.errors import CheckpointError
 
 VISION = "visual."  # the vision tower in the files of open_clip and of those who trained with it
 # Everything else in these files: text towers under the names of open_clip, UniMed-CLIP and OpenAI, and scalars.
-_TEXT = (
+TEXT = (
     "text.",
     "text_encoder.",
     "transformer.",
@@ -87,7 +87,7 @@ def load_exactly(
     file: Path,
     *,
     prefix: str = VISION,
-    others: Iterable[str] = _TEXT,
+    others: Iterable[str] = TEXT,
 ) -> None:
     """Copy the weights under `prefix` into a module; each of its weights must be there, and no other.
 

@@ -127,7 +127,8 @@ class TrainStep:
         return totals
 
     def _forward(self, batch: Batch, scale: dict[str, float]) -> LossReport:
-        targets = self.async_teacher.submit(batch.teacher_pixels) if self.async_teacher else None
+        pixels, questions = batch.teacher_pixels, batch.image_questions
+        targets = self.async_teacher.submit(pixels, questions) if self.async_teacher else None
         output = self.engine(batch, tap=targets is not None)
         return self.objective(output, targets.result() if targets else None, batch, scale)
 

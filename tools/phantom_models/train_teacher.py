@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from open_clip import ClipLoss
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
@@ -112,18 +112,23 @@ def make_tokenizer(reports: list[str]) -> Tokenizer:
     vocabulary = [PAD, UNKNOWN, START, *sorted(words), END]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token=UNKNOWN))
     tokenizer.normalizer, tokenizer.pre_tokenizer = lower, splitter
+    return add_frame(tokenizer)
+
+
+def add_frame(tokenizer: Tokenizer) -> Tokenizer:
+    """Let a tokenizer write the start and the end token, cut to the context, and pad to it."""
+    ids = {token: tokenizer.token_to_id(token) for token in (START, END)}
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{START} $A {END}", special_tokens=[(token, ids[token]) for token in (START, END)]
+    )
+    tokenizer.enable_truncation(CONTEXT)
+    tokenizer.enable_padding(length=CONTEXT, pad_id=tokenizer.token_to_id(PAD), pad_token=PAD)
     return tokenizer
 
 
 def tokenize(tokenizer: Tokenizer, texts: list[str]) -> torch.Tensor:
     """Convert texts to int64 [len(texts), CONTEXT], with start and end tokens, padded on the right."""
-    vocabulary = tokenizer.get_vocab()
-    start, end = vocabulary[START], vocabulary[END]
-    ids = torch.full((len(texts), CONTEXT), vocabulary[PAD])
-    for row, encoding in zip(ids, tokenizer.encode_batch(texts), strict=True):
-        words = [start, *encoding.ids[: CONTEXT - 2], end]
-        row[: len(words)] = torch.tensor(words)
-    return ids
+    return torch.tensor([encoding.ids for encoding in tokenizer.encode_batch(texts)])
 
 
 def normalize(films: torch.Tensor) -> torch.Tensor:

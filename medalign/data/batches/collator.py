@@ -26,6 +26,7 @@ class Prepared(NamedTuple):
     """One sample, ready to be collated."""
 
     key: str
+    question: str
     encoded: Encoded
     student_views: list[torch.Tensor]  # [3, S, S] per image
     teacher_views: list[torch.Tensor]  # [3, T, T] per image
@@ -94,6 +95,7 @@ class Collator:
         frames = [CanvasFrame(*image.size) for image in sample.images]
         return Prepared(
             key=sample.key,
+            question=sample.question,
             encoded=self.encoder.encode(sample, with_answer=self.with_answer),
             student_views=[self.student_view.view(canvas) for canvas in canvases],
             teacher_views=[self.teacher_view.view(canvas) for canvas in canvases] if self.teacher_view else [],
@@ -123,6 +125,7 @@ class Collator:
             cell_mask=self._rows([t.cells for t in texts], False) if self.encoder.image.cells else None,
             attention_rows=self._official_rows(texts) if self.attention_rows == "official" else None,
             lengths=tuple(len(t.input_ids) for t in texts) if self.packed else (),
+            image_questions=tuple(prepared[row].question for row in owners) or ("",),
             keys=tuple(p.key for p in prepared),
             cuts=tuple((t.question_cut, t.answer_cut) for t in texts),
             truncated=sum(t.truncated for t in texts),

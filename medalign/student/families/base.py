@@ -150,11 +150,13 @@ class Family:
 
     def vision_tower(self, model: Any) -> nn.Module:
         """Return the vision tower."""
-        return model.model.vision_tower
+        tower: nn.Module = model.model.vision_tower
+        return tower
 
     def projector(self, model: Any) -> nn.Module:
         """Return what lies between vision tower and language model."""
-        return model.model.multi_modal_projector
+        projector: nn.Module = model.model.multi_modal_projector
+        return projector
 
     def image(self, config: Any) -> ImageTokens:
         """Return how an image is written in a prompt. Raises ConfigError if `config` does not describe a grid."""
@@ -162,7 +164,8 @@ class Family:
 
     def image_size(self, config: Any) -> int:
         """Return the input resolution of the vision tower in pixels per side."""
-        return config.vision_config.image_size
+        size: int = config.vision_config.image_size
+        return size
 
     # The inputs
 

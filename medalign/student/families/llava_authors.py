@@ -1,4 +1,4 @@
-"""LLaVA as its authors save it: LLaVA-Med 1.5, HuatuoGPT-Vision, and others trained with the code of LLaVA 1.5.
+r"""LLaVA as its authors save it: LLaVA-Med 1.5, HuatuoGPT-Vision, and others trained with the code of LLaVA 1.5.
 
 Their folders have no processor and no chat template, a flat config.json without that of the vision tower, and other
 names of weights. They are read into the LLaVA class of transformers. The weights are not changed.

@@ -7,6 +7,7 @@ are any), b the tower's width, H heads, h head dimension.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import ClassVar, NamedTuple, get_args
 
 import torch
@@ -100,6 +101,27 @@ class Tower(nn.Module, ABC):
     def features(self, streams: Streams) -> torch.Tensor:
         """Select the patch features [I, M, b]."""
         return self.final_norm(streams.after) if self.takes_features == "after_norm" else streams.after
+
+
+class TextAlignedTower(Tower):
+    """A tower that was trained together with a text tower, so that patches can be compared with texts."""
+
+    @abstractmethod
+    def values(self, streams: Streams) -> torch.Tensor:
+        """Project patches on the value path of the last block into the space of texts: [I, M, e].
+
+        Each patch goes through the block's attention as if it attended only to itself (see `conditioning`).
+        """
+
+    @classmethod
+    @abstractmethod
+    def embed_texts(cls, source: TeacherSource, texts: Sequence[str]) -> torch.Tensor:
+        """Load the text tower, embed texts in the space of `values`, and free the tower: float32 [n, e].
+
+        Raises:
+            ConfigError: the source has no text tower or no tokenizer.
+            CheckpointError: the text tower's weights cannot be read or do not fit.
+        """
 
 
 def query_attention(query: torch.Tensor, key: torch.Tensor, heads: int, scale: float | None = None) -> torch.Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from medalign.errors import CheckpointError, ConfigError, from_library
@@ -72,6 +72,23 @@ def load_model(source: TeacherSource, kind: type[PreTrainedModel], config: Any, 
     if misfit := describe_misfit(sorted(report["missing_keys"]), sorted(unexpected), sorted(shapes)):
         raise CheckpointError(f"teacher weights in {source.weights} do not fit its config.json: {misfit}")
     return model
+
+
+def tokenize(source: TeacherSource, texts: Sequence[str], *, padding: bool | str, length: int) -> Any:
+    """Tokenize texts with the folder's tokenizer. Raises ConfigError if there is none.
+
+    Args:
+        source: the teacher.
+        texts: n texts.
+        padding: True pads to the longest text, "max_length" to `length`.
+        length: longer texts are cut to this number of tokens.
+
+    Returns:
+        The text tower's inputs, int64 [n, L] each.
+    """
+    with _as_error(ConfigError, f"teacher {source.weights} has no usable tokenizer"):
+        tokenizer: Any = AutoTokenizer.from_pretrained(source.weights, local_files_only=True)
+        return tokenizer(list(texts), padding=padding, truncation=True, max_length=length, return_tensors="pt")
 
 
 @contextmanager

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import CLIPVisionConfig, CLIPVisionModel, CLIPVisionModelWithProjection
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    CLIPVisionModelWithProjection,
+)
 from typing_extensions import override
 
+from medalign.errors import ConfigError
 from medalign.geometry import PatchGrid
 from medalign.teacher.source import TeacherSource
 from medalign.teacher.towers import hf
-from medalign.teacher.towers.base import Streams, Tower, query_attention
+from medalign.teacher.towers.base import Streams, TextAlignedTower, query_attention
 
 _OTHERS = ("text_model.", "text_projection.", "logit_scale", "visual_projection.")
+_NOT_TEXT = ("vision_model.", "visual_projection.", "logit_scale")
 
 
-class HFClipTower(Tower):
+class HFClipTower(TextAlignedTower):
     """A pre-norm transformer with a class token.
 
     Args:
@@ -63,6 +72,26 @@ class HFClipTower(Tower):
         attention, normed = last.self_attn, last.layer_norm1(streams.before)
         query, key = attention.q_proj(normed[:, 0]), attention.k_proj(normed)
         return query_attention(query, key, attention.num_heads)[:, 1:]
+
+    @override
+    def values(self, streams: Streams) -> torch.Tensor:
+        last = self._trunk.encoder.layers[-1]
+        value = last.self_attn.v_proj(last.layer_norm1(streams.before[:, 1:]))
+        return self.model.visual_projection(self.final_norm(last.self_attn.out_proj(value)))
+
+    @classmethod
+    @override
+    def embed_texts(cls, source: TeacherSource, texts: Sequence[str]) -> torch.Tensor:
+        if source.kind != "clip":
+            raise ConfigError(
+                f"teacher {source.name}: a {source.kind} has no text tower; give the complete model, or "
+                "set teacher.text_weight to 0"
+            )
+        config = hf.read_config(source, CLIPTextConfig)
+        config.projection_dim = source.config.get("projection_dim", config.projection_dim)
+        model = hf.load_model(source, CLIPTextModelWithProjection, config, _NOT_TEXT)
+        tokens = hf.tokenize(source, texts, padding=True, length=config.max_position_embeddings)
+        return model(**tokens).text_embeds
 
     @property
     def _trunk(self) -> Any:

@@ -6,23 +6,25 @@ patches takes the place of the class token's.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import SiglipVisionConfig, SiglipVisionModel
+from transformers import SiglipTextConfig, SiglipTextModel, SiglipVisionConfig, SiglipVisionModel
 from typing_extensions import override
 
 from medalign.errors import ConfigError
 from medalign.geometry import PatchGrid
 from medalign.teacher.source import TeacherSource
 from medalign.teacher.towers import hf
-from medalign.teacher.towers.base import Streams, Tower, query_attention
+from medalign.teacher.towers.base import Streams, TextAlignedTower, query_attention
 
 _OTHERS = ("text_model.", "logit_scale", "logit_bias")
+_NOT_TEXT = ("vision_model.", "logit_scale", "logit_bias")
 
 
-class HFSiglipTower(Tower):
+class HFSiglipTower(TextAlignedTower):
     """A pre-norm transformer whose patches are pooled by attention.
 
     Args:
@@ -77,3 +79,24 @@ class HFSiglipTower(Tower):
         bias_q, bias_k, _ = pooling.in_proj_bias.chunk(3)
         probe = nn.functional.linear(self.model.head.probe[:, 0], weight_q, bias_q).expand(len(patches), -1)
         return query_attention(probe, nn.functional.linear(patches, weight_k, bias_k), pooling.num_heads)
+
+    @override
+    def values(self, streams: Streams) -> torch.Tensor:
+        head, patches = self.model.head, self.final_norm(streams.after)
+        weight_v, bias_v = head.attention.in_proj_weight.chunk(3)[2], head.attention.in_proj_bias.chunk(3)[2]
+        pooled = head.attention.out_proj(nn.functional.linear(patches, weight_v, bias_v))
+        return pooled + head.mlp(head.layernorm(pooled))
+
+    @classmethod
+    @override
+    def embed_texts(cls, source: TeacherSource, texts: Sequence[str]) -> torch.Tensor:
+        if source.kind != "siglip":
+            raise ConfigError(
+                f"teacher {source.name}: a {source.kind} has no text tower; give the complete model, or set "
+                "teacher.text_weight to 0"
+            )
+        config = hf.read_config(source, SiglipTextConfig)
+        model = hf.load_model(source, SiglipTextModel, config, _NOT_TEXT)
+        # It was trained on texts padded to the full length, and pools at the last position.
+        tokens = hf.tokenize(source, texts, padding="max_length", length=config.max_position_embeddings)
+        return model(input_ids=tokens["input_ids"]).pooler_output

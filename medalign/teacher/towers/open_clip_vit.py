@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -16,8 +16,9 @@ from typing_extensions import override
 from medalign.errors import ConfigError
 from medalign.geometry import PatchGrid
 from medalign.teacher.source import SCHEME, TeacherSource
-from medalign.teacher.towers.base import Streams, Tower, query_attention
+from medalign.teacher.towers.base import Streams, TextAlignedTower, query_attention
 from medalign.teacher.towers.conv_stem import ConvStem
+from medalign.teacher.towers.open_clip_text import embed_texts
 from medalign.teacher.weights import load_exactly, read_weights
 
 _STUB_TEXT = {"context_length": 1, "vocab_size": 1, "width": 8, "heads": 1, "layers": 1}
@@ -49,7 +50,7 @@ def build_visual(source: TeacherSource) -> Any:
         ) from error
 
 
-class OpenClipTower(Tower):
+class OpenClipTower(TextAlignedTower):
     """open_clip's VisionTransformer, whose class token is trained."""
 
     def __init__(self, visual: VisionTransformer, features: str = "after_norm") -> None:
@@ -107,6 +108,19 @@ class OpenClipTower(Tower):
     @override
     def attention(self, streams: Streams) -> torch.Tensor:
         return class_attention(self.visual.transformer.resblocks[-1], streams.before)
+
+    @override
+    def values(self, streams: Streams) -> torch.Tensor:
+        block = self.visual.transformer.resblocks[-1]
+        attention = block.attn
+        weight_v, bias_v = attention.in_proj_weight.chunk(3)[2], attention.in_proj_bias.chunk(3)[2]
+        value = nn.functional.linear(block.ln_1(streams.before[:, 1:]), weight_v, bias_v)
+        return self.visual.ln_post(block.ls_1(attention.out_proj(value))) @ self.visual.proj
+
+    @classmethod
+    @override
+    def embed_texts(cls, source: TeacherSource, texts: Sequence[str]) -> torch.Tensor:
+        return embed_texts(source, texts)
 
 
 def class_attention(block: ResidualAttentionBlock, tokens: torch.Tensor) -> torch.Tensor:

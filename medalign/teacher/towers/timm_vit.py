@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,12 +15,13 @@ from typing_extensions import override
 from medalign.errors import ConfigError
 from medalign.geometry import PatchGrid
 from medalign.teacher.source import TeacherSource
-from medalign.teacher.towers.base import Streams, Tower, query_attention
+from medalign.teacher.towers.base import Streams, TextAlignedTower, query_attention
+from medalign.teacher.towers.open_clip_text import embed_texts
 from medalign.teacher.towers.open_clip_vit import build_visual, require_known_keys, square_size
 from medalign.teacher.weights import load_exactly, read_weights
 
 
-class TimmTower(Tower):
+class TimmTower(TextAlignedTower):
     """A pre-norm transformer of timm, pooled by its class token or by one learned query.
 
     Args:
@@ -87,6 +89,20 @@ class TimmTower(Tower):
         query, key = _per_head(attention.q_norm, query[:, 0], attention), _per_head(attention.k_norm, key, attention)
         return query_attention(query, key, attention.num_heads)[:, self._trunk.num_prefix_tokens :]
 
+    @override
+    def values(self, streams: Streams) -> torch.Tensor:
+        if self._trunk.attn_pool is not None:
+            return self.visual.head(_pooled_alone(self._trunk.attn_pool, self.final_norm(streams.after)))
+        last = self._trunk.blocks[-1]
+        attention, normed = last.attn, last.norm1(streams.before[:, self._trunk.num_prefix_tokens :])
+        value = attention.qkv(normed).chunk(3, dim=-1)[2]
+        return self.visual.head(self.final_norm(last.ls1(attention.proj(attention.norm(value)))))
+
+    @classmethod
+    @override
+    def embed_texts(cls, source: TeacherSource, texts: Sequence[str]) -> torch.Tensor:
+        return embed_texts(source, texts)
+
     @property
     def _trunk(self) -> Any:
         return self.visual.trunk
@@ -97,6 +113,12 @@ def _pooling_attention(pool: AttentionPoolLatent, patches: torch.Tensor) -> torc
     query = _per_head(pool.q_norm, pool.q(pool.latent)[:, 0], pool).expand(len(patches), -1)
     key = _per_head(pool.k_norm, pool.kv(patches).chunk(2, dim=-1)[0], pool)
     return query_attention(query, key, pool.num_heads)
+
+
+def _pooled_alone(pool: AttentionPoolLatent, patches: torch.Tensor) -> torch.Tensor:
+    """Pool each of the patches [I, M, b] as if it were the only one."""
+    pooled = pool.proj(pool.kv(patches).chunk(2, dim=-1)[1])
+    return pooled if pool.mlp is None else pooled + pool.mlp(pool.norm(pooled))
 
 
 def _per_head(norm: Any, values: torch.Tensor, attention: Any) -> torch.Tensor:

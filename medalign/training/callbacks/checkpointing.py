@@ -26,6 +26,7 @@ class Checkpointing(Callback):
         self.save = save
 
     def on_step_end(self, trainer: Trainer) -> None:
+        """Write a checkpoint if one is due, and call the hooks `on_checkpoint`."""
         state = trainer.state
         if state.step % self.interval and state.step not in (trainer.total_steps, state.best_step):
             return

@@ -17,8 +17,10 @@ class ConsoleLogger(MetricLogger):
         self.update_progress_bar = sink.tick
 
     def on_log(self, trainer: Trainer, values: Mapping[str, float]) -> None:
+        """Show the metrics of a training step."""
         if "loss/total" in values:  # a validation is announced by its own line
             super().on_log(trainer, values)
 
     def on_step_end(self, trainer: Trainer) -> None:
+        """Move the progress bar."""
         self.update_progress_bar(trainer.state.step)

@@ -15,6 +15,7 @@ class MetricLogger(Callback):
         self.sink = sink
 
     def on_log(self, trainer: Trainer, values: Mapping[str, float]) -> None:
+        """Write a row of metrics."""
         self.sink.log(trainer.state.step, values)
 
     def close(self) -> None:

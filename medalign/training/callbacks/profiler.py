@@ -29,19 +29,23 @@ class Profiler(Callback):
         self._profile: profile | None = None
 
     def on_train_start(self, trainer: Trainer) -> None:
+        """Compute the first and the last step of the trace."""
         self._first = min(trainer.state.step + SKIPPED, trainer.total_steps - 1)
         self._last = min(self._first + self.steps, trainer.total_steps)
 
     def on_step_start(self, trainer: Trainer) -> None:
+        """Start the trace at its first step."""
         if trainer.state.step == self._first:
             self._profile = profile()
             self._profile.start()
 
     def on_step_end(self, trainer: Trainer) -> None:
+        """Write the trace after its last step."""
         if trainer.state.step == self._last:
             self._write()
 
     def on_exception(self, trainer: Trainer, error: BaseException) -> None:
+        """Stop the trace without writing it."""
         if self._profile is not None:
             self._profile.stop()
 

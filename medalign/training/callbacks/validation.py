@@ -26,6 +26,7 @@ class Validation(Callback):
         self.batches = batches
 
     def on_step_end(self, trainer: Trainer) -> None:
+        """Evaluate if an evaluation is due, and record the best step."""
         step = trainer.state.step
         if step % self.interval and step != trainer.total_steps:
             return

@@ -60,6 +60,7 @@ def test_collator_fills_every_field() -> None:
     assert got.student_pixels.shape == (3, 3, 12, 12)
     assert got.teacher_pixels.shape == (3, 3, 16, 16)
     assert got.image_sample.tolist() == [0, 2, 2]
+    assert got.image_questions == ("a", "is there a nodule ?", "is there a nodule ?")
     assert got.image_weight.tolist() == [1, 1, 1]
     assert got.input_ids.shape == got.labels.shape == got.image_index.shape == got.attention_mask.shape
     assert got.attention_mask.sum(1).tolist() == [3 + 9 + 1 + 2 + 2, 3 + 5 + 2 + 2, 3 + 18 + 5 + 2 + 3]
@@ -92,7 +93,7 @@ def test_batch_without_image_gets_a_dummy(teacher: PreprocessCfg | None) -> None
     assert torch.allclose(got.student_pixels[0, :, 0, 0], -torch.tensor(STUDENT.mean) / 0.2)
     assert got.teacher_pixels.shape == ((1, 3, 16, 16) if teacher else (1, 3, 0, 0))
     assert got.image_weight.tolist() == [0]
-    assert got.image_sample.tolist() == [0]
+    assert got.image_sample.tolist() == [0] and got.image_questions == ("",)
     assert (got.image_index == -1).all()
     assert not got.patch_valid.any()
     assert not got.question_mask.any()

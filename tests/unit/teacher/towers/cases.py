@@ -43,6 +43,7 @@ class Case:
     name: str
     write: Callable[[Path], Any]  # writes a folder; returns the model that it holds
     eager: Callable[[Any, torch.Tensor], Outputs]
+    values: Callable[[Any, torch.Tensor], torch.Tensor] | None = None  # the value path, [I, M, e]
     weights: str = "model.safetensors"
     a_weight: str = ""  # name in the file of one weight of the vision tower, with at least two dimensions
 
@@ -54,6 +55,20 @@ def sharpen(model: nn.Module) -> nn.Module:
         noise = torch.randn(parameter.shape, generator=generator)
         parameter.data = parameter + 0.3 * noise if parameter.ndim < 2 else noise * 2 * parameter.shape[-1] ** -0.5
     return model.eval()
+
+
+def only_itself(tokens: int) -> torch.Tensor:
+    """A mask with which each token attends only to itself, float [K, K]."""
+    return torch.zeros(tokens, tokens).masked_fill(~torch.eye(tokens, dtype=torch.bool), -torch.inf)
+
+
+def input_of(block: nn.Module, model: Any, pixels: torch.Tensor) -> torch.Tensor:
+    """The tokens that enter a block, [I, K, b]."""
+    seen: list[torch.Tensor] = []
+    handle = block.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    model(pixels)
+    handle.remove()
+    return seen[0]
 
 
 def write_image_settings(folder: Path) -> None:
@@ -76,13 +91,17 @@ def write_open_clip(folder: Path, vision: dict, weights: str = WEIGHTS_NAME) -> 
 
 
 def eager_open_clip(visual: VisionTransformer, pixels: torch.Tensor) -> Outputs:
-    seen: list[torch.Tensor] = []
     block = visual.transformer.resblocks[-1]
-    handle = block.register_forward_pre_hook(lambda _, inputs: seen.append(block.ln_1(inputs[0])))
+    normed = block.ln_1(input_of(block, visual, pixels))
     visual.output_tokens = True
-    features = visual(pixels)[1]
-    handle.remove()
-    return features, block.attn(*seen * 3, need_weights=True)[1][:, 0, 1:]
+    return visual(pixels)[1], block.attn(normed, normed, normed, need_weights=True)[1][:, 0, 1:]
+
+
+def values_open_clip(visual: VisionTransformer, pixels: torch.Tensor) -> torch.Tensor:
+    block = visual.transformer.resblocks[-1]
+    normed = block.ln_1(input_of(block, visual, pixels))
+    mixed = block.attn(normed, normed, normed, attn_mask=only_itself(normed.shape[1]), need_weights=False)[0]
+    return visual.ln_post(mixed[:, 1:]) @ visual.proj
 
 
 @register_model
@@ -114,16 +133,11 @@ def _timm(**kwargs: Any) -> TimmTransformer:
     return model
 
 
-def timm_case(name: str, model: str, eager: Callable[[Any, torch.Tensor], Outputs], **vision: Any) -> Case:
+def timm_case(name: str, model: str, pooling: bool = False, **vision: Any) -> Case:
     settings = {"timm_model_name": model, "timm_pool": "", "timm_proj": "linear", "image_size": SIZE, **vision}
-    file = "open_clip_pytorch_model.bin"
-    return Case(
-        name,
-        lambda folder: write_open_clip(folder, settings, file),
-        eager,
-        file,
-        "visual.trunk.blocks.1.attn.qkv.weight",
-    )
+    file, weight = "open_clip_pytorch_model.bin", "visual.trunk.blocks.1.attn.qkv.weight"
+    eager, values = (eager_timm_pooling, values_timm_pooling) if pooling else (eager_timm, values_timm)
+    return Case(name, lambda folder: write_open_clip(folder, settings, file), eager, values, file, weight)
 
 
 def eager_timm(visual: Any, pixels: torch.Tensor) -> Outputs:
@@ -136,6 +150,19 @@ def eager_timm(visual: Any, pixels: torch.Tensor) -> Outputs:
     handle.remove()
     prefix = trunk.num_prefix_tokens
     return features[:, prefix:], seen[0].mean(1)[:, 0, prefix:]
+
+
+def values_timm(visual: Any, pixels: torch.Tensor) -> torch.Tensor:
+    trunk = visual.trunk
+    block = trunk.blocks[-1]
+    normed = block.norm1(input_of(block, trunk, pixels))
+    mixed = block.ls1(block.attn(normed, attn_mask=only_itself(normed.shape[1])))
+    return visual.head(trunk.norm(mixed[:, trunk.num_prefix_tokens :]))
+
+
+def values_timm_pooling(visual: Any, pixels: torch.Tensor) -> torch.Tensor:
+    features = visual.trunk.forward_features(pixels)
+    return torch.stack([visual.head(visual.trunk.attn_pool(patch)) for patch in features.split(1, dim=1)], dim=1)
 
 
 def eager_timm_pooling(visual: Any, pixels: torch.Tensor) -> Outputs:
@@ -189,6 +216,20 @@ def eager_clip(model: Any, pixels: torch.Tensor) -> Outputs:
     return vision.post_layernorm(output.last_hidden_state[:, 1:]), output.attentions[-1].mean(1)[:, 0, 1:]
 
 
+def values_clip(model: Any, pixels: torch.Tensor) -> torch.Tensor:
+    model.set_attn_implementation("eager")
+    last = model.vision_model.encoder.layers[-1]
+    normed = last.layer_norm1(input_of(last, model.vision_model, pixels))
+    mixed = last.self_attn(normed, attention_mask=only_itself(normed.shape[1]))[0]
+    return model.visual_projection(model.vision_model.post_layernorm(mixed[:, 1:]))
+
+
+def values_siglip(model: Any, pixels: torch.Tensor) -> torch.Tensor:
+    vision = getattr(model, "vision_model", model)
+    patches = vision(pixels).last_hidden_state
+    return torch.stack([vision.head(patch) for patch in patches.split(1, dim=1)], dim=1)
+
+
 def eager_siglip(model: Any, pixels: torch.Tensor) -> Outputs:
     vision = getattr(model, "vision_model", model)
     patches = vision(pixels).last_hidden_state
@@ -209,16 +250,18 @@ CASES = [
             folder, {"image_size": SIZE, "patch_size": PATCH, "width": WIDTH, "head_width": 8, "layers": 3}
         ),
         eager_open_clip,
+        values_open_clip,
         WEIGHTS_NAME,
         "visual.transformer.resblocks.1.attn.in_proj_weight",
     ),
-    timm_case("timm (BiomedCLIP)", "medalign_tiny_vit", eager_timm),
-    timm_case("timm with registers, norms of queries and keys, layer scale", "medalign_tiny_vit_registers", eager_timm),
-    timm_case("timm (SigLIP)", "medalign_tiny_siglip", eager_timm_pooling, timm_pool="map", timm_proj="none"),
+    timm_case("timm (BiomedCLIP)", "medalign_tiny_vit"),
+    timm_case("timm with registers, norms of queries and keys, layer scale", "medalign_tiny_vit_registers"),
+    timm_case("timm (SigLIP)", "medalign_tiny_siglip", pooling=True, timm_pool="map", timm_proj="none"),
     Case(
         "transformers CLIP",
         lambda folder: write_transformers(folder, clip_model()),
         eager_clip,
+        values_clip,
         a_weight="vision_model.encoder.layers.1.self_attn.q_proj.weight",
     ),
     Case(
@@ -231,12 +274,14 @@ CASES = [
         "transformers SigLIP (MedSigLIP)",
         lambda folder: write_transformers(folder, siglip_model()),
         eager_siglip,
+        values_siglip,
         a_weight="vision_model.head.attention.in_proj_weight",
     ),
     Case(
         "transformers SigLIP vision model",
         lambda folder: write_transformers(folder, SiglipVisionModel(SiglipVisionConfig(**VISION))),
         eager_siglip,
+        values_siglip,
         a_weight="head.attention.in_proj_weight",
     ),
     Case(

@@ -63,6 +63,14 @@ def test_features_and_attention_equal_an_eager_computation(case: Case, tmp_path,
     assert attention.max() > 3 * attention.mean()  # not a uniform map, which many wrong computations would give too
 
 
+@pytest.mark.parametrize("case", [c for c in CASES if c.values], ids=[c.name for c in CASES if c.values])
+@torch.no_grad()
+def test_the_value_path_is_attention_of_each_patch_to_itself(case: Case, tmp_path, pixels):
+    expected = case.values(case.write(tmp_path / "teacher"), pixels)
+    tower = load_teacher(tmp_path / "teacher").tower
+    torch.testing.assert_close(tower.values(tower.encode(pixels)), expected, rtol=1e-4, atol=1e-5)
+
+
 @every_kind
 def test_pixels_are_normalized_as_the_folder_says_or_as_the_user_says(case: Case, tmp_path):
     case.write(tmp_path / "teacher")

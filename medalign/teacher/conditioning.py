@@ -1,0 +1,96 @@
+"""Attention targets that follow the question.
+
+The class token's attention is the same for every question about an image. Where a question names a finding, the
+text-conditioned map takes its place, or a share of it:
+
+    v_i = proj(norm(W_o (W_v x_i + b_v) + b_o))                       patch i on the value path of the last block
+    r_i = cos(v_i, p) - gamma cos(v_i, a)                             its relevance for the finding
+    s   = softmax(r / tau)                                            over the M patches
+    t   = (1 - lambda) c / sum(c) + lambda s                          c: the class token's attention
+
+x_i is the normed input of the block; p and a are the mean embeddings of prompts where the finding is present and where
+it is absent. A patch on the value path attends only to itself, so its place is kept: MaskCLIP (Zhou, Loy and Dai,
+"Extract Free Dense Labels from CLIP", ECCV 2022). The residual stream and the MLP are left out; ClearCLIP (Lan et al.,
+ECCV 2024) finds that they disturb dense features. A pooling head is treated in the same way: each patch is pooled as if
+it were the only one.
+
+Shape suffixes: I images, M patches, e width of the space of texts, F findings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from medalign.teacher.lexicon import Lexicon
+
+
+class TextConditioning(nn.Module):
+    """Mixes text-conditioned maps into the attention targets.
+
+    Args:
+        lexicon: the findings that a question can name.
+        present: mean embedding of each finding's prompts where it is present, [F, e].
+        absent: the same where it is absent, [F, e].
+        weight: lambda, the share of the text-conditioned map where a finding is named.
+        temperature: tau.
+        absent_weight: gamma.
+    """
+
+    def __init__(
+        self,
+        lexicon: Lexicon,
+        present: torch.Tensor,
+        absent: torch.Tensor,
+        *,
+        weight: float,
+        temperature: float,
+        absent_weight: float,
+    ) -> None:
+        super().__init__()
+        self.present: torch.Tensor
+        self.absent: torch.Tensor
+        self.register_buffer("present", present.float(), persistent=False)
+        self.register_buffer("absent", absent.float(), persistent=False)
+        self.lexicon = lexicon
+        self.weight = weight
+        self.temperature = temperature
+        self.absent_weight = absent_weight
+
+    def forward(self, attention: torch.Tensor, values: torch.Tensor, questions: Sequence[str]) -> torch.Tensor:
+        """Mix the maps.
+
+        Args:
+            attention: the class token's, or the pooling head's, [I, M].
+            values: patches on the value path, [I, M, e].
+            questions: the question about each image. Where it names several findings, their prompts are averaged.
+
+        Returns:
+            Attention targets [I, M] in float32. Each sums to 1.
+
+        Raises:
+            ValueError: the number of questions is not I.
+        """
+        if len(questions) != len(attention):
+            raise ValueError(f"TextConditioning: {len(questions)} questions for {len(attention)} images")
+        named_IF = self._named(questions).to(attention.device, non_blocking=True)
+        weight_I1 = self.weight * named_IF.any(1, keepdim=True)
+        own_IM = attention.float() / attention.float().sum(1, keepdim=True)
+        return torch.lerp(own_IM, self.text_map(values, named_IF), weight_I1)
+
+    def text_map(self, values: torch.Tensor, named: torch.Tensor) -> torch.Tensor:
+        """Compute the map s [I, M] for patches [I, M, e] and the findings that are asked for, bool [I, F]."""
+        value_IMe = F.normalize(values.float(), dim=-1)
+        present_Ie, absent_Ie = (
+            F.normalize(named.float() @ texts_Fe, dim=-1) for texts_Fe in (self.present, self.absent)
+        )
+        text_Ie = present_Ie - self.absent_weight * absent_Ie
+        return (torch.einsum("ime,ie->im", value_IMe, text_Ie) / self.temperature).softmax(dim=-1)
+
+    def _named(self, questions: Sequence[str]) -> torch.Tensor:
+        """Which findings each question names, bool [I, F], on the host."""
+        found = [self.lexicon.named(question) for question in questions]
+        return torch.tensor([[finding in names for finding in self.lexicon.findings] for names in found])
