@@ -45,10 +45,12 @@ class QwenVL(Family):
         return ImageTokens(config.image_token_id, PatchGrid(side, side))
 
     def vision_tower(self, model: Any) -> nn.Module:
-        return model.model.visual
+        visual: nn.Module = model.model.visual
+        return visual
 
     def projector(self, model: Any) -> nn.Module:
-        return model.model.visual.merger
+        merger: nn.Module = model.model.visual.merger
+        return merger
 
     def inputs(self, spec: ModelSpec, batch: Batch, pixels: torch.Tensor | None) -> dict[str, Any]:
         if pixels is None:
@@ -102,7 +104,9 @@ class Qwen3VL(QwenVL):
 
 def _cell(config: Any) -> int:
     """Pixels per side of an image token."""
-    return config.vision_config.patch_size * config.vision_config.spatial_merge_size
+    vision: Any = config.vision_config
+    size: int = vision.patch_size * vision.spatial_merge_size
+    return size
 
 
 def _patches(spec: ModelSpec, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
