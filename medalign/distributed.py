@@ -6,9 +6,11 @@ import logging
 import os
 import re
 import socket
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -89,6 +91,40 @@ def set_up_logging() -> None:
     log.handlers[:] = [handler]
     log.setLevel(logging.INFO if is_main() else logging.WARNING)
     log.propagate = False
+
+
+class _RankLog(logging.FileHandler):
+    """A file of messages. It is left out while the disk is full: the terminal has them too."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (the name is the library's)
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+
+@contextmanager
+def log_file(path: Path) -> Iterator[None]:
+    """Append the messages of this rank to a file too inside the context, with the time. Earlier messages are kept.
+
+    An exception that ends the context is written too, with its traceback unless it is one that the user can correct.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handler = _RankLog(path, encoding="utf-8")
+    except OSError as error:
+        log.warning("%s cannot be written (%s): messages go to the terminal only", path, error.strerror or error)
+        yield
+        return
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    log.addHandler(handler)
+    try:
+        yield
+    except BaseException as error:
+        trace = None if isinstance(error, MedAlignError) else (type(error), error, error.__traceback__)
+        handler.handle(logging.LogRecord(log.name, logging.ERROR, __file__, 0, "%r", (error,), trace))
+        raise
+    finally:
+        log.removeHandler(handler)
+        handler.close()
 
 
 def seed_step(seed: int, step: int) -> None:

@@ -25,6 +25,28 @@ class DivergedError(MedAlignError):
     """A loss or a gradient is not finite."""
 
 
+class Stopped(MedAlignError):
+    """A signal asked the run to end, and its checkpoint is written: the same command again continues it.
+
+    Attributes:
+        status: exit status of the process.
+    """
+
+    status = 1
+
+
+class Preempted(Stopped):
+    """USR1 asked the run to end, and to be started again."""
+
+    status = 75  # EX_TEMPFAIL of sysexits.h
+
+
+class Terminated(Stopped):
+    """TERM asked the run to end."""
+
+    status = 143  # 128 + 15, the status of a process that TERM ended
+
+
 def format_os_error(error: OSError) -> str:
     """Return the file name and the message of the operating system, without the error number."""
     return f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)

@@ -23,19 +23,29 @@ from medalign.data.shards.index import ShardIndex
 from medalign.engine import engine as deepspeed_engine
 from medalign.engine.engine import Engine
 from medalign.engine.settings import deepspeed_settings, precision
+from medalign.errors import Stopped
 from medalign.losses.build import build_objective
 from medalign.observability.console import ConsoleSink
 from medalign.observability.files import write_text
 from medalign.observability.rows import JsonlSink
 from medalign.observability.wandb_run import WandbSink
 from medalign.run_folder import RunFolder
+from medalign.stop_signals import stop_signals
 from medalign.student import loading
 from medalign.student.model import Student, check_causality
 from medalign.teacher.loading import load_teacher
 from medalign.teacher.model import Teacher
 from medalign.teacher.targets import assert_replicated
 from medalign.training import schedule
-from medalign.training.callbacks import Callback, Checkpointing, ConsoleLogger, MetricLogger, Profiler, Validation
+from medalign.training.callbacks import (
+    Callback,
+    Checkpointing,
+    ConsoleLogger,
+    MetricLogger,
+    Profiler,
+    StopOnSignal,
+    Validation,
+)
 from medalign.training.same_run import require_same_run
 from medalign.training.step import TrainStep
 from medalign.training.trainer import Trainer
@@ -55,18 +65,23 @@ def train(config: Config, callbacks: Sequence[Callback] = ()) -> Path:
 
     Raises:
         ConfigError: a setting is unknown, has the wrong type or range, or contradicts another one.
+        Stopped: USR1 or TERM ended the run early; the same call again continues it.
     """
     config = settings.check(config)
     distributed.adopt_launcher()
     distributed.set_up_logging()
     folder = Path(config.run.dir)
     ds_settings = deepspeed_settings(config, distributed.world_size())
-    deepspeed_engine.start(ds_settings)
-    try:
-        with lock.held(folder):
-            _train(config, folder, ds_settings, callbacks)
-    finally:
-        deepspeed_engine.stop()
+    with stop_signals() as received:
+        deepspeed_engine.start(ds_settings)
+        try:
+            with lock.held(folder), distributed.log_file(RunFolder(folder).log(distributed.rank())):
+                _train(config, folder, ds_settings, [StopOnSignal(received), *callbacks])
+        except Stopped:
+            distributed.barrier()  # srun kills the other ranks soon after the first one has ended
+            raise
+        finally:
+            deepspeed_engine.stop()
     return folder
 
 
@@ -97,7 +112,7 @@ def _train(config: Config, folder: Path, ds_settings: dict[str, Any], callbacks:
         if index is None:
             if not found:
                 save(now)
-        elif now.step < schedule.total_steps(config.train):
+        else:
             step = TrainStep(engine, teacher, objective, student.spec.grid)
             batches = iter(pipeline.build_loader(config, index, collator, now.step))
             hooks = [*loggers, *build_callbacks(config, folder, held_out, collator), *callbacks]

@@ -4,6 +4,7 @@ RUN/
   config.yaml               every setting of the run
   metrics.jsonl             one row per logged step
   lock                      held by the training process that uses the folder
+  logs/rank-0.log           the messages of each rank, of all starts
   profile/                  traces of torch.profiler, if log.profile_steps is set
   wandb_run_id              the run's id in W&B, used again when the run resumes (W&B's own files are in wandb/)
   checkpoints/
@@ -136,6 +137,10 @@ class RunFolder:
     def lock(self) -> Path:
         """Locked while a training process uses the folder."""
         return self.path / "lock"
+
+    def log(self, rank: int) -> Path:
+        """Return the file with the messages of a rank."""
+        return self.path / "logs" / f"rank-{rank}.log"
 
     @property
     def profile(self) -> Path:

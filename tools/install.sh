@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the other scripts: creates or updates .venv with the tested versions and activates it.
 # PYTHON selects the interpreter (3.11 or newer).
 set -e  # an installation that failed must not look finished

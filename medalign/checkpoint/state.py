@@ -24,6 +24,7 @@ class TrainState:
     data: tuple[str, ...] = ()  # fingerprint of each training folder; empty where it was not written down
     best_step: int | None = None  # the step with the lowest loss on held-out shards; None where none was evaluated
     best_loss: float | None = None  # that loss
+    evaluated_step: int | None = None  # the last step whose validation is complete
 
 
 def write_state(folder: Path, state: TrainState) -> None:

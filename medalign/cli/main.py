@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from medalign import __version__
 from medalign.cli import bench, evaluate, export, generate, inspect, phantom, report, shards, train
 from medalign.cli.parser import CommandParser
-from medalign.errors import MedAlignError, format_os_error
+from medalign.errors import MedAlignError, Stopped, format_os_error
 
 log = logging.getLogger("medalign")
 
@@ -31,7 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the words after `medalign`; by default, those of this process.
 
     Returns:
-        The exit status: 0; 2 after an error that the user can correct; 130 after an interrupt.
+        The exit status: 0; 2 after an error that the user can correct; 130 after an interrupt; 75 or 143 after a signal
+        that stopped a training with a checkpoint.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     # The deepspeed launcher inserts its own option; the rank comes from the environment.
@@ -42,6 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         distributed.set_up_logging()
         return int(chosen.command(chosen))
+    except Stopped as stopped:
+        log.warning("%s", stopped)
+        return stopped.status
     except MedAlignError as error:
         log.error("error: %s", error)
         return 2

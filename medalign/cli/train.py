@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 
 from medalign.cli.parser import CommandParser, Subparsers, add_recipe_command, require_recipe
+from medalign.errors import MedAlignError
 
 _SUMMARY = "train a student from a recipe"
 
@@ -24,8 +25,13 @@ def run(arguments: argparse.Namespace) -> int:
 
     config = load(recipe, arguments.overrides)
     from medalign.run import train
+    from medalign.stop_signals import ignore_stop_signals
 
-    train(config)
+    try:
+        train(config)
+    except MedAlignError:  # on all ranks: the others must not be ended before they have returned their status
+        ignore_stop_signals()
+        raise
     return 0
 
 

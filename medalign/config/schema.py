@@ -139,6 +139,9 @@ class StudentConfig:
 
     path: str = ""
     """Local folder of a vision-language model, as it is published."""
+    image_size: PositiveInt | None = None
+    """Pixels per side of the square image, for students that take images of any size. null: as the family says (672
+    for Qwen2.5-VL and 768 for Qwen3-VL, which gives 24 x 24 image tokens). Other students have one size."""
     vision_tower: str = ""
     """Folder of the vision tower's config.json and preprocessor_config.json, for a student in the layout of LLaVA's
     authors whose tower is neither in its folder nor known (CLIP ViT-L/14). Weights are read from the student only."""

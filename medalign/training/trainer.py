@@ -16,12 +16,14 @@ from medalign.checkpoint.state import TrainState
 from medalign.config import Config
 from medalign.contracts import Batch
 from medalign.data.batches.reader import check_skip_rate
-from medalign.errors import DivergedError, MedAlignError
+from medalign.errors import DivergedError, MedAlignError, Stopped
 from medalign.observability.meters import Throughput, peak_memory_gib
+from medalign.stop_signals import REQUESTS
 from medalign.training.schedule import rates, total_steps
 from medalign.training.step import TrainStep
 
 log = logging.getLogger("medalign")
+_STOPS = tuple(REQUESTS.values())
 
 
 class Callback:
@@ -45,6 +47,16 @@ class Callback:
 
     def on_checkpoint(self, trainer: Trainer, folder: Path) -> None:
         """Called when a checkpoint is complete in `folder`."""
+
+    def on_validation_batch(self, trainer: Trainer) -> None:
+        """Called before each batch of a validation is read. What it raises on one rank ends the validation on all."""
+
+    def stop_request(self, trainer: Trainer) -> type[Stopped] | None:
+        """Return why this rank asks the run to end after the current step, or None.
+
+        Called after each update, and again after a checkpoint. The request of any rank counts for all.
+        """
+        return None
 
     def on_train_end(self, trainer: Trainer) -> None:
         """Called after the last step; not called if training ends with an exception."""
@@ -76,6 +88,8 @@ class Trainer:
         self.step = step
         self.state = state
         self.callbacks = tuple(callbacks)
+        self.begun = state
+        self.stopping: type[Stopped] | None = None  # what all ranks have agreed on
         self.total_steps = total_steps(config.train)
         self._batches = batches
         self._speed = Throughput(step.engine.device)
@@ -91,13 +105,17 @@ class Trainer:
             DivergedError: a loss or the gradient's norm is not finite.
             DataError: too many samples cannot be used, or a shard is lost.
             CheckpointError: a checkpoint cannot be written.
+            Stopped: a callback of any rank asked for it, and callbacks have written a checkpoint of the last step.
         """
         self._speed = Throughput(self.step.engine.device)
         self._started = time.perf_counter() - self.state.seconds
         try:
+            self.agree_to_stop()
             self.call_hooks(lambda callback: callback.on_train_start(self))
-            while self.state.step < self.total_steps:
+            while self.state.step < self.total_steps and not self.stopping:
                 self._take_step()
+            if self.stopping:
+                raise self.stopping(self._describe_stop(self.stopping))
             self.call_hooks(lambda callback: callback.on_train_end(self))
         except BaseException as error:
             for callback in self.callbacks:
@@ -114,6 +132,26 @@ class Trainer:
         """Hand metrics of the current step to the callbacks. Every rank must call it."""
         self.call_hooks(lambda callback: callback.on_log(self, values))
 
+    def agree_to_stop(self) -> None:
+        """Set `stopping` to the request of any rank. Every rank must call it."""
+        sums = distributed.sum_over_ranks({"requests": self._requests().to(self.step.engine.device)})
+        self._set_stopping(sums["requests"].tolist())
+
+    def _requests(self) -> torch.Tensor:
+        """Return 1 for each kind of request that this rank has, in the order of `_STOPS`, and 0 for the others."""
+        mine = {callback.stop_request(self) for callback in self.callbacks}
+        return torch.tensor([float(kind in mine) for kind in _STOPS])
+
+    def _set_stopping(self, counts: Sequence[float]) -> None:
+        found = [kind for kind, count in zip(_STOPS, counts, strict=True) if count]
+        self.stopping = max(found, key=lambda kind: kind.status, default=self.stopping)
+
+    def _describe_stop(self, kind: type[Stopped]) -> str:
+        name = next(number.name for number, request in REQUESTS.items() if request is kind)
+        taken = self.state.step > self.begun.step
+        what = f"stopped after step {self.state.step} with a checkpoint" if taken else "stopped before the first step"
+        return f"{name}: {what}; the run has {self.total_steps} steps, and the same command again continues it"
+
     def _take_step(self) -> None:
         config, index = self.config, self.state.step
         self.call_hooks(lambda callback: callback.on_step_start(self))
@@ -124,7 +162,8 @@ class Trainer:
         done = index + 1
         _check_finite(losses, done, micro_batches)
         device = self.step.engine.device
-        state = _update_state(self.state, config, done, micro_batches, device)
+        state, requests = _update_state(self.state, config, done, micro_batches, self._requests().to(device))
+        self._set_stopping(requests)
         self.state = replace(state, seconds=time.perf_counter() - self._started)
         self._speed.add(
             samples=sum(len(batch.keys) for batch in micro_batches),
@@ -160,9 +199,11 @@ def _check_finite(losses: Mapping[str, float], done: int, micro_batches: Sequenc
 
 
 def _update_state(
-    state: TrainState, config: Config, done: int, micro_batches: Sequence[Batch], device: object
-) -> TrainState:
-    """The state after step `done`, with the bad and cut samples of all ranks. Every rank must call it.
+    state: TrainState, config: Config, done: int, micro_batches: Sequence[Batch], requests: torch.Tensor
+) -> tuple[TrainState, list[float]]:
+    """Return the state after step `done`, with the bad and cut samples of all ranks, and the sums of their requests.
+
+    Every rank must call it.
 
     Raises:
         DataError: the run has skipped more than `data.max_skip_fraction` of its samples; on all ranks.
@@ -170,8 +211,10 @@ def _update_state(
     reasons = [reason for batch in micro_batches for reason in batch.skipped]
     for reason in reasons:
         log.warning("bad sample replaced: %s", reason)
-    counts = torch.tensor([len(reasons), sum(batch.truncated for batch in micro_batches)])
-    skipped, truncated = distributed.sum_over_ranks({"counts": counts.to(str(device))})["counts"].tolist()
+    counts = requests.new_tensor([len(reasons), sum(batch.truncated for batch in micro_batches)])
+    # One reduction per step carries all that the ranks must know of each other.
+    sums = distributed.sum_over_ranks({"counts": torch.cat([counts, requests])})["counts"].tolist()
+    skipped, truncated, *stops = sums
     state = replace(
         state,
         step=done,
@@ -181,7 +224,7 @@ def _update_state(
     )
     # Of all ranks together, so that all stop at the same step and none waits for another.
     check_skip_rate(state.skipped, state.samples, config.data.max_skip_fraction, reasons)
-    return state
+    return state, stops
 
 
 def _learning_rates(groups: Mapping[str, float]) -> dict[str, float]:

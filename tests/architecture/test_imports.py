@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2] / PACKAGE
 # A room is a folder or a single file directly under medalign/. Files on one floor may import each other (without
 # cycles), folders may not. A new room is given its floor here.
 FLOORS = (
-    ("__init__", "errors", "geometry", "contracts", "distributed", "import_path", "run_folder"),
+    ("__init__", "errors", "geometry", "contracts", "distributed", "import_path", "run_folder", "stop_signals"),
     ("config",),
     ("kernels", "data", "observability"),
     ("losses", "teacher", "student", "datasets", "phantom"),

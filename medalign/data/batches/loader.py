@@ -18,6 +18,7 @@ from medalign.data.order.order import Order, StepPlan
 from medalign.data.samples.sample import BadSample
 from medalign.data.shards.index import ShardIndex
 from medalign.errors import ConfigError, DataError, MedAlignError
+from medalign.stop_signals import shield_worker
 
 log = logging.getLogger("medalign")
 
@@ -135,6 +136,7 @@ def _read(dataset: MicroBatchDataset, sampler: Iterable[MicroBatchIndices], work
         batch_size=None,
         collate_fn=_identity,
         num_workers=workers,
+        worker_init_fn=shield_worker,
         generator=torch.Generator(),  # a separate one, so that loading does not advance the trainer's generator
     )
     for batch in micro_batches:

@@ -37,6 +37,7 @@ LLAVA_VQA = {
     "teacher.random_weights_seed": None,
     "teacher.features": "after_norm",
     "student.path": "a",
+    "student.image_size": None,
     "student.vision_tower": "",
     "student.layer": 20,
     "student.steering": True,

@@ -13,7 +13,7 @@ import torch
 from medalign import config
 from medalign.checkpoint.state import TrainState
 from medalign.config import Config
-from medalign.errors import ConfigError, DataError
+from medalign.errors import ConfigError, DataError, Preempted, Stopped, Terminated
 from medalign.training.callbacks import Callback, Checkpointing, Profiler, Validation
 from medalign.training.trainer import Trainer
 from tests import tiny
@@ -33,6 +33,7 @@ class FakeStep:
         return {"loss/total": 1.0, "optim/grad_norm": 0.5}
 
     def evaluate(self, batches):
+        list(batches)
         return {"loss/total": next(self.validation)}
 
 
@@ -99,6 +100,84 @@ def test_a_resumed_run_takes_the_remaining_steps_and_a_finished_one_none():
     finished = Recorder()
     build(finished, step=3).fit()
     assert finished.calls == [("train start", 3), ("train end", 3)]
+
+
+class Stopping(Callback):
+    """Asks the run to stop once a step is done, or while the batches of a validation are read."""
+
+    def __init__(self, step: int, kind: type[Stopped] = Preempted, in_validation: bool = False) -> None:
+        self.step, self.kind, self.in_validation = step, kind, in_validation
+        self.now = -1
+
+    def on_step_start(self, trainer):
+        self.now = trainer.state.step + 1
+
+    def stop_request(self, trainer):
+        return self.kind if self.now >= self.step and not self.in_validation else None
+
+    def on_validation_batch(self, trainer):
+        if self.in_validation and self.now >= self.step:
+            raise self.kind("stopped during a validation")
+
+
+class Saved:
+    """Keeps the states that are saved."""
+
+    def __init__(self) -> None:
+        self.states: list[TrainState] = []
+
+    def __call__(self, state: TrainState) -> Path:
+        self.states.append(state)
+        return Path(f"step-{state.step}")
+
+    @property
+    def steps(self) -> list[int]:
+        return [state.step for state in self.states]
+
+
+@pytest.mark.parametrize(("kind", "name", "status"), [(Preempted, "SIGUSR1", 75), (Terminated, "SIGTERM", 143)])
+def test_a_request_to_stop_ends_the_run_after_the_step_with_a_checkpoint(kind, name, status):
+    saved = Saved()
+    with pytest.raises(kind, match=f"{name}: stopped after step 2 with a checkpoint; the run has 6 steps") as raised:
+        build(Stopping(2, kind), Checkpointing(100, saved), steps=6).fit()
+    assert saved.steps == [2] and raised.value.status == status
+
+
+def test_a_request_before_the_first_step_takes_none_and_saves_nothing():
+    saved = Saved()
+    with pytest.raises(Preempted, match="stopped before the first step"):
+        build(Stopping(-1), Checkpointing(100, saved), steps=6, step=3).fit()
+    assert saved.steps == []
+
+
+def test_a_request_that_arrives_while_saving_takes_no_further_step():
+    stopping = Stopping(100)
+
+    def save(state: TrainState) -> Path:
+        stopping.step = 0
+        saved(state)
+        return Path()
+
+    saved = Saved()
+    with pytest.raises(Preempted, match="after step 2"):
+        build(stopping, Checkpointing(2, save), steps=6).fit()
+    assert saved.steps == [2]
+
+
+def test_a_validation_that_was_cut_short_is_made_up_for():
+    """Step 4 is the best one and the last: the next start evaluates it and writes its checkpoint again."""
+    saved, recorder = Saved(), Recorder()
+    callbacks = (Validation(2, range(3)), recorder, Checkpointing(100, saved))
+    with pytest.raises(Terminated, match="after step 4"):
+        build(Stopping(4, Terminated, in_validation=True), *callbacks, steps=4, log=100, validation=[3.0, 2.0]).fit()
+    assert [(state.step, state.evaluated_step, state.best_step) for state in saved.states] == [(2, 2, 2), (4, 2, 2)]
+
+    trainer = build(*callbacks, steps=4, log=100, validation=[2.0])
+    trainer.state = trainer.begun = saved.states[-1]
+    assert trainer.fit().best_step == 4
+    assert [(state.step, state.evaluated_step, state.best_step) for state in saved.states[2:]] == [(4, 4, 4)]
+    logged = [call[1] for call in recorder.calls if call[0] == "log" and call[2] == "validation/loss/total"]
+    assert logged == [2, 4]
 
 
 def test_an_exception_reaches_every_callback_and_the_caller():
