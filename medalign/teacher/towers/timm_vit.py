@@ -93,14 +93,13 @@ class TimmTower(TextAlignedTower):
     @override
     def values(self, streams: Streams) -> torch.Tensor:
         if self._trunk.attn_pool is not None:
-            projected: torch.Tensor = self.visual.head(
-                _pooled_alone(self._trunk.attn_pool, self.final_norm(streams.after))
-            )
-            return projected
+            pooled = _pooled_alone(self._trunk.attn_pool, self.final_norm(streams.after))
+            features: torch.Tensor = self.visual.head(pooled)
+            return features
         last = self._trunk.blocks[-1]
         attention, normed = last.attn, last.norm1(streams.before[:, self._trunk.num_prefix_tokens :])
         value = attention.qkv(normed).chunk(3, dim=-1)[2]
-        projected = self.visual.head(self.final_norm(last.ls1(attention.proj(attention.norm(value)))))
+        projected: torch.Tensor = self.visual.head(self.final_norm(last.ls1(attention.proj(attention.norm(value)))))
         return projected
 
     @classmethod
