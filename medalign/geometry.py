@@ -88,14 +88,14 @@ def square_canvas(image: Image.Image, fill: tuple[int, int, int] = (0, 0, 0)) ->
     return canvas
 
 
-def resize(image: Image.Image, size: int) -> np.ndarray:
-    """Resize to size x size with Pillow's bicubic filter; uint8 [S, S, 3], or [S, S] for a gray image."""
+def resize(image: Image.Image, size: int, resample: Image.Resampling = Image.Resampling.BICUBIC) -> np.ndarray:
+    """Resize to size x size with a filter of Pillow; uint8 [S, S, 3], or [S, S] for a gray image."""
     if image.mode == "L" and image.width == image.height != size:
-        return _resize_gray(image, size)
-    return np.array(image.resize((size, size), Image.Resampling.BICUBIC))
+        return _resize_gray(image, size, resample)
+    return np.array(image.resize((size, size), resample))
 
 
-def _resize_gray(image: Image.Image, size: int) -> np.ndarray:
+def _resize_gray(image: Image.Image, size: int, resample: Image.Resampling) -> np.ndarray:
     """Resize a square gray image to the same pixels as `image.resize`, in three quarters of the time.
 
     Pillow resizes first the rows and then the columns (an image that is not square may start with the columns), and it
@@ -105,11 +105,11 @@ def _resize_gray(image: Image.Image, size: int) -> np.ndarray:
     side = image.width
     quarter, pixels = -(-side // 4), -(-size // 4)
     strips = [image.crop((0, quarter * i, side, quarter * (i + 1))) for i in range(4)]
-    narrow = Image.merge("CMYK", strips).resize((size, quarter), Image.Resampling.BICUBIC)
+    narrow = Image.merge("CMYK", strips).resize((size, quarter), resample)
     rows = np.zeros((4 * quarter, 4 * pixels), np.uint8)
     rows.reshape(4, quarter, -1)[:, :, :size] = np.asarray(narrow).transpose(2, 0, 1)
     columns = Image.frombuffer("CMYK", (pixels, side), rows[:side], "raw", "CMYK", 0, 1)
-    return np.asarray(columns.resize((pixels, size), Image.Resampling.BICUBIC)).reshape(size, -1)[:, :size]
+    return np.asarray(columns.resize((pixels, size), resample)).reshape(size, -1)[:, :size]
 
 
 @dataclass(frozen=True)
@@ -120,11 +120,13 @@ class PreprocessCfg:
         size: pixels per side, S.
         mean: subtracted from each channel.
         std: divides each channel after that.
+        resample: filter of Pillow that resizes the image.
     """
 
     size: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    resample: Image.Resampling = Image.Resampling.BICUBIC
 
     @property
     def mean_color(self) -> tuple[int, int, int]:
@@ -134,7 +136,7 @@ class PreprocessCfg:
 
     def view(self, canvas: Image.Image) -> torch.Tensor:
         """The canvas (RGB, or L for equal channels) resized and normalized: float32 [3, S, S]."""
-        values = torch.from_numpy(resize(canvas, self.size).astype(np.float32))
+        values = torch.from_numpy(resize(canvas, self.size, self.resample).astype(np.float32))
         pixels = (values.permute(2, 0, 1) if values.ndim == 3 else values[None]) / 255
         return (pixels - torch.tensor(self.mean).view(3, 1, 1)) / torch.tensor(self.std).view(3, 1, 1)
 

@@ -113,6 +113,9 @@ class TeacherConfig:
     """Temperature of the softmax that turns the patches' relevance for a finding into the text-conditioned map."""
     text_absent_weight: ClosedUnitInterval = 0.0
     """Weight of the prompts where the finding is absent, which are subtracted from those where it is present."""
+    mask_sinks: NonNegativeFloat = 0.0
+    """Patches whose norm after the last block is larger than this multiple of the image's median get no attention, such
+    as 3; 0 is off. Large towers have a few such patches, often of the background, that hold much of the attention."""
     lexicon: str = ""
     """YAML file with the findings that a question can name, and their prompts. Empty: the packaged one, for chest
     radiographs."""
@@ -136,6 +139,9 @@ class StudentConfig:
 
     path: str = ""
     """Local folder of a vision-language model, as it is published."""
+    image_size: PositiveInt | None = None
+    """Pixels per side of the square image, for students that take images of any size. null: as the family says (672
+    for Qwen2.5-VL and 768 for Qwen3-VL, which gives 24 x 24 image tokens). Other students have one size."""
     vision_tower: str = ""
     """Folder of the vision tower's config.json and preprocessor_config.json, for a student in the layout of LLaVA's
     authors whose tower is neither in its folder nor known (CLIP ViT-L/14). Weights are read from the student only."""

@@ -42,6 +42,11 @@ def check_student(config: StudentConfig) -> tuple[ModelSpec, Any]:
     model = empty_model(folder, config)
     spec = inspect_model(model)
     require_layer(config.layer, spec)
+    if config.image_size not in (None, spec.image_size):
+        raise ConfigError(
+            f"student.image_size is {config.image_size}, but this student takes images of {spec.image_size} pixels "
+            "only; set it to null"
+        )
     _check_window(config, spec)
     _check_image_features(spec)
     _check_vocabulary(folder, model, spec, processor.tokenizer)
@@ -63,6 +68,8 @@ def _check_settings(folder: str, config: StudentConfig) -> None:
 def _check_image_features(spec: ModelSpec) -> None:
     """Run the tower and the projector on the meta device: an image must yield one feature per image token."""
     family, side = spec.family, spec.image_size
+    if not family.runs_without_data:
+        return
     settings = family.features_settings(spec.model.config)
     with as_config_error(f"the student's vision tower and projector do not run with {settings}"), torch.no_grad():
         found = family.features(spec, torch.empty(1, 3, side, side, device="meta")).shape[1]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from PIL import Image
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
@@ -88,6 +89,7 @@ class Family:
             of transformers.
         no_packing: why samples cannot be packed in one row; empty if they can.
         features_remedy: what helps if the vision tower returns the wrong number of features.
+        runs_without_data: whether the vision tower runs on the meta device, where no tensor has values.
     """
 
     model_type: ClassVar[str]
@@ -95,6 +97,7 @@ class Family:
     key_mapping: ClassVar[Mapping[str, str] | None] = None
     no_packing: ClassVar[str] = ""
     features_remedy: ClassVar[str] = "correct config.json"
+    runs_without_data: ClassVar[bool] = True
 
     # The folder
 
@@ -169,7 +172,8 @@ class Family:
     def preprocess_cfg(self, processor: Any, image_size: int) -> PreprocessCfg:
         """Return how the vision tower takes its pixels."""
         image = processor.image_processor  # its colors are checked when it is loaded
-        return PreprocessCfg(image_size, tuple(image.image_mean), tuple(image.image_std))
+        resample = Image.Resampling(getattr(image, "resample", None) or Image.Resampling.BICUBIC)
+        return PreprocessCfg(image_size, tuple(image.image_mean), tuple(image.image_std), resample)
 
     def inputs(self, spec: ModelSpec, batch: Batch, pixels: torch.Tensor | None) -> dict[str, Any]:
         """Return the model's inputs beside token ids and attention mask, for a forward pass and for generation.

@@ -153,7 +153,9 @@ def packaged_student(config: StudentConfig, _device: torch.device, dtype: torch.
 def random_teacher(vision: dict[str, int], folder: Path, device: torch.device, dtype: torch.dtype) -> Teacher:
     """Build a tower of open_clip with random weights, and write its configuration to `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG_NAME).write_text(json.dumps({"model_cfg": {"embed_dim": 16, "vision_cfg": vision}}))
+    colors = {"mean": [0.5] * 3, "std": [0.5] * 3}
+    config = {"model_cfg": {"embed_dim": 16, "vision_cfg": vision}, "preprocess_cfg": colors}
+    (folder / CONFIG_NAME).write_text(json.dumps(config))
     return load_teacher(folder, device, dtype, random_weights_seed=0)
 
 

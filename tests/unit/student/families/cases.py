@@ -12,7 +12,7 @@ from typing import Any
 
 from medalign.config import LoraConfig, StudentConfig
 from tests import tiny
-from tests.unit.student.families import authors
+from tests.unit.student.families import authors, native
 
 
 @dataclass(frozen=True)
@@ -36,4 +36,7 @@ CASES = {
     "llava": Case(tiny.save_student),
     "llava_mistral": Case(authors.save_llava_med, {"vision_tower": f"{{folder}}/{authors.TOWER}"}),
     "llava_qwen2": Case(authors.save_huatuo),
+    "gemma3": Case(native.save_gemma3),
+    "qwen2_5_vl": Case(native.save_qwen25, {"image_size": 32}),
+    "qwen3_vl": Case(native.save_qwen3, {"image_size": 32}),
 }

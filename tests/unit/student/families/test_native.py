@@ -1,0 +1,136 @@
+"""What is particular to a family: token types, positions in three axes, ends of turns, image sizes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from medalign.contracts import IGNORE, Batch, Sample
+from medalign.data.batches.collator import Collator
+from medalign.data.batches.prompts import PromptEncoder
+from medalign.errors import ConfigError
+from medalign.student.checks import check_student
+from medalign.student.families.base import Family
+from medalign.student.families.gemma3 import Gemma3
+from medalign.student.loading import load_processor, load_student
+from medalign.student.model import Student
+from tests.unit.student.families.cases import CASES
+
+COUNTS = (1, 2, 0)  # images of each sample
+
+
+def load(name: str, folder: Path) -> tuple[Student, Any]:
+    config = CASES[name].config(CASES[name].save(folder))
+    return load_student(config, torch.float32).eval(), load_processor(config)
+
+
+def batch_of(student: Student, processor: Any, **settings: Any) -> Batch:
+    encoder = PromptEncoder(processor, image=student.spec.image, max_length=400, max_images=2)
+    gray = Image.new("L", (40, 20), 90)
+    samples = [Sample(f"s{n}", "shard", "vqa", "Is it?" * (n + 1), "No.", "open", (gray,) * n) for n in COUNTS]
+    return Collator(encoder, student.spec.preprocess_cfg(processor), None, **settings)(samples)
+
+
+@pytest.fixture(scope="module")
+def gemma(tmp_path_factory: pytest.TempPathFactory) -> tuple[Student, Any]:
+    return load("gemma3", tmp_path_factory.mktemp("native") / "gemma3")
+
+
+@pytest.fixture(scope="module", params=["qwen2_5_vl", "qwen3_vl"])
+def qwen(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Student, Any]:
+    return load(request.param, tmp_path_factory.mktemp("native") / request.param)
+
+
+def logits(student: Student, batch: Batch) -> torch.Tensor:
+    with torch.no_grad():
+        return student(replace(batch, labels=torch.where(batch.attention_mask, batch.input_ids, IGNORE))).logits
+
+
+def test_gemma_without_token_types_would_be_another_model(gemma: tuple[Student, Any], monkeypatch) -> None:
+    """Its image tokens would attend to earlier ones only, and nothing would say so."""
+    student, processor = gemma
+    batch = batch_of(student, processor)
+    right = logits(student, batch)
+    monkeypatch.setattr(Gemma3, "inputs", Family.inputs)
+    assert (right - logits(student, batch)).abs().max() > 0.01 * right.abs().max()
+
+
+def test_the_answers_of_gemma_end_with_its_turn(gemma: tuple[Student, Any]) -> None:
+    """<eos> ends a text; the model ends its turns with <end_of_turn>."""
+    student, processor = gemma
+    encoder = PromptEncoder(processor, image=student.spec.image, max_length=400, max_images=2)
+    assert processor.tokenizer.eos_token == "<eos>"
+    assert encoder.end_token_id == processor.tokenizer.convert_tokens_to_ids("<end_of_turn>")
+    student.end_with(encoder.end_token_id)
+    assert encoder.end_token_id in student.end_tokens
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_positions_of_qwen_are_those_of_the_model(qwen: tuple[Student, Any], side: str) -> None:
+    student, processor = qwen
+    batch = batch_of(student, processor, padding_side=side)
+    places_BL = (batch.attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+    found = student.spec.family.positions(student.spec, batch, places_BL)
+    grid = torch.tensor([[1, 8, 8]] * sum(COUNTS))
+    types = (batch.image_index >= 0).int()
+    expected, _ = student.spec.model.model.get_rope_index(
+        batch.input_ids, types, grid, attention_mask=batch.attention_mask
+    )
+    assert torch.equal(found[0], places_BL)
+    assert torch.equal(found[1:][:, batch.attention_mask], expected[:, batch.attention_mask])
+
+
+def test_a_packed_row_has_the_positions_of_its_samples(qwen: tuple[Student, Any]) -> None:
+    student, processor = qwen
+    spec = student.spec
+    padded, packed = batch_of(student, processor), batch_of(student, processor, packed=True)
+    places = padded.attention_mask.long().cumsum(-1) - 1
+    apart = spec.family.positions(spec, padded, places)[:, padded.attention_mask]
+    row = torch.cat([torch.arange(length) for length in packed.lengths])[None]
+    assert torch.equal(spec.family.positions(spec, packed, row)[:, 0], apart)
+
+
+def test_qwen_with_positions_of_a_text_would_be_another_model(qwen: tuple[Student, Any], monkeypatch) -> None:
+    student, processor = qwen
+    batch = batch_of(student, processor)
+    right = logits(student, batch)
+    monkeypatch.setattr(type(student.spec.family), "positions", Family.positions)
+    assert (right - logits(student, batch)).abs().max() > 0.01 * right.abs().max()
+
+
+def test_the_tapped_tokens_are_the_input_of_the_block(qwen: tuple[Student, Any]) -> None:
+    """Qwen3-VL adds features of the tower to what block 1 returns; block 2 gets the sum."""
+    student, processor = qwen
+    seen: list[torch.Tensor] = []
+    block = student.spec.blocks[student.layer]
+    handle = block.register_forward_pre_hook(lambda _block, args: seen.append(args[0]))
+    batch = batch_of(student, processor)
+    with torch.no_grad():
+        output = student(batch)
+    handle.remove()
+    assert torch.equal(output.tokens.flatten(0, 1), seen[0][batch.cells])
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "message"),
+    [
+        ("qwen2_5_vl", 30, "student.image_size is 30, which is not a multiple of 8, .*; set it to 32"),
+        ("qwen3_vl", 3, "student.image_size is 3, which is not a multiple of 8, .*; set it to 8"),
+        ("llava", 48, "student.image_size is 48, but this student takes images of 32 pixels only; set it to null"),
+    ],
+)
+def test_image_sizes_that_do_not_fit(tmp_path: Path, name: str, size: int, message: str) -> None:
+    case = CASES[name]
+    with pytest.raises(ConfigError, match=message):
+        check_student(case.config(case.save(tmp_path / name), image_size=size))
+
+
+def test_the_canvas_may_have_another_size(tmp_path: Path) -> None:
+    case = CASES["qwen2_5_vl"]
+    spec, _ = check_student(case.config(case.save(tmp_path / "qwen"), image_size=48))
+    assert (spec.grid.rows, spec.image_size) == (6, 48)
