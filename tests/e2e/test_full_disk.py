@@ -26,9 +26,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_run_outlives_a_full_disk(recipe, trained, small_disk):
-    """Full from step 1 to step 7: the checkpoints of steps 3 and 6 fail, and rows wait in memory."""
+    """Full from the start to step 7: the checkpoints of steps 3 and 6 fail, and rows wait in memory."""
     folder = small_disk / "run"
-    (output,) = finish(start(["-m", "tests.e2e.filling", "1", "7", *command(recipe, folder)[2:]], 1))
+    (output,) = finish(start(["-m", "tests.e2e.filling", "0", "7", *command(recipe, folder)[2:]], 1))
     assert "step 3: no space left for checkpoint" in output and "step 6: no space left for checkpoint" in output
     assert output.count("The run continues") == 2
     assert "metrics.jsonl cannot be written (No space left on device)" in output
