@@ -113,6 +113,9 @@ class TeacherConfig:
     """Temperature of the softmax that turns the patches' relevance for a finding into the text-conditioned map."""
     text_absent_weight: ClosedUnitInterval = 0.0
     """Weight of the prompts where the finding is absent, which are subtracted from those where it is present."""
+    mask_sinks: NonNegativeFloat = 0.0
+    """Patches whose norm after the last block is larger than this multiple of the image's median get no attention, such
+    as 3; 0 is off. Large towers have a few such patches, often of the background, that hold much of the attention."""
     lexicon: str = ""
     """YAML file with the findings that a question can name, and their prompts. Empty: the packaged one, for chest
     radiographs."""

@@ -1,0 +1,1 @@
+"""Training data: shards, their storage, samples, their order, and batches."""

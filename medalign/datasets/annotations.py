@@ -15,22 +15,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from medalign.data.samples.git_lfs import describe_pointer
 from medalign.data.samples.json_fields import unique_fields
 from medalign.data.samples.sample import BadSample
 from medalign.data.shards.records import Refused
+from medalign.datasets.text_files import CONVERT, HEAD_BYTES, encoding_problem, read_text
 from medalign.datasets.texts import text
-from medalign.errors import DataError, format_os_error
+from medalign.errors import DataError
 
 Parsed = TypeVar("Parsed")
 
-HEAD_BYTES = 32  # of a file, passed to `encoding_problem`
 _LEVELS = 64  # nesting of lists and objects; Python's own functions fail at a few hundred
 _TOO_DEEP = f"lists and objects are nested deeper than {_LEVELS} levels"
 _DIGITS = 300  # of an integer; the largest float has 309
-_UTF32 = (b"\xff\xfe\0\0", b"\0\0\xfe\xff")
-_UTF16 = (b"\xff\xfe", b"\xfe\xff")
-_CONVERT = "convert a file from Windows with iconv -f WINDOWS-1252 -t UTF-8"
 _LINES = (".jsonl", ".ndjson")
 
 
@@ -49,27 +45,6 @@ class Entry:
         if not isinstance(self.value, dict):
             raise BadSample(f"it is a JSON {type(self.value).__name__}, not an object")
         return self.value
-
-
-def encoding_problem(head: bytes) -> str:
-    """Return what is wrong with the encoding of a file that begins with `head`, and the remedy, or ""."""
-    if description := describe_pointer(head):
-        return f"is {description}"
-    if head.startswith(b"\x1f\x8b"):
-        return "is gzipped; unpack it with gunzip"
-    if head.startswith(_UTF16 + _UTF32) or b"\0" in head[:4]:
-        name = "UTF-32" if head.startswith(_UTF32) else "UTF-16"
-        return f"is {name}; convert it to UTF-8, for example with iconv -f {name} -t UTF-8"
-    return ""
-
-
-def decode_utf8(data: bytes) -> str:
-    """Decode UTF-8, without a byte order mark. Raises BadSample with the position of the error and the remedy."""
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        place = f"byte 0x{data[error.start]:02x} at position {error.start}"
-        raise BadSample(f"not UTF-8 ({place}); {_CONVERT}") from error
 
 
 def parse_json(content: str, *, nan_is_null: bool = False) -> Any:
@@ -209,21 +184,6 @@ def _entry(location: str, line: str) -> Entry:
         return Entry(location, None, str(error))
 
 
-def read_text(path: Path) -> str:
-    """Read a UTF-8 file. Raises DataError with the name of the file if it cannot be read."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{format_os_error(error)}; the file cannot be read") from error
-    problem = encoding_problem(data[:HEAD_BYTES])
-    if problem:
-        raise DataError(f"{path} {problem}")
-    try:
-        return decode_utf8(data)
-    except BadSample as error:
-        raise DataError(f"{path} is {error}") from error
-
-
 def read_csv(path: Path, *columns: str) -> Iterator[dict[str, str]]:
     """Yield the given columns of each row of a CSV file, which may be gzipped. Empty cells and NaN are "".
 
@@ -244,6 +204,6 @@ def read_csv(path: Path, *columns: str) -> Iterator[dict[str, str]]:
             for row in rows:
                 yield {name: text(row[name]) for name in columns}
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 ({error.reason}); {_CONVERT}") from error
+        raise DataError(f"{path} is not UTF-8 ({error.reason}); {CONVERT}") from error
     except (OSError, EOFError, zlib.error, csv.Error) as error:
         raise DataError(f"{path} cannot be read ({error}); download it again") from error

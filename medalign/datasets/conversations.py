@@ -83,8 +83,8 @@ def _text_and_tags(turn: Mapping[str, Any]) -> tuple[Any, int]:
 
 def _part(part: Mapping[str, Any]) -> str:
     """Convert a part of typed content to text."""
-    if part["type"] == "text" and isinstance(part.get("text"), str):
-        return part["text"]
+    if part["type"] == "text" and isinstance(text := part.get("text"), str):
+        return text
     if part["type"] == "image" and part.keys() == {"type"}:
         return TAG
     raise BadSample(f'content has a part of type {part["type"]!r}, which is not supported; name images in "image"')

@@ -17,7 +17,7 @@ from medalign.data.shards.records import Record, Refused
 from medalign.datasets.annotations import read_csv
 from medalign.datasets.base import DatasetConverter, Item, Setting, Settings
 from medalign.datasets.files import first_folder, missing_paths, read_pictures
-from medalign.datasets.report_text import SECTIONS, VIEWS, report_text
+from medalign.datasets.report_text import SECTIONS, VIEWS, report_fields, report_text
 from medalign.datasets.splitting import parse_fraction, split_by_hash, warn_of_empty_splits
 from medalign.datasets.texts import text
 
@@ -38,7 +38,7 @@ OpenI publishes no split, so train/ and test/ are assigned by a hash of the stud
 convert the data set in R2Gen's format: medalign shards r2gen."""
 
 
-def validate_layout(folder: Path, _settings: Settings) -> list[str]:
+def _validate_layout(folder: Path, _settings: Settings) -> list[str]:
     lines = missing_paths(
         folder, {REPORTS: "the reports, one XML file per study", "|".join(_PICTURES): "the images as PNG"}
     )
@@ -47,7 +47,7 @@ def validate_layout(folder: Path, _settings: Settings) -> list[str]:
     return lines
 
 
-def iter_items(folder: Path, settings: Settings) -> Iterator[Item | Refused]:
+def _iter_items(folder: Path, settings: Settings) -> Iterator[Item | Refused]:
     paths = sorted((folder / REPORTS).glob("*.xml"), key=lambda path: (len(path.stem), path.stem))
     frontal = _frontal(folder / PROJECTIONS)
     splits: dict[str, str] = {}  # of each study
@@ -85,7 +85,7 @@ def _samples(case: str, pictures: list[str], frontal: set[tuple[str, str]] | Non
 
 
 def _image_id(name: str) -> str:
-    """ "IM-0001-4001" for "CXR1_1_IM-0001-4001.png" and for "1_IM-0001-4001.dcm.png"."""
+    """Return "IM-0001-4001" for "CXR1_1_IM-0001-4001.png" and for "1_IM-0001-4001.dcm.png"."""
     return name.split("_")[-1].split(".")[0]
 
 
@@ -111,16 +111,12 @@ def _content(element: Element) -> str:
     return text("".join(element.itertext()))
 
 
-def build_record(folder: Path, item: Item, settings: Settings) -> Record:
+def _build_record(folder: Path, item: Item, settings: Settings) -> Record:
     study = item.data
     fields = {
-        "id": item.key,
-        "task": "report",
-        "question": "",
-        "report": report_text(study["sections"], settings["sections"]),
+        **report_fields(item, report_text(study["sections"], settings["sections"])),
         **study["sections"],
         "labels": study["labels"],
-        "split": item.split,
         "case": study["case"],
         "image": study["image"],
     }
@@ -131,9 +127,9 @@ CONVERTER = DatasetConverter(
     "iu-xray",
     "IU-Xray: chest X-rays with reports, OpenI's XML and PNG",
     LAYOUT,
-    validate_layout,
-    iter_items,
-    build_record,
+    _validate_layout,
+    _iter_items,
+    _build_record,
     (
         SECTIONS,
         VIEWS,

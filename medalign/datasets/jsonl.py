@@ -10,12 +10,13 @@ from typing import Any
 from medalign.data.samples.image_tags import check_count, strip_tags
 from medalign.data.samples.sample import BadSample, normalize_answer_type
 from medalign.data.shards.records import Record, Refused
-from medalign.datasets.annotations import HEAD_BYTES, decode_utf8, encoding_problem, parse_json
+from medalign.datasets.annotations import parse_json
 from medalign.datasets.base import DatasetConverter, Item, Setting, Settings
 from medalign.datasets.files import missing_paths, read_bytes, read_pictures
 from medalign.datasets.grouped_split import Line, assign_splits
 from medalign.datasets.image_fields import named_images
 from medalign.datasets.splitting import parse_fraction
+from medalign.datasets.text_files import HEAD_BYTES, decode_utf8, encoding_problem
 from medalign.datasets.texts import is_missing
 from medalign.errors import ConfigError
 
@@ -52,11 +53,11 @@ with --group-by patient also lines with the same "patient". A line with a split 
 image with it get the same split. Images are compared by file, so a copy with another name is another image."""
 
 
-def validate_layout(folder: Path, _settings: Settings) -> list[str]:
+def _validate_layout(folder: Path, _settings: Settings) -> list[str]:
     return missing_paths(folder, {ANNOTATIONS: "one JSON object per line"})
 
 
-def iter_items(folder: Path, settings: Settings) -> Iterator[Item | Refused]:
+def _iter_items(folder: Path, settings: Settings) -> Iterator[Item | Refused]:
     """Yield one item per line; a line that cannot be read is refused with its number."""
     lines = _with_remedy(_lines(folder))
     if settings["split"] == "image" or any(
@@ -136,7 +137,7 @@ def _parse(line: bytes) -> dict[str, Any]:
     return normalize_answer_type(row)
 
 
-def build_record(folder: Path, item: Item, _settings: Settings) -> Record:
+def _build_record(folder: Path, item: Item, _settings: Settings) -> Record:
     row = dict(item.data)
     if "image" not in row and "images" not in row:
         raise BadSample("no image is named; write null for a question without an image")
@@ -162,9 +163,9 @@ CONVERTER = DatasetConverter(
     "jsonl",
     "images with a list of annotations",
     LAYOUT,
-    validate_layout,
-    iter_items,
-    build_record,
+    _validate_layout,
+    _iter_items,
+    _build_record,
     (
         Setting("split", "keep the splits of the lines, or assign missing ones by image", "given", ("given", "image")),
         Setting(

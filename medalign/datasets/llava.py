@@ -43,14 +43,14 @@ def _files(folder: Path, settings: Settings) -> list[Path]:
     return sorted(folder.glob("*.json")) or sorted(folder.glob("*.jsonl"))
 
 
-def validate_layout(folder: Path, settings: Settings) -> list[str]:
+def _validate_layout(folder: Path, settings: Settings) -> list[str]:
     files = _files(folder, settings)
     if not files:
         return ["a .json file with the conversations"]
     return [f"{path}: conversations" for path in files if not path.exists()]
 
 
-def iter_items(folder: Path, settings: Settings) -> Iterator[Item | Refused]:
+def _iter_items(folder: Path, settings: Settings) -> Iterator[Item | Refused]:
     files = _files(folder, settings)
     _require_unique_names(files)
     for path, entries in read_files(files, _read):
@@ -144,7 +144,7 @@ def _key_of(path: Path) -> str:
     return "_".join(path.stem.replace(".", "_").split()).encode("utf-8", "replace")[-40:].decode("utf-8", "ignore")
 
 
-def build_record(folder: Path, item: Item, _settings: Settings) -> Record:
+def _build_record(folder: Path, item: Item, _settings: Settings) -> Record:
     row = item.data
     given = text(row["answer_type"]).lower()
     domain = row["domain"]
@@ -168,9 +168,9 @@ CONVERTER = DatasetConverter(
     "llava",
     "conversations in the JSON of LLaVA and LLaVA-Med",
     LAYOUT,
-    validate_layout,
-    iter_items,
-    build_record,
+    _validate_layout,
+    _iter_items,
+    _build_record,
     (
         Setting("annotations", "JSON files of the folder to read (default: all)", None, several=True),
         Setting("test-share", "fraction of the images of a single file in test/", 0.0, parse=parse_fraction),

@@ -9,10 +9,11 @@ from typing import Any
 
 from medalign.data.samples.sample import BadSample
 from medalign.data.shards.records import Record, Refused
-from medalign.datasets.annotations import HEAD_BYTES, decode_utf8, encoding_problem, read_csv
+from medalign.datasets.annotations import read_csv
 from medalign.datasets.base import DatasetConverter, Item, Settings
 from medalign.datasets.files import missing_paths, read_bytes, read_pictures
-from medalign.datasets.report_text import SECTIONS, VIEWS, report_text, split_sections
+from medalign.datasets.report_text import SECTIONS, VIEWS, report_fields, report_text, split_sections
+from medalign.datasets.text_files import decode_text
 
 SPLIT = "mimic-cxr-2.0.0-split.csv"
 METADATA = "mimic-cxr-2.0.0-metadata.csv"
@@ -36,7 +37,7 @@ _FRONTAL = {"PA": 0, "AP": 1}
 _NAMES = {"train": "train", "validate": "val", "test": "test"}
 
 
-def validate_layout(folder: Path, _settings: Settings) -> list[str]:
+def _validate_layout(folder: Path, _settings: Settings) -> list[str]:
     wanted = {
         "files": "the images, files/p10/...",
         f"{SPLIT}.gz|{SPLIT}": "the official split",
@@ -48,7 +49,7 @@ def validate_layout(folder: Path, _settings: Settings) -> list[str]:
     return lines
 
 
-def iter_items(folder: Path, settings: Settings) -> Iterator[Item | Refused]:
+def _iter_items(folder: Path, settings: Settings) -> Iterator[Item | Refused]:
     """Yield one item per study (or image), in the order of the table of splits."""
     views = {
         row["dicom_id"]: row["ViewPosition"] for row in read_csv(_table(folder, METADATA), "dicom_id", "ViewPosition")
@@ -85,17 +86,13 @@ def _samples(pictures: dict[str, str], views: str) -> Sequence[tuple[Any, Any]]:
     return [([image for image, _ in ordered], [view for _, view in ordered])]
 
 
-def build_record(folder: Path, item: Item, settings: Settings) -> Record:
+def _build_record(folder: Path, item: Item, settings: Settings) -> Record:
     patient, study = item.data["patient"], item.data["study"]
     place = f"{patient[:3]}/{patient}/{study}"
     sections = split_sections(_report(folder, place))
     fields = {
-        "id": item.key,
-        "task": "report",
-        "question": "",
-        "report": report_text(sections, settings["sections"]),
+        **report_fields(item, report_text(sections, settings["sections"])),
         **sections,
-        "split": item.split,
         "case": study,
         **item.data,
     }
@@ -118,22 +115,19 @@ def _report(folder: Path, place: str) -> str:
     names = [f"{name}/{place}.txt" for name in _REPORTS]
     name = next((name for name in names if (folder / name).exists()), names[0])
     data = read_bytes(folder, name, "report")
-    problem = encoding_problem(data[:HEAD_BYTES])
-    if problem:
-        raise BadSample(f"report {problem}")
     try:
-        return decode_utf8(data)
+        return decode_text(data)
     except BadSample as error:
-        raise BadSample(f"report is {error}") from error
+        raise BadSample(f"report {error}") from error
 
 
 CONVERTER = DatasetConverter(
     "mimic-cxr-jpg",
     "MIMIC-CXR-JPG: chest X-rays with reports",
     LAYOUT,
-    validate_layout,
-    iter_items,
-    build_record,
+    _validate_layout,
+    _iter_items,
+    _build_record,
     (
         SECTIONS,
         VIEWS,

@@ -36,12 +36,12 @@ def _files(folder: Path, access: str) -> list[Path]:
     return [path for name in names for path in sorted((_root(folder) / "QA_information" / name).glob("*.json"))]
 
 
-def validate_layout(folder: Path, settings: Settings) -> list[str]:
+def _validate_layout(folder: Path, settings: Settings) -> list[str]:
     lines = [] if _files(folder, settings["access"]) else ["QA_information/Open-access/*.json: the questions"]
     return lines + ([] if (_root(folder) / "Images").is_dir() else ["Images: the images"])
 
 
-def iter_items(folder: Path, settings: Settings) -> Iterator[Item | Refused]:
+def _iter_items(folder: Path, settings: Settings) -> Iterator[Item | Refused]:
     test_share, splits = settings["test_share"], dict[str, str]()  # the split of each image
     for path, entries in read_files(_files(folder, settings["access"])):
         for number, row in enumerate(parse_entries(entries, lambda fields: require_name(fields, "image_path"))):
@@ -55,7 +55,7 @@ def iter_items(folder: Path, settings: Settings) -> Iterator[Item | Refused]:
     warn_of_empty_splits(splits, test_share)
 
 
-def build_record(folder: Path, item: Item, _settings: Settings) -> Record:
+def _build_record(folder: Path, item: Item, _settings: Settings) -> Record:
     row = item.data
     question, answer, options = field(row, "question"), field(row, "gt_answer"), _options(row)
     if not answer:
@@ -87,9 +87,9 @@ CONVERTER = DatasetConverter(
     "omnimedvqa",
     "OmniMedVQA: multiple choice over many modalities",
     LAYOUT,
-    validate_layout,
-    iter_items,
-    build_record,
+    _validate_layout,
+    _iter_items,
+    _build_record,
     (
         Setting("access", "only open-access data sets, or all", "open", ("open", "all")),
         Setting("test-share", "fraction of the images in test/; the others are in train/", 1.0, parse=parse_fraction),

@@ -37,7 +37,7 @@ def _files(folder: Path) -> list[tuple[str, Path]]:
     return [(split, path) for name, split in _SPLITS.items() for path in paths if path.name.split("-")[0] == name]
 
 
-def validate_layout(folder: Path, _settings: Settings) -> list[str]:
+def _validate_layout(folder: Path, _settings: Settings) -> list[str]:
     found = {split for split, _ in _files(folder)}
     lines = [f"data/{split}-*.parquet: the {split} split" for split in ("train", "test") if split not in found]
     if lines and any(folder.glob("**/*.pkl")):
@@ -45,7 +45,7 @@ def validate_layout(folder: Path, _settings: Settings) -> list[str]:
     return lines
 
 
-def iter_items(folder: Path, _settings: Settings) -> Iterator[Item | Refused]:
+def _iter_items(folder: Path, _settings: Settings) -> Iterator[Item | Refused]:
     for split, path in _files(folder):
         number = 0
         with _open(path) as file:
@@ -60,7 +60,7 @@ def iter_items(folder: Path, _settings: Settings) -> Iterator[Item | Refused]:
                     number += 1
 
 
-def build_record(folder: Path, item: Item, _settings: Settings) -> Record:
+def _build_record(folder: Path, item: Item, _settings: Settings) -> Record:
     place = item.data
     rows = _rows(folder / place["file"], place["group"])
     try:
@@ -109,8 +109,8 @@ CONVERTER = DatasetConverter(
     "pathvqa",
     "PathVQA: questions on pathology, from parquet files",
     LAYOUT,
-    validate_layout,
-    iter_items,
-    build_record,
+    _validate_layout,
+    _iter_items,
+    _build_record,
     public_name="PathVQA (flaviagiammarino/path-vqa on Hugging Face)",
 )

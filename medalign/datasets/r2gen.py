@@ -11,6 +11,7 @@ from medalign.data.shards.records import Record, Refused
 from medalign.datasets.annotations import Entry, parse_entries, read_json
 from medalign.datasets.base import DatasetConverter, Item, Setting, Settings
 from medalign.datasets.files import missing_paths, read_pictures
+from medalign.datasets.report_text import report_fields
 from medalign.datasets.texts import field
 from medalign.errors import DataError
 
@@ -29,11 +30,11 @@ with the report of the study). The reports are the findings as prepared by R2Gen
 _SPLITS = ("train", "val", "test")
 
 
-def validate_layout(folder: Path, _settings: Settings) -> list[str]:
+def _validate_layout(folder: Path, _settings: Settings) -> list[str]:
     return missing_paths(folder, {ANNOTATION: "reports and image paths by split", "images": "the images"})
 
 
-def iter_items(folder: Path, settings: Settings) -> Iterator[Item | Refused]:
+def _iter_items(folder: Path, settings: Settings) -> Iterator[Item | Refused]:
     annotation = read_json(folder / ANNOTATION)
     if not isinstance(annotation, dict) or not any(name in annotation for name in _SPLITS):
         raise DataError(f"{folder / ANNOTATION} contains no object with the lists train, val and test")
@@ -63,19 +64,11 @@ def _parse(study: dict[str, Any]) -> dict[str, Any]:
     return {"case": case, "report": study.get("report"), "pictures": pictures}
 
 
-def build_record(folder: Path, item: Item, _settings: Settings) -> Record:
+def _build_record(folder: Path, item: Item, _settings: Settings) -> Record:
     report = field(item.data, "report")
     if not report:
         raise BadSample("report is empty")
-    fields = {
-        "id": item.key,
-        "task": "report",
-        "question": "",
-        "report": report,
-        "split": item.split,
-        "case": item.data["case"],
-        "image": item.data["image"],
-    }
+    fields = {**report_fields(item, report), "case": item.data["case"], "image": item.data["image"]}
     return Record(item.key, read_pictures(folder / "images", item.data["image"], folder), fields)
 
 
@@ -83,9 +76,9 @@ CONVERTER = DatasetConverter(
     "r2gen",
     "IU-Xray in the form of R2Gen: annotation.json and images",
     LAYOUT,
-    validate_layout,
-    iter_items,
-    build_record,
+    _validate_layout,
+    _iter_items,
+    _build_record,
     (
         Setting(
             "views",

@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from itertools import zip_longest
+from typing import Any
 
 from medalign.data.samples.sample import BadSample
-from medalign.datasets.base import Setting
+from medalign.datasets.base import Item, Setting
 
 SECTIONS = Setting("sections", "sections of the target report", "both", ("findings", "impression", "both"))
 VIEWS = Setting(
@@ -26,6 +27,11 @@ _WORDS = {  # section -> words of the headings that begin it; the first match co
     r"PROCEDURE|DATE|SYMPTOM|CONTRAST|DOSE",
     "view": r"\bVIEWS?\b|\bPA\b|\bAP\b|FRONTAL|LATERAL|PORTABLE|UPRIGHT|RADIOGRAPH|^CHEST",
 }
+
+
+def report_fields(item: Item, report: str) -> dict[str, Any]:
+    """Return the fields that all samples with a report have: the question is the default prompt."""
+    return {"id": item.key, "task": "report", "question": "", "report": report, "split": item.split}
 
 
 def report_text(sections: Mapping[str, str], wanted: str) -> str:

@@ -19,9 +19,10 @@ from PIL import Image
 from medalign.data.samples.decode import decode_mask, picture_header
 from medalign.data.samples.sample import BadSample
 from medalign.data.shards.records import Record, Refused
-from medalign.datasets.annotations import parse_entries, read_files, read_json, read_text
+from medalign.datasets.annotations import parse_entries, read_files, read_json
 from medalign.datasets.base import DatasetConverter, Item, Setting, Settings
 from medalign.datasets.files import missing_paths, png, read_bytes, read_picture, require_name
+from medalign.datasets.text_files import read_text
 from medalign.datasets.texts import field, is_missing, text
 from medalign.errors import DataError
 
@@ -41,12 +42,12 @@ _KEPT = ("qid", "modality", "location", "content_type", "base_type", "triple")
 _TOKEN = re.compile(r"\d+|[^\W\d_](?:[^\W\d_]|[ -])*")  # a number, or words
 
 
-def validate_layout(folder: Path, _settings: Settings) -> list[str]:
+def _validate_layout(folder: Path, _settings: Settings) -> list[str]:
     questions = {names: f"the questions of the {split} split" for split, names in _SPLITS}
     return missing_paths(folder, {**questions, "imgs": "the images", "mask.txt": "names of the masks' gray values"})
 
 
-def iter_items(folder: Path, settings: Settings) -> Iterator[Item | Refused]:
+def _iter_items(folder: Path, settings: Settings) -> Iterator[Item | Refused]:
     languages = settings["languages"]
     paths = [next(folder / name for name in names.split("|") if (folder / name).exists()) for _, names in _SPLITS]
     for (split, _), (_, entries) in zip(_SPLITS, read_files(paths), strict=True):
@@ -60,7 +61,7 @@ def iter_items(folder: Path, settings: Settings) -> Iterator[Item | Refused]:
                 yield Item(split, key, row)
 
 
-def build_record(folder: Path, item: Item, _settings: Settings) -> Record:
+def _build_record(folder: Path, item: Item, _settings: Settings) -> Record:
     row = item.data
     picture = read_picture(folder / "imgs", row["img_name"])
     place = folder / "imgs" / Path(row["img_name"]).parent
@@ -157,9 +158,9 @@ CONVERTER = DatasetConverter(
     "slake",
     "SLAKE: questions on radiology with masks and boxes",
     LAYOUT,
-    validate_layout,
-    iter_items,
-    build_record,
+    _validate_layout,
+    _iter_items,
+    _build_record,
     (Setting("languages", "languages of the questions to convert", ["en"], ("en", "zh"), several=True),),
     "SLAKE 1.0 (med-vqa.com/slake; BoKelvin/SLAKE on Hugging Face)",
 )

@@ -29,11 +29,11 @@ that are also in train: 202 of the 203. Their score measures how well images are
 questions about an image, and about other images of its case, are in the same split."""
 
 
-def validate_layout(folder: Path, _settings: Settings) -> list[str]:
+def _validate_layout(folder: Path, _settings: Settings) -> list[str]:
     return missing_paths(folder, {QUESTIONS: "the questions", IMAGES: "the images"})
 
 
-def iter_items(folder: Path, settings: Settings) -> Iterator[Item | Refused]:
+def _iter_items(folder: Path, settings: Settings) -> Iterator[Item | Refused]:
     if settings["split"] == "published":
         log.warning("VQA-RAD's published test split asks about images of the train split; --split image avoids this")
     rows: dict[int, dict[str, Any]] = {}
@@ -69,7 +69,7 @@ def _published_split(row: dict[str, Any]) -> str:
     return _PUBLISHED[name]
 
 
-def build_record(folder: Path, item: Item, _settings: Settings) -> Record:
+def _build_record(folder: Path, item: Item, _settings: Settings) -> Record:
     row = item.data
     fields = {
         "id": item.key,
@@ -92,9 +92,9 @@ CONVERTER = DatasetConverter(
     "vqa-rad",
     "VQA-RAD: clinicians' questions on radiology",
     LAYOUT,
-    validate_layout,
-    iter_items,
-    build_record,
+    _validate_layout,
+    _iter_items,
+    _build_record,
     (
         Setting("split", "the published split, or one by images and cases", "published", ("published", "image")),
         Setting("test-share", "fraction of the cases in test/ with --split image", 0.2, parse=parse_fraction),

@@ -45,7 +45,7 @@ def load_teacher(
         torch.manual_seed(seed or 0)
         tower = (kind.load if seed is None else kind.build)(source, config.features)
     conditioning = _build_conditioning(source, kind, config) if config.text_weight > 0 else None
-    return Teacher(tower.to(dtype), source.mean, source.std, conditioning).to(device)
+    return Teacher(tower.to(dtype), source.mean, source.std, conditioning, config.mask_sinks).to(device)
 
 
 def read_preprocess_cfg(

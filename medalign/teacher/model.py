@@ -12,6 +12,7 @@ from torch import nn
 
 from medalign.geometry import PatchGrid, PreprocessCfg
 from medalign.teacher.conditioning import TextConditioning
+from medalign.teacher.sinks import mask_outliers
 from medalign.teacher.towers import TextAlignedTower, Tower
 
 
@@ -23,14 +24,21 @@ class Teacher(nn.Module):
         mean: per-channel mean for the normalization of pixels in [0, 1].
         std: per-channel standard deviation.
         conditioning: makes the attention follow the question; None takes the class token's or the pooling head's.
+        mask_sinks: patches whose norm is larger than this multiple of the image's median get no attention; 0 is off.
     """
 
     def __init__(
-        self, tower: Tower, mean: Sequence[float], std: Sequence[float], conditioning: TextConditioning | None = None
+        self,
+        tower: Tower,
+        mean: Sequence[float],
+        std: Sequence[float],
+        conditioning: TextConditioning | None = None,
+        mask_sinks: float = 0.0,
     ) -> None:
         super().__init__()
         self.tower = tower
         self.conditioning = conditioning
+        self.mask_sinks = mask_sinks
         self.preprocess_cfg = PreprocessCfg(tower.image_size, (mean[0], mean[1], mean[2]), (std[0], std[1], std[2]))
         self.requires_grad_(False)
         super().train(False)
@@ -64,4 +72,6 @@ class Teacher(nn.Module):
         if self.conditioning is not None:
             assert isinstance(self.tower, TextAlignedTower)
             attention = self.conditioning(attention, self.tower.values(streams), questions)
+        if self.mask_sinks:
+            attention = mask_outliers(attention, streams.after, self.mask_sinks)
         return features, attention

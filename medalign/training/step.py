@@ -14,6 +14,7 @@ from medalign.errors import MedAlignError
 from medalign.geometry import PatchGrid
 from medalign.losses.objective import Objective
 from medalign.teacher.model import Teacher
+from medalign.teacher.sinks import SinkMonitor
 from medalign.teacher.targets import AsyncTeacher
 
 _FAULTS = "faults"  # ranks without micro-batches, counted beside the terms
@@ -44,6 +45,7 @@ class TrainStep:
         self.objective = objective
         self.grid = grid
         self.async_teacher = None if teacher is None else AsyncTeacher(teacher, grid, engine.device)
+        self.sink_monitor = SinkMonitor() if distributed.is_main() else None
 
     def __call__(
         self, micro_batches: Sequence[Batch], rates: dict[str, float], fault: MedAlignError | None = None
@@ -128,9 +130,12 @@ class TrainStep:
 
     def _forward(self, batch: Batch, scale: dict[str, float]) -> LossReport:
         pixels, questions = batch.teacher_pixels, batch.image_questions
-        targets = self.async_teacher.submit(pixels, questions) if self.async_teacher else None
-        output = self.engine(batch, tap=targets is not None)
-        return self.objective(output, targets.result() if targets else None, batch, scale)
+        pending = self.async_teacher.submit(pixels, questions) if self.async_teacher else None
+        output = self.engine(batch, tap=pending is not None)
+        targets = pending.result() if pending else None
+        if targets is not None and self.sink_monitor is not None:
+            self.sink_monitor(targets, batch)
+        return self.objective(output, targets, batch, scale)
 
 
 def _add(rows: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

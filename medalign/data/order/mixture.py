@@ -156,8 +156,9 @@ def _shares(weights: np.ndarray, places: int) -> np.ndarray:
     free = places - len(weights)
     exact = np.maximum(weights / weights.sum() * places - 1, 0)
     exact = exact / max(exact.sum(), 1e-300) * free
-    shares = np.floor(exact).astype(np.int64)
+    shares: np.ndarray = np.floor(exact).astype(np.int64)
     remainder = exact - shares
     largest = np.argsort(-remainder, kind="stable")[: free - int(shares.sum())]
     shares[largest] += 1
-    return shares + 1
+    shares += 1
+    return shares

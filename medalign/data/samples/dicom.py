@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from medalign.data.samples.code_streams import JPEG, JPEG_2000, CodeStream, read_code_stream
-from medalign.data.samples.dicom_gray import DicomError, display_values, eight_bit, require_little_endian, stored_value
+from medalign.data.samples.dicom_gray import DicomError, display_values, eight_bit, look_up, require_little_endian
 
 _GRAY = ("MONOCHROME1", "MONOCHROME2")
 _COLOR = ("RGB", "YBR_FULL", "YBR_FULL_422")
@@ -240,12 +240,12 @@ def _through_palette(study: Any) -> np.ndarray:
     table = apply_color_lut(np.arange(first, first + count), study)[:, :3]
     # Some writers declare 8-bit entries, each stored in 16 bits, as 16-bit entries.
     table = eight_bit(table, 255 if table.max() <= 255 else 65_535)
-    stored = _frame(study)
-    return table[(stored.astype(np.int64) - stored_value(first, stored)).clip(0, count - 1)]
+    return look_up(table, _frame(study), first)
 
 
 def _frame(study: Any, **options: Any) -> np.ndarray:
     """Stored values of the first frame, [rows, columns] or [rows, columns, 3]; YBR is already converted to RGB."""
     from pydicom.pixels import pixel_array
 
-    return pixel_array(study, index=0, **options)
+    values: np.ndarray = pixel_array(study, index=0, **options)
+    return values

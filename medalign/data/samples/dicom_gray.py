@@ -56,12 +56,24 @@ def eight_bit(values: np.ndarray, top: float) -> np.ndarray:
     return np.rint(values * (255 / top)).clip(0, 255).astype(np.uint8)
 
 
-def stored_value(value: Any, stored: np.ndarray) -> Any:
+def _stored_value(value: Any, stored: np.ndarray) -> Any:
     """Convert the value of a tag to the pixel type; for example, some writers store -2000 as 63536, or vice versa."""
     bits = 8 * stored.dtype.itemsize
     if stored.dtype.kind not in "iu" or not -(1 << bits - 1) <= value < 1 << bits:
         return value
     return np.array(value, dtype=np.int64).astype(stored.dtype).item()
+
+
+def look_up(entries: np.ndarray, stored: np.ndarray, first: Any) -> np.ndarray:
+    """Replace stored values by the entries of a lookup table; values outside of it take its first or last entry.
+
+    Args:
+        entries: the table, [n] or [n, 3].
+        stored: stored values, [rows, columns].
+        first: the tag with the stored value of the first entry.
+    """
+    positions: np.ndarray = stored.astype(np.int64) - _stored_value(first, stored)
+    return np.take(entries, positions, axis=0, mode="clip")
 
 
 def require_little_endian(study: Any) -> None:
@@ -76,10 +88,11 @@ def _padding(study: Any, stored: np.ndarray, with_unused_bits: Callable[[], np.n
     value, limit = (study.get(f"{kind}PixelPadding{end}") for end in ("Value", "RangeLimit"))
     if value is None:
         return np.zeros(stored.shape, dtype=bool)
-    ends = sorted(stored_value(end, stored) for end in (value, value if limit is None else limit))
+    ends = sorted(_stored_value(end, stored) for end in (value, value if limit is None else limit))
     if not kind and not _fits(ends, int(study.BitsStored), stored.dtype.kind == "i"):
         stored = with_unused_bits()
-    return (stored >= ends[0]) & (stored <= ends[1])
+    padding: np.ndarray = (stored >= ends[0]) & (stored <= ends[1])
+    return padding
 
 
 def _check_range(study: Any, visible: np.ndarray) -> None:
@@ -93,7 +106,7 @@ def _check_range(study: Any, visible: np.ndarray) -> None:
 
 def _fits(ends: list[Any], bits: int, signed: bool) -> bool:
     low, high = (-(1 << bits - 1), (1 << bits - 1) - 1) if signed else (0, (1 << bits) - 1)
-    return ends[0] >= low and ends[1] <= high
+    return bool(ends[0] >= low and ends[1] <= high)
 
 
 def _tags(study: Any) -> dict[str, Any]:
@@ -111,21 +124,25 @@ def _rescaled(study: Any, tags: dict[str, Any], stored: np.ndarray) -> np.ndarra
     """Values that windows refer to (PS3.3 C.11.1), float64 [rows, columns]."""
     if tags["ModalityLUTSequence"]:
         entries, first, _ = _lookup_table(study, tags["ModalityLUTSequence"][0])
-        return entries[(stored.astype(np.int64) - stored_value(first, stored)).clip(0, len(entries) - 1)]
+        return look_up(entries, stored, first)
     slope, intercept = tags["RescaleSlope"], tags["RescaleIntercept"]
-    return stored.astype(np.float64) * float(1 if slope is None else slope) + float(intercept or 0)
+    rescaled: np.ndarray = stored.astype(np.float64) * float(1 if slope is None else slope) + float(intercept or 0)
+    return rescaled
 
 
 def _windowed(study: Any, tags: dict[str, Any], values: np.ndarray, visible: np.ndarray) -> np.ndarray:
     """Values from 0 (black) to 1 (white) (PS3.3 C.11.2), before any inversion."""
+    shown: np.ndarray
     if tags["VOILUTSequence"]:
         entries, first, bits = _lookup_table(study, tags["VOILUTSequence"][0])
         if first > 32_767 and visible.size and visible.min() < 0:
             first -= 1 << 16  # the rescaled values are signed, but the tag was read as unsigned like the stored values
-        return entries[np.rint(values - first).clip(0, len(entries) - 1).astype(np.int64)] / (2**bits - 1)
+        shown = entries[np.rint(values - first).clip(0, len(entries) - 1).astype(np.int64)] / (2**bits - 1)
+        return shown
     if tags["WindowCenter"] in (None, "") or tags["WindowWidth"] in (None, ""):
         low, high = (visible.min(), visible.max()) if visible.size else (0.0, 0.0)
-        return (values.clip(low, high) - low) / (high - low or 1)
+        shown = (values.clip(low, high) - low) / (high - low or 1)
+        return shown
     center, width = (float(np.atleast_1d(tags[name])[0]) for name in ("WindowCenter", "WindowWidth"))
     function = str(tags["VOILUTFunction"] or "LINEAR").strip().upper()
     if function not in _FUNCTIONS:
@@ -134,10 +151,12 @@ def _windowed(study: Any, tags: dict[str, Any], values: np.ndarray, visible: np.
         least = "at least 1" if function == "LINEAR" else "more than 0"
         raise DicomError(f"its window has center {center:g} and width {width:g}; {function} needs a width of {least}")
     if function == "SIGMOID":
-        return 1 / (1 + np.exp((-4 * (values - center) / width).clip(-99, 99)))
+        shown = 1 / (1 + np.exp((-4 * (values - center) / width).clip(-99, 99)))
+        return shown
     if function == "LINEAR":
         center, width = center - 0.5, width - 1
-    return ((values - center) / width + 0.5).clip(0, 1) if width else (values > center).astype(np.float64)
+    shown = ((values - center) / width + 0.5).clip(0, 1) if width else (values > center).astype(np.float64)
+    return shown
 
 
 def _lookup_table(study: Any, item: Any) -> tuple[np.ndarray, int, int]:

@@ -207,8 +207,9 @@ class ShardIndex:
         return self._tables[folder], i - int(self._firsts[folder]), folder
 
     def _row(self, i: int) -> np.void:
-        table, row, _ = self._find_row(i)
-        return table.rows[row]
+        table, position, _ = self._find_row(i)
+        row: np.void = table.rows[position]
+        return row
 
     def _place(self, i: int) -> str:
         table, row, folder = self._find_row(i)

@@ -106,7 +106,7 @@ def read_header(path: Path, line: bytes) -> dict[str, Any]:
         DataError: the line is not a header of this version.
     """
     try:
-        header = json.loads(line)
+        header: dict[str, Any] = json.loads(line)
         known = header["format"] == FORMAT and int(header["samples"]) >= 0
         version = header.get("version")
         if known and version == VERSION:

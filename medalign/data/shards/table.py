@@ -74,7 +74,8 @@ class IndexTable:
     def images(self, rows: np.ndarray) -> np.ndarray:
         """Return the number of images of each of these rows, int64 [n]."""
         first, last = self._further(rows)
-        return (self.rows["length"][rows, IMAGE] > 0) + last - first
+        images: np.ndarray = (self.rows["length"][rows, IMAGE] > 0) + last - first
+        return images
 
     @property
     def without_image(self) -> int:

@@ -1,4 +1,4 @@
-"""Format of WebDataset shards, and writing them. Only this file imports webdataset.
+r"""Format of WebDataset shards, and writing them. Only this file imports webdataset.
 
 A shard folder contains `shard-000000.tar`, `shard-000001.tar`, ... and `index.jsonl` (see `listing`); a large one also
 contains `index.bin` (see `mapped_table`). Each sample consists of a few neighboring members of one tar:
@@ -8,7 +8,7 @@ contains `index.bin` (see `mapped_table`). Each sample consists of a few neighbo
     KEY.json              the annotation, one JSON object
     KEY.mask.png          optional; same size as the first image, nonzero inside the region
 
-KEY is unique in its folder, has at most 80 bytes, and contains no '.', '/', '\\' or white space. The image numbers have
+KEY is unique in its folder, has at most 80 bytes, and contains no '.', '/', '\' or white space. The image numbers have
 no gap. Tars from other tools may differ (see `tar_scan` and `members`): the first image may be named KEY.0.jpg, images
 may have the other usual extensions in upper or lower case, KEY may be a path such as train/0001.jpg with up to 255
 bytes, and the members of a sample may be apart from each other or links to other members. Fields of the annotation:

@@ -178,11 +178,12 @@ class RemoteStorage:
     def beginning(self, place: str, length: int) -> bytes:
         """Read the first `length` bytes of a file, or fewer if it is shorter, without the cache. Raises DataError."""
         self._reset_after_fork()
-        return retry(lambda: self._system(place).cat_file(place, start=0, end=length), place, self._options)[:length]
+        data: bytes = retry(lambda: self._system(place).cat_file(place, start=0, end=length), place, self._options)
+        return data[:length]
 
     def _fetch(self, place: str, offset: int, length: int, bypass_cache: bool = False) -> bytes:
         name = f"{place}:{offset}:{length}"
-        data = self._cache.get(name) if self._cache and not bypass_cache else None
+        data: bytes | None = self._cache.get(name) if self._cache and not bypass_cache else None
         if data is None or len(data) != length:
             data = retry(lambda: self._read_once(place, offset, length), f"shard {place}", self._options)
             if self._cache:
@@ -190,7 +191,7 @@ class RemoteStorage:
         return data
 
     def _read_once(self, place: str, offset: int, length: int) -> bytes:
-        data = self._system(place).cat_file(place, start=offset, end=offset + length)
+        data: bytes = self._system(place).cat_file(place, start=offset, end=offset + length)
         if len(data) > length:  # the server does not support ranges and sent the complete file
             data = data[offset : offset + length]
         if len(data) != length:

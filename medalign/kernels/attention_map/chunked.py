@@ -27,7 +27,8 @@ SCORE_ELEMENTS = 2**21  # scores in memory at a time (8 MB), or one row of every
 
 def attention_map(query_BHLD: torch.Tensor, key_BKLD: torch.Tensor, args: AttentionMapArgs) -> torch.Tensor:
     """See `medalign.kernels.attention_map`."""
-    return _AttentionMap.apply(query_BHLD, key_BKLD, args)
+    map_BL: torch.Tensor = _AttentionMap.apply(query_BHLD, key_BKLD, args)
+    return map_BL
 
 
 class _AttentionMap(torch.autograd.Function):

@@ -46,7 +46,9 @@ def attention_map(query_BHLD: torch.Tensor, key_BKLD: torch.Tensor, args: Attent
             f'got query {describe(query_BHLD)}; choose impl="chunked"'
         )
     common = torch.promote_types(query_BHLD.dtype, key_BKLD.dtype)
-    return _AttentionMap.apply(_by_channel(query_BHLD.to(common)), _by_channel(key_BKLD.to(common)), args)
+    query_BHLD, key_BKLD = _by_channel(query_BHLD.to(common)), _by_channel(key_BKLD.to(common))
+    map_BL: torch.Tensor = _AttentionMap.apply(query_BHLD, key_BKLD, args)
+    return map_BL
 
 
 def _by_channel(tensor: torch.Tensor) -> torch.Tensor:

@@ -220,19 +220,9 @@ def query_gradient_kernel(
             offset_N = token_N.to(tl.int64) * key_by_token
             key_ND = _vectors(key, offset_N, valid_N, WIDTH, BLOCK_D)
             products_FN = _products(
-                query,
-                offset_F,
-                token_F >= 0,
-                query_FD,
-                key,
-                offset_N,
-                valid_N,
-                key_ND,
-                WIDTH,
-                BLOCK_D,
-                CHUNK,
-                PRECISION,
-            )
+                query, offset_F, token_F >= 0, query_FD, key, offset_N, valid_N, key_ND,
+                WIDTH, BLOCK_D, CHUNK, PRECISION,
+            )  # fmt: skip
             weight_FN, slope_FN = _weights(
                 products_FN, log_sum_F[:, None], token_F[:, None], token_N[None, :], valid_N[None, :],
                 window, scale, softcap, CAPPED,

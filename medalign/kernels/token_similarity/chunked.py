@@ -6,9 +6,10 @@ With unit rows s_i, t_i, and D_ij = s_i . s_j - t_i . t_j:
     dl/ds_i = 4 / n^2 * sum_j w_i w_j D_ij s_j
     dl/dx_i = (dl/ds_i - (dl/ds_i . s_i) s_i) / |x_i|          x_i is the token before normalization
 
-The upstream gradient is one number per sample, so the gradient is computed with the value, stored, and scaled in the
-backward pass. D is symmetric: a panel of rows a to e needs only the columns from a on, and its transpose serves the
-rows below it. That takes N^2 (3 d + b) operations, compared with 2 N^2 (3 d + b) for autograd on the eager form.
+The gradient is computed with the value and stored (see `stored_gradient`). D is symmetric: a panel of rows a to e needs
+only the columns from a on, and its transpose serves the rows below it. That takes N^2 (3 d + b) operations, compared
+with 2 N^2 (3 d + b) for autograd on the eager form.
+
 Expanding the square into d x d Gram matrices would avoid panels, but it would compute a loss near 0.001 as a difference
 of numbers near 1, for which float32 is not precise enough.
 
@@ -17,11 +18,10 @@ G samples of a group, R rows of a panel, C columns of a panel, N tokens, D chann
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from medalign.kernels.token_similarity.reference import SMALLEST_NORM
+from medalign.kernels.token_similarity.stored_gradient import with_stored_gradient
 from medalign.kernels.validation import compute_dtype
 
 TALLEST_PANEL = 256  # rows; enough for matrix products at full speed
@@ -36,49 +36,25 @@ def token_similarity(
     weight_BN: torch.Tensor | None,
 ) -> torch.Tensor:
     """See `medalign.kernels.token_similarity`."""
-    differentiate = torch.is_grad_enabled() and student_BND.requires_grad
-    return _TokenSimilarity.apply(student_BND, teacher_BND, mask_BN, weight_BN, differentiate)
+    samples, tokens = student_BND.shape[:2]
+    dtype = compute_dtype(student_BND, teacher_BND)
+    height = panel_height(tokens)
+    together = max(1, GROUP_ELEMENTS // max(1, height * tokens))
 
-
-class _TokenSimilarity(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        student_BND: torch.Tensor,
-        teacher_BND: torch.Tensor,
-        mask_BN: torch.Tensor | None,
-        weight_BN: torch.Tensor | None,
-        differentiate: bool,
-    ) -> torch.Tensor:
-        samples, tokens = student_BND.shape[:2]
-        dtype = compute_dtype(student_BND, teacher_BND)
+    def compute(gradient_BND: torch.Tensor | None) -> torch.Tensor:
         loss_B = student_BND.new_zeros(samples, dtype=dtype)
-        # bfloat16 has the range of float32 and can store the gradient; in float16, a gradient over N^2 would vanish.
-        kept = dtype if student_BND.dtype == torch.float16 else student_BND.dtype
-        gradient_BND = torch.empty_like(student_BND, dtype=kept) if differentiate else None
-        height = panel_height(tokens)
-        together = max(1, GROUP_ELEMENTS // max(1, height * tokens))
         for first in range(0, samples, together):
             group = slice(first, first + together)
             mask_GN = None if mask_BN is None else mask_BN[group]
             weight_GN = None if weight_BN is None else weight_BN[group].to(dtype)
             loss_B[group], gradient_GND = _group(
-                student_BND[group], teacher_BND[group], mask_GN, weight_GN, dtype, height, differentiate
+                student_BND[group], teacher_BND[group], mask_GN, weight_GN, dtype, height, gradient_BND is not None
             )
             if gradient_BND is not None and gradient_GND is not None:
                 gradient_BND[group] = gradient_GND
-        ctx.save_for_backward(gradient_BND)
-        ctx.student_dtype = student_BND.dtype
         return loss_B
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, upstream_B: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (gradient_BND,) = ctx.saved_tensors
-        # The product is computed in the wider of the two types and rounded once.
-        scaled_BND = torch.empty_like(gradient_BND, dtype=ctx.student_dtype)
-        torch.mul(gradient_BND, upstream_B[:, None, None], out=scaled_BND)
-        return scaled_BND, None, None, None, None
+    return with_stored_gradient(student_BND, dtype, compute)
 
 
 def panel_height(tokens: int) -> int:

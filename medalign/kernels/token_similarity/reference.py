@@ -39,4 +39,5 @@ def cosines(features_BND: torch.Tensor, valid_BN: torch.Tensor) -> torch.Tensor:
     norm_BN1 = torch.linalg.vector_norm(features_BND, dim=-1, keepdim=True)
     unit_BND = features_BND / norm_BN1.clamp_min(SMALLEST_NORM)
     unit_BND = unit_BND.masked_fill(norm_BN1 <= SMALLEST_NORM, 0)
-    return unit_BND @ unit_BND.transpose(1, 2)
+    cosine_BNN: torch.Tensor = unit_BND @ unit_BND.transpose(1, 2)
+    return cosine_BNN

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -94,28 +93,3 @@ def shared_memory(architecture: str, student: torch.dtype, teacher: torch.dtype)
     pairs = [tiles["differences"][kind].shared_memory(size) for kind in kinds("differences", student, teacher)]
     products = [tiles["gradients"][kind].shared_memory(student.itemsize) for kind in kinds("gradients", student)]
     return max(pairs + products)
-
-
-def write(place: tuple[str, str, str], tile: Mapping[str, Any], reason: str, file: Path) -> None:
-    """Write a tile into a table on disk; `place` is its architecture, kernel and kind."""
-    stored = json.loads(file.read_text(encoding="utf-8"))
-    architecture, kernel, kind = place
-    stored[architecture][kernel][kind] = {**tile, "reason": reason}
-    file.write_text(_one_line_an_entry(stored), encoding="utf-8")
-
-
-def _one_line_an_entry(stored: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
-    def block(items: Mapping[str, str], indent: str) -> str:
-        return "{\n" + ",\n".join(f'{indent} "{name}": {text}' for name, text in items.items()) + f"\n{indent}}}"
-
-    architectures = {
-        architecture: block(
-            {
-                kernel: block({kind: json.dumps(entry) for kind, entry in kinds.items()}, "  ")
-                for kernel, kinds in kernels.items()
-            },
-            " ",
-        )
-        for architecture, kernels in stored.items()
-    }
-    return block(architectures, "") + "\n"

@@ -28,12 +28,11 @@ The upstream gradient is one number per sample: the backward pass is one multipl
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from medalign.kernels import gpu
 from medalign.kernels.token_similarity import tile_table
+from medalign.kernels.token_similarity.stored_gradient import with_stored_gradient
 from medalign.kernels.token_similarity.triton_launches import BOUNDARY, Group, is_aligned, panels
 
 WORKSPACE_ELEMENTS = 2**25  # samples are computed together while their panels stay below this (64 MB in half precision)
@@ -58,29 +57,12 @@ def token_similarity(
     weight_BN: torch.Tensor | None,
 ) -> torch.Tensor:
     """See `medalign.kernels.token_similarity`."""
-    differentiate = torch.is_grad_enabled() and student_BND.requires_grad
-    return _TokenSimilarity.apply(student_BND, teacher_BND, mask_BN, weight_BN, differentiate)
+    samples, tokens, _ = student_BND.shape
+    count, height = panels(tokens)
+    together = max(1, WORKSPACE_ELEMENTS // max(1, count * height**2))
 
-
-class _TokenSimilarity(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        student_BND: torch.Tensor,
-        teacher_BND: torch.Tensor,
-        mask_BN: torch.Tensor | None,
-        weight_BN: torch.Tensor | None,
-        differentiate: bool,
-    ) -> torch.Tensor:
-        samples, tokens, _ = student_BND.shape
+    def compute(gradient_BND: torch.Tensor | None) -> torch.Tensor:
         loss_B = student_BND.new_zeros(samples, dtype=torch.float32)
-        gradient_BND = None
-        if differentiate:
-            # bfloat16 has the range of float32 and can store the gradient; float16 would lose a gradient over N^2.
-            kept = torch.float32 if student_BND.dtype == torch.float16 else student_BND.dtype
-            gradient_BND = torch.empty(student_BND.shape, dtype=kept, device=student_BND.device)
-        count, height = panels(tokens)
-        together = max(1, WORKSPACE_ELEMENTS // max(1, count * height**2))
         for first in range(0, samples if tokens else 0, together):
             group = slice(first, first + together)
             loss_B[group] = Group(
@@ -90,17 +72,9 @@ class _TokenSimilarity(torch.autograd.Function):
                 None if weight_BN is None else weight_BN[group],
                 None if gradient_BND is None else gradient_BND[group],
             ).loss()
-        ctx.save_for_backward(gradient_BND)
-        ctx.student_dtype = student_BND.dtype
         return loss_B
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, upstream_B: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (gradient_BND,) = ctx.saved_tensors
-        scaled_BND = torch.empty_like(gradient_BND, dtype=ctx.student_dtype)
-        torch.mul(gradient_BND, upstream_B[:, None, None], out=scaled_BND)
-        return scaled_BND, None, None, None, None
+    return with_stored_gradient(student_BND, torch.float32, compute)
 
 
 def _by_channel(tensor: torch.Tensor) -> torch.Tensor:

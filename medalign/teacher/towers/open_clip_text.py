@@ -50,7 +50,8 @@ def embed_texts(source: TeacherSource, texts: Sequence[str]) -> torch.Tensor:
         tower, {key: value for key, value in state.items() if key not in _SCALARS}, source.weights, prefix=prefix
     )
     with torch.no_grad():
-        return tower.eval()(ids)
+        features: torch.Tensor = tower.eval()(ids)
+        return features
 
 
 def _tokenize(source: TeacherSource, texts: Sequence[str]) -> torch.Tensor:
@@ -59,7 +60,8 @@ def _tokenize(source: TeacherSource, texts: Sequence[str]) -> torch.Tensor:
     length = text_config.get("context_length", open_clip.CLIPTextCfg.context_length)
     size = text_config.get("vocab_size", open_clip.CLIPTextCfg.vocab_size)
     if size == _BPE_SIZE:
-        return open_clip.SimpleTokenizer(context_length=length)(list(texts))
+        ids: torch.Tensor = open_clip.SimpleTokenizer(context_length=length)(list(texts))
+        return ids
     file = Path(source.weights).parent / "tokenizer.json"
     try:
         tokenizer = Tokenizer.from_file(str(file))

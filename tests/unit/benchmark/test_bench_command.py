@@ -144,10 +144,6 @@ def test_a_short_search_writes_into_a_folder_and_never_selects_a_slower_tile(tmp
         assert maps.Tiles(*(after["sm_90"][kind][name] for name in maps.Tiles._fields)) == maps.table()["sm_90"][kind]
 
 
-def test_the_table_is_stored_as_tuning_writes_it():
-    assert tile_table._one_line_an_entry(json.loads(tile_table.TABLE.read_text())) == (tile_table.TABLE.read_text())
-
-
 def test_an_unknown_kernel():
     with pytest.raises(ConfigError, match="softmax: no such kernel; choose one of token_similarity"):
         registry.select_cases("softmax")

@@ -32,6 +32,7 @@ LLAVA_VQA = {
     "teacher.text_weight": 0.0,
     "teacher.text_temperature": 0.05,
     "teacher.text_absent_weight": 0.0,
+    "teacher.mask_sinks": 0.0,
     "teacher.lexicon": "",
     "teacher.random_weights_seed": None,
     "teacher.features": "after_norm",

@@ -17,7 +17,7 @@ FILM = picture(7)
 
 
 def file(name: str, data: bytes = b"", **header: Any) -> tuple[tarfile.TarInfo, bytes]:
-    """A member; `header` holds further fields of its TarInfo."""
+    """A member; `header` gives further fields of its TarInfo."""
     info = tarfile.TarInfo(name)
     info.size = len(data)
     for field, value in header.items():

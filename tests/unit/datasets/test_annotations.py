@@ -15,7 +15,7 @@ from medalign.errors import DataError
 from tests.unit.datasets.conversion import pack, samples, skipped, write_picture
 from tests.unit.datasets.test_odd_values import SOURCES, nested
 
-# Of each source the file that is damaged, once `SOURCES` has written a good one.
+# For each converter, the file that is damaged after `SOURCES` has written a valid one.
 FILES = {
     "vqa-rad": "VQA_RAD Dataset Public.json",
     "omnimedvqa": "QA_information/Open-access/Set.json",
@@ -36,7 +36,7 @@ def damaged(name: str, folder: Path, damage: Callable[[bytes], bytes]) -> Path:
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize(
-    ("damage", "told"),
+    ("damage", "message"),
     [
         (lambda data: data.decode().encode("utf-16"), "is UTF-16; convert it to UTF-8, for example with iconv"),
         (lambda data: data.decode().encode("utf-16-le"), "is UTF-16; convert"),
@@ -53,9 +53,9 @@ def damaged(name: str, folder: Path, damage: Callable[[bytes], bytes]) -> Path:
     ],
     ids=["utf-16", "utf-16-le", "utf-16-be", "utf-32", "gzip", "cp1252", "cut", "deep", "number"],
 )
-def test_files_that_cannot_be_read(tmp_path: Path, name: str, damage: Callable[[bytes], bytes], told: str) -> None:
+def test_files_that_cannot_be_read(tmp_path: Path, name: str, damage: Callable[[bytes], bytes], message: str) -> None:
     path = damaged(name, tmp_path / "in", damage)
-    with pytest.raises(DataError, match=rf"^{path} {told}"):
+    with pytest.raises(DataError, match=rf"^{path} {message}"):
         pack(name, tmp_path / "in", tmp_path / "out")
 
 
@@ -85,7 +85,7 @@ def test_an_object_over_several_lines_is_not_json_lines(tmp_path: Path) -> None:
         pack("llava", tmp_path / "in", tmp_path / "out")
 
 
-def test_depth_and_digits() -> None:
+def test_depth_and_digits_are_limited() -> None:
     check_depth(nested(64))
     for value in (nested(65), {"a": nested(64)}, [{"a": nested(63)}]):
         with pytest.raises(BadSample, match="nested deeper than 64 levels"):
@@ -111,7 +111,7 @@ def test_csv_cells(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "data", "told"),
+    ("name", "data", "message"),
     [
         ("a.csv", PLAIN.encode("utf-16"), "is UTF-16; convert it to UTF-8"),
         ("a.csv", gzip.compress(PLAIN.encode()), "is gzipped; unpack it"),
@@ -123,9 +123,9 @@ def test_csv_cells(tmp_path: Path, name: str) -> None:
         ("a.csv", b"", "has no column 'id'; its columns are None"),
     ],
 )
-def test_csv_that_cannot_be_read(tmp_path: Path, name: str, data: bytes, told: str) -> None:
+def test_csv_that_cannot_be_read(tmp_path: Path, name: str, data: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(data)
-    with pytest.raises(DataError, match=rf"^{tmp_path / name} {told}"):
+    with pytest.raises(DataError, match=rf"^{tmp_path / name} {message}"):
         list(read_csv(tmp_path / name, "id", "note"))
 
 
@@ -133,7 +133,7 @@ ROW = {"id": "a", "image": "a.jpg", "task": "vqa", "question": "Is it bright?", 
 
 
 @pytest.mark.parametrize(
-    ("data", "told"),
+    ("data", "message"),
     [
         (json.dumps([ROW, ROW], indent=1).encode(), "one object per line is required, but this is a JSON list; "),
         (b"\xef\xbb\xbf\n [" + json.dumps(ROW).encode() + b"]", "one object per line is required, but this is a"),
@@ -145,18 +145,18 @@ ROW = {"id": "a", "image": "a.jpg", "task": "vqa", "question": "Is it bright?", 
     ],
     ids=["list", "list after a mark", "utf-16", "gzip", "cp1252", "several lines", "a field twice"],
 )
-def test_lines_that_are_not_annotations(tmp_path: Path, data: bytes, told: str) -> None:
+def test_lines_that_are_not_annotations(tmp_path: Path, data: bytes, message: str) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "annotations.jsonl").write_bytes(data)
     with pytest.raises(DataError, match="lists no sample that can be used") as caught:
         pack("jsonl", tmp_path / "in", tmp_path / "out")
     first = json.loads((tmp_path / "out" / "conversion.json").read_text())["skipped_samples"][0]
-    assert f"; first: {first['key']}: {told}" in str(caught.value)
+    assert f"; first: {first['key']}: {message}" in str(caught.value)
     assert first["key"].startswith("annotations.jsonl line ")
     assert "\n" not in str(caught.value)
 
 
-def test_marks_and_deep_lines_among_good_ones(tmp_path: Path) -> None:
+def test_byte_order_marks_and_deep_lines_among_good_ones(tmp_path: Path) -> None:
     write_picture(tmp_path / "in" / "a.jpg", 1)
     good = json.dumps(ROW)
     lines = [
@@ -187,35 +187,35 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12
     ],
     ids=["pretty", "cr", "csv"],
 )
-def test_a_file_without_lines_of_objects_says_what_is_needed(tmp_path: Path, data: bytes) -> None:
+def test_a_file_without_objects_has_a_remedy(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "annotations.jsonl").write_bytes(data)
-    told = r"\(1 x not JSON; first: .* line 1: not JSON .*; .* one object per line is required: .* jq -c .* tr .* CSV"
-    with pytest.raises(DataError, match=told):
+    remedy = r"one object per line is required: .* jq -c .* tr .* CSV"
+    with pytest.raises(DataError, match=rf"\(1 x not JSON; first: .* line 1: not JSON .*; .* {remedy}"):
         pack("jsonl", tmp_path / "in", tmp_path / "out")
 
 
 def test_pointers_of_git_lfs_are_named(tmp_path: Path) -> None:
-    told = "a Git LFS pointer; fetch the file itself with `git lfs pull`"
+    message = "a Git LFS pointer; fetch the file itself with `git lfs pull`"
     path = damaged("llava", tmp_path / "list", lambda _: POINTER)
-    with pytest.raises(DataError, match=f"^{path} is {told}$"):
+    with pytest.raises(DataError, match=f"^{path} is {message}$"):
         pack("llava", tmp_path / "list", tmp_path / "out")
     lines = tmp_path / "in" / "annotations.jsonl"
     lines.parent.mkdir()
     lines.write_text(json.dumps(ROW))
     (tmp_path / "in" / "a.jpg").write_bytes(POINTER)
-    with pytest.raises(DataError, match=f"first: a: image is {told}"):
+    with pytest.raises(DataError, match=f"first: a: image is {message}"):
         pack("jsonl", tmp_path / "in", tmp_path / "out")
     lines.write_bytes(POINTER)
-    with pytest.raises(DataError, match=f"line 1: the file is {told}"):
+    with pytest.raises(DataError, match=f"line 1: the file is {message}"):
         pack("jsonl", tmp_path / "in", tmp_path / "out")
 
 
 def test_a_list_in_an_object_has_a_remedy(tmp_path: Path) -> None:
     path = damaged("llava", tmp_path / "in", lambda data: b'{"info": 1, "data": ' + data + b"}")
-    told = (
+    message = (
         f"{path} contains a JSON dict; it must be a list of samples, such as the one under 'data': extract it with jq "
     )
     with pytest.raises(DataError) as caught:
         pack("llava", tmp_path / "in", tmp_path / "out")
-    assert str(caught.value) == f"""{told}'.["data"]'"""
+    assert str(caught.value) == f"""{message}'.["data"]'"""

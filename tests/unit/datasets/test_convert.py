@@ -79,21 +79,21 @@ def stop_after(count: int) -> Callable[[int, int], None]:
     return progress
 
 
-def test_an_interrupted_conversion_continues(tmp_path: Path) -> None:
+def test_an_interrupted_conversion_is_resumed(tmp_path: Path) -> None:
     source = write_folder(tmp_path / "in")
     convert(JSONL, source, tmp_path / "whole", samples_per_shard=4, workers=1)
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
         convert(JSONL, source, out, samples_per_shard=4, workers=1, progress=stop_after(14))
-    assert [path.name for path in out.iterdir()] == [".conversion"]  # nothing half written where shards are looked for
+    assert [path.name for path in out.iterdir()] == [".conversion"]  # no incomplete shards where they are searched for
     seen: list[tuple[int, int]] = []
     convert(JSONL, source, out, samples_per_shard=4, workers=1, progress=lambda *step: seen.append(step))
-    assert seen[0] == (10, 23)  # test: parts of 4 and 2; train: the part of 4 that was finished
+    assert seen[0] == (10, 23)  # test: parts of 4 and 2; train: the finished part of 4
     assert contents(out) == contents(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("change", ["size", "annotations"])
-def test_another_conversion_begins_afresh(tmp_path: Path, change: str) -> None:
+def test_other_settings_restart_the_conversion(tmp_path: Path, change: str) -> None:
     source, out = write_folder(tmp_path / "in"), tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
         convert(JSONL, source, out, samples_per_shard=4, workers=1, progress=stop_after(14))
@@ -129,7 +129,7 @@ def test_stopped_between_two_splits(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(DataError, match="No space left on device; run the same command to continue"):
         convert(JSONL, source, out, samples_per_shard=4, workers=1)
     convert(JSONL, source, out, samples_per_shard=4, workers=1)
-    assert joined == ["test", "train", "train"]  # the split that was in its place was not joined again
+    assert joined == ["test", "train", "train"]  # the finished split was not joined again
     assert contents(out) == contents(tmp_path / "whole")
 
 
@@ -147,9 +147,11 @@ def test_killed_and_started_again(tmp_path: Path) -> None:
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert len(workers) >= 2
-    assert psutil.wait_procs(workers, timeout=20)[1] == []  # no process survives to write next to the next command
+    assert (
+        psutil.wait_procs(workers, timeout=20)[1] == []
+    )  # no process survives that could write at the same time as the next command
     assert [path.name for path in (tmp_path / "out").iterdir()] == [".conversion"]
-    (tmp_path / "out" / ".train.partial-77").mkdir()  # as if killed while the split was put together
+    (tmp_path / "out" / ".train.partial-77").mkdir()  # as if the command was killed while joining the split
     seen: list[tuple[int, int]] = []
     convert(JSONL, source, tmp_path / "out", samples_per_shard=20, workers=1, progress=lambda *step: seen.append(step))
     assert 40 <= seen[0][0] < 3000  # two finished parts at least
@@ -167,7 +169,7 @@ def test_two_conversions_do_not_mix(tmp_path: Path) -> None:
     assert convert(JSONL, source, tmp_path / "out", workers=1).written == 20
 
 
-def test_other_files_are_left_alone(tmp_path: Path) -> None:
+def test_other_files_are_not_touched(tmp_path: Path) -> None:
     source, out = write_folder(tmp_path / "in"), tmp_path / "out"
     (out / "train").mkdir(parents=True)
     (out / "train" / "thesis.txt").write_text("precious")
@@ -192,15 +194,15 @@ def test_splits_of_an_earlier_conversion_do_not_remain_next_to_new_ones(tmp_path
 
 @pytest.mark.parametrize("words", [[], ["--hash-ids"]])
 @pytest.mark.parametrize("below", ["", "a", "a/b"])
-def test_an_output_where_no_folder_can_be(
+def test_an_output_that_cannot_be_a_folder(
     tmp_path: Path, below: str, words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     source, file = write_folder(tmp_path / "in"), tmp_path / "film.png"
     file.write_bytes(b"precious")
     assert main(["shards", "jsonl", "--input", str(source), "--output", str(file / below), *words]) == 2
-    told = capsys.readouterr().err
-    assert f"{file} is a file" in told or "the salt" in told
-    assert "goes on" not in told
+    message = capsys.readouterr().err
+    assert f"{file} is a file" in message or "the salt" in message
+    assert "to continue" not in message
     assert file.read_bytes() == b"precious"
 
 
@@ -216,13 +218,13 @@ def test_an_output_where_no_folder_can_be(
         (["llava", "--test-share", "1.5"], "argument --test-share: '1.5' is not a number from 0 to 1"),
     ],
 )
-def test_numbers_that_cannot_be(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_numbers_are_refused(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["shards", *words])
     assert message in capsys.readouterr().err
 
 
-def test_nothing_usable(tmp_path: Path) -> None:
+def test_no_usable_sample_is_an_error(tmp_path: Path) -> None:
     source = write_folder(tmp_path / "in", 4, bad=False)
     for path in (source / "images").iterdir():
         path.write_bytes(b"")
@@ -231,12 +233,12 @@ def test_nothing_usable(tmp_path: Path) -> None:
     assert list(contents(tmp_path / "out")) == ["conversion.json"]
 
 
-def test_nothing_listed_is_written_down_too(tmp_path: Path) -> None:
+def test_a_conversion_without_listed_samples_has_a_report(tmp_path: Path) -> None:
     source = tmp_path / "in"
     source.mkdir()
     (source / "annotations.jsonl").write_text('{"id": 7}\n{"id": 8}')
-    told = r"lists no sample .*\(2 x id is; first: annotations\.jsonl line 1: id is 7.*conversion\.json lists them all"
-    with pytest.raises(DataError, match=told):
+    reasons = r"\(2 x id is; first: annotations\.jsonl line 1: id is 7.*conversion\.json lists them all"
+    with pytest.raises(DataError, match=rf"lists no sample .*{reasons}"):
         convert(JSONL, source, tmp_path / "out", workers=1)
     report = json.loads((tmp_path / "out" / "conversion.json").read_text())
     assert [one["key"] for one in report["skipped_samples"]] == ["annotations.jsonl line 1", "annotations.jsonl line 2"]
@@ -256,7 +258,7 @@ def test_notes_are_counted_over_parts(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(KeyboardInterrupt):
         convert(JSONL, source, out, samples_per_shard=4, workers=1, progress=stop_after(14))
     account = convert(JSONL, source, out, samples_per_shard=4, workers=1)
-    assert account.notes == {"first frame only": 20}  # of written samples, those before the interruption too
+    assert account.notes == {"first frame only": 20}  # of all written samples, including those before the interruption
     assert json.loads((out / "conversion.json").read_text())["notes"] == {"first frame only": 20}
 
 
@@ -269,7 +271,7 @@ def fail(job: int, report: Callable[[int], object]) -> None:
     raise DataError(f"job {job} failed")
 
 
-def test_a_killed_process_and_a_failing_one_are_reported() -> None:
+def test_killed_and_failing_processes_are_reported() -> None:
     with pytest.raises(DataError, match="a converting process was killed"):
         run_in_processes(die, [1, 2], 2)
     with pytest.raises(DataError, match="job . failed"):
@@ -329,12 +331,12 @@ def test_more_fields_and_lists_are_hashed(tmp_path: Path) -> None:
     convert(JSONL, tmp_path / "in", tmp_path / "out", workers=1, hashing=hashing)
     metadata = ShardIndex.open(tmp_path / "out" / "train").read(0).metadata
     missing = hashing.record(Record("a", (), {"case": float("nan")})).fields["case"]
-    assert math.isnan(missing)  # missing, so that rows without a name are not one case
+    assert math.isnan(missing)  # a missing value, so that rows without a name do not become one case
     assert metadata["ward"] == [hashing.name("b"), hashing.name("c"), ""]
     assert metadata["case"] is None
 
 
-def test_salt_is_made_once_for_its_owner(tmp_path: Path) -> None:
+def test_the_salt_is_created_once_for_its_owner(tmp_path: Path) -> None:
     path = default_salt(tmp_path / "out")
     assert path == tmp_path / "out.salt"
     assert path.stat().st_mode & 0o777 == 0o600
@@ -364,18 +366,16 @@ def test_command_with_hashes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -
     assert main([*command, "--salt", str(tmp_path / "out.salt")]) == 2
 
 
-def test_refused_samples_are_named_but_not_where_they_are_hashed(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_refused_samples_are_named_unless_names_are_hashed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = write_folder(tmp_path / "in")
     command = ["shards", "jsonl", "--input", str(source), "--workers", "1", "--output"]
     assert main([*command, str(tmp_path / "named")]) == 0
     named = re.findall(r"refused (\S+): image 'images/(\S+)' cannot be read", capsys.readouterr().err)
     assert len(named) == 3
     assert main([*command, str(tmp_path / "hashed"), "--hash-ids"]) == 0
-    told = capsys.readouterr().err
-    assert "refused in all 3: image ... cannot be read" in told
-    assert not any(key in told or picture in told for key, picture in named)
+    message = capsys.readouterr().err
+    assert "refused in all 3: image ... cannot be read" in message
+    assert not any(key in message or picture in message for key, picture in named)
 
 
 def test_half_characters_do_not_end_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -389,16 +389,16 @@ def test_half_characters_do_not_end_the_command(tmp_path: Path, capsys: pytest.C
         ([], 3),
         (["--split", "image"], 3),
         (["--hash-ids"], 2),
-    ):  # a hash of half a character is whole
+    ):  # the hash of half a character is valid text
         assert main([*command, *words]) == 0
-        told = capsys.readouterr().err
-        assert "Traceback" not in told
-        assert "Logging error" not in told
+        message = capsys.readouterr().err
+        assert "Traceback" not in message
+        assert "Logging error" not in message
         assert len(json.loads((tmp_path / "out" / "conversion.json").read_text())["skipped_samples"]) == count
 
 
 @pytest.mark.parametrize("name", REGISTRY)
-def test_every_source_teaches_its_layout(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_converter_explains_its_layout(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["shards", name, "--help"])
     assert ended.value.code == 0
@@ -407,7 +407,7 @@ def test_every_source_teaches_its_layout(name: str, capsys: pytest.CaptureFixtur
     assert all(f"--{setting.name}" in shown for setting in get_converter(name).settings)
 
 
-def test_wrong_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_options_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     place = ["--input", str(tmp_path), "--output", str(tmp_path / "out")]
     for words in (["shards", "flickr", *place], ["shards", "vqa-rad", *place, "--test-share", "2"]):
         with pytest.raises(SystemExit) as ended:

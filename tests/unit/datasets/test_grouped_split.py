@@ -46,10 +46,10 @@ def values(rows: list[dict[str, Any]], field: str, keys: set[str]) -> set[str]:
     return {str(value) for one in rows if one["id"] in keys for value in listed(one[field])}
 
 
-def test_no_image_is_on_two_sides_in_any_order(tmp_path: Path) -> None:
+def test_no_image_is_in_two_splits_in_any_order(tmp_path: Path) -> None:
     draw = random.Random(0)
     rows = []
-    for i in range(90):  # of 60 images, a few of which are connected over samples of two
+    for i in range(90):  # of 60 images, some of which are connected by samples with two images
         images = [f"{draw.randrange(60)}.png" for _ in range(draw.choice([1, 1, 1, 1, 2]))]
         rows.append(row(i, images if len(images) > 1 or i % 2 else images[0]))
     pack("jsonl", folder(tmp_path / "in", rows), tmp_path / "out", split="image", test_share=0.3, val_share=0.3)
@@ -64,7 +64,7 @@ def test_no_image_is_on_two_sides_in_any_order(tmp_path: Path) -> None:
     assert sides(tmp_path / "other") == found
 
 
-def test_no_patient_is_on_two_sides(tmp_path: Path) -> None:
+def test_no_patient_is_in_two_splits(tmp_path: Path) -> None:
     rows = [row(i, f"{i % 48}.png", patient=i % 48 // 2, ward=["a", "b"]) for i in range(96)]
     for i in (90, 91):
         rows[i]["patient"] = [str(rows[i]["patient"]), 0]  # joins patients 21 and 0
@@ -74,7 +74,7 @@ def test_no_patient_is_on_two_sides(tmp_path: Path) -> None:
     found = sides(tmp_path / "out")
     patients = {side: values(rows, "patient", keys) for side, keys in found.items()}
     assert patients["train"].isdisjoint(patients["test"])
-    assert min(map(len, patients.values())) >= 6  # of 24, for the hash parts them about in halves
+    assert min(map(len, patients.values())) >= 6  # of 24, because the hash divides them into two halves of similar size
     assert skipped(account) == {
         "annotations.jsonl line 6": EMPTY,
         "annotations.jsonl line 7": EMPTY,
@@ -98,7 +98,7 @@ def test_one_file_under_several_names_is_one_image(tmp_path: Path) -> None:
     assert sorted(number for group in groups for number in group) == list(range(16))
 
 
-def test_lines_that_name_a_split_keep_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_lines_with_a_split_keep_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     rows = [
         row(0, "a.png", split="test"),
         row(1, ["a.png", "b.png"]),
@@ -111,8 +111,8 @@ def test_lines_that_name_a_split_keep_it(tmp_path: Path, caplog: pytest.LogCaptu
     with caplog.at_level(logging.WARNING):
         account = pack("jsonl", folder(tmp_path / "in", rows), tmp_path / "out", split="image", test_share=0.0)
     assert sides(tmp_path / "out") == {"test": {"q0", "q1", "q2", "q4"}, "dev": {"q3"}, "train": {"q6"}}
-    told = "it has no split, and it shares an image or a group with lines of ['dev', 'test']"
-    assert skipped(account) == {"annotations.jsonl line 6": told}
+    message = "it has no split, and it shares an image or a group with lines of ['dev', 'test']"
+    assert skipped(account) == {"annotations.jsonl line 6": message}
     assert "3 of 7 lines have a split and keep it" in caplog.text
     assert "1 images or groups are in several splits" in caplog.text
 
@@ -127,7 +127,7 @@ def test_shares(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert test == {f"q{i}" for i in range(40) if unit_hash(f"{i}.png") < 0.2}
     assert main([*words, str(tmp_path / "b"), "--val-share", "0.5"]) == 0
     found = sides(tmp_path / "b")
-    assert found["test"] == test  # another fraction of val moves no sample out of test
+    assert found["test"] == test  # the fraction of val does not change test
     assert len(found["val"]) > len(test)
     assert main([*words, str(tmp_path / "c"), "--group-by", "patient"]) == 2
     assert f"first: annotations.jsonl line 1: {EMPTY}" in capsys.readouterr().err
@@ -168,27 +168,27 @@ def test_real_data_without_its_split(tmp_path: Path, shared: Path) -> None:
     assert 32 <= len(images["test"]) <= 70
 
 
-def test_a_split_that_comes_out_empty_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    told = (
+def test_an_empty_split_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    message = (
         "the split %s is empty: of %d groups (images or cases that stay together), none falls into its fraction of %g"
     )
     name = next(f"{i}.png" for i in range(99) if split_by_hash(f"{i}.png", 0.2) == "train")
     pack("jsonl", folder(tmp_path / "one", [row(0, name), row(1, name)]), tmp_path / "a", split="image")
-    assert told % ("test", 1, 0.2) in caplog.text
+    assert message % ("test", 1, 0.2) in caplog.text
     caplog.clear()
     rows = [row(i, f"{i}.png") for i in range(3)]
     assert {split_by_hash(one["image"], 0.999) for one in rows} == {"test"}
     pack("jsonl", folder(tmp_path / "three", rows), tmp_path / "b", test_share=0.999)
-    assert told % ("train", 3, 0.001) in caplog.text
+    assert message % ("train", 3, 0.001) in caplog.text
     caplog.clear()
-    rows = [row(0, name), row(1, "other.png", split="test")]  # the line that names its split fills it
+    rows = [row(0, name), row(1, "other.png", split="test")]  # the line with a split fills it
     pack("jsonl", folder(tmp_path / "named", rows), tmp_path / "c", split="image")
     pack("jsonl", folder(tmp_path / "all", rows[:1]), tmp_path / "d", test_share=1.0)  # train has no share
     assert "is empty" not in caplog.text
 
 
 @pytest.mark.parametrize(("share", "empty"), [(0.1, "test"), (0.9, "train")])
-def test_a_split_of_conversations_that_comes_out_empty_is_said(
+def test_an_empty_split_of_conversations_is_reported(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, share: float, empty: str
 ) -> None:
     turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "It."}]

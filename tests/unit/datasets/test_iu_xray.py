@@ -41,7 +41,7 @@ def write_study(folder: Path, n: int, findings: str = "Clear   lungs.", impressi
         write_picture(folder / "NLMCXR_png" / f"{name}.png", 10 * n + view, 30 + view, 30)
 
 
-def test_a_study_becomes_its_first_picture_with_the_report(tmp_path: Path) -> None:
+def test_a_study_becomes_its_first_image_with_the_report(tmp_path: Path) -> None:
     for n in range(1, 13):
         write_study(tmp_path / "in", n)
     account = pack("iu-xray", tmp_path / "in", tmp_path / "out", test_share=0.4)
@@ -56,7 +56,7 @@ def test_a_study_becomes_its_first_picture_with_the_report(tmp_path: Path) -> No
     assert one.metadata["labels"] == ["Cardiomegaly/mild"]
 
 
-def test_all_views_of_a_study_on_one_side(tmp_path: Path) -> None:
+def test_all_views_of_a_study_are_in_one_split(tmp_path: Path) -> None:
     for n in range(1, 9):
         write_study(tmp_path / "in", n)
     pack("iu-xray", tmp_path / "in", tmp_path / "out", views="all", test_share=0.5, sections="impression")
@@ -67,7 +67,7 @@ def test_all_views_of_a_study_on_one_side(tmp_path: Path) -> None:
     assert {s.answer for s in train} == {"Normal."}
 
 
-def test_projections_say_which_image_is_frontal(tmp_path: Path) -> None:
+def test_projections_determine_which_image_is_frontal(tmp_path: Path) -> None:
     folder = tmp_path / "in"
     for n in (1, 2, 3):
         write_study(folder, n)
@@ -80,7 +80,7 @@ def test_projections_say_which_image_is_frontal(tmp_path: Path) -> None:
     assert skipped(account) == {"CXR3": "report names no image, or no frontal one"}
 
 
-def test_a_study_becomes_one_sample_of_all_its_pictures(tmp_path: Path) -> None:
+def test_a_study_becomes_one_sample_with_all_its_images(tmp_path: Path) -> None:
     folder = tmp_path / "in"
     for n, views in ((1, 3), (2, 1), (3, 0)):
         write_study(folder, n, views=views)
@@ -118,7 +118,7 @@ def test_what_is_skipped_and_hostile_xml(tmp_path: Path) -> None:
         assert found[f"ecgen-radiology/{name}"].startswith("XML has a document type or entities")
 
 
-def test_what_other_tools_write(tmp_path: Path) -> None:
+def test_files_from_other_tools(tmp_path: Path) -> None:
     folder = tmp_path / "in"
     write_study(folder, 1, findings="NaN")
     write_study(folder, 2, findings="nan", impression="nan")
@@ -132,7 +132,7 @@ def test_what_other_tools_write(tmp_path: Path) -> None:
     assert found["ecgen-radiology/3.xml"].startswith("XML cannot be read (")
 
 
-def test_missing_pieces(tmp_path: Path) -> None:
+def test_missing_files_are_listed(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"ecgen-radiology: .*\n  NLMCXR_png or images: .*\n.*openi\.nlm\.nih\.gov"):
         pack("iu-xray", tmp_path, tmp_path / "out")
     (tmp_path / "ecgen-radiology").mkdir()

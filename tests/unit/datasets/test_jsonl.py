@@ -144,7 +144,9 @@ def test_colors_that_png_does_not_have_become_rgb(tmp_path: Path, mode: str) -> 
     assert (image.mode, image.size) == ("RGB", (40, 24))
 
 
-def test_a_picture_that_cannot_be_written_is_refused_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_that_cannot_be_written_refuses_only_its_sample(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = folder(tmp_path / "in", row(1, image="a.bmp"), row(2))
     Image.new("L", (40, 24)).save(source / "a.bmp")
 
@@ -159,7 +161,7 @@ def test_a_picture_that_cannot_be_written_is_refused_alone(tmp_path: Path, monke
 @pytest.mark.parametrize(
     "split", [".train", "a b", "a/b", "a.joined", "-x", " ", "lock\0", "a\n", "\ud800", 0, ["a"], "x" * 201]
 )
-def test_splits_that_name_no_folder_are_refused(tmp_path: Path, split: object) -> None:
+def test_splits_that_are_not_folder_names_are_refused(tmp_path: Path, split: object) -> None:
     account = pack("jsonl", folder(tmp_path / "in", row(1), row(2, split=split)), tmp_path / "out")
     ((place, reason),) = skipped(account).items()
     assert place == "annotations.jsonl line 2"
@@ -173,7 +175,7 @@ def test_a_split_may_be_named_as_the_conversions_own_files(tmp_path: Path) -> No
     assert sorted(account.splits) == ["fingerprint", "lock", "train", "été-2"]
 
 
-def test_names_that_no_file_can_have(tmp_path: Path) -> None:
+def test_names_that_are_not_valid_for_a_file(tmp_path: Path) -> None:
     source = folder(
         tmp_path / "in",
         row(1),
@@ -206,7 +208,7 @@ def test_folder_without_annotations(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_images_is_read_like_image_and_tags_are_compared(tmp_path: Path) -> None:
+def test_images_is_read_like_image_and_tags_are_counted(tmp_path: Path) -> None:
     two = ["images/2.jpg", "images/0.jpg"]
     plain = row(1)
     del plain["image"]

@@ -63,9 +63,9 @@ def widths(folder: Path) -> dict[tuple[str, int], list[int]]:
 
 def test_several_images_before_one_question(tmp_path: Path) -> None:
     three_pictures(tmp_path / "in")
-    told = talk("<image>\n<image>\nWhat has changed?", "It grew.", "Where?", "Left.")
+    turns = talk("<image>\n<image>\nWhat has changed?", "It grew.", "Where?", "Left.")
     rows = [
-        {"id": "tags", "image": ["b.jpg", "a.jpg"], "conversations": told},
+        {"id": "tags", "image": ["b.jpg", "a.jpg"], "conversations": turns},
         {"id": "none", "image": ["b.jpg", "c.jpg"], "conversations": talk("What has changed?", "It grew.")},
         {"id": "wrapped", "image": "c.jpg", "conversations": talk("<im_start><image><im_end>\nWhat?", "It.")},
     ]
@@ -117,8 +117,8 @@ def test_images_are_compared_with_the_tags_of_the_text(tmp_path: Path) -> None:
 
 def test_an_image_belongs_to_its_turn_and_to_later_ones(tmp_path: Path) -> None:
     three_pictures(tmp_path / "in")
-    told = talk("Hello.", "Hello.", "<image>\nWhat?", "It.", "And?", "That.", "<image>\nAnd now?", "Both.")
-    write_json(tmp_path / "in" / "all.json", [{"id": "x", "images": ["c.jpg", "a.jpg"], "conversations": told}])
+    turns = talk("Hello.", "Hello.", "<image>\nWhat?", "It.", "And?", "That.", "<image>\nAnd now?", "Both.")
+    write_json(tmp_path / "in" / "all.json", [{"id": "x", "images": ["c.jpg", "a.jpg"], "conversations": turns}])
     pack("llava", tmp_path / "in", tmp_path / "out")
     expected = {("x", 0): [], ("x", 1): [32], ("x", 2): [32], ("x", 3): [32, 30]}
     assert widths(tmp_path / "out" / "train") == expected
@@ -140,8 +140,8 @@ def test_tokens_of_other_models_are_refused(tmp_path: Path, token: str) -> None:
     write_json(tmp_path / "in" / "all.json", rows)
     account = pack("llava", tmp_path / "in", tmp_path / "out")
     assert account.written == 1
-    told = f"the text contains {token!r}; write <image> as the placeholder of an image"
-    assert skipped(account) == {"all.json entry 0": told}
+    message = f"the text contains {token!r}; write <image> as the placeholder of an image"
+    assert skipped(account) == {"all.json entry 0": message}
 
 
 def test_keys_of_other_tools(tmp_path: Path) -> None:
@@ -164,17 +164,17 @@ def test_keys_of_other_tools(tmp_path: Path) -> None:
     expected = {("swift", 0): [31], ("typed", 0): [30], ("misspelt", 0): [32], ("sharegpt", 0): []}
     assert widths(tmp_path / "out" / "train") == expected
     assert {(s.question, s.answer) for s in samples(tmp_path / "out" / "train")} == {("What?", "It.")}
-    told = "content has a part of type 'image', which is not supported; name images in \"image\""
-    assert skipped(account) == {"all.json entry 4": told}
+    message = "content has a part of type 'image', which is not supported; name images in \"image\""
+    assert skipped(account) == {"all.json entry 4": message}
 
 
 def test_names_that_begin_with_images(tmp_path: Path) -> None:
     three_pictures(tmp_path / "in")
     write_picture(tmp_path / "in" / "more" / "d.jpg", 3, 33)
     names = ["images/a.jpg", "b.jpg", "more/d.jpg"]
-    told = talk("What?", "It.")
-    rows = [{"id": "all", "image": names, "conversations": told}, {"image": "images/x.jpg", "conversations": told}]
-    write_json(tmp_path / "in" / "all.json", [*rows, {"image": "../in/all.json", "conversations": told}])
+    turns = talk("What?", "It.")
+    rows = [{"id": "all", "image": names, "conversations": turns}, {"image": "images/x.jpg", "conversations": turns}]
+    write_json(tmp_path / "in" / "all.json", [*rows, {"image": "../in/all.json", "conversations": turns}])
     account = pack("llava", tmp_path / "in", tmp_path / "out")
     assert widths(tmp_path / "out" / "train") == {("all", 0): [30, 31, 33]}
     assert skipped(account) == {
@@ -196,7 +196,7 @@ def test_entries_that_share_an_image_stay_together(tmp_path: Path) -> None:
     assert account.skipped == []
     sides = [{s.metadata["id"] for s in samples(tmp_path / "out" / side)} for side in ("train", "test")]
     assert sides[0].isdisjoint(sides[1])
-    assert min(map(len, sides)) >= 6  # of 24, for the hash parts them about in halves
+    assert min(map(len, sides)) >= 6  # of 24, because the hash divides them into two halves of similar size
 
 
 @pytest.mark.parametrize("name", ["train.json", "train.jsonl"])
@@ -260,12 +260,12 @@ def test_files_that_would_have_one_name_are_refused(tmp_path: Path, one: str, ot
     folder = tmp_path / "in"
     for path in (one, other):
         write_json(folder / path, [ROWS[1]])
-    told = f"{folder / one} and {folder / other} would both be written as {name!r}; rename one of them"
-    with pytest.raises(DataError, match=f"^{re.escape(told)}$"):
+    message = f"{folder / one} and {folder / other} would both be written as {name!r}; rename one of them"
+    with pytest.raises(DataError, match=f"^{re.escape(message)}$"):
         pack("llava", folder, tmp_path / "out", annotations=[one, other])
 
 
-def test_missing_pieces(tmp_path: Path) -> None:
+def test_missing_files_are_listed(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"a \.json file with the conversations"):
         pack("llava", tmp_path, tmp_path / "out")
     with pytest.raises(DataError, match=r"train\.json: conversations"):

@@ -88,7 +88,7 @@ def test_frontal_views_by_the_official_split(mimic: Path, tmp_path: Path) -> Non
     }
 
 
-def test_findings_alone_and_every_view(mimic: Path, tmp_path: Path) -> None:
+def test_findings_only_and_every_view(mimic: Path, tmp_path: Path) -> None:
     account = pack("mimic-cxr-jpg", mimic, tmp_path / "out", sections="findings", views="all")
     assert {name: report.written for name, report in account.splits.items()} == {"train": 3, "val": 0, "test": 2}
     assert skipped(account)[f"p10000032-s53189527-{dicom(3)}"] == "report has no findings"
@@ -125,7 +125,7 @@ def test_reports_next_to_the_images(mimic: Path, tmp_path: Path) -> None:
     assert pack("mimic-cxr-jpg", mimic, tmp_path / "out").written == 4
 
 
-def test_missing_pieces(tmp_path: Path, mimic: Path) -> None:
+def test_missing_files_are_listed(tmp_path: Path, mimic: Path) -> None:
     with pytest.raises(DataError, match=r"files: the images.*\n.*split\.csv\.gz or .*split\.csv: the official split"):
         pack("mimic-cxr-jpg", tmp_path, tmp_path / "out")
     (mimic / "mimic-cxr-2.0.0-metadata.csv").write_text("dicom_id,view\n")

@@ -121,7 +121,7 @@ def write_odd(name: str, folder: Path, fields: tuple[str, ...], values: dict[str
 @pytest.mark.parametrize("name", SOURCES)
 def test_fields_that_must_be_text(tmp_path: Path, name: str) -> None:
     values = MISSING | ODD
-    if name == "jsonl":  # these words are what the user's own file says
+    if name == "jsonl":  # in the user's own file, these words are ordinary text
         values = {label: value for label, value in values.items() if label not in ("nan", "NaT")}
     count = write_odd(name, tmp_path / "in", SOURCES[name][2], values)
     account = pack(name, tmp_path / "in", tmp_path / "out")
@@ -136,11 +136,11 @@ def test_fields_that_may_be_left_out(tmp_path: Path, name: str) -> None:
     assert len(written) + len(account.skipped) == count + 1
     assert len(written) >= 1
     if name != "jsonl":
-        told = json.dumps([[s.question, s.answer, s.metadata] for s in written])
-        assert re.findall(r"\b(?:nan|nat|inf|Infinity)\b", told, re.IGNORECASE) == []
+        message = json.dumps([[s.question, s.answer, s.metadata] for s in written])
+        assert re.findall(r"\b(?:nan|nat|inf|Infinity)\b", message, re.IGNORECASE) == []
 
 
-def test_text_of_what_annotations_hold() -> None:
+def test_text_of_annotation_values() -> None:
     assert [text(one) for one in (3, 2.0, 1e-7, " a\n b ", "NaN is rare", "None", "null")] == [
         "3",
         "2.0",

@@ -75,6 +75,6 @@ def test_restricted_questions_and_shares(omni: Path, tmp_path: Path) -> None:
     assert {name: report.written for name, report in account.splits.items()} == {"train": 5}
 
 
-def test_missing_pieces(tmp_path: Path) -> None:
+def test_missing_files_are_listed(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"QA_information/Open-access/\*\.json: the questions\n  Images: the images"):
         pack("omnimedvqa", tmp_path, tmp_path / "out")

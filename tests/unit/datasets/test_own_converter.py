@@ -64,7 +64,7 @@ def test_it_has_its_options_and_runs_in_several_processes(module: Path) -> None:
         ("own_converters:", "is not an import path such as package.module:name"),
     ],
 )
-def test_a_path_that_leads_to_none_is_refused(
+def test_a_path_without_a_converter_is_refused(
     module: Path, path: str, message: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert main(["shards", path, "--help"]) == 2

@@ -65,7 +65,7 @@ def test_damaged_files_are_named(pathvqa: Path, tmp_path: Path) -> None:
         pack("pathvqa", pathvqa, tmp_path / "out")
 
 
-def test_rows_that_hold_no_text(pathvqa: Path, tmp_path: Path) -> None:
+def test_rows_without_text(pathvqa: Path, tmp_path: Path) -> None:
     path = pathvqa / "data" / "train-00001-of-00002.parquet"
     write_parquet(path, [{**row(i, "a"), "answer": value} for i, value in enumerate((2.0, float("nan"), None))])
     account = pack("pathvqa", pathvqa, tmp_path / "numbers")
@@ -83,7 +83,7 @@ def test_rows_that_hold_no_text(pathvqa: Path, tmp_path: Path) -> None:
 def test_a_file_damaged_inside_is_named(pathvqa: Path, tmp_path: Path) -> None:
     path = pathvqa / "data" / "train-00001-of-00002.parquet"
     data = bytearray(path.read_bytes())
-    data[4:400] = b"\xff" * 396  # of the first column's pages; the footer is whole
+    data[4:400] = b"\xff" * 396  # in the pages of the first column; the footer is intact
     path.write_bytes(data)
     with pytest.raises(DataError, match=rf"^{path} is damaged \(.*\); download it again"):
         pack("pathvqa", pathvqa, tmp_path / "out")

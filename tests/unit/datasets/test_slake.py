@@ -67,7 +67,7 @@ def slake(tmp_path: Path) -> Path:
     return folder
 
 
-def test_boxes_and_masks_of_what_is_named(slake: Path, tmp_path: Path) -> None:
+def test_boxes_and_masks_of_the_named_organs(slake: Path, tmp_path: Path) -> None:
     account = pack("slake", slake, tmp_path / "out")
     assert {name: report.written for name, report in account.splits.items()} == {"train": 4, "val": 1, "test": 1}
     index = ShardIndex.open(tmp_path / "out" / "train")
@@ -75,7 +75,7 @@ def test_boxes_and_masks_of_what_is_named(slake: Path, tmp_path: Path) -> None:
     assert (liver.question, liver.answer, liver.answer_type) == ("Where is the liver?", "Upper left", "open")
     assert liver.boxes == ((3, 2, 13, 8),)
     assert plane.boxes == ()
-    assert kidneys.boxes == ((20, 10, 24, 14), (30, 10, 40, 14))  # the second is cut at the image's edge
+    assert kidneys.boxes == ((20, 10, 24, 14), (30, 10, 40, 14))  # the second one is clipped at the edge of the image
     assert kidneys.answer_type == "closed"
     assert right.boxes == ((30, 10, 40, 14),)
     assert [region["label"] for region in plane.metadata["regions"]] == ["Liver", "Left Kidney", "Right Kidney"]
@@ -117,7 +117,7 @@ def test_damaged_annotations(slake: Path, tmp_path: Path) -> None:
         pack("slake", slake, tmp_path / "c")
 
 
-def test_missing_pieces(tmp_path: Path) -> None:
+def test_missing_files_are_listed(tmp_path: Path) -> None:
     (tmp_path / "imgs").mkdir()
     write_json(tmp_path / "train.json", [])
     with pytest.raises(DataError, match="validate.json or validation.json: the questions of the val split") as caught:

@@ -46,7 +46,7 @@ def test_published_split(vqa_rad: Path, tmp_path: Path, caplog: pytest.LogCaptur
     assert account.reasons() == {"the question has no image_name": 1}
     assert "--split image avoids this" in caplog.text
     train, test = samples(tmp_path / "out" / "train"), samples(tmp_path / "out" / "test")
-    assert {s.metadata["case"] for s in test} <= {s.metadata["case"] for s in train}  # what the other split cures
+    assert {s.metadata["case"] for s in test} <= {s.metadata["case"] for s in train}  # which the other split avoids
     first = train[1]
     assert (first.question, first.answer, first.answer_type) == ("How many nodules?", "1", "closed")
     assert (first.metadata["organ"], first.metadata["phrase_type"], first.key) == ("CHEST", "freeform", "vqarad-0001")
@@ -64,7 +64,7 @@ def test_split_by_image_and_case(vqa_rad: Path, tmp_path: Path, caplog: pytest.L
     assert last_case <= images[0] or last_case <= images[1]
 
 
-def test_a_question_without_the_address_stays_with_its_image(vqa_rad: Path, tmp_path: Path) -> None:
+def test_a_question_without_a_case_url_stays_with_its_image(vqa_rad: Path, tmp_path: Path) -> None:
     path = vqa_rad / "VQA_RAD Dataset Public.json"
     rows = json.loads(path.read_text())
     for row in rows[:8]:  # one of the three questions of each image
@@ -77,7 +77,7 @@ def test_a_question_without_the_address_stays_with_its_image(vqa_rad: Path, tmp_
 
 
 @pytest.mark.parametrize("split", ["published", "image"])
-def test_a_phrase_type_that_tells_no_split_is_refused(vqa_rad: Path, tmp_path: Path, split: str) -> None:
+def test_a_phrase_type_that_determines_no_split_is_refused(vqa_rad: Path, tmp_path: Path, split: str) -> None:
     path = vqa_rad / "VQA_RAD Dataset Public.json"
     rows = json.loads(path.read_text())
     odd = [["test_freeform"], "Test question", None, "Test_Para "]
@@ -89,13 +89,13 @@ def test_a_phrase_type_that_tells_no_split_is_refused(vqa_rad: Path, tmp_path: P
     found = skipped(account)
     name = path.name
     assert sorted(found) == [f"{name} entry {i}" for i in (0, 1, 2, 24, 4)]
-    told = "it must be one of freeform, para, test_freeform, test_para"
-    assert found[f"{name} entry 1"] == f"phrase_type is 'Test question', which determines no split; {told}"
+    message = "it must be one of freeform, para, test_freeform, test_para"
+    assert found[f"{name} entry 1"] == f"phrase_type is 'Test question', which determines no split; {message}"
     if split == "published":
         assert "vqarad-0003" in {s.key for s in samples(tmp_path / "out" / "test")}
 
 
-def test_missing_pieces(tmp_path: Path) -> None:
+def test_missing_files_are_listed(tmp_path: Path) -> None:
     (tmp_path / "VQA_RAD Image Folder").mkdir()
     with pytest.raises(DataError, match=r"VQA_RAD Dataset Public\.json: the questions\n.*osf\.io/89kps"):
         pack("vqa-rad", tmp_path, tmp_path / "out")

@@ -120,7 +120,7 @@ def test_a_packed_batch_is_the_padded_one(impl, options):
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("empty", ["rows", "columns", "everything is padding"])
-def test_nothing_to_look_at_gives_zero_and_no_gradient(impl, empty):
+def test_no_rows_or_columns_give_zero_and_no_gradient(impl, empty):
     tensors, rows, columns, valid = inputs(20)
     for mask in {"rows": [rows], "columns": [columns]}.get(empty, [valid]):
         mask[:] = False
@@ -129,7 +129,7 @@ def test_nothing_to_look_at_gives_zero_and_no_gradient(impl, empty):
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-def test_what_stands_at_padding_does_not_matter(impl):
+def test_values_at_padding_do_not_matter(impl):
     tensors, rows, columns, valid = inputs(20)
     expected = map_and_gradients(impl, tensors, rows, columns, valid)
     spoiled = tuple(
@@ -160,7 +160,7 @@ def test_half_precision_inputs_are_computed_in_float32(impl):
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-def test_gradient_of_one_input_alone(impl):
+def test_gradient_of_one_input_only(impl):
     (query, key), rows, columns, valid = inputs(12)
     both = map_and_gradients(impl, (query, key), rows, columns, valid)[1:]
     upstream = torch.randn(4, 12, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -177,7 +177,7 @@ def test_gradient_of_one_input_alone(impl):
     seed=st.integers(0, 2**16),
     impl=st.sampled_from(IMPLEMENTATIONS),
 )
-def test_the_map_is_a_share(length, grouped, seed, impl):
+def test_the_map_is_a_fraction_of_the_attention(length, grouped, seed, impl):
     """Never negative, at most 1 in sum, exactly 1 over all columns; a common rotation of Q and K changes nothing."""
     (query, key), *_ = inputs(length, *grouped, seed=seed)
     generator = torch.Generator().manual_seed(seed)
@@ -191,7 +191,7 @@ def test_the_map_is_a_share(length, grouped, seed, impl):
     torch.testing.assert_close(turned, found, rtol=1e-9, atol=1e-12)
 
 
-def test_chunked_holds_scores_of_the_rows_alone(monkeypatch):
+def test_chunked_keeps_only_the_scores_of_the_rows(monkeypatch):
     length = 512
     tensors, rows, columns, valid = inputs(length, heads=2, key_heads=1, width=2, dtype=torch.float32)
     rows[:] = True

@@ -39,7 +39,7 @@ def test_value_and_gradients(length, heads, key_heads, width, options):
 
 @pytest.mark.parametrize(("length", "width"), [(196, 96), (575, 64), (576, 192)])
 def test_lengths_of_real_images(monkeypatch, length, width):
-    """On the tiles of half precision, which take whole vectors at a time."""
+    """With the tiles of half precision, which load whole vectors."""
     tiles = tile_table.tiles("sm_90", torch.bfloat16, width)
     monkeypatch.setattr(tile_table, "tiles", lambda *_: tiles)
     tensors, rows, columns, valid = inputs(length, 2, 1, width)
@@ -63,7 +63,7 @@ def test_a_packed_batch_is_the_padded_one(options):
 
 
 @pytest.mark.parametrize("empty", ["rows", "columns", "everything is padding"])
-def test_nothing_to_look_at_gives_zero_and_no_gradient(empty):
+def test_no_rows_or_columns_give_zero_and_no_gradient(empty):
     tensors, rows, columns, valid = inputs(20)
     for mask in {"rows": [rows], "columns": [columns]}.get(empty, [valid]):
         mask[:] = False
@@ -71,7 +71,7 @@ def test_nothing_to_look_at_gives_zero_and_no_gradient(empty):
         assert (result == 0).all()
 
 
-def test_what_stands_at_padding_does_not_matter():
+def test_values_at_padding_do_not_matter():
     tensors, rows, columns, valid = inputs(40)
     tensors = single(tensors)
     expected = map_and_gradients("triton", tensors, rows, columns, valid)
@@ -82,7 +82,7 @@ def test_what_stands_at_padding_does_not_matter():
         assert torch.equal(one, other)
 
 
-def test_a_nan_that_counts_is_refused():
+def test_a_nan_at_a_valid_token_is_refused():
     tensors, rows, columns, valid = inputs(40)
     tensors = single(tensors)
     tensors[1].data[0, 1, 3, 2] = float("nan")
@@ -96,8 +96,8 @@ def test_the_gradient_reaches_keys_outside_the_columns():
     assert (key_gradient[0][:, :5].abs().sum(-1) > 0).all()  # columns begin at 5
 
 
-def test_vectors_may_lie_in_any_order_of_heads_and_tokens():
-    """A model hands over views of [B, L, H, d], and slices of a wider projection; masks may be transposed, too."""
+def test_strides_of_heads_and_tokens_may_have_any_order():
+    """Models pass views of [B, L, H, d] and slices of a wider projection; masks may also be transposed."""
     tensors, rows, columns, valid = inputs(24, 2, 1, 16)
     tensors = single(tensors)
     expected = map_and_gradients("triton", tensors, rows, columns, valid)
@@ -113,7 +113,7 @@ def test_vectors_may_lie_in_any_order_of_heads_and_tokens():
             assert torch.equal(one, other)
 
 
-def test_gradient_of_one_input_alone():
+def test_gradient_of_one_input_only():
     (query, key), rows, columns, valid = inputs(24, 2, 1)
     query, key = single((query, key))
     both = map_and_gradients("triton", (query, key), rows, columns, valid)[1:]
@@ -145,7 +145,7 @@ def test_half_precision(size):
         )
 
 
-def test_two_runs_are_equal_to_the_bit():
+def test_two_runs_are_bit_equal():
     tensors, rows, columns, valid = inputs(70, 4, 2, 33)
     tensors = single(tensors)
     first, second = (map_and_gradients("triton", tensors, rows, columns, valid, softcap=0.9) for _ in range(2))
@@ -153,7 +153,7 @@ def test_two_runs_are_equal_to_the_bit():
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_the_map_is_a_share(seed):
+def test_the_map_is_a_fraction_of_the_attention(seed):
     """Never negative, at most 1 in sum, 1 over all columns; a common rotation of Q and K changes nothing."""
     generator = torch.Generator().manual_seed(seed)
     (query, key), *_ = inputs(9 * seed + 3, 4, 2, 5, torch.float32, seed)
@@ -174,10 +174,10 @@ def test_memory_is_linear_in_the_tokens():
     rows[:, :490], rows[:, 490:] = False, True
     with LargestTensor() as seen:
         attention_map(query, key, rows[:1], columns[:1], attention_mask=valid[:1], impl="triton").sum().backward()
-    assert seen.elements <= query.nbytes == 2**16  # the interpreter looks at storages as bytes
+    assert seen.elements <= query.nbytes == 2**16  # the interpreter views storages as bytes
 
 
-def test_what_the_kernels_cannot_do_is_refused():
+def test_unsupported_inputs_are_refused():
     tensors, rows, columns, _ = inputs(6, width=257, dtype=torch.float32)
     with pytest.raises(KernelError, match=r'at most 256 channels, got query \(4, 6, 6, 257\).*choose impl="chunked"'):
         attention_map(*tensors, rows, columns, impl="triton")
@@ -186,7 +186,7 @@ def test_what_the_kernels_cannot_do_is_refused():
         attention_map(*tensors, rows, columns, impl="triton")
 
 
-def test_a_card_with_too_little_shared_memory_is_named(monkeypatch):
+def test_a_gpu_with_too_little_shared_memory_is_refused(monkeypatch):
     class Kernel:
         def __getitem__(self, grid):
             def launch(**arguments):

@@ -38,7 +38,7 @@ def test_spatial_loss(golden, name, impl):
 
 
 def tapped(golden, impl):
-    """Query, key and the map at the image columns; the question's rows end before `attn_question_end`."""
+    """Query, key and the map at the image columns; the rows of the question end before `attn_question_end`."""
     query, key = golden["attn_q"][None].requires_grad_(), golden["attn_k"][None].requires_grad_()
     start, end = int(golden["attn_img_start"]), int(golden["attn_img_start"] + golden["attn_img_len"])
     place = torch.arange(query.shape[2])[None]

@@ -1,4 +1,4 @@
-"""What the GPU tests allow: three TF32 products pass, one does not."""
+"""The tolerances of the GPU tests: three TF32 products pass, a single one does not."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from tests.unit.kernels.test_attention_map import inputs
 
 
 def tf32(tensor: torch.Tensor) -> torch.Tensor:
-    """Rounded to 10 bits behind the leading one."""
+    """Rounded to 10 bits after the leading one."""
     single = tensor.detach().float().contiguous()
     return ((single.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32).double()
 
 
 def three(tensor: torch.Tensor) -> torch.Tensor:
-    """What the high and the low part hold of it: 21 bits."""
+    """The sum of the high and the low part, which has 21 bits."""
     high = tf32(tensor)
     return high + tf32(tensor.detach().double() - high)
 
@@ -53,8 +53,8 @@ def test_attention_map(width):
         assert (max(errors) <= limit) == passes, errors
 
 
-def test_half_precision_is_allowed_its_roundings_only():
-    """Far below a gradient in which a factor or a term is wrong, and above the roundings that are made."""
+def test_tolerances_of_half_precision_allow_only_rounding():
+    """The tolerance is far below the error of a wrong factor or term, and above the rounding errors."""
     for dtype in (torch.bfloat16, torch.float16):
         unit = tolerances.roundoff(dtype)
         assert 3 * unit < tolerances.similarity(dtype, dtype, (4096, 1024), 0.035)[1] < 5 * unit

@@ -39,7 +39,7 @@ def test_chunked_is_the_reference(tokens, masked, weighted):
     mask = torch.rand(3, tokens, generator=generator) > 0.3 if masked else None
     if mask is not None:
         mask[1] = False  # a sample without tokens
-        mask[2, tokens // 2 :] = False  # a ragged one
+        mask[2, tokens // 2 :] = False  # a partly valid sample
     weight = torch.rand(3, tokens, generator=generator, dtype=torch.float64) if weighted else None
     expected = value_and_gradient("reference", student, teacher, mask, weight)
     found = value_and_gradient("chunked", student, teacher, mask, weight)
@@ -60,7 +60,7 @@ def test_formula_by_hand(impl):
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-def test_masked_tokens_do_not_count_whatever_they_hold(impl):
+def test_values_of_masked_tokens_do_not_matter(impl):
     student, teacher = inputs(2, 9)
     mask = torch.ones(2, 9, dtype=torch.bool)
     mask[:, 6:] = False
@@ -106,7 +106,7 @@ def test_autocast_changes_nothing(impl):
         assert torch.equal(token_similarity(student, teacher, impl=impl), plain)
 
 
-def test_teacher_and_weight_are_constants_and_no_grad_saves_nothing():
+def test_teacher_and_weight_are_constants_and_no_grad_stores_nothing():
     student, teacher = inputs(2, 12)
     teacher.requires_grad_()
     weight = torch.ones(2, 12, dtype=torch.float64, requires_grad=True)

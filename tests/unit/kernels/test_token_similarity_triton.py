@@ -26,7 +26,7 @@ TINY = 1e-9  # absolute, where the exact answer is 0: (1e-7 rounding)^2, with ro
 
 
 def inputs(samples, tokens, width=37, teacher_width=21, seed=0):
-    """In float64, though every number is one of float32."""
+    """Float64 tensors whose values are exact in float32."""
     generator = torch.Generator().manual_seed(seed)
     student = torch.randn(samples, tokens, width, generator=generator)
     teacher = torch.randn(samples, tokens, teacher_width, generator=generator)
@@ -34,7 +34,7 @@ def inputs(samples, tokens, width=37, teacher_width=21, seed=0):
 
 
 def solve(impl, student, teacher, mask=None, weight=None, dtype=torch.float32):
-    """Loss and gradient for an upstream gradient that is neither 1 nor the same for all."""
+    """Loss and gradient for an upstream gradient that is neither 1 nor equal for all samples."""
     student = student.to(dtype).detach().requires_grad_()
     loss = token_similarity(student, teacher.to(dtype), mask, weight, impl=impl)
     upstream = torch.linspace(-1.5, 2, loss.shape[0], dtype=loss.dtype, device=loss.device)
@@ -79,7 +79,7 @@ def test_tokens_of_real_images_on_the_tiles_of_half_precision(tokens, monkeypatc
 
 @pytest.mark.parametrize("ragged", [False, True])
 def test_several_panels_and_groups(ragged, monkeypatch):
-    """300 tokens in three panels, and sample after sample: what thousands of tokens do."""
+    """300 tokens in three panels, one sample per group, as with thousands of tokens."""
     monkeypatch.setattr(triton_launches, "TALLEST_PANEL", 128)
     monkeypatch.setattr(room, "WORKSPACE_ELEMENTS", 1)
     student, teacher = inputs(3, 300, width=5, teacher_width=3)
@@ -90,7 +90,7 @@ def test_several_panels_and_groups(ragged, monkeypatch):
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 300.0])
-def test_float16_with_lengths_far_from_one(scale):
+def test_float16_with_norms_far_from_one(scale):
     """In float16, D (in both terms of the gradient), the gradient, and its product with the upstream are each rounded.
 
     One rounding is at most 2^-11 of an element.
@@ -115,7 +115,7 @@ def test_a_teacher_in_another_type():
     )
 
 
-def test_features_that_do_not_lie_end_to_end():
+def test_features_that_are_not_contiguous():
     student, teacher = inputs(2, 20)
     apart = torch.randn(2, 40, 50)
     apart[:, ::2, 5:42] = student.float()
@@ -124,7 +124,7 @@ def test_features_that_do_not_lie_end_to_end():
     assert_near(found, solve("reference", student, teacher, dtype=torch.float64))
 
 
-def test_masked_tokens_do_not_count_whatever_they_hold():
+def test_values_of_masked_tokens_do_not_matter():
     student, teacher = inputs(2, 80)
     mask = torch.ones(2, 80, dtype=torch.bool)
     mask[:, 70:] = False
@@ -158,7 +158,7 @@ def test_two_runs_are_bit_equal():
         assert torch.equal(one, other)
 
 
-def test_without_gradient_nothing_is_kept():
+def test_without_a_gradient_nothing_is_stored():
     student, teacher = (each.float() for each in inputs(2, 20))
     plain = token_similarity(student.requires_grad_(), teacher, impl="triton")
     with torch.no_grad():
@@ -176,7 +176,7 @@ def test_invariances(tokens, seed):
     length = torch.rand(1, tokens, 1, generator=generator) * 9 + 0.1
     order = torch.randperm(tokens, generator=generator)
     loss, gradient = solve("triton", student, teacher)
-    assert (gradient * student).sum(-1).abs().max() < 1e-6  # turning a token matters, stretching it does not
+    assert (gradient * student).sum(-1).abs().max() < 1e-6  # rotating a token changes the loss, scaling it does not
     assert_near(solve("triton", student @ rotation, teacher), (loss.double(), gradient.double() @ rotation))
     assert_near(solve("triton", student * length, teacher), (loss.double(), gradient.double() / length))
     moved = solve("triton", student[:, order], teacher[:, order])
@@ -191,7 +191,7 @@ def test_memory_is_linear_in_the_tokens(monkeypatch):
         with LargestTensor() as largest:
             solve("triton", student, teacher)
         elements.append(largest.elements)
-        # The interpreter copies tensors byte by byte, so this counts bytes: of a panel, not of N x N numbers.
+        # The interpreter copies tensors byte by byte, so this counts the bytes of a panel, not of an N x N matrix.
         assert largest.elements <= 4 * 128 * tokens
     assert elements[1] <= 2.2 * elements[0]
 
@@ -202,7 +202,7 @@ def test_panels(tokens, count, height):
 
 
 class TestRefusals:
-    """A path asked for by name that cannot run is an error with the remedy."""
+    """A path that is requested by name and cannot run is an error with the remedy."""
 
     def solve(self, dtype=torch.float32):
         return token_similarity(torch.zeros(1, 4, 3, dtype=dtype), torch.zeros(1, 4, 2), impl="triton")
@@ -228,7 +228,7 @@ class TestRefusals:
             ("headers", r"Python's headers are not"),
         ],
     )
-    def test_a_gpu_without_what_triton_builds_with(self, monkeypatch, tmp_path, lacking, reason):
+    def test_a_gpu_without_a_compiler_for_triton(self, monkeypatch, tmp_path, lacking, reason):
         monkeypatch.delenv("TRITON_INTERPRET")
         monkeypatch.delenv("CC", raising=False)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
@@ -251,7 +251,7 @@ class TestRefusals:
 
 @pytest.mark.parametrize(("refusal", "name"), [(None, "triton"), ("the card is too old", "chunked")])
 def test_auto_on_cuda(refusal, name):
-    """Takes the kernel where it can run, else the chunked path, and says why."""
+    """Selects the kernel if it can run, otherwise the chunked path, and logs the reason."""
     seen = []
 
     def available(device, *dtypes):

@@ -15,6 +15,7 @@ from medalign.kernels import gpu
 from medalign.kernels.attention_map import attention_map, chunked, tile_table
 from medalign.kernels.attention_map.arguments import AttentionMapArgs
 from medalign.kernels.attention_map.tile_table import Tiles
+from medalign.kernels.tile_files import write_entry
 
 TOKENS = (576, 1024, 2304, 4096, 16384)  # per image
 SMALL_TOKENS = (40, 70)  # on the CPU, where the kernels are interpreted
@@ -154,7 +155,7 @@ def tuning_entries(device: torch.device) -> Iterator[TuningEntry]:
             use=functools.partial(_use, place),
             step=functools.partial(_step, solved),
             table=tile_table.TABLE,
-            write=functools.partial(tile_table.write, place),
+            write=functools.partial(write_entry, place),
         )
 
 

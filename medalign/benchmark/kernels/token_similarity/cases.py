@@ -13,6 +13,7 @@ from medalign.benchmark.kernels import eager
 from medalign.benchmark.kernels.case import Cost, CostModel, KernelCase, Problem, TuningEntry
 from medalign.benchmark.kernels.token_similarity.binaries import binaries
 from medalign.kernels import gpu
+from medalign.kernels.tile_files import write_entry
 from medalign.kernels.token_similarity import chunked, tile_table, token_similarity, triton, triton_launches
 from medalign.kernels.token_similarity.tile_table import FEW, ODD, SINGLE, Tile
 
@@ -137,7 +138,7 @@ def tuning_entries(device: torch.device) -> Iterator[TuningEntry]:
             use=functools.partial(_use, place),
             step=functools.partial(_step, solved),
             table=tile_table.TABLE,
-            write=functools.partial(tile_table.write, place),
+            write=functools.partial(write_entry, place),
         )
 
 

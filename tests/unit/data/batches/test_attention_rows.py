@@ -65,7 +65,7 @@ def test_padded_and_packed_batches_have_the_rows_of_their_samples():
     assert torch.equal(packed.attention_rows[0], torch.cat(singles))
 
 
-def test_by_default_the_rows_are_the_prompt_s():
+def test_by_default_the_rows_are_those_of_the_prompt():
     batch = collator("prompt")([sample("zone ?", "a : b")])
     assert batch.attention_rows is None and batch.rows is batch.question_mask
 

@@ -86,7 +86,7 @@ def test_an_epoch_of_all_ranks_holds_every_sample_once(kind: str) -> None:
         assert sorted(n for rank in ranks for piece in rank for n in piece) == list(range(128))
 
 
-def test_readers_in_processes_give_the_batches_in_the_order_of_the_draws(shards: Path) -> None:
+def test_reading_processes_return_the_batches_in_order(shards: Path) -> None:
     """Two ranks with real workers read the global batches of one rank without workers."""
     alone = [[key for b in step for key in b.keys] for step in islice(loader(shards, micro_batch=6), 5)]
     for workers in WORKERS:

@@ -212,9 +212,9 @@ def test_large_jpegs_are_decoded_no_larger_than_the_towers_need(tmp_path: Path, 
     index = ShardIndex.open(tmp_path / "out")
     watching = Watching(encoder(), STUDENT, TEACHER)
     next(iter(TrainLoader(index, GlobalOrder(2, 0, shuffle=False), watching, global_batch=2, micro_batch=2)))
-    (jpeg, png), most = seen, 16  # pixels a side of the larger tower
+    (jpeg, png), most = seen, 16  # pixels per side of the larger tower
     assert png == (side, side // 2)
-    assert most <= jpeg[0] < 2 * most or jpeg[0] == -(-side // 8)  # an eighth is the least that JPEG offers
+    assert most <= jpeg[0] < 2 * most or jpeg[0] == -(-side // 8)  # an eighth is the smallest scale of JPEG
     assert jpeg[0] < side
 
 
@@ -251,7 +251,7 @@ def test_bad_sample_gets_the_next_one_and_is_named(shards: Path, workers: int) -
 
 
 def test_too_many_bad_samples_stop_the_run() -> None:
-    check_skip_rate(1, 10, 0.01)  # one of the first hundred is always borne
+    check_skip_rate(1, 10, 0.01)  # one bad sample among the first hundred is always accepted
     check_skip_rate(100, 10_000, 0.01)
     with pytest.raises(DataError, match=r"2 of 10 samples .*max_skip_fraction 0\.01.*the last were a/b: checksum"):
         check_skip_rate(2, 10, 0.01, ["a/b: checksum"])
@@ -269,7 +269,7 @@ def test_shard_lost_while_running_is_named(shards: Path, workers: int) -> None:
         list(islice(ready, 10))
 
 
-def test_nothing_to_substitute(tmp_path: Path) -> None:
+def test_all_samples_bad_is_an_error(tmp_path: Path) -> None:
     write_shards([record(1), record(2)], tmp_path / "two")
     damage(tmp_path / "two", 1, 2)
     with pytest.raises(DataError, match="none of the 2 samples"):
@@ -279,7 +279,7 @@ def test_nothing_to_substitute(tmp_path: Path) -> None:
         list(batches(index, collator(), 2))
 
 
-def test_lost_data_are_not_searched_to_their_end(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_search_for_a_replacement_is_limited(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reader, "MAX_REPLACEMENT_DISTANCE", 3)
     damage(shards, 6, 7, 11, 12, 13)
     order = GlobalOrder(23, 0, shuffle=False)
@@ -296,7 +296,7 @@ def test_truncation_is_counted(tmp_path: Path) -> None:
     assert batch.input_ids.shape[1] == 64
 
 
-def test_evaluation_sees_every_sample_once_in_order(shards: Path) -> None:
+def test_evaluation_uses_every_sample_once_in_order(shards: Path) -> None:
     index, left = ShardIndex.open(shards), collator(None, padding_side="left", with_answer=False)
     seen = list(batches(index, left, 4))
     assert [len(samples) for samples, _ in seen] == [4, 4, 4, 4, 4, 3]
@@ -307,7 +307,7 @@ def test_evaluation_sees_every_sample_once_in_order(shards: Path) -> None:
     assert list(batches(index, left, 2, [])) == []
 
 
-def test_evaluation_reports_what_it_leaves_out(shards: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_evaluation_reports_skipped_samples(shards: Path, caplog: pytest.LogCaptureFixture) -> None:
     damage(shards, 2, 21, 22)
     seen = list(batches(ShardIndex.open(shards), collator(), 5))
     assert sum(len(samples) for samples, _ in seen) == 20
@@ -324,8 +324,8 @@ def test_jpeg_and_gray_reach_both_towers_as_rgb(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
-def test_held_out_samples_come_once_however_many_ranks_share_them(shards: Path, world: int) -> None:
-    """The micro-batches are those of one rank; a rank without one left gets a batch without weight."""
+def test_held_out_samples_are_used_once_with_any_number_of_ranks(shards: Path, world: int) -> None:
+    """The micro-batches are those of one rank; a rank without any left gets a batch with weight 0."""
     index = ShardIndex.open(shards)
     ranks = [ValidationLoader(index, collator(), micro_batch=3, rank=rank, world=world) for rank in range(world)]
     whole = list(ValidationLoader(index, collator(), micro_batch=3))

@@ -85,9 +85,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> ShardIndex:
 
 @pytest.mark.parametrize("make", [plain, two_folders, grouped])
 @pytest.mark.parametrize("workers", [0, 1])
-def test_the_first_batch_comes_as_fast_at_a_far_step(
-    large: ShardIndex, make: Callable[[], Order], workers: int
-) -> None:
+def test_the_first_batch_is_as_fast_at_a_far_step(large: ShardIndex, make: Callable[[], Order], workers: int) -> None:
     def seconds(step: int) -> float:
         begun = time.perf_counter()
         order = make()

@@ -80,7 +80,7 @@ def test_round_trip(tmp_path: Path) -> None:
     assert found[0]["1.jpg"].size == (41, 26)
 
 
-def test_a_sample_of_one_image_is_listed_as_ever(tmp_path: Path) -> None:
+def test_the_row_of_a_sample_with_one_image_is_unchanged(tmp_path: Path) -> None:
     pack(tmp_path, record(1))
     with tarfile.open(tmp_path / "shard-000000.tar") as tar:
         members = {info.name.partition(".")[2]: info for info in tar}
@@ -138,7 +138,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("reason", BROKEN)
-def test_broken_ones_are_refused_and_named(tmp_path: Path, reason: str) -> None:
+def test_broken_images_are_refused_by_name(tmp_path: Path, reason: str) -> None:
     result = write_shards([record(0), Record("x", BROKEN[reason], record(1).fields)], tmp_path / "out")
     (line,) = result.refused
     assert line.startswith(f"x: {reason}")
@@ -150,7 +150,7 @@ def test_broken_images_in_tars_from_other_tools(tmp_path: Path) -> None:
     (line,) = build_index(tar_of(tmp_path / "a", png=picture(1), **{"1_jpg": cut[:20]})).refused
     assert line.startswith("a.tar/a: image 2 of 2: image cannot be decoded")
     folder = tar_of(tmp_path / "b", png=picture(1), **{"1_jpg": cut[:-2000], "2_png": picture(2)})
-    assert build_index(folder).written == 1  # only the headers are read there
+    assert build_index(folder).written == 1  # indexing reads only the headers
     with pytest.raises(BadSample, match=r"^b/a\.tar/a: image 2 of 3: image cannot be decoded \(image file is trunc"):
         ShardIndex.open(folder).read(0)
 
@@ -180,9 +180,7 @@ def fake_row(number: int, count: int, draw: np.random.Generator) -> dict:
 
 @settings(max_examples=40, deadline=None)
 @given(counts=st.lists(st.integers(0, 5) | st.just(MAX_IMAGES), min_size=1, max_size=30), chunk=st.integers(1, 9))
-def test_the_table_says_what_the_text_says(
-    tmp_path_factory: pytest.TempPathFactory, counts: list[int], chunk: int
-) -> None:
+def test_the_table_equals_the_text(tmp_path_factory: pytest.TempPathFactory, counts: list[int], chunk: int) -> None:
     folder = tmp_path_factory.mktemp("index")
     rows = [fake_row(number, count, np.random.default_rng(number)) for number, count in enumerate(counts)]
     header = {"format": "medalign-index", "version": 1, "samples": len(rows)}
@@ -249,7 +247,7 @@ def test_the_file_of_an_earlier_version_is_rebuilt(mapped: ShardIndex, tmp_path:
     assert path.read_bytes() == now
 
 
-def test_neighbors_are_read_at_once_and_only_what_is_asked_for(mapped: ShardIndex) -> None:
+def test_neighbors_share_a_read_and_nothing_else_is_read(mapped: ShardIndex) -> None:
     from medalign.data.shards.index import _spans
 
     assert [len(_spans(mapped._members(i, (IMAGE, JSON)))) for i in range(9)] == [1] * 9
@@ -288,13 +286,13 @@ def test_a_batch_of_none_to_three_images(tmp_path: Path) -> None:
     assert batch.image_weight.tolist() == [1] * 6
     assert batch.student_pixels.shape == (6, 3, 12, 12)
     assert batch.teacher_pixels.shape == (6, 3, 16, 16)
-    # Nine tokens an image, numbered through the batch, each image's together and in order.
+    # Nine tokens per image. Images are numbered through the batch; the tokens of an image are together and in order.
     for row, mine in enumerate(([], [0], [1, 2], [3, 4, 5])):
         found = batch.image_index[row]
         assert found[found >= 0].tolist() == [number for number in mine for _ in range(9)]
     assert not batch.question_mask[0].any()
     after_images = (batch.image_index >= 0).long().cumsum(1) == (batch.image_index >= 0).sum(1, keepdim=True)
     assert not (batch.question_mask & ~after_images).any()
-    # 30 x 10 shows in the middle row of 3 x 3 patches, 10 x 30 in the middle column, 12 x 12 in all of them.
+    # A 30 x 10 image covers the middle row of the 3 x 3 patches, 10 x 30 the middle column, and 12 x 12 all of them.
     row, column, whole = [0, 0, 0, 1, 1, 1, 0, 0, 0], [0, 1, 0] * 3, [1] * 9
     assert batch.patch_valid.long().tolist() == [row, column, row, whole, column, row]

@@ -29,7 +29,7 @@ def test_a_mixture_has_exactly_its_shares_in_every_round() -> None:
     assert not np.array_equal(numbers[0], numbers[1])
 
 
-def test_each_data_set_of_a_mixture_goes_through_its_own_epochs() -> None:
+def test_each_data_set_of_a_mixture_has_its_own_epochs() -> None:
     numbers = at(mixture(), 0, 2 * ROUND)
     for first, size in ((0, 50), (50, 7), (57, 300)):
         mine = numbers[(numbers >= first) & (numbers < first + size)]
@@ -40,17 +40,17 @@ def test_each_data_set_of_a_mixture_goes_through_its_own_epochs() -> None:
 
 @settings(max_examples=30)
 @given(start=st.integers(0, 3 * ROUND), count=st.integers(0, 300))
-def test_any_stretch_of_a_mixture_equals_the_whole(start: int, count: int) -> None:
+def test_any_range_of_a_mixture_equals_the_whole(start: int, count: int) -> None:
     assert np.array_equal(at(mixture(), start, count), at(mixture(), 0, start + count)[start:])
 
 
-def test_weights_that_cannot_be() -> None:
+def test_invalid_weights_are_refused() -> None:
     orders = [GlobalOrder(3, 0), GlobalOrder(4, 0, stream=1)]
     with pytest.raises(ConfigError, match="1 values for 2 folders"):
         Mixture(orders, [1.0], 0)
     with pytest.raises(ConfigError, match="must be above 0"):
         Mixture(orders, [1.0, 0.0], 0)
-    assert len(set(at(Mixture(orders, [1e-9, 1.0], 0), 0, ROUND).tolist()) & {0, 1, 2}) == 1  # at least one place
+    assert len(set(at(Mixture(orders, [1e-9, 1.0], 0), 0, ROUND).tolist()) & {0, 1, 2}) == 1  # at least one position
 
 
 @given(

@@ -31,12 +31,12 @@ def test_each_epoch_has_every_sample_once(size: int, seed: int) -> None:
     micro=st.integers(1, 9),
     step=st.integers(0, 10**9),
 )
-def test_ranks_together_hold_the_global_batch(world: int, size: int, micro: int, step: int) -> None:
+def test_the_ranks_together_have_the_global_batch(world: int, size: int, micro: int, step: int) -> None:
     plan = StepPlan(size, micro, world)
     pieces = [plan.micro_batches(step, rank) for rank in range(world)]
     positions = [position for mine in pieces for piece in mine for position in piece]
     assert positions == list(range(step * size, (step + 1) * size))
-    assert {len(mine) for mine in pieces} == {plan.accumulation}  # every rank takes as many steps
+    assert {len(mine) for mine in pieces} == {plan.accumulation}  # every rank has the same number of micro-batches
     assert max(len(piece) for mine in pieces for piece in mine) <= micro
     assert plan.accumulation == math.ceil(math.ceil(size / world) / micro)  # and no more than needed
 
@@ -49,14 +49,14 @@ def test_even_batches_are_cut_evenly() -> None:
     ]
 
 
-def test_seeds_and_epochs_differ_and_order_can_be_plain() -> None:
+def test_seeds_and_epochs_differ_and_shuffling_can_be_off() -> None:
     order = GlobalOrder(50, 1)
     assert not np.array_equal(order.epoch(0), order.epoch(1))
     assert not np.array_equal(order.epoch(0), GlobalOrder(50, 2).epoch(0))
     assert GlobalOrder(3, 0, shuffle=False).take(2, 5).tolist() == [2, 0, 1, 2, 0]
 
 
-def test_settings_that_cannot_be() -> None:
+def test_invalid_settings_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"global batch 10, micro-batch 0 and ranks 3 must be at least 1"):
         StepPlan(10, 0, 3)
     with pytest.raises(ConfigError, match="contain 3 samples, not 4"):
@@ -92,7 +92,7 @@ def test_blocks_of_shards(shards: list[int], seed: int, block: int, start: int, 
     fresh = GlobalOrder(size, seed, shards=shards, block=block)
     assert np.array_equal(fresh.take(start, count), order.take(0, start + count)[start:])
     owner = np.repeat(np.arange(len(shards)), shards)
-    for epoch in epochs:  # a shard's samples lie within one block, so close together
+    for epoch in epochs:  # the samples of a shard are in one block, so they are close together
         for shard in range(len(shards)):
             places = np.flatnonzero(owner[epoch] == shard)
             if len(places):

@@ -35,15 +35,15 @@ def jpeg(width: int, height: int) -> bytes:
     ("size", "at_least", "decoded"),
     [((1600, 1200), 336, (400, 300)), ((1600, 1200), 900, (1600, 1200)), ((1600, 1200), 0, (1600, 1200))],
 )
-def test_a_film_far_larger_than_needed_is_decoded_smaller(size, at_least, decoded) -> None:
+def test_a_film_far_larger_than_needed_is_decoded_at_reduced_scale(size, at_least, decoded) -> None:
     image = decode_image(jpeg(*size), at_least)
     assert image.size == decoded
     small = np.asarray(image.resize((84, 63)), dtype=float)
     whole = np.asarray(Image.fromarray(smooth(*size)).resize((84, 63)), dtype=float)
-    assert np.abs(small - whole).max() < 4  # gray levels: JPEG's own error and two ways to shrink a smooth picture
+    assert np.abs(small - whole).max() < 4  # gray levels: the error of JPEG, and two ways to reduce a smooth image
 
 
-def test_boxes_shrink_with_the_picture(tmp_path: Path) -> None:
+def test_boxes_are_scaled_with_the_image(tmp_path: Path) -> None:
     fields = record(1, boxes=[[160, 120, 800, 600]]).fields
     write_shards([Record("j", images(jpeg(1600, 1200)), fields)], tmp_path / "out")
     index = ShardIndex.open(tmp_path / "out")
@@ -53,9 +53,9 @@ def test_boxes_shrink_with_the_picture(tmp_path: Path) -> None:
     assert small.boxes == ((40, 30, 200, 150),)
 
 
-def test_deep_gray_is_windowed_not_ruled_by_single_pixels() -> None:
+def test_deep_gray_is_windowed_without_outliers() -> None:
     deep = np.linspace(1000, 3000, 10_000).reshape(100, 100).astype(np.uint16)
-    deep[0, 0] = 65_535  # a marker, as scanners burn them in
+    deep[0, 0] = 65_535  # a burned-in marker, as scanners write it
     buffer = io.BytesIO()
     Image.fromarray(deep).save(buffer, "PNG")
     gray = np.asarray(decode_image(buffer.getvalue()))
@@ -71,7 +71,7 @@ def test_deep_gray_is_windowed_not_ruled_by_single_pixels() -> None:
 RAMP = np.tile(np.arange(0, 4000, 40), (20, 1))
 
 
-def test_dicom_is_shown_through_its_window() -> None:
+def test_dicom_is_displayed_with_its_window() -> None:
     plain = np.asarray(dicom.decode(study(RAMP)))
     assert (plain[0, 0], plain[0, -1]) == (0, 255)
     windowed = np.asarray(dicom.decode(study(RAMP, WindowCenter=1000, WindowWidth=1000)))[0]
@@ -83,7 +83,7 @@ def test_dicom_is_shown_through_its_window() -> None:
     assert abs(int(np.asarray(dicom.decode(hounsfield))[0, 25]) - 128) <= 1  # 2 x 1000 - 1000
 
 
-def test_dicom_in_a_tar_is_read_and_its_names_stay_behind(tmp_path: Path) -> None:
+def test_dicom_in_a_tar_is_read_without_its_names(tmp_path: Path) -> None:
     data = study(RAMP)
     assert picture_header(data) == ("dcm", 100, 20)
     with webdataset.TarWriter(str(tmp_path / "a.tar")) as tar:

@@ -88,18 +88,18 @@ def test_color_is_converted_once(name: str) -> None:
     image = decode_image(file_of(files()[name]))
     assert (image.mode, image.size) == ("RGB", (64, 32))
     pixels = np.asarray(image).astype(int)
-    assert np.abs(pixels[:, 4:24] - RED).max() <= TOLERANCE  # edges aside, where chroma is shared
+    assert np.abs(pixels[:, 4:24] - RED).max() <= TOLERANCE  # without the edges, where chroma is shared
     assert np.abs(pixels[:, 40:60] - BLUE).max() <= TOLERANCE
 
 
-def test_color_by_run_lengths() -> None:
+def test_color_compressed_by_run_lengths() -> None:
     one = data_set(ybr(HALVES), PhotometricInterpretation="YBR_FULL")
     one.compress(RLELossless, generate_instance_uid=False)
     assert np.abs(np.asarray(decode_image(file_of(one))).astype(int)[:, 40:] - BLUE).max() <= TOLERANCE
 
 
 @pytest.mark.parametrize("bits", [10, 12, 16])
-def test_deep_color_is_scaled_not_wrapped(bits: int) -> None:
+def test_deep_color_is_scaled_and_does_not_wrap(bits: int) -> None:
     top = 2**bits - 1
     deep = np.rint(HALVES / 255 * top).astype(np.uint16)
     tags = {"BitsAllocated": 16, "BitsStored": bits, "HighBit": bits - 1}
@@ -128,7 +128,7 @@ ENTRIES = np.stack([255 - COUNT, 0 * COUNT, COUNT], -1)
         (ENTRIES.astype(np.uint8), 8),
         (ENTRIES.astype(np.uint16) * 257, 16),
         (ENTRIES.astype(np.uint16), 8),  # in 16 bits each
-        (ENTRIES.astype(np.uint16), 16),  # and called so
+        (ENTRIES.astype(np.uint16), 16),  # and declared as 16 bits
     ],
 )
 @pytest.mark.parametrize("first", [0, 700])
@@ -212,7 +212,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("reason", REFUSED)
-def test_what_is_not_known_is_refused_by_name(reason: str) -> None:
+def test_unknown_values_are_refused_by_name(reason: str) -> None:
     with pytest.raises(BadSample, match=reason):
         decode_image(REFUSED[reason])
 

@@ -78,7 +78,7 @@ def test_the_first_of_several_windows_is_taken() -> None:
 
 
 @pytest.mark.parametrize("empty", [{"WindowCenter": None, "WindowWidth": None}, {"VOILUTSequence": []}])
-def test_an_empty_window_is_none(empty: dict[str, Any]) -> None:
+def test_an_empty_window_is_ignored(empty: dict[str, Any]) -> None:
     assert np.array_equal(shown(study(RAMP, **empty)), shown(study(RAMP)))
 
 
@@ -94,7 +94,7 @@ def test_an_empty_window_is_none(empty: dict[str, Any]) -> None:
         ({"WindowWidth": 9, "PresentationLUTShape": "LIN OD"}, "shape LIN OD"),
     ],
 )
-def test_windows_that_mean_nothing_are_refused(tags: dict[str, Any], reason: str) -> None:
+def test_invalid_windows_are_refused(tags: dict[str, Any], reason: str) -> None:
     with pytest.raises(BadSample, match=reason):
         decode_image(study(RAMP, WindowCenter=1000, **tags))
 
@@ -113,7 +113,7 @@ def test_rescaling_signs_and_inversion() -> None:
     for inverse in ({"PhotometricInterpretation": "MONOCHROME1"}, {"PresentationLUTShape": "INVERSE"}):
         assert np.array_equal(shown(study(RAMP, **inverse)), 255 - plain)
     both = study(RAMP, PhotometricInterpretation="MONOCHROME1", PresentationLUTShape="INVERSE")
-    assert np.array_equal(shown(both), 255 - plain)  # the two say the same, PS3.3 C.8.11.1
+    assert np.array_equal(shown(both), 255 - plain)  # the two tags mean the same, PS3.3 C.8.11.1
 
 
 def table(entries: np.ndarray, first: int, bits: int, vr: str) -> Dataset:
@@ -139,7 +139,7 @@ def test_lookup_tables_of_modality_and_display(vr: str, bits: int) -> None:
 
 
 def test_a_table_of_8_bits_and_more_entries_than_levels() -> None:
-    entries = (np.arange(4096) // 16).astype(np.uint16)  # pydicom wraps the positions in it at 256
+    entries = (np.arange(4096) // 16).astype(np.uint16)  # pydicom wraps the indices at 256
     found = shown(study(RAMP, VOILUTSequence=[table(entries, 0, 8, "US")]))
     assert np.array_equal(found, RAMP // 16)
 
@@ -151,7 +151,7 @@ def test_a_table_may_begin_below_zero() -> None:
     assert np.abs(found - RAMP * 16 / 65_535 * 255).max() <= 0.5
 
 
-def test_a_table_that_does_not_hold_what_it_says_is_refused() -> None:
+def test_a_table_that_contradicts_its_descriptor_is_refused() -> None:
     for item in (table(np.arange(300, dtype=np.uint16), 0, 8, "US"), table(np.arange(9, dtype=np.uint16), 0, 20, "US")):
         with pytest.raises(BadSample, match="its lookup table has"):
             decode_image(study(RAMP, VOILUTSequence=[item]))
@@ -189,19 +189,19 @@ PADDING: dict[str, tuple[int, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("inverse", [False, True])
 @pytest.mark.parametrize("kind", PADDING)
-def test_padding_is_black_and_leaves_the_picture_as_it_is(kind: str, inverse: bool) -> None:
+def test_padding_is_black_and_does_not_change_the_image(kind: str, inverse: bool) -> None:
     padding, tags = PADDING[kind]
     turned = {"PhotometricInterpretation": "MONOCHROME1"} if inverse else {}
     within = {name: value for name, value in tags.items() if "Padding" not in name}
     one = data_set(padded(INNER, padding), **within, **turned)
     for name in tags.keys() - within.keys():
-        one.add_new(name, "SS" if tags[name] < 0 else "US", tags[name])  # as a writer of explicit types may put it
+        one.add_new(name, "SS" if tags[name] < 0 else "US", tags[name])  # as a writer with explicit VRs may store it
     found = shown(one)
     assert (found[:, :8] == 0).all() and (found[:, -8:] == 0).all()
     assert np.array_equal(found[:, 8:-8], shown(study(INNER, **within, **turned)))
 
 
-def test_padding_of_8_bits_takes_no_white_with_it() -> None:
+def test_padding_of_8_bits_does_not_include_white() -> None:
     values = np.tile(np.arange(256), (2, 1))
     tags = {"BitsAllocated": 8, "BitsStored": 8, "HighBit": 7, "PixelData": values.astype(np.uint8).tobytes()}
     one = data_set(values, **tags)
@@ -209,16 +209,16 @@ def test_padding_of_8_bits_takes_no_white_with_it() -> None:
     assert np.array_equal(shown(one), values)
 
 
-def test_nothing_but_padding_is_black() -> None:
+def test_an_image_of_padding_only_is_black() -> None:
     assert (shown(study(np.full((4, 4), 7), PixelPaddingValue=7)) == 0).all()
 
 
-def test_bits_that_are_not_in_use_are_left_out() -> None:
+def test_unused_bits_are_ignored() -> None:
     dirty = RAMP | 0xA000
     assert np.array_equal(shown(study(dirty)), shown(study(RAMP)))
 
 
-def test_float_pixels_and_those_that_are_not_numbers() -> None:
+def test_float_pixels_and_pixels_that_are_not_finite() -> None:
     values = np.linspace(-1, 1, 64, dtype=np.float32).reshape(8, 8)
     one = data_set(values, BitsAllocated=32)
     del one.PixelData, one.BitsStored, one.HighBit, one.PixelRepresentation
@@ -234,7 +234,7 @@ def test_float_pixels_and_those_that_are_not_numbers() -> None:
     assert (found[3, 4], found[5, 5], found.max(), found[0, 1]) == (0, 0, 255, round(255 / 63))
 
 
-def test_an_even_picture_and_one_bit() -> None:
+def test_a_uniform_image_and_one_bit() -> None:
     assert np.ptp(shown(study(np.full((4, 4), 900)))) == 0
     bits = np.array([[0, 1, 1, 0, 1, 0, 0, 1]])
     packed = np.packbits(bits.astype(np.uint8), bitorder="little").tobytes() + b"\0"
@@ -268,7 +268,7 @@ def test_files_without_preamble_or_transfer_syntax_are_read() -> None:
 
 
 @pytest.mark.parametrize("cut", [150, 400, 1000, -900, -1])
-def test_cut_files_are_bad_samples(cut: int) -> None:
+def test_truncated_files_are_bad_samples(cut: int) -> None:
     with pytest.raises(BadSample, match="image cannot be decoded"):
         decode_image(study(RAMP)[:cut])
 
@@ -308,7 +308,7 @@ DISAGREEING = {
 
 
 @pytest.mark.parametrize("reason", DISAGREEING)
-def test_tags_that_the_pixels_do_not_agree_with_are_refused(reason: str) -> None:
+def test_tags_that_contradict_the_pixels_are_refused(reason: str) -> None:
     with pytest.raises(BadSample, match=reason):
         decode_image(file_of(DISAGREEING[reason]))
 

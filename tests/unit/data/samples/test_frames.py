@@ -57,8 +57,8 @@ def test_packing_counts_them(tmp_path: Path, capsys: pytest.CaptureFixture[str],
         workers,
     ]
     assert main(["shards", "jsonl", *words]) == 0
-    told = f"{SEVERAL_FRAMES}: 6 times"
-    assert [line for line in capsys.readouterr().err.splitlines() if "frames" in line] == [told]
+    message = f"{SEVERAL_FRAMES}: 6 times"
+    assert [line for line in capsys.readouterr().err.splitlines() if "frames" in line] == [message]
     report = json.loads((tmp_path / "out" / "conversion.json").read_text(encoding="utf-8"))
     assert report["notes"] == {SEVERAL_FRAMES: 6}
     index = ShardIndex.open(tmp_path / "out" / "train")
@@ -75,7 +75,7 @@ def raw(films: list[np.ndarray], **tags: object) -> bytes:
     return study(films[0], PixelData=np.stack(films).astype(np.uint16).tobytes(), **tags)
 
 
-ODD = [np.full((3, 5), level, np.uint8) for level in (10, 120)]  # 15 bytes each, and no zero between them
+ODD = [np.full((3, 5), level, np.uint8) for level in (10, 120)]  # 15 bytes each, without padding between them
 BYTES = {"BitsAllocated": 8, "BitsStored": 8, "HighBit": 7}
 
 
@@ -109,8 +109,8 @@ def test_indexing_counts_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "frames" not in capsys.readouterr().err
 
 
-def test_answering_says_it_too(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_answering_also_reports_them(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "film.tif").write_bytes(stack("TIFF"))
-    with pytest.raises(MedAlignError):  # there is no run; images are read before any model
+    with pytest.raises(MedAlignError):  # there is no run, but images are read before any model
         generate(tmp_path / "none", [tmp_path / "film.tif"], "clear ?", None, 4)
     assert f"--image {tmp_path / 'film.tif'} has several frames; only the first is used" in caplog.text

@@ -17,7 +17,7 @@ from medalign.data.samples.decode import FORMATS, decode_image, decode_mask, has
 from medalign.data.samples.sample import BadSample
 
 ROOT = Path(__file__).parents[4]
-RAMP = np.tile(np.arange(256), (4, 1))  # all levels, twice as wide as high enough for percentiles
+RAMP = np.tile(np.arange(256), (4, 1))  # all levels; enough pixels for percentiles
 COLORS = np.stack([RAMP, 255 - RAMP, RAMP // 2], -1).astype(np.uint8)
 
 
@@ -94,14 +94,14 @@ TRANSPARENT: dict[str, tuple[bytes, np.ndarray]] = {
 
 
 @pytest.mark.parametrize("kind", TRANSPARENT)
-def test_what_is_transparent_is_shown_on_white(kind: str) -> None:
+def test_transparent_pixels_are_shown_on_white(kind: str) -> None:
     data, wanted = TRANSPARENT[kind]
     assert np.abs(pixels(data) - wanted).max() <= (1 if kind == "partly" else 0)  # a level, of 8-bit blending
 
 
 def test_one_transparent_level_of_deep_gray() -> None:
     deep = RAMP * 100 + 5000
-    data = png(np.where(RAMP == 255, 0, deep), 16, 0, (b"tRNS", b"\0\0"))  # 0 is the transparent one
+    data = png(np.where(RAMP == 255, 0, deep), 16, 0, (b"tRNS", b"\0\0"))  # 0 is transparent
     shown = pixels(data)
     assert (shown[:, 255] == 255).all()
     assert shown[0, 0] == 0 and abs(shown[0, 127] - 128) <= 1  # spread over what is visible
@@ -179,7 +179,7 @@ def test_colors_of_every_kind(kind: str) -> None:
         (tiff(WIDE.astype(np.float64)), "none of the supported formats"),
     ],
 )
-def test_pixels_that_would_come_out_wrong_are_refused(data: bytes, reason: str) -> None:
+def test_pixels_that_would_be_decoded_incorrectly_are_refused(data: bytes, reason: str) -> None:
     for read in (decode_image, picture_header):
         with pytest.raises(BadSample, match=reason):
             read(data)
@@ -217,7 +217,7 @@ def test_no_program_is_started_for_postscript(monkeypatch: pytest.MonkeyPatch) -
                 read(data)
 
 
-def test_images_are_opened_by_a_list_of_formats_everywhere() -> None:
+def test_all_code_opens_images_with_the_list_of_formats() -> None:
     calls = [
         (path.name, call)
         for folder in ("medalign", "tools")
@@ -228,7 +228,7 @@ def test_images_are_opened_by_a_list_of_formats_everywhere() -> None:
     assert [name for name, call in calls if "formats=" not in call] == []
 
 
-def test_bombs_are_refused() -> None:
+def test_decompression_bombs_are_refused() -> None:
     huge = png(np.zeros((1, 1)), 8, 0).replace(struct.pack(">II", 1, 1), struct.pack(">II", 40_000, 40_000))
     bomb = huge[:29] + struct.pack(">I", zlib.crc32(huge[12:29])) + huge[33:]
     for read in (decode_image, picture_header):

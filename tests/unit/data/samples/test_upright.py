@@ -70,7 +70,7 @@ def chunk(kind: bytes, content: bytes) -> bytes:
     return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
 
-def test_a_png_may_keep_its_orientation_behind_its_pixels() -> None:
+def test_a_png_may_store_its_orientation_after_its_pixels() -> None:
     plain = encode(ramps(), "PNG")
     end = plain.rindex(b"IEND") - 4
     exif = Image.Exif()
@@ -80,7 +80,7 @@ def test_a_png_may_keep_its_orientation_behind_its_pixels() -> None:
     assert picture_header(data) == ("png", 48, 96)
 
 
-def test_orientation_may_stand_in_xmp_alone() -> None:
+def test_the_orientation_may_be_in_xmp_only() -> None:
     packet = b'<x:xmpmeta><rdf:Description tiff:Orientation="8"/></x:xmpmeta>'
     for way, name in {"TIFF": "tif", "WEBP": "webp"}.items():
         image, buffer = Image.fromarray(ramps()), io.BytesIO()
@@ -92,7 +92,7 @@ def test_orientation_may_stand_in_xmp_alone() -> None:
 @pytest.mark.parametrize(
     "exif", [b"Exif\0\0", b"Exif\0\0nonsense", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0MM\0*\0\0"]
 )
-def test_exif_that_cannot_be_read_says_nothing(exif: bytes) -> None:
+def test_unreadable_exif_data_is_ignored(exif: bytes) -> None:
     buffer = io.BytesIO()
     Image.fromarray(ramps()).save(buffer, "JPEG", exif=b"Exif\0\0" + exif)
     assert decode_image(buffer.getvalue()).size == (96, 48)
@@ -100,11 +100,11 @@ def test_exif_that_cannot_be_read_says_nothing(exif: bytes) -> None:
 
 
 @pytest.mark.parametrize("orientation", [0, 9, 65_535])
-def test_orientations_that_do_not_exist_turn_nothing(orientation: int) -> None:
+def test_invalid_orientations_are_ignored(orientation: int) -> None:
     assert decode_image(encode(ramps(), "JPEG", orientation)).size == (96, 48)
 
 
-def test_a_film_decoded_smaller_is_upright_and_its_boxes_with_it(tmp_path: Path) -> None:
+def test_a_film_decoded_at_reduced_scale_is_upright_with_its_boxes(tmp_path: Path) -> None:
     data = encode(ramps(1600, 1200), "JPEG", 6)
     fields = record(1, boxes=[[160, 120, 800, 1600]]).fields  # inside 1200 x 1600, outside as stored
     write_shards([Record("j", images(data), fields)], tmp_path / "out")
@@ -119,7 +119,7 @@ def test_a_film_decoded_smaller_is_upright_and_its_boxes_with_it(tmp_path: Path)
 def test_masks_and_boxes_are_those_of_the_upright_image(tmp_path: Path) -> None:
     photo, mask = encode(ramps(), "JPEG", 6), encode(np.eye(96, 48, dtype=np.uint8), "PNG")
     fields = record(1, boxes=[[10, 60, 30, 90]]).fields
-    turned = encode(np.eye(96, 48, dtype=np.uint8).T[:, ::-1], "PNG", 8)  # upright it is the same
+    turned = encode(np.eye(96, 48, dtype=np.uint8).T[:, ::-1], "PNG", 8)  # the same when upright
     records = [Record("a", images(photo), fields, mask), Record("b", images(photo), fields, turned)]
     as_stored = encode(np.eye(48, 96, dtype=np.uint8), "PNG")
     report = write_shards([*records, Record("c", images(photo), fields, as_stored)], tmp_path / "out")
@@ -133,7 +133,7 @@ def test_masks_and_boxes_are_those_of_the_upright_image(tmp_path: Path) -> None:
     assert ShardIndex.open(tmp_path / "out").size(0) == (48, 96)
 
 
-def test_an_index_of_images_as_stored_is_noticed(tmp_path: Path) -> None:
+def test_an_index_with_sizes_before_rotation_is_refused(tmp_path: Path) -> None:
     photo = encode(ramps(), "JPEG", 6)
     write_shards([Record("a", images(photo), record(1, boxes=[]).fields)], tmp_path / "out")
     path = tmp_path / "out" / "index.jsonl"

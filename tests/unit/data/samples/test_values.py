@@ -78,9 +78,9 @@ ANNOTATIONS = {
 
 
 @pytest.fixture(scope="module")
-def doors(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
+def refused_by(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
     """The reason of each refused annotation by its index, for packing and for indexing."""
-    folder = tmp_path_factory.mktemp("doors")
+    folder = tmp_path_factory.mktemp("refused")
     (folder / "lines").mkdir()
     (folder / "lines/film.png").write_bytes(FILM)
     lines = [f'{{"id": "k{i:02d}", "image": "film.png", {text[1:]}\n' for i, text in enumerate(ANNOTATIONS)]
@@ -104,15 +104,15 @@ def doors(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]
 
 
 @pytest.mark.parametrize("number", range(len(ANNOTATIONS)))
-def test_both_doors_refuse_the_same(doors: dict[str, dict[str, str]], number: int) -> None:
+def test_packing_and_indexing_refuse_the_same(refused_by: dict[str, dict[str, str]], number: int) -> None:
     reason = list(ANNOTATIONS.values())[number]
-    for door, refused in doors.items():
-        said = refused.get(f"k{number:02d}")
-        assert (said is None) == (reason is None), (door, said)
-        assert reason is None or reason in str(said), (door, said)
+    for way, refused in refused_by.items():
+        found = refused.get(f"k{number:02d}")
+        assert (found is None) == (reason is None), (way, found)
+        assert reason is None or reason in str(found), (way, found)
 
 
-def test_the_place_of_an_image_is_taken_out_of_a_question(tmp_path: Path) -> None:
+def test_image_tags_are_removed_from_a_question(tmp_path: Path) -> None:
     texts = {"a": {**record(1).fields, "boxes": [], "question": "<image>\nis it clear ?"}}
     texts["b"] = {"task": "report", "report": "Clear.", "question": "<image>"}
     members = [
@@ -132,22 +132,22 @@ def test_messages_are_one_short_line(tmp_path: Path) -> None:
     members = [m for key, text in texts.items() for m in (file(f"{key}.png", FILM), file(f"{key}.json", text))]
     report, _ = indexed(write(tmp_path / "a.tar", *members, file("p.png", pointer), file("p.json", ANNOTATION)))
     ends = "k" * 60
-    told = "a Git LFS pointer; fetch the file itself with `git lfs pull`"
+    message = "a Git LFS pointer; fetch the file itself with `git lfs pull`"
     assert report.refused[0].startswith(r"a.tar/a\nb: key 'a\nb' must have")
     assert report.refused[1].startswith(f"a.tar/{ends}...{ends}: key 'kkk")
     assert report.refused[2].startswith("a.tar/box: box [1, 2, 1000")
-    assert report.refused[3:] == (f"a.tar/pointer: annotation is {told}", f"a.tar/p: image is {told}")
+    assert report.refused[3:] == (f"a.tar/pointer: annotation is {message}", f"a.tar/p: image is {message}")
     assert all("\n" not in line and len(line) < 320 for line in report.refused)
 
 
-def test_an_answer_type_in_capitals_is_read_alike(tmp_path: Path) -> None:
+def test_an_answer_type_in_capitals_is_accepted(tmp_path: Path) -> None:
     text = json.dumps({**record(1).fields, "boxes": [], "answer_type": " CLOSED"}).encode()
     build_index(write(tmp_path / "a.tar", file("a.png", FILM), file("a.json", text)))
     index = ShardIndex.open(tmp_path)
     assert (index.answer_type(0), index.read(0).answer_type) == ("closed", "closed")
 
 
-def test_masks_are_checked_at_both_doors(tmp_path: Path) -> None:
+def test_masks_are_checked_when_packing_and_indexing(tmp_path: Path) -> None:
     small = [*sample("a"), file("a.mask.png", picture(1, 5, 5))]
     film = [*sample("b"), file("b.mask.png", picture(1, kind="jpg"))]
     alone = [file("c.json", ANNOTATION), file("c.mask.png", FILM)]
@@ -160,7 +160,7 @@ def test_masks_are_checked_at_both_doors(tmp_path: Path) -> None:
     )
 
 
-def test_annotations_that_no_parser_takes(tmp_path: Path) -> None:
+def test_annotations_that_cannot_be_parsed(tmp_path: Path) -> None:
     texts = {
         "deep": b"[" * 100_000 + b"]" * 100_000,
         "blank": b" \n",
@@ -173,12 +173,12 @@ def test_annotations_that_no_parser_takes(tmp_path: Path) -> None:
     ]
     report, images = indexed(write(tmp_path / "a.tar", *members, *sample("z")))
     assert images == {"z": 1}
-    said = dict(line.split(": ", 1) for line in report.refused)
-    assert said["a.tar/deep"] == "annotation is not readable JSON (it is nested too deep)"
-    assert said["a.tar/blank"] == "annotation is empty"
-    assert said["a.tar/list"] == "annotation is a JSON list, not an object"
-    assert said["a.tar/twice"] == "field 'answer' occurs twice in one object; keep one of them"
-    assert said["a.tar/latin"].startswith("annotation is not JSON ('utf-8' codec can't decode")
+    found = dict(line.split(": ", 1) for line in report.refused)
+    assert found["a.tar/deep"] == "annotation is not readable JSON (it is nested too deep)"
+    assert found["a.tar/blank"] == "annotation is empty"
+    assert found["a.tar/list"] == "annotation is a JSON list, not an object"
+    assert found["a.tar/twice"] == "field 'answer' occurs twice in one object; keep one of them"
+    assert found["a.tar/latin"].startswith("annotation is not JSON ('utf-8' codec can't decode")
 
 
 def test_a_sample_that_an_older_index_lists_is_refused_when_it_is_read(

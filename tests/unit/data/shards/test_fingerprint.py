@@ -19,7 +19,7 @@ def packed(folder, count=23, size=7, **changes):
     return folder
 
 
-def test_it_moves_with_its_folder_and_outlives_its_index(tmp_path):
+def test_it_survives_moving_the_folder_and_rebuilding_the_index(tmp_path):
     folder = packed(tmp_path / "a")
     before = fingerprint(folder)
     assert before[0].startswith("23 samples in 4 shards of ")
@@ -30,7 +30,7 @@ def test_it_moves_with_its_folder_and_outlives_its_index(tmp_path):
     assert fingerprint(moved) == before
 
 
-def test_other_data_have_another(tmp_path):
+def test_different_data_have_different_fingerprints(tmp_path):
     base = packed(tmp_path / "base")
     others = {
         "fewer": packed(tmp_path / "fewer", count=22),
@@ -42,7 +42,7 @@ def test_other_data_have_another(tmp_path):
     assert fingerprint(base, others["fewer"]) != fingerprint(others["fewer"], base)
 
 
-def test_a_mapped_index_has_the_same(tmp_path, monkeypatch):
+def test_a_mapped_index_has_the_same_fingerprint(tmp_path, monkeypatch):
     folder = packed(tmp_path / "a")
     before = fingerprint(folder)
     monkeypatch.setattr(table_reader, "LARGE", 5)

@@ -67,7 +67,7 @@ def test_webdataset_reads_the_shards(shards: Path) -> None:
     assert samples[1]["png"] == picture(1)
 
 
-def test_bytes_depend_on_the_records_alone(tmp_path: Path) -> None:
+def test_bytes_depend_only_on_the_records(tmp_path: Path) -> None:
     for name in ("a", "b"):
         write_shards((record(i) for i in range(5)), tmp_path / name, samples_per_shard=2)
     names = sorted(p.name for p in (tmp_path / "a").iterdir())
@@ -117,7 +117,7 @@ def test_refused_by_name(tmp_path: Path, reason: str) -> None:
     assert ShardIndex.open(tmp_path / "out").keys == ["s000", "s002"]
 
 
-def test_refused_of_a_source_are_listed_too(tmp_path: Path) -> None:
+def test_records_refused_by_the_source_are_also_listed(tmp_path: Path) -> None:
     result = write_shards([Refused("line 3", "not JSON"), record(0)], tmp_path / "out")
     assert result.refused == ("line 3: not JSON",)
 
@@ -147,7 +147,7 @@ def test_full_disk_leaves_nothing_behind(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_old_shard_folder_is_replaced_and_any_other_left_alone(tmp_path: Path) -> None:
+def test_a_shard_folder_is_replaced_and_any_other_folder_is_not_touched(tmp_path: Path) -> None:
     write_shards([record(i) for i in range(4)], tmp_path / "out", samples_per_shard=1)
     with pytest.raises(DataError):
         write_shards([], tmp_path / "out")
@@ -171,7 +171,7 @@ def test_several_folders_and_pickle(tmp_path: Path, shards: Path) -> None:
     index = ShardIndex.open([shards, str(tmp_path / "more")])
     assert len(index) == 24
     assert index.read(23).shard == "more/shard-000000.tar"
-    copy = pickle.loads(pickle.dumps(index))  # noqa: S301  # bytes made one line above
+    copy = pickle.loads(pickle.dumps(index))  # noqa: S301  # bytes from the line above
     assert copy.keys == index.keys
     assert copy.read(22).question == index.read(22).question
     assert copy.read(20).images == ()
@@ -218,7 +218,7 @@ def test_bytes_damaged_after_packing(shards: Path) -> None:
     assert index.read(2).key == "s002"
 
 
-def test_a_shard_that_vanishes_or_shrinks_is_no_mere_bad_sample(shards: Path) -> None:
+def test_a_shard_that_vanishes_or_shrinks_is_an_error_of_the_data_set(shards: Path) -> None:
     index = ShardIndex.open(shards, StorageOptions(retries=1, pause=0.01))
     (shards / "shard-000002.tar").unlink()
     with pytest.raises(DataError, match=r"shard-000002\.tar cannot be read") as caught:
@@ -324,7 +324,7 @@ def test_taken_keys(keys: list[str], recent: int) -> None:
             expected.add(key)
 
 
-def test_packing_and_joining_hold_no_rows(tmp_path: Path) -> None:
+def test_packing_and_joining_keep_no_rows_in_memory(tmp_path: Path) -> None:
     """Many rows take less memory than a tenth of them would take as dictionaries."""
     count, place = 40_000, [512, 20480, 305419896]
     row = {"task": "vqa", "answer_type": "", "width": 512, "height": 384, "text": [31, 3], "members": {"json": place}}
@@ -345,7 +345,7 @@ def test_packing_and_joining_hold_no_rows(tmp_path: Path) -> None:
     assert sorted(path.name for path in out.iterdir()) == ["index.jsonl", "shard-000000.tar", "shard-000001.tar"]
 
 
-def test_an_index_that_cannot_be_finished_leaves_the_older_one(shards: Path) -> None:
+def test_an_index_that_cannot_be_finished_keeps_the_older_one(shards: Path) -> None:
     before = (shards / "index.jsonl").read_bytes()
     (shards / "shard-000003.tar").write_bytes(b"not a tar at all" * 64)
     with pytest.raises(DataError, match="is not a readable tar"):
@@ -357,7 +357,7 @@ def test_an_index_that_cannot_be_finished_leaves_the_older_one(shards: Path) -> 
 def test_a_truncated_image_in_a_tar_from_another_tool_is_found_when_read(tmp_path: Path) -> None:
     with webdataset.TarWriter(str(tmp_path / "a.tar")) as tar:
         tar.write({"__key__": "cut", "jpg": picture(3, 90, 90, "jpg")[:-2000], "json": record(3).fields})
-    assert build_index(tmp_path).written == 1  # only the picture's header is read there
+    assert build_index(tmp_path).written == 1  # indexing reads only the header of the image
     with pytest.raises(BadSample, match=r"a\.tar/cut: image cannot be decoded \(image file is truncated"):
         ShardIndex.open(tmp_path).read(0)
 
@@ -380,7 +380,7 @@ def test_an_index_that_does_not_match_its_shards(shards: Path) -> None:
     moved = [json.loads(line) for line in lines]
     moved[2]["members"], moved[3]["members"] = moved[3]["members"], moved[2]["members"]
     moved[4]["members"]["png"][2] ^= 1
-    del moved[0]["checksum"]  # it would tell at once
+    del moved[0]["checksum"]  # it would reveal the damage first
     (shards / "index.jsonl").write_text("\n".join(map(json.dumps, moved)) + "\n")
     index = ShardIndex.open(shards)
     with pytest.raises(BadSample, match="s003: checksum"):
@@ -426,7 +426,7 @@ def test_a_large_index_is_mapped_and_rebuilt_when_the_text_changes(
     assert len(pickle.dumps(index)) < 2000  # the rows stay in the file
     assert copy.read(29).question == index.read(29).question
 
-    write_shards([record(i) for i in range(40, 65)], folder, samples_per_shard=7)  # index.bin is not a foreign file
+    write_shards([record(i) for i in range(40, 65)], folder, samples_per_shard=7)  # index.bin belongs to the shards
     assert ShardIndex.open(folder).keys[0] == "s040"
     (folder / "index.bin").write_bytes(b"cut")
     assert ShardIndex.open(folder).read(3).key == "s043"
@@ -439,7 +439,9 @@ def test_a_large_index_is_mapped_and_rebuilt_when_the_text_changes(
 
 
 @pytest.mark.parametrize("large", [False, True])
-def test_rows_that_the_header_was_not_written_for(shards: Path, monkeypatch: pytest.MonkeyPatch, large: bool) -> None:
+def test_rows_that_do_not_match_the_header_are_refused(
+    shards: Path, monkeypatch: pytest.MonkeyPatch, large: bool
+) -> None:
     if large:
         monkeypatch.setattr(table_reader, "LARGE", 20)
     path = shards / "index.jsonl"
@@ -455,7 +457,7 @@ def test_rows_that_the_header_was_not_written_for(shards: Path, monkeypatch: pyt
     assert (shards / "index.bin").exists() == large
 
 
-def test_two_nodes_may_make_the_mapped_form_at_once(
+def test_two_nodes_may_build_the_mapped_table_at_the_same_time(
     shards: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(table_reader, "LARGE", 20)
@@ -465,7 +467,7 @@ def test_two_nodes_may_make_the_mapped_form_at_once(
 
     def slow(*arguments):
         monkeypatch.setattr(mapped_table, "pack", pack)
-        table_reader.read_table(shards)  # another node's process of the same number, meanwhile
+        table_reader.read_table(shards)  # in the meantime, a process of another node with the same id
         return pack(*arguments)
 
     monkeypatch.setattr(mapped_table, "pack", slow)

@@ -23,7 +23,7 @@ from tests.unit.data.tiny_data import picture
 
 
 @pytest.mark.parametrize("ending", ["png", "PNG", "jpg", "Jpeg", "jpe", "jfif", "0.jpg"])
-def test_endings_of_images(tmp_path: Path, ending: str) -> None:
+def test_extensions_of_images(tmp_path: Path, ending: str) -> None:
     report, images = indexed(write(tmp_path / "a.tar", *sample("a", ending)))
     assert (images, report.refused, report.ignored) == ({"a": 1}, (), ())
 
@@ -92,7 +92,7 @@ LINKS = {
 
 
 @pytest.mark.parametrize("reason", LINKS)
-def test_links_that_lead_nowhere(tmp_path: Path, reason: str) -> None:
+def test_links_without_a_target(tmp_path: Path, reason: str) -> None:
     report, images = indexed(write(tmp_path / "a.tar", *LINKS[reason], file("a.json", ANNOTATION), *sample("z")))
     assert images == {"z": 1}
     (line,) = report.refused
@@ -115,7 +115,7 @@ def test_members_without_bytes(tmp_path: Path, reason: str) -> None:
     assert report.refused[0].startswith(f"a.tar/a: member a.png {reason}")
 
 
-def test_members_of_a_sample_may_stand_anywhere(tmp_path: Path) -> None:
+def test_members_of_a_sample_may_be_anywhere_in_the_tar(tmp_path: Path) -> None:
     sorted_ones = [member for i in range(5) for member in sample(f"k{i}", seed=i)]
     for name, order in {"kinds": (*range(0, 10, 2), *range(1, 10, 2)), "mixed": (1, 3, 0, 2, 5, 7, 9, 8, 6, 4)}.items():
         report, images = indexed(write(tmp_path / name / "a.tar", *[sorted_ones[i] for i in order]))
@@ -134,7 +134,7 @@ def test_long_names_and_further_headers(tmp_path: Path, format: int) -> None:
     assert (images, report.refused) == ({key: 1}, ())
 
 
-def test_a_key_that_is_there_twice(tmp_path: Path) -> None:
+def test_a_key_that_occurs_twice(tmp_path: Path) -> None:
     whole, more = [*sample("a", seed=1), *sample("a", seed=2)], sample("b")
     report, images = indexed(write(tmp_path / "whole/a.tar", *whole, *more))
     assert images == {"a": 1, "b": 1}
@@ -142,8 +142,21 @@ def test_a_key_that_is_there_twice(tmp_path: Path) -> None:
     assert ShardIndex.open(tmp_path / "whole").read(0).images[0].tobytes() == decode_image(picture(1)).tobytes()
     open_pairs = [
         [whole[0], whole[2], whole[1]],  # two images, one annotation
-        [whole[0], more[0], whole[2], whole[1], more[1], whole[3]],  # sorted by kind: whose annotation is whose?
-        [whole[1], more[0], whole[0], more[1], whole[3]],  # the annotation for itself would be a question without image
+        [
+            whole[0],
+            more[0],
+            whole[2],
+            whole[1],
+            more[1],
+            whole[3],
+        ],  # sorted by kind: it is ambiguous which annotation belongs to which image
+        [
+            whole[1],
+            more[0],
+            whole[0],
+            more[1],
+            whole[3],
+        ],  # without its image, the annotation would be a question without an image
     ]
     for number, members in enumerate(open_pairs):
         report, images = indexed(write(tmp_path / f"{number}/a.tar", *members, *sample("c")))
@@ -173,7 +186,7 @@ def test_images_that_lost_their_annotation(tmp_path: Path, image: str) -> None:
 
 
 @pytest.mark.parametrize("names", [("images", "labels"), ("texts", "films")])
-def test_images_and_annotations_in_tars_of_their_own(tmp_path: Path, names: tuple[str, str]) -> None:
+def test_images_and_annotations_in_separate_tars(tmp_path: Path, names: tuple[str, str]) -> None:
     contents = {
         "images": ("png", FILM),
         "films": ("png", FILM),
@@ -206,7 +219,7 @@ def test_dots_in_names(tmp_path: Path) -> None:
     assert "replace the dots" in line
 
 
-def test_a_number_behind_a_point_is_no_second_image_of_another_sample(tmp_path: Path) -> None:
+def test_a_number_after_a_dot_is_not_an_image_of_another_sample(tmp_path: Path) -> None:
     report, images = indexed(write(tmp_path / "a.tar", *sample("1"), *sample("1.1"), *sample("b")))
     assert images == {"b": 1}
     assert report.refused[0].startswith("a.tar: 4 files are not used")
@@ -263,7 +276,7 @@ def test_damaged_tars(tmp_path: Path, whole: bytes) -> None:
     overwritten = whole[:second] + b"x" * 512 + whole[second + 512 :]
     assert f"there are {size - second} bytes that belong to no member" in said_of(tmp_path, overwritten)
     assert f"{size - end} bytes of zeros and then 7 bytes" in said_of(tmp_path, whole + b"garbage")
-    joined = whole[: end + 512] + whole  # where no archive begins that a tar fills up to whole records
+    joined = whole[: end + 512] + whole  # no archive begins here, because tars are padded to full records
     assert f"there are 512 bytes of zeros and then {size} bytes" in said_of(tmp_path, joined)
 
     between = said_of(tmp_path, whole[:end])
@@ -276,7 +289,7 @@ def test_damaged_tars(tmp_path: Path, whole: bytes) -> None:
         assert "a.tar is damaged" in said_of(tmp_path, whole[:byte])
 
 
-def test_an_end_that_is_short_but_whole(tmp_path: Path, whole: bytes) -> None:
+def test_a_short_but_complete_end(tmp_path: Path, whole: bytes) -> None:
     with tarfile.open(tmp_path / "whole/a.tar") as tar:
         last = tar.getmembers()[-1]
     end = last.offset_data + 512 * -(-last.size // 512)
@@ -285,7 +298,7 @@ def test_an_end_that_is_short_but_whole(tmp_path: Path, whole: bytes) -> None:
         assert indexed(tmp_path)[1] == {"k0": 1, "k1": 1, "k2": 1}
 
 
-def test_a_header_of_negative_size_does_not_run_in_a_circle(tmp_path: Path) -> None:
+def test_a_header_with_a_negative_size_causes_no_endless_loop(tmp_path: Path) -> None:
     info, _ = file("a.png")
     info.size = -1024
     header = info.tobuf(tarfile.GNU_FORMAT)
@@ -305,13 +318,13 @@ COMPRESSED = {
 
 
 @pytest.mark.parametrize("remedy", COMPRESSED)
-def test_what_else_is_named_tar(tmp_path: Path, whole: bytes, remedy: str) -> None:
+def test_files_named_tar_that_are_not_tars(tmp_path: Path, whole: bytes, remedy: str) -> None:
     (tmp_path / "a.tar").write_bytes(COMPRESSED[remedy](whole))
     with pytest.raises(DataError, match=rf"a\.tar is {remedy}"):
         build_index(tmp_path)
 
 
-def test_folders_without_tars_say_what_they_hold(tmp_path: Path) -> None:
+def test_folders_without_tars_are_described(tmp_path: Path) -> None:
     def said() -> str:
         with pytest.raises(DataError) as caught:
             build_index(tmp_path / "f")
@@ -349,12 +362,12 @@ def test_an_index_without_a_sample_is_an_error(tmp_path: Path, caplog: pytest.Lo
     assert [path.name for path in sorted(tmp_path.glob("*/index.jsonl"))] == ["index.jsonl"]
     assert (tmp_path / "good/index.jsonl").is_file()
     with IndexFile(tmp_path / "bad"):
-        pass  # as an older version has left it
+        pass  # as written by an older version
     with pytest.raises(DataError, match=r"shard folder .*bad contains no sample"):
         ShardIndex.open([tmp_path / "good", tmp_path / "bad"])
 
 
-def test_images_are_counted_out_loud(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_samples_without_an_image_are_counted_in_the_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = [file(f"t{i}.json", ANNOTATION) for i in range(3)]
     for name, members in {"all": sample("a"), "some": [*sample("a"), *text], "none": text}.items():
         write(tmp_path / name / "a.tar", *members)

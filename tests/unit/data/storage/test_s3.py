@@ -39,7 +39,7 @@ class Asked(NamedTuple):
 
 
 class Server:
-    """moto's S3. Notes every request; of those for tars every second fails, `troubles` in all, three ways."""
+    """moto's S3. Records every request; every second request for a tar fails, `troubles` in total, in three ways."""
 
     def __init__(self) -> None:
         logging.getLogger("werkzeug").setLevel(logging.ERROR)
@@ -63,7 +63,7 @@ class Server:
             return [SLOW_DOWN]
         data = b"".join(self._moto(environ, start))
         if trouble == 1:
-            environ["werkzeug.socket"].shutdown(2)  # before a single byte
+            environ["werkzeug.socket"].shutdown(2)  # before the first byte
         return [data if trouble is None else data[: len(data) // 2]]  # the connection ends in the middle
 
     def _trouble(self) -> int | None:
@@ -149,26 +149,28 @@ def test_a_bucket_gives_the_same_samples_by_ranges(shards: Path, s3: Server, buc
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_batches_from_a_bad_bucket_are_those_from_the_disk(shards: Path, s3: Server, bucket: str, workers: int) -> None:
+def test_batches_from_an_unreliable_bucket_equal_those_from_disk(
+    shards: Path, s3: Server, bucket: str, workers: int
+) -> None:
     remote = ShardIndex.open(bucket, StorageOptions(retries=9, pause=0.01))
     assert remote.read(0).key == "s000"  # workers then come from a process with open connections
-    s3.troubles = 9  # even if all of them hit one read, its last try succeeds
+    s3.troubles = 9  # even if all of them affect one read, its last attempt succeeds
     far = TrainLoader(remote, GlobalOrder(23, 3), collator(), global_batch=6, micro_batch=3, workers=workers)
     for one, two in islice(zip(loader(shards), far, strict=False), 5):
         for a, b in zip(one, two, strict=True):
             assert_same(a, b)
     assert s3.troubles == 0
-    assert remote.read(1).key == "s001"  # and leave these as they were
+    assert remote.read(1).key == "s001"  # which the workers did not close
 
 
-def test_reads_ahead_share_one_client(s3: Server, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prefetches_share_one_client(s3: Server, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     remote = ShardIndex.open(bucket, QUICK)
     opened = []
     open_system = byte_ranges.open_system
 
     def slow(place: str, connections: int) -> object:
         opened.append(connections)
-        time.sleep(0.1)  # long enough for all of them to come
+        time.sleep(0.1)  # long enough for all of them to arrive
         return open_system(place, connections)
 
     monkeypatch.setattr(byte_ranges, "open_system", slow)
@@ -178,7 +180,7 @@ def test_reads_ahead_share_one_client(s3: Server, bucket: str, monkeypatch: pyte
     assert len(s3.tars()) == 12
 
 
-def test_each_try_is_one_request(s3: Server, bucket: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_each_attempt_is_one_request(s3: Server, bucket: str, caplog: pytest.LogCaptureFixture) -> None:
     remote = ShardIndex.open(bucket, StorageOptions(retries=2, pause=0.01))
     s3.down = True
     with pytest.raises(DataError, match=rf"{bucket}/shard-000000.tar cannot be read after 3 tries: .*reduce your"):
@@ -199,7 +201,7 @@ def test_what_is_missing_is_named(shards: Path, s3: Server, bucket: str) -> None
         ShardIndex.open("s3://nobucket/train", access)
 
 
-def test_only_the_right_credentials_read(s3: Server, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_valid_credentials_can_read(s3: Server, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     iam = boto3.client("iam")
     iam.create_user(UserName="reader")
     iam.put_user_policy(UserName="reader", PolicyName="read", PolicyDocument=READ_ALL)
@@ -207,7 +209,7 @@ def test_only_the_right_credentials_read(s3: Server, bucket: str, monkeypatch: p
     s3.require_credentials(True)
     access = StorageOptions(retries=1, pause=0.01)
     refused = r"films/chest/train/\S+ cannot be read after 2 tries: .*credentials .*AWS_ACCESS_KEY_ID"
-    with pytest.raises(DataError, match=refused):  # nobody's
+    with pytest.raises(DataError, match=refused):  # credentials that do not exist
         ShardIndex.open(bucket, access)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", key["AccessKeyId"])
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", key["SecretAccessKey"])
@@ -222,8 +224,8 @@ def test_only_the_right_credentials_read(s3: Server, bucket: str, monkeypatch: p
         ShardIndex.open(bucket, access).read(1)
 
 
-def test_a_server_that_is_not_there_is_named(s3: Server, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")  # nothing listens there
+def test_an_unreachable_server_is_named(s3: Server, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")  # no server listens there
     began = time.monotonic()
     with pytest.raises(DataError, match=r"s3://films/\S+ .*3 tries: .*http://127\.0\.0\.1:1/.*AWS_ENDPOINT_URL"):
         ShardIndex.open(bucket, StorageOptions(retries=2, pause=0.01))
@@ -233,7 +235,7 @@ def test_a_server_that_is_not_there_is_named(s3: Server, bucket: str, monkeypatc
         ShardIndex.open(bucket, QUICK)
 
 
-def test_with_the_cache_a_second_reading_asks_for_no_shard(s3: Server, bucket: str, tmp_path: Path) -> None:
+def test_with_the_cache_a_second_pass_requests_no_shard(s3: Server, bucket: str, tmp_path: Path) -> None:
     access = StorageOptions(pause=0.01, cache=tmp_path / "cache", cache_bytes=1 << 20)
     first = ShardIndex.open(bucket, access)
     read = [first.read(i).answer for i in range(len(first))]
@@ -241,8 +243,11 @@ def test_with_the_cache_a_second_reading_asks_for_no_shard(s3: Server, bucket: s
     s3.asked.clear()
     again = ShardIndex.open(bucket, access)
     assert [again.read(i).answer for i in range(len(again))] == read
-    last = (tmp_path / "train" / "index.jsonl").stat().st_size - 1  # it is shorter than what is compared
-    assert s3.asked == [Asked("HEAD", "index.jsonl", None), Asked("GET", "index.jsonl", f"bytes=0-{last}")]  # changed?
+    last = (tmp_path / "train" / "index.jsonl").stat().st_size - 1  # the file is shorter than the part that is compared
+    assert s3.asked == [
+        Asked("HEAD", "index.jsonl", None),
+        Asked("GET", "index.jsonl", f"bytes=0-{last}"),
+    ]  # checks whether it changed
 
 
 def test_a_rewritten_index_of_the_same_size_is_noticed(shards: Path, s3: Server, bucket: str) -> None:

@@ -44,7 +44,7 @@ class Server(ThreadingHTTPServer):
     troubles = 0
     asked = 0
     ranges = True
-    lengths = True  # whether it tells how long a file is
+    lengths = True  # whether it reports the length of a file
 
     def __init__(self, folder: Path) -> None:
         self.log: list[tuple[str, str | None]] = []  # path and range of each answered request
@@ -80,7 +80,7 @@ class _Handler(SimpleHTTPRequestHandler):
         if trouble == 0:
             return self.send_error(503)
         if trouble == 1:
-            return self.connection.close()  # before a single byte
+            return self.connection.close()  # before the first byte
         self.send_response(206 if match and self.server.ranges else 200)
         if self.server.lengths:
             self.send_header("Content-Length", str(len(data) if trouble != 3 else len(data) // 2))
@@ -144,17 +144,19 @@ def test_all_images_of_a_sample_come_in_one_request(shards: Path, server: Server
     remote.prefetch([0, 1, 2])
     same_samples(remote, ShardIndex.open(shards.parent / "several"))
     assert [len(remote.read(i).images) for i in range(3)] == [3, 0, 12]
-    assert len([name for name, _ in server.log if name.endswith(".tar")]) == 6  # three samples, ahead and again
+    assert (
+        len([name for name, _ in server.log if name.endswith(".tar")]) == 6
+    )  # three samples, prefetched and read again
 
 
-def test_an_index_is_fetched_again_only_where_it_changed(shards: Path, server: Server) -> None:
+def test_an_index_is_fetched_again_only_if_it_changed(shards: Path, server: Server) -> None:
     def asked() -> list[str | None]:
         found = [wanted for name, wanted in server.log if name == "index.jsonl"]
         server.log.clear()
         return found
 
     size = (shards / "index.jsonl").stat().st_size
-    beginning = f"bytes=0-{size - 1}"  # the whole file is shorter than what is compared
+    beginning = f"bytes=0-{size - 1}"  # the file is shorter than the part that is compared
     first = ShardIndex.open(f"{server.address}/train", QUICK)
     assert asked() == [None]
     assert ShardIndex.open(f"{server.address}/train", QUICK).keys == first.keys
@@ -189,7 +191,7 @@ def test_an_index_without_checksum_is_fetched_by_its_size(
         ShardIndex.open(f"{server.address}/train", QUICK)
 
 
-def test_dropped_connections_are_tried_again(shards: Path, server: Server) -> None:
+def test_dropped_connections_are_retried(shards: Path, server: Server) -> None:
     remote = ShardIndex.open(f"{server.address}/train", QUICK)
     server.troubles = 16
     same_samples(remote, ShardIndex.open(shards))
@@ -197,9 +199,9 @@ def test_dropped_connections_are_tried_again(shards: Path, server: Server) -> No
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_batches_from_a_bad_network_are_those_from_the_disk(shards: Path, server: Server, workers: int) -> None:
+def test_batches_over_an_unreliable_network_equal_those_from_disk(shards: Path, server: Server, workers: int) -> None:
     remote = ShardIndex.open(f"{server.address}/train", StorageOptions(retries=8, pause=0.01))
-    server.troubles = 8  # even if all of them hit one read, its last try succeeds
+    server.troubles = 8  # even if all of them affect one read, its last attempt succeeds
     far = TrainLoader(remote, GlobalOrder(23, 3), collator(), global_batch=6, micro_batch=3, workers=workers)
     for one, two in islice(zip(loader(shards), far, strict=False), 5):
         for a, b in zip(one, two, strict=True):
@@ -224,7 +226,7 @@ def test_a_shard_that_comes_back_in_time_is_read(shards: Path) -> None:
     assert index.read(1).key == "s001"
 
 
-def test_read_ahead_begins_before_it_is_asked_for(server: Server) -> None:
+def test_prefetching_starts_before_the_read(server: Server) -> None:
     remote = ShardIndex.open(f"{server.address}/train", QUICK)
     remote.prefetch([1, 2, 3])
     deadline = time.monotonic() + 30
@@ -232,17 +234,17 @@ def test_read_ahead_begins_before_it_is_asked_for(server: Server) -> None:
         assert time.monotonic() < deadline, "nothing was asked for before it was read"
         time.sleep(0.005)
     assert [remote.read(i).key for i in (1, 2, 3)] == ["s001", "s002", "s003"]
-    assert server.tars == 3  # what came ahead is not fetched again
+    assert server.tars == 3  # prefetched ranges are not fetched again
     assert pickle.loads(pickle.dumps(remote)).read(4).key == "s004"  # noqa: S301  # bytes made on this line
 
 
-def test_the_next_micro_batch_is_read_ahead(server: Server) -> None:
+def test_the_next_micro_batch_is_prefetched(server: Server) -> None:
     """The next micro-batch of a worker is prefetched before the current batch is returned."""
     remote = ShardIndex.open(f"{server.address}/train", QUICK)
     far = TrainLoader(remote, GlobalOrder(23, 3), collator(), global_batch=6, micro_batch=3)
     next(iter(far))
     deadline = time.monotonic() + 30
-    while server.tars < 9:  # two micro-batches, and the one after them
+    while server.tars < 9:  # two micro-batches and the next one
         assert time.monotonic() < deadline, f"{server.tars} requests"
         time.sleep(0.005)
     assert server.tars == 9
@@ -258,7 +260,7 @@ def _read_in_a_child(remote: ShardIndex) -> None:
 
 
 @pytest.mark.timeout(60)  # a parent whose connection was closed by its child waits for five minutes
-def test_a_forked_reader_leaves_its_parents_connections_alone(shards: Path, server: Server) -> None:
+def test_a_forked_reader_does_not_close_its_parents_connections(shards: Path, server: Server) -> None:
     server.RequestHandlerClass = functools.partial(_Lasting, directory=str(shards.parent))
     remote = ShardIndex.open(f"{server.address}/train", QUICK)
     assert remote.read(1).key == "s001"
@@ -269,7 +271,7 @@ def test_a_forked_reader_leaves_its_parents_connections_alone(shards: Path, serv
     assert remote.read(3).key == "s003"
 
 
-def test_the_cache_serves_a_second_epoch_within_its_bound(shards: Path, server: Server, tmp_path: Path) -> None:
+def test_the_cache_serves_a_second_epoch_within_its_limit(shards: Path, server: Server, tmp_path: Path) -> None:
     bound = 12_000
     remote = ShardIndex.open(
         f"{server.address}/train", StorageOptions(pause=0.01, cache=tmp_path / "c", cache_bytes=bound)
@@ -285,7 +287,7 @@ def test_the_cache_serves_a_second_epoch_within_its_bound(shards: Path, server: 
         assert sum(p.stat().st_size for p in (tmp_path / "c" / "ranges").glob("*.range")) <= bound
 
 
-def test_the_cache_lets_the_oldest_go(tmp_path: Path) -> None:
+def test_the_cache_evicts_the_least_recently_used(tmp_path: Path) -> None:
     cache = RangeCache(tmp_path, 100)
     for number, name in enumerate("abcd"):
         cache.put(name, name.encode() * 25)
@@ -297,7 +299,7 @@ def test_the_cache_lets_the_oldest_go(tmp_path: Path) -> None:
     assert cache.get("f") is None
 
 
-def test_a_cache_of_damaged_or_outdated_ranges_makes_no_sample_bad(
+def test_damaged_or_outdated_ranges_in_the_cache_make_no_sample_bad(
     shards: Path, server: Server, tmp_path: Path
 ) -> None:
     def reading() -> int:
@@ -322,7 +324,7 @@ def kept(folder: Path) -> int:
     return sum(path.stat().st_size for path in (folder / "ranges").iterdir() if path.name not in (".lock", ".bytes"))
 
 
-def test_what_is_killed_while_it_writes_is_neither_lost_nor_beyond_the_bound(tmp_path: Path) -> None:
+def test_a_process_killed_while_writing_does_not_exceed_the_limit(tmp_path: Path) -> None:
     def killed(number: int) -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Path, "replace", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
@@ -338,7 +340,7 @@ def test_what_is_killed_while_it_writes_is_neither_lost_nor_beyond_the_bound(tmp
     assert RangeCache(tmp_path, 100).get("whole4") == b"w" * 30
 
 
-def test_processes_share_the_bound(tmp_path: Path) -> None:
+def test_processes_share_the_limit(tmp_path: Path) -> None:
     def fill(process: int) -> None:
         cache = RangeCache(tmp_path, 1000)
         for number in range(60):
@@ -349,7 +351,7 @@ def test_processes_share_the_bound(tmp_path: Path) -> None:
         child.start()
     seen = []
     while any(child.is_alive() for child in children) or not seen:
-        with RangeCache(tmp_path, 1000)._locked():  # nothing comes or goes while it is counted
+        with RangeCache(tmp_path, 1000)._locked():  # nothing is added or removed while the bytes are counted
             seen.append(kept(tmp_path))
     assert [child.exitcode for child in children] == [0] * 4
     assert max(seen) <= 1000
@@ -357,7 +359,7 @@ def test_processes_share_the_bound(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(60)  # the lock would be held until the child ends
-def test_a_child_forked_meanwhile_does_not_keep_the_lock(tmp_path: Path) -> None:
+def test_a_child_forked_in_between_does_not_keep_the_lock(tmp_path: Path) -> None:
     cache = RangeCache(tmp_path, 100)
     with cache._locked():
         child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(300,))
@@ -381,7 +383,7 @@ def test_a_full_disk_suspends_caching_and_is_logged_once(
     assert len(list((tmp_path / "c" / "ranges").glob("*.range"))) == 1
 
 
-def test_an_index_that_cannot_be_kept_is_named_with_the_folder(
+def test_an_index_that_cannot_be_stored_is_named_with_its_folder(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").touch()
@@ -390,14 +392,16 @@ def test_an_index_that_cannot_be_kept_is_named_with_the_folder(
         ShardIndex.open(f"{server.address}/train", QUICK)
 
 
-def test_nodes_that_fetch_one_index_into_one_home_do_not_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nodes_that_fetch_one_index_into_one_folder_do_not_collide(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     memory, target, whole = fsspec.filesystem("memory"), tmp_path / "index.jsonl", b"x" * 100
     memory.pipe("/nodes/index.jsonl", whole)
     remote, get_file = byte_ranges.RemoteStorage(QUICK), type(memory).get_file
 
     def slow(*arguments: object) -> None:
         monkeypatch.setattr(type(memory), "get_file", get_file)
-        remote.copy("memory://nodes/index.jsonl", target)  # another node's process of the same number, meanwhile
+        remote.copy("memory://nodes/index.jsonl", target)  # in the meantime, a process of another node with the same id
         get_file(*arguments)
 
     monkeypatch.setattr(type(memory), "get_file", slow)
@@ -406,7 +410,7 @@ def test_nodes_that_fetch_one_index_into_one_home_do_not_meet(tmp_path: Path, mo
     assert list(tmp_path.iterdir()) == [target]
 
 
-def test_the_processes_of_a_node_take_turns(tmp_path: Path) -> None:
+def test_the_processes_of_a_node_wait_for_one_another(tmp_path: Path) -> None:
     """Processes wait while one of them fetches or maps the index for all."""
     inside = multiprocessing.get_context("fork").Event()
 
