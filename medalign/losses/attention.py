@@ -74,8 +74,7 @@ def attention_kl(
         ValueError: `normalize` is unknown, or a shape or dtype does not match.
     """
     _validate(student_map, teacher_map, mask, normalize)
-    both_double = student_map.dtype == teacher_map.dtype == torch.float64
-    dtype = torch.float64 if both_double else torch.float32
+    dtype = torch.float64 if student_map.dtype == teacher_map.dtype == torch.float64 else torch.float32
     student_BN, teacher_BN = student_map.to(dtype), teacher_map.detach().to(dtype)
     valid_BN = torch.ones_like(student_BN, dtype=torch.bool) if mask is None else mask
     student_BN, teacher_BN = student_BN.masked_fill(~valid_BN, 0), teacher_BN.masked_fill(~valid_BN, 0)

@@ -18,7 +18,7 @@ affects all of them:
 At 512 pixels the results must be bit-identical, otherwise the run stops. At 2,500 pixels the largest and the mean
 difference in gray levels are recorded. `at_most` is an upper bound for any reader of these bytes with this decoder: the
 ratio if medalign took only as long as decoding at an eighth of the scale, which reads every code and computes almost no
-pixels. Memory and resume are measured on a synthetic index. All of its rows point into one real shard.
+pixels. Memory and resume of a large index are measured by `tools.benchmarks.large_index`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ import json
 import os
 import platform
 import shlex
-import subprocess
 import sys
 import tempfile
 import time
@@ -45,11 +44,11 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from medalign.data.order.order import GlobalOrder
-from medalign.data.shards import listing, mapped_table, table_reader
 from medalign.data.shards.index import ShardIndex
 from medalign.data.shards.records import Picture, Record
 from medalign.data.shards.writer import write_shards
 from medalign.geometry import resize, square_canvas
+from tools.benchmarks import large_index
 
 SIZE = 336
 HAS_LITDATA = importlib.util.find_spec("litdata") is not None
@@ -198,65 +197,6 @@ def compare(folder: Path, side: int) -> dict[str, object]:
     return {"pixel_equal": largest == 0, "mean_difference": round(apart / count, 3), "largest_difference": largest}
 
 
-def synthetic(folder: Path, samples: int) -> None:
-    """Write an index of `samples` samples in 1,000 shards that are all links to one shard with one sample."""
-    fields = {"task": "vqa", "question": "is there a nodule?", "answer": "no"}
-    write_shards([Record("real", (Picture(film(336, 0), "jpg"),), fields)], folder / "one")
-    real = table_reader.read_table(folder / "one")
-    each = samples // 1000
-    entries = []
-    for number in range(1000):
-        os.link(folder / "one" / "shard-000000.tar", folder / f"shard-{number:06d}.tar")
-        entries.append([f"shard-{number:06d}.tar", real.shards[0].size, each])
-    text = folder / listing.INDEX_NAME
-    header = {"format": listing.FORMAT, "version": listing.VERSION, "samples": each * 1000}
-    header["shards"] = [{"name": name, "bytes": size, "samples": count} for name, size, count in entries]
-    text.write_text(json.dumps(header) + "\n")  # the rows are written in their mapped form only
-    rows = np.repeat(real.rows, each * 1000)
-    rows["shard"] = np.arange(each * 1000) // each
-    keys = b"".join(b"sample-%010d" % i for i in range(each * 1000))
-    with (folder / mapped_table.TABLE_NAME).open("wb") as file:
-        rows.tofile(file)
-        file.write(b"\0" * (mapped_table._ends_at(len(rows)) - file.tell()))
-        (np.arange(1, len(rows) + 1, dtype=np.int64) * 17).tofile(file)
-        file.write(keys)
-        file.write(b"\0" * (mapped_table._further_at(len(rows), len(keys)) - file.tell()))  # and no further images
-        packed = listing.IndexStats(keys=len(keys), further=0, max_images=1)
-        footer = {"samples": len(rows), **packed._asdict(), "stamp": table_reader._stamp(text), "shards": entries}
-        body = json.dumps(footer).encode()
-        file.write(body + len(body).to_bytes(8, "little") + mapped_table._MAGIC)
-
-
-def first_batch(folder: Path, position: int) -> None:
-    """Print the time from opening the index to a decoded batch at a position, and the memory of this new process."""
-    began = time.perf_counter()
-    index = ShardIndex.open(folder)
-    order = GlobalOrder(len(index), 0, shards=index.shard_sizes(0))
-    read = [index.read(int(number), at_least=SIZE) for number in order.take(position, 32)]
-    seconds = time.perf_counter() - began
-    assert len({sample.key for sample in read}) == 32
-    epoch = order.take(0, len(index)) if position == 10 else None  # touches every block of the order
-    touched = int(sum(int(table_.rows["checksum"].sum()) for table_ in index._tables))  # and every page of the rows
-    assert touched and (epoch is None or len(epoch) == len(index))
-    status = Path("/proc/self/status").read_text().splitlines()
-    own = next(int(line.split()[1]) for line in status if line.startswith("RssAnon"))
-    print(json.dumps({"position": position, "seconds": round(seconds, 3), "own_mib": round(own / 1024)}))
-
-
-def large_index(samples: int) -> dict[str, object]:
-    """Measure the time to a batch and the memory of a new process on an index of `samples` samples."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        synthetic(folder, samples)
-        shared = (folder / mapped_table.TABLE_NAME).stat().st_size
-        found = []
-        for position in (10, 1_000_000 if samples > 1_000_100 else samples // 2) * 2:
-            command = [sys.executable, "-m", "tools.benchmarks.data", "--first-batch", str(folder), str(position)]
-            answer = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout  # noqa: S603
-            found.append(json.loads(answer))
-    return {"samples": samples, "mapped_mib_shared_by_a_node": round(shared / 2**20), "first_batch": found}
-
-
 def main() -> None:
     """Measure all parts, print the result and write it as JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
@@ -264,10 +204,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--index-samples", type=int, default=10_000_000)
     parser.add_argument("--output", type=Path, default=RESULT)
-    parser.add_argument("--first-batch", nargs=2, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
-    if chosen.first_batch:
-        return first_batch(Path(chosen.first_batch[0]), int(chosen.first_batch[1]))
     torch.set_num_threads(1)
     if not HAS_LITDATA:
         print("litdata is not installed, so it is not measured; pip install litdata", file=sys.stderr)
@@ -281,11 +218,10 @@ def main() -> None:
             for side in (512, 2500)
             for noise in (2, 6)
         ],
-        "index": large_index(chosen.index_samples),
+        "index": large_index.measure(chosen.index_samples, film(SIZE, 0)),
     }
     chosen.output.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2))
-    return None
 
 
 if __name__ == "__main__":

@@ -73,7 +73,8 @@ class PromptEncoder:
     def pad_token_id(self) -> int:
         """The padding token of the tokenizer, or its end-of-sequence token if there is none."""
         pad = self.tokenizer.pad_token_id
-        return self.tokenizer.eos_token_id if pad is None else pad
+        token: int = self.tokenizer.eos_token_id if pad is None else pad
+        return token
 
     @property
     def end_token_id(self) -> int:

@@ -44,4 +44,5 @@ class ConvStem(nn.Module):
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """Embed pixels [I, 3, T, T] as patches [I, b, T / patch_size, T / patch_size]."""
-        return self.layers(pixels)
+        patches: torch.Tensor = self.layers(pixels)
+        return patches

@@ -36,7 +36,8 @@ class BertTextTower(nn.Module):
 
     def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Embed token ids [n, L], of which those where the mask [n, L] is 0 are padding, as [n, e]."""
-        return self.proj(self.transformer(input_ids=ids, attention_mask=mask).last_hidden_state[:, 0])
+        embedded: torch.Tensor = self.proj(self.transformer(input_ids=ids, attention_mask=mask).last_hidden_state[:, 0])
+        return embedded
 
 
 def embed_with_bert(
@@ -63,7 +64,8 @@ def embed_with_bert(
     encodings = tokenizer.encode_batch(list(texts))
     ids, mask = (torch.tensor([getattr(e, name) for e in encodings]) for name in ("ids", "attention_mask"))
     with torch.no_grad():
-        return tower.eval()(ids, mask)
+        embedded: torch.Tensor = tower.eval()(ids, mask)
+        return embedded
 
 
 def bert_config(own: Mapping[str, torch.Tensor], prefix: str, file: Path) -> BertConfig:

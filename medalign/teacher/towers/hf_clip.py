@@ -64,7 +64,8 @@ class HFClipTower(TextAlignedTower):
 
     @override
     def final_norm(self, patches: torch.Tensor) -> torch.Tensor:
-        return self._trunk.post_layernorm(patches)
+        normed: torch.Tensor = self._trunk.post_layernorm(patches)
+        return normed
 
     @override
     def attention(self, streams: Streams) -> torch.Tensor:
@@ -77,7 +78,8 @@ class HFClipTower(TextAlignedTower):
     def values(self, streams: Streams) -> torch.Tensor:
         last = self._trunk.encoder.layers[-1]
         value = last.self_attn.v_proj(last.layer_norm1(streams.before[:, 1:]))
-        return self.model.visual_projection(self.final_norm(last.self_attn.out_proj(value)))
+        projected: torch.Tensor = self.model.visual_projection(self.final_norm(last.self_attn.out_proj(value)))
+        return projected
 
     @classmethod
     @override
@@ -91,7 +93,8 @@ class HFClipTower(TextAlignedTower):
         config.projection_dim = source.config.get("projection_dim", config.projection_dim)
         model = hf.load_model(source, CLIPTextModelWithProjection, config, _NOT_TEXT)
         tokens = hf.tokenize(source, texts, padding=True, length=config.max_position_embeddings)
-        return model(**tokens).text_embeds
+        features: torch.Tensor = model(**tokens).text_embeds
+        return features
 
     @property
     def _trunk(self) -> Any:

@@ -55,7 +55,8 @@ class HFDinov2Tower(Tower):
 
     @override
     def final_norm(self, patches: torch.Tensor) -> torch.Tensor:
-        return self.model.layernorm(patches)
+        normed: torch.Tensor = self.model.layernorm(patches)
+        return normed
 
     @override
     def attention(self, streams: Streams) -> torch.Tensor:

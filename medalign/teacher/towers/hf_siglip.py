@@ -70,7 +70,8 @@ class HFSiglipTower(TextAlignedTower):
 
     @override
     def final_norm(self, patches: torch.Tensor) -> torch.Tensor:
-        return self.model.post_layernorm(patches)
+        normed: torch.Tensor = self.model.post_layernorm(patches)
+        return normed
 
     @override
     def attention(self, streams: Streams) -> torch.Tensor:
@@ -85,7 +86,8 @@ class HFSiglipTower(TextAlignedTower):
         head, patches = self.model.head, self.final_norm(streams.after)
         weight_v, bias_v = head.attention.in_proj_weight.chunk(3)[2], head.attention.in_proj_bias.chunk(3)[2]
         pooled = head.attention.out_proj(nn.functional.linear(patches, weight_v, bias_v))
-        return pooled + head.mlp(head.layernorm(pooled))
+        features: torch.Tensor = pooled + head.mlp(head.layernorm(pooled))
+        return features
 
     @classmethod
     @override
@@ -99,4 +101,5 @@ class HFSiglipTower(TextAlignedTower):
         model = hf.load_model(source, SiglipTextModel, config, _NOT_TEXT)
         # It was trained on texts padded to the full length, and pools at the last position.
         tokens = hf.tokenize(source, texts, padding="max_length", length=config.max_position_embeddings)
-        return model(input_ids=tokens["input_ids"]).pooler_output
+        features: torch.Tensor = model(input_ids=tokens["input_ids"]).pooler_output
+        return features

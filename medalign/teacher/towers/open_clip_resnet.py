@@ -74,7 +74,8 @@ class OpenClipResNetTower(TextAlignedTower):
     @override
     def values(self, streams: Streams) -> torch.Tensor:
         pool = self.visual.attnpool
-        return pool.c_proj(pool.v_proj(self._pooled_tokens(streams)[:, 1:]))
+        projected: torch.Tensor = pool.c_proj(pool.v_proj(self._pooled_tokens(streams)[:, 1:]))
+        return projected
 
     @classmethod
     @override
@@ -84,4 +85,5 @@ class OpenClipResNetTower(TextAlignedTower):
     def _pooled_tokens(self, streams: Streams) -> torch.Tensor:
         """What the pooling attends to: the mean patch and the patches, with their positions, [I, 1 + M, b]."""
         tokens = torch.cat([streams.after.mean(1, keepdim=True), streams.after], dim=1)
-        return tokens + self.visual.attnpool.positional_embedding.to(tokens.dtype)
+        positions: torch.Tensor = self.visual.attnpool.positional_embedding
+        return tokens + positions.to(tokens.dtype)

@@ -54,7 +54,8 @@ def embed_texts(source: TeacherSource, texts: Sequence[str]) -> torch.Tensor:
     own = {key: value for key, value in state.items() if key not in _SCALARS}
     load_exactly(tower, own, source.weights, prefix=prefix)
     with torch.no_grad():
-        return tower.eval()(ids)
+        features: torch.Tensor = tower.eval()(ids)
+        return features
 
 
 def _require_biomedbert(source: TeacherSource, text_config: Mapping[str, Any]) -> None:
@@ -84,7 +85,8 @@ def _tokenize(source: TeacherSource, text_config: Mapping[str, Any], texts: Sequ
     length = text_config.get("context_length", open_clip.CLIPTextCfg.context_length)
     size = text_config.get("vocab_size", open_clip.CLIPTextCfg.vocab_size)
     if size == _BPE_SIZE:
-        return open_clip.SimpleTokenizer(context_length=length)(list(texts))
+        ids: torch.Tensor = open_clip.SimpleTokenizer(context_length=length)(list(texts))
+        return ids
     tokenizer = _read_tokenizer(source, size)
     tokenizer.enable_truncation(length)
     tokenizer.enable_padding(length=length)

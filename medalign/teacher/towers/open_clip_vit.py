@@ -102,7 +102,8 @@ class OpenClipTower(TextAlignedTower):
 
     @override
     def final_norm(self, patches: torch.Tensor) -> torch.Tensor:
-        return self.visual.ln_post(patches)
+        normed: torch.Tensor = self.visual.ln_post(patches)
+        return normed
 
     @override
     def attention(self, streams: Streams) -> torch.Tensor:
@@ -114,7 +115,8 @@ class OpenClipTower(TextAlignedTower):
         attention = block.attn
         weight_v, bias_v = attention.in_proj_weight.chunk(3)[2], attention.in_proj_bias.chunk(3)[2]
         value = nn.functional.linear(block.ln_1(streams.before[:, 1:]), weight_v, bias_v)
-        return self.visual.ln_post(block.ls_1(attention.out_proj(value))) @ self.visual.proj
+        projected: torch.Tensor = self.visual.ln_post(block.ls_1(attention.out_proj(value))) @ self.visual.proj
+        return projected
 
     @classmethod
     @override
@@ -159,7 +161,8 @@ def square_size(source: TeacherSource, key: str) -> int:
         raise ConfigError(
             f"teacher {source.name}: model_cfg.vision_cfg.{key} is {size!r}; supported: a positive integer (square)"
         )
-    return sides[0]
+    side: int = sides[0]
+    return side
 
 
 def _require_quick_gelu(source: TeacherSource, state: Mapping[str, torch.Tensor]) -> None:

@@ -77,7 +77,8 @@ class TimmTower(TextAlignedTower):
 
     @override
     def final_norm(self, patches: torch.Tensor) -> torch.Tensor:
-        return self._trunk.norm(patches)
+        normed: torch.Tensor = self._trunk.norm(patches)
+        return normed
 
     @override
     def attention(self, streams: Streams) -> torch.Tensor:
@@ -92,11 +93,14 @@ class TimmTower(TextAlignedTower):
     @override
     def values(self, streams: Streams) -> torch.Tensor:
         if self._trunk.attn_pool is not None:
-            return self.visual.head(_pooled_alone(self._trunk.attn_pool, self.final_norm(streams.after)))
+            pooled = _pooled_alone(self._trunk.attn_pool, self.final_norm(streams.after))
+            features: torch.Tensor = self.visual.head(pooled)
+            return features
         last = self._trunk.blocks[-1]
         attention, normed = last.attn, last.norm1(streams.before[:, self._trunk.num_prefix_tokens :])
         value = attention.qkv(normed).chunk(3, dim=-1)[2]
-        return self.visual.head(self.final_norm(last.ls1(attention.proj(attention.norm(value)))))
+        projected: torch.Tensor = self.visual.head(self.final_norm(last.ls1(attention.proj(attention.norm(value)))))
+        return projected
 
     @classmethod
     @override
@@ -118,12 +122,14 @@ def _pooling_attention(pool: AttentionPoolLatent, patches: torch.Tensor) -> torc
 def _pooled_alone(pool: AttentionPoolLatent, patches: torch.Tensor) -> torch.Tensor:
     """Pool each of the patches [I, M, b] as if it were the only one."""
     pooled = pool.proj(pool.kv(patches).chunk(2, dim=-1)[1])
-    return pooled if pool.mlp is None else pooled + pool.mlp(pool.norm(pooled))
+    features: torch.Tensor = pooled if pool.mlp is None else pooled + pool.mlp(pool.norm(pooled))
+    return features
 
 
 def _per_head(norm: Any, values: torch.Tensor, attention: Any) -> torch.Tensor:
     """Apply the norm of queries or keys to each head of [..., H h]; most models have none."""
-    return norm(values.unflatten(-1, (attention.num_heads, -1))).flatten(-2)
+    normed: torch.Tensor = norm(values.unflatten(-1, (attention.num_heads, -1))).flatten(-2)
+    return normed
 
 
 def _require_supported(source: TeacherSource, trunk: Any) -> None:
