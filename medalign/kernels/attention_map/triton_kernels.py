@@ -19,14 +19,14 @@ RUN_SIZES = ("length", "tokens", "segments", "window")  # change from batch to b
 
 @triton.jit
 def _sample(tensor, segment_first, segment, length, by_sample, by_token):
-    """Where token t of the segment's sample lies, less t * by_token; in 64 bits, as every offset."""
+    """Address to which t * by_token is added for token t of the segment; in 64 bits, like every offset."""
     sample = (tl.load(segment_first + segment) // length).to(tl.int64)
     return tensor + sample * (by_sample - length.to(tl.int64) * by_token)
 
 
 @triton.jit
 def _pairs(row_token, row_first, segment, tile, head, tokens, GROUP: tl.constexpr, BLOCK_F: tl.constexpr):
-    """Token (-1: none), query head, and place in a [heads, tokens] buffer, of each pair of a segment's tile."""
+    """For each pair of a tile: token (-1 if none), query head, and position in a [heads, tokens] buffer."""
     pair_F = tile * BLOCK_F + tl.arange(0, BLOCK_F)
     row_F = tl.load(row_first + segment) + pair_F // GROUP
     token_F = tl.load(row_token + row_F, mask=row_F < tl.load(row_first + segment + 1), other=-1)
@@ -36,7 +36,7 @@ def _pairs(row_token, row_first, segment, tile, head, tokens, GROUP: tl.constexp
 
 @triton.jit
 def _vectors(tensor, offset_X, there_X, width, BLOCK_D: tl.constexpr):
-    """[X, D]; zero where there is no token and beyond the width."""
+    """Load vectors [X, D]; zero if there is no token, and beyond the width."""
     channel_D = tl.arange(0, BLOCK_D)
     mask_XD = there_X[:, None] & (channel_D < width)[None, :]
     return tl.load(tensor + offset_X[:, None] + channel_D[None, :], mask=mask_XD, other=0.0)
@@ -54,7 +54,7 @@ def _products(
     left, left_offset_X, left_there_X, left_XD, right, right_offset_Y, right_there_Y, right_YD,
     WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """[X, Y]: the vectors' products, CHUNK channels at a time: in float32 whole vectors do not fit the registers."""
+    """Products of vectors [X, Y], CHUNK channels at a time: whole float32 vectors do not fit in the registers."""
     if CHUNK == BLOCK_D:
         sum_XY = tl.dot(left_XD, tl.trans(right_YD), input_precision=PRECISION)
     else:
@@ -99,7 +99,7 @@ def log_sum_kernel(
     GROUP: tl.constexpr, WIDTH: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """A tile of pairs: the base-2 logarithm of the sum of the exponentials of all scores that each sees."""
+    """For a tile of pairs: the base-2 logarithm of the sum of the exponentials of all visible scores."""
     head = tl.program_id(1)
     segment = tl.load(tile_segment + tl.program_id(0))
     if segment >= segments:
@@ -112,7 +112,7 @@ def log_sum_kernel(
     query_FD = _vectors(query, offset_F, token_F >= 0, WIDTH, BLOCK_D)
     first = tl.maximum(tl.min(tl.where(token_F < 0, tokens, token_F)) - window + 1, tl.load(segment_first + segment))
     stop = tl.max(token_F) + 1
-    largest_F = tl.full([BLOCK_F], -1.0e30, tl.float32)  # finite, so that a pair that sees nothing yet makes no NaN
+    largest_F = tl.full([BLOCK_F], -1.0e30, tl.float32)  # finite, so that a pair without a visible key gives no NaN
     sum_F = tl.zeros([BLOCK_F], tl.float32)
     for start in range(first, stop, BLOCK_N):
         token_N = start + tl.arange(0, BLOCK_N)
@@ -139,7 +139,7 @@ def column_kernel(
     GROUP: tl.constexpr, WIDTH: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """A tile of keys: the part of the map that comes from the query heads of one key head, `partial` [K, tokens]."""
+    """For a tile of keys: the part of the map from the query heads of one key head, `partial` [K, tokens]."""
     head = tl.program_id(1)
     segment = tl.load(tile_segment + tl.program_id(0))
     if segment >= segments:
@@ -181,7 +181,7 @@ def query_gradient_kernel(
     GROUP: tl.constexpr, WIDTH: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr, WANTED: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """A tile of pairs: `inner = sum_k P_k g_k` of each, then (if WANTED) `dQ = factor * P (g - inner) K`."""
+    """For a tile of pairs: `inner = sum_k P_k g_k`, then (if WANTED) `dQ = factor * P (g - inner) K`."""
     head = tl.program_id(1)
     segment = tl.load(tile_segment + tl.program_id(0))
     if segment >= segments:
@@ -244,7 +244,7 @@ def key_gradient_kernel(
     GROUP: tl.constexpr, WIDTH: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """A tile of keys: `dK = factor * (P (g - inner))^T Q` over all pairs of the key head's group."""
+    """For a tile of keys: `dK = factor * (P (g - inner))^T Q` over all pairs of the key head's group."""
     head = tl.program_id(1)
     segment = tl.load(tile_segment + tl.program_id(0))
     if segment >= segments:

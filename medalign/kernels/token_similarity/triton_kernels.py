@@ -57,7 +57,7 @@ def _inverse_length(
     length_R = tl.sqrt(tl.sum(squares_RK, 1))
     short_R = length_R <= SMALLEST
     inverse_R = tl.where(valid_R & ~short_R, 1.0 / tl.where(short_R, 1.0, length_R), 0.0)
-    # A length that is not finite must come out as NaN, for the user to see, and not as a token to pass over.
+    # A norm that is not finite must give NaN, which the user sees; the token must not be skipped.
     return tl.where(length_R == float("inf"), float("nan"), inverse_R)
 
 
@@ -69,7 +69,7 @@ def differences(
     GRADIENT: tl.constexpr, PRECISION: tl.constexpr, TEACHER_PRECISION: tl.constexpr,
     BLOCK: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """One tile of D = cos(s) - cos(t): into the panel, times the columns' factor, and its sums along the rows.
+    """Compute a tile of D = cos(s) - cos(t): times the factor of the columns for the panel, and summed along the rows.
 
     Grid: tiles of the panel's rows x tiles of all columns x samples. In the square on the diagonal only the upper
     half is computed; its tiles also serve as their mirror images.
@@ -117,7 +117,7 @@ def _cosines(
     features, inverse, row_R, column_C, width, by_token,
     PRECISION: tl.constexpr, BLOCK: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Products of the raw features first, in float32, and the lengths last: nothing is rounded on the way."""
+    """Multiply the raw features in float32 and scale by the norms last, so that nothing is rounded in between."""
     inverse_R, inverse_C = tl.load(inverse + row_R), tl.load(inverse + column_C)
     channel_K = tl.arange(0, CHANNELS)
     left_RK = features + row_R.to(tl.int64)[:, None] * by_token + channel_K[None, :]
@@ -145,7 +145,7 @@ def gradients(
     top, height, tokens, padded, width, student_by_sample, student_by_token,
     MASKED: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """A tile of dl/dx: the panel times the features, through the normalization.
+    """Compute a tile of dl/dx: the panel times the features, and the gradient of the normalization.
 
     Grid: blocks of the panel's rows x blocks of channels x samples.
     """
