@@ -5,6 +5,7 @@ from __future__ import annotations
 from medalign.errors import ConfigError
 from medalign.teacher.source import TeacherSource
 from medalign.teacher.towers.base import Streams, TextAlignedTower, Tower
+from medalign.teacher.towers.biovil import BioVilTower
 from medalign.teacher.towers.hf_clip import HFClipTower
 from medalign.teacher.towers.hf_dinov2 import HFDinov2Tower
 from medalign.teacher.towers.hf_siglip import HFSiglipTower
@@ -17,6 +18,7 @@ TOWERS: dict[str, type[Tower]] = {
     "open_clip": OpenClipTower,
     "resnet": OpenClipResNetTower,
     "timm": TimmTower,
+    "biovil": BioVilTower,
     "clip": HFClipTower,
     "clip_vision_model": HFClipTower,
     "siglip": HFSiglipTower,

@@ -45,7 +45,7 @@ def test_every_kind_is_tested(tmp_path):
         else:
             native = "resnet" if isinstance(vision.get("layers"), list) else "open_clip"
             kinds.add("timm" if "timm_model_name" in vision else native)
-    assert kinds == set(TOWERS)
+    assert kinds == set(TOWERS) - {"biovil"}  # has no configuration file; see test_biovil
 
 
 @every_kind
