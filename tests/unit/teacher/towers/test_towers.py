@@ -140,7 +140,7 @@ def test_the_last_block_runs_once_and_features_before_the_norm_are_its_output(ca
 def test_an_unknown_kind_is_refused_with_those_supported(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": MEAN, "image_std": STD}))
-    with pytest.raises(ConfigError, match="kind 'bert'; supported kinds: clip, .*siglip"):
+    with pytest.raises(ConfigError, match="kind 'bert'; supported kinds: biovil, clip, .*siglip"):
         load_teacher(tmp_path)
 
 
