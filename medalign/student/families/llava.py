@@ -48,12 +48,22 @@ class Llava(Family):
                 f"vision_feature_select_strategy is {strategy!r}, which would include the class token in the image "
                 "tokens; set it to 'default' in the student's config.json"
             )
-        if vision.image_size % vision.patch_size:
+        if vision.image_size % vision.patch_size and vision.model_type != "siglip_vision_model":
             raise ConfigError(
                 f"the student's image size {vision.image_size} is not a multiple of its patch size {vision.patch_size}"
             )
         side = vision.image_size // vision.patch_size
         return ImageTokens(config.image_token_id, PatchGrid(side, side))
+
+    def image_size(self, config: Any) -> int:
+        """Return the pixels that the patches cover.
+
+        SigLIP at 384 pixels with patches of 14 looks at the first 378 only. The canvas is resized to these, so that the
+        grid covers all of it.
+        """
+        vision = config.vision_config
+        size: int = vision.image_size // vision.patch_size * vision.patch_size
+        return size
 
     def features_settings(self, config: Any) -> str:
         return (

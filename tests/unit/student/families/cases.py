@@ -21,6 +21,7 @@ class Case:
 
     save: Callable[[Path], Path]
     settings: dict[str, Any] = field(default_factory=dict)
+    processor: dict[str, Any] = field(default_factory=dict)  # arguments of the model's own processor
 
     def config(self, folder: Path, **changes: Any) -> StudentConfig:
         """The settings of a student, with block 2 tapped unless the case says otherwise."""
@@ -39,4 +40,7 @@ CASES = {
     "gemma3": Case(native.save_gemma3),
     "qwen2_5_vl": Case(native.save_qwen25, {"image_size": 32}),
     "qwen3_vl": Case(native.save_qwen3, {"image_size": 32}),
+    "internvl": Case(native.save_internvl, processor={"crop_to_patches": False}),
+    "llava_siglip": Case(native.save_llava_siglip),
+    "llava_dinov2": Case(native.save_llava_dinov2),
 }

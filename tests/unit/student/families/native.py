@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import nn
 from transformers import (
+    Dinov2Config,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     Gemma3ImageProcessor,
     Gemma3Processor,
     Gemma3TextConfig,
+    GotOcr2ImageProcessor,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    InternVLProcessor,
+    InternVLVideoProcessor,
+    InternVLVisionConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedConfig,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLProcessor,
+    Qwen2Config,
     Qwen2VLImageProcessor,
     Qwen2VLVideoProcessor,
     Qwen3VLConfig,
@@ -26,6 +38,8 @@ from transformers import (
     Qwen3VLVideoProcessor,
     SiglipVisionConfig,
 )
+
+from tests import tiny
 
 SIZES: dict[str, Any] = {
     "hidden_size": 32,
@@ -176,6 +190,74 @@ def save_qwen3(folder: Path) -> Path:
         Qwen3VLVideoProcessor(**patches, **colors),
         chat_template=CHATML,
     ).save_pretrained(folder)
+    return folder
+
+
+def save_internvl(folder: Path) -> Path:
+    """Patches of 4 pixels, 2 x 2 of them in a token, a class token, and tiles that are not used here."""
+    torch.manual_seed(0)
+    images = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>"}
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *images.values(), "<video>"]
+    tokenizer = words(specials, "<|im_end|>", **images, video_token="<video>")
+    vision = InternVLVisionConfig(
+        hidden_size=24,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=[32, 32],
+        patch_size=[4, 4],
+    )
+    text = Qwen2Config(**SIZES, vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=2)
+    config = InternVLConfig(vision_config=vision, text_config=text, image_token_id=5, image_seq_length=16)
+    model = InternVLForConditionalGeneration(config)
+    sharpen(model)
+    model.save_pretrained(folder)
+    InternVLProcessor(
+        GotOcr2ImageProcessor(size={"height": 32, "width": 32}),
+        tokenizer,
+        InternVLVideoProcessor(),
+        image_seq_length=16,
+        chat_template=CHATML.replace("<|vision_start|><|image_pad|><|vision_end|>", "<IMG_CONTEXT>\n"),
+    ).save_pretrained(folder)
+    return folder
+
+
+def save_llava_siglip(folder: Path) -> Path:
+    """A tower without a class token whose size, 36, is not a multiple of its patches of 8 pixels."""
+    tower = SiglipVisionConfig(image_size=36, patch_size=8, vision_use_head=False, **TOWER)
+    return _with_tower(folder, tower, "full")
+
+
+def save_llava_dinov2(folder: Path) -> Path:
+    """A tower of DINOv2, with a class token."""
+    return _with_tower(folder, Dinov2Config(image_size=32, patch_size=8, mlp_ratio=2, **TOWER), "default")
+
+
+TOWER: dict[str, Any] = {
+    "hidden_size": 24,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
+
+
+def _with_tower(folder: Path, tower: PreTrainedConfig, strategy: Literal["default", "full"]) -> Path:
+    tiny.save_student(folder)
+    known = LlavaConfig.from_pretrained(folder)
+    config = LlavaConfig(
+        vision_config=tower,
+        text_config=known.text_config,
+        image_token_index=3,
+        vision_feature_select_strategy=strategy,
+        pad_token_id=0,
+    )
+    torch.manual_seed(0)
+    model = LlavaForConditionalGeneration(config)
+    sharpen(model.model.language_model)  # a sharp tower would mix its patches
+    model.save_pretrained(folder)
+    settings = json.loads((folder / "processor_config.json").read_text())
+    settings |= {"vision_feature_select_strategy": strategy, "num_additional_image_tokens": int(strategy == "default")}
+    (folder / "processor_config.json").write_text(json.dumps(settings))
     return folder
 
 

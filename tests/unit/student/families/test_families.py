@@ -89,6 +89,7 @@ def own_inputs(model: Model, sample: Sample) -> dict[str, torch.Tensor]:
             add_generation_prompt=True,
             return_dict=True,
             return_tensors="pt",
+            **model.case.processor,
         )
     )
 
@@ -129,6 +130,23 @@ def test_prompt_and_logits_equal_those_of_the_models_own_inputs(model: Model, la
         with torch.no_grad():
             expected = own(**inputs).logits[0]
         close(logits_BLV[places][:-1], expected[:-1])
+
+
+def test_a_cell_is_where_its_patch_of_the_picture_is(model: Model) -> None:
+    """Each cell in turn shows another pattern. Towers mix patches, but a transposed grid hits only its diagonal."""
+    spec = student_of(model).spec
+    side, size = spec.grid.columns, spec.image_size // spec.grid.columns
+    draw = torch.Generator().manual_seed(0)
+    pixels = torch.randn(3, spec.image_size, spec.image_size, generator=draw).repeat(1 + spec.grid.size, 1, 1, 1)
+    pattern = torch.randn(3, size, size, generator=draw)
+    for cell in range(spec.grid.size):
+        top, left = size * (cell // side), size * (cell % side)
+        pixels[1 + cell, :, top : top + size, left : left + size] = pattern
+    with torch.no_grad():
+        features_IND = spec.family.features(spec, pixels)
+    changes_IN = (features_IND[1:] - features_IND[:1]).norm(dim=-1)
+    hits = (changes_IN.argmax(1) == torch.arange(spec.grid.size)).sum()
+    assert hits > 0.5 * spec.grid.size
 
 
 def test_no_logit_depends_on_a_later_token_or_another_sample(model: Model) -> None:

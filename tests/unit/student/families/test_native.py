@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from medalign.config import StudentConfig
 from medalign.contracts import IGNORE, Batch, Sample
 from medalign.data.batches.collator import Collator
 from medalign.data.batches.prompts import PromptEncoder
@@ -114,6 +116,26 @@ def test_the_tapped_tokens_are_the_input_of_the_block(qwen: tuple[Student, Any])
         output = student(batch)
     handle.remove()
     assert torch.equal(output.tokens.flatten(0, 1), seen[0][batch.cells])
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"model_type": "mllama"}, "the image is not a part of its sequence"),
+        ({"model_type": "hulumed_qwen2", "auto_map": {}}, "the tokens of an image have no fixed places on a grid"),
+        ({"model_type": "chexagent"}, "the tokens of an image have no fixed places on a grid"),
+        ({"model_type": "phi", "auto_map": {}}, "it needs code from its folder, which is never run"),
+        ({"model_type": "maira2", "auto_map": {}}, "a LLaVA with a DINOv2 tower .* is supported"),
+        ({"model_type": "qwen3_vl_moe"}, "LoRA does not reach the experts"),
+        ({"model_type": "internvl_chat", "auto_map": {}}, "choose the conversion to the transformers format"),
+        ({"model_type": "vit"}, "'vit' is not supported; supported: gemma3, internvl, llava"),
+    ],
+)
+def test_models_that_cannot_be_students(tmp_path: Path, values: dict[str, Any], reason: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(ConfigError, match=rf"model type '{values['model_type']}' is not supported.*{reason}|{reason}"):
+        check_student(StudentConfig(path=str(tmp_path)))
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,17 @@ def own_config(folder: Path, known: dict[str, Any]) -> None:
     (folder / "config.json").write_text(json.dumps(known["config"] | flat))
 
 
+def internvl(folder: Path, known: dict[str, Any]) -> None:
+    vision = {"model_type": "internvl_vision", "image_size": [448, 448], "patch_size": [14, 14], "attention_bias": True}
+    text = {"model_type": "qwen2", "vocab_size": 151674, "hidden_size": 3584, "intermediate_size": 18944}
+    text |= {"num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4}
+    config = {"model_type": "internvl", "image_token_id": 151667, "tie_word_embeddings": False}
+    (folder / "config.json").write_text(json.dumps(config | {"vision_config": vision, "text_config": text}))
+
+
 MODELS = {
+    "llava-1.5-7b-hf": (own_config, 576),
+    "internvl3-8b-hf": (internvl, 256),
     "llava-med-1.5": (llava_med, 576),
     "huatuogpt-vision-7b": (huatuo, 576),
     "medgemma-4b": (own_config, 256),
