@@ -30,7 +30,7 @@ setup(
         "open_clip_torch>=3.3,<4",  # the layout of its transformer blocks: see teacher/towers/open_clip_vit.py
         "timm>=1.0.20,<2",  # open_clip brings it too; the layout of its blocks: see teacher/towers/timm_vit.py
         "typing_extensions>=4.10",  # torch brings it too
-        "wandb>=0.31,<1",  # experimental settings: see observability/wandb_run.py
+        "wandb>=0.31,<1",  # experimental settings: see observability/wandb_session.py
         "webdataset>=1.0",
         "safetensors>=0.5",
         "jsonargparse[signatures]>=4.40",

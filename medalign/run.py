@@ -27,8 +27,9 @@ from medalign.errors import Stopped
 from medalign.losses.build import build_objective
 from medalign.observability.console import ConsoleSink
 from medalign.observability.files import write_text
-from medalign.observability.rows import JsonlSink
-from medalign.observability.wandb_run import WandbSink
+from medalign.observability.rows import JsonlSink, read_rows
+from medalign.observability.wandb_session import WandbSession
+from medalign.observability.wandb_sink import WandbSink
 from medalign.run_folder import RunFolder
 from medalign.stop_signals import stop_signals
 from medalign.student import loading
@@ -116,7 +117,7 @@ def _train(config: Config, folder: Path, ds_settings: dict[str, Any], callbacks:
             step = TrainStep(engine, teacher, objective, student.spec.grid)
             batches = iter(pipeline.build_loader(config, index, collator, now.step))
             hooks = [*loggers, *build_callbacks(config, folder, held_out, collator), *callbacks]
-            hooks.append(Checkpointing(config.checkpoint.interval, save))
+            hooks.append(Checkpointing(config.checkpoint.interval, save, config.checkpoint.retry_minutes))
             now = Trainer(config, step, batches, now, hooks).fit()
     finally:
         for logger in loggers:
@@ -166,17 +167,24 @@ def _max_images(*indexes: ShardIndex | None) -> int:
 
 
 def build_loggers(config: Config, folder: Path, now: TrainState) -> list[MetricLogger]:
-    """The callbacks that write the metrics of this run; only rank 0 calls it."""
-    whole = {section: vars(getattr(config, section)) for section in vars(config)}
-    settings = config.log
-    wandb = WandbSink(
-        settings.wandb, folder, project=settings.project, entity=settings.entity, name=settings.name, config=whole
-    )
+    """Open the callbacks that write the metrics of this run; only rank 0 calls it."""
+    total, metrics = schedule.total_steps(config.train), RunFolder(folder).metrics
+    jsonl = JsonlSink(metrics, resumed_step=now.step)
+    wandb = WandbSink(config.log.wandb, wandb_session(config, folder), rows=read_rows(metrics), last_step=total)
     return [
-        ConsoleLogger(ConsoleSink(schedule.total_steps(config.train), start=now.step)),
-        MetricLogger(JsonlSink(RunFolder(folder).metrics, resumed_step=now.step)),
+        ConsoleLogger(ConsoleSink(total, start=now.step)),
+        MetricLogger(jsonl),
         MetricLogger(wandb),
     ]
+
+
+def wandb_session(config: Config, folder: Path) -> WandbSession:
+    """Return where the run goes in W&B."""
+    whole = {section: vars(getattr(config, section)) for section in vars(config)}
+    log_config = config.log
+    return WandbSession(
+        folder, project=log_config.project, entity=log_config.entity, name=log_config.name, config=whole
+    )
 
 
 def build_callbacks(config: Config, folder: Path, held_out: ShardIndex | None, collator: Collator) -> list[Callback]:

@@ -256,6 +256,9 @@ class CheckpointConfig:
     """Steps between two checkpoints; the last step always writes one."""
     save_total_limit: PositiveInt = 2
     """Number of checkpoints to keep; older ones are deleted."""
+    retry_minutes: NonNegativeFloat = 10.0
+    """How long the checkpoint of the last step is tried again if it cannot be written, such as on a full disk. An
+    earlier one is tried again when the next one is due, and the run continues."""
 
 
 @dataclass
