@@ -31,7 +31,7 @@ from medalign.run_folder import RunFolder
 from medalign.stop_signals import stop_signals
 from medalign.student import loading
 from medalign.student.model import Student, check_causality
-from medalign.teacher.loading import load_teacher
+from medalign.teacher.loading import load_teacher, require_attention
 from medalign.teacher.model import Teacher
 from medalign.teacher.targets import assert_replicated
 from medalign.training import schedule
@@ -176,6 +176,7 @@ def build_teacher(config: Config) -> Teacher | None:
     """The teacher of this rank, frozen; None when nothing is distilled."""
     if not config.distils or config.train.steps == 0:
         return None
+    require_attention(config)
     return load_teacher(device=distributed.device(), dtype=precision(config), **vars(config.teacher))
 
 

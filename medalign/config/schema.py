@@ -95,8 +95,8 @@ class TeacherConfig:
     """The frozen medical CLIP."""
 
     path: str = ""
-    """Folder with open_clip_config.json and its weights, folder of a vision model of transformers, or
-    open_clip:ARCHITECTURE/FILE."""
+    """Folder with open_clip_config.json and its weights, folder of a vision model of transformers,
+    open_clip:ARCHITECTURE/FILE, or biovil:FILE."""
     mean: tuple[ClosedUnitInterval, ClosedUnitInterval, ClosedUnitInterval] | None = None
     """Mean of red, green and blue that the teacher was trained with, for pixels from 0 to 1. null: that of its folder;
     open_clip:ARCHITECTURE/FILE has none."""
