@@ -57,8 +57,8 @@ def start(settings: Mapping[str, Any]) -> None:
         if "EADDRINUSE" not in str(error):
             raise
         raise ConfigError(
-            f"port {os.environ['MASTER_PORT']} of this machine is in use, probably by another run (the deepspeed launcher "
-            "always takes 29500): add --master_port N before --module, with another number for each run"
+            f"port {os.environ['MASTER_PORT']} of this machine is in use, probably by another run (the deepspeed "
+            "launcher always takes 29500): add --master_port N before --module, with another number for each run"
         ) from error
 
 
