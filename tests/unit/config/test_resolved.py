@@ -29,6 +29,8 @@ LLAVA_VQA = {
     "teacher.path": "b",
     "teacher.mean": None,
     "teacher.std": None,
+    "teacher.precision": "auto",
+    "teacher.compile": False,
     "teacher.text_weight": 0.0,
     "teacher.text_temperature": 0.05,
     "teacher.text_absent_weight": 0.0,
