@@ -3,8 +3,8 @@
 python -m tools.benchmarks.teacher_flops --output tools/benchmarks/results/teacher_flops.json
 
 Everything runs on the meta device: shapes only, no weights. The student is a LLaVA of 7 billion parameters (Mistral
-behind CLIP's L/14 at 336 pixels, 576 image tokens) on one image with 100 tokens of text: its forward pass, and a backward
-pass to the activations, since the weights are frozen. The adapters' own operations, below 2 %, are left out.
+behind CLIP's L/14 at 336 pixels, 576 image tokens) on one image with 100 tokens of text: its forward pass, and a
+backward pass to the activations, since the weights are frozen. The adapters' own operations, below 2 %, are left out.
 """
 
 from __future__ import annotations

@@ -79,6 +79,7 @@ LLAVA_VQA = {
     "optimizer.min_lr_ratio": 0.0,
     "checkpoint.interval": 200,
     "checkpoint.save_total_limit": 2,
+    "checkpoint.retry_minutes": 10.0,
     "engine.deepspeed": "zero3",
     "log.interval": 10,
     "log.wandb": "offline",
