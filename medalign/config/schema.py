@@ -272,6 +272,11 @@ class EngineConfig:
 
     deepspeed: str = "zero3"
     """Name of a DeepSpeed configuration in ds_configs/, or a path to one."""
+    start_timeout: NonNegativeFloat = 300.0
+    """Seconds after which a run is considered to hang: in a part of its start, its first step, a checkpoint or a batch
+    of a validation. The stacks of all ranks are then written into the run's folder, and the run ends; 0 is never."""
+    step_timeout: NonNegativeFloat = 100.0
+    """The same for reading the batch of a step, and for each of its micro-batches."""
 
 
 @dataclass
