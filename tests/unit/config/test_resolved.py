@@ -81,6 +81,8 @@ LLAVA_VQA = {
     "checkpoint.save_total_limit": 2,
     "checkpoint.retry_minutes": 10.0,
     "engine.deepspeed": "zero3",
+    "engine.start_timeout": 300.0,
+    "engine.step_timeout": 100.0,
     "log.interval": 10,
     "log.wandb": "offline",
     "log.project": "medalign",
