@@ -38,6 +38,7 @@ setup(
         "numpy>=1.26",
         "pillow>=11",
         "tqdm>=4.66",
+        "rich>=13.7",
         "matplotlib>=3.9",
         "jinja2>=3.1",
         "sacrebleu>=2.5",
