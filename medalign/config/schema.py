@@ -106,6 +106,11 @@ class TeacherConfig:
     """A control experiment: replace the trained weights by random ones from this seed."""
     features: TeacherFeatures = "after_norm"
     """Patch features of the last block: after the tower's final norm, or before it, as in the released code."""
+    precision: Precision = "auto"
+    """Precision of the teacher's weights and activations. auto: that of the student. Targets are always fp32."""
+    compile: bool = False
+    """Compile the teacher's tower with torch.compile. It costs a minute or so at the start and whenever a micro-batch
+    has a new number of images."""
     text_weight: ClosedUnitInterval = 0.0
     """Share of a text-conditioned map in the attention target of each question that names a finding of the lexicon. 0:
     only the class token's attention (the paper's), the same for every question about an image."""
