@@ -127,7 +127,8 @@ def _parse(line: str, place: str) -> Prediction:
             raise DataError(f"{place} has no {name!r}; a prediction needs {', '.join(_REQUIRED)}")
     for name, value in known.items():
         if not _CHECKS[name](value):
-            raise DataError(f"{place}: {name} is {json.dumps(value)[:60]}; it must be {_TYPES[name]}")
+            found = json.dumps(value) if value is None or _number(value) else f"a {type(value).__name__}"
+            raise DataError(f"{place}: {name} is {found}; it must be {_TYPES[name]}")
     values = {"answer_type": "", "empty": not known["prediction"].strip()} | known
     row = Prediction(**values)
     if row.image_size is not None:
