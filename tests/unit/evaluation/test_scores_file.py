@@ -89,7 +89,7 @@ def test_several_files_are_rows_of_one_table(evaluation, tmp_path, capsys):
         ("\n[1]", "line 2 is a JSON list, not an object"),
         (lines({**MINIMAL, "prediction": None}), "line 1: prediction is null; it must be str"),
         (lines({name: MINIMAL[name] for name in MINIMAL if name != "answer"}), "line 1 has no 'answer'"),
-        (lines({**MINIMAL, "attention_inside": "0.5"}), 'attention_inside is "0.5"; it must be float | None'),
+        (lines({**MINIMAL, "attention_inside": "0.5"}), "attention_inside is a str; it must be float | None"),
         (lines(MINIMAL).replace('"yes"', "NaN"), "NaN is not a number of JSON"),
         (lines({**MINIMAL, "boxes": [[1, 2, 3]]}), "boxes is a list; it must be list[list[float]]"),
         (lines({**MINIMAL, "task": "caption"}), "task must be vqa or report"),
