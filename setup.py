@@ -30,7 +30,7 @@ setup(
         "open_clip_torch>=3.3,<4",  # the layout of its transformer blocks: see teacher/towers/open_clip_vit.py
         "timm>=1.0.20,<2",  # open_clip brings it too; the layout of its blocks: see teacher/towers/timm_vit.py
         "typing_extensions>=4.10",  # torch brings it too
-        "wandb>=0.31,<1",  # experimental settings: see observability/wandb_run.py
+        "wandb>=0.31,<1",  # experimental settings: see observability/wandb_session.py
         "webdataset>=1.0",
         "safetensors>=0.5",
         "jsonargparse[signatures]>=4.40",
@@ -38,10 +38,12 @@ setup(
         "numpy>=1.26",
         "pillow>=11",
         "tqdm>=4.66",
+        "rich>=13.7",
         "matplotlib>=3.9",
         "jinja2>=3.1",
         "sacrebleu>=2.5",
         "rouge-score>=0.1.2",
+        "scipy>=1.13",  # distributions for `medalign compare`
         "regex>=2024.4.16",  # Unicode scripts; sacrebleu and transformers bring it too
         "ninja>=1.11",
         "psutil>=6",
@@ -72,7 +74,6 @@ setup(
             "flask-cors>=5",
             "pyarrow>=18",
             "pydicom>=3",
-            "scipy>=1.13",
             "mistral-common>=1.8,<1.10",  # for its vocabulary file; later versions exclude NumPy 2.4 on Python 3.11
             "sentencepiece>=0.2",
         ],

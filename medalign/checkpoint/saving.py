@@ -75,7 +75,7 @@ class CheckpointWriter:
             flush_tree(partial)
 
         failed = f"checkpoint {final} could not be written"
-        remedy = "earlier checkpoints are complete: free disk space, then run the same command again"
+        remedy = "earlier checkpoints are complete; free disk space"
         for action in (
             on_main(lambda: self._prepare(partial)),
             lambda: self.engine.save(partial),
@@ -98,7 +98,7 @@ class CheckpointWriter:
         if missing > 0:
             raise CheckpointError(
                 f"no space left for checkpoint {partial.name.removeprefix(PARTIAL)} in {self.root}: "
-                f"{missing / 2**20:.1f} MiB more are needed; free disk space, then run the same command again"
+                f"{missing / 2**20:.1f} MiB more are needed; free disk space"
             )
         partial.mkdir()
 

@@ -95,8 +95,8 @@ class TeacherConfig:
     """The frozen medical CLIP."""
 
     path: str = ""
-    """Folder with open_clip_config.json and its weights, folder of a vision model of transformers, or
-    open_clip:ARCHITECTURE/FILE."""
+    """Folder with open_clip_config.json and its weights, folder of a vision model of transformers,
+    open_clip:ARCHITECTURE/FILE, or biovil:FILE."""
     mean: tuple[ClosedUnitInterval, ClosedUnitInterval, ClosedUnitInterval] | None = None
     """Mean of red, green and blue that the teacher was trained with, for pixels from 0 to 1. null: that of its folder;
     open_clip:ARCHITECTURE/FILE has none."""
@@ -256,6 +256,9 @@ class CheckpointConfig:
     """Steps between two checkpoints; the last step always writes one."""
     save_total_limit: PositiveInt = 2
     """Number of checkpoints to keep; older ones are deleted."""
+    retry_minutes: NonNegativeFloat = 10.0
+    """How long the checkpoint of the last step is tried again if it cannot be written, such as on a full disk. An
+    earlier one is tried again when the next one is due, and the run continues."""
 
 
 @dataclass
@@ -264,6 +267,11 @@ class EngineConfig:
 
     deepspeed: str = "zero3"
     """Name of a DeepSpeed configuration in ds_configs/, or a path to one."""
+    start_timeout: NonNegativeFloat = 300.0
+    """Seconds after which a run is considered to hang: in a part of its start, its first step, a checkpoint or a batch
+    of a validation. The stacks of all ranks are then written into the run's folder, and the run ends; 0 is never."""
+    step_timeout: NonNegativeFloat = 100.0
+    """The same for reading the batch of a step, and for each of its micro-batches."""
 
 
 @dataclass

@@ -57,7 +57,7 @@ class Teacher(nn.Module):
         """Do nothing: the teacher stays in eval mode."""
         return self
 
-    def forward(self, pixels: torch.Tensor, questions: Sequence[str] = ()) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, pixels: torch.Tensor, questions: Sequence[str] = ()) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Compute patch features of the last layer and the attention target, in one pass.
 
         Args:
@@ -65,13 +65,13 @@ class Teacher(nn.Module):
             questions: the question about each image; used only if the attention follows the question.
 
         Returns:
-            Features [I, M, b], and attention [I, M] in float32.
+            Features [I, M, b], and attention [I, M] in float32; None for a tower that has no attention.
         """
         streams = self.tower.encode(pixels.to(next(self.parameters()).dtype))
         features, attention = self.tower.features(streams), self.tower.attention(streams)
-        if self.conditioning is not None:
+        if self.conditioning is not None and attention is not None:
             assert isinstance(self.tower, TextAlignedTower)
             attention = self.conditioning(attention, self.tower.values(streams), questions)
-        if self.mask_sinks:
+        if self.mask_sinks and attention is not None:
             attention = mask_outliers(attention, streams.after, self.mask_sinks)
         return features, attention

@@ -51,6 +51,9 @@ class Callback:
     def on_validation_batch(self, trainer: Trainer) -> None:
         """Called before each batch of a validation is read. What it raises on one rank ends the validation on all."""
 
+    def on_progress(self, trainer: Trainer, what: str, slow: bool) -> None:
+        """Called when the run has advanced; `what` is what it does next, and `slow` whether that may take minutes."""
+
     def stop_request(self, trainer: Trainer) -> type[Stopped] | None:
         """Return why this rank asks the run to end after the current step, or None.
 
@@ -91,6 +94,7 @@ class Trainer:
         self.begun = state
         self.stopping: type[Stopped] | None = None  # what all ranks have agreed on
         self.total_steps = total_steps(config.train)
+        step.on_micro_batch = lambda: self.progress(f"a micro-batch of step {self.state.step + 1}")
         self._batches = batches
         self._speed = Throughput(step.engine.device)
         self._started = 0.0  # seconds of the clock at which the run would have begun without a pause
@@ -132,6 +136,10 @@ class Trainer:
         """Hand metrics of the current step to the callbacks. Every rank must call it."""
         self.call_hooks(lambda callback: callback.on_log(self, values))
 
+    def progress(self, what: str, slow: bool = False) -> None:
+        """Tell the callbacks that the run has advanced. Every rank must call it."""
+        self.call_hooks(lambda callback: callback.on_progress(self, what, slow))
+
     def agree_to_stop(self) -> None:
         """Set `stopping` to the request of any rank. Every rank must call it."""
         sums = distributed.sum_over_ranks({"requests": self._requests().to(self.step.engine.device)})
@@ -155,9 +163,11 @@ class Trainer:
     def _take_step(self) -> None:
         config, index = self.config, self.state.step
         self.call_hooks(lambda callback: callback.on_step_start(self))
+        self.progress(f"reading the batch of step {index + 1}")
         distributed.seed_step(config.run.seed, index)
         with self._speed.waiting():
             micro_batches, fault = _next_batch_or_error(self._batches)
+        self.progress(f"a micro-batch of step {index + 1}")
         losses = self.step(micro_batches, rates(index, config), fault)
         done = index + 1
         _check_finite(losses, done, micro_batches)
@@ -172,6 +182,7 @@ class Trainer:
         if done % config.log.interval == 0 or done == self.total_steps:
             learning_rates = _learning_rates(self.step.engine.rates())
             self.log(losses | learning_rates | self._speed.reduce() | _state_metrics(self.state, device))
+        self.progress(f"what follows step {done}", slow=True)
         self.call_hooks(lambda callback: callback.on_step_end(self))
 
 

@@ -25,7 +25,7 @@ FLOORS = (
     ("engine",),
     ("checkpoint", "evaluation", "benchmark"),
     ("training",),
-    ("run", "pipeline", "inference", "inspection", "cli", "__main__"),
+    ("run", "pipeline", "inference", "inspection", "watching", "cli", "__main__"),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
@@ -36,6 +36,7 @@ DOORS: dict[str, tuple[str, ...]] = {
     "open_clip": ("teacher/source.py", "teacher/towers/open_clip*.py", "teacher/towers/timm*.py"),
     "peft": ("student/loading.py",),
     "pydicom": ("data/samples/dicom*.py",),
+    "rich": ("watching.py", "cli/watch.py"),
     "timm": ("teacher/towers/timm*.py",),
     "transformers": ("student/*", "engine/engine.py", "teacher/towers/hf*.py"),
     "triton": ("*kernels/*triton*.py",),

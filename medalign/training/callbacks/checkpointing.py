@@ -7,10 +7,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from medalign import distributed
 from medalign.checkpoint.state import TrainState
+from medalign.errors import CheckpointError
 from medalign.training.trainer import Callback, Trainer
 
 log = logging.getLogger("medalign")
+RETRY_SECONDS = 10.0
 
 
 class Checkpointing(Callback):
@@ -19,11 +22,13 @@ class Checkpointing(Callback):
     Args:
         interval: steps between two checkpoints; the last step, the best one and a request to stop have one too.
         save: writes the checkpoint of a state and returns its folder; called on every rank.
+        retry_minutes: how long the last checkpoint is tried again if it cannot be written.
     """
 
-    def __init__(self, interval: int, save: Callable[[TrainState], Path]) -> None:
+    def __init__(self, interval: int, save: Callable[[TrainState], Path], retry_minutes: float = 0.0) -> None:
         self.interval = interval
         self.save = save
+        self.retry_minutes = retry_minutes
 
     def on_train_start(self, trainer: Trainer) -> None:
         """Record a validation that was made up for."""
@@ -39,7 +44,36 @@ class Checkpointing(Callback):
 
     def _write(self, trainer: Trainer) -> None:
         began = time.perf_counter()
-        folder = self.save(trainer.state)
-        log.info("step %d: checkpoint written in %.1f s", trainer.state.step, time.perf_counter() - began)
-        trainer.call_hooks(lambda callback: callback.on_checkpoint(trainer, folder))
+        folder = self._save_or_retry(trainer)
+        if folder is not None:
+            log.info("step %d: checkpoint written in %.1f s", trainer.state.step, time.perf_counter() - began)
+            trainer.call_hooks(lambda callback: callback.on_checkpoint(trainer, folder))
         trainer.agree_to_stop()  # a signal that arrived meanwhile: the run must not take another step for it
+
+    def _save_or_retry(self, trainer: Trainer) -> Path | None:
+        """Save, or return None where a later checkpoint can take the place of one that cannot be written.
+
+        The last checkpoint of a run is tried again for `retry_minutes`. All ranks fail and wait alike.
+
+        Raises:
+            CheckpointError: the last checkpoint of the run, or of a start that is asked to stop, cannot be written.
+        """
+        step, last = trainer.state.step, trainer.state.step == trainer.total_steps
+        deadline = time.monotonic() + 60 * self.retry_minutes
+        while True:
+            trainer.progress(f"writing the checkpoint of step {step}", slow=True)
+            try:
+                return self.save(trainer.state)
+            except CheckpointError as error:
+                if not last and not trainer.stopping:
+                    log.warning(
+                        "step %d: %s. The run continues, and the next checkpoint is tried when it is due", step, error
+                    )
+                    return None
+                # Rank 0 decides, because the clocks of the ranks differ.
+                late = distributed.broadcast_from_main("late" if time.monotonic() > deadline else "") == "late"
+                if trainer.stopping or late:
+                    raise CheckpointError(f"{error}, then run the same command again") from error
+                log.warning("step %d: %s. The last checkpoint is tried again in %.0f s", step, error, RETRY_SECONDS)
+                time.sleep(RETRY_SECONDS)
+                trainer.agree_to_stop()

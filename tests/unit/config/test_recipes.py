@@ -49,6 +49,12 @@ FORMS = {
     },
 }
 
+OTHERS = {  # recipes of other students: what differs from llava_vqa
+    "lingshu_vqa": {"student.layer": 17, "student.image_size": 672},
+    "qwen3vl_vqa": {"student.layer": 22, "student.image_size": 768},
+    "medgemma_vqa": {"student.layer": 23},
+}
+
 
 def flat(values: dict, prefix: str = "") -> dict:
     pairs = {}
@@ -58,7 +64,7 @@ def flat(values: dict, prefix: str = "") -> dict:
 
 
 def test_every_packaged_recipe_is_known_here():
-    assert config.recipes() == sorted(["phantom", *(f"{form}_{task}" for form in FORMS for task in TASKS)])
+    assert config.recipes() == sorted(["phantom", *OTHERS, *(f"{form}_{task}" for form in FORMS for task in TASKS)])
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -73,6 +79,12 @@ def test_a_recipe_has_the_settings_of_the_released_run(form, task):
 def test_an_official_recipe_differs_from_ours_only_by_its_form(task):
     ours, official = (flat(asdict(config.load(f"{form}_{task}", WORDS))) for form in FORMS)
     assert {name for name in ours if ours[name] != official[name]} == set(FORMS["official"])
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_recipe_of_another_student_differs_only_by_it(name):
+    ours, other = (flat(asdict(config.load(recipe, WORDS))) for recipe in ("llava_vqa", name))
+    assert {key: other[key] for key in ours if ours[key] != other[key]} == OTHERS[name]
 
 
 @pytest.mark.parametrize("name", config.recipes())

@@ -161,8 +161,10 @@ def test_console_draws_a_bar_on_request(lines):
 
 def test_wandb_off_never_imports_it(tmp_path):
     program = (
-        "import sys, pathlib; from medalign.observability.wandb_run import WandbSink\n"
-        f"sink = WandbSink('off', pathlib.Path({str(tmp_path)!r})); sink.log(1, {{'a': 1.0}}); sink.close()\n"
+        "import sys, pathlib; from medalign.observability.wandb_sink import WandbSink\n"
+        "from medalign.observability.wandb_session import WandbSession\n"
+        f"sink = WandbSink('off', WandbSession(pathlib.Path({str(tmp_path)!r})))\n"
+        "sink.log(1, {'a': 1.0}); sink.close()\n"
         "assert not [m for m in sys.modules if m.split('.')[0] == 'wandb']"
     )
     subprocess.run([sys.executable, "-c", program], check=True)

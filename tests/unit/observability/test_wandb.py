@@ -5,8 +5,13 @@ from __future__ import annotations
 import getpass
 import json
 import logging
+import math
+import signal
 import socket
 import struct
+import subprocess
+import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,10 +21,13 @@ import pytest
 from wandb.proto import wandb_internal_pb2
 
 from medalign import config
+from medalign.__main__ import main
 from medalign.checkpoint.state import TrainState
 from medalign.distributed import log
-from medalign.observability.wandb_run import WandbSink
-from medalign.run import build_loggers
+from medalign.observability import wandb_sink
+from medalign.observability.wandb_session import WandbSession
+from medalign.observability.wandb_sink import WandbSink, sync
+from medalign.training.loggers import build_loggers
 
 BLOCK, HEADER = 32768, 7  # LevelDB log framing; the file starts with a header of the same size
 
@@ -49,11 +57,14 @@ def history(path: Path) -> list[dict]:
     ]
 
 
-def offline_files(run_dir: Path) -> list[Path]:
-    """The files of finished offline runs; the W&B process writes the last records shortly after `finish`."""
+def offline_files(run_dir: Path, ended: int | None = None) -> list[Path]:
+    """The files of offline runs, of which `ended` (by default all) have ended.
+
+    The W&B process writes the last records shortly after `finish`.
+    """
     paths = sorted(run_dir.rglob("offline-run-*/*.wandb"))
     deadline = time.monotonic() + 20
-    while not all(any(record.HasField("exit") for record in records(path)) for path in paths):
+    while sum(any(record.HasField("exit") for record in records(path)) for path in paths) < (ended or len(paths)):
         assert time.monotonic() < deadline, "W&B did not finish its file"
         time.sleep(0.05)
     return paths
@@ -71,7 +82,7 @@ def at_home(tmp_path, monkeypatch):
 
 def test_an_offline_run_contains_only_numbers_and_the_filtered_configuration(at_home):
     config = {"train": {"lr": 2e-4}, "run": {"dir": "/data/patients/doe"}, "hub_token": "hunter2"}
-    sink = WandbSink("offline", at_home, name="trial", config=config)
+    sink = WandbSink("offline", WandbSession(at_home, name="trial", config=config))
     sink.log(10, {"loss/total": 2.0})
     sink.log(20, {"loss/total": 1.0, "speed/samples_per_second": 3})
     with pytest.raises(TypeError, match="'report'"):
@@ -103,7 +114,7 @@ def test_an_offline_run_contains_only_numbers_and_the_filtered_configuration(at_
 
 def test_a_resumed_run_keeps_its_id_and_its_steps(at_home):
     for step in (10, 20):
-        sink = WandbSink("offline", at_home)
+        sink = WandbSink("offline", WandbSession(at_home))
         sink.log(step, {"a": 1.0})
         sink.close()
     runs = [next(r.run for r in records(path) if r.HasField("run")) for path in offline_files(at_home)]
@@ -131,9 +142,156 @@ def test_an_unreachable_server_leaves_the_run_offline_with_one_warning(at_home, 
         monkeypatch.setenv("WANDB_API_KEY", key)
     monkeypatch.setattr(log, "propagate", True)
     caplog.set_level(logging.WARNING, logger=log.name)
-    sink = WandbSink("online", at_home, init_timeout=3, finish_timeout=3)
+    sink = WandbSink("online", WandbSession(at_home, init_timeout=3, finish_timeout=3))
     sink.log(10, {"a": 1.0})
     sink.close()
     messages = [record.getMessage() for record in caplog.records if record.name == log.name]
     assert len(messages) == 1 and "offline" in messages[0]
     assert [row["a"] for path in offline_files(at_home) for row in history(path)] == [1.0]
+
+
+START = """
+import os, signal, sys
+from pathlib import Path
+from medalign.observability.rows import JsonlSink, read_rows
+from medalign.observability.wandb_session import WandbSession
+from medalign.observability.wandb_sink import WandbSink
+
+folder, resumed, killed = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+metrics = JsonlSink(folder / "metrics.jsonl", resumed_step=resumed)
+wandb = WandbSink("offline", WandbSession(folder), rows=read_rows(folder / "metrics.jsonl"), last_step=30)
+for step in range(resumed + 1, 31):
+    for sink in (metrics, wandb):
+        sink.log(step, {"loss/total": 1 / step})
+        if step % 10 == 0:
+            sink.log(step, {"validation/loss/total": 2 / step})
+    if step == killed:
+        os.kill(os.getpid(), signal.SIGKILL)
+metrics.close()
+wandb.close()
+"""
+
+
+def test_after_three_kills_the_last_offline_run_has_one_whole_history(at_home):
+    """Each start is killed right after a row, and resumes from a checkpoint that may be later than what W&B has."""
+    at_home.mkdir()
+    for resumed, killed in ((0, 8), (8, 15), (10, 23), (20, 0)):
+        words = [sys.executable, "-c", START, str(at_home), str(resumed), str(killed)]
+        found = subprocess.run(words, timeout=120, check=False)
+        assert found.returncode == (-signal.SIGKILL if killed else 0)
+    whole = max(offline_files(at_home, ended=1), key=lambda path: len(history(path)))
+    rows = history(whole)
+    assert [row["_step"] for row in rows] == list(range(1, 31))
+    assert [row["loss/total"] for row in rows] == [1 / step for step in range(1, 31)]
+    validated = {row["_step"]: row["validation/loss/total"] for row in rows if "validation/loss/total" in row}
+    assert validated == {10: 0.2, 20: 0.1, 30: 2 / 30}
+
+
+class FakeRun:
+    """A run on a server that has the steps before `starting_step`."""
+
+    def __init__(self, starting_step: int = 0) -> None:
+        self.starting_step = starting_step
+        self.rows: list[tuple[int, dict]] = []
+        self.finished = False
+
+    def log(self, values, step):
+        self.rows.append((step, dict(values)))
+
+    def finish(self):
+        self.finished = True
+
+
+def test_a_resumed_run_on_line_gets_each_missing_step_once(at_home, monkeypatch):
+    """The server has steps 1 to 3; the checkpoint is that of step 4, so the trainer will not take step 4 again."""
+    run = FakeRun(starting_step=4)
+    monkeypatch.setattr(WandbSession, "start_online", lambda session: run)
+    rows = [{"step": step, "time": "", "a": float(step)} for step in range(1, 5)] + [{"step": 4, "time": "", "b": None}]
+    sink = WandbSink("online", WandbSession(at_home), rows=rows, last_step=8)
+    sink.log(5, {"a": 5.0})
+    sink.log(6, {"a": 6.0})
+    sink.close()
+    (fourth, fifth) = run.rows
+    assert fourth[0] == 4 and fourth[1]["a"] == 4.0 and math.isnan(fourth[1]["b"])
+    assert fifth == (5, {"a": 5.0})  # step 6 may get a validation by the next start, which sends it
+    assert run.finished
+
+
+def test_sync_sends_the_missing_steps(at_home, monkeypatch):
+    run = FakeRun(starting_step=2)
+    monkeypatch.setattr(WandbSession, "start_online", lambda session: run)
+    assert sync(WandbSession(at_home), [{"step": step, "time": "", "a": 1.0} for step in (1, 2, 3)]) == 2
+    assert [step for step, _ in run.rows] == [2, 3] and run.finished
+
+
+def test_sync_without_a_server_is_an_error_of_the_command(at_home, capsys):
+    at_home.mkdir()
+    settings = config.load("phantom", ["--data.train", "c", "--run.dir", str(at_home)])
+    (at_home / "config.yaml").write_text(config.dump(settings))
+    assert main(["wandb", "sync", str(at_home)]) == 2
+    assert "metrics.jsonl does not exist" in capsys.readouterr().err
+    (at_home / "metrics.jsonl").write_text('{"step": 1, "a": 1.0}\n')
+    assert main(["wandb", "sync", str(at_home)]) == 2
+    assert "was not sent; log in with `wandb login`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("moment", ["start", "log", "finish"])
+def test_whatever_fails_in_wandb_ends_nothing(at_home, monkeypatch, caplog, moment):
+    def fail(*_, **__):
+        raise AssertionError("the service process is gone")
+
+    run = FakeRun()
+    monkeypatch.setattr(WandbSession, "start_offline", fail if moment == "start" else lambda session: run)
+    monkeypatch.setattr(FakeRun, moment, fail, raising=False)
+    sink = WandbSink("offline", WandbSession(at_home))
+    for step in (1, 2, 3):
+        sink.log(step, {"a": 1.0})
+    sink.close()
+    assert caplog.text.count("W&B failed (AssertionError: the service process is gone)") == 1
+    assert f"medalign wandb sync {at_home}" in caplog.text
+
+
+def test_a_service_that_hangs_delays_nothing(at_home, monkeypatch, caplog):
+    class Hanging(FakeRun):
+        def log(self, values, step):
+            threading.Event().wait()
+
+    monkeypatch.setattr(WandbSession, "start_offline", lambda session: Hanging())
+    monkeypatch.setattr(wandb_sink, "_MARGIN", 0.1)
+    sink = WandbSink("offline", WandbSession(at_home, init_timeout=0.1, finish_timeout=0.1))
+    began = time.monotonic()
+    for step in range(1, 1000):
+        sink.log(step, {"a": 1.0})
+    assert time.monotonic() - began < 1  # 1000 rows go into a queue
+    sink.close()
+    assert "W&B has not finished within 0 s" in caplog.text
+
+
+SERVICE_DIES = """
+import os, signal, sys, time
+from pathlib import Path
+from medalign.observability.wandb_session import WandbSession
+from medalign.observability.wandb_sink import WandbSink
+
+folder = Path(sys.argv[1])
+sink = WandbSink("offline", WandbSession(folder, finish_timeout=5))
+sink.log(1, {"a": 1.0})
+children = lambda: Path(f"/proc/{os.getpid()}/task").glob("*/children")
+deadline = time.monotonic() + 60
+while not list(folder.rglob("*.wandb")):
+    assert time.monotonic() < deadline
+    time.sleep(0.1)
+for pid in {pid for path in children() for pid in path.read_text().split()}:
+    os.kill(int(pid), signal.SIGKILL)
+for step in (2, 3):
+    sink.log(step, {"a": 1.0})
+sink.close()
+"""
+
+
+def test_a_killed_service_leaves_the_run_its_exit_status(at_home):
+    at_home.mkdir()
+    words = [sys.executable, "-c", SERVICE_DIES, str(at_home)]
+    found = subprocess.run(words, timeout=120, check=False, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    assert "medalign wandb sync" in found.stderr

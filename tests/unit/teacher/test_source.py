@@ -28,7 +28,7 @@ def test_unsupported_and_missing_teachers_are_errors(folder, tmp_path):
         ),
         ({"timm_model_name": "resnet18"}, "resnet18 has a ResNet; supported of timm: VisionTransformer"),
         ({"timm_model_name": "no_such_model"}, "open_clip cannot build model_cfg .*no_such_model"),
-        ({"layers": [3, 4, 6, 3]}, "of kind 'resnet'; supported kinds: "),
+        ({"layers": [3, 4, 6, 3]}, "image size 48 is not a multiple of its patch size 32"),
     ],
 )
 def test_a_tower_that_is_not_supported_is_refused_before_its_weights_are_read(folder, vision, message):

@@ -13,8 +13,8 @@ import torch
 from medalign import config
 from medalign.checkpoint.state import TrainState
 from medalign.config import Config
-from medalign.errors import ConfigError, DataError, Preempted, Stopped, Terminated
-from medalign.training.callbacks import Callback, Checkpointing, Profiler, Validation
+from medalign.errors import CheckpointError, ConfigError, DataError, Preempted, Stopped, Terminated
+from medalign.training.callbacks import Callback, Checkpointing, Profiler, Validation, checkpointing
 from medalign.training.trainer import Trainer
 from tests import tiny
 
@@ -121,18 +121,47 @@ class Stopping(Callback):
 
 
 class Saved:
-    """Keeps the states that are saved."""
+    """Keeps the states that are saved; the given calls fail as on a full disk."""
 
-    def __init__(self) -> None:
+    def __init__(self, *failing: int) -> None:
         self.states: list[TrainState] = []
+        self.failing, self.calls = failing, 0
 
     def __call__(self, state: TrainState) -> Path:
+        self.calls += 1
+        if self.calls in self.failing:
+            raise CheckpointError("checkpoint could not be written (No space left on device); free disk space")
         self.states.append(state)
         return Path(f"step-{state.step}")
 
     @property
     def steps(self) -> list[int]:
         return [state.step for state in self.states]
+
+
+def test_a_checkpoint_that_cannot_be_written_does_not_end_the_run(caplog):
+    saved = Saved(1, 2)
+    assert build(Checkpointing(2, saved), steps=6).fit().step == 6
+    assert saved.steps == [6]
+    assert caplog.text.count("The run continues") == 2 and "step 2: " in caplog.text and "step 4: " in caplog.text
+
+
+def test_the_last_checkpoint_is_tried_again(caplog, monkeypatch):
+    monkeypatch.setattr(checkpointing, "RETRY_SECONDS", 0.01)
+    saved = Saved(1, 2, 3)
+    build(Checkpointing(100, saved, retry_minutes=1), steps=2).fit()
+    assert saved.steps == [2] and caplog.text.count("is tried again in") == 3
+
+
+def test_the_last_checkpoint_is_an_error_in_the_end(monkeypatch):
+    monkeypatch.setattr(checkpointing, "RETRY_SECONDS", 0.01)
+    with pytest.raises(CheckpointError, match="free disk space, then run the same command again"):
+        build(Checkpointing(100, Saved(*range(1, 1000)), retry_minutes=0.001), steps=2).fit()
+
+
+def test_a_start_that_is_asked_to_stop_does_not_wait_for_the_disk():
+    with pytest.raises(CheckpointError, match="then run the same command again"):
+        build(Stopping(1), Checkpointing(100, Saved(1), retry_minutes=60), steps=2).fit()
 
 
 @pytest.mark.parametrize(("kind", "name", "status"), [(Preempted, "SIGUSR1", 75), (Terminated, "SIGTERM", 143)])

@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from medalign.config import StudentConfig
+from medalign.config import StudentConfig, load
 from medalign.errors import ConfigError
 from medalign.student.families.registry import inspect_model
+from medalign.student.model import require_layer
 from medalign.student.weights import empty_model
 from tests import mistral
 from tests.unit.student.families import authors, published
@@ -78,6 +79,30 @@ def test_every_published_weight_has_its_place(model: Published) -> None:
     spec = inspect_model(empty_model(str(model.folder), model.config))
     assert spec.image.count == spec.grid.size == model.tokens
     assert len(spec.blocks) > model.config.layer
+
+
+@pytest.mark.parametrize(
+    ("name", "recipe", "blocks"),
+    [
+        ("llava-med-1.5", "llava_vqa", 32),
+        ("huatuogpt-vision-7b", "llava_report", 28),
+        ("qwen2.5-vl-7b", "lingshu_vqa", 28),
+        ("qwen3-vl-8b", "qwen3vl_vqa", 36),
+        ("medgemma-4b", "medgemma_vqa", 34),
+    ],
+)
+def test_a_recipe_fits_its_student(shared: Path, tmp_path: Path, name: str, recipe: str, blocks: int) -> None:
+    """The tapped block exists and covers an image, and a sample has room for text beside the image."""
+    known = published.facts(shared, name)
+    MODELS[name][0](tmp_path, known)
+    published.write_weights(tmp_path, published.shapes(known))
+    words = ["--student.path", str(tmp_path), "--teacher.path", "none", "--data.train", "none"]
+    config = load(recipe, words, models=False)
+    spec = inspect_model(empty_model(str(tmp_path), config.student))
+    assert len(spec.blocks) == blocks
+    require_layer(config.student.layer, spec)
+    assert spec.window(config.student.layer) is None
+    assert spec.image.count + 256 < config.data.max_length
 
 
 @pytest.mark.parametrize("part", [0, -1])
