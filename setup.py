@@ -33,6 +33,7 @@ setup(
         "wandb>=0.31,<1",  # experimental settings: see observability/wandb_session.py
         "webdataset>=1.0",
         "safetensors>=0.5",
+        "sentencepiece>=0.2",  # the tokenizer.model of Llama and Mistral
         "jsonargparse[signatures]>=4.40",
         "pyyaml>=6",
         "numpy>=1.26",
@@ -75,7 +76,6 @@ setup(
             "pyarrow>=18",
             "pydicom>=3",
             "mistral-common>=1.8,<1.10",  # for its vocabulary file; later versions exclude NumPy 2.4 on Python 3.11
-            "sentencepiece>=0.2",
         ],
     },
     entry_points={"console_scripts": ["medalign=medalign.cli.main:main"]},

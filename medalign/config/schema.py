@@ -106,6 +106,11 @@ class TeacherConfig:
     """A control experiment: replace the trained weights by random ones from this seed."""
     features: TeacherFeatures = "after_norm"
     """Patch features of the last block: after the tower's final norm, or before it, as in the released code."""
+    precision: Precision = "auto"
+    """Precision of the teacher's weights and activations. auto: that of the student. Targets are always fp32."""
+    compile: bool = False
+    """Compile the teacher's tower with torch.compile. It costs a minute or so at the start and whenever a micro-batch
+    has a new number of images."""
     text_weight: ClosedUnitInterval = 0.0
     """Share of a text-conditioned map in the attention target of each question that names a finding of the lexicon. 0:
     only the class token's attention (the paper's), the same for every question about an image."""
@@ -225,6 +230,9 @@ class TrainConfig:
     the recipe's other one is ignored."""
     max_grad_norm: NonNegativeFloat = 1.0
     """Gradients are clipped to this norm; 0 disables clipping."""
+    max_diverged_steps: NonNegativeInt = 5
+    """Steps of the run whose loss or gradient may be NaN or infinite. Such a step updates nothing, on all ranks, and
+    its samples are logged; one more than these ends the run."""
     precision: Precision = "auto"
     """auto: bf16 on a GPU, fp32 on a CPU."""
     evaluate_every: NonNegativeInt = 0

@@ -18,6 +18,8 @@ from medalign.teacher.model import Teacher
 from medalign.teacher.source import TeacherSource, find_teacher
 from medalign.teacher.towers import TextAlignedTower, Tower, tower_class
 
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # teacher.precision "auto" takes the argument
+
 
 def load_teacher(
     path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, **settings: Any
@@ -29,7 +31,7 @@ def load_teacher(
             `open_clip:ARCH/WEIGHTS` or `biovil:WEIGHTS`, where WEIGHTS is a file (safetensors, or a torch file without
             pickled code). Tags are not supported, because nothing is downloaded.
         device: where the teacher runs.
-        dtype: data type of its weights.
+        dtype: data type of its weights, unless `precision` is among the settings.
         **settings: the other settings of the section `teacher`, by name.
 
     Raises:
@@ -45,7 +47,9 @@ def load_teacher(
         torch.manual_seed(seed or 0)
         tower = (kind.load if seed is None else kind.build)(source, config.features)
     conditioning = _build_conditioning(source, kind, config) if config.text_weight > 0 else None
-    return Teacher(tower.to(dtype), source.mean, source.std, conditioning, config.mask_sinks).to(device)
+    dtype = _DTYPES.get(config.precision, dtype)
+    teacher = Teacher(tower.to(dtype), source.mean, source.std, conditioning, config.mask_sinks, config.compile)
+    return teacher.to(device)
 
 
 def read_preprocess_cfg(

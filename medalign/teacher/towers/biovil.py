@@ -48,7 +48,13 @@ class _Projector(nn.Module):
         self.model = nn.Sequential(first, nn.BatchNorm2d(_JOINT), nn.ReLU(), nn.Conv2d(_JOINT, _JOINT, 1))
 
 
-class _ImageModel(nn.Module):
+class ImageModel(nn.Module):
+    """BioViL's image model with random weights.
+
+    Args:
+        temporal: whether it is BioViL-T's.
+    """
+
     def __init__(self, temporal: bool) -> None:
         super().__init__()
         self.encoder = _Encoder(temporal)
@@ -65,7 +71,7 @@ class BioVilTower(Tower):
 
     has_attention: ClassVar[bool] = False
 
-    def __init__(self, model: _ImageModel, features: str = "after_norm") -> None:
+    def __init__(self, model: ImageModel, features: str = "after_norm") -> None:
         width = _JOINT if features == "after_norm" else model.projector.width
         super().__init__(PatchGrid(SIZE // STRIDE, SIZE // STRIDE), width, SIZE, features)
         self.model = model
@@ -78,13 +84,13 @@ class BioVilTower(Tower):
     @classmethod
     @override
     def build(cls, source: TeacherSource, features: str) -> BioVilTower:
-        return cls(_ImageModel(_is_temporal(read_weights(source.weights))), features)
+        return cls(ImageModel(_is_temporal(read_weights(source.weights))), features)
 
     @classmethod
     @override
     def load(cls, source: TeacherSource, features: str) -> BioVilTower:
         state = read_weights(source.weights)
-        model = _ImageModel(_is_temporal(state))
+        model = ImageModel(_is_temporal(state))
         own = {key: value for key, value in state.items() if not key.startswith(_OTHERS)}
         load_exactly(model, own, source.weights, prefix="", others=())
         return cls(model, features)

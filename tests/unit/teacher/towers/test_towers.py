@@ -1,5 +1,6 @@
 """What holds for every kind of tower. A new kind gets all of it by one line in `cases.CASES`."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -71,6 +72,19 @@ def test_the_value_path_is_attention_of_each_patch_to_itself(case: Case, tmp_pat
     expected = case.values(case.write(tmp_path / "teacher"), pixels)
     tower = load_teacher(tmp_path / "teacher").tower
     torch.testing.assert_close(tower.values(tower.encode(pixels)), expected, rtol=1e-4, atol=1e-5)
+
+
+@every_kind
+def test_a_tower_compiles_in_one_piece(case: Case, tmp_path, monkeypatch):
+    """Traced as torch.compile does it, without the compiler: a break in the graph would be an error."""
+    case.write(tmp_path / "teacher")
+    plain, pixels = load_teacher(tmp_path / "teacher"), draw_pixels(case.size)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager", fullgraph=True))
+    compiled = load_teacher(tmp_path / "teacher", compile=True)
+    assert compiled.encode != compiled.tower.encode
+    for found, expected in zip(compiled(pixels), plain(pixels), strict=True):
+        torch.testing.assert_close(found, expected)
+    assert compiled.state_dict().keys() == plain.state_dict().keys()
 
 
 @every_kind
