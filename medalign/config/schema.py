@@ -230,6 +230,9 @@ class TrainConfig:
     the recipe's other one is ignored."""
     max_grad_norm: NonNegativeFloat = 1.0
     """Gradients are clipped to this norm; 0 disables clipping."""
+    max_diverged_steps: NonNegativeInt = 5
+    """Steps of the run whose loss or gradient may be NaN or infinite. Such a step updates nothing, on all ranks, and
+    its samples are logged; one more than these ends the run."""
     precision: Precision = "auto"
     """auto: bf16 on a GPU, fp32 on a CPU."""
     evaluate_every: NonNegativeInt = 0
