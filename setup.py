@@ -44,6 +44,7 @@ setup(
         "jinja2>=3.1",
         "sacrebleu>=2.5",
         "rouge-score>=0.1.2",
+        "scipy>=1.13",  # distributions for `medalign compare`
         "regex>=2024.4.16",  # Unicode scripts; sacrebleu and transformers bring it too
         "ninja>=1.11",
         "psutil>=6",
@@ -74,7 +75,6 @@ setup(
             "flask-cors>=5",
             "pyarrow>=18",
             "pydicom>=3",
-            "scipy>=1.13",
             "mistral-common>=1.8,<1.10",  # for its vocabulary file; later versions exclude NumPy 2.4 on Python 3.11
         ],
     },
