@@ -34,9 +34,11 @@ class Skipped:
 
 def kind(reason: str) -> str:
     """Reduce a reason to its general form, without names or numbers, so that equal reasons can be counted."""
-    general, before = reason, ""
-    while general != before:  # brackets may be nested
-        general, before = _PARTICULAR.sub("...", _REMARK.sub("", general)), general
+    general = reason
+    for pattern, replacement in ((_REMARK, ""), (_PARTICULAR, "...")):
+        before = ""
+        while general != before:  # brackets may be nested
+            general, before = pattern.sub(replacement, general), general
     general = re.split(r"[;:](?:\s|$)", general)[0]
     general = re.sub(r"(\.\.\.\s*)+", "... ", general)
     end = general.rstrip(" .")

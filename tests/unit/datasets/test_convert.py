@@ -237,7 +237,7 @@ def test_a_conversion_without_listed_samples_has_a_report(tmp_path: Path) -> Non
     source = tmp_path / "in"
     source.mkdir()
     (source / "annotations.jsonl").write_text('{"id": 7}\n{"id": 8}')
-    reasons = r"\(2 x id is; first: annotations\.jsonl line 1: id is 7.*conversion\.json lists them all"
+    reasons = r"\(2 x id is \.\.\.; first: annotations\.jsonl line 1: id is 7.*conversion\.json lists them all"
     with pytest.raises(DataError, match=rf"lists no sample .*{reasons}"):
         convert(JSONL, source, tmp_path / "out", workers=1)
     report = json.loads((tmp_path / "out" / "conversion.json").read_text())
