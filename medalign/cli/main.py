@@ -7,13 +7,27 @@ import sys
 from collections.abc import Sequence
 
 from medalign import __version__
-from medalign.cli import bench, evaluate, export, generate, inspect, phantom, report, shards, train, wandb, watch
+from medalign.cli import (
+    bench,
+    compare,
+    evaluate,
+    export,
+    generate,
+    inspect,
+    phantom,
+    report,
+    score,
+    shards,
+    train,
+    wandb,
+    watch,
+)
 from medalign.cli.parser import CommandParser
 from medalign.errors import MedAlignError, Stopped, format_os_error
 
 log = logging.getLogger("medalign")
 
-COMMANDS = (phantom, shards, inspect, train, watch, generate, evaluate, report, export, bench, wandb)
+COMMANDS = (phantom, shards, inspect, train, watch, generate, evaluate, score, compare, report, export, bench, wandb)
 
 _EPILOG = """
 a first run, from synthetic data to a report:
@@ -39,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = [word for word in words if not word.startswith("--local_rank")]
     try:
         chosen = build_parser().parse_args(words)
+        chosen.words = words  # some commands record how they were called
         from medalign import distributed  # imports torch, which --help does without
 
         distributed.set_up_logging()

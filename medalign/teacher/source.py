@@ -120,7 +120,8 @@ def _transformers_folder(folder: Path, mean: Colors | None, std: Colors | None) 
     config = _read_object(file)
     image_file = next((folder / name for name in _HF_IMAGE_NAMES if (folder / name).is_file()), None)
     image = _read_object(image_file) if image_file else {}
-    image = image.get("image_processor", image)  # processor_config.json holds the image settings under this key
+    nested = image.get("image_processor")  # processor_config.json holds the image settings under this key
+    image = nested if isinstance(nested, dict) else image
     owner = str(image_file or file)
     colors = _colors(owner, "image_", (image.get("image_mean"), image.get("image_std")), (mean, std))
     return TeacherSource(str(file), str(config.get("model_type")), config, folder, *colors)
