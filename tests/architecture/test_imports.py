@@ -25,7 +25,8 @@ FLOORS = (
     ("engine",),
     ("checkpoint", "evaluation", "benchmark"),
     ("training",),
-    ("run", "pipeline", "inference", "inspection", "watching", "cli", "__main__"),
+    ("run", "pipeline", "inference", "inspection", "planning", "watching"),
+    ("cli", "__main__"),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
