@@ -137,3 +137,16 @@ def test_options_out_of_range_are_refused(words, option):
     with pytest.raises(SystemExit) as end:
         main(["plan", *words, option])
     assert end.value.code == 2
+
+
+def test_a_published_model_has_its_published_number_of_parameters(tmp_path):
+    """LLaVA-Med 1.5 has 15,132,438,528 bytes of bf16 weights in its published files."""
+    text = {"model_type": "mistral", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
+    text |= {"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 32000, "sliding_window": None}
+    vision = {"model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096, "image_size": 336}
+    vision |= {"num_hidden_layers": 24, "num_attention_heads": 16, "patch_size": 14}
+    values = {"model_type": "llava", "text_config": text, "vision_config": vision, "image_token_id": 31999}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    overrides = ["--student.path", str(tmp_path), "--losses.alpha", "0", "--losses.beta", "0"]
+    found = make_plan(settings.load("llava_vqa", overrides, data=False), nodes=1, gpus=8).parameters
+    assert sum(found[name] for name in ("vision tower", "projector", "language model")) * 2 == 15_132_438_528
