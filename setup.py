@@ -33,6 +33,7 @@ setup(
         "wandb>=0.31,<1",  # experimental settings: see observability/wandb_session.py
         "webdataset>=1.0",
         "safetensors>=0.5",
+        "sentencepiece>=0.2",  # the tokenizer.model of Llama and Mistral
         "jsonargparse[signatures]>=4.40",
         "pyyaml>=6",
         "numpy>=1.26",
@@ -43,6 +44,7 @@ setup(
         "jinja2>=3.1",
         "sacrebleu>=2.5",
         "rouge-score>=0.1.2",
+        "scipy>=1.13",  # distributions for `medalign compare`
         "regex>=2024.4.16",  # Unicode scripts; sacrebleu and transformers bring it too
         "ninja>=1.11",
         "psutil>=6",
@@ -73,9 +75,7 @@ setup(
             "flask-cors>=5",
             "pyarrow>=18",
             "pydicom>=3",
-            "scipy>=1.13",
             "mistral-common>=1.8,<1.10",  # for its vocabulary file; later versions exclude NumPy 2.4 on Python 3.11
-            "sentencepiece>=0.2",
         ],
     },
     entry_points={"console_scripts": ["medalign=medalign.cli.main:main"]},

@@ -113,7 +113,7 @@ class TeacherTargets:
     """Targets of the student, already on the student's grid, in float32, without gradient."""
 
     features: torch.Tensor  # [I, N, b]
-    attention: torch.Tensor  # [I, N]; the attention target, on the class token's or the question's patches
+    attention: torch.Tensor | None  # [I, N]; the attention target; None if the teacher has none
 
 
 class StudentOutput(NamedTuple):

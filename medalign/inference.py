@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -23,11 +22,11 @@ from medalign.data.shards.index import ShardIndex
 from medalign.data.storage.byte_ranges import is_remote
 from medalign.errors import ConfigError, DataError
 from medalign.evaluation.generation import Answer, PredictionBatch, generate_answers, predict
-from medalign.evaluation.metrics import Prediction, score, unfinished, write_predictions
+from medalign.evaluation.metrics import Prediction, unfinished, write_predictions
 from medalign.evaluation.metrics.predictions import LENGTH
 from medalign.evaluation.report.pictures import overlay
+from medalign.evaluation.scores_file import write_scores
 from medalign.evaluation.tally import Tally
-from medalign.observability.files import write_text
 from medalign.observability.progress import ProgressReporter
 from medalign.run_folder import EvaluationFolder, find_run
 from medalign.student import loading
@@ -151,7 +150,7 @@ def evaluate(
         "max_new_tokens": max_new_tokens,
         **tally.counts(),
     }
-    write_text(EvaluationFolder(folder).scores, json.dumps(score(tally.rows) | facts, indent=2) + "\n")
+    write_scores(EvaluationFolder(folder).scores, tally.rows, facts)
     return folder
 
 

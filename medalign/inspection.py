@@ -12,7 +12,7 @@ from medalign.data.batches.indices import rank_indices_and_prefetch
 from medalign.data.order.order import Order, StepPlan
 from medalign.data.shards.index import ShardIndex
 from medalign.evaluation.report.batches import BatchView, view_batch
-from medalign.teacher.loading import read_preprocess_cfg
+from medalign.teacher.loading import read_preprocess_cfg, require_attention
 from medalign.training.schedule import describe_length, resolve_steps
 
 log = logging.getLogger("medalign")
@@ -50,8 +50,10 @@ def view_global_batch(config: Config, step: int) -> BatchView:
     """Read and collate the global batch of a step as in training. No weights are read."""
     index = pipeline.open_index(config)
     pipeline.require_images(config, index)
-    settings = config.teacher
-    teacher = read_preprocess_cfg(settings.path, settings.mean, settings.std) if config.distils else None
+    teacher = None
+    if config.distils:
+        require_attention(config)
+        teacher = read_preprocess_cfg(config.teacher.path, config.teacher.mean, config.teacher.std)
     collator, processor = pipeline.check_collator(config, teacher, index.max_images)
     batches = next(iter(pipeline.build_loader(config, index, collator, step, whole_batch=True)))
     length = describe_length(resolve_steps(config, len(index)), len(index))

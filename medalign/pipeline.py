@@ -118,6 +118,12 @@ def build_question_collator(spec: ModelSpec, processor: Any, max_length: int, ma
 
 
 def _encoder(spec: ModelSpec, processor: Any, max_length: int, max_images: int, setting: str) -> PromptEncoder:
+    limit = spec.family.max_images
+    if limit is not None and max_images > limit:
+        raise ConfigError(
+            f"the largest sample has {max_images} images, but a student of the family {spec.family.model_type} takes "
+            f"{limit} per sample; pack samples with fewer images"
+        )
     warn_about_positions(spec, max_length, setting)
     return PromptEncoder(
         processor,

@@ -25,28 +25,26 @@ from medalign.engine.engine import Engine
 from medalign.engine.settings import deepspeed_settings, precision
 from medalign.errors import Stopped
 from medalign.losses.build import build_objective
-from medalign.observability.console import ConsoleSink
 from medalign.observability.files import write_text
-from medalign.observability.rows import JsonlSink, read_rows
-from medalign.observability.wandb_session import WandbSession
-from medalign.observability.wandb_sink import WandbSink
+from medalign.observability.watchdog import Watchdog
 from medalign.run_folder import RunFolder
 from medalign.stop_signals import stop_signals
 from medalign.student import loading
 from medalign.student.model import Student, check_causality
-from medalign.teacher.loading import load_teacher
+from medalign.teacher.loading import load_teacher, require_attention
 from medalign.teacher.model import Teacher
 from medalign.teacher.targets import assert_replicated
 from medalign.training import schedule
 from medalign.training.callbacks import (
     Callback,
     Checkpointing,
-    ConsoleLogger,
+    Heartbeat,
     MetricLogger,
     Profiler,
     StopOnSignal,
     Validation,
 )
+from medalign.training.loggers import build_loggers
 from medalign.training.same_run import require_same_run
 from medalign.training.step import TrainStep
 from medalign.training.trainer import Trainer
@@ -73,11 +71,13 @@ def train(config: Config, callbacks: Sequence[Callback] = ()) -> Path:
     distributed.set_up_logging()
     folder = Path(config.run.dir)
     ds_settings = deepspeed_settings(config, distributed.world_size())
-    with stop_signals() as received:
+    with stop_signals() as received, Watchdog(RunFolder(folder).stacks) as watchdog:
+        watchdog.beat("waiting for the other ranks", config.engine.start_timeout)
         deepspeed_engine.start(ds_settings)
         try:
             with lock.held(folder), distributed.log_file(RunFolder(folder).log(distributed.rank())):
-                _train(config, folder, ds_settings, [StopOnSignal(received), *callbacks])
+                own = [Heartbeat(watchdog, config.engine.start_timeout, config.engine.step_timeout)]
+                _train(config, folder, ds_settings, watchdog, [*own, StopOnSignal(received), *callbacks])
         except Stopped:
             distributed.barrier()  # srun kills the other ranks soon after the first one has ended
             raise
@@ -86,26 +86,30 @@ def train(config: Config, callbacks: Sequence[Callback] = ()) -> Path:
     return folder
 
 
-def _train(config: Config, folder: Path, ds_settings: dict[str, Any], callbacks: Sequence[Callback]) -> None:
+def _train(
+    config: Config, folder: Path, ds_settings: dict[str, Any], watchdog: Watchdog, callbacks: Sequence[Callback]
+) -> None:
+    def begin(what: str) -> None:
+        watchdog.beat(what, config.engine.start_timeout)
+
+    begin("reading the shards' indexes")
     with distributed.raise_on_all_ranks():
         objective = build_objective(config)
         index, held_out = pipeline.open_indexes(config)
         if index is not None:
             pipeline.require_images(config, index)
         pipeline.check_collator(config, None, _max_images(index, held_out))
-    found = find_whole(RunFolder(folder).checkpoints.path)
-    stage, data = deepspeed_engine.stage(ds_settings), index.fingerprint() if index else ()
-    now = TrainState(step=0, samples=0, ranks=distributed.world_size(), stage=stage, data=data)
-    if found:
-        with distributed.raise_on_all_ranks():
-            require_same_run(config, now, found, RunFolder(folder).config)
-    samples = len(index) if index else 0
-    config = schedule.resolve_steps(config, samples)
-    log.info("%s", schedule.describe_length(config, samples))
+    begin("checking the checkpoints")
+    found, now = _find_start(config, folder, ds_settings, index)
+    config = schedule.resolve_steps(config, len(index) if index else 0)
+    log.info("%s", schedule.describe_length(config, len(index) if index else 0))
+    begin("loading the models")
     engine, teacher, student, collator = _build(config, ds_settings, _max_images(index, held_out))
     if found:
-        now = replace(load(engine, found), stage=stage, data=data)
+        begin("loading the checkpoint")
+        now = replace(load(engine, found), stage=now.stage, data=now.data)
         log.info("resuming from %s", found)
+    begin("starting to train")
     with distributed.raise_on_all_ranks():
         loggers = _write_config_and_open_loggers(config, folder, now) if distributed.is_main() else []
     save = _checkpoint_writer(config, RunFolder(folder).checkpoints.path, engine, student).save
@@ -123,6 +127,19 @@ def _train(config: Config, folder: Path, ds_settings: dict[str, Any], callbacks:
         for logger in loggers:
             logger.close()
     _log_summary(config, folder, now)
+
+
+def _find_start(
+    config: Config, folder: Path, ds_settings: dict[str, Any], index: ShardIndex | None
+) -> tuple[Path | None, TrainState]:
+    """Return the checkpoint to resume from, which belongs to these settings, and the state of a run without one."""
+    found = find_whole(RunFolder(folder).checkpoints.path)
+    stage, data = deepspeed_engine.stage(ds_settings), index.fingerprint() if index else ()
+    now = TrainState(step=0, samples=0, ranks=distributed.world_size(), stage=stage, data=data)
+    if found:
+        with distributed.raise_on_all_ranks():
+            require_same_run(config, now, found, RunFolder(folder).config)
+    return found, now
 
 
 def _checkpoint_writer(config: Config, root: Path, engine: Engine, student: Student) -> CheckpointWriter:
@@ -159,32 +176,12 @@ def build_teacher(config: Config) -> Teacher | None:
     """The teacher of this rank, frozen; None when nothing is distilled."""
     if not config.distils or config.train.steps == 0:
         return None
+    require_attention(config)
     return load_teacher(device=distributed.device(), dtype=precision(config), **vars(config.teacher))
 
 
 def _max_images(*indexes: ShardIndex | None) -> int:
     return max((index.max_images for index in indexes if index is not None), default=1)
-
-
-def build_loggers(config: Config, folder: Path, now: TrainState) -> list[MetricLogger]:
-    """Open the callbacks that write the metrics of this run; only rank 0 calls it."""
-    total, metrics = schedule.total_steps(config.train), RunFolder(folder).metrics
-    jsonl = JsonlSink(metrics, resumed_step=now.step)
-    wandb = WandbSink(config.log.wandb, wandb_session(config, folder), rows=read_rows(metrics), last_step=total)
-    return [
-        ConsoleLogger(ConsoleSink(total, start=now.step)),
-        MetricLogger(jsonl),
-        MetricLogger(wandb),
-    ]
-
-
-def wandb_session(config: Config, folder: Path) -> WandbSession:
-    """Return where the run goes in W&B."""
-    whole = {section: vars(getattr(config, section)) for section in vars(config)}
-    log_config = config.log
-    return WandbSession(
-        folder, project=log_config.project, entity=log_config.entity, name=log_config.name, config=whole
-    )
 
 
 def build_callbacks(config: Config, folder: Path, held_out: ShardIndex | None, collator: Collator) -> list[Callback]:

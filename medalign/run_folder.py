@@ -5,6 +5,7 @@ RUN/
   metrics.jsonl             one row per logged step
   lock                      held by the training process that uses the folder
   logs/rank-0.log           the messages of each rank, of all starts
+  stacks/rank-0.txt         where each rank was when the run was ended because it hung
   profile/                  traces of torch.profiler, if log.profile_steps is set
   wandb_run_id              the run's id in W&B, used again when the run resumes (W&B's own files are in wandb/)
   checkpoints/
@@ -141,6 +142,11 @@ class RunFolder:
     def log(self, rank: int) -> Path:
         """Return the file with the messages of a rank."""
         return self.path / "logs" / f"rank-{rank}.log"
+
+    @property
+    def stacks(self) -> Path:
+        """Return the folder of the ranks' stacks when the run hung."""
+        return self.path / "stacks"
 
     @property
     def profile(self) -> Path:

@@ -12,6 +12,7 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -27,14 +28,21 @@ class StopSignals:
 
     def __init__(self) -> None:
         self._received: set[type[Stopped]] = set()
+        self._since = 0.0
 
     @property
     def request(self) -> type[Stopped] | None:
         """The request that this process has received, or None. TERM outranks USR1."""
         return max(self._received, key=lambda request: request.status, default=None)
 
+    @property
+    def seconds(self) -> float:
+        """Seconds since the first signal."""
+        return time.monotonic() - self._since
+
     def receive(self, number: int, frame: FrameType | None = None) -> None:
         """Handle a signal."""
+        self._since = self._since or time.monotonic()
         self._received.add(REQUESTS[signal.Signals(number)])
 
 

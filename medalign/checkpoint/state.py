@@ -19,6 +19,7 @@ class TrainState:
     ranks: int
     skipped: int = 0
     truncated: int = 0
+    diverged: int = 0  # steps without an update, because their gradient was not finite
     seconds: float = 0.0  # spent in the training loop of rank 0, checkpoints included, pauses between starts left out
     stage: int | None = None  # of ZeRO; None where it was not written down
     data: tuple[str, ...] = ()  # fingerprint of each training folder; empty where it was not written down

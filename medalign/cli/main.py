@@ -7,13 +7,43 @@ import sys
 from collections.abc import Sequence
 
 from medalign import __version__
-from medalign.cli import bench, evaluate, export, generate, inspect, phantom, plan, report, shards, train, wandb, watch
+from medalign.cli import (
+    bench,
+    compare,
+    evaluate,
+    export,
+    generate,
+    inspect,
+    phantom,
+    plan,
+    report,
+    score,
+    shards,
+    train,
+    wandb,
+    watch,
+)
 from medalign.cli.parser import CommandParser
 from medalign.errors import MedAlignError, Stopped, format_os_error
 
 log = logging.getLogger("medalign")
 
-COMMANDS = (phantom, shards, inspect, plan, train, watch, generate, evaluate, report, export, bench, wandb)
+COMMANDS = (
+    phantom,
+    shards,
+    inspect,
+    plan,
+    train,
+    watch,
+    generate,
+    evaluate,
+    score,
+    compare,
+    report,
+    export,
+    bench,
+    wandb,
+)
 
 _EPILOG = """
 a first run, from synthetic data to a report:

@@ -24,13 +24,15 @@ def run(arguments: argparse.Namespace) -> int:
     from medalign.config import load
 
     config = load(recipe, arguments.overrides)
+    from medalign import distributed
     from medalign.run import train
     from medalign.stop_signals import ignore_stop_signals
 
     try:
         train(config)
     except MedAlignError:  # on all ranks: the others must not be ended before they have returned their status
-        ignore_stop_signals()
+        if distributed.world_size() > 1:
+            ignore_stop_signals()
         raise
     return 0
 

@@ -31,8 +31,8 @@ def run(arguments: argparse.Namespace) -> int:
     from medalign import config
     from medalign.observability.rows import read_rows
     from medalign.observability.wandb_sink import sync
-    from medalign.run import wandb_session
     from medalign.run_folder import RunFolder
+    from medalign.training.loggers import wandb_session
 
     folder = RunFolder(arguments.run)
     settings = config.read(folder.config)

@@ -95,8 +95,8 @@ class TeacherConfig:
     """The frozen medical CLIP."""
 
     path: str = ""
-    """Folder with open_clip_config.json and its weights, folder of a vision model of transformers, or
-    open_clip:ARCHITECTURE/FILE."""
+    """Folder with open_clip_config.json and its weights, folder of a vision model of transformers,
+    open_clip:ARCHITECTURE/FILE, or biovil:FILE."""
     mean: tuple[ClosedUnitInterval, ClosedUnitInterval, ClosedUnitInterval] | None = None
     """Mean of red, green and blue that the teacher was trained with, for pixels from 0 to 1. null: that of its folder;
     open_clip:ARCHITECTURE/FILE has none."""
@@ -106,6 +106,11 @@ class TeacherConfig:
     """A control experiment: replace the trained weights by random ones from this seed."""
     features: TeacherFeatures = "after_norm"
     """Patch features of the last block: after the tower's final norm, or before it, as in the released code."""
+    precision: Precision = "auto"
+    """Precision of the teacher's weights and activations. auto: that of the student. Targets are always fp32."""
+    compile: bool = False
+    """Compile the teacher's tower with torch.compile. It costs a minute or so at the start and whenever a micro-batch
+    has a new number of images."""
     text_weight: ClosedUnitInterval = 0.0
     """Share of a text-conditioned map in the attention target of each question that names a finding of the lexicon. 0:
     only the class token's attention (the paper's), the same for every question about an image."""
@@ -225,6 +230,9 @@ class TrainConfig:
     the recipe's other one is ignored."""
     max_grad_norm: NonNegativeFloat = 1.0
     """Gradients are clipped to this norm; 0 disables clipping."""
+    max_diverged_steps: NonNegativeInt = 5
+    """Steps of the run whose loss or gradient may be NaN or infinite. Such a step updates nothing, on all ranks, and
+    its samples are logged; one more than these ends the run."""
     precision: Precision = "auto"
     """auto: bf16 on a GPU, fp32 on a CPU."""
     evaluate_every: NonNegativeInt = 0
@@ -267,6 +275,11 @@ class EngineConfig:
 
     deepspeed: str = "zero3"
     """Name of a DeepSpeed configuration in ds_configs/, or a path to one."""
+    start_timeout: NonNegativeFloat = 300.0
+    """Seconds after which a run is considered to hang: in a part of its start, its first step, a checkpoint or a batch
+    of a validation. The stacks of all ranks are then written into the run's folder, and the run ends; 0 is never."""
+    step_timeout: NonNegativeFloat = 100.0
+    """The same for reading the batch of a step, and for each of its micro-batches."""
 
 
 @dataclass

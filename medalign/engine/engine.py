@@ -25,6 +25,7 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from medalign import distributed
 from medalign.engine import extensions
+from medalign.errors import ConfigError
 from medalign.run_folder import CheckpointFolder
 
 # These warnings come from calls inside DeepSpeed and transformers, and they would hide the log of the run.
@@ -37,6 +38,9 @@ def start(settings: Mapping[str, Any]) -> None:
     """Initialize the process group: nccl on GPUs, gloo on CPUs. Every rank must call it.
 
     The environment variables of the launcher must be set.
+
+    Raises:
+        ConfigError: the port at which rank 0 listens is in use.
     """
     for name in ("DeepSpeed", "torch.distributed"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -47,7 +51,15 @@ def start(settings: Mapping[str, Any]) -> None:
     # not compile it if no operation is listed as compatible.
     deepspeed.ops.__compatible_ops__ = {}
     backend = "nccl" if torch.cuda.is_available() else "gloo"
-    deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=distributed.TIMEOUT, verbose=False)
+    try:
+        deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=distributed.TIMEOUT, verbose=False)
+    except torch.distributed.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise ConfigError(
+            f"port {os.environ['MASTER_PORT']} of this machine is in use, probably by another run (the deepspeed "
+            "launcher always takes 29500): add --master_port N before --module, with another number for each run"
+        ) from error
 
 
 def stop() -> None:

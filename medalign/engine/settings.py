@@ -46,6 +46,7 @@ def deepspeed_settings(config: Config, world: int) -> dict[str, Any]:
         "gradient_accumulation_steps": plan.accumulation,
         "gradient_clipping": config.train.max_grad_norm,
         "bf16.enabled": precision(config) is torch.bfloat16,
+        "bf16.check_grad_overflow": True,  # an update with a gradient that is not finite would destroy the weights
         "steps_per_print": 2**31,
         # torch's AdamW runs on every device and needs no compiler on the node.
         "zero_allow_untested_optimizer": True,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
 import torch
+from PIL import Image
 
 from medalign.contracts import Batch, Sample
 from medalign.data.batches.collator import Collator
@@ -18,6 +20,8 @@ from medalign.evaluation.metrics import Prediction
 from medalign.evaluation.metrics.predictions import LENGTH, STOP
 from medalign.geometry import CanvasFrame
 from medalign.student.model import Student
+
+GROUPING = ("patient", "question_type", "finding", "modality")  # fields of an annotation that a prediction keeps
 
 
 @dataclass(frozen=True)
@@ -31,11 +35,10 @@ class Answer:
 
 @dataclass(frozen=True)
 class PredictionBatch:
-    """The predictions of a batch, and the samples that were skipped or truncated."""
+    """The predictions of a batch, and the samples that were skipped."""
 
     rows: list[Prediction]
     unreadable: tuple[str, ...]  # "shard/key: reason" of each skipped sample
-    truncated: int  # questions truncated to the maximum length
 
 
 def generate_answers(student: Student, tokenizer: Any, batch: Batch, max_new_tokens: int) -> list[Answer]:
@@ -108,7 +111,9 @@ def predict(
     for samples, batch in batches(index, collator, batch_size, indices):
         answers = generate_answers(student, tokenizer, batch.to(device), max_new_tokens)
         rows = [_prediction(student, sample, given) for sample, given in zip(samples, answers, strict=True)]
-        yield PredictionBatch(rows, batch.skipped, batch.truncated)
+        for row, (question_cut, _) in zip(rows, batch.cuts, strict=True):
+            row.truncated = question_cut > 0
+        yield PredictionBatch(rows, batch.skipped)
 
 
 def _prediction(student: Student, sample: Sample, given: Answer) -> Prediction:
@@ -121,6 +126,8 @@ def _prediction(student: Student, sample: Sample, given: Answer) -> Prediction:
         prediction=given.text,
         finish_reason=given.finish_reason,
         empty=not given.text,
+        image=_digest(sample.images),
+        **_annotated(sample.metadata),
     )
     if given.attention is None:
         return row
@@ -132,3 +139,21 @@ def _prediction(student: Student, sample: Sample, given: Answer) -> Prediction:
         row.attention_inside, row.box_area = ground.inside, ground.area
         row.pointing_hit, row.pointing_chance = ground.hit, ground.chance
     return row
+
+
+def _digest(images: Sequence[Image.Image]) -> str:
+    """Return 64 bits of the SHA-256 of the images' sizes and pixels in hexadecimal, "" without an image."""
+    digest = hashlib.sha256()
+    for image in images:
+        digest.update(f"{image.mode} {image.size}".encode())
+        digest.update(image.tobytes())
+    return digest.hexdigest()[:16] if images else ""
+
+
+def _annotated(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of the annotation by which scores are grouped, as far as it has them."""
+    found: dict[str, Any] = {name: str(metadata[name]) for name in GROUPING if metadata.get(name) not in (None, "")}
+    options = metadata.get("options")
+    if isinstance(options, list) and all(isinstance(option, str) for option in options):
+        found["options"] = options
+    return found

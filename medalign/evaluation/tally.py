@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from medalign.data.batches.reader import check_skip_rate
 from medalign.evaluation.generation import PredictionBatch
 from medalign.evaluation.metrics import Prediction
-from medalign.evaluation.metrics.predictions import LENGTH
+from medalign.evaluation.metrics.counts import count
 
 log = logging.getLogger("medalign")
 
@@ -24,7 +24,6 @@ class Tally:
     max_skip_fraction: float
     rows: list[Prediction] = field(default_factory=list)
     unreadable: int = 0
-    truncated: int = 0
 
     def add(self, predicted: PredictionBatch) -> None:
         """Add a batch of predictions.
@@ -33,32 +32,24 @@ class Tally:
             DataError: too many samples could not be read.
         """
         self.rows += predicted.rows
-        self.truncated += predicted.truncated
         self.unreadable += len(predicted.unreadable)
         seen = len(self.rows) + self.unreadable
         check_skip_rate(self.unreadable, seen, self.max_skip_fraction, predicted.unreadable, "--max-skip-fraction")
 
+    @property
+    def truncated(self) -> int:
+        """Number of questions that were truncated to the maximum length."""
+        return sum(row.truncated for row in self.rows)
+
     def counts(self) -> dict[str, int]:
-        """Return the counts for scores.json.
+        """Return the counts for scores.json: those of `metrics.counts`, and two of the evaluation.
 
         | key | meaning |
         | --- | --- |
         | unreadable | samples that could not be read; no score includes them |
         | truncated | questions truncated to the maximum length |
-        | answers_cut | answers without an end token: generation stopped at its limit |
-        | answers_empty | answers without text |
-        | without_image | samples without an image; only scores of text include them |
-        | duplicates | samples whose key, question and answer also occur in another folder; both count |
         """
-        unique = {(row.key, row.task, row.question, row.answer) for row in self.rows}
-        return {
-            "unreadable": self.unreadable,
-            "truncated": self.truncated,
-            "answers_cut": sum(row.finish_reason == LENGTH for row in self.rows),
-            "answers_empty": sum(row.empty for row in self.rows),
-            "without_image": sum(row.image_size is None for row in self.rows),
-            "duplicates": len(self.rows) - len(unique),
-        }
+        return {"unreadable": self.unreadable, "truncated": self.truncated, **count(self.rows)}
 
     def warn(self, max_length: int, max_new_tokens: int) -> None:
         """Log what was truncated at a limit, and the option that raises the limit.

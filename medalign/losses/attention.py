@@ -41,7 +41,7 @@ class AttentionTerm(LossTerm):
 
     def compute(self, output: StudentOutput, targets: TeacherTargets | None, batch: Batch) -> LossValue | None:
         """Return the divergence, summed over the images that count."""
-        if output.attention is None or targets is None:
+        if output.attention is None or targets is None or targets.attention is None:
             return None
         mask_IN = batch.patch_valid if self.ignore_padding else None
         weight_I = image_weights(batch)

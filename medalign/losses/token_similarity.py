@@ -46,8 +46,11 @@ class SimilarityTerm(LossTerm):
         if output.tokens is None or targets is None:
             return None
         mask_IN = batch.patch_valid if self.ignore_padding else None
-        weighted = self.weighting == "teacher_attention"
-        pair_weight_IN = attention_weights(targets.attention, mask_IN) if weighted else None
+        pair_weight_IN = None
+        if self.weighting == "teacher_attention":
+            if targets.attention is None:
+                raise ValueError('SimilarityTerm: weighting="teacher_attention", but the teacher has no attention')
+            pair_weight_IN = attention_weights(targets.attention, mask_IN)
         weight_I = batch.image_weight.float()
         return similarity_loss(output.tokens, targets.features, weight_I, mask_IN, pair_weight_IN, self.impl)
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from medalign.config.schema import TeacherConfig
+from medalign.config.schema import Config, TeacherConfig
 from medalign.errors import ConfigError
 from medalign.geometry import PreprocessCfg
 from medalign.teacher.conditioning import TextConditioning
@@ -17,6 +17,8 @@ from medalign.teacher.lexicon import PACKAGED, read_lexicon
 from medalign.teacher.model import Teacher
 from medalign.teacher.source import TeacherSource, find_teacher
 from medalign.teacher.towers import TextAlignedTower, Tower, tower_class
+
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # teacher.precision "auto" takes the argument
 
 
 def load_teacher(
@@ -26,10 +28,10 @@ def load_teacher(
 
     Args:
         path: a local folder with the layout of open_clip's hub models, the folder of a vision model of transformers,
-            or `open_clip:ARCH/WEIGHTS`, where WEIGHTS is a file (safetensors, or a torch file without pickled code).
-            Tags are not supported, because nothing is downloaded.
+            `open_clip:ARCH/WEIGHTS` or `biovil:WEIGHTS`, where WEIGHTS is a file (safetensors, or a torch file without
+            pickled code). Tags are not supported, because nothing is downloaded.
         device: where the teacher runs.
-        dtype: data type of its weights.
+        dtype: data type of its weights, unless `precision` is among the settings.
         **settings: the other settings of the section `teacher`, by name.
 
     Raises:
@@ -45,7 +47,9 @@ def load_teacher(
         torch.manual_seed(seed or 0)
         tower = (kind.load if seed is None else kind.build)(source, config.features)
     conditioning = _build_conditioning(source, kind, config) if config.text_weight > 0 else None
-    return Teacher(tower.to(dtype), source.mean, source.std, conditioning, config.mask_sinks).to(device)
+    dtype = _DTYPES.get(config.precision, dtype)
+    teacher = Teacher(tower.to(dtype), source.mean, source.std, conditioning, config.mask_sinks, config.compile)
+    return teacher.to(device)
 
 
 def read_preprocess_cfg(
@@ -56,6 +60,26 @@ def read_preprocess_cfg(
     mean, std = source.mean, source.std
     size = tower_class(source).check(source)
     return PreprocessCfg(size, (mean[0], mean[1], mean[2]), (std[0], std[1], std[2]))
+
+
+def require_attention(config: Config) -> None:
+    """Check that the teacher has what the losses need, before any weights are read.
+
+    Raises:
+        ConfigError: a loss needs attention, and the teacher has none; the message gives the setting.
+    """
+    source = find_teacher(config.teacher.path, config.teacher.mean, config.teacher.std)
+    if tower_class(source).has_attention:
+        return
+    for needs, setting, remedy in (
+        (config.losses.beta > 0, f"losses.beta is {config.losses.beta}", "0"),
+        (config.losses.weighting == "teacher_attention", "losses.weighting is teacher_attention", "uniform"),
+    ):
+        if needs:
+            raise ConfigError(
+                f"{setting}, but teacher {source.name} has neither a class token nor a pooling head whose attention "
+                f"could be distilled; set it to {remedy}, or choose another teacher"
+            )
 
 
 @torch.no_grad()

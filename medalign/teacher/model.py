@@ -25,6 +25,7 @@ class Teacher(nn.Module):
         std: per-channel standard deviation.
         conditioning: makes the attention follow the question; None takes the class token's or the pooling head's.
         mask_sinks: patches whose norm is larger than this multiple of the image's median get no attention; 0 is off.
+        compile_tower: compile the tower with torch.compile at its first run.
     """
 
     def __init__(
@@ -34,11 +35,13 @@ class Teacher(nn.Module):
         std: Sequence[float],
         conditioning: TextConditioning | None = None,
         mask_sinks: float = 0.0,
+        compile_tower: bool = False,
     ) -> None:
         super().__init__()
         self.tower = tower
         self.conditioning = conditioning
         self.mask_sinks = mask_sinks
+        self.encode = torch.compile(tower.encode) if compile_tower else tower.encode
         self.preprocess_cfg = PreprocessCfg(tower.image_size, (mean[0], mean[1], mean[2]), (std[0], std[1], std[2]))
         self.requires_grad_(False)
         super().train(False)
@@ -57,7 +60,7 @@ class Teacher(nn.Module):
         """Do nothing: the teacher stays in eval mode."""
         return self
 
-    def forward(self, pixels: torch.Tensor, questions: Sequence[str] = ()) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, pixels: torch.Tensor, questions: Sequence[str] = ()) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Compute patch features of the last layer and the attention target, in one pass.
 
         Args:
@@ -65,13 +68,13 @@ class Teacher(nn.Module):
             questions: the question about each image; used only if the attention follows the question.
 
         Returns:
-            Features [I, M, b], and attention [I, M] in float32.
+            Features [I, M, b], and attention [I, M] in float32; None for a tower that has no attention.
         """
-        streams = self.tower.encode(pixels.to(next(self.parameters()).dtype))
+        streams = self.encode(pixels.to(next(self.parameters()).dtype))
         features, attention = self.tower.features(streams), self.tower.attention(streams)
-        if self.conditioning is not None:
+        if self.conditioning is not None and attention is not None:
             assert isinstance(self.tower, TextAlignedTower)
             attention = self.conditioning(attention, self.tower.values(streams), questions)
-        if self.mask_sinks:
+        if self.mask_sinks and attention is not None:
             attention = mask_outliers(attention, streams.after, self.mask_sinks)
         return features, attention

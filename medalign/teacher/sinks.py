@@ -67,7 +67,7 @@ class SinkMonitor:
 
     def __call__(self, targets: TeacherTargets, batch: Batch) -> None:
         """Look at the targets of a micro-batch. Each call before the report waits for the device; later ones return."""
-        if self._reported:
+        if self._reported or targets.attention is None:
             return
         real_I = batch.image_weight > 0
         if real_I.any():

@@ -18,8 +18,10 @@ from medalign.errors import ConfigError
 CONFIG_NAME, WEIGHTS_NAME = "open_clip_config.json", "open_clip_model.safetensors"
 _TORCH_WEIGHTS_NAME = "open_clip_pytorch_model.bin"  # in folders from before open_clip wrote safetensors
 _HF_CONFIG_NAME, _HF_IMAGE_NAMES = "config.json", ("preprocessor_config.json", "processor_config.json")
-SCHEME = "open_clip:"
+SCHEME, BIOVIL_SCHEME = "open_clip:", "biovil:"
 _OPENAI_MEAN, _OPENAI_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
+
+_ZEROS, _ONES = [0.0] * 3, [1.0] * 3  # BioViL takes pixels from 0 to 1 as they are
 
 Colors = Sequence[float]  # one number per channel: red, green, blue
 
@@ -50,7 +52,7 @@ def find_teacher(path: str | Path, mean: Colors | None = None, std: Colors | Non
     """Resolve a path or a name to a teacher's source.
 
     Args:
-        path: a folder, or `open_clip:ARCH/WEIGHTS`.
+        path: a folder, `open_clip:ARCH/WEIGHTS` or `biovil:WEIGHTS`.
         mean: the normalization's mean per channel, for pixels from 0 to 1; None takes the folder's.
         std: the normalization's standard deviation per channel; None takes the folder's.
 
@@ -59,6 +61,10 @@ def find_teacher(path: str | Path, mean: Colors | None = None, std: Colors | Non
     """
     if str(path).startswith(SCHEME):
         return _named_source(str(path), mean, std)
+    if str(path).startswith(BIOVIL_SCHEME):
+        file = Path(str(path).removeprefix(BIOVIL_SCHEME))
+        colors = _colors(str(path), "", (_ZEROS, _ONES), (mean, std))
+        return TeacherSource(str(path), "biovil", {}, file, *colors)
     folder = Path(path)
     if (folder / CONFIG_NAME).is_file():
         return _open_clip_folder(folder, mean, std)
@@ -66,7 +72,8 @@ def find_teacher(path: str | Path, mean: Colors | None = None, std: Colors | Non
         return _transformers_folder(folder, mean, std)
     raise ConfigError(
         f"teacher {folder} contains neither {CONFIG_NAME} nor {_HF_CONFIG_NAME}; give a folder with {CONFIG_NAME} and "
-        f"{WEIGHTS_NAME}, the folder of a vision model of transformers, or {SCHEME}ARCH/WEIGHTS"
+        f"{WEIGHTS_NAME}, the folder of a vision model of transformers, {SCHEME}ARCH/WEIGHTS or "
+        f"{BIOVIL_SCHEME}WEIGHTS"
     )
 
 
@@ -113,7 +120,8 @@ def _transformers_folder(folder: Path, mean: Colors | None, std: Colors | None) 
     config = _read_object(file)
     image_file = next((folder / name for name in _HF_IMAGE_NAMES if (folder / name).is_file()), None)
     image = _read_object(image_file) if image_file else {}
-    image = image.get("image_processor", image)  # processor_config.json holds the image settings under this key
+    nested = image.get("image_processor")  # processor_config.json holds the image settings under this key
+    image = nested if isinstance(nested, dict) else image
     owner = str(image_file or file)
     colors = _colors(owner, "image_", (image.get("image_mean"), image.get("image_std")), (mean, std))
     return TeacherSource(str(file), str(config.get("model_type")), config, folder, *colors)

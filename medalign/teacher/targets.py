@@ -27,12 +27,12 @@ def teacher_targets(
         questions: the question about each image, for a teacher whose attention follows the question.
 
     Returns:
-        Features [I, N, b] and attention [I, N], both in float32.
+        Features [I, N, b] and attention [I, N], both in float32; no attention if the teacher has none.
     """
     features, attention = teacher(pixels, questions)
     return TeacherTargets(
         features=resample_features(features.float(), teacher.grid, grid),
-        attention=resample_map(attention.float(), teacher.grid, grid),
+        attention=None if attention is None else resample_map(attention.float(), teacher.grid, grid),
     )
 
 
@@ -54,7 +54,8 @@ class PendingTargets:
             current = torch.cuda.current_stream(self._stream.device)
             current.wait_stream(self._stream)
             self._targets.features.record_stream(current)
-            self._targets.attention.record_stream(current)
+            if self._targets.attention is not None:
+                self._targets.attention.record_stream(current)
         return self._targets
 
 

@@ -20,7 +20,8 @@ from torch import nn
 from medalign.errors import CheckpointError
 
 VISION = "visual."  # the vision tower in the files of open_clip and of those who trained with it
-# Everything else in these files: text towers under the names of open_clip, UniMed-CLIP and OpenAI, and scalars.
+# Everything else in these files: text towers under the names of open_clip, UniMed-CLIP and OpenAI, what PMC-CLIP adds,
+# and scalars.
 TEXT = (
     "text.",
     "text_encoder.",
@@ -35,6 +36,9 @@ TEXT = (
     "input_resolution",
     "context_length",
     "vocab_size",
+    "mlm_projection",
+    "img_special_token",
+    "fusion_module.",
 )
 _WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel, torch.compile
 # A NumPy scalar of type float64, as the optimizer's state holds one where a schedule computed the learning rate with

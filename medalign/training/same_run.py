@@ -30,6 +30,7 @@ _MAY_CHANGE: Sequence[str] = (
     "data.cache_gib",
     "train.micro_batch_size",
     "train.evaluate_every",
+    "train.max_diverged_steps",
     "student.gradient_checkpointing",
 )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -45,6 +45,7 @@ class TrainStep:
         self.objective = objective
         self.grid = grid
         self.async_teacher = None if teacher is None else AsyncTeacher(teacher, grid, engine.device)
+        self.on_micro_batch: Callable[[], None] = lambda: None  # called after each micro-batch of a step
         self.sink_monitor = SinkMonitor() if distributed.is_main() else None
 
     def __call__(
@@ -71,6 +72,7 @@ class TrainStep:
             self.engine.backward(report.total)
             norm = self.engine.step(rates)
             reports.append({name: term.sum.detach() for name, term in report.terms.items()})
+            self.on_micro_batch()
         sums = distributed.sum_over_ranks(_add(reports))
         means = {name: float(value) / max(totals[name], 1.0) for name, value in sums.items()}
         return self._metrics(means) | {"optim/grad_norm": norm}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -15,10 +14,10 @@ from medalign import distributed
 from medalign.checkpoint.state import TrainState
 from medalign.config import Config
 from medalign.contracts import Batch
-from medalign.data.batches.reader import check_skip_rate
-from medalign.errors import DivergedError, MedAlignError, Stopped
-from medalign.observability.meters import Throughput, peak_memory_gib
+from medalign.errors import MedAlignError, Stopped
+from medalign.observability.meters import Throughput
 from medalign.stop_signals import REQUESTS
+from medalign.training.progress import count_if_diverged, learning_rates, state_metrics, update_state
 from medalign.training.schedule import rates, total_steps
 from medalign.training.step import TrainStep
 
@@ -50,6 +49,9 @@ class Callback:
 
     def on_validation_batch(self, trainer: Trainer) -> None:
         """Called before each batch of a validation is read. What it raises on one rank ends the validation on all."""
+
+    def on_progress(self, trainer: Trainer, what: str, slow: bool) -> None:
+        """Called when the run has advanced; `what` is what it does next, and `slow` whether that may take minutes."""
 
     def stop_request(self, trainer: Trainer) -> type[Stopped] | None:
         """Return why this rank asks the run to end after the current step, or None.
@@ -91,6 +93,7 @@ class Trainer:
         self.begun = state
         self.stopping: type[Stopped] | None = None  # what all ranks have agreed on
         self.total_steps = total_steps(config.train)
+        step.on_micro_batch = lambda: self.progress(f"a micro-batch of step {self.state.step + 1}")
         self._batches = batches
         self._speed = Throughput(step.engine.device)
         self._started = 0.0  # seconds of the clock at which the run would have begun without a pause
@@ -102,7 +105,7 @@ class Trainer:
             Where the run stands at the end.
 
         Raises:
-            DivergedError: a loss or the gradient's norm is not finite.
+            DivergedError: the loss or the gradient of more than `train.max_diverged_steps` steps is not finite.
             DataError: too many samples cannot be used, or a shard is lost.
             CheckpointError: a checkpoint cannot be written.
             Stopped: a callback of any rank asked for it, and callbacks have written a checkpoint of the last step.
@@ -132,6 +135,10 @@ class Trainer:
         """Hand metrics of the current step to the callbacks. Every rank must call it."""
         self.call_hooks(lambda callback: callback.on_log(self, values))
 
+    def progress(self, what: str, slow: bool = False) -> None:
+        """Tell the callbacks that the run has advanced. Every rank must call it."""
+        self.call_hooks(lambda callback: callback.on_progress(self, what, slow))
+
     def agree_to_stop(self) -> None:
         """Set `stopping` to the request of any rank. Every rank must call it."""
         sums = distributed.sum_over_ranks({"requests": self._requests().to(self.step.engine.device)})
@@ -155,14 +162,16 @@ class Trainer:
     def _take_step(self) -> None:
         config, index = self.config, self.state.step
         self.call_hooks(lambda callback: callback.on_step_start(self))
+        self.progress(f"reading the batch of step {index + 1}")
         distributed.seed_step(config.run.seed, index)
         with self._speed.waiting():
             micro_batches, fault = _next_batch_or_error(self._batches)
+        self.progress(f"a micro-batch of step {index + 1}")
         losses = self.step(micro_batches, rates(index, config), fault)
         done = index + 1
-        _check_finite(losses, done, micro_batches)
         device = self.step.engine.device
-        state, requests = _update_state(self.state, config, done, micro_batches, self._requests().to(device))
+        self.state = count_if_diverged(self.state, losses, done, micro_batches, config.train.max_diverged_steps)
+        state, requests = update_state(self.state, config, done, micro_batches, self._requests().to(device))
         self._set_stopping(requests)
         self.state = replace(state, seconds=time.perf_counter() - self._started)
         self._speed.add(
@@ -170,8 +179,14 @@ class Trainer:
             tokens=sum(int(batch.attention_mask.sum()) for batch in micro_batches),
         )
         if done % config.log.interval == 0 or done == self.total_steps:
-            learning_rates = _learning_rates(self.step.engine.rates())
-            self.log(losses | learning_rates | self._speed.reduce() | _state_metrics(self.state, device))
+            rows = (
+                losses,
+                learning_rates(self.step.engine.rates()),
+                self._speed.reduce(),
+                state_metrics(self.state, device),
+            )
+            self.log({name: value for row in rows for name, value in row.items()})
+        self.progress(f"what follows step {done}", slow=True)
         self.call_hooks(lambda callback: callback.on_step_end(self))
 
 
@@ -181,61 +196,3 @@ def _next_batch_or_error(batches: Iterator[list[Batch]]) -> tuple[list[Batch], M
         return next(batches), None
     except MedAlignError as error:
         return [], error
-
-
-def _check_finite(losses: Mapping[str, float], done: int, micro_batches: Sequence[Batch]) -> None:
-    """Stop on all ranks at the first step that is not finite; its weights are never written to a checkpoint.
-
-    Raises:
-        DivergedError: a value of `losses` is not finite.
-    """
-    lost = [f"{name} is {value}" for name, value in losses.items() if not math.isfinite(value)]
-    if lost:
-        keys = ", ".join(key for batch in micro_batches for key in batch.keys)
-        raise DivergedError(
-            f"step {done}: {', '.join(lost)}; the last checkpoint is from before it. Lower train.lr, train with "
-            f"warm-up or clip more, or look at this rank's samples of the step: {keys}"
-        )
-
-
-def _update_state(
-    state: TrainState, config: Config, done: int, micro_batches: Sequence[Batch], requests: torch.Tensor
-) -> tuple[TrainState, list[float]]:
-    """Return the state after step `done`, with the bad and cut samples of all ranks, and the sums of their requests.
-
-    Every rank must call it.
-
-    Raises:
-        DataError: the run has skipped more than `data.max_skip_fraction` of its samples; on all ranks.
-    """
-    reasons = [reason for batch in micro_batches for reason in batch.skipped]
-    for reason in reasons:
-        log.warning("bad sample replaced: %s", reason)
-    counts = requests.new_tensor([len(reasons), sum(batch.truncated for batch in micro_batches)])
-    # One reduction per step carries all that the ranks must know of each other.
-    sums = distributed.sum_over_ranks({"counts": torch.cat([counts, requests])})["counts"].tolist()
-    skipped, truncated, *stops = sums
-    state = replace(
-        state,
-        step=done,
-        samples=done * config.train.batch_size,
-        skipped=state.skipped + int(skipped),
-        truncated=state.truncated + int(truncated),
-    )
-    # Of all ranks together, so that all stop at the same step and none waits for another.
-    check_skip_rate(state.skipped, state.samples, config.data.max_skip_fraction, reasons)
-    return state, stops
-
-
-def _learning_rates(groups: Mapping[str, float]) -> dict[str, float]:
-    """The learning rates of a row: `optim/lr` is that of LoRA, `optim/lr_NAME` that of another parameter group."""
-    return {"optim/lr" if name == "adapters" else f"optim/lr_{name}": rate for name, rate in groups.items()}
-
-
-def _state_metrics(state: TrainState, device: object) -> dict[str, float]:
-    return {
-        "time/elapsed_seconds": state.seconds,
-        "data/skipped": state.skipped,
-        "data/truncated": state.truncated,
-        "memory/peak_gib": peak_memory_gib(str(device)),
-    }

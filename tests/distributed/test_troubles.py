@@ -55,6 +55,10 @@ def test_a_loss_that_is_not_finite_ends_all_ranks_and_is_never_saved(ranks):
         assert rank["diverged"]["raised"].startswith("DivergedError: step 2: loss/language is nan")
 
 
+def test_a_step_that_is_not_finite_updates_nothing_and_the_run_continues(ranks):
+    assert both(ranks, "left out") == {"raised": "nothing", "saved": [1, 2, 3], "finite": True}
+
+
 @pytest.mark.parametrize("trouble", ["rank 0 full", "rank 1 full", "export full", "no folder"])
 def test_a_disk_failure_on_one_rank_ends_all_ranks(ranks, trouble):
     shown = both(ranks, "checkpoints", trouble)

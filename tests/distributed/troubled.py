@@ -50,7 +50,8 @@ def troubles(settings: dict[str, Any]) -> dict[str, Any]:
         "lost shard": _loop(config, step, _lost_shard),
         "export": _exported(config, engine, student, folder / "export"),
         "checkpoints": _checkpoints(engine, folder / "checkpoints"),
-        "diverged": _loop(config, language, _not_a_number),  # last, because the student is unusable afterwards
+        "left out": _left_out(config, engine, student, language),
+        "diverged": _diverged(config, language),
     }
     door.stop()
     return results
@@ -111,15 +112,32 @@ def _lost_shard() -> Iterator[list[Batch]]:
     yield from (share(MICRO, step) for step in itertools.count(1))
 
 
-def _not_a_number() -> Iterator[list[Batch]]:
-    """Yield batches in which the pictures of rank 1 are NaN from the second step on."""
-    yield share(MICRO, 0)
-    for step in itertools.count(1):
-        batches = share(MICRO, step)
-        if distributed.rank() == 1:
-            nan = torch.full_like(batches[0].student_pixels, torch.nan)
-            batches = [dataclasses.replace(batches[0], student_pixels=nan), *batches[1:]]
-        yield batches
+def _not_a_number(first: int, last: int) -> Callable[[], Iterator[list[Batch]]]:
+    """In steps `first` to `last`, an image of rank 1 contains NaN."""
+
+    def batches() -> Iterator[list[Batch]]:
+        for step in itertools.count(1):
+            shares = share(MICRO, step)
+            if distributed.rank() == 1 and first <= step <= last:
+                nan = torch.full_like(shares[0].student_pixels, torch.nan)
+                shares = [dataclasses.replace(shares[0], student_pixels=nan), *shares[1:]]
+            yield shares
+
+    return batches
+
+
+def _left_out(config: Config, engine: Engine, student: Student, step: TrainStep) -> dict[str, Any]:
+    """One NaN in step 2 of 3: what happened, and whether every parameter is still finite."""
+    config.train.max_diverged_steps = 1
+    found = _loop(config, step, _not_a_number(2, 2))
+    whole = engine.gather_parameters([pair for group in student.trainable().values() for pair in group])
+    return found | {"finite": all(bool(value.isfinite().all()) for value in whole.values())}
+
+
+def _diverged(config: Config, step: TrainStep) -> dict[str, Any]:
+    """NaN from step 2 on."""
+    config.train.max_diverged_steps = 0
+    return _loop(config, step, _not_a_number(2, 100))
 
 
 def _exported(config: Config, engine: Engine, student: Student, folder: Path) -> dict[str, Any]:

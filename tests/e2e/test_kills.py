@@ -82,7 +82,7 @@ def test_a_failed_first_start_leaves_its_folder_free(refused, recipe, tmp_path):
     assert "not a model folder" in refused(tmp_path / "old", "--student.path", "/nowhere")
     assert (tmp_path / "old" / "config.yaml").read_text() == old
     assert "not a model folder" in refused(tmp_path / "new", "--student.path", "/nowhere", "--train.lr", "0.5")
-    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["lock"]
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["lock", "logs"]
 
 
 def test_a_run_resumes_only_with_its_own_stage_and_data(refused, trained, few, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import time
@@ -68,7 +69,8 @@ def test_a_signal_to_every_process_of_the_job_loses_no_step(recipe, shards, whol
     for process in processes:
         for pid in [process.pid, *children(process.pid)]:
             os.kill(pid, signal.SIGTERM)
-    assert f"SIGTERM: {SAID}" in stopped(processes, 143)
+    output = stopped(processes, 143)
+    assert f"SIGTERM: {SAID}" in output and re.search(r"the run has stopped \d+\.\d s after the signal", output)
     train(recipe, folder, *words, world=2)
     assert losses(folder) == losses(whole) and validated(folder) == validated(whole)
 

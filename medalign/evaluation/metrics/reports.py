@@ -42,30 +42,57 @@ def bleu_with_interval(predictions: Sequence[str], references: Sequence[str], re
         references: one reference per prediction.
         resamples: number of bootstrap samples; with 0, the interval is (nan, nan).
     """
-    from sacrebleu.metrics import BLEU
-
-    others = any(map(_OTHER_LETTER.search, references))
-    metric = BLEU(tokenize="13a", effective_order=others)
-    pairs = zip(map(separate, predictions), map(separate, references), strict=True)
-    found = [metric.corpus_score([text], [[reference]]) for text, reference in pairs]
-    counts_SK = np.array([[*one.counts, *one.totals, one.sys_len, one.ref_len] for one in found])
-
-    def points(counts_SK: np.ndarray) -> float:
-        *counts, length, reference_length = counts_SK.sum(0).tolist()
-        correct, total = counts[:4], counts[4:]
-        equal = correct == total and length == reference_length  # standard BLEU of such a corpus is 0 or 100
-        effective = others or equal
-        return float(
-            BLEU.compute_bleu(correct, total, length, reference_length, "exp", effective_order=effective).score
-        )
-
+    others = has_other_letters(references)
+    counts_SK = bleu_counts(predictions, references)
+    samples = len(counts_SK)
     draw = np.random.default_rng(0)  # fixed seed: the same texts give the same interval
-    drawn = [points(counts_SK[draw.integers(0, len(found), len(found))]) for _ in range(resamples)]
+    drawn = [bleu_points(counts_SK[draw.integers(0, samples, samples)].sum(0), others) for _ in range(resamples)]
     low, high = np.quantile(drawn, [0.025, 0.975]) if drawn else (np.nan, np.nan)
-    signature = str(metric.get_signature())
+    signature = str(_bleu(others).get_signature())
     if any(map(separable, references)):
         signature = signature.replace("|tok:13a|", "|tok:13a+characters|")
-    return Bleu(points(counts_SK), float(low), float(high), signature)
+    return Bleu(bleu_points(counts_SK.sum(0), others), float(low), float(high), signature)
+
+
+def has_other_letters(references: Sequence[str]) -> bool:
+    """Return whether any reference has letters other than ASCII: for these, only n-gram orders that occur count."""
+    return any(map(_OTHER_LETTER.search, references))
+
+
+def bleu_counts(predictions: Sequence[str], references: Sequence[str]) -> np.ndarray:
+    """Return what BLEU counts in each text, int64 [S, 10]: matching n-grams, n-grams (orders 1 to 4), and both lengths.
+
+    Args:
+        predictions: texts to score.
+        references: one reference per prediction.
+    """
+    metric = _bleu(has_other_letters(references))
+    pairs = zip(map(separate, predictions), map(separate, references), strict=True)
+    found = [metric.corpus_score([text], [[reference]]) for text, reference in pairs]
+    return np.array([[*one.counts, *one.totals, one.sys_len, one.ref_len] for one in found])
+
+
+def bleu_points(counts_K: np.ndarray, others: bool) -> float:
+    """Return the points of a corpus.
+
+    Args:
+        counts_K: the sum of `bleu_counts` over its texts.
+        others: `has_other_letters` of its references.
+    """
+    *counts, length, reference_length = map(int, counts_K)
+    correct, total = counts[:4], counts[4:]
+    equal = correct == total and length == reference_length  # standard BLEU of such a corpus is 0 or 100
+    result = type(_bleu(others)).compute_bleu(
+        correct, total, length, reference_length, "exp", effective_order=others or equal
+    )
+    return float(result.score)
+
+
+@cache
+def _bleu(others: bool) -> Any:
+    from sacrebleu.metrics import BLEU
+
+    return BLEU(tokenize="13a", effective_order=others)
 
 
 def rouge_l(prediction: str, reference: str) -> float:

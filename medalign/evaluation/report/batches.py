@@ -152,6 +152,7 @@ def _pieces(batch: Batch, places: tuple[torch.Tensor, ...], tokenizer: Any) -> I
         tokenizer: decodes the tokens.
     """
     ids, image_index = batch.input_ids[places].numpy(), batch.image_index[places].numpy()
+    cells = batch.cells[places].numpy()
     kinds = np.full(len(ids), 3)
     kinds[batch.question_mask[places].numpy()] = 1
     kinds[batch.labels[places].numpy() != IGNORE] = 2
@@ -160,8 +161,15 @@ def _pieces(batch: Batch, places: tuple[torch.Tensor, ...], tokenizer: Any) -> I
     change = (np.diff(kinds) != 0) | (np.diff(image_index) != 0)
     for part in np.split(np.arange(len(ids)), np.flatnonzero(change) + 1):
         kind = names[kinds[part[0]]]
-        text = f"[image of {len(part)} tokens]" if kind == IMAGE else tokenizer.decode(ids[part])
+        text = _describe_image(len(part), cells[part].sum()) if kind == IMAGE else tokenizer.decode(ids[part])
         yield Piece(kind, text, int(part[0]), len(part))
+
+
+def _describe_image(tokens: int, cells: int) -> str:
+    """Say how many tokens an image has, and how many of them are cells of the grid if not all are."""
+    return (
+        f"[image of {tokens} tokens]" if cells == tokens else f"[image of {tokens} tokens, of which {cells} are cells]"
+    )
 
 
 def _picture(pixels: torch.Tensor, tower: PreprocessCfg) -> Image.Image:

@@ -14,7 +14,13 @@ from markupsafe import Markup
 from medalign.errors import ConfigError
 from medalign.evaluation.report.curves import SERIES, panels
 from medalign.evaluation.report.examples import examples as choose_examples
-from medalign.evaluation.report.runs import config_differences, evaluation_names, read_evaluation, read_runs
+from medalign.evaluation.report.runs import (
+    config_differences,
+    evaluation_names,
+    read_evaluation,
+    read_runs,
+    read_scored,
+)
 from medalign.evaluation.report.tables import (
     ScoreTable,
     TrainingSummary,
@@ -79,6 +85,11 @@ def format_evaluation(folder: Path) -> str:
     """Return the score table of one evaluation as text, followed by its remarks."""
     record = read_evaluation(folder)
     return _as_lines(score_table([record], folder.name))
+
+
+def format_scored(paths: Sequence[Path]) -> str:
+    """Return one score table of several files of scores as text, followed by its remarks."""
+    return _as_lines(score_table(read_scored(paths), ""))
 
 
 def _as_lines(table: ScoreTable) -> str:

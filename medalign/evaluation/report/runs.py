@@ -14,6 +14,7 @@ import yaml
 
 from medalign.errors import ConfigError, DataError
 from medalign.evaluation.metrics import Prediction, read_predictions
+from medalign.evaluation.scores_file import read_scores
 from medalign.geometry import PatchGrid
 from medalign.observability.rows import read_rows
 from medalign.run_folder import EvaluationFolder, RunFolder, find_run
@@ -79,9 +80,17 @@ def read_runs(paths: Sequence[Path], titles: Sequence[str] | None = None) -> lis
 
 def read_evaluation(folder: Path) -> RunRecord:
     """Read a single evaluation, as a run without other evaluations."""
-    evaluation = Evaluation(folder, _read_scores(EvaluationFolder(folder).scores))
+    evaluation = Evaluation(folder, read_scores(EvaluationFolder(folder).scores))
     run = folder.absolute().parents[1]
     return RunRecord(run, run.name, config={}, rows=[], evaluations={folder.name: evaluation})
+
+
+def read_scored(paths: Sequence[Path]) -> list[RunRecord]:
+    """Read files of scores, each as a run with one evaluation whose name is ""; its title is the path."""
+    return [
+        RunRecord(path, str(path), config={}, rows=[], evaluations={"": Evaluation(path.parent, read_scores(path))})
+        for path in paths
+    ]
 
 
 def evaluation_names(runs: Sequence[RunRecord]) -> list[str]:
@@ -116,19 +125,9 @@ def _read_run(path: Path, title: str) -> RunRecord:
         config=_read_config(home.config),
         rows=read_rows(home.metrics) if home.metrics.is_file() else [],
         evaluations={
-            one.path.name.removeprefix(prefix): Evaluation(one.path, _read_scores(one.scores)) for one in evaluated
+            one.path.name.removeprefix(prefix): Evaluation(one.path, read_scores(one.scores)) for one in evaluated
         },
     )
-
-
-def _read_scores(path: Path) -> dict[str, Any]:
-    try:
-        scores = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{path} is not JSON: {error}; evaluate the run again") from error
-    if not isinstance(scores, dict):
-        raise DataError(f"{path} contains no scores; evaluate the run again")
-    return scores
 
 
 def _read_config(path: Path) -> dict[str, Any]:

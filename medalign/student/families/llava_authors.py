@@ -105,6 +105,8 @@ class LlavaAuthors(Llava):
         values = read_object(folder / "config.json")
         vision = tower_config(folder, values["mm_vision_tower"], settings)
         tokenizer = self.read_tokenizer(folder)
+        if isinstance(end := values.get("eos_token_id"), int):  # where the authors' generation stops
+            tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
         image = tokenizer.convert_ids_to_tokens(reserve_image_token(tokenizer, values["vocab_size"], folder))
         return LlavaProcessor(
             image_processor=image_processor(folder, values["mm_vision_tower"], settings),

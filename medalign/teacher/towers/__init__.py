@@ -5,16 +5,20 @@ from __future__ import annotations
 from medalign.errors import ConfigError
 from medalign.teacher.source import TeacherSource
 from medalign.teacher.towers.base import Streams, TextAlignedTower, Tower
+from medalign.teacher.towers.biovil import BioVilTower
 from medalign.teacher.towers.hf_clip import HFClipTower
 from medalign.teacher.towers.hf_dinov2 import HFDinov2Tower
 from medalign.teacher.towers.hf_siglip import HFSiglipTower
+from medalign.teacher.towers.open_clip_resnet import OpenClipResNetTower
 from medalign.teacher.towers.open_clip_vit import OpenClipTower
 from medalign.teacher.towers.timm_vit import TimmTower
 
 # By what `find_teacher` finds: kinds of open_clip, or `model_type` of transformers.
 TOWERS: dict[str, type[Tower]] = {
     "open_clip": OpenClipTower,
+    "resnet": OpenClipResNetTower,
     "timm": TimmTower,
+    "biovil": BioVilTower,
     "clip": HFClipTower,
     "clip_vision_model": HFClipTower,
     "siglip": HFSiglipTower,

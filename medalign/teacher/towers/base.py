@@ -95,8 +95,11 @@ class Tower(nn.Module, ABC):
         """Apply the norm after the last block to patches [I, M, b]."""
 
     @abstractmethod
-    def attention(self, streams: Streams) -> torch.Tensor:
-        """Compute how much the class token, or the pooling head, attends to each patch: float32 [I, M]."""
+    def attention(self, streams: Streams) -> torch.Tensor | None:
+        """Compute how much the class token, or the pooling head, attends to each patch: float32 [I, M].
+
+        None for a tower that has neither (`has_attention`).
+        """
 
     def features(self, streams: Streams) -> torch.Tensor:
         """Select the patch features [I, M, b]."""
@@ -105,6 +108,10 @@ class Tower(nn.Module, ABC):
 
 class TextAlignedTower(Tower):
     """A tower that was trained together with a text tower, so that patches can be compared with texts."""
+
+    @abstractmethod
+    def attention(self, streams: Streams) -> torch.Tensor:
+        """Compute how much the class token, or the pooling head, attends to each patch: float32 [I, M]."""
 
     @abstractmethod
     def values(self, streams: Streams) -> torch.Tensor:

@@ -18,11 +18,10 @@ from medalign.geometry import PatchGrid
 from medalign.teacher.source import SCHEME, TeacherSource
 from medalign.teacher.towers.base import Streams, TextAlignedTower, query_attention
 from medalign.teacher.towers.conv_stem import ConvStem
-from medalign.teacher.towers.open_clip_text import embed_texts
+from medalign.teacher.towers.open_clip_text import UNIMED, embed_texts
 from medalign.teacher.weights import load_exactly, read_weights
 
 _STUB_TEXT = {"context_length": 1, "vocab_size": 1, "width": 8, "heads": 1, "layers": 1}
-_UNIMED = "text_encoder."  # UniMed-CLIP's name for its text tower, which open_clip calls text
 _KNOWN = [field.name for field in fields(open_clip.CLIPVisionCfg)]
 
 
@@ -171,13 +170,13 @@ def _require_quick_gelu(source: TeacherSource, state: Mapping[str, torch.Tensor]
 
     Its weights fit both activations, and with the wrong one all features are wrong.
     """
-    if source.config.get("quick_gelu") or not any(key.startswith(_UNIMED) for key in state):
+    if source.config.get("quick_gelu") or not any(key.startswith(UNIMED) for key in state):
         return
     remedy = "set model_cfg.quick_gelu to true"
     if source.name.startswith(SCHEME):
         architecture = source.name.removeprefix(SCHEME).partition("/")[0]
         remedy = f"give {SCHEME}{architecture}-quickgelu/{source.weights}"
     raise ConfigError(
-        f"teacher {source.name}: {source.weights.name} holds {_UNIMED}* and is therefore a UniMed-CLIP, which was "
+        f"teacher {source.name}: {source.weights.name} holds {UNIMED}* and is therefore a UniMed-CLIP, which was "
         f"trained with quick GELU, but this architecture uses exact GELU; {remedy}"
     )

@@ -2,10 +2,20 @@
 
 from medalign.training.callbacks.checkpointing import Checkpointing
 from medalign.training.callbacks.console import ConsoleLogger
+from medalign.training.callbacks.heartbeat import Heartbeat
 from medalign.training.callbacks.metrics import MetricLogger
 from medalign.training.callbacks.preemption import StopOnSignal
 from medalign.training.callbacks.profiler import Profiler
 from medalign.training.callbacks.validation import Validation
 from medalign.training.trainer import Callback
 
-__all__ = ["Callback", "Checkpointing", "ConsoleLogger", "MetricLogger", "Profiler", "StopOnSignal", "Validation"]
+__all__ = [
+    "Callback",
+    "Checkpointing",
+    "ConsoleLogger",
+    "Heartbeat",
+    "MetricLogger",
+    "Profiler",
+    "StopOnSignal",
+    "Validation",
+]

@@ -61,6 +61,7 @@ class Checkpointing(Callback):
         step, last = trainer.state.step, trainer.state.step == trainer.total_steps
         deadline = time.monotonic() + 60 * self.retry_minutes
         while True:
+            trainer.progress(f"writing the checkpoint of step {step}", slow=True)
             try:
                 return self.save(trainer.state)
             except CheckpointError as error:

@@ -68,5 +68,6 @@ class _Announced:
     def __iter__(self) -> Iterator[Batch]:
         batches = iter(self._batches)
         for _ in range(len(self._batches)):
+            self._trainer.progress("a batch of the validation", slow=True)
             self._trainer.call_hooks(lambda callback: callback.on_validation_batch(self._trainer))
             yield next(batches)

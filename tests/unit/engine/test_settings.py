@@ -24,7 +24,7 @@ def test_packaged_configurations_are_filled_in(config, name, stage):
     settings = deepspeed_settings(config, 2)
     assert settings["zero_optimization"]["stage"] == stage
     assert settings["gradient_accumulation_steps"] == 4 and settings["train_batch_size"] == 32
-    assert settings["bf16"] == {"enabled": True} and settings["gradient_clipping"] == 1.0
+    assert settings["bf16"] == {"enabled": True, "check_grad_overflow": True} and settings["gradient_clipping"] == 1.0
 
 
 def test_a_batch_that_three_ranks_do_not_divide(config):

@@ -24,8 +24,9 @@ def row(key: str, folder: int = 0, finish_reason: str = "stop", size=(8, 8), pre
 def tally() -> Tally:
     tally = Tally(max_skip_fraction=0.01)
     rows = [row("a"), row("b", finish_reason="length"), row("c", finish_reason="length", prediction="")]
-    tally.add(PredictionBatch(rows, ("shard/d: broken",), 2))
-    tally.add(PredictionBatch([row("e", size=None, prediction=""), row("a", folder=1)], (), 0))
+    rows[0].truncated = rows[2].truncated = True
+    tally.add(PredictionBatch(rows, ("shard/d: broken",)))
+    tally.add(PredictionBatch([row("e", size=None, prediction=""), row("a", folder=1)], ()))
     return tally
 
 
@@ -64,4 +65,4 @@ def test_remarks_contain_every_count_that_is_not_zero(tally):
 
 def test_too_many_unreadable_samples_end_the_evaluation():
     with pytest.raises(DataError, match="--max-skip-fraction"):
-        Tally(0.0).add(PredictionBatch([row("a")], ("shard/b: broken",), 0))
+        Tally(0.0).add(PredictionBatch([row("a")], ("shard/b: broken",)))

@@ -27,7 +27,7 @@ from medalign.distributed import log
 from medalign.observability import wandb_sink
 from medalign.observability.wandb_session import WandbSession
 from medalign.observability.wandb_sink import WandbSink, sync
-from medalign.run import build_loggers
+from medalign.training.loggers import build_loggers
 
 BLOCK, HEADER = 32768, 7  # LevelDB log framing; the file starts with a header of the same size
 

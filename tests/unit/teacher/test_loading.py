@@ -44,6 +44,12 @@ def test_half_precision_stays_close(folder, pixels):
     torch.testing.assert_close(half[1], exact[1], rtol=0.1, atol=1e-3)  # bf16 has a precision of 8 bits
 
 
+def test_the_teachers_own_precision_has_precedence(folder, pixels):
+    assert load_teacher(folder, dtype=torch.bfloat16, precision="fp32")(pixels)[0].dtype == torch.float32
+    assert load_teacher(folder, precision="bf16")(pixels)[0].dtype == torch.bfloat16
+    assert load_teacher(folder, dtype=torch.bfloat16, precision="auto")(pixels)[0].dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
 def test_any_open_clip_model_by_name_and_file(tmp_path, suffix):
     model = open_clip.create_model("ViT-S-32-alt", pretrained=None)

@@ -5,7 +5,7 @@ import pytest
 
 from medalign.errors import ConfigError
 from medalign.teacher.loading import load_teacher, read_preprocess_cfg
-from medalign.teacher.source import CONFIG_NAME
+from medalign.teacher.source import CONFIG_NAME, find_teacher
 
 
 def test_unsupported_and_missing_teachers_are_errors(folder, tmp_path):
@@ -28,7 +28,7 @@ def test_unsupported_and_missing_teachers_are_errors(folder, tmp_path):
         ),
         ({"timm_model_name": "resnet18"}, "resnet18 has a ResNet; supported of timm: VisionTransformer"),
         ({"timm_model_name": "no_such_model"}, "open_clip cannot build model_cfg .*no_such_model"),
-        ({"layers": [3, 4, 6, 3]}, "of kind 'resnet'; supported kinds: "),
+        ({"layers": [3, 4, 6, 3]}, "image size 48 is not a multiple of its patch size 32"),
     ],
 )
 def test_a_tower_that_is_not_supported_is_refused_before_its_weights_are_read(folder, vision, message):
@@ -86,3 +86,22 @@ def test_an_invalid_config_is_rejected(folder, text):
     (folder / CONFIG_NAME).write_text(text)
     with pytest.raises(ConfigError, match=f"{CONFIG_NAME} cannot be used"):
         load_teacher(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("preprocessor_config.json", {"image_mean": [0.1] * 3, "image_std": [0.2] * 3}, 0.1),
+        ("processor_config.json", {"image_processor": {"image_mean": [0.3] * 3, "image_std": [0.2] * 3}}, 0.3),
+        ("processor_config.json", {"image_processor": None}, None),
+        ("preprocessor_config.json", {"image_mean": [0.1] * 3}, None),  # one of the two is not enough
+    ],
+)
+def test_a_folder_of_transformers_has_its_normalization_in_one_of_two_files(tmp_path, name, content, expected):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "dinov2"}))
+    (tmp_path / name).write_text(json.dumps(content))
+    if expected is None:
+        with pytest.raises(ConfigError, match=rf"{name} does not give the normalization .* set teacher\.(mean|std)"):
+            find_teacher(tmp_path)
+    else:
+        assert find_teacher(tmp_path).mean == [expected] * 3

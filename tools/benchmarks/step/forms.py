@@ -106,10 +106,9 @@ class GivenStep(TrainStep):
     targets: TeacherTargets  # on the host
 
     def _forward(self, batch: Batch, scale: dict[str, float]) -> LossReport:
-        device = self.engine.device
-        features, attention = (
-            tensor.to(device, non_blocking=True) for tensor in (self.targets.features, self.targets.attention)
-        )
+        assert self.targets.attention is not None
+        given = (self.targets.features, self.targets.attention)
+        features, attention = (tensor.to(self.engine.device, non_blocking=True) for tensor in given)
         output = self.engine(batch, tap=True)
         return self.objective(output, TeacherTargets(features, attention), batch, scale)
 
@@ -148,6 +147,7 @@ class Bench:
         found = teacher_targets(self.teacher, pixels, self.student.spec.grid)
         valid = torch.ones(found.features.shape[:2], dtype=torch.bool, device=pixels.device)
         features = cosines(found.features, valid) if form.released else found.features
+        assert found.attention is not None
         features, attention = features.cpu(), found.attention.cpu()
         if pixels.device.type == "cuda":
             features, attention = features.pin_memory(), attention.pin_memory()

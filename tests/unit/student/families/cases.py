@@ -21,6 +21,7 @@ class Case:
 
     save: Callable[[Path], Path]
     settings: dict[str, Any] = field(default_factory=dict)
+    tiled: bool = False  # whether the model's own processor gives the whole picture, rounded to 8 bits, and its tiles
     processor: dict[str, Any] = field(default_factory=dict)  # arguments of the model's own processor
 
     def config(self, folder: Path, **changes: Any) -> StudentConfig:
@@ -41,6 +42,8 @@ CASES = {
     "qwen2_5_vl": Case(native.save_qwen25, {"image_size": 32}),
     "qwen3_vl": Case(native.save_qwen3, {"image_size": 32}),
     "internvl": Case(native.save_internvl, processor={"crop_to_patches": False}),
+    "llava_next": Case(native.save_llava_next, tiled=True),
+    "llava_onevision": Case(native.save_llava_onevision, tiled=True),
     "llava_siglip": Case(native.save_llava_siglip),
     "llava_dinov2": Case(native.save_llava_dinov2),
 }

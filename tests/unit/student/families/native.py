@@ -10,6 +10,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import nn
 from transformers import (
+    CLIPVisionConfig,
     Dinov2Config,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
@@ -22,8 +23,18 @@ from transformers import (
     InternVLProcessor,
     InternVLVideoProcessor,
     InternVLVisionConfig,
+    LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextImageProcessor,
+    LlavaNextProcessor,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+    LlavaOnevisionImageProcessor,
+    LlavaOnevisionProcessor,
+    LlavaOnevisionVideoProcessor,
     PreTrainedConfig,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
@@ -239,6 +250,60 @@ TOWER: dict[str, Any] = {
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
 }
+
+
+def save_llava_next(folder: Path) -> Path:
+    """Tiles of 16 pixels, patches of 8: an image of 32 pixels is 4 + 4 * (4 + 1) tokens."""
+    torch.manual_seed(0)
+    tokenizer, text = _llama()
+    tower = CLIPVisionConfig(image_size=16, patch_size=8, **TOWER)
+    config = LlavaNextConfig(
+        vision_config=tower, text_config=text, image_token_index=3, image_grid_pinpoints=PINPOINTS, pad_token_id=0
+    )
+    model = LlavaNextForConditionalGeneration(config)
+    sharpen(model.model.language_model)
+    model.save_pretrained(folder)
+    images = LlavaNextImageProcessor(
+        size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}, image_grid_pinpoints=PINPOINTS
+    )
+    LlavaNextProcessor(
+        images, tokenizer, 8, "default", chat_template=tiny.TEMPLATE, num_additional_image_tokens=1
+    ).save_pretrained(folder)
+    return folder
+
+
+def save_llava_onevision(folder: Path) -> Path:
+    """The same with a tower of SigLIP."""
+    torch.manual_seed(0)
+    tokenizer, text = _llama()
+    tower = SiglipVisionConfig(image_size=16, patch_size=8, vision_use_head=False, **TOWER)
+    config = LlavaOnevisionConfig(
+        vision_config=tower,
+        text_config=text,
+        image_token_index=3,
+        video_token_index=200,
+        image_grid_pinpoints=PINPOINTS,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+        pad_token_id=0,
+    )
+    model = LlavaOnevisionForConditionalGeneration(config)
+    sharpen(model.model.language_model)
+    model.save_pretrained(folder)
+    images = LlavaOnevisionImageProcessor(size={"height": 16, "width": 16}, image_grid_pinpoints=PINPOINTS)
+    LlavaOnevisionProcessor(
+        images, tokenizer, LlavaOnevisionVideoProcessor(), 4, "full", chat_template=tiny.TEMPLATE
+    ).save_pretrained(folder)
+    return folder
+
+
+PINPOINTS = [[16, 32], [32, 16], [32, 32]]
+
+
+def _llama() -> tuple[PreTrainedTokenizerFast, LlamaConfig]:
+    tokenizer = tiny.tokenizer()
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    return tokenizer, LlamaConfig(**SIZES, vocab_size=len(tokenizer), **ids)
 
 
 def _with_tower(folder: Path, tower: PreTrainedConfig, strategy: Literal["default", "full"]) -> Path:

@@ -84,6 +84,15 @@ def test_huatuo_has_the_prompt_of_its_authors(tmp_path, question: str, answer: s
     assert encode.image.token_id == 259 and encode.tokenizer.convert_ids_to_tokens(259) == "<image>"
 
 
+def test_an_answer_ends_where_generation_stops(tmp_path: Path) -> None:
+    """The tokenizer of Qwen2's chat models ends a turn with another token than config.json says."""
+    folder = authors.save_huatuo(tmp_path / "huatuo")
+    settings = json.loads((folder / "tokenizer_config.json").read_text()) | {"eos_token": "<|im_end|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    encode = encoder(StudentConfig(path=str(folder), layer=2))
+    assert encode.tokenizer.convert_ids_to_tokens(encode.end_token_id) == "<|endoftext|>"
+
+
 def edited(folder: Path, **changes: Any) -> StudentConfig:
     values = json.loads((folder / "config.json").read_text()) | changes
     (folder / "config.json").write_text(json.dumps(values))

@@ -11,11 +11,14 @@ import pytest
 import torch
 from PIL import Image
 
+from medalign.__main__ import main
 from medalign.config import StudentConfig
 from medalign.contracts import IGNORE, Batch, Sample
 from medalign.data.batches.collator import Collator
 from medalign.data.batches.prompts import PromptEncoder
 from medalign.errors import ConfigError
+from medalign.phantom import write_phantoms
+from medalign.pipeline import build_question_collator
 from medalign.student.checks import check_student
 from medalign.student.families.base import Family
 from medalign.student.families.gemma3 import Gemma3
@@ -31,10 +34,10 @@ def load(name: str, folder: Path) -> tuple[Student, Any]:
     return load_student(config, torch.float32).eval(), load_processor(config)
 
 
-def batch_of(student: Student, processor: Any, **settings: Any) -> Batch:
+def batch_of(student: Student, processor: Any, images: tuple[int, ...] = COUNTS, **settings: Any) -> Batch:
     encoder = PromptEncoder(processor, image=student.spec.image, max_length=400, max_images=2)
     gray = Image.new("L", (40, 20), 90)
-    samples = [Sample(f"s{n}", "shard", "vqa", "Is it?" * (n + 1), "No.", "open", (gray,) * n) for n in COUNTS]
+    samples = [Sample(f"s{n}", "shard", "vqa", "Is it?" * (n + 1), "No.", "open", (gray,) * n) for n in images]
     return Collator(encoder, student.spec.preprocess_cfg(processor), None, **settings)(samples)
 
 
@@ -116,6 +119,59 @@ def test_the_tapped_tokens_are_the_input_of_the_block(qwen: tuple[Student, Any])
         output = student(batch)
     handle.remove()
     assert torch.equal(output.tokens.flatten(0, 1), seen[0][batch.cells])
+
+
+@pytest.mark.parametrize("name", ["llava_next", "llava_onevision"])
+def test_tiles_are_those_of_the_models_own_processor(tmp_path: Path, name: str) -> None:
+    student, processor = load(name, tmp_path / name)
+    image = Image.effect_noise((32, 32), 40).convert("RGB")
+    pixels = student.spec.preprocess_cfg(processor).view(image)[None]
+    batch = batch_of(student, processor, images=(1,))
+    found = student.spec.family.inputs(student.spec, batch, pixels)
+    own = processor.image_processor(images=[image], return_tensors="pt")
+    assert found["image_sizes"].tolist() == own["image_sizes"].tolist()
+    (whole, *tiles), (own_whole, *own_tiles) = found["pixel_values"][0], own["pixel_values"][0]
+    torch.testing.assert_close(torch.stack(tiles), torch.stack(own_tiles), rtol=0, atol=1e-5)  # fp32 arithmetic
+    level = 1 / 255 / min(processor.image_processor.image_std)
+    # Half a level by its rounding, and half by that of its weights to 8 bits.
+    torch.testing.assert_close(whole, own_whole, rtol=0, atol=level)
+
+
+def test_the_cells_of_tiles_are_without_the_whole_and_the_line_ends(tmp_path: Path) -> None:
+    student, processor = load("llava_next", tmp_path / "next")
+    batch = batch_of(student, processor, images=(1, 2))
+    tokens, cells = (batch.image_index >= 0).sum(1), batch.cells.sum(1)
+    assert tokens.tolist() == [24, 48] and cells.tolist() == [16, 32]
+    rows = batch.cells[0][batch.image_index[0] >= 0].tolist()
+    assert rows == [False] * 4 + ([True] * 4 + [False]) * 4
+
+
+def test_inspect_shows_cells_and_companions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_phantoms(tmp_path / "data", train=4, val=1, seed=0)
+    words = ["--data.train", str(tmp_path / "data/train"), "--train.batch_size", "2", "--data.max_length", "400"]
+    shown = {}
+    for name in ("llava_next", "gemma3"):
+        folder = CASES[name].save(tmp_path / name)
+        assert main(["inspect", "phantom", *words, "--student.path", str(folder)]) == 0
+        shown[name] = capsys.readouterr().out
+    assert "[image of 24 tokens, of which 16 are cells]" in shown["llava_next"]
+    assert "[image of 16 tokens]" in shown["gemma3"]
+    assert "<start_of_turn>user\n\n\n<start_of_image>" in shown["gemma3"] and "<end_of_image>" in shown["gemma3"]
+
+
+def test_a_sample_of_onevision_has_one_image(tmp_path: Path) -> None:
+    student, processor = load("llava_onevision", tmp_path / "onevision")
+    with pytest.raises(ConfigError, match="2 images, but a student of the family llava_onevision takes 1 per sample"):
+        build_question_collator(student.spec, processor, 400, 2)
+
+
+def test_an_arrangement_of_tiles_that_the_student_does_not_know(tmp_path: Path) -> None:
+    case = CASES["llava_next"]
+    folder = case.save(tmp_path / "next")
+    values = json.loads((folder / "config.json").read_text()) | {"image_grid_pinpoints": [[16, 32]]}
+    (folder / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ConfigError, match=r"image_grid_pinpoints do not contain \[32, 32\], the 2 x 2 tiles"):
+        check_student(case.config(folder))
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,7 @@ from medalign.teacher.towers.open_clip_vit import build_clip
 
 SIZE, PATCH = 48, 8
 GRID, WIDTH, HEADS = SIZE // PATCH, 24, 3
+RESNET_GRID, RESNET_WIDTH = 3, 256  # of 96 pixels
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]
 Outputs = tuple[torch.Tensor, torch.Tensor]  # features [I, M, b], attention [I, M]
 
@@ -45,6 +46,10 @@ class Case:
     eager: Callable[[Any, torch.Tensor], Outputs]
     values: Callable[[Any, torch.Tensor], torch.Tensor] | None = None  # the value path, [I, M, e]
     weights: str = "model.safetensors"
+    size: int = SIZE
+    grid: int = GRID
+    width: int = WIDTH
+    has_norm: bool = True  # whether a norm follows the last block
     a_weight: str = ""  # name in the file of one weight of the vision tower, with at least two dimensions
 
 
@@ -53,7 +58,7 @@ def sharpen(model: nn.Module) -> nn.Module:
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         noise = torch.randn(parameter.shape, generator=generator)
-        parameter.data = parameter + 0.3 * noise if parameter.ndim < 2 else noise * 2 * parameter.shape[-1] ** -0.5
+        parameter.data = parameter + 0.3 * noise if parameter.ndim < 2 else noise * 2 * parameter[0].numel() ** -0.5
     return model.eval()
 
 
@@ -104,6 +109,28 @@ def values_open_clip(visual: VisionTransformer, pixels: torch.Tensor) -> torch.T
     return visual.ln_post(mixed[:, 1:]) @ visual.proj
 
 
+def eager_resnet(visual: Any, pixels: torch.Tensor) -> Outputs:
+    patches, attention, _ = _pool_resnet(visual, pixels, None)
+    return patches, attention[:, 0, 1:]
+
+
+def values_resnet(visual: Any, pixels: torch.Tensor) -> torch.Tensor:
+    return _pool_resnet(visual, pixels, only_itself(RESNET_GRID**2 + 1))[2][:, 1:]
+
+
+def _pool_resnet(visual: Any, pixels: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+    """Patches, and the attention matrix and outputs of torch's own attention with the weights of the pooling."""
+    pool = visual.attnpool
+    patches = visual.forward_intermediates(pixels)["image_intermediates"][-1].flatten(2).transpose(1, 2)
+    tokens = torch.cat([patches.mean(1, keepdim=True), patches], dim=1) + pool.positional_embedding
+    reference = nn.MultiheadAttention(RESNET_WIDTH, pool.num_heads, batch_first=True)
+    reference.in_proj_weight.data = torch.cat([pool.q_proj.weight, pool.k_proj.weight, pool.v_proj.weight])
+    reference.in_proj_bias.data = torch.cat([pool.q_proj.bias, pool.k_proj.bias, pool.v_proj.bias])
+    reference.out_proj.weight.data, reference.out_proj.bias.data = torch.eye(RESNET_WIDTH), torch.zeros(RESNET_WIDTH)
+    mixed, matrix = reference(tokens, tokens, tokens, attn_mask=mask, need_weights=True)
+    return patches, matrix, pool.c_proj(mixed)
+
+
 @register_model
 def medalign_tiny_vit(**kwargs: Any) -> TimmTransformer:
     """Register a model this small: timm builds models by name only."""
@@ -137,7 +164,7 @@ def timm_case(name: str, model: str, pooling: bool = False, **vision: Any) -> Ca
     settings = {"timm_model_name": model, "timm_pool": "", "timm_proj": "linear", "image_size": SIZE, **vision}
     file, weight = "open_clip_pytorch_model.bin", "visual.trunk.blocks.1.attn.qkv.weight"
     eager, values = (eager_timm_pooling, values_timm_pooling) if pooling else (eager_timm, values_timm)
-    return Case(name, lambda folder: write_open_clip(folder, settings, file), eager, values, file, weight)
+    return Case(name, lambda folder: write_open_clip(folder, settings, file), eager, values, file, a_weight=weight)
 
 
 def eager_timm(visual: Any, pixels: torch.Tensor) -> Outputs:
@@ -252,7 +279,21 @@ CASES = [
         eager_open_clip,
         values_open_clip,
         WEIGHTS_NAME,
-        "visual.transformer.resblocks.1.attn.in_proj_weight",
+        a_weight="visual.transformer.resblocks.1.attn.in_proj_weight",
+    ),
+    Case(
+        "open_clip ResNet (PubMedCLIP RN50)",
+        lambda folder: write_open_clip(
+            folder, {"image_size": 32 * RESNET_GRID, "layers": [1, 1, 2, 1], "width": RESNET_WIDTH // 32}
+        ),
+        eager_resnet,
+        values_resnet,
+        WEIGHTS_NAME,
+        32 * RESNET_GRID,
+        RESNET_GRID,
+        RESNET_WIDTH,
+        has_norm=False,
+        a_weight="visual.layer3.1.conv1.weight",
     ),
     timm_case("timm (BiomedCLIP)", "medalign_tiny_vit"),
     timm_case("timm with registers, norms of queries and keys, layer scale", "medalign_tiny_vit_registers"),

@@ -8,15 +8,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerFast
 
 import medalign
 from medalign.errors import CheckpointError, ConfigError
 from medalign.teacher.loading import load_teacher
 from medalign.teacher.source import CONFIG_NAME, WEIGHTS_NAME, find_teacher
 from medalign.teacher.towers import tower_class
+from medalign.teacher.towers.hf_bert_text import BertTextTower, bert_config
 from medalign.teacher.towers.open_clip_vit import build_clip
+from medalign.teacher.weights import load_exactly
 from tests.unit.teacher.towers.cases import CASES, MEAN, STD, clip_model, siglip_model, write_transformers
+from tests.unit.teacher.towers.test_published_layouts import facts, weights
 
 PHANTOM = Path(medalign.__file__).parent / "assets" / "phantom_teacher"
 TEXTS = ["There is a small nodule in the left upper zone.", "No nodule."]
@@ -73,6 +76,76 @@ def test_transformers(tmp_path, build, padding):
     torch.testing.assert_close(embedded(tmp_path), model.get_text_features(**kept).pooler_output)
 
 
+def bert_clip(prefix: str) -> tuple[dict[str, torch.Tensor], BertModel, torch.nn.Module]:
+    """The weights of a text tower of BiomedBERT-base's width, with one block, as its authors name them."""
+    torch.manual_seed(0)
+    bert = BertModel(
+        BertConfig(vocab_size=len(WORDS), num_hidden_layers=1, intermediate_size=32), add_pooling_layer=False
+    )
+    proj = torch.nn.Sequential(
+        torch.nn.Linear(768, 24, bias=False), torch.nn.GELU(), torch.nn.Linear(24, 16, bias=False)
+    )
+    named = {f"{prefix}transformer.{key}": value for key, value in bert.state_dict().items()}
+    return named | {f"{prefix}proj.{key}": value for key, value in proj.state_dict().items()}, bert.eval(), proj
+
+
+def expected_of_bert(bert: BertModel, proj: torch.nn.Module, folder: Path) -> torch.Tensor:
+    """Texts one by one, without padding, pooled at the first token."""
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    ids = [torch.tensor([tokenizer.encode(text).ids]) for text in TEXTS]
+    return torch.cat([proj(bert(one).last_hidden_state[:, 0]) for one in ids])
+
+
+@pytest.mark.parametrize("keys", [("hf_pooler_type", "hf_proj_type"), ("pooler_type", "proj")])
+@torch.no_grad()
+def test_biomedclip(tmp_path, keys):
+    """Both names of the settings in its revisions, and the buffer that older versions of transformers kept."""
+    state, bert, proj = bert_clip("text.")
+    state["text.transformer.embeddings.position_ids"] = torch.arange(512)[None]
+    write_tokenizer(tmp_path)
+    case = next(case for case in CASES if "BiomedCLIP" in case.name)
+    case.write(tmp_path / "vision")
+    config = json.loads((tmp_path / "vision" / CONFIG_NAME).read_text())
+    config["model_cfg"]["text_cfg"] = {"hf_model_name": "microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract"}
+    config["model_cfg"]["text_cfg"] |= {keys[0]: "cls_last_hidden_state_pooler", keys[1]: "mlp"}
+    (tmp_path / CONFIG_NAME).write_text(json.dumps(config))
+    whole = torch.load(tmp_path / "vision" / case.weights, weights_only=True)
+    visual = {key: value for key, value in whole.items() if key.startswith("visual.")}
+    torch.save(visual | state | {"logit_scale": torch.ones(())}, tmp_path / case.weights)
+    torch.testing.assert_close(embedded(tmp_path), expected_of_bert(bert, proj, tmp_path), rtol=1e-4, atol=1e-5)
+    pixels, questions = torch.randn(2, 3, 48, 48), ["Is there a nodule?", "Is this normal?"]
+    attention = load_teacher(tmp_path, text_weight=1.0)(pixels, questions)[1]
+    torch.testing.assert_close(attention.sum(1), torch.ones(2))
+
+
+@torch.no_grad()
+def test_unimed_clip(tmp_path):
+    """Its file holds no tokenizer: that of its BERT lies beside it."""
+    state, bert, proj = bert_clip("module.text_encoder.")
+    torch.save({"state_dict": state | {"module.logit_scale": torch.ones(())}}, tmp_path / "unimed.pt")
+    path = f"open_clip:ViT-B-16-quickgelu/{tmp_path / 'unimed.pt'}"
+    with pytest.raises(ConfigError, match=r"copy the tokenizer\.json of its text tower there"):
+        embedded(path)
+    write_tokenizer(tmp_path)
+    torch.testing.assert_close(embedded(path), expected_of_bert(bert, proj, tmp_path), rtol=1e-4, atol=1e-5)
+    state.pop("module.text_encoder.proj.0.weight")
+    torch.save({"state_dict": state}, tmp_path / "unimed.pt")
+    with pytest.raises(CheckpointError, match=r"not a BiomedBERT with a projection.* text_encoder\.proj\.0\.weight"):
+        embedded(path)
+
+
+@pytest.mark.parametrize(("name", "prefix"), [("unimed-clip", "text_encoder."), ("biomedclip", "text.")])
+def test_the_published_text_towers_fit(shared, name, prefix):
+    content = facts(shared, name)
+    for published in list(content["files"].values()) if name == "unimed-clip" else [content]:
+        state = {key: value for key, value in weights(published["parameters"]).items() if key.startswith(prefix)}
+        with torch.device("meta"):
+            config = bert_config(state, prefix, Path("published.pt"))
+            first, last = (state[f"{prefix}proj.{i}.weight"] for i in (0, 2))
+            tower = BertTextTower(config, first.shape[0], last.shape[0])
+        load_exactly(tower, state, Path("published.pt"), prefix=prefix, others=())
+
+
 def test_a_teacher_without_texts_cannot_follow_a_question(tmp_path):
     dino, vision = (next(case for case in CASES if key in case.name) for key in ("DINOv2", "CLIP vision model"))
     dino.write(tmp_path / "dino")
@@ -89,7 +162,7 @@ def test_a_tokenizer_that_does_not_fit_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"its vocabulary has 56 words, but .*tokenizer\.json cannot be read"):
         load_teacher(tmp_path, text_weight=1.0)
     write_tokenizer(tmp_path)
-    with pytest.raises(ConfigError, match=r"tokenizer\.json has 9 words, but text_cfg\.vocab_size is 56"):
+    with pytest.raises(ConfigError, match=r"tokenizer\.json has 9 words, but its text tower has 56"):
         load_teacher(tmp_path, text_weight=1.0)
 
 
@@ -109,5 +182,5 @@ def test_a_text_tower_that_would_be_downloaded_is_refused(tmp_path):
     config = json.loads((PHANTOM / CONFIG_NAME).read_text())
     config["model_cfg"]["text_cfg"] = {"hf_model_name": "microsoft/some-bert"}
     (tmp_path / CONFIG_NAME).write_text(json.dumps(config))
-    with pytest.raises(ConfigError, match=r"its text tower is microsoft/some-bert; supported"):
+    with pytest.raises(ConfigError, match="its text tower is microsoft/some-bert with pooler None; supported"):
         load_teacher(tmp_path, text_weight=1.0)

@@ -1,0 +1,112 @@
+"""scores.json: the scores of a file of predictions, with what they were measured on.
+
+Scores depend only on the predictions: computing them again gives the same file, bit by bit. What cannot be computed
+from the predictions (FACTS) is kept as the evaluation wrote it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from medalign.errors import DataError
+from medalign.evaluation.metrics import Prediction, read_predictions, score
+from medalign.evaluation.metrics.counts import count
+from medalign.observability.files import write_text
+from medalign.run_folder import EvaluationFolder
+
+FACTS = (
+    "name",
+    "data",
+    "grid",
+    "samples",
+    "limit",
+    "max_length",
+    "max_new_tokens",
+    "unreadable",
+    "truncated",
+    "provenance",
+)
+
+
+def write_scores(path: Path, rows: Sequence[Prediction], facts: Mapping[str, Any]) -> None:
+    """Write the scores and counts of the predictions, and what the evaluation knows about them.
+
+    Args:
+        path: the file to write.
+        rows: the predictions.
+        facts: values of FACTS.
+    """
+    kept = {name: facts[name] for name in FACTS if name in facts}
+    write_text(path, json.dumps(score(rows) | kept | count(rows), indent=2) + "\n")
+
+
+def rescore(predictions: Path) -> Path:
+    """Compute the scores of a file of predictions again.
+
+    Args:
+        predictions: a file of an evaluation, or one of another system; or the folder of an evaluation.
+
+    Returns:
+        The file with the scores, beside the predictions: scores.json for predictions.jsonl, NAME.scores.json for any
+        other NAME.jsonl.
+
+    Raises:
+        DataError: the file does not exist or is not a file of predictions.
+    """
+    path = predictions_file(predictions)
+    rows = read_rows(path)
+    output = scores_path(path)
+    write_scores(output, rows, read_scores(output) if output.is_file() else {})
+    return output
+
+
+def predictions_file(path: Path) -> Path:
+    """Return the file of predictions that a path names: itself, or the one in the folder of an evaluation.
+
+    Raises:
+        DataError: there is none.
+    """
+    file = EvaluationFolder(path).predictions if path.is_dir() else path
+    if not file.is_file():
+        raise DataError(f"{file} does not exist; give a file of predictions or the folder of an evaluation")
+    return file
+
+
+def scores_path(predictions: Path) -> Path:
+    """Return the file for the scores of a file of predictions."""
+    folder = EvaluationFolder(predictions.parent)
+    return folder.scores if predictions == folder.predictions else predictions.with_suffix(f".{folder.scores.name}")
+
+
+def read_rows(path: Path) -> list[Prediction]:
+    """Read predictions, of which each folder has a key once.
+
+    Raises:
+        DataError: a line is not a prediction, a key occurs twice, or there is none at all.
+    """
+    rows = read_predictions(path)
+    if not rows:
+        raise DataError(f"{path} contains no prediction")
+    (folder, key), times = Counter((row.folder, row.key) for row in rows).most_common(1)[0]
+    if times > 1:
+        raise DataError(f"{path} contains the key {key!r} {times} times in folder {folder}; keep one of these lines")
+    return rows
+
+
+def read_scores(path: Path) -> dict[str, Any]:
+    """Read a file of scores.
+
+    Raises:
+        DataError: it is not a JSON object.
+    """
+    try:
+        scores = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON: {error}; evaluate the run again") from error
+    if not isinstance(scores, dict):
+        raise DataError(f"{path} contains no scores; evaluate the run again")
+    return scores

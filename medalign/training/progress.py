@@ -1,0 +1,106 @@
+"""What a step adds to the state of a run, and what a row of metrics shows of it."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+
+from medalign import distributed
+from medalign.checkpoint.state import TrainState
+from medalign.config import Config
+from medalign.contracts import Batch
+from medalign.data.batches.reader import check_skip_rate
+from medalign.errors import DivergedError
+from medalign.observability.meters import peak_memory_gib
+
+log = logging.getLogger("medalign")
+
+
+def count_if_diverged(
+    state: TrainState, losses: Mapping[str, float], done: int, micro_batches: Sequence[Batch], limit: int
+) -> TrainState:
+    """Count a step whose gradient is not finite. DeepSpeed has left its update out, on all ranks.
+
+    Args:
+        state: the state before the step.
+        losses: the step's losses and the gradient's norm, the same on all ranks.
+        done: number of the step.
+        micro_batches: this rank's samples, which the message lists.
+        limit: how many steps of the run may be left out.
+
+    Returns:
+        The state with the step counted, if its update was left out.
+
+    Raises:
+        DivergedError: the limit is passed, or a loss is not finite although the gradient is; on all ranks.
+    """
+    lost = [f"{name} is {value}" for name, value in losses.items() if not math.isfinite(value)]
+    if not lost:
+        return state
+    state = replace(state, diverged=state.diverged + 1)
+    keys = ", ".join(key for batch in micro_batches for key in batch.keys)
+    updated = math.isfinite(losses["optim/grad_norm"])
+    if updated or state.diverged > limit:
+        raise DivergedError(
+            f"step {done}: {', '.join(lost)}; the last checkpoint is from before it, and {state.diverged - 1} steps "
+            "were left out until then (train.max_diverged_steps). Lower train.lr, train with warm-up or clip more, or "
+            f"look at this rank's samples of the step: {keys}"
+        )
+    log.warning(
+        "step %d: %s; its update is left out, on all ranks (%d of at most %d). This rank's samples: %s",
+        done,
+        ", ".join(lost),
+        state.diverged,
+        limit,
+        keys,
+    )
+    return state
+
+
+def update_state(
+    state: TrainState, config: Config, done: int, micro_batches: Sequence[Batch], requests: torch.Tensor
+) -> tuple[TrainState, list[float]]:
+    """Return the state after step `done`, with the bad and cut samples of all ranks, and the sums of their requests.
+
+    Every rank must call it.
+
+    Raises:
+        DataError: the run has skipped more than `data.max_skip_fraction` of its samples; on all ranks.
+    """
+    reasons = [reason for batch in micro_batches for reason in batch.skipped]
+    for reason in reasons:
+        log.warning("bad sample replaced: %s", reason)
+    counts = requests.new_tensor([len(reasons), sum(batch.truncated for batch in micro_batches)])
+    # One reduction per step carries all that the ranks must know of each other.
+    sums = distributed.sum_over_ranks({"counts": torch.cat([counts, requests])})["counts"].tolist()
+    skipped, truncated, *stops = sums
+    state = replace(
+        state,
+        step=done,
+        samples=done * config.train.batch_size,
+        skipped=state.skipped + int(skipped),
+        truncated=state.truncated + int(truncated),
+    )
+    # Of all ranks together, so that all stop at the same step and none waits for another.
+    check_skip_rate(state.skipped, state.samples, config.data.max_skip_fraction, reasons)
+    return state, stops
+
+
+def learning_rates(groups: Mapping[str, float]) -> dict[str, float]:
+    """The learning rates of a row: `optim/lr` is that of LoRA, `optim/lr_NAME` that of another parameter group."""
+    return {"optim/lr" if name == "adapters" else f"optim/lr_{name}": rate for name, rate in groups.items()}
+
+
+def state_metrics(state: TrainState, device: object) -> dict[str, float]:
+    """Return the metrics of a row that come from the state, and the peak memory of this rank."""
+    return {
+        "time/elapsed_seconds": state.seconds,
+        "train/diverged_steps": state.diverged,
+        "data/skipped": state.skipped,
+        "data/truncated": state.truncated,
+        "memory/peak_gib": peak_memory_gib(str(device)),
+    }
