@@ -54,7 +54,7 @@ def stop_signals() -> Iterator[StopSignals]:
     """
     received = StopSignals()
     if threading.current_thread() is not threading.main_thread():
-        log.info("training outside of the main thread: USR1 and TERM end it without a checkpoint")
+        log.info("outside of the main thread: USR1 and TERM end the process at once")
         yield received
         return
     before = {number: signal.signal(number, received.receive) for number in REQUESTS}

@@ -22,7 +22,8 @@ def register(subparsers: Subparsers) -> None:
         "Writes RUN/evaluation/NAME/predictions.jsonl and scores.json, and prints the scores: closed accuracy, open\n"
         "recall, BLEU and ROUGE-L of reports, and for samples with boxes the share of the question's attention inside\n"
         "them (at the tapped block) and the pointing game. Counts answers that are empty or cut off at\n"
-        "--max-new-tokens. For a checkpoint RUN/checkpoints/step-N, NAME begins with step-N.\n\n"
+        "--max-new-tokens. For a checkpoint RUN/checkpoints/step-N, NAME begins with step-N. After an\n"
+        "interruption, the same command continues it. Runs in one process.\n\n"
         "example: medalign evaluate runs/first --data data/val",
     )
     add_run(parser)
@@ -31,8 +32,10 @@ def register(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--name",
         metavar="NAME",
-        help="name of the evaluation (default: of the first folder); an evaluation with this name is replaced",
+        help="name of the evaluation (default: of the first folder); an evaluation with this name is replaced unless "
+        "it has more samples",
     )
+    parser.add_argument("--overwrite", action="store_true", help="replace an evaluation of more samples, too")
     parser.add_argument("--batch-size", type=count, default=32, metavar="N", help="default %(default)s")
     parser.add_argument("--limit", type=count, metavar="N", help="score only the first N samples")
     parser.add_argument(
@@ -47,6 +50,7 @@ def register(subparsers: Subparsers) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Evaluate, print the table of scores and log where it is written. Returns the exit status."""
+    from medalign.evaluation.provenance import command_line
     from medalign.evaluation.report.page import format_evaluation
     from medalign.inference import evaluate
     from medalign.run_folder import RunFolder
@@ -61,6 +65,8 @@ def run(arguments: argparse.Namespace) -> int:
         max_length=arguments.max_length,
         max_skip_fraction=arguments.max_skip_fraction,
         base=arguments.student,
+        overwrite=arguments.overwrite,
+        command=command_line(arguments.words),
     )
     sys.stdout.write(format_evaluation(folder) + "\n")
     others = len(RunFolder(folder.parents[1]).evaluations()) - 1

@@ -69,6 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = [word for word in words if not word.startswith("--local_rank")]
     try:
         chosen = build_parser().parse_args(words)
+        chosen.words = words  # some commands record how they were called
         from medalign import distributed  # imports torch, which --help does without
 
         distributed.set_up_logging()

@@ -128,7 +128,7 @@ class TeacherConfig:
 
 @dataclass
 class LoraConfig:
-    """Low-rank adapters on every linear layer of the student's language model."""
+    """Low-rank adapters on linear layers of the student's language model."""
 
     rank: PositiveInt = 32
     """Rank r."""
@@ -136,6 +136,11 @@ class LoraConfig:
     """The adapter's output is multiplied by alpha / r."""
     dropout: HalfOpenUnitInterval = 0.0
     """Dropout before the adapter."""
+    rank_stabilized: bool = False
+    """Multiply by alpha / sqrt(r) instead (rsLoRA), so that a larger rank does not make the adapter weaker."""
+    targets: str = ""
+    """Regular expression of the names inside a block of the layers that get an adapter, such as "self_attn" or
+    "(q|v)_proj". Empty: all linear layers."""
 
 
 @dataclass

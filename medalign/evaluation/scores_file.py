@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from medalign.errors import DataError
+from medalign.errors import ConfigError, DataError
 from medalign.evaluation.metrics import Prediction, read_predictions, score
 from medalign.evaluation.metrics.counts import count
 from medalign.observability.files import write_text
@@ -32,16 +32,15 @@ FACTS = (
 )
 
 
-def write_scores(path: Path, rows: Sequence[Prediction], facts: Mapping[str, Any]) -> None:
-    """Write the scores and counts of the predictions, and what the evaluation knows about them.
+def format_scores(rows: Sequence[Prediction], facts: Mapping[str, Any]) -> str:
+    """Return the text of a file with the scores and counts of the predictions.
 
     Args:
-        path: the file to write.
         rows: the predictions.
-        facts: values of FACTS.
+        facts: values of FACTS, which the evaluation knows.
     """
     kept = {name: facts[name] for name in FACTS if name in facts}
-    write_text(path, json.dumps(score(rows) | kept | count(rows), indent=2) + "\n")
+    return json.dumps(score(rows) | kept | count(rows), indent=2) + "\n"
 
 
 def rescore(predictions: Path) -> Path:
@@ -60,8 +59,21 @@ def rescore(predictions: Path) -> Path:
     path = predictions_file(predictions)
     rows = read_rows(path)
     output = scores_path(path)
-    write_scores(output, rows, read_scores(output) if output.is_file() else {})
+    write_text(output, format_scores(rows, read_scores(output) if output.is_file() else {}))
     return output
+
+
+def require_no_longer(folder: EvaluationFolder, samples: int) -> None:
+    """Raise ConfigError if a folder has an evaluation of more samples than `samples`."""
+    if not folder.scores.is_file():
+        return
+    before = read_scores(folder.scores)
+    known = before.get("n", 0) + before.get("unreadable", 0)
+    if known > samples:
+        raise ConfigError(
+            f"{folder.path} has the evaluation of {known} samples, and this one has only {samples}; choose another "
+            "--name, or replace it with --overwrite"
+        )
 
 
 def predictions_file(path: Path) -> Path:

@@ -33,8 +33,12 @@ class Tally:
         """
         self.rows += predicted.rows
         self.unreadable += len(predicted.unreadable)
-        seen = len(self.rows) + self.unreadable
-        check_skip_rate(self.unreadable, seen, self.max_skip_fraction, predicted.unreadable, "--max-skip-fraction")
+        check_skip_rate(self.unreadable, self.seen, self.max_skip_fraction, predicted.unreadable, "--max-skip-fraction")
+
+    @property
+    def seen(self) -> int:
+        """Number of samples so far."""
+        return len(self.rows) + self.unreadable
 
     @property
     def truncated(self) -> int:

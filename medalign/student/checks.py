@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from medalign import distributed
 from medalign.config import StudentConfig
@@ -19,6 +18,7 @@ from medalign.student.families.base import ModelSpec
 from medalign.student.families.registry import inspect_model
 from medalign.student.files import check_files, check_settings, read_object
 from medalign.student.loading import load_processor, model_folder
+from medalign.student.lora import lora_layers
 from medalign.student.model import require_layer
 from medalign.student.reading import as_config_error
 from medalign.student.weights import empty_model, family_of
@@ -103,8 +103,7 @@ def _check_projections(config: StudentConfig, spec: ModelSpec) -> None:
                 "student.query_mixture_form is official, which replaces the LoRA of the query projection, but block "
                 f"{config.layer} computes queries, keys and values in one; set it to beside_lora"
             )
-    if not any(isinstance(module, nn.Linear) for block in spec.blocks for module in block.modules()):
-        raise ConfigError("the student's blocks contain no linear layer (torch.nn.Linear) that LoRA can adapt")
+    lora_layers(config, spec)
 
 
 def _check_window(config: StudentConfig, spec: ModelSpec) -> None:

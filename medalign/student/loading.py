@@ -24,6 +24,7 @@ from medalign.student.capture import register_attention
 from medalign.student.families.base import ModelSpec
 from medalign.student.families.registry import inspect_model
 from medalign.student.files import check_colors, tokenizer_fault
+from medalign.student.lora import lora_layers
 from medalign.student.model import Student, require_layer
 from medalign.student.query_mixture import QueryMixture
 from medalign.student.reading import as_config_error
@@ -65,7 +66,7 @@ def adapt(model: nn.Module, config: StudentConfig, dtype: torch.dtype, seed: int
     with warnings.catch_warnings():
         # peft reads a property that transformers has renamed; users cannot do anything about it.
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
-        adapted = get_peft_model(model, _lora(config, model, spec), autocast_adapter_dtype=False)
+        adapted = get_peft_model(model, _lora(config, spec), autocast_adapter_dtype=False)
     if config.train_projector:
         for parameter in spec.projector.parameters():
             parameter.requires_grad_(True)
@@ -220,20 +221,14 @@ def choose_attention(wanted: str, dtype: torch.dtype = torch.bfloat16) -> str:
     return "flash_attention_2" if usable else "sdpa"
 
 
-def _lora(config: StudentConfig, model: nn.Module, spec: ModelSpec) -> PeftLora:
-    """Configure LoRA for the linear layers of the language model's blocks only.
-
-    The official form of the mixture replaces LoRA on its projection.
-    """
-    inside = f"{spec.decoder}.layers."
-    replaced = config.query_mixture and config.query_mixture_form == "official"
-    skipped = spec.query_projection(config.layer)[0] if replaced else None
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not skipped]
+def _lora(config: StudentConfig, spec: ModelSpec) -> PeftLora:
+    """Configure LoRA for linear layers of the language model's blocks only."""
     return PeftLora(
         r=config.lora.rank,
         lora_alpha=config.lora.alpha,
         lora_dropout=config.lora.dropout,
-        target_modules=[name for name in linear if name.startswith(inside)],
+        use_rslora=config.lora.rank_stabilized,
+        target_modules=lora_layers(config, spec),
         bias="none",
     )
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from hashlib import sha256
 from pathlib import Path
 
 import fsspec
@@ -37,9 +40,13 @@ def run(tmp_path_factory: pytest.TempPathFactory, trained: Path) -> Path:
 @pytest.fixture
 def damaged(tmp_path: Path, shards: Path) -> Path:
     """The held-out shards with two samples whose pictures' bytes have changed."""
-    folder = shutil.copytree(shards / "val", tmp_path / "damaged")
-    for i in (1, 3):
-        index = ShardIndex.open(folder)
+    return damage(shutil.copytree(shards / "val", tmp_path / "damaged"), (1, 3))
+
+
+def damage(folder: Path, samples: Sequence[int]) -> Path:
+    """Change the bytes of the pictures of some samples."""
+    index = ShardIndex.open(folder)
+    for i in samples:
         (member,) = index._members(i, (0,))
         with open(index._place(i), "r+b") as file:
             file.seek(member.offset)
@@ -142,7 +149,24 @@ def test_answers_that_are_cut_or_empty_are_counted(run, shards, capsys, monkeypa
 
 
 def test_the_log_shows_the_progress_of_the_evaluation(run, shards, capsys):
-    assert main(["evaluate", str(run), "--data", str(shards / "val"), "--limit", "4", "--batch-size", "2", *QUICK]) == 0
+    assert (
+        main(
+            [
+                "evaluate",
+                str(run),
+                "--data",
+                str(shards / "val"),
+                "--name",
+                "log",
+                "--limit",
+                "4",
+                "--batch-size",
+                "2",
+                *QUICK,
+            ]
+        )
+        == 0
+    )
     shown = capsys.readouterr().err
     assert "evaluate: 4 samples" in shown and re.search(r"evaluate: 2 of 4 samples, \d+:\d\d left", shown)
     assert re.search(r"evaluate: 4 of 4 samples in \d+:\d\d", shown)
@@ -182,7 +206,7 @@ def test_generate_logs_that_the_question_was_cut(run, shards, tmp_path, capsys):
 
 def test_data_in_the_current_folder_is_named_after_that_folder(run, shards, monkeypatch, capsys):
     monkeypatch.chdir(shards / "val")
-    assert main(["evaluate", str(run), "--data", ".", "--limit", "2", *QUICK]) == 0
+    assert main(["evaluate", str(run), "--data", ".", "--limit", "2", "--overwrite", *QUICK]) == 0
     assert scores(run, "val")["data"] == [str(shards / "val")]
     assert not (run / "evaluation" / "scores.json").exists()
     assert main(["evaluate", str(run), "--data", "/", *QUICK]) == 2
@@ -223,7 +247,7 @@ def test_equal_keys_in_two_folders_are_two_samples(run, shards, tmp_path):
 
 @pytest.mark.parametrize("place", ["/proc/x/r.html", "FILE/r.html"])
 def test_a_report_that_cannot_be_written_is_an_error(run, shards, tmp_path, place, capsys):
-    assert main(["evaluate", str(run), "--data", str(shards / "val"), "--limit", "2", *QUICK]) == 0
+    assert main(["evaluate", str(run), "--data", str(shards / "val"), "--limit", "2", "--overwrite", *QUICK]) == 0
     (tmp_path / "FILE").touch()
     output = tmp_path / place
     assert main(["report", str(run), "--output", str(output)]) == 2
@@ -233,3 +257,111 @@ def test_a_report_that_cannot_be_written_is_an_error(run, shards, tmp_path, plac
 def test_export_has_no_option_without_effect(run, tmp_path):
     with pytest.raises(SystemExit):
         main(["export", str(run), "--output", str(tmp_path / "out"), "--max-new-tokens", "4"])
+
+
+def interrupt_at(call: int, action: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the student's `generate` do something in its call number `call`, and then answer as always."""
+    whole, calls = Student.generate, []
+
+    def generate(self: Student, *arguments: object, **options: object) -> object:
+        calls.append(1)
+        if len(calls) == call:
+            action()
+        return whole(self, *arguments, **options)
+
+    monkeypatch.setattr(Student, "generate", generate)
+
+
+def stop() -> None:
+    raise KeyboardInterrupt
+
+
+def terminate() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize(("action", "status", "batch"), [(stop, 130, 3), (terminate, 143, 2)])
+def test_an_interrupted_evaluation_is_resumed_and_equals_a_whole_one(
+    run, shards, tmp_path, action, status, batch, monkeypatch, capsys
+):
+    """The end comes in the second folder, after two batches; samples 1 and 3 of that folder cannot be read."""
+    assert write_shards(other("val"), tmp_path / "other").refused == ()
+    damage(tmp_path / "other", (1, 3))
+    first = len(ShardIndex.open(shards / "val"))
+    call = -(-first // 3) + batch
+    words = ["evaluate", str(run), "--data", str(shards / "val"), str(tmp_path / "other"), "--batch-size", "3", *QUICK]
+    words += ["--max-skip-fraction", "0.05", "--name"]
+    assert main([*words, f"whole{status}"]) == 0
+    with monkeypatch.context() as patch:
+        interrupt_at(call, action, patch)
+        assert main([*words, f"parts{status}"]) == status
+    shown = capsys.readouterr().err
+    folder = run / "evaluation" / f"parts{status}"
+    kept = folder / ".predictions.jsonl.unfinished"
+    assert str(kept) in shown and "the same command resumes it" in shown and "Traceback" not in shown
+    assert len(read_predictions(kept)) == first + 6 and not (folder / "scores.json").exists()
+    with kept.open("a") as file:
+        file.write('{"key": "half a li')
+    assert main([*words, f"parts{status}"]) == 0
+    assert re.search(rf"resuming an interrupted evaluation after {first + 5} of \d+ samples", capsys.readouterr().err)
+    whole = run / "evaluation" / f"whole{status}"
+    assert (folder / "predictions.jsonl").read_bytes() == (whole / "predictions.jsonl").read_bytes()
+    found, expected = (scores(run, f"{name}{status}") for name in ("parts", "whole"))
+    for one in (found, expected):
+        del one["name"], one["provenance"]["command"]
+    assert found == expected and found["unreadable"] == 2
+    assert sorted(path.name for path in folder.iterdir()) == ["predictions.jsonl", "scores.json"]
+
+
+def test_an_interrupted_evaluation_of_other_settings_is_not_resumed(run, shards, monkeypatch, capsys):
+    words = [
+        "evaluate",
+        str(run),
+        "--data",
+        str(shards / "val"),
+        "--name",
+        "other",
+        "--batch-size",
+        "3",
+        "--limit",
+        "9",
+    ]
+    with monkeypatch.context() as patch:
+        interrupt_at(3, stop, patch)
+        assert main([*words, "--max-new-tokens", "3"]) == 130
+    assert main([*words, *QUICK]) == 0
+    shown = capsys.readouterr().err
+    assert "an interrupted evaluation differs in max_new_tokens; starting anew" in shown and "resuming" not in shown
+
+
+def test_a_longer_evaluation_is_not_replaced_by_a_shorter_one(run, shards, monkeypatch, capsys):
+    words = ["evaluate", str(run), "--data", str(shards / "val"), "--name", "long", *QUICK]
+    assert main([*words, "--limit", "5"]) == 0 and main([*words, "--limit", "5"]) == 0
+    before = (run / "evaluation/long/predictions.jsonl").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr("medalign.inference.open_student", None)
+        assert main([*words, "--limit", "4"]) == 2
+    assert "has the evaluation of 5 samples, and this one has only 4" in capsys.readouterr().err
+    assert (run / "evaluation/long/predictions.jsonl").read_bytes() == before
+    assert main([*words, "--limit", "4", "--overwrite"]) == 0 and scores(run, "long")["n"] == 4
+
+
+def test_scores_name_what_they_were_measured_on(run, shards, capsys):
+    words = ["evaluate", str(run), f"--data={shards / 'val'}", "--name", "origin", "--limit", "3", *QUICK]
+    assert main(words) == 0
+    path = run / "evaluation/origin/scores.json"
+    before, found = path.read_bytes(), scores(run, "origin")["provenance"]
+    folder = export.find_export(run)
+    assert found["step"] == 8 and found["shards"] == [list(ShardIndex.open(shards / "val").fingerprint())]
+    assert found["weights"] == {file.name: sha256(file.read_bytes()).hexdigest() for file in folder.iterdir()}
+    assert found["settings"]["limit"] == 3 and found["settings"]["max_length"] == 220
+    command = f"medalign evaluate {run.name} --data=val --name origin --limit 3 --max-new-tokens 2"
+    assert found["command"] == command and torch.__version__.startswith(found["versions"]["torch"])
+    assert str(run.parent) not in json.dumps(found)
+    assert main(["score", str(path.parent)]) == 0 and path.read_bytes() == before
+
+
+def test_several_processes_are_refused(run, shards, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["evaluate", str(run), "--data", str(shards / "val"), *QUICK]) == 2
+    assert "was started as 2 processes, but it runs in one" in capsys.readouterr().err

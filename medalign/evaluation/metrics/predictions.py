@@ -77,7 +77,7 @@ def append_predictions(path: Path, rows: Iterable[Prediction]) -> None:
                 file.flush()
             os.fsync(file.fileno())
     except BaseException:
-        if not part.stat().st_size:
+        if part.is_file() and not part.stat().st_size:
             part.unlink()
         raise
 

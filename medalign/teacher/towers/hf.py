@@ -74,6 +74,15 @@ def load_model(source: TeacherSource, kind: type[PreTrainedModel], config: Any, 
     return model
 
 
+def require_text_tower(source: TeacherSource, complete: str) -> None:
+    """Raise ConfigError unless the folder holds the complete model, whose kind is `complete`."""
+    if source.kind != complete:
+        raise ConfigError(
+            f"teacher {source.name}: a {source.kind} has no text tower; give the folder of the complete model, or set "
+            "teacher.text_weight to 0"
+        )
+
+
 def tokenize(source: TeacherSource, texts: Sequence[str], *, padding: bool | str, length: int) -> Any:
     """Tokenize texts with the folder's tokenizer. Raises ConfigError if there is none.
 
@@ -87,7 +96,7 @@ def tokenize(source: TeacherSource, texts: Sequence[str], *, padding: bool | str
         The text tower's inputs, int64 [n, L] each.
     """
     with _as_error(ConfigError, f"teacher {source.weights} has no usable tokenizer"):
-        tokenizer: Any = AutoTokenizer.from_pretrained(source.weights, local_files_only=True)
+        tokenizer: Any = AutoTokenizer.from_pretrained(source.weights, local_files_only=True, trust_remote_code=False)
         return tokenizer(list(texts), padding=padding, truncation=True, max_length=length, return_tensors="pt")
 
 
@@ -103,8 +112,10 @@ def _as_error(kind: type[Exception], subject: str) -> Iterator[None]:
     except Exception as error:
         if not from_library(error, ImportError, SafetensorError, StrictDataclassError):
             raise
-        reason = " ".join(str(error).split()) if isinstance(error, StrictDataclassError) else str(error).strip()
-        raise kind(f"{subject} ({type(error).__name__}: {reason.partition(chr(10))[0]})") from error
+        text = str(error).strip()
+        # The first line holds the reason, except where a setting of config.json is refused.
+        reason = " ".join(text.split()) if isinstance(error, StrictDataclassError) else text.partition("\n")[0]
+        raise kind(f"{subject} ({type(error).__name__}: {reason})") from error
 
 
 @contextmanager

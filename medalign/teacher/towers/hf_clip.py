@@ -15,7 +15,6 @@ from transformers import (
 )
 from typing_extensions import override
 
-from medalign.errors import ConfigError
 from medalign.geometry import PatchGrid
 from medalign.teacher.source import TeacherSource
 from medalign.teacher.towers import hf
@@ -84,11 +83,7 @@ class HFClipTower(TextAlignedTower):
     @classmethod
     @override
     def embed_texts(cls, source: TeacherSource, texts: Sequence[str]) -> torch.Tensor:
-        if source.kind != "clip":
-            raise ConfigError(
-                f"teacher {source.name}: a {source.kind} has no text tower; give the complete model, or "
-                "set teacher.text_weight to 0"
-            )
+        hf.require_text_tower(source, "clip")
         config = hf.read_config(source, CLIPTextConfig)
         config.projection_dim = source.config.get("projection_dim", config.projection_dim)
         model = hf.load_model(source, CLIPTextModelWithProjection, config, _NOT_TEXT)

@@ -92,11 +92,7 @@ class HFSiglipTower(TextAlignedTower):
     @classmethod
     @override
     def embed_texts(cls, source: TeacherSource, texts: Sequence[str]) -> torch.Tensor:
-        if source.kind != "siglip":
-            raise ConfigError(
-                f"teacher {source.name}: a {source.kind} has no text tower; give the complete model, or set "
-                "teacher.text_weight to 0"
-            )
+        hf.require_text_tower(source, "siglip")
         config = hf.read_config(source, SiglipTextConfig)
         model = hf.load_model(source, SiglipTextModel, config, _NOT_TEXT)
         # It was trained on texts padded to the full length, and pools at the last position.

@@ -49,6 +49,8 @@ LLAVA_VQA = {
     "student.lora.rank": 32,
     "student.lora.alpha": 16,
     "student.lora.dropout": 0.05,
+    "student.lora.rank_stabilized": False,
+    "student.lora.targets": "",
     "student.train_projector": False,
     "student.attention": "auto",
     "student.gradient_checkpointing": True,

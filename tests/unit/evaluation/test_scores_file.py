@@ -9,7 +9,7 @@ import pytest
 
 from medalign.__main__ import main
 from medalign.evaluation.metrics import Prediction, read_predictions, score, write_predictions
-from medalign.evaluation.scores_file import write_scores
+from medalign.evaluation.scores_file import format_scores
 
 ROWS = [
     Prediction("a", "vqa", "Is there?", "yes", "closed", "Yes.", "stop", attention_inside=0.1 + 0.2, box_area=1 / 3),
@@ -41,7 +41,7 @@ MINIMAL = {"key": "a", "task": "vqa", "question": "Is there?", "answer": "yes", 
 def evaluation(tmp_path: Path) -> Path:
     folder = tmp_path / "run" / "evaluation" / "val"
     write_predictions(folder / "predictions.jsonl", ROWS)
-    write_scores(folder / "scores.json", ROWS, FACTS)
+    (folder / "scores.json").write_text(format_scores(ROWS, FACTS))
     return folder
 
 
