@@ -10,6 +10,7 @@ from medalign import __version__
 from medalign.cli import (
     bench,
     compare,
+    doctor,
     evaluate,
     export,
     generate,
@@ -33,6 +34,7 @@ COMMANDS = (
     shards,
     inspect,
     plan,
+    doctor,
     train,
     watch,
     generate,
