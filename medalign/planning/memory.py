@@ -77,7 +77,7 @@ def state(student: Student, tower: Tower | None, settings: Mapping[str, Any], wo
     if zero.get("offload_optimizer"):
         offloaded, gradients, optimizer = offloaded + gradients + optimizer, 0, 0
     bucket = _FLOAT32 * min(int(zero.get("reduce_bucket_size", 500_000_000)), trained) if stage(settings) > 1 else 0
-    teacher = 0 if tower is None else parameters(tower) * width
+    teacher = 0 if tower is None else sum(p.nbytes for p in tower.parameters())
     return State(weights, gathered, gradients, optimizer, bucket, teacher, offloaded)
 
 

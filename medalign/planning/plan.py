@@ -132,7 +132,7 @@ def make_plan(
         ConfigError: a model's folder cannot be used, or a sample has no room for an image.
     """
     dtype = torch.float32 if config.train.precision == "fp32" else torch.bfloat16
-    student, tower = student_on_meta(config.student, dtype), teacher_on_meta(config)
+    student, tower = student_on_meta(config.student, dtype), teacher_on_meta(config, dtype)
     conditions = _conditions(config, student, nodes, gpus, efficiency, network, length, supervised)
     width, world = dtype.itemsize, conditions.world
     settings = deepspeed_settings(config, world)

@@ -52,8 +52,12 @@ def student_on_meta(config: StudentConfig, dtype: torch.dtype) -> Student:
     return student
 
 
-def teacher_on_meta(config: Config) -> Tower | None:
+def teacher_on_meta(config: Config, dtype: torch.dtype = torch.float32) -> Tower | None:
     """Build the teacher's tower on the meta device; None when nothing is distilled.
+
+    Args:
+        config: the run's settings.
+        dtype: data type of the student, which the teacher has too unless teacher.precision names another one.
 
     Raises:
         ConfigError: the folder is not that of a teacher.
@@ -64,7 +68,9 @@ def teacher_on_meta(config: Config) -> Tower | None:
     kind = tower_class(source)
     kind.check(source)
     with torch.device("meta"):
-        return kind.build(source, config.teacher.features)
+        tower = kind.build(source, config.teacher.features)
+    named = {"bf16": torch.bfloat16, "fp32": torch.float32}
+    return tower.to(named.get(config.teacher.precision, dtype))
 
 
 def parameters(module: nn.Module, *, trainable: bool = False) -> int:

@@ -64,6 +64,10 @@ def test_more_ranks_shard_the_optimizer_and_gradients(words):
     assert eight.teacher == two.teacher
 
 
+def test_the_teacher_has_a_precision_of_its_own(words):
+    assert plan(words, "--teacher.precision", "fp32").state.teacher == 2 * plan(words).state.teacher
+
+
 def test_offloading_moves_state_to_the_cpu(words):
     state = plan(words, "--engine.deepspeed", "zero3_offload").state
     kept = plan(words).state
