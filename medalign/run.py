@@ -21,6 +21,7 @@ from medalign.contracts import Batch, Sample
 from medalign.data.batches.collator import Collator
 from medalign.data.shards.index import ShardIndex
 from medalign.engine import engine as deepspeed_engine
+from medalign.engine import extensions
 from medalign.engine.engine import Engine
 from medalign.engine.settings import deepspeed_settings, precision
 from medalign.errors import Stopped
@@ -89,8 +90,9 @@ def train(config: Config, callbacks: Sequence[Callback] = ()) -> Path:
 def _train(
     config: Config, folder: Path, ds_settings: dict[str, Any], watchdog: Watchdog, callbacks: Sequence[Callback]
 ) -> None:
-    def begin(what: str) -> None:
-        watchdog.beat(what, config.engine.start_timeout)
+    def begin(what: str, more: float = 0.0) -> None:
+        limit = config.engine.start_timeout
+        watchdog.beat(what, limit + more if limit else 0.0)
 
     begin("reading the shards' indexes")
     with distributed.raise_on_all_ranks():
@@ -103,7 +105,7 @@ def _train(
     found, now = _find_start(config, folder, ds_settings, index)
     config = schedule.resolve_steps(config, len(index) if index else 0)
     log.info("%s", schedule.describe_length(config, len(index) if index else 0))
-    begin("loading the models")
+    begin("loading the models", more=extensions.build_timeout(ds_settings))
     engine, teacher, student, collator = _build(config, ds_settings, _max_images(index, held_out))
     if found:
         begin("loading the checkpoint")

@@ -60,6 +60,8 @@ def find_export(run: Path) -> Path:
     Raises:
         CheckpointError: there is none.
     """
+    if not run.exists():
+        raise CheckpointError(f"{run} does not exist; give the folder of a run, a checkpoint or an export")
     checkpoints = RunFolder(run).checkpoints
     latest = checkpoints.read_latest()
     candidates = [run, CheckpointFolder(run).export, *([latest.export] if latest else [])]

@@ -19,7 +19,8 @@ class TrainState:
     ranks: int
     skipped: int = 0
     truncated: int = 0
-    diverged: int = 0  # steps without an update, because their gradient was not finite
+    diverged: int = 0  # steps without an update, because their loss or gradient was not finite, or exploded
+    losses: tuple[float, ...] = ()  # total losses of the last good steps; only kept with train.max_loss_ratio
     seconds: float = 0.0  # spent in the training loop of rank 0, checkpoints included, pauses between starts left out
     stage: int | None = None  # of ZeRO; None where it was not written down
     data: tuple[str, ...] = ()  # fingerprint of each training folder; empty where it was not written down
@@ -42,7 +43,8 @@ def read_state(folder: Path) -> TrainState:
     path = CheckpointFolder(folder).progress
     try:
         values = json.loads(path.read_text())
-        return TrainState(**{**values, "data": tuple(values.get("data", ()))})
+        lists = {name: tuple(values.get(name, ())) for name in ("data", "losses")}
+        return TrainState(**{**values, **lists})
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{path} cannot be read ({error}): it is damaged or of another version; "

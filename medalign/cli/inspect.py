@@ -36,7 +36,8 @@ color, spans, lengths and padding. It is shown in the terminal, or written to a 
 and texts of the data: keep it only where the data may be kept."""
 
 _EPILOG = """\
-Any setting of the recipe can be overridden (--data.train DIR, --train.batch_size 64, ...).
+Any setting of the recipe can be overridden (--data.train DIR, --train.batch_size 64, ...); medalign train --help
+lists them.
 
 examples:
   medalign inspect phantom --data.train data/train --keys --steps 3

@@ -71,8 +71,8 @@ def run(arguments: argparse.Namespace) -> int:
     for skipped in report.skipped[:_MAX_NAMED]:
         log.warning("refused %s", skipped)
     for reason, times in report.reasons().items():
-        log.warning("refused in all %d: %s", times, reason)
-    if len(report.skipped) > _MAX_NAMED:
+        log.warning("%d x refused: %s", times, reason)
+    if report.skipped:
         from medalign.datasets.convert import REPORT_NAME
 
         log.warning("all refused samples are listed in %s", arguments.output / REPORT_NAME)
@@ -108,7 +108,7 @@ def _log_kinds(refused: Sequence[str]) -> None:
     from medalign.datasets.report import kind
 
     for reason, times in Counter(kind(line.partition(": ")[2]) for line in refused).most_common():
-        log.warning("refused in all %d: %s", times, reason)
+        log.warning("%d x refused: %s", times, reason)
 
 
 def _log_written(folder: Path, report: PackReport) -> None:

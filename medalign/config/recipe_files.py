@@ -80,6 +80,8 @@ def _read(name: str, role: str) -> str:
             raise ConfigError(f"recipe {name} is not text (UTF-8); give a YAML file") from error
     near = difflib.get_close_matches(os.path.basename(name), recipes(), n=1)
     hint = f"did you mean {near[0]}? " if near else ""
+    if name.endswith((".yaml", ".yml")):
+        hint = f"there is no such file. {hint.capitalize()}"
     raise ConfigError(
         f"unknown recipe {name!r}{role}: {hint}Packaged recipes: {', '.join(recipes())}; or give a path to a YAML file"
     )

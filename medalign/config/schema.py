@@ -238,6 +238,9 @@ class TrainConfig:
     max_diverged_steps: NonNegativeInt = 5
     """Steps of the run whose loss or gradient may be NaN or infinite. Such a step updates nothing, on all ranks, and
     its samples are logged; one more than these ends the run."""
+    max_loss_ratio: PositiveFloat | None = None
+    """A step is treated in the same way if its total loss is more than this many times the median of the last 20 steps.
+    null is off."""
     precision: Precision = "auto"
     """auto: bf16 on a GPU, fp32 on a CPU."""
     evaluate_every: NonNegativeInt = 0

@@ -12,9 +12,10 @@ from typing import Any
 
 from medalign.data.shards.writer import PackReport
 
+_REMARK = re.compile(r"\s*\([^()]*\)")
 # Specific parts of a reason: brackets, quotations, and words with digits, slashes or dots (paths, names, numbers).
 _PARTICULAR = re.compile(
-    r"""\([^()]*\)|\[[^\[\]]*\]|\{[^{}]*\}|'[^']*'|"[^"]*"|\S+\.\w\S*"""
+    r"""\[[^\[\]]*\]|\{[^{}]*\}|'[^']*'|"[^"]*"|\S+\.\w\S*"""
     r"""|(?<!\S)(?!UTF-(?:8|16|32)(?:[;,]?\s|$))\S*[\d/\\]\S*?(?=;?(?:\s|$))"""
 )
 
@@ -33,11 +34,15 @@ class Skipped:
 
 def kind(reason: str) -> str:
     """Reduce a reason to its general form, without names or numbers, so that equal reasons can be counted."""
-    general, before = reason, ""
-    while general != before:  # brackets may be nested
-        general, before = _PARTICULAR.sub("...", general), general
+    general = reason
+    for pattern, replacement in ((_REMARK, ""), (_PARTICULAR, "...")):
+        before = ""
+        while general != before:  # brackets may be nested
+            general, before = pattern.sub(replacement, general), general
     general = re.split(r"[;:](?:\s|$)", general)[0]
-    return re.sub(r"(\.\.\.\s*)+", "... ", general).rstrip(" .")
+    general = re.sub(r"(\.\.\.\s*)+", "... ", general)
+    end = general.rstrip(" .")
+    return f"{end} ..." if "..." in general[len(end) :] else end
 
 
 class ConversionReport:

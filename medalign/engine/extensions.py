@@ -47,6 +47,11 @@ def prepare(settings: Mapping[str, Any], timeout: float = LOCK_TIMEOUT) -> None:
     _wait_for_locks(folder, timeout)
 
 
+def build_timeout(settings: Mapping[str, Any]) -> float:
+    """Return the seconds that the start may take longer because it compiles an extension or waits for a lock."""
+    return 2 * LOCK_TIMEOUT if _purpose(settings) else 0.0
+
+
 def build_folder() -> Path:
     """Return the folder in which torch builds extensions: $TORCH_EXTENSIONS_DIR or its default."""
     return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())

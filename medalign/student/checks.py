@@ -14,6 +14,7 @@ import torch
 from medalign import distributed
 from medalign.config import StudentConfig
 from medalign.errors import ConfigError
+from medalign.student.backends import allowed_attention
 from medalign.student.families.base import ModelSpec
 from medalign.student.families.registry import inspect_model
 from medalign.student.files import check_files, check_settings, read_object
@@ -60,6 +61,7 @@ def _check_settings(folder: str, config: StudentConfig) -> None:
     check_settings(Path(folder), found)
     family = family_of(folder)
     family.check(Path(folder), found)
+    allowed_attention(config.attention, family)
     with as_config_error(f"student.path {folder} cannot be read as a model"):
         settings = family.config(Path(folder), config)
     family.image(settings)

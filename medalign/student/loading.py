@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
-import logging
 import sys
 import warnings
 from collections.abc import Mapping
@@ -20,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from medalign.config import StudentConfig
 from medalign.errors import CheckpointError, ConfigError
-from medalign.student.capture import register_attention
+from medalign.student.backends import allowed_attention, attention_names
 from medalign.student.families.base import ModelSpec
 from medalign.student.families.registry import inspect_model
 from medalign.student.files import check_colors, tokenizer_fault
@@ -30,8 +28,6 @@ from medalign.student.query_mixture import QueryMixture
 from medalign.student.reading import as_config_error
 from medalign.student.steering import Steering
 from medalign.student.weights import family_of, load_model
-
-log = logging.getLogger("medalign")
 
 
 def load_student(config: StudentConfig, dtype: torch.dtype, seed: int = 0) -> Student:
@@ -171,7 +167,8 @@ def _peft(student: Student) -> PeftModel:
 
 
 def _load_model(config: StudentConfig, dtype: torch.dtype) -> nn.Module:
-    names, folder = attention_names(config.attention, dtype), model_folder(config)
+    folder = model_folder(config)
+    names = attention_names(allowed_attention(config.attention, family_of(folder)), dtype)
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()  # it would add one line per tensor to a log file
     try:
@@ -179,46 +176,6 @@ def _load_model(config: StudentConfig, dtype: torch.dtype) -> nn.Module:
     except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError(f"student.path {folder} cannot be loaded: {error}") from error
     return model
-
-
-def attention_names(wanted: str, dtype: torch.dtype) -> dict[str, str]:
-    """Return the attention implementation for each part of the model, as transformers takes it.
-
-    Only the language model uses an implementation that supports captures.
-    """
-    backend = choose_attention(wanted, dtype)
-    vision = "eager" if backend == "eager" else "sdpa"
-    return {"": "sdpa", "text_config": register_attention(backend), "vision_config": vision}
-
-
-def choose_attention(wanted: str, dtype: torch.dtype = torch.bfloat16) -> str:
-    """Choose the attention backend: flash_attention_2 where it can run, otherwise sdpa.
-
-    Args:
-        wanted: "auto", or a backend that is used as given.
-        dtype: data type of the student's weights.
-
-    Raises:
-        ConfigError: `wanted` names a backend that cannot run here.
-    """
-    if dtype == torch.float32:  # flash-attn supports only half precision
-        if wanted == "flash_attention_2":
-            raise ConfigError(
-                "student.attention is flash_attention_2, which supports half precision only, but the student is loaded "
-                "in fp32; set train.precision to bf16, or choose sdpa"
-            )
-        return "sdpa" if wanted == "auto" else wanted
-    usable = torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
-    if wanted == "flash_attention_2" and not usable:
-        raise ConfigError(
-            "student.attention is flash_attention_2, which needs an NVIDIA GPU and the flash-attn package "
-            "(pip install flash-attn --no-build-isolation); or choose sdpa"
-        )
-    if wanted != "auto":
-        return wanted
-    if torch.cuda.is_available() and not usable:
-        log.info("attention: sdpa, because flash-attn is not installed (pip install flash-attn --no-build-isolation)")
-    return "flash_attention_2" if usable else "sdpa"
 
 
 def _lora(config: StudentConfig, spec: ModelSpec) -> PeftLora:

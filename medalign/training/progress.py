@@ -6,54 +6,65 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from statistics import median
 
 import torch
 
 from medalign import distributed
 from medalign.checkpoint.state import TrainState
-from medalign.config import Config
+from medalign.config import Config, TrainConfig
 from medalign.contracts import Batch
 from medalign.data.batches.reader import check_skip_rate
 from medalign.errors import DivergedError
 from medalign.observability.meters import peak_memory_gib
 
 log = logging.getLogger("medalign")
+WINDOW = 20  # steps whose losses tell what the next one may be
+
+
+def loss_limit(state: TrainState, ratio: float | None) -> float:
+    """Return the largest total loss with which the next step may update, given those of the last steps."""
+    if ratio is None or len(state.losses) < WINDOW:
+        return math.inf
+    return ratio * median(state.losses)
 
 
 def count_if_diverged(
-    state: TrainState, losses: Mapping[str, float], done: int, micro_batches: Sequence[Batch], limit: int
+    state: TrainState, losses: Mapping[str, float], done: int, micro_batches: Sequence[Batch], config: TrainConfig
 ) -> TrainState:
-    """Count a step whose gradient is not finite. DeepSpeed has left its update out, on all ranks.
+    """Count a step whose loss explodes or whose gradient is not finite. Its update is left out, on all ranks.
 
     Args:
         state: the state before the step.
         losses: the step's losses and the gradient's norm, the same on all ranks.
         done: number of the step.
         micro_batches: this rank's samples, which the message lists.
-        limit: how many steps of the run may be left out.
+        config: the limits.
 
     Returns:
-        The state with the step counted, if its update was left out.
+        The state with the step counted or, if it is a good one, with its loss.
 
     Raises:
         DivergedError: the limit is passed, or a loss is not finite although the gradient is; on all ranks.
     """
-    lost = [f"{name} is {value}" for name, value in losses.items() if not math.isfinite(value)]
-    if not lost:
-        return state
-    state = replace(state, diverged=state.diverged + 1)
+    found = [f"{name} is {value}" for name, value in losses.items() if not math.isfinite(value)]
+    total, most = losses["loss/total"], loss_limit(state, config.max_loss_ratio)
+    if total > most:
+        found = [f"loss/total is {total:.4g}, and at most {most:.4g} follows from the last {WINDOW} steps"]
+    if not found:
+        return replace(state, losses=(*state.losses, total)[-WINDOW:]) if config.max_loss_ratio else state
+    state, limit = replace(state, diverged=state.diverged + 1), config.max_diverged_steps
     keys = ", ".join(key for batch in micro_batches for key in batch.keys)
-    updated = math.isfinite(losses["optim/grad_norm"])
-    if updated or state.diverged > limit:
+    if math.isfinite(losses["optim/grad_norm"]) or state.diverged > limit:
         raise DivergedError(
-            f"step {done}: {', '.join(lost)}; the last checkpoint is from before it, and {state.diverged - 1} steps "
+            f"step {done}: {', '.join(found)}; the last checkpoint is from before it, and {state.diverged - 1} steps "
             "were left out until then (train.max_diverged_steps). Lower train.lr, train with warm-up or clip more, or "
             f"look at this rank's samples of the step: {keys}"
         )
     log.warning(
         "step %d: %s; its update is left out, on all ranks (%d of at most %d). This rank's samples: %s",
         done,
-        ", ".join(lost),
+        ", ".join(found),
         state.diverged,
         limit,
         keys,

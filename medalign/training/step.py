@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -49,7 +50,11 @@ class TrainStep:
         self.sink_monitor = SinkMonitor() if distributed.is_main() else None
 
     def __call__(
-        self, micro_batches: Sequence[Batch], rates: dict[str, float], fault: MedAlignError | None = None
+        self,
+        micro_batches: Sequence[Batch],
+        rates: dict[str, float],
+        fault: MedAlignError | None = None,
+        loss_limit: float = math.inf,
     ) -> dict[str, float]:
         """Update once. Every rank must call it.
 
@@ -57,6 +62,7 @@ class TrainStep:
             micro_batches: this rank's part of the global batch.
             rates: the learning rate of each parameter group.
             fault: why this rank has no micro-batches; every rank raises it, before the first forward pass.
+            loss_limit: a step with a larger total loss updates nothing; its `optim/grad_norm` is infinite.
 
         Returns:
             `loss/NAME` of each term as a mean over the global batch, `loss/total`, and `optim/grad_norm`.
@@ -67,15 +73,23 @@ class TrainStep:
         share = distributed.world_size() * len(batches)
         scale = {name: share / max(total, 1.0) for name, total in totals.items()}
         reports = []
-        for batch in batches:
+        for index, batch in enumerate(batches, start=1):
             report = self._forward(batch, scale)
-            self.engine.backward(report.total)
-            norm = self.engine.step(rates)
             reports.append({name: term.sum.detach() for name, term in report.terms.items()})
+            loss = report.total
+            if index == len(batches):
+                metrics = self._reduce(reports, totals)
+                if metrics["loss/total"] > loss_limit:
+                    loss = loss * math.nan  # DeepSpeed leaves out the update of a gradient that is not finite
+            self.engine.backward(loss)
+            norm = self.engine.step(rates)
             self.on_micro_batch()
+        return metrics | {"optim/grad_norm": norm}
+
+    def _reduce(self, reports: Sequence[dict[str, torch.Tensor]], totals: Mapping[str, float]) -> dict[str, float]:
+        """Return the means over the global batch. Every rank must call it."""
         sums = distributed.sum_over_ranks(_add(reports))
-        means = {name: float(value) / max(totals[name], 1.0) for name, value in sums.items()}
-        return self._metrics(means) | {"optim/grad_norm": norm}
+        return self._metrics({name: float(value) / max(totals[name], 1.0) for name, value in sums.items()})
 
     @torch.no_grad()
     def evaluate(self, batches: BatchList) -> dict[str, float]:

@@ -17,7 +17,7 @@ from medalign.contracts import Batch
 from medalign.errors import MedAlignError, Stopped
 from medalign.observability.meters import Throughput
 from medalign.stop_signals import REQUESTS
-from medalign.training.progress import count_if_diverged, learning_rates, state_metrics, update_state
+from medalign.training.progress import count_if_diverged, learning_rates, loss_limit, state_metrics, update_state
 from medalign.training.schedule import rates, total_steps
 from medalign.training.step import TrainStep
 
@@ -167,10 +167,11 @@ class Trainer:
         with self._speed.waiting():
             micro_batches, fault = _next_batch_or_error(self._batches)
         self.progress(f"a micro-batch of step {index + 1}")
-        losses = self.step(micro_batches, rates(index, config), fault)
+        limit = loss_limit(self.state, config.train.max_loss_ratio)
+        losses = self.step(micro_batches, rates(index, config), fault, limit)
         done = index + 1
         device = self.step.engine.device
-        self.state = count_if_diverged(self.state, losses, done, micro_batches, config.train.max_diverged_steps)
+        self.state = count_if_diverged(self.state, losses, done, micro_batches, config.train)
         state, requests = update_state(self.state, config, done, micro_batches, self._requests().to(device))
         self._set_stopping(requests)
         self.state = replace(state, seconds=time.perf_counter() - self._started)

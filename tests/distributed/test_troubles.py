@@ -55,6 +55,10 @@ def test_a_loss_that_is_not_finite_ends_all_ranks_and_is_never_saved(ranks):
         assert rank["diverged"]["raised"].startswith("DivergedError: step 2: loss/language is nan")
 
 
+def test_a_step_above_its_loss_limit_updates_nothing(ranks):
+    assert both(ranks, "exploded") == {"above": "same, False", "below": "changed, True"}
+
+
 def test_a_step_that_is_not_finite_updates_nothing_and_the_run_continues(ranks):
     assert both(ranks, "left out") == {"raised": "nothing", "saved": [1, 2, 3], "finite": True}
 

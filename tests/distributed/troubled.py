@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import errno
 import itertools
+import math
 import resource
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -50,6 +51,7 @@ def troubles(settings: dict[str, Any]) -> dict[str, Any]:
         "lost shard": _loop(config, step, _lost_shard),
         "export": _exported(config, engine, student, folder / "export"),
         "checkpoints": _checkpoints(engine, folder / "checkpoints"),
+        "exploded": _exploded(engine, student, language),
         "left out": _left_out(config, engine, student, language),
         "diverged": _diverged(config, language),
     }
@@ -124,6 +126,20 @@ def _not_a_number(first: int, last: int) -> Callable[[], Iterator[list[Batch]]]:
             yield shares
 
     return batches
+
+
+def _exploded(engine: Engine, student: Student, step: TrainStep) -> dict[str, str]:
+    """A step whose loss is above its limit, and one below it: whether the parameters have changed."""
+    named = [pair for group in student.trainable().values() for pair in group]
+    rates = dict.fromkeys(engine.rates(), 0.1)
+    found = {}
+    for name, limit in (("above", 1e-6), ("below", 1e6)):
+        before = engine.gather_parameters(named)
+        norm = step(share(MICRO, 0), rates, None, limit)["optim/grad_norm"]
+        after = engine.gather_parameters(named)
+        changed = any(not torch.equal(before[key], after[key]) for key in before)
+        found[name] = distributed.broadcast_from_main("changed" if changed else "same") + f", {math.isfinite(norm)}"
+    return found
 
 
 def _left_out(config: Config, engine: Engine, student: Student, step: TrainStep) -> dict[str, Any]:

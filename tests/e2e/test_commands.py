@@ -107,3 +107,5 @@ def test_a_folder_that_is_not_a_run_is_refused(tmp_path):
     assert main(["evaluate", str(tmp_path), "--data", str(tmp_path)]) == 2
     with pytest.raises(CheckpointError, match="contains no trained student"):
         export.find_export(tmp_path)
+    with pytest.raises(CheckpointError, match="lost does not exist; give the folder of a run"):
+        export.find_export(tmp_path / "lost")

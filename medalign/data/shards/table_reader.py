@@ -41,8 +41,7 @@ def read_table(folder: Path) -> IndexTable:
     """
     path = folder / INDEX_NAME
     if not path.is_file():
-        found = f"has no {INDEX_NAME}" if folder.is_dir() else "does not exist"
-        raise DataError(f"shard folder {folder} {found}; {REBUILD}, or correct the path")
+        raise DataError(f"shard folder {folder} {_found_instead(folder)}; {REBUILD}, or correct the path")
     with path.open("rb") as file:
         header = read_header(path, file.readline())
     if header["samples"] >= LARGE:
@@ -50,6 +49,14 @@ def read_table(folder: Path) -> IndexTable:
         if mapped.is_of(stamp) or _build(mapped, path, stamp):
             return mapped.open()
     return _parse(path)
+
+
+def _found_instead(folder: Path) -> str:
+    """Describe a folder without an index. The folder above the splits is the usual mistake."""
+    if not folder.is_dir():
+        return "does not exist"
+    below = sorted(str(path.parent) for path in folder.glob(f"*/{INDEX_NAME}"))
+    return f"has no {INDEX_NAME}" + (f", but {', '.join(below)} {'have' if below[1:] else 'has'} one" if below else "")
 
 
 def _build(target: TableFile, path: Path, stamp: dict[str, int]) -> bool:

@@ -88,6 +88,7 @@ class Family:
         key_mapping: patterns of weight names in the files, and what they are replaced by; None if the names are those
             of transformers.
         no_packing: why samples cannot be packed in one row; empty if they can.
+        no_flash: why flash-attention, which takes no mask, cannot compute the model's attention; empty if it can.
         max_images: largest number of images in a sample; None if any is.
         features_remedy: what helps if the vision tower returns the wrong number of features.
         runs_without_data: whether the vision tower runs on the meta device, where no tensor has values.
@@ -97,6 +98,7 @@ class Family:
     model_class: ClassVar[Any] = AutoModelForImageTextToText
     key_mapping: ClassVar[Mapping[str, str] | None] = None
     no_packing: ClassVar[str] = ""
+    no_flash: ClassVar[str] = ""
     max_images: ClassVar[int | None] = None
     features_remedy: ClassVar[str] = "correct config.json"
     runs_without_data: ClassVar[bool] = True

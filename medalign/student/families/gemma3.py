@@ -23,6 +23,7 @@ class Gemma3(Family):
     """
 
     model_type = "gemma3"
+    no_flash = "in Gemma 3 the tokens of an image attend to each other in both directions, for which it needs a mask"
     no_packing = "in Gemma 3 the tokens of an image attend to each other in both directions, which packing would lose"
 
     def image(self, config: Any) -> ImageTokens:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from medalign.checkpoint.state import read_state
@@ -21,3 +23,10 @@ def test_an_older_state_file_is_read(tmp_path):
     folder = save(tmp_path, at(5), 1)
     (folder / "progress.json").write_text('{"step": 5, "samples": 20, "ranks": 1, "skipped": 0, "truncated": 0}')
     assert read_state(folder) == at(5)
+
+
+def test_every_field_is_read_back_exactly(tmp_path):
+    now = replace(
+        at(5), data=("one", "two"), losses=(0.1, 1 / 3), diverged=2, best_step=4, best_loss=0.2, evaluated_step=4
+    )
+    assert read_state(save(tmp_path, now)) == now

@@ -60,7 +60,10 @@ def test_the_dump_names_no_base(write, tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("base: missing.yaml", r"unknown recipe '.*missing\.yaml' \(the base of .*child\.yaml\)"),
+        (
+            "base: missing.yaml",
+            r"unknown recipe '.*missing\.yaml' \(the base of .*child\.yaml\): there is no such file",
+        ),
         ("base: phantm", r"unknown recipe '.*phantm' \(the base of .*child\.yaml\): did you mean phantom\?"),
         ("base: [phantom]", r"recipe .*child\.yaml: base is \['phantom'\]; it must be one packaged recipe"),
         ("base: child.yaml", r"cycle: .*child\.yaml -> .*child\.yaml; remove one base"),

@@ -237,7 +237,7 @@ def test_a_conversion_without_listed_samples_has_a_report(tmp_path: Path) -> Non
     source = tmp_path / "in"
     source.mkdir()
     (source / "annotations.jsonl").write_text('{"id": 7}\n{"id": 8}')
-    reasons = r"\(2 x id is; first: annotations\.jsonl line 1: id is 7.*conversion\.json lists them all"
+    reasons = r"\(2 x id is \.\.\.; first: annotations\.jsonl line 1: id is 7.*conversion\.json lists them all"
     with pytest.raises(DataError, match=rf"lists no sample .*{reasons}"):
         convert(JSONL, source, tmp_path / "out", workers=1)
     report = json.loads((tmp_path / "out" / "conversion.json").read_text())
@@ -374,7 +374,8 @@ def test_refused_samples_are_named_unless_names_are_hashed(tmp_path: Path, capsy
     assert len(named) == 3
     assert main([*command, str(tmp_path / "hashed"), "--hash-ids"]) == 0
     message = capsys.readouterr().err
-    assert "refused in all 3: image ... cannot be read" in message
+    assert "3 x refused: image ... cannot be read" in message
+    assert f"all refused samples are listed in {tmp_path / 'hashed' / 'conversion.json'}" in message
     assert not any(key in message or picture in message for key, picture in named)
 
 
@@ -431,6 +432,8 @@ def test_unknown_options_are_refused(tmp_path: Path, capsys: pytest.CaptureFixtu
         ("answer is empty; task vqa requires text", "answer is empty"),
         ("key 'a.b' must have 1 to 80 bytes", "key ... must have ... to ... bytes"),
         ("file annotations.jsonl is damaged", "file ... is damaged"),
+        ("task is 'caption'; it must be 'vqa' or 'report'", "task is ..."),
+        ("mask has 160 x 130 pixels, the image 160 x 120", "mask has ... x ... pixels, the image ... x ..."),
     ],
 )
 def test_general_reasons_contain_no_names(reason: str, expected: str) -> None:

@@ -102,3 +102,7 @@ def test_a_configuration_that_compiles_is_announced(
         extensions.prepare({"zero_optimization": zero})
     assert (f"enables {feature}: DeepSpeed compiles an extension for it in {tmp_path}" in caplog.text) == bool(feature)
     assert bool(caplog.text) == bool(feature)
+
+
+def test_the_start_may_take_longer_if_something_is_compiled() -> None:
+    assert extensions.build_timeout(NVME) > extensions.LOCK_TIMEOUT and extensions.build_timeout(CPU) == 0

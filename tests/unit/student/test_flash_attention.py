@@ -14,8 +14,9 @@ from transformers import modeling_flash_attention_utils as flash
 
 from medalign.config import LoraConfig, StudentConfig
 from medalign.errors import ConfigError
-from medalign.student import loading
-from medalign.student.loading import choose_attention, load_student
+from medalign.student import backends
+from medalign.student.backends import choose_attention
+from medalign.student.loading import load_student
 from medalign.student.model import Student, check_causality
 from tests import tiny
 
@@ -64,7 +65,7 @@ def package(monkeypatch):
     monkeypatch.setitem(sys.modules, "flash_attn.bert_padding", padding)
     monkeypatch.setattr(flash, "is_flash_attn_2_available", lambda: True)
     monkeypatch.setattr(flash, "_loaded_implementation", None)
-    monkeypatch.setattr(loading, "choose_attention", lambda wanted, *_: wanted)  # there is no GPU
+    monkeypatch.setattr(backends, "choose_attention", lambda wanted, *_: wanted)  # there is no GPU
 
 
 def load(folder, attention: str) -> Student:
@@ -105,7 +106,7 @@ def test_it_is_causal_and_generates(student_folder, package):
 
 def test_float32_does_not_use_flash_attention(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: object())
     assert choose_attention("auto", torch.bfloat16) == "flash_attention_2"
     assert choose_attention("auto", torch.float32) == "sdpa"
     with pytest.raises(ConfigError, match="half precision only.*set train.precision to bf16, or choose sdpa"):

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 
 from medalign.checkpoint.state import TrainState
-from medalign.config import Config
+from medalign.config import Config, TrainConfig
 from medalign.errors import DataError, DivergedError
-from medalign.training.progress import count_if_diverged, update_state
+from medalign.training.progress import count_if_diverged, loss_limit, update_state
 from tests import tiny
 
 
@@ -30,14 +31,15 @@ def test_counts_go_on_after_a_resume_and_stop_the_run(caplog: pytest.LogCaptureF
 
 
 STATE = TrainState(step=6, samples=24, ranks=1, diverged=1)
-INFINITE = {"loss/language": 1.0, "optim/grad_norm": float("inf")}
+TWO = TrainConfig(max_diverged_steps=2)
+INFINITE = {"loss/total": 1.0, "optim/grad_norm": float("inf")}
 
 
 def test_a_step_that_is_not_finite_is_counted_and_its_samples_are_logged(caplog) -> None:
     batch = tiny.batch()
-    assert count_if_diverged(STATE, {"loss/language": 1.0, "optim/grad_norm": 2.0}, 7, [batch], 2) == STATE
+    assert count_if_diverged(STATE, {"loss/total": 1.0, "optim/grad_norm": 2.0}, 7, [batch], TWO) == STATE
     assert not caplog.text
-    assert count_if_diverged(STATE, INFINITE, 7, [batch], 2).diverged == 2
+    assert count_if_diverged(STATE, INFINITE, 7, [batch], TWO).diverged == 2
     assert "step 7: optim/grad_norm is inf; its update is left out, on all ranks (2 of at most 2)" in caplog.text
     assert batch.keys[0] in caplog.text
 
@@ -45,10 +47,25 @@ def test_a_step_that_is_not_finite_is_counted_and_its_samples_are_logged(caplog)
 def test_past_the_limit_the_run_stops_and_names_the_samples() -> None:
     batch = tiny.batch()
     with pytest.raises(DivergedError, match=rf"step 7: optim/grad_norm is inf; .*1 steps.*train\.lr.*{batch.keys[0]}"):
-        count_if_diverged(STATE, INFINITE, 7, [batch], 1)
+        count_if_diverged(STATE, INFINITE, 7, [batch], TrainConfig(max_diverged_steps=1))
 
 
 def test_a_loss_that_is_not_finite_with_a_finite_gradient_stops_the_run_at_once() -> None:
     """DeepSpeed has made that update."""
-    with pytest.raises(DivergedError, match="loss/language is nan"):
-        count_if_diverged(STATE, {"loss/language": float("nan"), "optim/grad_norm": 1.0}, 7, [tiny.batch()], 100)
+    with pytest.raises(DivergedError, match="loss/total is nan"):
+        count_if_diverged(STATE, {"loss/total": float("nan"), "optim/grad_norm": 1.0}, 7, [tiny.batch()], TrainConfig())
+
+
+def test_a_loss_that_explodes_is_left_out_and_does_not_shift_the_limit(caplog) -> None:
+    """The median of 20 losses of 2 is 2, so 3 times that is the limit; it holds from the 20th step on."""
+    config, state = TrainConfig(max_loss_ratio=3.0), TrainState(step=0, samples=0, ranks=1)
+    for step in range(1, 21):
+        assert loss_limit(state, config.max_loss_ratio) == math.inf
+        state = count_if_diverged(state, {"loss/total": 2.0, "optim/grad_norm": 1.0}, step, [], config)
+    assert loss_limit(state, config.max_loss_ratio) == 6.0 and len(state.losses) == 20
+    after = count_if_diverged(state, {"loss/total": 7.0, "optim/grad_norm": math.inf}, 21, [tiny.batch()], config)
+    assert after == replace(state, diverged=1)
+    assert (
+        "step 21: loss/total is 7, and at most 6 follows from the last 20 steps; its update is left out" in caplog.text
+    )
+    assert loss_limit(state, None) == math.inf

@@ -27,7 +27,7 @@ class FakeStep:
         self.engine = SimpleNamespace(device=torch.device("cpu"), rates=lambda: rates)
         self.validation = iter(validation)
 
-    def __call__(self, micro_batches, rates, fault):
+    def __call__(self, micro_batches, rates, fault, loss_limit):
         if fault is not None:
             raise fault
         return {"loss/total": 1.0, "optim/grad_norm": 0.5}

@@ -27,7 +27,7 @@ from medalign.engine.engine import Engine
 from medalign.geometry import gather_images
 from medalign.kernels.token_similarity.reference import cosines
 from medalign.losses import Objective, SimilarityTerm, build_terms
-from medalign.student.loading import attention_names
+from medalign.student.backends import attention_names
 from medalign.student.model import Student
 from medalign.student.packing import forward_arguments
 from medalign.teacher.model import Teacher

@@ -19,7 +19,8 @@ from transformers import (
 
 from medalign.config import Config, StudentConfig, load
 from medalign.contracts import IGNORE, Batch
-from medalign.student.loading import adapt, attention_names, load_student
+from medalign.student.backends import attention_names
+from medalign.student.loading import adapt, load_student
 from medalign.student.model import Student
 from medalign.teacher.loading import load_teacher
 from medalign.teacher.model import Teacher

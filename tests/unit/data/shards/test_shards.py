@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import re
 import resource
 import tarfile
 import tracemalloc
@@ -180,6 +181,8 @@ def test_several_folders_and_pickle(tmp_path: Path, shards: Path) -> None:
 def test_open_refuses_what_would_fail_later(tmp_path: Path, shards: Path) -> None:
     with pytest.raises(DataError, match="does not exist"):
         ShardIndex.open(tmp_path / "nowhere")
+    with pytest.raises(DataError, match=rf"no index\.jsonl, but {re.escape(str(shards))} has one;"):
+        ShardIndex.open(shards.parent)
     with pytest.raises(DataError, match="no shard folder"):
         ShardIndex.open([])
     second = shards / "shard-000001.tar"

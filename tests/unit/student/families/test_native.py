@@ -19,6 +19,7 @@ from medalign.data.batches.prompts import PromptEncoder
 from medalign.errors import ConfigError
 from medalign.phantom import write_phantoms
 from medalign.pipeline import build_question_collator
+from medalign.student import backends
 from medalign.student.checks import check_student
 from medalign.student.families.base import Family
 from medalign.student.families.gemma3 import Gemma3
@@ -63,6 +64,18 @@ def test_gemma_without_token_types_would_be_another_model(gemma: tuple[Student, 
     right = logits(student, batch)
     monkeypatch.setattr(Gemma3, "inputs", Family.inputs)
     assert (right - logits(student, batch)).abs().max() > 0.01 * right.abs().max()
+
+
+def test_gemma_never_runs_flash_attention(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would lose the bidirectional part of the mask without a word, also where "auto" would choose it."""
+    case = CASES["gemma3"]
+    config = case.config(case.save(tmp_path / "gemma3"), attention="flash_attention_2")
+    for refuse in (check_student, lambda settings: load_student(settings, torch.bfloat16)):
+        with pytest.raises(ConfigError, match="attention is flash_attention_2, but in Gemma 3 .* mask; choose sdpa"):
+            refuse(config)
+    monkeypatch.setattr(backends, "choose_attention", lambda wanted, _: wanted.replace("auto", "flash_attention_2"))
+    student = load_student(replace(config, attention="auto"), torch.float32)
+    assert student.spec.model.config.text_config._attn_implementation == "medalign_sdpa"
 
 
 def test_the_answers_of_gemma_end_with_its_turn(gemma: tuple[Student, Any]) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from medalign.errors import ConfigError
-from medalign.student.loading import choose_attention
+from medalign.student.backends import choose_attention
 
 LOG_LINE = "attention: sdpa, because flash-attn is not installed (pip install flash-attn --no-build-isolation)"
 
