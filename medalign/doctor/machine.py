@@ -14,7 +14,7 @@ from medalign import __version__
 from medalign.config import Config
 from medalign.doctor.finding import Finding
 from medalign.engine.settings import precision
-from medalign.student.loading import choose_attention
+from medalign.student.backends import choose_attention
 
 _SHOWN = ("torch", "deepspeed", "transformers", "peft", "triton")
 _SECONDS = 10.0  # for nvidia-smi, which hangs if a driver is broken

@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from medalign.config import Config
 from medalign.config.schema import StudentConfig
 from medalign.student import loading
+from medalign.student.backends import attention_names
 from medalign.student.files import read_object
 from medalign.student.model import Student
 from medalign.student.packing import without_packed_mask
@@ -45,7 +46,7 @@ def student_on_meta(config: StudentConfig, dtype: torch.dtype) -> Student:
         settings = family.config(Path(folder), config)
         build: Any = getattr(family.model_class, "from_config", None) or family.model_class._from_config
         with _building(dtype):
-            model = build(settings, dtype=dtype, attn_implementation=loading.attention_names("sdpa", dtype))
+            model = build(settings, dtype=dtype, attn_implementation=attention_names("sdpa", dtype))
     with _building(dtype):
         student = loading.adapt(model, config, dtype)
     student.train()
