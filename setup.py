@@ -54,6 +54,7 @@ setup(
     ],
     extras_require={
         "cuda": ["flash-attn>=2.7"],
+        "coco": ["pycocoevalcap>=1.2"],  # scores of reports by COCO's evaluation; its tokenizer and METEOR need Java
         "dicom": ["pydicom>=3"],
         "parquet": ["pyarrow>=18"],
         "remote": ["aiohttp>=3.10", "s3fs>=2025.3"],
@@ -75,6 +76,7 @@ setup(
             "flask-cors>=5",
             "pyarrow>=18",
             "pydicom>=3",
+            "pycocoevalcap>=1.2",
             "mistral-common>=1.8,<1.10",  # for its vocabulary file; later versions exclude NumPy 2.4 on Python 3.11
         ],
     },

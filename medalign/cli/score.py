@@ -29,6 +29,9 @@ def register(subparsers: Subparsers) -> None:
     parser.add_argument(
         "predictions", nargs="+", type=Path, metavar="PREDICTIONS", help="JSON lines, or folders of evaluations"
     )
+    parser.add_argument(
+        "--coco", action="store_true", help="add BLEU, ROUGE-L, CIDEr and METEOR of reports by COCO's evaluation (Java)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -36,7 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
     from medalign.evaluation.report.page import format_scored
     from medalign.evaluation.scores_file import rescore
 
-    paths = list(dict.fromkeys(rescore(path) for path in arguments.predictions))
+    paths = list(dict.fromkeys(rescore(path, arguments.coco) for path in arguments.predictions))
     sys.stdout.write(format_scored(paths) + "\n")
     log.info("scores: %s", ", ".join(map(str, paths)))
     return 0

@@ -14,6 +14,7 @@ from typing import Any
 
 from medalign.errors import ConfigError, DataError
 from medalign.evaluation.metrics import Prediction, read_predictions, score
+from medalign.evaluation.metrics.coco import coco_scores
 from medalign.evaluation.metrics.counts import count
 from medalign.observability.files import write_text
 from medalign.run_folder import EvaluationFolder
@@ -32,22 +33,24 @@ FACTS = (
 )
 
 
-def format_scores(rows: Sequence[Prediction], facts: Mapping[str, Any]) -> str:
+def format_scores(rows: Sequence[Prediction], facts: Mapping[str, Any], more: Mapping[str, Any] | None = None) -> str:
     """Return the text of a file with the scores and counts of the predictions.
 
     Args:
         rows: the predictions.
         facts: values of FACTS, which the evaluation knows.
+        more: further scores.
     """
     kept = {name: facts[name] for name in FACTS if name in facts}
-    return json.dumps(score(rows) | kept | count(rows), indent=2) + "\n"
+    return json.dumps(score(rows) | dict(more or {}) | kept | count(rows), indent=2) + "\n"
 
 
-def rescore(predictions: Path) -> Path:
+def rescore(predictions: Path, coco: bool = False) -> Path:
     """Compute the scores of a file of predictions again.
 
     Args:
         predictions: a file of an evaluation, or one of another system; or the folder of an evaluation.
+        coco: whether to add the scores of reports by COCO's evaluation.
 
     Returns:
         The file with the scores, beside the predictions: scores.json for predictions.jsonl, NAME.scores.json for any
@@ -59,7 +62,10 @@ def rescore(predictions: Path) -> Path:
     path = predictions_file(predictions)
     rows = read_rows(path)
     output = scores_path(path)
-    write_text(output, format_scores(rows, read_scores(output) if output.is_file() else {}))
+    facts = read_scores(output) if output.is_file() else {}
+    reports = [row for row in rows if row.task == "report"] if coco else []
+    more = coco_scores([row.prediction for row in reports], [row.answer for row in reports]) if reports else {}
+    write_text(output, format_scores(rows, facts, more))
     return output
 
 

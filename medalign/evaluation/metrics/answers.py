@@ -51,7 +51,7 @@ def yes_or_no(reference: str) -> str | None:
     return next((meaning for meaning, one in _PHRASES.items() if regex.fullmatch(f"{one.pattern}+", text)), None)
 
 
-def _given_yes_or_no(prediction: str) -> str | None:
+def given_yes_or_no(prediction: str) -> str | None:
     """Return the first yes or no of an answer: any word in English, the beginning in Chinese and Japanese."""
     found = words(prediction)
     text = "".join(found)
@@ -66,7 +66,7 @@ def closed_correct(prediction: str, reference: str) -> bool:
     as no. Any other choice must match exactly after normalization.
     """
     expected = yes_or_no(reference)
-    return exact(prediction, reference) if expected is None else _given_yes_or_no(prediction) == expected
+    return exact(prediction, reference) if expected is None else given_yes_or_no(prediction) == expected
 
 
 def open_recall(prediction: str, reference: str) -> float:

@@ -15,6 +15,9 @@
 answers_signature, bleu_signature and rouge_l_signature describe the tokenization and the versions of the libraries.
 Scores with different signatures cannot be compared.
 
+Scores by other published rules are in `rules`, with rules_signature. `by` has the scores of questions for each value
+of question_type, finding and modality, if the annotations have them ("" for questions without a value).
+
 Fractions are in [0, 1]. BLEU and means over samples also have NAME_low and NAME_high, a 95 % bootstrap interval. Counts
 are always present; the scores of a group without samples are omitted.
 """
@@ -28,8 +31,9 @@ from typing import Any
 import numpy as np
 
 from medalign.errors import DataError
+from medalign.evaluation.metrics import rules
 from medalign.evaluation.metrics.answers import SIGNATURE, closed_correct, exact, open_recall, words, yes_or_no
-from medalign.evaluation.metrics.predictions import Prediction
+from medalign.evaluation.metrics.predictions import LENGTH, Prediction
 from medalign.evaluation.metrics.reports import bleu_with_interval, rouge_l, rouge_signature
 
 RESAMPLES = 1000
@@ -52,6 +56,8 @@ def score(rows: Sequence[Prediction]) -> Scores:
         **_report(groups["report"]),
         **_grounding(rows),
         **({"answers_signature": SIGNATURE} if groups["closed"] or groups["open"] else {}),
+        **_by_rules(groups["closed"], groups["open"]),
+        **_by_attribute(groups["closed"] + groups["open"]),
     }
 
 
@@ -94,6 +100,53 @@ def _open(rows: Sequence[Prediction]) -> Scores:
         **mean("open_recall", [open_recall(r.prediction, r.answer) for r in rows]),
         **mean("open_exact", [exact(r.prediction, r.answer) for r in rows]),
     }
+
+
+def _by_rules(closed: Sequence[Prediction], others: Sequence[Prediction]) -> Scores:
+    """Return the scores of the table in `rules`."""
+    asked = [*closed, *others]
+    if not asked:
+        return {}
+    scores = mean("closed_official", [rules.official_correct(r.prediction, r.answer) for r in closed])
+    if yes_no := [r for r in closed if yes_or_no(r.answer)]:
+        missing = [rules.unparseable(r.prediction) for r in yes_no]
+        scores |= {"yes_no_n": len(yes_no), "yes_no_unparseable": float(np.mean(missing))}
+        scores |= rules.pope_scores([(r.prediction, r.answer) for r in yes_no])
+    scores |= _choices(asked) | mean("open_f1", [rules.token_f1(r.prediction, r.answer) for r in others])
+    scores["answers_empty_share"] = float(np.mean([r.empty for r in asked]))
+    if all(r.finish_reason for r in asked):
+        scores["answers_cut_share"] = float(np.mean([r.finish_reason == LENGTH for r in asked]))
+    return scores | {"rules_signature": rules.SIGNATURE}
+
+
+def _choices(rows: Sequence[Prediction]) -> Scores:
+    """Return the scores of multiple-choice questions. Without the reference among its options, a question has none."""
+    asked = [(r, expected) for r in rows if (expected := rules.reference_choice(r.answer, r.options)) is not None]
+    if not asked:
+        return {}
+    letters = [rules.chosen_by_letter(r.prediction, r.options) for r, _ in asked]
+    texts = [rules.chosen_by_text(r.prediction, r.options) for r, _ in asked]
+    either = [text if letter is None else letter for letter, text in zip(letters, texts, strict=True)]
+    scores: Scores = {"choice_n": len(asked)}
+    for name, chosen in (("choice_accuracy", either), ("choice_letter", letters), ("choice_text", texts)):
+        scores |= mean(name, [one == expected for one, (_, expected) in zip(chosen, asked, strict=True)])
+    return scores | {"choice_unparseable": float(np.mean([one is None for one in either]))}
+
+
+def _by_attribute(rows: Sequence[Prediction]) -> Scores:
+    """Return the scores of questions by question type, finding and modality, for those that any row has."""
+    found: dict[str, dict[str, Scores]] = {}
+    for name in ("question_type", "finding", "modality"):
+        values = sorted({getattr(r, name) for r in rows})
+        if any(values):
+            parts = {value: [r for r in rows if getattr(r, name) == value] for value in values}
+            found[name] = {value: _questions(part) for value, part in parts.items()}
+    return {"by": found} if found else {}
+
+
+def _questions(rows: Sequence[Prediction]) -> Scores:
+    kinds = {name: [r for r in rows if group(r) == name] for name in ("closed", "open")}
+    return {"n": len(rows), **_closed(kinds["closed"]), **_open(kinds["open"])}
 
 
 def _report(rows: Sequence[Prediction]) -> Scores:
