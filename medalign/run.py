@@ -26,6 +26,7 @@ from medalign.engine.engine import Engine
 from medalign.engine.settings import deepspeed_settings, precision
 from medalign.errors import Stopped
 from medalign.losses.build import build_objective
+from medalign.losses.objective import Objective
 from medalign.observability.files import write_text
 from medalign.observability.watchdog import Watchdog
 from medalign.run_folder import RunFolder
@@ -95,12 +96,7 @@ def _train(
         watchdog.beat(what, limit + more if limit else 0.0)
 
     begin("reading the shards' indexes")
-    with distributed.raise_on_all_ranks():
-        objective = build_objective(config)
-        index, held_out = pipeline.open_indexes(config)
-        if index is not None:
-            pipeline.require_images(config, index)
-        pipeline.check_collator(config, None, _max_images(index, held_out))
+    objective, index, held_out = _open(config)
     begin("checking the checkpoints")
     found, now = _find_start(config, folder, ds_settings, index)
     config = schedule.resolve_steps(config, len(index) if index else 0)
@@ -129,6 +125,17 @@ def _train(
         for logger in loggers:
             logger.close()
     _log_summary(config, folder, now)
+
+
+def _open(config: Config) -> tuple[Objective, ShardIndex | None, ShardIndex | None]:
+    """Return the losses, and the indexes of the training shards and the held-out ones, after all quick checks."""
+    with distributed.raise_on_all_ranks():
+        objective = build_objective(config)
+        index, held_out = pipeline.open_indexes(config)
+        if index is not None:
+            pipeline.require_images(config, index)
+        pipeline.check_collator(config, None, _max_images(index, held_out))
+    return objective, index, held_out
 
 
 def _find_start(

@@ -61,14 +61,8 @@ def count_if_diverged(
             "were left out until then (train.max_diverged_steps). Lower train.lr, train with warm-up or clip more, or "
             f"look at this rank's samples of the step: {keys}"
         )
-    log.warning(
-        "step %d: %s; its update is left out, on all ranks (%d of at most %d). This rank's samples: %s",
-        done,
-        ", ".join(found),
-        state.diverged,
-        limit,
-        keys,
-    )
+    left_out = f"its update is left out, on all ranks ({state.diverged} of at most {limit})"
+    log.warning("step %d: %s; %s. This rank's samples: %s", done, ", ".join(found), left_out, keys)
     return state
 
 
