@@ -40,6 +40,7 @@ setup(
         "pillow>=11",
         "tqdm>=4.66",
         "rich>=13.7",
+        "packaging>=24",  # transformers brings it too
         "matplotlib>=3.9",
         "jinja2>=3.1",
         "sacrebleu>=2.5",

@@ -10,11 +10,13 @@ from medalign import __version__
 from medalign.cli import (
     bench,
     compare,
+    doctor,
     evaluate,
     export,
     generate,
     inspect,
     phantom,
+    plan,
     report,
     score,
     shards,
@@ -27,7 +29,23 @@ from medalign.errors import MedAlignError, Stopped, format_os_error
 
 log = logging.getLogger("medalign")
 
-COMMANDS = (phantom, shards, inspect, train, watch, generate, evaluate, score, compare, report, export, bench, wandb)
+COMMANDS = (
+    phantom,
+    shards,
+    inspect,
+    plan,
+    doctor,
+    train,
+    watch,
+    generate,
+    evaluate,
+    score,
+    compare,
+    report,
+    export,
+    bench,
+    wandb,
+)
 
 _EPILOG = """
 a first run, from synthetic data to a report:

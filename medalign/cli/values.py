@@ -43,6 +43,17 @@ def share(text: str) -> float:
     return value
 
 
+def positive(text: str) -> float:
+    """Parse a finite number greater than 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number greater than 0")
+    return value
+
+
 def _whole(text: str, least: int) -> int:
     try:
         value = int(text)

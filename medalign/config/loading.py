@@ -36,7 +36,7 @@ _INVALID = (
 )
 
 
-def load(recipe: str, overrides: Sequence[str] = (), *, models: bool = True) -> Config:
+def load(recipe: str, overrides: Sequence[str] = (), *, models: bool = True, data: bool = True) -> Config:
     """Read the settings of a recipe and apply dotted overrides.
 
     `${assets}` in a value stands for the folder of the packaged models. A recipe may build on another one with `base:`;
@@ -46,6 +46,7 @@ def load(recipe: str, overrides: Sequence[str] = (), *, models: bool = True) -> 
         recipe: a packaged recipe, or the path of a YAML file.
         overrides: words of a command line such as `--train.steps 50`.
         models: whether the paths of the models are required.
+        data: whether the folders of shards are required.
 
     Raises:
         ConfigError: an unknown recipe, an unknown key, a value of the wrong type or range, or settings that contradict
@@ -59,7 +60,7 @@ def load(recipe: str, overrides: Sequence[str] = (), *, models: bool = True) -> 
     namespace = _parsed("the command line", lambda: parser.parse_args([*overrides], namespace=namespace))
     flat = flatten(namespace.as_dict())
     config = _build(Config, nest(override(flat, {key: flat[key] for key in given})))
-    validate(config, models=models)
+    validate(config, models=models, data=data)
     return config
 
 

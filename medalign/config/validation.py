@@ -9,19 +9,21 @@ from medalign.config.schema import Config
 from medalign.errors import ConfigError
 
 
-def validate(config: Config, *, models: bool = True) -> None:
+def validate(config: Config, *, models: bool = True, data: bool = True) -> None:
     """Check that no required setting is missing and that none contradicts another.
 
     Args:
         config: the settings.
         models: whether the paths of the models are required.
+        data: whether the folders of shards are required.
 
     Raises:
         ConfigError: the message gives the settings and the remedy.
     """
     for first, second in ALTERNATIVES:
         _require_one(config, first, second)
-    _check_paths(config, models)
+    _check_models(config, models)
+    _check_data(config, data)
     _check_mixture(config)
 
 
@@ -38,22 +40,25 @@ def _require_one(config: Config, first: str, second: str) -> None:
     _require(found > 0, f"neither {first} nor {second} is set; set one of them")
 
 
-def _check_paths(config: Config, models: bool) -> None:
-    data = config.data
+def _check_models(config: Config, required: bool) -> None:
     _require(
-        not models or bool(config.student.path),
+        not required or bool(config.student.path),
         "student.path is not set; give a local model folder with --student.path DIR",
     )
     _require(
-        not models or not config.distils or bool(config.teacher.path),
+        not required or not config.distils or bool(config.teacher.path),
         "teacher.path is not set; set it, or set losses.alpha 0 and losses.beta 0",
     )
+
+
+def _check_data(config: Config, required: bool) -> None:
+    data = config.data
     _require(
-        config.train.steps == 0 or bool(data.folders),
+        not required or config.train.steps == 0 or bool(data.folders),
         "data.train is not set; give folders of shards with --data.train DIR",
     )
     _require(
-        not config.train.evaluate_every or bool(data.validation_folders),
+        not required or not config.train.evaluate_every or bool(data.validation_folders),
         f"train.evaluate_every is {config.train.evaluate_every}, but there are no held-out shards; give their folders "
         "with --data.validation DIR",
     )

@@ -90,7 +90,8 @@ class SinkMonitor:
             100 * math.ceil(TOP * patches) / patches,
             padding,
         )
-        if top > 100 * MAX_TOP_SHARE:
+        # One patch of a small grid is more than TOP of it, and a map that points at a small finding fills it.
+        if top > 100 * MAX_TOP_SHARE and TOP * patches >= 1:
             log.warning(
                 "more than %.0f %% of the teacher's attention lies in few patches: these may be attention sinks, which "
                 "show nothing; teacher.mask_sinks leaves out patches with an outlying norm",

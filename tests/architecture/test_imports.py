@@ -23,9 +23,10 @@ FLOORS = (
     ("kernels", "data", "observability"),
     ("losses", "teacher", "student", "datasets", "phantom"),
     ("engine",),
-    ("checkpoint", "evaluation", "benchmark"),
+    ("checkpoint", "evaluation", "benchmark", "planning"),
     ("training",),
-    ("run", "pipeline", "inference", "inspection", "watching", "cli", "__main__"),
+    ("run", "pipeline", "inference", "inspection", "doctor", "watching"),
+    ("cli", "__main__"),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 

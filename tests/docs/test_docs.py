@@ -70,7 +70,9 @@ def test_every_block_runs_or_is_marked_with_what_it_needs():
 def test_every_option_exists(help_of):
     assert len(help_of) >= 8
     for page, arguments in medalign_commands():
-        known = help_of[command_name(arguments)] + (help_of["train"] if arguments[0] == "inspect" else "")
+        known = help_of[command_name(arguments)] + (
+            help_of["train"] if arguments[0] in ("inspect", "plan", "doctor") else ""
+        )
         assert known, f"{page}: unknown command {command_name(arguments)}"
         for word in arguments:
             if word.startswith("--"):

@@ -31,7 +31,10 @@ def test_the_help_shows_srun_as_the_readme_does(capsys):
     assert "srun --kill-on-bad-exit=1 python -m medalign train" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("words", [[], ["phantom"], ["generate"], ["evaluate"], ["report"], ["export"], ["bench"]])
+@pytest.mark.parametrize(
+    "words",
+    [[], ["phantom"], ["generate"], ["evaluate"], ["report"], ["export"], ["bench"], ["watch"], ["plan"], ["doctor"]],
+)
 def test_help_imports_nothing_heavy(words):
     script = (
         "import sys\nfrom medalign.cli.main import main\n"
@@ -50,7 +53,7 @@ def test_every_command_is_listed_once(capsys):
         assert out.count(f"\n    {module.__name__.rpartition('.')[2]} ") == 1
 
 
-@pytest.mark.parametrize("name", ["train", "inspect"])
+@pytest.mark.parametrize("name", ["train", "inspect", "plan", "doctor"])
 def test_a_recipe_comes_before_the_settings(name, capsys):
     assert command.main([name, "--train.steps", "3"]) == 2
     assert (

@@ -58,6 +58,15 @@ def test_the_monitor_reports_once_and_warns_past_the_limits(caplog, sink, warnin
     )
 
 
+def test_a_peak_on_a_small_grid_is_not_taken_for_a_sink(caplog):
+    attention = torch.full((sinks.IMAGES, 64), 0.5 / 63)
+    attention[:, 20] = 0.5
+    with caplog.at_level(logging.INFO, "medalign"):
+        SinkMonitor()(targets(attention), batch(sinks.IMAGES, 64))
+    assert "50.0 % in the top 1 % of patches (1.6 % if even)" in caplog.records[0].getMessage()
+    assert all("teacher.mask_sinks" not in record.getMessage() for record in caplog.records)
+
+
 def test_dummy_images_are_not_counted():
     monitor = SinkMonitor()
     monitor(targets(torch.ones(sinks.IMAGES, 16)), batch(sinks.IMAGES, 16, weight=0.0))

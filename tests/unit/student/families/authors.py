@@ -15,6 +15,7 @@ from transformers import (
     CLIPConfig,
     CLIPImageProcessor,
     CLIPVisionConfig,
+    LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
     MistralConfig,
@@ -39,13 +40,25 @@ VISION = CLIPVisionConfig(
 
 def save_llava_med(folder: Path) -> Path:
     """LLaVA-Med 1.5: Mistral's real vocabulary in tokenizer.model, and a tower that the folder does not describe."""
+    save_sentencepiece(folder)
+    text = MistralConfig(vocab_size=32000, sliding_window=None, rope_theta=1e6, bos_token_id=1, eos_token_id=2, **SIZES)
+    return _save(folder, text, "llava_mistral", "openai/clip-tiny", rope_theta=1e6)
+
+
+def save_llava_llama(folder: Path) -> Path:
+    """LLaVA 1.5, here with the vocabulary of Mistral, and a tower in the folder."""
+    save_sentencepiece(folder)
+    text = LlamaConfig(vocab_size=32000, bos_token_id=1, eos_token_id=2, **SIZES)
+    return _save(folder, text, "llava_llama", TOWER)
+
+
+def save_sentencepiece(folder: Path) -> None:
+    """Mistral's real vocabulary, as a tokenizer.model without a tokenizer.json."""
     model = mistral.sentencepiece_model()
     folder.mkdir(parents=True)
     shutil.copy(model, folder / "tokenizer.model")
     settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    text = MistralConfig(vocab_size=32000, sliding_window=None, rope_theta=1e6, bos_token_id=1, eos_token_id=2, **SIZES)
-    return _save(folder, text, "llava_mistral", "openai/clip-tiny", rope_theta=1e6)
 
 
 def save_huatuo(folder: Path) -> Path:

@@ -38,6 +38,7 @@ CASES = {
     "llava": Case(tiny.save_student),
     "llava_mistral": Case(authors.save_llava_med, {"vision_tower": f"{{folder}}/{authors.TOWER}"}),
     "llava_qwen2": Case(authors.save_huatuo),
+    "llava_llama": Case(authors.save_llava_llama),
     "gemma3": Case(native.save_gemma3),
     "qwen2_5_vl": Case(native.save_qwen25, {"image_size": 32}),
     "qwen3_vl": Case(native.save_qwen3, {"image_size": 32}),

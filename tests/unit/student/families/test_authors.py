@@ -64,6 +64,24 @@ def test_llava_med_has_the_ids_of_its_authors(llava_med, question: str, answer: 
     assert encode.encode(sample(question, answer, images), with_answer=False).input_ids == asked
 
 
+@pytest.mark.parametrize(("question", "answer", "images"), CONVERSATIONS)
+def test_llava_llama_has_the_ids_of_its_authors(tmp_path: Path, question: str, answer: str, images: int) -> None:
+    """The prompt of Vicuna v1, cut at "<image>" in the same way."""
+    from sentencepiece import SentencePieceProcessor
+
+    pieces = SentencePieceProcessor(model_file=str(mistral.sentencepiece_model()))
+    encode = encoder(StudentConfig(path=str(authors.save_llava_llama(tmp_path / "llava")), layer=2))
+    system = (
+        "A chat between a curious user and an artificial intelligence assistant. "
+        "The assistant gives helpful, detailed, and polite answers to the user's questions."
+    )
+    text = f"{system} USER: " + "<image>\n" * images + f"{question} ASSISTANT: {answer}"
+    first, *others = (pieces.encode(part) for part in text.split("<image>"))
+    image = [encode.image.token_id] * encode.image.count
+    expected = [1, *first, *(token for part in others for token in [*image, *part]), 2]
+    assert encode.encode(sample(question, answer, images), with_answer=True).input_ids == expected
+
+
 def test_the_image_token_of_llava_med_needs_no_row(llava_med) -> None:
     """Mistral's tokenizer writes bytes for unknown characters, so its unknown token is free."""
     encode = encoder(llava_med)
