@@ -17,7 +17,7 @@ _MODULES = {
     "train": "medalign.run",
     "open_student": "medalign.inference",
     "generate": "medalign.inference",
-    "evaluate": "medalign.inference",
+    "evaluate": "medalign.evaluator",
     "load_teacher": "medalign.teacher.loading",
     "teacher_targets": "medalign.teacher.targets",
     "PatchGrid": "medalign.geometry",

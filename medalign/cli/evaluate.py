@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Evaluate, print the table of scores and log where it is written. Returns the exit status."""
     from medalign.evaluation.provenance import command_line
     from medalign.evaluation.report.page import format_evaluation
-    from medalign.inference import evaluate
+    from medalign.evaluator import evaluate
     from medalign.run_folder import RunFolder
 
     folder = evaluate(

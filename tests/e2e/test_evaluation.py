@@ -174,7 +174,7 @@ def test_the_log_shows_the_progress_of_the_evaluation(run, shards, capsys):
 
 def test_a_folder_named_twice_is_refused_before_the_student_is_loaded(run, shards, tmp_path, monkeypatch, capsys):
     copy = shutil.copytree(shards / "val", tmp_path / "copy")
-    monkeypatch.setattr("medalign.inference.open_student", None)
+    monkeypatch.setattr("medalign.evaluator.open_student", None)
     for second in (shards / "val", copy):
         assert main(["evaluate", str(run), "--data", str(shards / "val"), str(second), *QUICK]) == 2
         assert f"--data {shards / 'val'} and {second} contain the same samples" in capsys.readouterr().err
@@ -339,7 +339,7 @@ def test_a_longer_evaluation_is_not_replaced_by_a_shorter_one(run, shards, monke
     assert main([*words, "--limit", "5"]) == 0 and main([*words, "--limit", "5"]) == 0
     before = (run / "evaluation/long/predictions.jsonl").read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr("medalign.inference.open_student", None)
+        patch.setattr("medalign.evaluator.open_student", None)
         assert main([*words, "--limit", "4"]) == 2
     assert "has the evaluation of 5 samples, and this one has only 4" in capsys.readouterr().err
     assert (run / "evaluation/long/predictions.jsonl").read_bytes() == before
