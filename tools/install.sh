@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # Sourced by the other scripts: creates or updates .venv with the tested versions and activates it.
-# PYTHON selects the interpreter (3.11 or newer).
+# PYTHON selects the interpreter (3.11 to 3.13).
 set -e  # an installation that failed must not look finished
 venv=.venv
 stamp=$venv/.installed

@@ -6,6 +6,7 @@ import platform
 import shutil
 import subprocess
 from importlib import metadata
+from pathlib import Path
 
 import torch
 from packaging.requirements import Requirement
@@ -14,7 +15,10 @@ from medalign import __version__
 from medalign.config import Config
 from medalign.doctor.finding import Finding
 from medalign.engine.settings import precision
-from medalign.student.backends import choose_attention
+from medalign.student.backends import allowed_attention, choose_attention
+from medalign.student.families.registry import find_family
+from medalign.student.files import read_object
+from medalign.student.loading import model_folder
 
 _SHOWN = ("torch", "deepspeed", "transformers", "peft", "triton")
 _SECONDS = 10.0  # for nvidia-smi, which hangs if a driver is broken
@@ -88,9 +92,11 @@ def driver_version() -> str | None:
 
 
 def check_attention(config: Config) -> Finding:
-    """Check the attention backend. Raises ConfigError for one that cannot run here."""
-    chosen = choose_attention(config.student.attention, precision(config))
-    if torch.cuda.is_available() and chosen == "sdpa" and config.student.attention == "auto":
+    """Check the attention backend. Raises ConfigError for one that cannot run here or for this student."""
+    folder = Path(model_folder(config.student))
+    wanted = allowed_attention(config.student.attention, find_family(folder, read_object(folder / "config.json")))
+    chosen = choose_attention(wanted, precision(config))
+    if torch.cuda.is_available() and chosen == "sdpa" and wanted == "auto":
         return Finding(
             "attention",
             "warning",

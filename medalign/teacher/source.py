@@ -66,6 +66,11 @@ def find_teacher(path: str | Path, mean: Colors | None = None, std: Colors | Non
         colors = _colors(str(path), "", (_ZEROS, _ONES), (mean, std))
         return TeacherSource(str(path), "biovil", {}, file, *colors)
     folder = Path(path)
+    if not folder.is_dir():
+        raise ConfigError(
+            f"teacher.path {folder} {'is not a folder' if folder.exists() else 'does not exist'}; models are read only "
+            "from disk: download one first and give its folder"
+        )
     if (folder / CONFIG_NAME).is_file():
         return _open_clip_folder(folder, mean, std)
     if (folder / _HF_CONFIG_NAME).is_file():

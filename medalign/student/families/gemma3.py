@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import torch
+from typing_extensions import override
 
 from medalign.contracts import Batch, ImageTokens
 from medalign.errors import ConfigError
@@ -26,6 +27,7 @@ class Gemma3(Family):
     no_flash = "in Gemma 3 the tokens of an image attend to each other in both directions, for which it needs a mask"
     no_packing = "in Gemma 3 the tokens of an image attend to each other in both directions, which packing would lose"
 
+    @override
     def image(self, config: Any) -> ImageTokens:
         side = math.isqrt(config.mm_tokens_per_image)
         if side**2 != config.mm_tokens_per_image:
@@ -37,6 +39,7 @@ class Gemma3(Family):
         grid = PatchGrid(side, side)
         return ImageTokens(config.image_token_id, grid, marker="<start_of_image>", text=text)
 
+    @override
     def inputs(self, spec: ModelSpec, batch: Batch, pixels: torch.Tensor | None) -> dict[str, Any]:
         # Without token types, the model takes an image for text and says nothing.
         types_BL = (batch.image_index >= 0).long()

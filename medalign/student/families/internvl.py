@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from typing_extensions import override
+
 from medalign.contracts import ImageTokens
 from medalign.geometry import PatchGrid
 from medalign.student.families.base import Family
@@ -19,11 +21,13 @@ class InternVL(Family):
 
     model_type = "internvl"
 
+    @override
     def image(self, config: Any) -> ImageTokens:
         side = int(self.image_size(config) // _side(config.vision_config.patch_size) * config.downsample_ratio)
         marker = "<IMG_CONTEXT>"
         return ImageTokens(config.image_token_id, PatchGrid(side, side), marker=marker, text=f"<img>{marker}</img>")
 
+    @override
     def image_size(self, config: Any) -> int:
         return _side(config.vision_config.image_size)
 

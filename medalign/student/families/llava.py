@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import override
+
 from medalign.contracts import ImageTokens
 from medalign.errors import ConfigError
 from medalign.geometry import PatchGrid
@@ -23,9 +25,11 @@ class Llava(Family):
         "to 'full' for one without (SigLIP)"
     )
 
+    @override
     def claims(self, values: Mapping[str, Any]) -> bool:
         return super().claims(values) and "mm_vision_tower" not in values  # else in the layout of LLaVA's authors
 
+    @override
     def check(self, folder: Path, values: Mapping[str, Any]) -> None:
         lacking = [part for part in ("text_config", "vision_config") if not values.get(part)]
         if lacking:  # transformers would build a model of 7 billion random weights
@@ -35,6 +39,7 @@ class Llava(Family):
                 "converted one (such as those by llava-hf)"
             )
 
+    @override
     def image(self, config: Any) -> ImageTokens:
         vision, strategy = config.vision_config, config.vision_feature_select_strategy
         for name in ("image_size", "patch_size"):
@@ -65,6 +70,7 @@ class Llava(Family):
         size: int = vision.image_size // vision.patch_size * vision.patch_size
         return size
 
+    @override
     def features_settings(self, config: Any) -> str:
         return (
             f"vision_feature_select_strategy {config.vision_feature_select_strategy!r} and vision_feature_layer "

@@ -27,6 +27,7 @@ from transformers import (
     PreTrainedConfig,
     Qwen2Config,
 )
+from typing_extensions import override
 
 from medalign.config import StudentConfig
 from medalign.errors import ConfigError
@@ -62,9 +63,11 @@ class LlavaAuthors(Llava):
     read_tokenizer = staticmethod(sentencepiece_tokenizer)
     words: ClassVar[dict[str, str]]  # what the template writes around question and answer
 
+    @override
     def claims(self, values: Mapping[str, Any]) -> bool:
         return values.get("model_type") == self.model_type
 
+    @override
     def check(self, folder: Path, values: Mapping[str, Any]) -> None:
         wanted = {
             "mm_projector_type": (values.get("mm_projector_type", "linear"), "mlp2x_gelu"),
@@ -86,6 +89,7 @@ class LlavaAuthors(Llava):
         if not isinstance(values.get("mm_vision_tower", values.get("vision_tower")), str):
             raise ConfigError(f"student.path {folder}: config.json does not name its vision tower (mm_vision_tower)")
 
+    @override
     def config(self, folder: Path, settings: StudentConfig) -> Any:
         values = read_object(folder / "config.json")
         vision = tower_config(folder, values["mm_vision_tower"], settings)
@@ -101,6 +105,7 @@ class LlavaAuthors(Llava):
             tie_word_embeddings=values.get("tie_word_embeddings", False),
         )
 
+    @override
     def processor(self, folder: Path, settings: StudentConfig) -> Any:
         values = read_object(folder / "config.json")
         vision = tower_config(folder, values["mm_vision_tower"], settings)
@@ -160,6 +165,7 @@ class LlavaLlama(LlavaAuthors):
         "end": "{{ eos_token }}",
     }
 
+    @override
     def claims(self, values: Mapping[str, Any]) -> bool:
         flat = "text_config" not in values and "mm_vision_tower" in values
         return super().claims(values) or (values.get("model_type") == "llava" and flat)

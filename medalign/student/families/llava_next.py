@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from typing_extensions import override
 
 from medalign.contracts import Batch, ImageTokens
 from medalign.errors import ConfigError
@@ -30,6 +31,7 @@ class LlavaNext(Llava):
 
     model_type = "llava_next"
 
+    @override
     def image(self, config: Any) -> ImageTokens:
         tile = super().image(config)
         size = _TILES * config.vision_config.image_size
@@ -42,12 +44,15 @@ class LlavaNext(Llava):
         row = (True,) * side + (False,)  # cells, and the end of the line
         return ImageTokens(tile.token_id, PatchGrid(side, side), cells=(False,) * tile.grid.size + row * side)
 
+    @override
     def image_size(self, config: Any) -> int:
         return _TILES * super().image_size(config)
 
+    @override
     def inputs(self, spec: Any, batch: Batch, pixels: torch.Tensor | None) -> dict[str, Any]:
         return {} if pixels is None else _views(spec, pixels)
 
+    @override
     def features(self, spec: Any, pixels: torch.Tensor) -> torch.Tensor:
         return torch.stack(tuple(spec.model.get_image_features(**_views(spec, pixels)).pooler_output))
 

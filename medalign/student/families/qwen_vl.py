@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from typing_extensions import override
 
 from medalign.config import StudentConfig
 from medalign.contracts import Batch, ImageTokens
@@ -29,6 +30,7 @@ class QwenVL(Family):
     runs_without_data = False  # the tower computes with the values of the grid
     default_image_size: ClassVar[int]
 
+    @override
     def config(self, folder: Path, settings: StudentConfig) -> Any:
         config = super().config(folder, settings)
         size, cell = settings.image_size or self.default_image_size, _cell(config)
@@ -40,18 +42,22 @@ class QwenVL(Family):
         config.vision_config.image_size = size
         return config
 
+    @override
     def image(self, config: Any) -> ImageTokens:
         side = config.vision_config.image_size // _cell(config)
         return ImageTokens(config.image_token_id, PatchGrid(side, side))
 
+    @override
     def vision_tower(self, model: Any) -> nn.Module:
         visual: nn.Module = model.model.visual
         return visual
 
+    @override
     def projector(self, model: Any) -> nn.Module:
         merger: nn.Module = model.model.visual.merger
         return merger
 
+    @override
     def inputs(self, spec: ModelSpec, batch: Batch, pixels: torch.Tensor | None) -> dict[str, Any]:
         if pixels is None:
             return {}
@@ -74,6 +80,7 @@ class QwenVL(Family):
         axes = (start_T, start_T + cell_T // side, start_T + cell_T % side)
         return torch.stack([positions_BL, *(axis.view_as(positions_BL) for axis in axes)])
 
+    @override
     def features(self, spec: ModelSpec, pixels: torch.Tensor) -> torch.Tensor:
         found = spec.model.get_image_features(**_patches(spec, pixels))
         features_IND = torch.stack(tuple(found.pooler_output))
@@ -97,6 +104,7 @@ class Qwen3VL(QwenVL):
     model_type = "qwen3_vl"
     default_image_size = 768  # 24 x 24 tokens of 32 pixels, the size of its table of positions
 
+    @override
     def projector(self, model: Any) -> nn.Module:
         visual = model.model.visual
         return nn.ModuleList([visual.merger, *visual.deepstack_merger_list])
