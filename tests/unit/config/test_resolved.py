@@ -72,6 +72,8 @@ LLAVA_VQA = {
     "train.weight_decay": 0.0,
     "train.warmup_ratio": 0.03,
     "train.max_grad_norm": 1.0,
+    "train.max_diverged_steps": 5,
+    "train.max_loss_ratio": None,
     "train.precision": "auto",
     "train.warmup_steps": None,
     "train.evaluate_every": 0,

@@ -9,8 +9,11 @@ from medalign.teacher.source import CONFIG_NAME, find_teacher
 
 
 def test_unsupported_and_missing_teachers_are_errors(folder, tmp_path):
-    with pytest.raises(ConfigError, match=CONFIG_NAME):
+    with pytest.raises(ConfigError, match="nowhere does not exist"):
         load_teacher(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match=CONFIG_NAME):
+        load_teacher(tmp_path / "empty")
     with pytest.raises(ConfigError, match="the weights file no-such-tag does not exist"):
         load_teacher("open_clip:ViT-B-32/no-such-tag")
     with pytest.raises(ConfigError, match="would download, and medalign downloads nothing"):
