@@ -58,7 +58,7 @@ def test_inspect_and_train_refuse_alike(broken, recipe: Path, tmp_path: Path, fa
     assert main(["inspect", str(recipe), *words]) == 2
     assert MESSAGES[fault] in capsys.readouterr().err
     with pytest.raises(ConfigError, match=re.escape(MESSAGES[fault])):
-        run._train(load(str(recipe), words), tmp_path / "run", {}, ())
+        run._open(load(str(recipe), words))
 
 
 def test_two_ranks_refuse_together(broken: list[str], recipe: Path, tmp_path: Path) -> None:
