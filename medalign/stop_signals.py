@@ -74,11 +74,21 @@ def ignore_stop_signals() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+@contextmanager
+def hold_stop_signals() -> Iterator[None]:
+    """Deliver the signals after the context. Processes that start inside it are safe until `shield_worker` runs."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, REQUESTS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def shield_worker(worker: int) -> None:
     """Let a loader's process outlive the signals that a batch system sends to every process of a job.
 
     The trainer still needs its batches, or at least must not fail because a worker is lost. Only TERM from the trainer
-    itself ends the worker.
+    itself ends the worker. Start workers inside `hold_stop_signals`.
 
     Args:
         worker: number of the worker; the form of torch's `worker_init_fn`.

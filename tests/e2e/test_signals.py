@@ -66,7 +66,6 @@ def test_a_signal_to_every_process_of_the_job_loses_no_step(recipe, shards, whol
     while not (folder / "metrics.jsonl").is_file() or len(losses(folder)) < 4:
         assert all(process.poll() is None for process in processes), processes[0].communicate()
         time.sleep(0.1)
-    time.sleep(3)  # the loader's processes of the validation have started: only then are they shielded
     for process in processes:
         for pid in [process.pid, *children(process.pid)]:
             os.kill(pid, signal.SIGTERM)

@@ -12,24 +12,30 @@ import time
 import pytest
 
 from medalign.errors import Preempted, Terminated
-from medalign.stop_signals import stop_signals
+from medalign.stop_signals import hold_stop_signals, stop_signals
 
 WORKER = """
 import multiprocessing, os, signal, sys, time
-from medalign.stop_signals import shield_worker
+from medalign.stop_signals import hold_stop_signals, shield_worker
 
-def work(ready):
+def work(started, ready):
+    started.set()
+    time.sleep(float(sys.argv[1]))
     shield_worker(0)
     ready.set()
     time.sleep(60)
 
 if __name__ == "__main__":
-    ready = multiprocessing.Event()
-    worker = multiprocessing.Process(target=work, args=(ready,), daemon=True)
-    worker.start()
-    ready.wait()
+    started, ready = multiprocessing.Event(), multiprocessing.Event()
+    worker = multiprocessing.Process(target=work, args=(started, ready), daemon=True)
+    with hold_stop_signals():
+        worker.start()
+    started.wait()
+    if not float(sys.argv[1]):
+        ready.wait()
     print(worker.pid, flush=True)
     sys.stdin.readline()
+    ready.wait()
     worker.terminate()
     worker.join(20)
     print(worker.exitcode, flush=True)
@@ -62,9 +68,19 @@ def test_outside_of_the_main_thread_nothing_is_changed(caplog):
     assert seen == [(None, before)] and "outside of the main thread" in caplog.text
 
 
+def test_held_signals_arrive_after_the_context():
+    with stop_signals() as received:
+        with hold_stop_signals():
+            os.kill(os.getpid(), signal.SIGUSR1)
+            assert received.request is None
+        assert received.request is Preempted
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set()
+
+
+@pytest.mark.parametrize("delay", [0, 1], ids=["at work", "starting"])
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
-def test_a_worker_outlives_the_signals_of_a_batch_system(number):
-    words = [sys.executable, "-c", WORKER]
+def test_a_worker_outlives_the_signals_of_a_batch_system(number, delay):
+    words = [sys.executable, "-c", WORKER, str(delay)]
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as trainer:
         worker = int(trainer.stdout.readline())
         os.kill(worker, number)  # from this process, which is not the worker's parent

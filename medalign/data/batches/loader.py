@@ -18,7 +18,7 @@ from medalign.data.order.order import Order, StepPlan
 from medalign.data.samples.sample import BadSample
 from medalign.data.shards.index import ShardIndex
 from medalign.errors import ConfigError, DataError, MedAlignError
-from medalign.stop_signals import shield_worker
+from medalign.stop_signals import hold_stop_signals, shield_worker
 
 log = logging.getLogger("medalign")
 
@@ -130,7 +130,7 @@ class IndexSampler:
 
 def _read(dataset: MicroBatchDataset, sampler: Iterable[MicroBatchIndices], workers: int) -> Iterator[Batch]:
     """Yield the micro-batches of a sampler, and raise the first error that the dataset returns."""
-    micro_batches: DataLoader[Batch | MedAlignError] = DataLoader(
+    loader: DataLoader[Batch | MedAlignError] = DataLoader(
         dataset,
         sampler=sampler,
         batch_size=None,
@@ -139,6 +139,8 @@ def _read(dataset: MicroBatchDataset, sampler: Iterable[MicroBatchIndices], work
         worker_init_fn=shield_worker,
         generator=torch.Generator(),  # a separate one, so that loading does not advance the trainer's generator
     )
+    with hold_stop_signals():
+        micro_batches = iter(loader)
     for batch in micro_batches:
         if isinstance(batch, MedAlignError):
             raise batch
