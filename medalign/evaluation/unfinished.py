@@ -67,7 +67,7 @@ class UnfinishedEvaluation:
         rows: list[Prediction] = []
         if part.is_file():
             if different := self._differences():
-                log.warning("an interrupted evaluation differs in %s; starting anew", ", ".join(different))
+                log.warning("an interrupted evaluation differs in %s; starting again", ", ".join(different))
             else:
                 _drop_partial_line(part)
                 rows = read_predictions(part)

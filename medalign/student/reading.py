@@ -31,7 +31,7 @@ def as_config_error(subject: str) -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    """Format an error in one line, with its type if the text alone is unclear, as for a KeyError."""
+    """Format an error in one line, with its type if the text is unclear without it, as for a KeyError."""
     if isinstance(error, StrictDataclassError):  # raised for values of config.json
         return f"config.json: {' '.join(str(error).split())}"
     text = str(error).strip().partition("\n")[0]

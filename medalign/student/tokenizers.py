@@ -27,7 +27,7 @@ def sentencepiece_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """Read a tokenizer.model of SentencePiece, as for Llama and Mistral.
 
     SentencePiece puts a space before every piece of text, also before one that follows a special token. transformers 5
-    puts it before the first one only, unless it is told that the tokenizer is a legacy one.
+    puts it before the first one only, unless the tokenizer is marked as a legacy one.
 
     Raises:
         ConfigError: the folder has no tokenizer.model.

@@ -331,7 +331,7 @@ def test_an_interrupted_evaluation_of_other_settings_is_not_resumed(run, shards,
         assert main([*words, "--max-new-tokens", "3"]) == 130
     assert main([*words, *QUICK]) == 0
     shown = capsys.readouterr().err
-    assert "an interrupted evaluation differs in max_new_tokens; starting anew" in shown and "resuming" not in shown
+    assert "an interrupted evaluation differs in max_new_tokens; starting again" in shown and "resuming" not in shown
 
 
 def test_a_longer_evaluation_is_not_replaced_by_a_shorter_one(run, shards, monkeypatch, capsys):

@@ -26,7 +26,7 @@ log = logging.getLogger("medalign")
 class TrainLoader:
     """The micro-batches of this rank, step by step, without end.
 
-    `order` alone determines the global batch of a step; `StepPlan` determines which part this rank takes. A sample that
+    Only `order` determines the global batch of a step; `StepPlan` determines which part this rank takes. A sample that
     cannot be used is replaced by the next index that can (the first follows the last) and named in `Batch.skipped`.
     `check_skip_rate` raises if there are too many. The iterator raises DataError if a shard is lost, or if
     MAX_REPLACEMENT_DISTANCE consecutive samples cannot be used.

@@ -33,7 +33,7 @@ class Order(Protocol):
 
     @property
     def epoch_size(self) -> int | None:
-        """Number of positions in which every sample occurs once, or None if there is no such number."""
+        """Number of positions in which every sample occurs once, or None if the order has no period."""
         ...
 
     def indices_at(self, positions: np.ndarray) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 Overlays (groups 60xx), shutters, ICC profiles, presentation states, PixelAspectRatio, and a WindowCenter or WindowWidth
 without the other are not applied. Anything that is not handled here is rejected by name, because a guess could be a
-wrong image that nobody notices.
+wrong image without a warning.
 
 Only this file and `dicom_gray` handle pydicom, which is optional.
 """

@@ -99,14 +99,14 @@ def pope_scores(pairs: Sequence[tuple[str, str]]) -> dict[str, float]:
     """
     found = Counter((pope_answer(prediction), yes_or_no(reference)) for prediction, reference in pairs)
     hits = found["yes", "yes"]
-    said, true = hits + found["yes", "no"], hits + found["no", "yes"]
-    scores = {"pope_accuracy": (hits + found["no", "no"]) / len(pairs), "pope_yes": said / len(pairs)}
-    if said:
-        scores["pope_precision"] = hits / said
+    answered_yes, true = hits + found["yes", "no"], hits + found["no", "yes"]
+    scores = {"pope_accuracy": (hits + found["no", "no"]) / len(pairs), "pope_yes": answered_yes / len(pairs)}
+    if answered_yes:
+        scores["pope_precision"] = hits / answered_yes
     if true:
         scores["pope_recall"] = hits / true
-    if said + true:
-        scores["pope_f1"] = 2 * hits / (said + true)
+    if answered_yes + true:
+        scores["pope_f1"] = 2 * hits / (answered_yes + true)
     return scores
 
 

@@ -16,8 +16,25 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from medalign.errors import CheckpointError, ConfigError, from_library
+from medalign.geometry import PatchGrid
 from medalign.teacher.source import TeacherSource
+from medalign.teacher.towers.base import Tower
 from medalign.teacher.weights import describe_misfit, refused_code
+
+
+class HFTower(Tower):
+    """A vision tower of transformers.
+
+    Args:
+        model: the tower, with what the subclass needs beside it.
+        features: "after_norm" or "before_norm".
+    """
+
+    def __init__(self, model: Any, features: str = "after_norm") -> None:
+        config = model.config
+        side = config.image_size // config.patch_size
+        super().__init__(PatchGrid(side, side), config.hidden_size, config.image_size, features)
+        self.model = model
 
 
 def read_config(source: TeacherSource, kind: type[PretrainedConfig]) -> Any:

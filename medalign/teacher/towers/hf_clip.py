@@ -15,7 +15,6 @@ from transformers import (
 )
 from typing_extensions import override
 
-from medalign.geometry import PatchGrid
 from medalign.teacher.source import TeacherSource
 from medalign.teacher.towers import hf
 from medalign.teacher.towers.base import Streams, TextAlignedTower, query_attention
@@ -24,19 +23,13 @@ _OTHERS = ("text_model.", "text_projection.", "logit_scale", "visual_projection.
 _NOT_TEXT = ("vision_model.", "visual_projection.", "logit_scale")
 
 
-class HFClipTower(TextAlignedTower):
+class HFClipTower(hf.HFTower, TextAlignedTower):
     """A pre-norm transformer with a class token.
 
     Args:
         model: CLIP's vision tower, with or without the projection into the space of texts.
         features: "after_norm" or "before_norm".
     """
-
-    def __init__(self, model: Any, features: str = "after_norm") -> None:
-        config = model.config
-        side = config.image_size // config.patch_size
-        super().__init__(PatchGrid(side, side), config.hidden_size, config.image_size, features)
-        self.model = model
 
     @staticmethod
     @override

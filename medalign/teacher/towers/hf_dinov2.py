@@ -2,33 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from transformers import Dinov2Config, Dinov2Model
 from typing_extensions import override
 
-from medalign.geometry import PatchGrid
 from medalign.teacher.source import TeacherSource
 from medalign.teacher.towers import hf
-from medalign.teacher.towers.base import Streams, Tower, query_attention
+from medalign.teacher.towers.base import Streams, query_attention
 
 _OTHERS = ("classifier.",)  # of a model for image classification
 
 
-class HFDinov2Tower(Tower):
+class HFDinov2Tower(hf.HFTower):
     """A pre-norm transformer with a class token, trained without texts.
 
     Args:
         model: DINOv2.
         features: "after_norm" or "before_norm".
     """
-
-    def __init__(self, model: Any, features: str = "after_norm") -> None:
-        config = model.config
-        side = config.image_size // config.patch_size
-        super().__init__(PatchGrid(side, side), config.hidden_size, config.image_size, features)
-        self.model = model
 
     @staticmethod
     @override

@@ -7,7 +7,6 @@ patches takes the place of the class token's.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import nn
@@ -15,7 +14,6 @@ from transformers import SiglipTextConfig, SiglipTextModel, SiglipVisionConfig, 
 from typing_extensions import override
 
 from medalign.errors import ConfigError
-from medalign.geometry import PatchGrid
 from medalign.teacher.source import TeacherSource
 from medalign.teacher.towers import hf
 from medalign.teacher.towers.base import Streams, TextAlignedTower, query_attention
@@ -24,19 +22,13 @@ _OTHERS = ("text_model.", "logit_scale", "logit_bias")
 _NOT_TEXT = ("vision_model.", "logit_scale", "logit_bias")
 
 
-class HFSiglipTower(TextAlignedTower):
+class HFSiglipTower(hf.HFTower, TextAlignedTower):
     """A pre-norm transformer whose patches are pooled by attention.
 
     Args:
         model: SigLIP's vision tower with its pooling head.
         features: "after_norm" or "before_norm".
     """
-
-    def __init__(self, model: Any, features: str = "after_norm") -> None:
-        config = model.config
-        side = config.image_size // config.patch_size
-        super().__init__(PatchGrid(side, side), config.hidden_size, config.image_size, features)
-        self.model = model
 
     @staticmethod
     @override

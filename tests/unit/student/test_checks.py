@@ -218,7 +218,7 @@ def test_missing_weights_are_rejected_when_they_are_read(student: Path) -> None:
 
 
 def test_a_bare_tokenizer_model_keeps_the_prefix_space(student: Path) -> None:
-    """Transformers 5 alone reads "[INST]" after <s> without it: 28792 in place of 733, and says nothing."""
+    """On its own, transformers 5 reads "[INST]" after <s> without it: 28792 in place of 733, without a warning."""
     (student / "tokenizer.json").unlink()
     shutil.copy(mistral.sentencepiece_model(), student / "tokenizer.model")
     (student / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))

@@ -16,7 +16,7 @@ from tests import tiny
 
 @pytest.fixture(scope="module")
 def reached(student_folder, teacher_folder):
-    """For each loss alone, the names of the parameters with a gradient that is not zero. The tapped block is 1."""
+    """For each loss on its own, the names of the parameters with a gradient that is not zero. The tapped block is 1."""
     config = StudentConfig(path=str(student_folder), layer=1, lora=LoraConfig(rank=4), train_projector=True)
     teacher = load_teacher(teacher_folder)
     batch = tiny.batch()
