@@ -135,7 +135,7 @@ def test_activations_and_logits_are_close_to_all_that_a_real_pass_saves(student_
     each = memory.per_sample(student, tower, saved.total(False, 1), LENGTH, 7, 4)
     logits = SAMPLES * 7 * 260 * 4 * 2  # in a forward pass: the logits of the labels and their log-softmax
     assert loss.requires_grad
-    assert saved.total(False, 1) + logits == pytest.approx(real.total, rel=0.1)
+    assert 0.9 * real.total <= saved.total(False, 1) + logits <= real.total
     assert each.logits == 7 * 260 * 20
 
 
@@ -153,5 +153,5 @@ def test_checkpointing_keeps_inputs_the_tapped_block_and_one_recomputed_block(st
 def test_saved_bytes_grow_linearly_with_the_samples_and_the_tokens(student_folder):
     student = shapes.student_on_meta(student_config(student_folder), torch.bfloat16)
     one = shapes.saved_bytes(student, 1, LENGTH)
-    assert shapes.saved_bytes(student, 4, LENGTH).blocks[0] == pytest.approx(4 * one.blocks[0], rel=0.05)
-    assert shapes.saved_bytes(student, 1, 4 * LENGTH).blocks[0] == pytest.approx(4 * one.blocks[0], rel=0.05)
+    assert shapes.saved_bytes(student, 4, LENGTH).blocks[0] == 4 * one.blocks[0]
+    assert shapes.saved_bytes(student, 1, 4 * LENGTH).blocks[0] == 4 * one.blocks[0]
