@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from medalign.checkpoint.integrity import verify_export
 from medalign.config import DataConfig, LoraConfig, StudentConfig
 from medalign.errors import CheckpointError, ConfigError
 from medalign.run_folder import CheckpointFolder, RunFolder
@@ -113,6 +114,7 @@ def load_export(folder: Path, dtype: torch.dtype, device: torch.device, base: st
         CheckpointError: the export is damaged or does not fit the base model.
         ConfigError: the base model cannot be used.
     """
+    verify_export(folder)
     config = settings(folder)
     if base is not None:
         config.path = base
@@ -136,9 +138,10 @@ def copy(source: Path, output: Path) -> None:
     """Copy an export to a new folder.
 
     Raises:
-        CheckpointError: `output` exists and is not an empty folder.
+        CheckpointError: `output` exists and is not an empty folder, or the export is damaged.
     """
     _require_new(output)
+    verify_export(source)
     shutil.copytree(source, output, dirs_exist_ok=True)
 
 

@@ -60,13 +60,34 @@ def verify(folder: Path) -> None:
     names = _by_size({name: entry["bytes"] for name, entry in files.items()})
     with distributed.raise_on_all_ranks():
         for index in _own_share(len(names)):
-            name = names[index]
-            if _digest(folder / name) != bytes.fromhex(files[name]["sha256"]):
-                raise CheckpointError(f"{name} is damaged: its content does not match its SHA-256")
+            _require_digest(folder, names[index], files[names[index]])
 
 
-def _read_marker(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return the entries of the marker, after a check of the size of each file."""
+def verify_export(export: Path) -> None:
+    """Check the files of an export inside a checkpoint against its marker. An export of its own has none.
+
+    Raises:
+        CheckpointError: a file is missing or damaged; the message names it.
+    """
+    checkpoint = CheckpointFolder(export.parent)
+    if export != checkpoint.export or not checkpoint.marker.is_file():
+        return
+    try:
+        for name, entry in _read_marker(checkpoint.path, f"{export.name}/").items():
+            _require_digest(checkpoint.path, name, entry)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{checkpoint.path}: {error}; give another checkpoint, or restore this one from a copy"
+        ) from error
+
+
+def _require_digest(folder: Path, name: str, entry: dict[str, Any]) -> None:
+    if _digest(folder / name) != bytes.fromhex(entry["sha256"]):
+        raise CheckpointError(f"{name} is damaged: its content does not match its SHA-256")
+
+
+def _read_marker(folder: Path, prefix: str = "") -> dict[str, dict[str, Any]]:
+    """Return the entries of the marker for names with `prefix`, after a check of the size of each file."""
     path = CheckpointFolder(folder).marker
     if not path.is_file():
         raise CheckpointError(
@@ -74,6 +95,7 @@ def _read_marker(folder: Path) -> dict[str, dict[str, Any]]:
         )
     try:
         files = json.loads(path.read_text(encoding="utf-8"))["files"]
+        files = {name: entry for name, entry in files.items() if name.startswith(prefix)}
         expected = {name: (int(entry["bytes"]), len(bytes.fromhex(entry["sha256"]))) for name, entry in files.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path.name} is damaged ({type(error).__name__}: {error})") from error

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 from medalign.checkpoint import export
+from medalign.checkpoint.integrity import seal
 from medalign.config import LoraConfig, StudentConfig
 from medalign.errors import CheckpointError, ConfigError
 from medalign.inference import open_student
@@ -168,3 +169,20 @@ def test_a_base_model_with_missing_weights_is_rejected(settings, exported, tmp_p
         ConfigError, match=r"base: 1 of its weights are not in its safetensors files .*: lm_head.weight"
     ):
         export.load_export(exported, torch.float32, CPU, str(base))
+
+
+def test_a_damaged_export_in_a_checkpoint_is_an_error(exported, tmp_path):
+    checkpoint = tmp_path / "step-000004"
+    shutil.copytree(exported, checkpoint / "export")
+    seal(checkpoint)
+    export.copy(checkpoint / "export", tmp_path / "whole")
+    weights = checkpoint / "export" / "adapter_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)  # still valid safetensors
+    message = r"step-000004: export/adapter_model\.safetensors is damaged: .* SHA-256; give another checkpoint"
+    with pytest.raises(CheckpointError, match=message):
+        export.load_export(checkpoint / "export", torch.float32, CPU)
+    with pytest.raises(CheckpointError, match=message):
+        export.copy(checkpoint / "export", tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
