@@ -9,7 +9,7 @@ from typing import get_args
 
 import torch
 
-from medalign.config.schema import Normalization
+from medalign.config.schema.losses import Normalization
 from medalign.contracts import Batch, LossValue, StudentOutput, TeacherTargets
 from medalign.losses.term import LossTerm, check_choice
 

@@ -10,7 +10,7 @@ from typing import get_args
 import torch
 import torch.nn.functional as F
 
-from medalign.config.schema import LanguageMean
+from medalign.config.schema.losses import LanguageMean
 from medalign.contracts import IGNORE, Batch, LossValue, StudentOutput, TeacherTargets
 from medalign.losses.term import LossTerm, check_choice
 

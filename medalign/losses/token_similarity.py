@@ -6,7 +6,7 @@ from typing import get_args
 
 import torch
 
-from medalign.config.schema import PairWeighting
+from medalign.config.schema.losses import PairWeighting
 from medalign.contracts import Batch, LossValue, StudentOutput, TeacherTargets
 from medalign.kernels import token_similarity
 from medalign.losses.term import LossTerm, check_choice

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from medalign.config.schema import WandbMode
+from medalign.config.schema.run import WandbMode
 from medalign.distributed import log
 from medalign.observability.sinks import to_python_numbers
 from medalign.observability.wandb_session import HistoryWriter, WandbSession

@@ -21,7 +21,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from medalign.config import Config
-from medalign.config.schema import StudentConfig
+from medalign.config.schema.student import StudentConfig
 from medalign.student import loading
 from medalign.student.backends import attention_names
 from medalign.student.files import read_object

@@ -8,7 +8,7 @@ from dataclasses import replace
 from fractions import Fraction
 
 from medalign.config import Config, TrainConfig
-from medalign.config.schema import LearningRateSchedule
+from medalign.config.schema.training import LearningRateSchedule
 
 
 def resolve_steps(config: Config, samples: int) -> Config:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from medalign.config.schema import AttentionRows
+from medalign.config.schema.losses import AttentionRows
 from medalign.contracts import IGNORE, Batch, Sample
 from medalign.data.batches.attention_rows import official_rows
 from medalign.data.batches.prompts import Encoded, PromptEncoder

@@ -13,7 +13,7 @@ from typing import ClassVar, NamedTuple, get_args
 import torch
 from torch import nn
 
-from medalign.config.schema import TeacherFeatures
+from medalign.config.schema.teacher import TeacherFeatures
 from medalign.geometry import PatchGrid
 from medalign.teacher.source import TeacherSource
 

@@ -1,9 +1,14 @@
-"""Number types with a range for the settings. jsonargparse checks the range; a type checker sees int or float."""
+"""Types of values that several settings share: numbers with a range, and precisions.
+
+jsonargparse checks the range; a type checker sees int or float.
+"""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
+
+Precision = Literal["auto", "bf16", "fp32"]
 
 if TYPE_CHECKING:
     ClosedUnitInterval = float

@@ -1,0 +1,63 @@
+"""The student and its adapters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from medalign.config.value_types import HalfOpenUnitInterval, PositiveInt
+
+AttentionBackend = Literal["auto", "sdpa", "flash_attention_2", "eager"]
+QueryMixtureForm = Literal["beside_lora", "official"]
+
+
+@dataclass
+class LoraConfig:
+    """Low-rank adapters on linear layers of the student's language model."""
+
+    rank: PositiveInt = 32
+    """Rank r."""
+    alpha: int = 16
+    """The adapter's output is multiplied by alpha / r."""
+    dropout: HalfOpenUnitInterval = 0.0
+    """Dropout before the adapter."""
+    rank_stabilized: bool = False
+    """Multiply by alpha / sqrt(r) instead (rsLoRA), so that a larger rank does not make the adapter weaker."""
+    targets: str = ""
+    """Regular expression of the names inside a block of the layers that get an adapter, such as "self_attn" or
+    "(q|v)_proj". Empty: all linear layers."""
+
+
+@dataclass
+class StudentConfig:
+    """The vision-language model that is trained."""
+
+    path: str = ""
+    """Local folder of a vision-language model, as it is published."""
+    image_size: PositiveInt | None = None
+    """Pixels per side of the square image, for students that take images of any size. null: as the family says (672
+    for Qwen2.5-VL and 768 for Qwen3-VL, which gives 24 x 24 image tokens). Other students have one size."""
+    vision_tower: str = ""
+    """Folder of the vision tower's config.json and preprocessor_config.json, for a student in the layout of LLaVA's
+    authors whose tower is neither in its folder nor known (CLIP ViT-L/14). Weights are read from the student only."""
+    layer: PositiveInt = 20
+    """The tapped decoder block l, counted from 0: its input is aligned with the teacher's features, its attention with
+    the teacher's attention. At least 1, because block l needs one before it."""
+    steering: bool = True
+    """Attach the learnable matrix W to the image tokens that enter block l."""
+    epsilon: float = 1.0
+    """Strength of the steering: X + epsilon X W^T."""
+    query_mixture: bool = False
+    """Attach the query-adaptive mixture of LoRA experts to the query projection of block l."""
+    query_mixture_form: QueryMixtureForm = "beside_lora"
+    """beside_lora: the projection keeps its LoRA. official, as in the released code: it has none, and the experts have
+    LoRA's initial weights and dropout. The router reads the last question token in both: the released one reads the
+    token after the last ":", which is the answer's first in training and does not exist yet in generation."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """The adapters."""
+    train_projector: bool = False
+    """Train the projector between vision tower and language model too."""
+    attention: AttentionBackend = "auto"
+    """Attention of every block. auto: flash_attention_2 if flash-attn and a GPU are available, else sdpa."""
+    gradient_checkpointing: bool = False
+    """Recompute blocks in the backward pass to save memory, all except the tapped one."""

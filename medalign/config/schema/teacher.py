@@ -1,0 +1,46 @@
+"""The teacher."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from medalign.config.value_types import ClosedUnitInterval, NonNegativeFloat, PositiveFloat, Precision
+
+TeacherFeatures = Literal["after_norm", "before_norm"]
+
+
+@dataclass
+class TeacherConfig:
+    """The frozen medical CLIP."""
+
+    path: str = ""
+    """Folder with open_clip_config.json and its weights, folder of a vision model of transformers,
+    open_clip:ARCHITECTURE/FILE, or biovil:FILE."""
+    mean: tuple[ClosedUnitInterval, ClosedUnitInterval, ClosedUnitInterval] | None = None
+    """Mean of red, green and blue that the teacher was trained with, for pixels from 0 to 1. null: that of its folder;
+    open_clip:ARCHITECTURE/FILE has none."""
+    std: tuple[ClosedUnitInterval, ClosedUnitInterval, ClosedUnitInterval] | None = None
+    """Standard deviation of red, green and blue, as teacher.mean."""
+    random_weights_seed: int | None = None
+    """A control experiment: replace the trained weights by random ones from this seed."""
+    features: TeacherFeatures = "after_norm"
+    """Patch features of the last block: after the tower's final norm, or before it, as in the released code."""
+    precision: Precision = "auto"
+    """Precision of the teacher's weights and activations. auto: that of the student. Targets are always fp32."""
+    compile: bool = False
+    """Compile the teacher's tower with torch.compile. It costs a minute or so at the start and whenever a micro-batch
+    has a new number of images."""
+    text_weight: ClosedUnitInterval = 0.0
+    """Share of a text-conditioned map in the attention target of each question that names a finding of the lexicon. 0:
+    only the class token's attention (the paper's), the same for every question about an image."""
+    text_temperature: PositiveFloat = 0.05
+    """Temperature of the softmax that turns the patches' relevance for a finding into the text-conditioned map."""
+    text_absent_weight: ClosedUnitInterval = 0.0
+    """Weight of the prompts where the finding is absent, which are subtracted from those where it is present."""
+    mask_sinks: NonNegativeFloat = 0.0
+    """Patches whose norm after the last block is larger than this multiple of the image's median get no attention, such
+    as 3; 0 is off. Large towers have a few such patches, often of the background, that hold much of the attention."""
+    lexicon: str = ""
+    """YAML file with the findings that a question can name, and their prompts. Empty: the packaged one, for chest
+    radiographs."""
