@@ -38,8 +38,14 @@ def build_terms(settings: LossConfig) -> list[LossTerm]:
             weighting=settings.weighting,
             ignore_padding=settings.ignore_padding,
             impl=settings.impl,
+            layer_weights=settings.layer_weights,
         ),
-        AttentionTerm(settings.beta, normalize=settings.normalize, ignore_padding=settings.ignore_padding),
+        AttentionTerm(
+            settings.beta,
+            normalize=settings.normalize,
+            ignore_padding=settings.ignore_padding,
+            layer_weights=settings.layer_weights,
+        ),
     ]
 
 

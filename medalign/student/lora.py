@@ -20,7 +20,7 @@ def lora_layers(config: StudentConfig, spec: ModelSpec) -> list[str]:
         ConfigError: the pattern is not one, or matches no layer.
     """
     replaced = config.query_mixture and config.query_mixture_form == "official"
-    skipped = spec.query_projection(config.layer)[0] if replaced else None
+    skipped = spec.query_projection(config.layers[0])[0] if replaced else None
     inside = re.compile(rf"{re.escape(spec.decoder)}\.layers\.\d+\.")
     layers = {  # name in the model -> name in its block
         name: inside.sub("", name)
