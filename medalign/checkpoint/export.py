@@ -104,7 +104,9 @@ def precision(folder: Path) -> torch.dtype:
         raise _unreadable(folder, error) from error
 
 
-def load_export(folder: Path, dtype: torch.dtype, device: torch.device, base: str | None = None) -> Student:
+def load_export(
+    folder: Path, dtype: torch.dtype, device: torch.device, base: str | None = None, *, quantized: bool = True
+) -> Student:
     """Load the trained student in evaluation mode.
 
     Args:
@@ -112,6 +114,7 @@ def load_export(folder: Path, dtype: torch.dtype, device: torch.device, base: st
         dtype: data type of the weights.
         device: where the student runs.
         base: folder of the base model, if it has moved since the training.
+        quantized: whether a base model that was quantized in the training is quantized again.
 
     Raises:
         CheckpointError: the export is damaged or does not fit the base model.
@@ -121,6 +124,8 @@ def load_export(folder: Path, dtype: torch.dtype, device: torch.device, base: st
     config = settings(folder)
     if base is not None:
         config.path = base
+    if not quantized:
+        config.quantization = "none"
     check_student(config)
     student = loading.load_student(config, dtype)
     if config.train == "lora":
@@ -168,7 +173,7 @@ def merge(source: Path, output: Path, base: str | None = None) -> None:
             f"{part} is enabled in {source} and cannot be merged into the model's weights; export without --merge"
         )
     _require_new(output)
-    student = load_export(source, torch.float32, torch.device("cpu"), base)
+    student = load_export(source, torch.float32, torch.device("cpu"), base, quantized=False)
     config.path = base or config.path
     processor = loading.load_processor(config)
     model = loading.merge_adapters(student)

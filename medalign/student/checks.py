@@ -19,8 +19,9 @@ from medalign.student.families.base import ModelSpec
 from medalign.student.families.registry import inspect_model
 from medalign.student.files import check_files, check_settings, read_object
 from medalign.student.loading import load_processor, model_folder
-from medalign.student.lora import lora_layers
+from medalign.student.lora import lora_layers, warn_about_experts
 from medalign.student.model import require_layer
+from medalign.student.quantization import require_quantization
 from medalign.student.reading import as_config_error
 from medalign.student.weights import empty_model, family_of
 
@@ -39,6 +40,7 @@ def check_student(config: StudentConfig) -> tuple[ModelSpec, Any]:
     folder = model_folder(config)
     check_files(Path(folder))
     _check_settings(folder, config)
+    require_quantization(config)
     processor = load_processor(config)
     model = empty_model(folder, config)
     spec = inspect_model(model)
@@ -110,6 +112,7 @@ def _check_projections(config: StudentConfig, spec: ModelSpec) -> None:
             )
     if config.train == "lora":
         lora_layers(config, spec)
+    warn_about_experts(config, spec)
 
 
 def _check_window(layer: int, spec: ModelSpec) -> None:

@@ -24,6 +24,7 @@ from medalign.student.families.registry import inspect_model
 from medalign.student.files import check_colors, tokenizer_fault
 from medalign.student.lora import lora_layers
 from medalign.student.model import Student, require_layer
+from medalign.student.quantization import quantization_arguments
 from medalign.student.query_mixture import QueryMixture
 from medalign.student.reading import as_config_error
 from medalign.student.steering import Steering
@@ -177,11 +178,13 @@ def _peft(student: Student) -> PeftModel:
 
 def _load_model(config: StudentConfig, dtype: torch.dtype) -> nn.Module:
     folder = model_folder(config)
-    names = attention_names(allowed_attention(config.attention, family_of(folder)), dtype)
+    family = family_of(folder)
+    names = attention_names(allowed_attention(config.attention, family), dtype)
+    quantized = quantization_arguments(config, family.decoder, dtype)
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()  # it would add one line per tensor to a log file
     try:
-        model: nn.Module = load_model(folder, config, dtype=dtype, attn_implementation=names)
+        model: nn.Module = load_model(folder, config, dtype=dtype, attn_implementation=names, **quantized)
     except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError(f"student.path {folder} cannot be loaded: {error}") from error
     return model

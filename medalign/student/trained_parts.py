@@ -47,5 +47,7 @@ def unused_in_tower(spec: ModelSpec) -> set[str]:
     copy = family.inspect(twin)
     named = dict(copy.vision_tower.named_parameters())
     pixels = torch.empty(1, 3, size, size, device="meta", dtype=next(iter(named.values())).dtype)
-    gradients = torch.autograd.grad(family.features(copy, pixels).sum(), list(named.values()), allow_unused=True)
+    with torch.enable_grad():
+        features = family.features(copy, pixels)
+        gradients = torch.autograd.grad(features.sum(), list(named.values()), allow_unused=True)
     return {name for name, gradient in zip(named, gradients, strict=True) if gradient is None}
