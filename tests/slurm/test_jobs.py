@@ -1,4 +1,4 @@
-"""The batch scripts on a real cluster: to the end, through a time limit, scancel, lost ranks and nodes, and in arrays."""
+"""The batch scripts on a real cluster: to the end, through a time limit, scancel, a lost rank or node, in arrays."""
 
 from __future__ import annotations
 
@@ -78,6 +78,7 @@ def test_the_deepspeed_launcher_per_node_survives_a_stopped_rank(cluster, recipe
     assert "the run hangs: rank 1 does not answer" in attempts(folder, "reason")[0][0]
 
 
+@pytest.mark.long
 def test_usr1_stops_the_ranks_below_the_deepspeed_launcher(cluster, recipe, whole, tmp_path):
     """As before a time limit: the launchers outlive the signal, and the job is queued again."""
     folder = tmp_path / "run"
@@ -87,7 +88,8 @@ def test_usr1_stops_the_ranks_below_the_deepspeed_launcher(cluster, recipe, whol
     cluster.wait_for_row(job, folder, 3)
     cluster.scancel(job, "--signal=USR1")
     assert cluster.wait(job) == "COMPLETED", cluster.text()
-    assert f"SIGUSR1: {SAID}" in cluster.text() and losses(folder) == losses(whole)
+    assert f"SIGUSR1: {SAID}" in cluster.text()
+    assert losses(folder) == losses(whole)
     assert attempts(folder, "status", "then") == [(75, "requeued"), (0, "ended")]
 
 
