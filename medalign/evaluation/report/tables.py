@@ -181,7 +181,7 @@ class TrainingSummary:
     samples_per_second: float | None  # all speeds are medians over the rows
     tokens_per_second: float | None
     data_wait_share: float | None
-    peak_gib: float | None
+    peak_gib: float | None  # of rank 0's GPU; of its process if it has none
     skipped: int | None  # bad samples that were replaced, over the entire run
     truncated: int | None  # texts truncated to the maximum length, over the entire run
     unreadable: int | None  # samples that could not be read in the evaluations
@@ -211,7 +211,7 @@ def training_summary(run: RunRecord) -> TrainingSummary:
         samples_per_second=typical("speed/samples_per_second"),
         tokens_per_second=typical("speed/tokens_per_second"),
         data_wait_share=typical("speed/data_wait_share"),
-        peak_gib=max(values("memory/peak_gib"), default=None),
+        peak_gib=max(values("memory/gpu_peak_gib") or values("memory/cpu_peak_gib"), default=None),
         skipped=total("data/skipped"),
         truncated=total("data/truncated"),
         unreadable=sum(unread) if unread else None,
