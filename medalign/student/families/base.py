@@ -189,7 +189,7 @@ class Family:
             batch: padded or packed.
             pixels: [I, 3, S, S]; None for a batch without images.
         """
-        return {"pixel_values": pixels}
+        return {} if pixels is None else {"pixel_values": pixels}  # generation also looks at a None
 
     def positions(self, spec: ModelSpec, batch: Batch, positions_BL: torch.Tensor) -> torch.Tensor:
         """Return the `position_ids` of a forward pass.
