@@ -24,19 +24,19 @@ MAX_PADDING_SHARE = 0.1  # or if more of it lies on padding
 IMAGES = 32  # images over which the first report is made
 
 
-def mask_outliers(attention: torch.Tensor, patches: torch.Tensor, ratio: float) -> torch.Tensor:
+def mask_outliers(attention: torch.Tensor, norms: torch.Tensor, ratio: float) -> torch.Tensor:
     """Set the attention to patches with an outlying norm to zero.
 
     Args:
         attention: [I, M].
-        patches: the residual stream that leaves the last block, [I, M, b]. Its norms separate sinks from other patches.
+        norms: norm of each patch of the residual stream that leaves the last block, [I, M]. It separates sinks from
+            other patches.
         ratio: a norm is outlying if it is larger than this multiple of the median over the image.
 
     Returns:
         The attention [I, M]. It is not normalized again.
     """
-    norm_IM = torch.linalg.vector_norm(patches.float(), dim=-1)
-    return attention.masked_fill(norm_IM > ratio * norm_IM.median(dim=1, keepdim=True).values, 0)
+    return attention.masked_fill(norms > ratio * norms.median(dim=1, keepdim=True).values, 0)
 
 
 class SinkShares(NamedTuple):
