@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -55,6 +55,11 @@ class TargetSource(nn.Module, ABC):
     def train(self, mode: bool = True) -> TargetSource:
         """Do nothing: the teacher stays in eval mode."""
         return self
+
+    @property
+    @abstractmethod
+    def view(self) -> Any:
+        """What the collator reads of a canvas for it: a `TeacherView`."""
 
     @abstractmethod
     def observe(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -121,6 +126,11 @@ class Teacher(TargetSource):
         self.encode = torch.compile(tower.encode) if compile_tower else tower.encode
         self.requires_grad_(False)
         nn.Module.train(self, False)
+
+    @property
+    def view(self) -> PreprocessCfg:
+        """The pixels of a canvas."""
+        return self.preprocess_cfg
 
     def observe(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Run the tower once on normalized pixels [I, 3, T, T]."""

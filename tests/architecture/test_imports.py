@@ -25,7 +25,7 @@ FLOORS = (
     ("engine",),
     ("checkpoint", "evaluation", "benchmark", "planning"),
     ("training",),
-    ("run", "pipeline", "inference", "evaluator", "inspection", "doctor", "watching"),
+    ("run", "pipeline", "inference", "evaluator", "inspection", "target_cache", "doctor", "watching"),
     ("cli", "__main__"),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

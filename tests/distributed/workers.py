@@ -19,7 +19,7 @@ from medalign.engine import engine as door
 from medalign.engine.engine import Engine
 from medalign.engine.settings import deepspeed_settings, precision
 from medalign.losses import build_objective
-from medalign.run import build_teacher, parameter_groups
+from medalign.run import build_teachers, parameter_groups
 from medalign.student.loading import load_student
 from medalign.student.model import Student
 from medalign.teacher.targets import assert_replicated
@@ -119,7 +119,7 @@ def build(config: Config, *, steered: bool = False, warm: bool = False) -> tuple
     does not partition them during loading.
     """
     ds_settings = deepspeed_settings(config, distributed.world_size())
-    teacher = build_teacher(config)
+    teachers = build_teachers(config)
     with door.sharded_loading(ds_settings):
         student = load_student(config.student, precision(config))
     if steered:
@@ -128,9 +128,10 @@ def build(config: Config, *, steered: bool = False, warm: bool = False) -> tuple
         _warm(student)
     student.train()
     engine = Engine(student, parameter_groups(student, config), ds_settings)
-    if teacher is not None:
+    for teacher in teachers:
         assert_replicated(teacher)
-    return engine, student, TrainStep(engine, teacher, build_objective(config), student.spec.grid)
+    first, also = (teachers[0] if teachers else None), teachers[1:]
+    return engine, student, TrainStep(engine, first, build_objective(config), student.spec.grid, also)
 
 
 def train(settings: dict[str, Any]) -> dict[str, Any]:

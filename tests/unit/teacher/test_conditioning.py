@@ -91,8 +91,9 @@ def test_the_step_gives_the_teacher_each_images_question(pixels):
     step = TrainStep(engine, teacher, lambda output, targets, batch, scale: seen.append(targets), grid)
     questions = (QUESTIONS[0], QUESTIONS[2], QUESTIONS[2])
     valid, weight = torch.ones(3, grid.size, dtype=torch.bool), torch.ones(3)
-    batch = SimpleNamespace(teacher_pixels=pixels, image_questions=questions, patch_valid=valid, image_weight=weight)
+    inputs = ({"pixels": pixels},)
+    batch = SimpleNamespace(teachers=inputs, image_questions=questions, patch_valid=valid, image_weight=weight)
     step._forward(batch, {})
-    assert len(step.sink_monitor._seen[0].top) == 3  # the monitor of sinks sees the same targets
+    assert len(step.sink_monitors[0]._seen[0].top) == 3  # the monitor of sinks sees the same targets
     expected = teacher_targets(teacher, pixels, grid, questions)
     assert torch.equal(seen[0].attention, expected.attention)
