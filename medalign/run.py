@@ -47,6 +47,7 @@ from medalign.training.callbacks import (
     StopOnSignal,
     Validation,
 )
+from medalign.training.gauges import build_gauges
 from medalign.training.loggers import build_loggers
 from medalign.training.same_run import require_same_run
 from medalign.training.step import TrainStep
@@ -119,10 +120,12 @@ def _train(
         else:
             first, also = (teachers[0] if teachers else None), teachers[1:]
             step = TrainStep(engine, first, objective, student.spec.grid, also)
-            batches = iter(pipeline.build_loader(config, index, collator, now.step))
-            hooks = [*loggers, *build_callbacks(config, folder, held_out, collator), *callbacks]
+            loader = pipeline.build_loader(config, index, collator, now.step)
+            sizes = [int(index.shard_sizes(number).sum()) for number in range(len(config.data.folders))]
+            gauges = build_gauges(config, loader.order, sizes, student, teachers, engine.device)
+            hooks = [*loggers, *gauges, *build_callbacks(config, folder, held_out, collator), *callbacks]
             hooks.append(Checkpointing(config.checkpoint.interval, save, config.checkpoint.retry_minutes))
-            now = Trainer(config, step, batches, now, hooks).fit()
+            now = Trainer(config, step, iter(loader), now, hooks).fit()
     finally:
         for logger in loggers:
             logger.close()

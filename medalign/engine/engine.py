@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import io
 import logging
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -149,6 +150,14 @@ class Engine:
                 if distributed.is_main():
                     gathered[name] = parameter.detach().cpu().clone()
         return gathered
+
+    def norm(self, parameters: Sequence[nn.Parameter]) -> float:
+        """Return the Euclidean norm of parameters together. Every rank must call it."""
+        squares = 0.0
+        for parameter in parameters:
+            with deepspeed.zero.GatheredParameters([parameter]):
+                squares += float(parameter.detach().float().square().sum())
+        return math.sqrt(squares)
 
     def save(self, folder: Path) -> None:
         """Write the trainable parameters and the optimizer's state into `folder`. Every rank must call it.
