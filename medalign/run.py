@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image
 
 from medalign import config as settings
-from medalign import distributed, pipeline, target_cache
+from medalign import distributed, exit_records, pipeline, target_cache
 from medalign.checkpoint import export, lock
 from medalign.checkpoint.loading import find_whole, load
 from medalign.checkpoint.saving import CheckpointWriter
@@ -28,6 +28,7 @@ from medalign.errors import Stopped
 from medalign.losses.build import build_objective
 from medalign.losses.objective import Objective
 from medalign.observability.files import write_text
+from medalign.observability.watchdog import STATUS as HANG
 from medalign.observability.watchdog import Watchdog
 from medalign.run_folder import RunFolder
 from medalign.stop_signals import stop_signals
@@ -73,9 +74,18 @@ def train(config: Config, callbacks: Sequence[Callback] = ()) -> Path:
     config = settings.check(config)
     distributed.adopt_launcher()
     distributed.set_up_logging()
+    with exit_records.recorded(RunFolder(Path(config.run.dir))):
+        return _train_or_stop(config, callbacks)
+
+
+def _train_or_stop(config: Config, callbacks: Sequence[Callback]) -> Path:
     folder = Path(config.run.dir)
     ds_settings = deepspeed_settings(config, distributed.world_size())
-    with stop_signals() as received, Watchdog(RunFolder(folder).stacks) as watchdog:
+
+    def record_hang(verdict: str) -> None:
+        exit_records.write(RunFolder(folder), HANG, verdict)
+
+    with stop_signals() as received, Watchdog(RunFolder(folder).stacks, on_hang=record_hang) as watchdog:
         watchdog.beat("waiting for the other ranks", config.engine.start_timeout)
         deepspeed_engine.start(ds_settings)
         try:
