@@ -12,7 +12,7 @@ from typing import Any
 from PIL import Image
 
 from medalign import config as settings
-from medalign import distributed, pipeline
+from medalign import distributed, exit_records, pipeline
 from medalign.checkpoint import export, lock
 from medalign.checkpoint.loading import find_whole, load
 from medalign.checkpoint.retention import Retention
@@ -30,6 +30,7 @@ from medalign.errors import ConfigError, Stopped
 from medalign.losses.build import build_objective
 from medalign.losses.objective import Objective
 from medalign.observability.files import write_text
+from medalign.observability.watchdog import STATUS as HANG
 from medalign.observability.watchdog import Watchdog
 from medalign.run_folder import RunFolder
 from medalign.stop_signals import stop_signals
@@ -48,6 +49,7 @@ from medalign.training.callbacks import (
     StopOnSignal,
     Validation,
 )
+from medalign.training.gauges import build_gauges
 from medalign.training.loggers import build_loggers
 from medalign.training.same_run import require_same_run
 from medalign.training.step import TrainStep
@@ -73,9 +75,18 @@ def train(config: Config, callbacks: Sequence[Callback] = ()) -> Path:
     config = settings.check(config)
     distributed.adopt_launcher()
     distributed.set_up_logging()
+    with exit_records.recorded(RunFolder(Path(config.run.dir))):
+        return _train_or_stop(config, callbacks)
+
+
+def _train_or_stop(config: Config, callbacks: Sequence[Callback]) -> Path:
     folder = Path(config.run.dir)
     ds_settings = deepspeed_settings(config, distributed.world_size())
-    with stop_signals() as received, Watchdog(RunFolder(folder).stacks) as watchdog:
+
+    def record_hang(verdict: str) -> None:
+        exit_records.write(RunFolder(folder), HANG, verdict)
+
+    with stop_signals() as received, Watchdog(RunFolder(folder).stacks, on_hang=record_hang) as watchdog:
         watchdog.beat("waiting for the other ranks", config.engine.start_timeout)
         deepspeed_engine.start(ds_settings)
         try:
@@ -112,8 +123,11 @@ def _train(
     begin("starting to train")
     writer = _checkpoint_writer(config, RunFolder(folder).checkpoints.path, engine, student)
     if index is not None:
+        sizes = [int(index.shard_sizes(number).sum()) for number in range(len(config.data.folders))]
+        order = pipeline.build_order(config, index)
+        gauges = build_gauges(config, order, sizes, student, teacher, engine.device)
+        hooks = [*gauges, *build_callbacks(config, folder, held_out, collator), *callbacks]
         background = writer if config.checkpoint.asynchronous else None
-        hooks = [*build_callbacks(config, folder, held_out, collator), *callbacks]
         hooks.append(
             Checkpointing(config.checkpoint.interval, writer.save, config.checkpoint.retry_minutes, background)
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -148,6 +149,14 @@ class Engine:
                 if distributed.is_main():
                     gathered[name] = parameter.detach().cpu().clone()
         return gathered
+
+    def norm(self, parameters: Sequence[nn.Parameter]) -> float:
+        """Return the Euclidean norm of parameters together. Every rank must call it."""
+        squares = 0.0
+        for parameter in parameters:
+            with deepspeed.zero.GatheredParameters([parameter]):
+                squares += float(parameter.detach().float().square().sum())
+        return math.sqrt(squares)
 
     def capture(self, folder: Path, *, copy: bool) -> list[Callable[[], Path]]:
         """Prepare this rank's files of a checkpoint: trainable parameters and optimizer. Every rank must call it.
