@@ -70,6 +70,8 @@ METRICS = (
     Metric("train/samples", "samples", "samples taken since the first step"),
     Metric("train/epoch", "", "passes over all samples", "unless folders are mixed by weight"),
     Metric("train/diverged_steps", "steps", "steps whose update was left out"),
+    Metric("train/rewinds", "", "how often the run went back to a checkpoint (`train.rewind_on_spike`)"),
+    Metric("data/skipped_batches", "batches", "global batches that these rewinds left out"),
     Metric("time/elapsed_seconds", "s", "time in the training loop, without the pauses between starts"),
     Metric("job/world_size", "", "number of ranks"),
     Metric("job/id", "", "number of the batch job", "under SLURM"),

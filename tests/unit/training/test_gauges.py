@@ -48,6 +48,7 @@ def test_operations_that_cannot_be_counted_leave_out_the_metric(caplog):
 
 def trainer(**state: int) -> SimpleNamespace:
     return SimpleNamespace(
+        config=Config(),  # batches of 32
         state=TrainState(step=0, ranks=1, **({"samples": 0} | state)),
         step=SimpleNamespace(engine=SimpleNamespace(device=torch.device("cpu"))),
     )
@@ -81,6 +82,8 @@ def test_samples_are_counted_by_folder_also_where_a_run_resumes():
         assert list(found.values()) == list(expected)
     assert found == {"data/source_0_samples": 3072, "data/source_1_samples": 1024}
     assert DataProgress(order, sizes).metrics(trainer(samples=4096)) == found
+    gauge.on_train_start(trainer())  # after a rewind from sample 4096 to 2048, which leaves out 64 batches of 32
+    assert gauge.metrics(trainer(samples=2048, skipped_batches=64)) == found
 
 
 def test_one_folder_has_epochs_and_no_sources():
