@@ -31,6 +31,7 @@ _MAY_CHANGE: Sequence[str] = (
     "train.micro_batch_size",
     "train.evaluate_every",
     "train.max_diverged_steps",
+    "train.rewind_on_spike",
     "student.gradient_checkpointing",
 )
 

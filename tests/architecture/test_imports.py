@@ -24,6 +24,7 @@ FLOORS = (
         "geometry",
         "contracts",
         "distributed",
+        "exit_records",
         "import_path",
         "run_folder",
         "stop_signals",
@@ -35,7 +36,7 @@ FLOORS = (
     ("engine",),
     ("checkpoint", "evaluation", "benchmark", "planning"),
     ("training",),
-    ("run", "pipeline", "inference", "answering", "evaluator", "inspection", "doctor", "watching"),
+    ("run", "pipeline", "inference", "answering", "evaluator", "inspection", "doctor", "supervising", "watching"),
     ("cli", "__main__"),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
@@ -64,6 +65,7 @@ LAYOUT_OWNER = "run_folder.py"
 RUN_FILES = {
     "config.yaml",
     "metrics.jsonl",
+    "attempts.jsonl",
     "wandb_run_id",
     "progress.json",
     "complete.json",
