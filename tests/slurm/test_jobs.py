@@ -58,8 +58,9 @@ def test_a_canceled_job_and_a_killed_rank_resume_exactly(cluster, recipe, whole,
     job = cluster.submit("train", *words, options=NODES, MOMENT_CALL="2", MOMENT_ACT="KILL", MOMENT_ONCE=once)
     assert cluster.wait(job) == "COMPLETED", cluster.text()
     assert losses(folder) == losses(whole)
-    assert attempts(folder, "job", "step", "then")[1:] == [(job, 5, "restarted"), (job, 8, "ended")]
-    assert "no reason from rank 1: killed" in attempts(folder, "reason")[1][0]
+    rows = [row for row in attempts(folder, "job", "step", "then", "reason") if row[0] == job]
+    assert [row[1:3] for row in rows] == [(5, "restarted"), (8, "ended")]
+    assert "killed" in rows[0][3]  # of rank 1; or of both, if srun kills rank 0 before it has noticed
 
 
 def attempts(folder: Path, *names: str) -> list[tuple]:
