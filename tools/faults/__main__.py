@@ -75,7 +75,7 @@ class Campaign:
             draw = random.Random(f"{self.seed} {self.world} {self.count() + len(self.unsettled)}")
             start = run.start()
             try:
-                early = draw.random() < _EARLY and not self.unsettled
+                early = draw.random() < _EARLY
                 if early:
                     time.sleep(draw.uniform(0.0, _EARLY_SECONDS))
                 else:
