@@ -35,7 +35,17 @@ FLOORS = (
     ("engine",),
     ("checkpoint", "evaluation", "benchmark", "planning"),
     ("training",),
-    ("run", "pipeline", "inference", "evaluator", "inspection", "doctor", "supervising", "watching"),
+    (
+        "run",
+        "pipeline",
+        "inference",
+        "evaluator",
+        "inspection",
+        "target_cache",
+        "doctor",
+        "supervising",
+        "watching",
+    ),
     ("cli", "__main__"),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
