@@ -13,7 +13,7 @@ killed, failed or hung. It is not run again after success, after an error that t
 a stop on request (75, 143, 130). Signals reach all ranks.
 
 In a SLURM job, run it in the batch script, around srun: the job is queued again after USR1 (status 75), and once the
-restarts are used up. Each attempt with a new step renews both limits, so that only a run that does not advance is ended.
+restarts are used up. Each attempt with a new step renews both limits: only a run that does not advance is ended.
 RUN/attempts.jsonl has the status and the reason of each attempt.
 
 The exit status is that of the training.
