@@ -32,8 +32,8 @@ def test_a_chain_of_jobs_runs_to_its_end(cluster, recipe, shards, whole, tmp_pat
 
 
 def test_a_time_limit_queues_the_job_again_without_losing_a_step(cluster, recipe, whole, tmp_path):
-    """The limit is 3 minutes, and USR1 arrives after one, in step 4."""
-    folder, options = tmp_path / "run", (*NODES, "--time=3", "--signal=USR1@120")
+    """The limit is 3 minutes, and USR1 arrives halfway, in step 4."""
+    folder, options = tmp_path / "run", (*NODES, "--time=3", "--signal=USR1@90")
     words = (str(recipe), "--run.dir", str(folder), *WORDS)
     job = cluster.submit("train", *words, options=options, MOMENT_CALL="4", MOMENT_ACT="wait")
     assert cluster.wait(job) == "COMPLETED", cluster.text()
