@@ -19,10 +19,12 @@ SMALLEST = 1e-12  # a map with a smaller sum has no loss; inside the logarithm, 
 
 
 class AttentionTerm(LossTerm):
-    """The attention loss, named "attention".
+    """The attention loss.
 
     Args:
         coefficient: the paper's beta.
+        name: the name of the term.
+        teacher: which teacher's attention is the target: 0 is the first (`TeacherTargets.of`).
         normalize: how attention becomes a distribution: "sum", "softmax" or "official"; see `attention_kl`.
         ignore_padding: whether to exclude patches that show only canvas padding.
         layer_weights: one weight per tapped block, for the mean over them; empty if all are equal.
@@ -35,12 +37,15 @@ class AttentionTerm(LossTerm):
         self,
         coefficient: float,
         *,
+        name: str = "attention",
+        teacher: int = 0,
         normalize: str = "sum",
         ignore_padding: bool = False,
         layer_weights: Sequence[float] = (),
     ) -> None:
-        super().__init__("attention", coefficient)
+        super().__init__(name, coefficient)
         check_choice("normalize", normalize, NORMALIZATIONS)
+        self.teacher = teacher
         self.normalize = normalize
         self.ignore_padding = ignore_padding
         self.layer_weights = tuple(layer_weights)
@@ -51,13 +56,14 @@ class AttentionTerm(LossTerm):
 
     def compute(self, output: StudentOutput, targets: TeacherTargets | None, batch: Batch) -> LossValue | None:
         """Return the divergence, summed over the images that count."""
-        if not output.blocks or targets is None or targets.attention is None:
+        target = None if targets is None else targets.of(self.teacher).attention
+        if not output.blocks or target is None:
             return None
         mask_IN = batch.patch_valid if self.ignore_padding else None
         weight_I = image_weights(batch)
         sums = []
         for block in output.blocks:
-            divergence_I = attention_kl(block.attention, targets.attention, mask_IN, normalize=self.normalize)
+            divergence_I = attention_kl(block.attention, target, mask_IN, normalize=self.normalize)
             sums.append((divergence_I * weight_I).sum())
         return LossValue(sum=mean_over_blocks(sums, self.layer_weights), count=weight_I.sum())
 

@@ -28,6 +28,7 @@ FLOORS = (
         "import_path",
         "run_folder",
         "stop_signals",
+        "work_queue",
     ),
     ("config",),
     ("kernels", "data", "observability"),
@@ -35,7 +36,18 @@ FLOORS = (
     ("engine",),
     ("checkpoint", "evaluation", "benchmark", "planning"),
     ("training",),
-    ("run", "pipeline", "inference", "evaluator", "inspection", "doctor", "supervising", "watching"),
+    (
+        "run",
+        "pipeline",
+        "inference",
+        "answering",
+        "evaluator",
+        "inspection",
+        "target_cache",
+        "doctor",
+        "supervising",
+        "watching",
+    ),
     ("cli", "__main__"),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
