@@ -60,7 +60,7 @@ def build(gguf: Path, folder: Path, seed: int = 0) -> Path:
     torch.manual_seed(seed)
     language: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     del language.config.quantization_config  # the weights are read as numbers
-    tokenizer = _tokenizer(gguf)
+    tokenizer: Any = _tokenizer(gguf)
     language.resize_token_embeddings(len(tokenizer))
     phantom: Any = LlavaForConditionalGeneration.from_pretrained(PHANTOM, dtype=torch.float32)
     config = LlavaConfig(
@@ -83,7 +83,7 @@ def build(gguf: Path, folder: Path, seed: int = 0) -> Path:
     LlavaProcessor(
         image_processor=CLIPImageProcessor.from_pretrained(PHANTOM),
         tokenizer=tokenizer,
-        patch_size=config.vision_config.patch_size,
+        patch_size=phantom.config.vision_config.patch_size,
         vision_feature_select_strategy=config.vision_feature_select_strategy,
         image_token=IMAGE,
         num_additional_image_tokens=1,
