@@ -16,8 +16,8 @@ def register(subparsers: Subparsers) -> None:
         "recipes",
         run,
         "list the packaged recipes, or show the settings of one",
-        "Without RECIPE, lists the packaged recipes, each with what it is. With RECIPE, shows its settings and those of\n"
-        "the recipes that it builds on, as YAML. All other settings have their defaults.\n\n"
+        "Without RECIPE, lists the packaged recipes, each with what it is. With RECIPE, shows its settings and those\n"
+        "of the recipes that it builds on, as YAML. All other settings have their defaults.\n\n"
         "examples:\n"
         "  medalign recipes\n"
         "  medalign recipes llava_med/vqa_rad",
