@@ -16,6 +16,7 @@ _MODULES = {
     "load_config": "medalign.config",
     "train": "medalign.run",
     "open_student": "medalign.inference",
+    "Decoding": "medalign.student.decoding",
     "generate": "medalign.inference",
     "evaluate": "medalign.evaluator",
     "load_teacher": "medalign.teacher.loading",
@@ -29,6 +30,7 @@ _NAMES = {"load_config": "load"}  # public name -> name in the module, where the
 
 __all__ = [  # noqa: F822 (found by __getattr__)
     "Config",
+    "Decoding",
     "PatchGrid",
     "attention_kl",
     "attention_map",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
@@ -24,6 +25,9 @@ from medalign.observability.files import write_text
 from medalign.observability.progress import ProgressReporter
 from medalign.run_folder import EvaluationFolder, find_run
 from medalign.stop_signals import StopSignals, stop_signals
+from medalign.student.decoding import Decoding
+
+_GREEDY = Decoding()
 
 
 def evaluate(
@@ -33,7 +37,7 @@ def evaluate(
     name: str | None = None,
     batch_size: int = 32,
     limit: int | None = None,
-    max_new_tokens: int = 128,
+    decoding: Decoding = _GREEDY,
     max_length: int | None = None,
     max_skip_fraction: float = 0.01,
     base: str | None = None,
@@ -51,7 +55,7 @@ def evaluate(
         name: name of the evaluation; by default that of the first shard folder.
         batch_size: questions per batch.
         limit: evaluate only the first samples.
-        max_new_tokens: limit of an answer, in tokens.
+        decoding: greedy, beams or sampling, and the limit of an answer.
         max_length: limit of a question and one image, in tokens; by default that of the training.
         max_skip_fraction: fraction of the samples that may be unreadable.
         base: folder of the base model, if it has moved since the training.
@@ -77,7 +81,7 @@ def evaluate(
     settings = {
         "limit": limit,
         "batch_size": batch_size,
-        "max_new_tokens": max_new_tokens,
+        **asdict(decoding),
         "max_length": collator.encoder.max_length,
         "dtype": str(student.dtype).removeprefix("torch."),
         "device": distributed.device().type,
@@ -87,10 +91,10 @@ def evaluate(
     done = unfinished.resume(indexes, planned, batch_size)
     tally = Tally(max_skip_fraction, list(done.rows), done.unreadable)
     ask = partial(predict, student, tokenizer, collator=collator, device=distributed.device())
-    ask = partial(ask, batch_size=batch_size, max_new_tokens=max_new_tokens)
+    ask = partial(ask, batch_size=batch_size, decoding=decoding)
     with stop_signals() as signals:
         unfinished.append(_rows(ask, indexes, done.starts, planned, tally, signals))
-    tally.warn(collator.encoder.max_length, max_new_tokens)
+    tally.warn(collator.encoder.max_length, decoding.max_new_tokens)
     provenance = {**origin, "settings": settings, "command": command, "versions": versions()}
     facts = {
         "name": folder.path.name,

@@ -20,17 +20,19 @@ from medalign.evaluation.generation import Answer, generate_answers
 from medalign.evaluation.metrics.predictions import LENGTH
 from medalign.evaluation.report.pictures import overlay
 from medalign.student import loading
+from medalign.student.decoding import Decoding, keep_only_tokens
 from medalign.student.model import Student
 
 log = logging.getLogger("medalign")
+_GREEDY = Decoding()
 
 
 def generate(
     run: Path,
     images: Sequence[Path],
     question: str,
-    picture: Path | None,
-    max_new_tokens: int,
+    picture: Path | None = None,
+    decoding: Decoding = _GREEDY,
     max_length: int | None = None,
     base: str | None = None,
 ) -> Answer:
@@ -41,7 +43,7 @@ def generate(
         images: image files.
         question: the question.
         picture: file for the attention to the first image as an overlay, or None.
-        max_new_tokens: limit of the answer, in tokens.
+        decoding: greedy, beams or sampling, and the limit of the answer.
         max_length: limit of the question and one image, in tokens; by default that of the training.
         base: folder of the base model, if it has moved since the training.
 
@@ -71,14 +73,14 @@ def generate(
     if batch.truncated:
         limit = collator.encoder.max_length
         log.warning("the question is truncated to %d tokens; --max-length raises the limit", limit)
-    given = generate_answers(student, tokenizer, batch, max_new_tokens)[0]
+    given = generate_answers(student, tokenizer, batch, decoding)[0]
     if picture is not None and given.attention is not None:
         overlay(pictures[0], given.attention, student.spec.grid).save(picture)
         log.info("overlay: %s", picture)
     if not given.text:
         log.warning("(empty answer)")
     if given.finish_reason == LENGTH:
-        log.warning("the answer is cut off at %d tokens; --max-new-tokens raises the limit", max_new_tokens)
+        log.warning("the answer is cut off at %d tokens; --max-new-tokens raises the limit", decoding.max_new_tokens)
     return given
 
 
@@ -103,6 +105,7 @@ def open_student(
     processor = loading.load_processor(config if base is None else type(config)(**{**vars(config), "path": base}))
     limit = max_length or export.max_length(source)
     collator = pipeline.build_question_collator(student.spec, processor, limit, max_images)
+    keep_only_tokens(student.spec.model)
     student.end_with(collator.encoder.end_token_id)
     return student, processor.tokenizer, collator
 

@@ -6,7 +6,8 @@ import argparse
 import logging
 import sys
 
-from medalign.cli.parser import Subparsers, add_command, add_lengths, add_run
+from medalign.cli.decoding import add_decoding, read_decoding
+from medalign.cli.parser import Subparsers, add_command, add_max_length, add_run
 from medalign.cli.values import count, share
 
 log = logging.getLogger("medalign")
@@ -27,7 +28,8 @@ def register(subparsers: Subparsers) -> None:
         "example: medalign evaluate runs/first --data data/val",
     )
     add_run(parser)
-    add_lengths(parser)
+    add_max_length(parser)
+    add_decoding(parser)
     parser.add_argument("--data", nargs="+", required=True, metavar="SHARDS", help="folders of shards")
     parser.add_argument(
         "--name",
@@ -61,7 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
         name=arguments.name,
         batch_size=arguments.batch_size,
         limit=arguments.limit,
-        max_new_tokens=arguments.max_new_tokens,
+        decoding=read_decoding(arguments),
         max_length=arguments.max_length,
         max_skip_fraction=arguments.max_skip_fraction,
         base=arguments.student,

@@ -6,7 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from medalign.cli.parser import Subparsers, add_command, add_lengths, add_run
+from medalign.cli.decoding import add_decoding, read_decoding
+from medalign.cli.parser import Subparsers, add_command, add_max_length, add_run
 
 
 def register(subparsers: Subparsers) -> None:
@@ -21,7 +22,8 @@ def register(subparsers: Subparsers) -> None:
         'example: medalign generate runs/first --image film.png --question "Is there an effusion?" --overlay map.png',
     )
     add_run(parser)
-    add_lengths(parser)
+    add_max_length(parser)
+    add_decoding(parser)
     parser.add_argument(
         "--image",
         type=Path,
@@ -43,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.image,
         arguments.question,
         arguments.overlay,
-        max_new_tokens=arguments.max_new_tokens,
+        decoding=read_decoding(arguments),
         max_length=arguments.max_length,
         base=arguments.student,
     )

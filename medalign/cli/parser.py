@@ -98,18 +98,11 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--student", metavar="DIR", help="the base model's folder, if it has moved since training")
 
 
-def add_lengths(parser: argparse.ArgumentParser) -> None:
-    """Add --max-length and --max-new-tokens, the limits of a question and of its answer."""
+def add_max_length(parser: argparse.ArgumentParser) -> None:
+    """Add --max-length, the limit of a question."""
     parser.add_argument(
         "--max-length",
         type=count,
         metavar="N",
         help="maximum tokens of a question and its first image; text beyond it is cut off (default: as in training)",
-    )
-    parser.add_argument(
-        "--max-new-tokens",
-        type=count,
-        default=128,
-        metavar="N",
-        help="maximum tokens of an answer (default %(default)s)",
     )

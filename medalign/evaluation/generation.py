@@ -19,6 +19,7 @@ from medalign.evaluation.grounding import grounding
 from medalign.evaluation.metrics import Prediction
 from medalign.evaluation.metrics.predictions import LENGTH, STOP
 from medalign.geometry import CanvasFrame
+from medalign.student.decoding import Decoding
 from medalign.student.model import Student
 
 GROUPING = ("patient", "question_type", "finding", "modality")  # fields of an annotation that a prediction keeps
@@ -41,14 +42,14 @@ class PredictionBatch:
     unreadable: tuple[str, ...]  # "shard/key: reason" of each skipped sample
 
 
-def generate_answers(student: Student, tokenizer: Any, batch: Batch, max_new_tokens: int) -> list[Answer]:
-    """Generate answers with greedy decoding.
+def generate_answers(student: Student, tokenizer: Any, batch: Batch, decoding: Decoding) -> list[Answer]:
+    """Generate answers.
 
     Args:
         student: the trained student.
         tokenizer: the student's tokenizer.
         batch: questions, left-padded.
-        max_new_tokens: limit of tokens per answer.
+        decoding: greedy, beams or sampling, and the limit of an answer.
 
     Returns:
         One answer per question.
@@ -56,8 +57,7 @@ def generate_answers(student: Student, tokenizer: Any, batch: Batch, max_new_tok
     ends = student.end_tokens
     ids, maps_IN = student.generate(
         batch,
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
+        **decoding.arguments(batch.keys, batch.input_ids.shape[1], batch.input_ids.device),
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=ends,
     )
@@ -92,7 +92,7 @@ def predict(
     collator: Collator,
     *,
     batch_size: int,
-    max_new_tokens: int,
+    decoding: Decoding,
     device: torch.device,
     indices: Sequence[int] | None = None,
 ) -> Iterator[PredictionBatch]:
@@ -104,12 +104,12 @@ def predict(
         index: the samples.
         collator: makes left-padded batches of questions.
         batch_size: questions per batch.
-        max_new_tokens: limit of tokens per answer.
+        decoding: greedy, beams or sampling, and the limit of an answer.
         device: the student's device.
         indices: which samples; all by default.
     """
     for samples, batch in batches(index, collator, batch_size, indices):
-        answers = generate_answers(student, tokenizer, batch.to(device), max_new_tokens)
+        answers = generate_answers(student, tokenizer, batch.to(device), decoding)
         rows = [_prediction(student, sample, given) for sample, given in zip(samples, answers, strict=True)]
         for row, (question_cut, _) in zip(rows, batch.cuts, strict=True):
             row.truncated = question_cut > 0

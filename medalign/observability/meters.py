@@ -1,4 +1,4 @@
-"""Throughput and memory of a run. The counts are summed over the ranks once per row of metrics."""
+"""Throughput, time and memory of a run. The counts are summed over the ranks once per row of metrics."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+from torch import nn
 
 from medalign.distributed import sum_over_ranks
 
@@ -62,9 +64,52 @@ class Throughput:
         self._start = self._clock()
 
 
-def peak_memory_gib(device: torch.device | str) -> float:
-    """Return the peak memory of this rank so far, in GiB: allocated on the GPU, or resident in the process on a CPU."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
+class ModuleTimer:
+    """Measures how long the forward passes of a module take on its device.
+
+    On a GPU they are measured on the stream on which they run, without waiting for it.
+
+    Args:
+        module: the module. It gets hooks, which stay.
+        device: the device of its forward passes.
+        clock: returns the time in seconds; used on a CPU.
+    """
+
+    def __init__(self, module: nn.Module, device: torch.device, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._device, self._clock = device, clock
+        self._passes: list[tuple[Any, Any]] = []
+        self._began: Any = None
+        module.register_forward_pre_hook(self._begin)
+        module.register_forward_hook(self._end)
+
+    def take(self) -> float:
+        """Return the seconds of the passes since the last call. On a GPU it waits for the last one of them."""
+        passes, self._passes = self._passes, []
+        if self._device.type != "cuda":
+            return float(sum(end - start for start, end in passes))
+        if passes:
+            passes[-1][1].synchronize()
+        return float(sum(start.elapsed_time(end) for start, end in passes)) / 1e3
+
+    def _begin(self, *_: Any) -> None:
+        self._began = self._mark()
+
+    def _end(self, *_: Any) -> None:
+        self._passes.append((self._began, self._mark()))
+
+    def _mark(self) -> Any:
+        if self._device.type != "cuda":
+            return self._clock()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+
+def memory_gib(device: torch.device) -> dict[str, float]:
+    """Return the largest memory of this rank so far, in GiB: resident in the process and, with a GPU, on the GPU."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20
+    found = {"memory/cpu_peak_gib": peak / 2**30 if sys.platform == "darwin" else peak / 2**20}
+    if device.type == "cuda":
+        found["memory/gpu_peak_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+        found["memory/gpu_reserved_gib"] = torch.cuda.max_memory_reserved(device) / 2**30
+    return found

@@ -41,10 +41,16 @@ class Watchdog:
     Args:
         folder: `rank-N.txt` is written here.
         end: ends the process with a status.
+        on_hang: called before that with the message that says which rank the others wait for.
     """
 
-    def __init__(self, folder: Path, end: Callable[[int], object] = os._exit) -> None:
-        self._folder, self._end = folder, end
+    def __init__(
+        self,
+        folder: Path,
+        end: Callable[[int], object] = os._exit,
+        on_hang: Callable[[str], object] = lambda verdict: None,
+    ) -> None:
+        self._folder, self._end, self._on_hang = folder, end, on_hang
         self._progress: tuple[int, str, float, float] = (0, "starting", time.monotonic(), 0.0)
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -100,8 +106,10 @@ class Watchdog:
             self._report_path.unlink(missing_ok=True)
             return False
         reports = self._read_reports()
+        verdict = self._verdict(reports)
+        self._on_hang(verdict)
         if distributed.rank() == min(reports, default=distributed.rank()):
-            log.error("error: %s", self._verdict(reports))
+            log.error("error: %s", verdict)
         else:
             time.sleep(_GRACE)  # once one rank has ended, the launcher kills the others
         self._end(STATUS)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
 from medalign.kernels.gpu import ARCHITECTURES
+
+_VARIANTS = {"pcie", "nvl", "mig"}  # in the name of a GPU with fewer operations per second than the SXM form
 
 
 class Card(NamedTuple):
@@ -27,3 +30,11 @@ CARDS = {
     "h200": Card("H200 SXM 141 GB", 141e9, _H100, 67e12, 450e9, "NVIDIA H200 data sheet (2024)"),
     "b200": Card("B200 SXM 180 GB", 180e9, _B200, 75e12, 900e9, "NVIDIA HGX B200 data sheet (2025)"),
 }
+
+
+def find_card(name: str) -> Card | None:
+    """Return the card with this name, as CUDA reports it; None if it is another one, or a slower variant of one."""
+    words = set(re.split(r"[^a-z0-9]+", name.lower()))
+    if words & _VARIANTS:
+        return None
+    return next((card for key, card in CARDS.items() if key in words), None)

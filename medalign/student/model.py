@@ -184,10 +184,10 @@ class Student(nn.Module):
         # During generation, passes after the first one process single new tokens, which are not image tokens.
         if cells_BL is None or hidden_BLD.shape[1] != cells_BL.shape[1]:
             return None
+        copies = hidden_BLD.shape[0] // cells_BL.shape[0]  # the beams of a sample are consecutive rows
         if self.steering is not None:
-            copies = hidden_BLD.shape[0] // cells_BL.shape[0]  # the beams of a sample are consecutive rows
             hidden_BLD = self.steering(hidden_BLD, cells_BL.repeat_interleave(copies, dim=0))
-        self._tokens = hidden_BLD
+        self._tokens = hidden_BLD[::copies]
         return ((hidden_BLD, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden_BLD})
 
     def _collect(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:

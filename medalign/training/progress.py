@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from statistics import median
@@ -16,7 +17,7 @@ from medalign.config import Config, TrainConfig
 from medalign.contracts import Batch
 from medalign.data.batches.reader import check_skip_rate
 from medalign.errors import DivergedError
-from medalign.observability.meters import peak_memory_gib
+from medalign.observability.meters import memory_gib
 
 log = logging.getLogger("medalign")
 WINDOW = 20  # steps whose losses tell what the next one may be
@@ -53,7 +54,8 @@ def count_if_diverged(
         found = [f"loss/total is {total:.4g}, and at most {most:.4g} follows from the last {WINDOW} steps"]
     if not found:
         return replace(state, losses=(*state.losses, total)[-WINDOW:]) if config.max_loss_ratio else state
-    state, limit = replace(state, diverged=state.diverged + 1), config.max_diverged_steps
+    spike = (spike_start(state, done), done)
+    state, limit = replace(state, diverged=state.diverged + 1, spike=spike), config.max_diverged_steps
     keys = ", ".join(key for batch in micro_batches for key in batch.keys)
     if math.isfinite(losses["optim/grad_norm"]) or state.diverged > limit:
         raise DivergedError(
@@ -64,6 +66,14 @@ def count_if_diverged(
     left_out = f"its update is left out, on all ranks ({state.diverged} of at most {limit})"
     log.warning("step %d: %s; %s. This rank's samples: %s", done, ", ".join(found), left_out, keys)
     return state
+
+
+def spike_start(state: TrainState, done: int) -> int:
+    """Return the first step of the spike that the diverged step `done` belongs to.
+
+    Diverged steps belong to one spike if there are fewer than 20 steps between them.
+    """
+    return state.spike[0] if state.spike and done - state.spike[1] <= WINDOW else done
 
 
 def update_state(
@@ -100,12 +110,25 @@ def learning_rates(groups: Mapping[str, float]) -> dict[str, float]:
     return {"optim/lr" if name == "adapters" else f"optim/lr_{name}": rate for name, rate in groups.items()}
 
 
-def state_metrics(state: TrainState, device: object) -> dict[str, float]:
-    """Return the metrics of a row that come from the state, and the peak memory of this rank."""
+def state_metrics(state: TrainState, device: torch.device) -> dict[str, float]:
+    """Return the metrics of a row that come from the state, and the memory of this rank."""
     return {
         "time/elapsed_seconds": state.seconds,
+        "train/samples": state.samples,
         "train/diverged_steps": state.diverged,
+        "train/rewinds": state.rewinds,
+        "data/skipped_batches": state.skipped_batches,
         "data/skipped": state.skipped,
         "data/truncated": state.truncated,
-        "memory/peak_gib": peak_memory_gib(str(device)),
+        **memory_gib(device),
+        **job_metrics(),
     }
+
+
+def job_metrics() -> dict[str, float]:
+    """Return the number of ranks and, under SLURM, the number of the job. Both can change where a run resumes."""
+    job = os.environ.get("SLURM_JOB_ID", "")
+    found: dict[str, float] = {"job/world_size": distributed.world_size()}
+    if job.isdecimal():
+        found["job/id"] = int(job)
+    return found

@@ -33,10 +33,20 @@ class Callback:
     """
 
     def on_train_start(self, trainer: Trainer) -> None:
-        """Called before the first step."""
+        """Called before the first step, and again before the first step after a rewind (`train.rewind_on_spike`)."""
 
     def on_step_start(self, trainer: Trainer) -> None:
         """Called before the batch is read; `trainer.state.step` steps are done."""
+
+    def on_batch(self, trainer: Trainer, micro_batches: Sequence[Batch]) -> None:
+        """Called with this rank's part of the global batch, on the CPU, before the update."""
+
+    def metrics(self, trainer: Trainer) -> Mapping[str, float]:
+        """Return further metrics for the row of the step `trainer.state.step`, the same on every rank.
+
+        Called on every rank before the row is logged. It must return the same names on every rank.
+        """
+        return {}
 
     def on_step_end(self, trainer: Trainer) -> None:
         """Called after the update; `trainer.state` includes the step, and its metrics are logged if they are due."""
@@ -64,7 +74,10 @@ class Callback:
         """Called after the last step; not called if training ends with an exception."""
 
     def on_exception(self, trainer: Trainer, error: BaseException) -> None:
-        """Called when training ends with `error`, possibly on this rank only: it must not wait for other ranks."""
+        """Called when training ends with `error`, possibly on this rank only: it must not wait for other ranks.
+
+        A rewind may follow a DivergedError, which all ranks raise.
+        """
 
 
 class Trainer:
@@ -73,7 +86,8 @@ class Trainer:
     Args:
         config: the whole configuration, with `train.steps` resolved.
         step: one optimizer step.
-        batches: for each step from `state.step` on, this rank's micro-batches.
+        batches: for each step from `state.step` on, this rank's micro-batches; the first is that of
+            `state.next_batch`.
         state: where the run stands.
         callbacks: in the order in which their hooks are called.
     """
@@ -167,6 +181,7 @@ class Trainer:
         with self._speed.waiting():
             micro_batches, fault = _next_batch_or_error(self._batches)
         self.progress(f"a micro-batch of step {index + 1}")
+        self.call_hooks(lambda callback: callback.on_batch(self, micro_batches))
         limit = loss_limit(self.state, config.train.max_loss_ratio)
         losses = self.step(micro_batches, rates(index, config), fault, limit)
         done = index + 1
@@ -180,15 +195,16 @@ class Trainer:
             tokens=sum(int(batch.attention_mask.sum()) for batch in micro_batches),
         )
         if done % config.log.interval == 0 or done == self.total_steps:
-            rows = (
-                losses,
-                learning_rates(self.step.engine.rates()),
-                self._speed.reduce(),
-                state_metrics(self.state, device),
-            )
-            self.log({name: value for row in rows for name, value in row.items()})
+            self.log(self._row(losses))
         self.progress(f"what follows step {done}", slow=True)
         self.call_hooks(lambda callback: callback.on_step_end(self))
+
+    def _row(self, losses: Mapping[str, float]) -> dict[str, float]:
+        """Return the metrics of the step that is done. Every rank must call it."""
+        engine = self.step.engine
+        rows = [losses, learning_rates(engine.rates()), self._speed.reduce(), state_metrics(self.state, engine.device)]
+        rows += [callback.metrics(self) for callback in self.callbacks]
+        return {name: value for row in rows for name, value in row.items()}
 
 
 def _next_batch_or_error(batches: Iterator[list[Batch]]) -> tuple[list[Batch], MedAlignError | None]:

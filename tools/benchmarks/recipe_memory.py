@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from medalign import config
-from medalign.config import Config
+from medalign.config import Config, StudentConfig
+from medalign.config.keys import flatten
 from medalign.planning.plan import make_plan
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -58,13 +59,14 @@ def load(recipe: str, *overrides: str) -> Config:
 
 
 def settings(recipe: str) -> dict[str, Any]:
-    """Return the settings of a recipe that its memory depends on, and its models by name."""
+    """Return the settings of a recipe that its memory depends on, those of the student where they are not the default."""
     found = load(recipe)
-    student = asdict(found.student)
-    if not student["query_mixture"]:
-        del student["query_mixture_form"]
-    for free in ("path", "layer", "epsilon"):  # all blocks have the same size
-        del student[free]
+    usual = flatten(asdict(StudentConfig()))
+    student = {name: value for name, value in flatten(asdict(found.student)).items() if value != usual[name]}
+    for free in ("path", "layer"):  # all blocks have the same size
+        student.pop(free, None)
+    if not found.student.query_mixture:
+        student.pop("query_mixture_form", None)
     return {
         "student": {"name": student_name(recipe), **student},
         "teacher": teacher_name(recipe) if found.distils else None,

@@ -71,7 +71,7 @@ def write_metrics(path: Path, steps: int, draw: np.random.Generator, *, distils:
                 "speed/samples_per_second": 41.0 - 9 * distils + draw.standard_normal(),
                 "speed/tokens_per_second": 5100.0 - 1000 * distils,
                 "speed/data_wait_share": 0.012,
-                "memory/peak_gib": 1.41 + 0.2 * distils,
+                "memory/cpu_peak_gib": 1.41 + 0.2 * distils,
                 "data/skipped": 0,
                 "data/truncated": step // 100,
             },

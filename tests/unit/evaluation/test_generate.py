@@ -13,6 +13,7 @@ from medalign.contracts import Sample
 from medalign.evaluation import generation
 from medalign.evaluation.generation import Answer, generate_answers
 from medalign.geometry import PatchGrid
+from medalign.student.decoding import Decoding
 from tests import tiny
 
 
@@ -32,7 +33,7 @@ class Fixed:
 def test_an_answer_has_the_attention_to_its_first_image() -> None:
     batch = tiny.batch(texts=((3, 1), (2, 1), (4, 1)))
     batch.image_sample = torch.tensor([0, 0, 2])
-    maps = [given.attention for given in generate_answers(Fixed(), tiny.tokenizer(), batch, 2)]  # type: ignore[arg-type]
+    maps = [given.attention for given in generate_answers(Fixed(), tiny.tokenizer(), batch, Decoding(2))]  # type: ignore[arg-type]
     assert maps == [[0.0] * 16, None, [2.0] * 16]
 
 
@@ -50,7 +51,7 @@ class Spoken(Fixed):
 def test_an_answer_has_its_finish_reason() -> None:
     """An end token at the last position ends an answer too; padding is not an end token."""
     student, words = Spoken([[72, 73, 74], [72, 73, 2], [2, 0, 0], [72, 0, 2]]), tiny.tokenizer()
-    given = generate_answers(student, words, tiny.batch(texts=((3, 1),) * 4), 3)  # type: ignore[arg-type]
+    given = generate_answers(student, words, tiny.batch(texts=((3, 1),) * 4), Decoding(3))  # type: ignore[arg-type]
     assert [one.finish_reason for one in given] == ["length", "stop", "stop", "stop"]
     assert [bool(one.text) for one in given] == [True, True, False, True]
     assert student.asked["eos_token_id"] == [2]
@@ -64,7 +65,7 @@ def test_an_answer_ends_at_the_end_tokens_of_the_model() -> None:
     """This includes an end token that is not special in the tokenizer; later tokens are not part of the answer."""
     yes = tiny.tokenizer()("yes")["input_ids"]
     student = Fixed(*yes, 97, *yes, end_tokens=(2, 97))
-    answers = generate_answers(student, tiny.tokenizer(), tiny.batch(), 9)  # type: ignore[arg-type]
+    answers = generate_answers(student, tiny.tokenizer(), tiny.batch(), Decoding(9))  # type: ignore[arg-type]
     assert [given.text for given in answers] == ["yes"] * 2
     assert student.arguments["eos_token_id"] == [2, 97]
 

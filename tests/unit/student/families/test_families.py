@@ -195,6 +195,38 @@ def test_answers_equal_those_of_the_models_own_generation(model: Model) -> None:
         close(attention, student(all_supervised(batch)).attention)
 
 
+def append(batch: Batch, token: int) -> Batch:
+    """The batch with one more token at the end of each row, at which alone there are logits."""
+    size = (len(batch.input_ids), 1)
+    fills = {"attention_mask": True, "question_mask": False, "image_index": -1, "input_ids": token}
+    if batch.cell_mask is not None:
+        fills["cell_mask"] = False
+    rows = {name: getattr(batch, name) for name in fills}
+    longer = {name: torch.cat([rows[name], torch.full(size, fill)], 1) for name, fill in fills.items()}
+    return replace(batch, **longer, labels=torch.cat([torch.full_like(batch.input_ids, IGNORE), torch.ones(size)], 1))
+
+
+def test_two_beams_find_what_a_search_by_hand_finds(model: Model) -> None:
+    """Two tokens without an end: the best continuation of the two best first tokens, in a batch with other samples."""
+    student = student_of(model, trained=True)
+    batch = collate(model, student, model.samples, with_answer=False, padding_side="left")
+    ids, _ = student.generate(batch, max_new_tokens=2, min_new_tokens=2, num_beams=2, do_sample=False, pad_token_id=0)
+
+    def scores(asked: Batch) -> torch.Tensor:
+        logits_V = student(append(asked, 97)).logits[0, -1]  # the appended token only gives a place to predict from
+        return logits_V.log_softmax(-1).index_fill(0, torch.tensor(student.end_tokens), -torch.inf)
+
+    for index, sample in enumerate(model.samples):
+        asked = collate(model, student, [sample], with_answer=False)
+        with torch.no_grad():
+            first_V = scores(asked)
+            best = first_V.topk(2).indices.tolist()
+            sums = torch.stack([first_V[token] + scores(append(asked, token)) for token in best])
+        place = int(sums.argmax())
+        expected = [best[place // sums.shape[1]], place % sums.shape[1]]
+        assert ids[index].tolist() == expected
+
+
 def test_the_prompt_of_training_is_that_of_generation(model: Model) -> None:
     student = student_of(model)
     encoder = PromptEncoder(model.processor, image=student.spec.image, max_length=1000, max_images=2)

@@ -1,0 +1,1 @@
+"""The pre-registered study of the quickstart's student; see protocol.md."""
