@@ -9,6 +9,7 @@ Recipes that need the same memory share a row. Writes results/recipe_memory.json
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import re
 import sys
@@ -47,6 +48,7 @@ def teacher_name(recipe: str) -> str:
     return TEACHERS.get(recipe, "unimed_l14")
 
 
+@functools.cache
 def load(recipe: str, *overrides: str) -> Config:
     """Read a recipe with the configurations of its models and without data."""
     words = [
@@ -59,7 +61,7 @@ def load(recipe: str, *overrides: str) -> Config:
 
 
 def settings(recipe: str) -> dict[str, Any]:
-    """Return the settings of a recipe that its memory depends on, those of the student where they are not the default."""
+    """Return the settings that a recipe's memory depends on; those of the student where they are not the default."""
     found = load(recipe)
     usual = flatten(asdict(StudentConfig()))
     student = {name: value for name, value in flatten(asdict(found.student)).items() if value != usual[name]}

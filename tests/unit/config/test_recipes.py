@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import asdict
 from importlib import resources
 
@@ -89,8 +90,13 @@ CHANGES = {
 }
 
 
+@functools.cache
+def loaded(name: str) -> config.Config:
+    return config.load(name, WORDS)
+
+
 def resolved(name: str) -> dict:
-    return flatten(asdict(config.load(name, WORDS)))
+    return flatten(asdict(loaded(name)))
 
 
 def test_every_packaged_recipe_is_known_here():
@@ -114,10 +120,15 @@ def test_a_recipe_differs_from_its_base_only_by_these_settings(name):
 
 @pytest.mark.parametrize("name", config.recipes())
 def test_every_packaged_recipe_resolves(name):
-    settings = resolve_steps(config.load(name, WORDS), 1797)
+    settings = resolve_steps(loaded(name), 1797)
     assert total_steps(settings.train) > 0
     assert rates(0, settings)["adapters"] > 0
-    assert config.load(name, [*WORDS, "--train.steps", "3"]).train.epochs is None
+
+
+@pytest.mark.parametrize("name", ["phantom", "llava_vqa", "huatuo/omnimedvqa"])
+def test_steps_on_the_command_line_replace_the_epochs_of_a_recipe(name):
+    train = config.load(name, [*WORDS, "--train.steps", "3"]).train
+    assert (train.steps, train.epochs) == (3, None)
 
 
 @pytest.mark.parametrize("name", config.recipes())
@@ -165,7 +176,7 @@ def test_a_recipe_without_a_path_is_an_error_that_names_the_setting(missing, mes
 
 
 def test_the_paper_s_run_on_vqa_rad_is_505_steps():
-    settings = resolve_steps(config.load("llava_med/vqa_rad", WORDS), 1797)
+    settings = resolve_steps(loaded("llava_med/vqa_rad"), 1797)
     assert total_steps(settings.train) == 505  # 9 * 1797 / 32 is 505.4
     assert describe_length(settings, 1797) == "505 steps of 32 samples: 8.993 epochs of 1797 samples"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -27,7 +26,6 @@ ROOM = 256  # tokens of text beside the image that every recipe must leave
 QUESTION = 20
 
 
-@functools.cache
 def load(recipe: str) -> Config:
     """Recomputing blocks changes no shape and would double the time."""
     return recipe_memory.load(recipe, "--student.gradient_checkpointing", "false")
