@@ -111,6 +111,8 @@ def _train(
     begin("starting to train")
     with distributed.raise_on_all_ranks():
         loggers = _write_config_and_open_loggers(config, folder, now) if distributed.is_main() else []
+    for logger in loggers:
+        watchdog.on_hang.append(logger.on_hang)
     save = _checkpoint_writer(config, RunFolder(folder).checkpoints.path, engine, student).save
     try:
         if index is None:

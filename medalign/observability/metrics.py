@@ -74,6 +74,7 @@ METRICS = (
     Metric("job/world_size", "", "number of ranks"),
     Metric("job/id", "", "number of the batch job", "under SLURM"),
     Metric("validation/loss/{term}", "", "the same loss on held-out samples", "in rows of a validation"),
+    Metric("evaluation/{name}/{score}", "", "a score of `medalign evaluate`", "in W&B after `sync --evaluations`"),
 )
 
 

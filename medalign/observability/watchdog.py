@@ -45,6 +45,7 @@ class Watchdog:
 
     def __init__(self, folder: Path, end: Callable[[int], object] = os._exit) -> None:
         self._folder, self._end = folder, end
+        self.on_hang: list[Callable[[], None]] = []  # called, in the thread, before the process is ended
         self._progress: tuple[int, str, float, float] = (0, "starting", time.monotonic(), 0.0)
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -104,6 +105,8 @@ class Watchdog:
             log.error("error: %s", self._verdict(reports))
         else:
             time.sleep(_GRACE)  # once one rank has ended, the launcher kills the others
+        for hook in self.on_hang:
+            hook()
         self._end(STATUS)
         return True
 

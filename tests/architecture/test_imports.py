@@ -53,6 +53,7 @@ HARMLESS = "pickle.UnpicklingError"  # what torch.load(weights_only=True) raises
 LAYOUT_OWNER = "run_folder.py"
 RUN_FILES = {
     "config.yaml",
+    "environment.json",
     "metrics.jsonl",
     "wandb_run_id",
     "progress.json",
