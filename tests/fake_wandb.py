@@ -148,7 +148,7 @@ class FakeWandb:
             "summaryMetrics": run.files.get("wandb-summary.json", {}).get(0, "{}"),
             "historyLineCount": len(run.history),
             "historyTail": json.dumps([json.dumps(row) for row in run.history[-1:]]),
-            "wandbConfig": "{}",
+            "wandbConfig": json.dumps({"t": 1}),  # without a time of start the client would not resume
         }
 
     def _stream(self, run: FakeRun, message: dict[str, Any]) -> None:

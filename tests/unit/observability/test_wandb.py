@@ -18,17 +18,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import wandb
 from wandb.proto import wandb_internal_pb2
 
 from medalign import config
 from medalign.__main__ import main
 from medalign.checkpoint.state import TrainState
+from medalign.cli.wandb import evaluation_scores
 from medalign.config import LogConfig
 from medalign.distributed import log
 from medalign.observability import wandb_sink
 from medalign.observability.wandb_session import WandbSession, run_id
 from medalign.observability.wandb_sink import WandbSink, sync
+from medalign.run_folder import RunFolder
 from medalign.training.loggers import build_loggers
 from tests.fake_wandb import fake_wandb
 
@@ -147,6 +150,19 @@ def test_a_run_is_named_by_its_id_unless_it_is_given_a_name(at_home):
     assert not any("doe" in str(record) for run in found for record in run)
     names = {record.run.display_name for run in found for record in run if record.HasField("run")}
     assert names == {"trial", (folder / "wandb_run_id").read_text().strip()}
+    environment = json.loads((folder / "environment.json").read_text())
+    assert environment["world_size"] == 1 and environment["versions"]["torch"] == torch.__version__
+    for run in found:
+        settings = next(record.run.config for record in run if record.HasField("run"))
+        sent = {update.key: json.loads(update.value_json) for update in settings.update}
+        assert sent["environment"] == environment
+
+
+def test_the_scores_of_evaluations_are_sent_if_wanted(tmp_path):
+    folder = RunFolder(tmp_path).evaluation("val").scores
+    folder.parent.mkdir(parents=True)
+    folder.write_text('{"closed_accuracy": 0.5, "n": 8, "name": "val", "interval": [0.1, 0.2], "data": "/doe"}')
+    assert evaluation_scores(RunFolder(tmp_path)) == {"evaluation/val/closed_accuracy": 0.5, "evaluation/val/n": 8}
 
 
 @pytest.mark.parametrize("key", [None, "0" * 40])

@@ -99,12 +99,12 @@ def test_a_server_that_fails_at_the_start_leaves_the_run_offline(server, tmp_pat
     """The rows are in the run's folder, and are sent once the server answers."""
     server.fault = fault
     began = time.monotonic()
-    sink = WandbSink("online", session(tmp_path / "run", seconds=1))
+    sink = WandbSink("online", session(tmp_path / "run", seconds=3))
     for row in ROWS:
         sink.log(row["step"], {"a": row["a"]})
     assert time.monotonic() - began < 1, "starting W&B and logging do not wait for the server"
     sink.close()
-    assert time.monotonic() - began < 1 + 1 + 5 + 2  # both time-outs, the margin, and a busy machine
+    assert time.monotonic() - began < 3 + 3 + 5 + 3  # both time-outs, the margin, and a busy machine
     assert len(messages(caplog)) == 1 and "offline" in messages(caplog)[0]
     assert list(tmp_path.rglob("offline-run-*/*.wandb")) and server.history == []
     server.fault = ""
@@ -125,7 +125,7 @@ def test_a_server_that_fails_in_the_middle_delays_nothing(server, tmp_path, capl
         sink.log(row["step"], {"a": row["a"]})
     began = time.monotonic()
     sink.close()
-    assert time.monotonic() - began < 1 + 1 + 5 + 2
+    assert time.monotonic() - began < 1 + 1 + 5 + 3
     assert len(messages(caplog)) == 1 and f"medalign wandb sync {tmp_path / 'run'}" in messages(caplog)[0]
     assert not services()
     server.fault = ""

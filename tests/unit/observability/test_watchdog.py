@@ -60,6 +60,15 @@ def test_a_rank_without_progress_leaves_its_stack_and_ends(tmp_path, caplog):
     assert "engine.step_timeout" in caplog.text
 
 
+def test_the_loggers_are_told_before_the_process_ends(tmp_path):
+    ended, order = Ended(), []
+    with Watchdog(tmp_path / "stacks", ended) as dog:
+        dog.on_hang.append(lambda: order.append(list(ended.statuses)))
+        dog.beat("reading the batch of step 7", 0.1)
+        assert ended.event.wait(10)
+    assert order == [[]]
+
+
 def test_progress_or_no_limit_ends_nothing(tmp_path):
     ended = Ended()
     with Watchdog(tmp_path / "stacks", ended) as dog:
