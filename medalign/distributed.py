@@ -152,6 +152,30 @@ def broadcast_from_main(text: str) -> str:
     return _broadcast_text(0, text) if _several() else text
 
 
+def gather_texts(text: str) -> list[str]:
+    """Return the text of each rank, in the order of the ranks, on every rank. Every rank must call it."""
+    if not _several():
+        return [text]
+    encoded = torch.tensor(list(text.encode()), dtype=torch.uint8, device=device())
+    lengths = [torch.zeros(1, dtype=torch.int64, device=device()) for _ in range(dist.get_world_size())]
+    dist.all_gather(lengths, torch.tensor([len(encoded)], device=device()))
+    sizes = torch.cat(lengths).tolist()
+    padded = torch.zeros(max(*sizes, 1), dtype=torch.uint8, device=device())
+    padded[: len(encoded)] = encoded
+    texts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(texts, padded)
+    return [bytes(row[:size].tolist()).decode() for row, size in zip(texts, sizes, strict=True)]
+
+
+def any_rank(flag: bool) -> bool:
+    """Return whether the flag of any rank is set. Every rank must call it."""
+    if not _several():
+        return flag
+    found = torch.tensor([float(flag)], device=device())
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return bool(found.item())
+
+
 @contextmanager
 def raise_on_all_ranks() -> Iterator[None]:
     """Re-raise a MedAlignError or an OSError of one rank on all ranks at the end of the block. Every rank must enter.

@@ -1,5 +1,8 @@
 """Exceptions for invalid user input. Each message names the file or setting, the value found, and the remedy."""
 
+USER_ERROR = 2  # exit status after an error that the user can correct
+INTERRUPTED = 130  # 128 + 2, the status of a process that Ctrl-C ended
+
 
 class MedAlignError(Exception):
     """Base class of the exceptions for invalid user input. The command line prints them without a traceback."""
@@ -7,6 +10,10 @@ class MedAlignError(Exception):
 
 class ConfigError(MedAlignError):
     """A setting is unknown, has the wrong type or range, or contradicts another one."""
+
+
+class RunInUse(ConfigError):
+    """Another training uses the run's folder."""
 
 
 class DataError(MedAlignError):
@@ -45,6 +52,15 @@ class Terminated(Stopped):
     """TERM asked the run to end."""
 
     status = 143  # 128 + 15, the status of a process that TERM ended
+
+
+def exit_status(error: BaseException) -> int:
+    """Return the exit status of a process that an exception ends: 2 if the user can correct the reason, 1 if not."""
+    if isinstance(error, Stopped):
+        return error.status
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED
+    return USER_ERROR if isinstance(error, (MedAlignError, OSError)) else 1
 
 
 def format_os_error(error: OSError) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ from typing import Any
 from PIL import Image
 
 from medalign import config as settings
-from medalign import distributed, pipeline
+from medalign import distributed, exit_records, pipeline, target_cache
 from medalign.checkpoint import export, lock
 from medalign.checkpoint.loading import find_whole, load
+from medalign.checkpoint.retention import Retention
 from medalign.checkpoint.saving import CheckpointWriter
 from medalign.checkpoint.state import TrainState
 from medalign.config import Config
@@ -24,19 +26,21 @@ from medalign.engine import engine as deepspeed_engine
 from medalign.engine import extensions
 from medalign.engine.engine import Engine
 from medalign.engine.settings import deepspeed_settings, precision
-from medalign.errors import Stopped
+from medalign.errors import ConfigError, Stopped
 from medalign.losses.build import build_objective
 from medalign.losses.objective import Objective
 from medalign.observability.files import write_text
+from medalign.observability.watchdog import STATUS as HANG
 from medalign.observability.watchdog import Watchdog
 from medalign.run_folder import RunFolder
 from medalign.stop_signals import stop_signals
 from medalign.student import loading
 from medalign.student.model import Student, check_causality
-from medalign.teacher.loading import load_teacher, require_attention
-from medalign.teacher.model import Teacher
+from medalign.teacher.cache.teacher import CachedTeacher
+from medalign.teacher.loading import load_tower, require_attention
+from medalign.teacher.model import TargetSource
 from medalign.teacher.targets import assert_replicated
-from medalign.training import schedule
+from medalign.training import rewind, schedule
 from medalign.training.callbacks import (
     Callback,
     Checkpointing,
@@ -72,9 +76,18 @@ def train(config: Config, callbacks: Sequence[Callback] = ()) -> Path:
     config = settings.check(config)
     distributed.adopt_launcher()
     distributed.set_up_logging()
+    with exit_records.recorded(RunFolder(Path(config.run.dir))):
+        return _train_or_stop(config, callbacks)
+
+
+def _train_or_stop(config: Config, callbacks: Sequence[Callback]) -> Path:
     folder = Path(config.run.dir)
     ds_settings = deepspeed_settings(config, distributed.world_size())
-    with stop_signals() as received, Watchdog(RunFolder(folder).stacks) as watchdog:
+
+    def record_hang(verdict: str) -> None:
+        exit_records.write(RunFolder(folder), HANG, verdict)
+
+    with stop_signals() as received, Watchdog(RunFolder(folder).stacks, on_hang=record_hang) as watchdog:
         watchdog.beat("waiting for the other ranks", config.engine.start_timeout)
         deepspeed_engine.start(ds_settings)
         try:
@@ -103,44 +116,81 @@ def _train(
     config = schedule.resolve_steps(config, len(index) if index else 0)
     log.info("%s", schedule.describe_length(config, len(index) if index else 0))
     begin("loading the models", more=extensions.build_timeout(ds_settings))
-    engine, teacher, student, collator = _build(config, ds_settings, _max_images(index, held_out))
+    engine, teachers, student, collator = _build(config, ds_settings, _max_images(index, held_out))
     if found:
         begin("loading the checkpoint")
         now = replace(load(engine, found), stage=now.stage, data=now.data)
         log.info("resuming from %s", found)
     begin("starting to train")
+    writer = _checkpoint_writer(config, RunFolder(folder).checkpoints.path, engine, student)
+    if index is not None:
+        sizes = [int(index.shard_sizes(number).sum()) for number in range(len(config.data.folders))]
+        order = pipeline.build_order(config, index)
+        gauges = build_gauges(config, order, sizes, student, teachers, engine.device)
+        hooks = [*gauges, *build_callbacks(config, folder, held_out, collator), *callbacks]
+        background = writer if config.checkpoint.asynchronous else None
+        hooks.append(
+            Checkpointing(config.checkpoint.interval, writer.save, config.checkpoint.retry_minutes, background)
+        )
+        first, also = (teachers[0] if teachers else None), teachers[1:]
+        step = TrainStep(engine, first, objective, student.spec.grid, also)
+        now = _fit(config, folder, now, step, index, collator, hooks)
+    elif not found:
+        with _loggers(config, folder, now):
+            writer.save(now)
+    _log_summary(config, folder, now)
+
+
+def _fit(
+    config: Config,
+    folder: Path,
+    now: TrainState,
+    step: TrainStep,
+    index: ShardIndex,
+    collator: Collator,
+    hooks: Sequence[Callback],
+) -> TrainState:
+    """Train up to the last step, and return the state. The arguments are what the trainer needs."""
+
+    @contextmanager
+    def open_trainer(now: TrainState) -> Iterator[Trainer]:
+        with _loggers(config, folder, now) as loggers:
+            batches = iter(pipeline.build_loader(config, index, collator, now.next_batch))
+            yield Trainer(config, step, batches, now, [*loggers, *hooks])
+
+    return rewind.fit(open_trainer, now, step.engine, RunFolder(folder).checkpoints.path, config.train)
+
+
+@contextmanager
+def _loggers(config: Config, folder: Path, now: TrainState) -> Iterator[list[MetricLogger]]:
+    """Write config.yaml and open the loggers, once nothing can refuse the run any more. Every rank must enter it."""
     with distributed.raise_on_all_ranks():
         loggers = _write_config_and_open_loggers(config, folder, now) if distributed.is_main() else []
-    for logger in loggers:
-        watchdog.on_hang.append(logger.on_hang)
-    save = _checkpoint_writer(config, RunFolder(folder).checkpoints.path, engine, student).save
     try:
-        if index is None:
-            if not found:
-                save(now)
-        else:
-            step = TrainStep(engine, teacher, objective, student.spec.grid)
-            loader = pipeline.build_loader(config, index, collator, now.step)
-            sizes = [int(index.shard_sizes(number).sum()) for number in range(len(config.data.folders))]
-            gauges = build_gauges(config, loader.order, sizes, student, teacher, engine.device)
-            hooks = [*loggers, *gauges, *build_callbacks(config, folder, held_out, collator), *callbacks]
-            hooks.append(Checkpointing(config.checkpoint.interval, save, config.checkpoint.retry_minutes))
-            now = Trainer(config, step, iter(loader), now, hooks).fit()
+        yield loggers
     finally:
         for logger in loggers:
             logger.close()
-    _log_summary(config, folder, now)
 
 
 def _open(config: Config) -> tuple[Objective, ShardIndex | None, ShardIndex | None]:
     """Return the losses, and the indexes of the training shards and the held-out ones, after all quick checks."""
     with distributed.raise_on_all_ranks():
         objective = build_objective(config)
+        _require_metric(config.train.best_metric, objective)
         index, held_out = pipeline.open_indexes(config)
         if index is not None:
             pipeline.require_images(config, index)
-        pipeline.check_collator(config, None, _max_images(index, held_out))
+        collator, _ = pipeline.check_collator(config, None, _max_images(index, held_out))
+        if distributed.is_main() and index is not None:
+            target_cache.check(config, collator, [index, held_out])
     return objective, index, held_out
+
+
+def _require_metric(name: str, objective: Objective) -> None:
+    known = ["loss/total", *(f"loss/{term}" for term in objective.coefficients)]
+    if name not in known:
+        raise ConfigError(f"train.best_metric {name!r} is not a loss of this run; use one of {', '.join(known)}")
 
 
 def _find_start(
@@ -159,39 +209,47 @@ def _find_start(
 def _checkpoint_writer(config: Config, root: Path, engine: Engine, student: Student) -> CheckpointWriter:
     """What writes the checkpoints of this run; every rank must use it."""
 
-    def write_export(target: Path) -> None:
+    def gather_export() -> Callable[[Path], None]:
         whole = engine.gather_parameters([pair for group in student.trainable().values() for pair in group])
-        if distributed.is_main():
-            export.write_export(student, whole, config.student, config.data.max_length, target)
+        return lambda target: export.write_export(student, whole, config.student, config.data.max_length, target)
 
-    return CheckpointWriter(engine, root, config.checkpoint.save_total_limit, settings.dump(config), write_export)
+    retention = Retention(config.checkpoint.save_total_limit, config.checkpoint.keep_interval)
+    return CheckpointWriter(engine, root, retention, settings.dump(config), gather_export)
 
 
 def _build(
     config: Config, ds_settings: dict[str, Any], max_images: int
-) -> tuple[Engine, Teacher | None, Student, Collator]:
-    # The teacher comes first: what is built once ZeRO-3 partitions modules would be partitioned too.
-    teacher = build_teacher(config)
+) -> tuple[Engine, list[TargetSource], Student, Collator]:
+    # The teachers come first: what is built once ZeRO-3 partitions modules would be partitioned too.
+    teachers = build_teachers(config)
     with deepspeed_engine.sharded_loading(ds_settings):
         student = loading.load_student(config.student, precision(config), config.run.seed)
     student.attention_capture.impl = config.losses.impl
     student.train()
     engine = Engine(student, parameter_groups(student, config), ds_settings)
-    if teacher is not None:
+    for teacher in teachers:
         assert_replicated(teacher)
     processor = loading.load_processor(config.student)
-    teacher_view = teacher.preprocess_cfg if teacher is not None else None
-    collator = pipeline.build_collator(config, student.spec, processor, teacher_view, max_images)
+    views = [teacher.view for teacher in teachers]
+    first, also = (views[0] if views else None), views[1:]
+    collator = pipeline.build_collator(config, student.spec, processor, first, max_images, also)
     check_causality(student, sanity_batch(collator).to(engine.device))
-    return engine, teacher, student, collator
+    return engine, teachers, student, collator
 
 
-def build_teacher(config: Config) -> Teacher | None:
-    """The teacher of this rank, frozen; None when nothing is distilled."""
-    if not config.distils or config.train.steps == 0:
-        return None
+def build_teachers(config: Config) -> list[TargetSource]:
+    """The teachers of this rank, frozen, in the order of the settings; none when nothing is distilled.
+
+    Those with a cache are read from it, and their weights are not loaded.
+    """
+    if config.train.steps == 0:
+        return []
     require_attention(config)
-    return load_teacher(device=distributed.device(), dtype=precision(config), **vars(config.teacher))
+    device, dtype = distributed.device(), precision(config)
+    return [
+        CachedTeacher(settings).to(device) if settings.cache else load_tower(settings, device, dtype)
+        for settings in config.teachers
+    ]
 
 
 def _max_images(*indexes: ShardIndex | None) -> int:
@@ -205,7 +263,7 @@ def build_callbacks(config: Config, folder: Path, held_out: ShardIndex | None, c
         callbacks.append(Profiler(config.log.profile_steps, RunFolder(folder).profile))
     if held_out is not None:
         batches = pipeline.build_validation_loader(config, held_out, collator)
-        callbacks.append(Validation(config.train.evaluate_every, batches))
+        callbacks.append(Validation(config.train.evaluate_every, batches, config.train.best_metric))
     return callbacks
 
 

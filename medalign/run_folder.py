@@ -5,7 +5,10 @@ RUN/
   environment.json          batch job, number of ranks, GPU and versions of the last start
   metrics.jsonl             one row per logged step
   lock                      held by the training process that uses the folder
-  logs/rank-0.log           the messages of each rank, of all starts
+  logs/
+    rank-0.log              the messages of each rank, of all starts
+    rank-0.exit.json        exit status and reason of each rank of the last start; a rank that was killed has none
+  attempts.jsonl            one row per start by `medalign supervise`: how it ended, and what followed
   stacks/rank-0.txt         where each rank was when the run was ended because it hung
   profile/                  traces of torch.profiler, if log.profile_steps is set
   wandb_run_id              the run's id in W&B, used again when the run resumes (W&B's own files are in wandb/)
@@ -148,6 +151,19 @@ class RunFolder:
     def log(self, rank: int) -> Path:
         """Return the file with the messages of a rank."""
         return self.path / "logs" / f"rank-{rank}.log"
+
+    def exit_record(self, rank: int) -> Path:
+        """Return the file with the exit status of a rank."""
+        return self.path / "logs" / f"rank-{rank}.exit.json"
+
+    def exit_records(self) -> list[Path]:
+        """Return the files of all ranks of the last start that have one."""
+        return list(self.path.glob("logs/rank-*.exit.json"))
+
+    @property
+    def attempts(self) -> Path:
+        """One row per start by `medalign supervise`."""
+        return self.path / "attempts.jsonl"
 
     @property
     def stacks(self) -> Path:

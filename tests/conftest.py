@@ -14,7 +14,12 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 from medalign.distributed import log
 from tests import tiny
 
-_MARKS = {"e2e": "slow", "distributed": "slow", "slurm": "slurm"}  # folder of tests -> mark of all in it
+_MARKS = {
+    "e2e": "slow",
+    "distributed": "slow",
+    "slurm": "slurm",
+    "launchers": "slow",
+}  # folder of tests -> mark of all in it
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

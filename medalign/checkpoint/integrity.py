@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,27 +22,45 @@ from medalign.run_folder import CheckpointFolder
 _DIGEST_BYTES = hashlib.sha256().digest_size
 
 
-def seal(folder: Path) -> None:
+def digests(folder: Path, files: Iterable[Path]) -> dict[str, str]:
+    """Return the SHA-256 of files in a checkpoint, by name."""
+    return {str(path.relative_to(folder)): _digest(path).hex() for path in files}
+
+
+def seal(folder: Path, known: Mapping[str, str]) -> None:
     """Write the marker of a checkpoint whose files are all written. Every rank must call it.
 
+    Args:
+        folder: the checkpoint.
+        known: the SHA-256 of the files that this rank has written, by name. The ranks share the reading of all others.
+
     Raises:
-        MedAlignError: a rank cannot read a file, or rank 0 cannot write the marker; on every rank.
+        MedAlignError: a rank cannot read a file, rank 0 does not see the file of another rank, or it cannot write the
+            marker; on every rank.
     """
+    found: dict[str, str] = {}
+    for text in distributed.gather_texts(json.dumps(dict(known))):
+        found |= json.loads(text)
     listing = ""
     with distributed.raise_on_all_ranks():
         if distributed.is_main():
-            listing = json.dumps(_sizes(folder))
+            listing = json.dumps(_sizes(folder, found))
     sizes: dict[str, int] = json.loads(distributed.broadcast_from_main(listing))
-    names = _by_size(sizes)
-    digests = torch.zeros(len(names), _DIGEST_BYTES, dtype=torch.float64, device=distributed.device())
-    with distributed.raise_on_all_ranks():
-        for index in _own_share(len(names)):
-            digests[index] = torch.tensor(list(_digest(folder / names[index])), dtype=torch.float64)
-    rows = distributed.sum_over_ranks({"digests": digests})["digests"].to(torch.uint8).cpu().tolist()
-    files = {name: {"bytes": sizes[name], "sha256": bytes(row).hex()} for name, row in zip(names, rows, strict=True)}
+    found |= _shared_digests(folder, _by_size({name: size for name, size in sizes.items() if name not in found}))
+    files = {name: {"bytes": size, "sha256": found[name]} for name, size in sizes.items()}
     with distributed.raise_on_all_ranks():
         if distributed.is_main():
             write_flushed(CheckpointFolder(folder).marker, json.dumps({"files": files}, indent=1) + "\n")
+
+
+def _shared_digests(folder: Path, names: Sequence[str]) -> dict[str, str]:
+    """Return the SHA-256 of files by name; each rank reads its share. Every rank must call it with the same names."""
+    rows = torch.zeros(len(names), _DIGEST_BYTES, dtype=torch.float64, device=distributed.device())
+    with distributed.raise_on_all_ranks():
+        for index in _own_share(len(names)):
+            rows[index] = torch.tensor(list(_digest(folder / names[index])), dtype=torch.float64)
+    summed = distributed.sum_over_ranks({"digests": rows})["digests"].to(torch.uint8).cpu().tolist()
+    return {name: bytes(row).hex() for name, row in zip(names, summed, strict=True)}
 
 
 def verify(folder: Path) -> None:
@@ -108,8 +126,19 @@ def _read_marker(folder: Path, prefix: str = "") -> dict[str, dict[str, Any]]:
     return dict(files)
 
 
-def _sizes(folder: Path) -> dict[str, int]:
-    return {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
+def _sizes(folder: Path, written: Iterable[str]) -> dict[str, int]:
+    """Return the size of each file in a checkpoint.
+
+    Raises:
+        CheckpointError: a file that a rank has written is not there.
+    """
+    sizes = {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
+    if missing := sorted(set(written) - sizes.keys()):
+        raise CheckpointError(
+            f"rank 0 does not see {folder / missing[0]}, which another rank has written; run.dir must be on a file "
+            "system that all nodes share"
+        )
+    return sizes
 
 
 def _by_size(sizes: dict[str, int]) -> list[str]:

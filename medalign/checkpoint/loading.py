@@ -5,10 +5,13 @@ DeepSpeed's shards are pickle files, so they are read only from the run's own fo
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import shutil
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,18 +19,26 @@ from medalign import distributed
 from medalign.checkpoint.integrity import verify
 from medalign.checkpoint.saving import PARTIAL, convert_write_errors, on_main
 from medalign.checkpoint.state import TrainState, read_state
-from medalign.engine.engine import Engine, to_universal
+from medalign.engine.engine import Engine
+from medalign.engine.universal import to_universal
 from medalign.errors import CheckpointError, MedAlignError
 from medalign.run_folder import CheckpointsFolder
 
 log = logging.getLogger("medalign")
+CONVERSION_SPEED = (
+    30e6  # bytes of a checkpoint per second and rank, with thousands of parameters; docs/results/resume.md
+)
 
 
-def find_whole(root: Path) -> Path | None:
+def find_whole(root: Path, before: int | None = None) -> Path | None:
     """Return the checkpoint to resume from, or None if there is none. Every rank must call it.
 
     That is the one that `latest` names. If it is damaged, or if `latest` does not name a checkpoint, the newest one
     before it that matches its checksums is taken, with a warning that names both.
+
+    Args:
+        root: folder of all checkpoints of the run.
+        before: only checkpoints of earlier steps than this one are considered.
 
     Raises:
         CheckpointError: there are checkpoints, and none of them can be used; on every rank.
@@ -35,7 +46,7 @@ def find_whole(root: Path) -> Path | None:
     names = ""
     with distributed.raise_on_all_ranks():
         if distributed.is_main():
-            names = json.dumps(_candidates(CheckpointsFolder(root)))
+            names = json.dumps(_candidates(CheckpointsFolder(root), before))
     candidates: list[str] = json.loads(distributed.broadcast_from_main(names))
     damages = []
     for name in candidates:
@@ -60,9 +71,11 @@ def _no_whole_checkpoint(root: Path, damages: Sequence[str]) -> str:
     )
 
 
-def _candidates(checkpoints: CheckpointsFolder) -> list[str]:
+def _candidates(checkpoints: CheckpointsFolder, before: int | None) -> list[str]:
     """Return the names of the checkpoints that a run may resume from, the preferred one first."""
     steps = checkpoints.by_step()
+    if before is not None:
+        return [folder.path.name for step, folder in sorted(steps.items(), reverse=True) if step < before]
     names = {step: folder.path.name for step, folder in sorted(steps.items(), reverse=True)}
     named = checkpoints.read_latest()
     if named is None:
@@ -109,9 +122,8 @@ def load(engine: Engine, folder: Path) -> TrainState:
     if state.ranks == distributed.world_size():
         engine.load(folder)
         return state
-    log.info("the checkpoint was written by %d ranks: converting it for %d", state.ranks, distributed.world_size())
     rewritten = folder.parent / f"{PARTIAL}universal-{folder.name}"
-    _rewrite(folder, rewritten)
+    _rewrite(folder, rewritten, state.ranks)
     engine.load(rewritten, universal=True)
     distributed.barrier()
     if distributed.is_main():
@@ -119,18 +131,45 @@ def load(engine: Engine, folder: Path) -> TrainState:
     return replace(state, ranks=distributed.world_size())
 
 
-def _rewrite(folder: Path, target: Path) -> None:
-    """Convert the checkpoint to the universal format on rank 0 while the other ranks wait.
+def _rewrite(folder: Path, target: Path, ranks: int) -> None:
+    """Convert the checkpoint to the universal format. The ranks share the work.
 
     Raises:
-        CheckpointError: rank 0 cannot write. It is raised on every rank.
+        CheckpointError: a rank cannot write. It is raised on every rank.
     """
 
-    def write() -> None:
-        shutil.rmtree(target, ignore_errors=True)
-        to_universal(folder, target)
+    @contextmanager
+    def agreed() -> Iterator[None]:
+        failed = f"{folder} could not be converted for another number of ranks"
+        remedy = "free disk space, or start with the number of ranks that wrote it"
+        with distributed.raise_on_all_ranks(), convert_write_errors(failed, remedy):
+            yield
 
-    failed = f"{folder} could not be converted for another number of ranks"
-    remedy = "free disk space, or start with the number of ranks that wrote it"
-    with distributed.raise_on_all_ranks(), convert_write_errors(failed, remedy):
-        on_main(write)()
+    began = time.monotonic()
+    with agreed():
+        on_main(lambda: _prepare(folder, target, ranks))()
+    with agreed():
+        to_universal(folder, target, agreed)
+    log.info("the checkpoint is converted (%.1f s)", time.monotonic() - began)
+
+
+def _prepare(folder: Path, target: Path, ranks: int) -> None:
+    """Report what the conversion needs, and check the space.
+
+    It writes each value twice, once as the part of a rank and once joined, and a copy of the state of one rank.
+    """
+    shutil.rmtree(target, ignore_errors=True)
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    world, need, free = distributed.world_size(), 2 * size + size // ranks, shutil.disk_usage(folder.parent).free
+    seconds = size / CONVERSION_SPEED / min(ranks, world)
+    log.info(
+        "the checkpoint was written by %d ranks: converting it for %d (about %.0f s; %.2f GiB of disk space until it "
+        "is loaded, %.1f GiB are free)",
+        ranks,
+        world,
+        seconds,
+        need / 2**30,
+        free / 2**30,
+    )
+    if need > free:
+        raise OSError(errno.ENOSPC, f"{(need - free) / 2**30:.2f} GiB more are needed")

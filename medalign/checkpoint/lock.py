@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from medalign import distributed
-from medalign.errors import ConfigError
+from medalign.errors import ConfigError, RunInUse
 from medalign.run_folder import RunFolder
 
 log = logging.getLogger("medalign")
@@ -23,7 +23,8 @@ def held(folder: Path) -> Iterator[None]:
     The folder is created if necessary. The operating system releases the lock when the process ends for any reason.
 
     Raises:
-        ConfigError: another training holds the lock, or the folder cannot be used.
+        RunInUse: another training holds the lock.
+        ConfigError: the folder cannot be used.
     """
     with ExitStack() as stack:
         with distributed.raise_on_all_ranks():
@@ -48,7 +49,7 @@ def _acquire(folder: Path, stack: ExitStack) -> None:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EAGAIN, errno.EACCES):
-            raise ConfigError(
+            raise RunInUse(
                 f"another training is running in {folder}; wait until it ends, or choose another folder with --run.dir"
             ) from error
         log.warning(

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +17,9 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from medalign import distributed
-from medalign.checkpoint.files import flush_tree, write_flushed
-from medalign.checkpoint.integrity import seal
+from medalign.checkpoint.files import flush, flush_tree, write_flushed
+from medalign.checkpoint.integrity import digests, seal
+from medalign.checkpoint.retention import Retention, point_to_best, prune
 from medalign.checkpoint.state import TrainState, write_state
 from medalign.engine.engine import Engine
 from medalign.errors import CheckpointError, MedAlignError
@@ -29,22 +31,40 @@ _MARGIN = 1 << 20  # bytes, for indices, JSON and file system blocks
 
 
 @dataclass(frozen=True)
+class _Pending:
+    """A checkpoint whose files are being written. `digests` has the SHA-256 of the files of this rank by name."""
+
+    state: TrainState
+    digests: Future[dict[str, str]]
+
+
 class CheckpointWriter:
-    """Writes the checkpoints of one run.
+    """Writes the checkpoints of one run, one at a time.
+
+    A thread writes the files of this rank, flushes them and computes their checksums. It does not communicate: the
+    ranks agree that all files are written when they call `finish`, which completes the checkpoint.
 
     Args:
         engine: holds the student and the optimizer.
         root: folder of all checkpoints of the run.
-        keep: how many of the newest checkpoints to keep.
+        retention: which checkpoints to keep.
         settings: the run's settings as YAML, which each checkpoint holds a copy of.
-        export: writes the trained student into a folder; called on every rank.
+        gather_export: copies the trained student into the host memory of rank 0, and returns what writes it into a
+            folder; called on every rank.
     """
 
-    engine: Engine
-    root: Path
-    keep: int
-    settings: str
-    export: Callable[[Path], None]
+    def __init__(
+        self,
+        engine: Engine,
+        root: Path,
+        retention: Retention,
+        settings: str,
+        gather_export: Callable[[], Callable[[Path], None]],
+    ) -> None:
+        self._engine, self._root, self._retention = engine, root, retention
+        self._settings, self._gather_export = settings, gather_export
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: _Pending | None = None
 
     def save(self, state: TrainState) -> Path:
         """Write the checkpoint of `state.step` and make it the latest. Every rank must call it.
@@ -55,52 +75,113 @@ class CheckpointWriter:
         Raises:
             CheckpointError: a rank cannot write. It is raised on every rank, and earlier checkpoints are not changed.
         """
-        final = CheckpointsFolder(self.root).step(state.step).path
-        partial = self.root / f"{PARTIAL}{final.name}"
+        self._begin(state, copy=False)
+        return self.finish()
+
+    def begin(self, state: TrainState) -> None:
+        """Copy the state of this moment, and begin to write it. Every rank must call it, if none is pending.
+
+        Raises:
+            CheckpointError: a rank cannot write. It is raised on every rank, and earlier checkpoints are not changed.
+        """
+        self._begin(state, copy=True)
+
+    @property
+    def pending(self) -> bool:
+        """Whether there is a checkpoint for `finish`."""
+        return self._pending is not None
+
+    def is_written(self) -> bool:
+        """Return whether `finish` would not have to wait for any rank. Every rank must call it."""
+        return not distributed.any_rank(self._pending is not None and not self._pending.digests.done())
+
+    def finish(self) -> Path:
+        """Wait until all ranks have written, and make the checkpoint the latest. Every rank must call it.
+
+        Returns:
+            The folder of the checkpoint.
+
+        Raises:
+            CheckpointError: a rank cannot write. It is raised on every rank, and earlier checkpoints are not changed.
+        """
+        assert self._pending is not None, "there is nothing to finish"
+        pending, self._pending = self._pending, None
+        final, partial = self._folders(pending.state)
+        with self._removed_if_failed(partial):
+            with _agreed(final):
+                written = pending.digests.result()
+            with _agreed(final):
+                on_main(lambda: flush_tree(partial))()
+            with convert_write_errors(*_failure(final)):
+                seal(partial, written)
+            with _agreed(final):
+                on_main(lambda: _commit(partial, final, self._root))()
+        if distributed.is_main():
+            prune(self._root, final, self._retention, pending.state.best_step)
+            point_to_best(self._root, pending.state.best_step)
+        return final
+
+    def abandon(self) -> None:
+        """Wait until this rank no longer writes, and leave its checkpoint incomplete."""
+        if self._pending is not None:
+            wait([self._pending.digests])
+        self._pending = None
+
+    def _begin(self, state: TrainState, *, copy: bool) -> None:
+        assert self._pending is None, "the last checkpoint must be finished first"
+        final, partial = self._folders(state)
+        with self._removed_if_failed(partial):
+            with _agreed(final):
+                on_main(lambda: self._prepare(partial))()
+            with _agreed(final):
+                files = self._engine.capture(partial, copy=copy)
+            with _agreed(final):
+                export = self._gather_export()
+        self._pending = _Pending(state, self._thread.submit(self._write, state, files, export))
+
+    def _write(
+        self, state: TrainState, files: Sequence[Callable[[], Path]], export: Callable[[Path], None]
+    ) -> dict[str, str]:
+        """Write the files of this rank; return the SHA-256 of each. Runs in the thread."""
+        final, partial = self._folders(state)
+        folder = CheckpointFolder(partial)
+        with convert_write_errors(*_failure(final)):
+            paths = [write() for write in files]
+            if distributed.is_main():
+                export(folder.export)
+                write_state(partial, state)
+                folder.config.write_text(self._settings, encoding="utf-8")
+                paths += [*folder.export.iterdir(), folder.progress, folder.config]
+            for path in paths:
+                flush(path)
+            return digests(partial, paths)
+
+    def _folders(self, state: TrainState) -> tuple[Path, Path]:
+        """Return the folder of a checkpoint, and where it is written."""
+        final = CheckpointsFolder(self._root).step(state.step).path
+        return final, self._root / f"{PARTIAL}{final.name}"
+
+    def _prepare(self, partial: Path) -> None:
+        self._root.mkdir(parents=True, exist_ok=True)
+        for stale in self._root.glob(f"{PARTIAL}*"):
+            shutil.rmtree(stale)
+        missing = bytes_needed(self._engine) - shutil.disk_usage(self._root).free
+        if missing > 0:
+            raise CheckpointError(
+                f"no space left for checkpoint {partial.name.removeprefix(PARTIAL)} in {self._root}: "
+                f"{missing / 2**20:.1f} MiB more are needed; free disk space"
+            )
+        partial.mkdir()
+
+    @contextmanager
+    def _removed_if_failed(self, partial: Path) -> Iterator[None]:
+        """Remove what was written if a rank fails; its error is raised on all ranks inside the context."""
         try:
-            self._write(partial, final, state)
+            yield
         except MedAlignError:
             if distributed.is_main():
                 shutil.rmtree(partial, ignore_errors=True)
             raise
-        if distributed.is_main():
-            _prune(self.root, final, self.keep, state.best_step)
-            _point_to_best(self.root, state.best_step)
-        return final
-
-    def _write(self, partial: Path, final: Path, state: TrainState) -> None:
-        def describe() -> None:
-            write_state(partial, state)
-            CheckpointFolder(partial).config.write_text(self.settings, encoding="utf-8")
-            flush_tree(partial)
-
-        failed = f"checkpoint {final} could not be written"
-        remedy = "earlier checkpoints are complete; free disk space"
-        for action in (
-            on_main(lambda: self._prepare(partial)),
-            lambda: self.engine.save(partial),
-            lambda: self.export(CheckpointFolder(partial).export),
-            on_main(describe),
-        ):
-            # When this context ends, every rank has written its part.
-            with distributed.raise_on_all_ranks(), convert_write_errors(failed, remedy):
-                action()
-        with convert_write_errors(failed, remedy):
-            seal(partial)
-        with distributed.raise_on_all_ranks(), convert_write_errors(failed, remedy):
-            on_main(lambda: _commit(partial, final, self.root))()
-
-    def _prepare(self, partial: Path) -> None:
-        self.root.mkdir(parents=True, exist_ok=True)
-        for stale in self.root.glob(f"{PARTIAL}*"):
-            shutil.rmtree(stale)
-        missing = bytes_needed(self.engine) - shutil.disk_usage(self.root).free
-        if missing > 0:
-            raise CheckpointError(
-                f"no space left for checkpoint {partial.name.removeprefix(PARTIAL)} in {self.root}: "
-                f"{missing / 2**20:.1f} MiB more are needed; free disk space"
-            )
-        partial.mkdir()
 
 
 def bytes_needed(engine: Engine) -> int:
@@ -112,6 +193,17 @@ def bytes_needed(engine: Engine) -> int:
 def on_main(action: Callable[[], None]) -> Callable[[], None]:
     """Return the action on rank 0, and an action that does nothing on the other ranks."""
     return action if distributed.is_main() else lambda: None
+
+
+@contextmanager
+def _agreed(final: Path) -> Iterator[None]:
+    """Raise the write error of a rank on all ranks. When the context ends, every rank has left it."""
+    with distributed.raise_on_all_ranks(), convert_write_errors(*_failure(final)):
+        yield
+
+
+def _failure(final: Path) -> tuple[str, str]:
+    return f"checkpoint {final} could not be written", "earlier checkpoints are complete; free disk space"
 
 
 @contextmanager
@@ -146,31 +238,3 @@ def _commit(partial: Path, final: Path, root: Path) -> None:
     else:
         partial.rename(final)
     write_flushed(CheckpointsFolder(root).latest, final.name + "\n")
-
-
-def _point_to_best(root: Path, step: int | None) -> None:
-    """Let `best` name the checkpoint of the best step, or remove it if that checkpoint does not exist."""
-    checkpoints = CheckpointsFolder(root)
-    found = None if step is None else checkpoints.by_step().get(step)
-    if found is None:
-        checkpoints.best.unlink(missing_ok=True)
-    else:
-        write_flushed(checkpoints.best, found.path.name + "\n")
-
-
-def _prune(root: Path, newest: Path, keep: int, best_step: int | None) -> None:
-    """Remove all but the `keep` newest up to `newest`, which `latest` names, and that of the best step.
-
-    Checkpoints of later steps are removed too: they were written before the run was resumed from an earlier one.
-    """
-    whole = {step: found.path for step, found in CheckpointsFolder(root).by_step().items()}
-    last = CheckpointFolder(newest).step
-    kept = [step for step in whole if step <= last][-keep:]
-    for step, path in whole.items():
-        if step in kept or step == best_step:
-            continue
-        if step > last:
-            log.warning("removing %s: the run was resumed from an earlier checkpoint and is now at step %d", path, last)
-        shutil.rmtree(path, ignore_errors=True)
-        if path.exists():
-            log.warning("%s is no longer needed but cannot be removed", path)

@@ -15,7 +15,7 @@ class TrainState:
     """Progress of a run. `step` is the number of completed steps and the index of the next one."""
 
     step: int
-    samples: int
+    samples: int  # of these steps
     ranks: int
     skipped: int = 0
     truncated: int = 0
@@ -27,6 +27,14 @@ class TrainState:
     best_step: int | None = None  # the step with the lowest loss on held-out shards; None where none was evaluated
     best_loss: float | None = None  # that loss
     evaluated_step: int | None = None  # the last step whose validation is complete
+    spike: tuple[int, ...] = ()  # the first and the last diverged step of the current spike
+    rewinds: int = 0  # how often the run went back to a checkpoint before a spike
+    skipped_batches: int = 0  # global batches that were left out by these rewinds
+
+    @property
+    def next_batch(self) -> int:
+        """Index of the global batch of the next step in the order of the data."""
+        return self.step + self.skipped_batches
 
 
 def write_state(folder: Path, state: TrainState) -> None:
@@ -43,7 +51,7 @@ def read_state(folder: Path) -> TrainState:
     path = CheckpointFolder(folder).progress
     try:
         values = json.loads(path.read_text())
-        lists = {name: tuple(values.get(name, ())) for name in ("data", "losses")}
+        lists = {name: tuple(values.get(name, ())) for name in ("data", "losses", "spike")}
         return TrainState(**{**values, **lists})
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(

@@ -20,12 +20,14 @@ from medalign.cli import (
     report,
     score,
     shards,
+    supervise,
+    targets,
     train,
     wandb,
     watch,
 )
 from medalign.cli.parser import CommandParser
-from medalign.errors import MedAlignError, Stopped, format_os_error
+from medalign.errors import MedAlignError, Stopped, exit_status, format_os_error
 
 log = logging.getLogger("medalign")
 
@@ -35,7 +37,9 @@ COMMANDS = (
     inspect,
     plan,
     doctor,
+    targets,
     train,
+    supervise,
     watch,
     generate,
     evaluate,
@@ -78,16 +82,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(chosen.command(chosen))
     except Stopped as stopped:
         log.warning("%s", stopped)
-        return stopped.status
+        return exit_status(stopped)
     except MedAlignError as error:
         log.error("error: %s", error)
-        return 2
+        return exit_status(error)
     except OSError as error:  # a file that cannot be read or written, without a more specific message
         log.error("error: %s", format_os_error(error))
-        return 2
-    except KeyboardInterrupt:
+        return exit_status(error)
+    except KeyboardInterrupt as error:
         log.error("interrupted")
-        return 130
+        return exit_status(error)
 
 
 def build_parser() -> CommandParser:

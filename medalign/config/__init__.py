@@ -12,6 +12,7 @@ from medalign.config.schema import (
     Config,
     DataConfig,
     EngineConfig,
+    FurtherTeacher,
     LogConfig,
     LoraConfig,
     LossConfig,
@@ -19,6 +20,7 @@ from medalign.config.schema import (
     RunConfig,
     StudentConfig,
     TeacherConfig,
+    TeacherSettings,
     TrainConfig,
 )
 from medalign.config.validation import validate
@@ -28,6 +30,7 @@ __all__ = [
     "Config",
     "DataConfig",
     "EngineConfig",
+    "FurtherTeacher",
     "LogConfig",
     "LoraConfig",
     "LossConfig",
@@ -35,6 +38,7 @@ __all__ = [
     "RunConfig",
     "StudentConfig",
     "TeacherConfig",
+    "TeacherSettings",
     "TrainConfig",
     "check",
     "describe_settings",

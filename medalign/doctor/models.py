@@ -34,11 +34,12 @@ def _max_images(config: Config) -> int:
 
 
 def check_teacher(config: Config) -> Finding:
-    """Load the teacher with its weights."""
-    teacher = run.build_teacher(config)
-    if teacher is None:
+    """Load the teachers with their weights, or open their caches."""
+    teachers = run.build_teachers(config)
+    if not teachers:
         return Finding("teacher", "ok", "not needed, because nothing is distilled")
-    return Finding("teacher", "ok", f"patches {teacher.grid.rows} x {teacher.grid.columns} of width {teacher.width}")
+    shapes = [f"patches {each.grid.rows} x {each.grid.columns} of width {each.width}" for each in teachers]
+    return Finding("teacher", "ok", "; ".join(shapes))
 
 
 def check_grids(config: Config) -> Finding:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import io
 import logging
 import math
 import os
@@ -26,6 +24,7 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from medalign import distributed
 from medalign.engine import extensions
+from medalign.engine.capture import captured_saves, defer_io_errors
 from medalign.errors import ConfigError
 from medalign.run_folder import CheckpointFolder
 
@@ -159,23 +158,35 @@ class Engine:
                 squares += float(parameter.detach().float().square().sum())
         return math.sqrt(squares)
 
-    def save(self, folder: Path) -> None:
-        """Write the trainable parameters and the optimizer's state into `folder`. Every rank must call it.
+    def capture(self, folder: Path, *, copy: bool) -> list[Callable[[], Path]]:
+        """Prepare this rank's files of a checkpoint: trainable parameters and optimizer. Every rank must call it.
 
-        A rank that cannot write still passes DeepSpeed's barriers with the other ranks and raises at the end.
+        DeepSpeed's folders and scripts are written at once. A rank that cannot write them still passes DeepSpeed's
+        barriers with the other ranks and raises at the end.
+
+        Args:
+            folder: where the files belong.
+            copy: whether to copy the state into host memory now (12 bytes per trainable parameter, divided by the
+                number of ranks), so that the files may be written during later steps.
+
+        Returns:
+            Functions that each write one file and return its path. They do not communicate. Without `copy` they must
+            be called before the next step.
 
         Raises:
             OSError, RuntimeError: this rank cannot write.
         """
         writer = self._engine.checkpoint_engine
-        with defer_io_errors((writer, "makedirs"), (writer, "save"), (self._engine, "_copy_recovery_script")):
+        at_once = ((writer, "makedirs"), (self._engine, "_copy_recovery_script"))
+        with defer_io_errors(*at_once), captured_saves(writer, copy=copy) as files:
             self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False, exclude_frozen_parameters=True)
+        return files
 
     def load(self, folder: Path, *, universal: bool = False) -> None:
         """Load a checkpoint. Every rank must call it.
 
         Args:
-            folder: written by `save` on the same number of ranks or, with `universal`, by `to_universal`.
+            folder: written by `capture` on the same number of ranks or, with `universal`, by `to_universal`.
             universal: whether the checkpoint is in DeepSpeed's universal format.
         """
         own = [{key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups]
@@ -198,61 +209,6 @@ class Engine:
             state["step"] = torch.full_like(state["step"], updates)
 
 
-def to_universal(source: Path, target: Path) -> None:
-    """Convert a checkpoint to DeepSpeed's universal format, which can be loaded on any number of ranks.
-
-    Only one rank calls it. It processes one tensor at a time, on the CPU.
-
-    Args:
-        source: folder written by `Engine.save`.
-        target: folder to write, which must not exist.
-    """
-    from deepspeed.checkpoint import ds_to_universal
-
-    settings = argparse.Namespace(
-        input_folder=str(source / _TAG),
-        output_folder=str(target / _TAG),
-        num_extract_workers=1,
-        num_merge_workers=1,
-        keep_temp_folder=False,
-        strict=True,
-        inject_missing_state=True,
-    )
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        ds_to_universal.main(settings)
-
-
 def stage(settings: Mapping[str, Any]) -> int:
     """Return the ZeRO stage of a DeepSpeed configuration."""
     return int(settings.get("zero_optimization", {}).get("stage", 0))
-
-
-@contextlib.contextmanager
-def defer_io_errors(*methods: tuple[Any, str]) -> Iterator[None]:
-    """Defer write errors of methods to the end of the context.
-
-    Args:
-        *methods: objects and names of their methods. Inside the context these methods do not raise OSError and
-            RuntimeError.
-
-    Raises:
-        OSError, RuntimeError: the first deferred error, when the context ends.
-    """
-    failures: list[Exception] = []
-
-    def deferred(method: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            try:
-                return method(*args, **kwargs)
-            except (OSError, RuntimeError) as error:
-                failures.append(error)
-
-        return call
-
-    with contextlib.ExitStack() as undo:
-        for owner, name in methods:
-            setattr(owner, name, deferred(getattr(owner, name)))
-            undo.callback(delattr, owner, name)
-        yield
-    if failures:
-        raise failures[0]

@@ -55,7 +55,7 @@ def grounding(
     Raises:
         ValueError: the attention has another size, or a value is negative or not finite.
     """
-    attention_N = _checked(attention_N, grid)
+    attention_N = check_map(attention_N, grid)
     clipped = [_clip(box, frame) for box in boxes]
     unit_boxes = [frame.to_unit(box) for box in clipped if box[0] < box[2] and box[1] < box[3]]
     picture_N = coverage([frame.picture], grid)
@@ -63,7 +63,7 @@ def grounding(
     if not boxes_N.any():
         return None
     visible_N = picture_N > 0
-    hits_N = _hits(unit_boxes, grid) & visible_N
+    hits_N = patches_hit(unit_boxes, grid) & visible_N
     total = float((attention_N * picture_N).sum())
     return Grounding(
         inside=float((attention_N * boxes_N).sum()) / total if total else 0.0,
@@ -73,7 +73,8 @@ def grounding(
     )
 
 
-def _checked(attention: np.ndarray | torch.Tensor | Sequence[float], grid: PatchGrid) -> np.ndarray:
+def check_map(attention: np.ndarray | torch.Tensor | Sequence[float], grid: PatchGrid) -> np.ndarray:
+    """Return a map as float64 [N]. Raises ValueError if its size is another one or a value is not valid."""
     if isinstance(attention, torch.Tensor):
         attention = attention.detach().double().cpu().numpy()
     attention_N = np.asarray(attention, dtype=np.float64)
@@ -89,7 +90,7 @@ def _clip(box: Box, frame: CanvasFrame) -> tuple[float, float, float, float]:
     return max(x0, 0.0), max(y0, 0.0), min(x1, float(frame.width)), min(y1, float(frame.height))
 
 
-def _hits(unit_boxes: Sequence[tuple[float, float, float, float]], grid: PatchGrid) -> np.ndarray:
+def patches_hit(unit_boxes: Sequence[tuple[float, float, float, float]], grid: PatchGrid) -> np.ndarray:
     """Return which patches are hits, [N] bool.
 
     A patch is a hit if its center is inside a box, or if it contains the center of a box, which may be smaller than a

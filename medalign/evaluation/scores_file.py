@@ -16,6 +16,7 @@ from medalign.errors import ConfigError, DataError
 from medalign.evaluation.metrics import Prediction, read_predictions, score
 from medalign.evaluation.metrics.coco import coco_scores
 from medalign.evaluation.metrics.counts import count
+from medalign.geometry import PatchGrid
 from medalign.observability.files import write_text
 from medalign.run_folder import EvaluationFolder
 
@@ -42,7 +43,8 @@ def format_scores(rows: Sequence[Prediction], facts: Mapping[str, Any], more: Ma
         more: further scores.
     """
     kept = {name: facts[name] for name in FACTS if name in facts}
-    return json.dumps(score(rows) | dict(more or {}) | kept | count(rows), indent=2) + "\n"
+    grid = PatchGrid(*kept["grid"]) if kept.get("grid") else None
+    return json.dumps(score(rows, grid) | dict(more or {}) | kept | count(rows), indent=2) + "\n"
 
 
 def rescore(predictions: Path, coco: bool = False) -> Path:

@@ -18,10 +18,12 @@ SMALLEST = 1e-12  # a map with a smaller sum has no loss; inside the logarithm, 
 
 
 class AttentionTerm(LossTerm):
-    """The attention loss, named "attention".
+    """The attention loss.
 
     Args:
         coefficient: the paper's beta.
+        name: the name of the term.
+        teacher: which teacher's attention is the target: 0 is the first (`TeacherTargets.of`).
         normalize: how attention becomes a distribution: "sum", "softmax" or "official"; see `attention_kl`.
         ignore_padding: whether to exclude patches that show only canvas padding.
 
@@ -29,9 +31,18 @@ class AttentionTerm(LossTerm):
         ValueError: a negative coefficient, or an unknown `normalize`.
     """
 
-    def __init__(self, coefficient: float, *, normalize: str = "sum", ignore_padding: bool = False) -> None:
-        super().__init__("attention", coefficient)
+    def __init__(
+        self,
+        coefficient: float,
+        *,
+        name: str = "attention",
+        teacher: int = 0,
+        normalize: str = "sum",
+        ignore_padding: bool = False,
+    ) -> None:
+        super().__init__(name, coefficient)
         check_choice("normalize", normalize, NORMALIZATIONS)
+        self.teacher = teacher
         self.normalize = normalize
         self.ignore_padding = ignore_padding
 
@@ -41,11 +52,12 @@ class AttentionTerm(LossTerm):
 
     def compute(self, output: StudentOutput, targets: TeacherTargets | None, batch: Batch) -> LossValue | None:
         """Return the divergence, summed over the images that count."""
-        if output.attention is None or targets is None or targets.attention is None:
+        target = None if targets is None else targets.of(self.teacher).attention
+        if output.attention is None or target is None:
             return None
         mask_IN = batch.patch_valid if self.ignore_padding else None
         weight_I = image_weights(batch)
-        divergence_I = attention_kl(output.attention, targets.attention, mask_IN, normalize=self.normalize)
+        divergence_I = attention_kl(output.attention, target, mask_IN, normalize=self.normalize)
         return LossValue(sum=(divergence_I * weight_I).sum(), count=weight_I.sum())
 
 

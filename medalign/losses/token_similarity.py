@@ -15,10 +15,12 @@ WEIGHTINGS = get_args(PairWeighting)
 
 
 class SimilarityTerm(LossTerm):
-    """The spatial alignment loss, named "similarity".
+    """The spatial alignment loss.
 
     Args:
         coefficient: the paper's alpha.
+        name: the name of the term.
+        teacher: which teacher's features are the target: 0 is the first (`TeacherTargets.of`).
         weighting: weights of the token pairs: "uniform", or "teacher_attention" (w_i w_j with the teacher's attention
             w, scaled to mean 1).
         ignore_padding: whether to exclude patches that show only canvas padding.
@@ -29,10 +31,18 @@ class SimilarityTerm(LossTerm):
     """
 
     def __init__(
-        self, coefficient: float, *, weighting: str = "uniform", ignore_padding: bool = False, impl: str = "auto"
+        self,
+        coefficient: float,
+        *,
+        name: str = "similarity",
+        teacher: int = 0,
+        weighting: str = "uniform",
+        ignore_padding: bool = False,
+        impl: str = "auto",
     ) -> None:
-        super().__init__("similarity", coefficient)
+        super().__init__(name, coefficient)
         check_choice("weighting", weighting, WEIGHTINGS)
+        self.teacher = teacher
         self.weighting = weighting
         self.ignore_padding = ignore_padding
         self.impl = impl
@@ -45,14 +55,15 @@ class SimilarityTerm(LossTerm):
         """Return the loss, summed over the real images."""
         if output.tokens is None or targets is None:
             return None
+        own = targets.of(self.teacher)
         mask_IN = batch.patch_valid if self.ignore_padding else None
         pair_weight_IN = None
         if self.weighting == "teacher_attention":
-            if targets.attention is None:
+            if own.attention is None:
                 raise ValueError('SimilarityTerm: weighting="teacher_attention", but the teacher has no attention')
-            pair_weight_IN = attention_weights(targets.attention, mask_IN)
+            pair_weight_IN = attention_weights(own.attention, mask_IN)
         weight_I = batch.image_weight.float()
-        return similarity_loss(output.tokens, targets.features, weight_I, mask_IN, pair_weight_IN, self.impl)
+        return similarity_loss(output.tokens, own.features, weight_I, mask_IN, pair_weight_IN, self.impl)
 
 
 def similarity_loss(

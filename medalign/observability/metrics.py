@@ -43,7 +43,7 @@ METRICS = (
     Metric("loss/language", "nats per token", "language-model loss (L_LM), a mean over the global batch"),
     Metric("loss/similarity", "", "similarity of visual tokens to the teacher's features (L_vis)", _TEACHER),
     Metric("loss/attention", "nats", "divergence from the teacher's attention (L_att)", _TEACHER),
-    Metric("loss/{term}", "", "a term of `losses.extra`", "with such a term"),
+    Metric("loss/{term}", "", "a term of `losses.extra`, or of a teacher in `teacher.also`", "with such a term"),
     Metric("optim/grad_norm", "", "norm of the whole gradient before clipping"),
     Metric("optim/lr", "", "learning rate of LoRA, as the optimizer has it", "if LoRA is trained"),
     Metric("optim/lr_{group}", "", "learning rate of another parameter group", "for each other group"),
@@ -52,7 +52,7 @@ METRICS = (
     Metric("speed/tokens_per_second", "1/s", "tokens of all ranks, padding left out"),
     Metric("speed/data_wait_share", "", "share of the time in which a rank waits for data"),
     Metric(
-        "speed/teacher_share", "", "share of the time in which the teacher runs; on a GPU beside the student", _TEACHER
+        "speed/teacher_share", "", "share of the time in which the teachers run; on a GPU beside the student", _TEACHER
     ),
     Metric("speed/tflops", "1e12/s", "operations of the models per second and rank, without recomputation"),
     Metric("speed/mfu", "", "`speed/tflops` as a share of the GPU's peak", "on an A100, H100, H200 or B200 (SXM)"),
@@ -70,6 +70,8 @@ METRICS = (
     Metric("train/samples", "samples", "samples taken since the first step"),
     Metric("train/epoch", "", "passes over all samples", "unless folders are mixed by weight"),
     Metric("train/diverged_steps", "steps", "steps whose update was left out"),
+    Metric("train/rewinds", "", "how often the run went back to a checkpoint (`train.rewind_on_spike`)"),
+    Metric("data/skipped_batches", "batches", "global batches that these rewinds left out"),
     Metric("time/elapsed_seconds", "s", "time in the training loop, without the pauses between starts"),
     Metric("job/world_size", "", "number of ranks"),
     Metric("job/id", "", "number of the batch job", "under SLURM"),

@@ -41,11 +41,17 @@ class Watchdog:
     Args:
         folder: `rank-N.txt` is written here.
         end: ends the process with a status.
+        on_hang: called before that with the message that says which rank the others wait for.
     """
 
-    def __init__(self, folder: Path, end: Callable[[int], object] = os._exit) -> None:
-        self._folder, self._end = folder, end
-        self.on_hang: list[Callable[[], None]] = []  # called, in the thread, before the process is ended
+    def __init__(
+        self,
+        folder: Path,
+        end: Callable[[int], object] = os._exit,
+        on_hang: Callable[[str], object] = lambda verdict: None,
+    ) -> None:
+        self._folder, self._end, self._on_hang = folder, end, on_hang
+        self.before_end: Callable[[], object] = lambda: None  # called last, in the thread; it must not take long
         self._progress: tuple[int, str, float, float] = (0, "starting", time.monotonic(), 0.0)
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -101,12 +107,13 @@ class Watchdog:
             self._report_path.unlink(missing_ok=True)
             return False
         reports = self._read_reports()
+        verdict = self._verdict(reports)
+        self._on_hang(verdict)
         if distributed.rank() == min(reports, default=distributed.rank()):
-            log.error("error: %s", self._verdict(reports))
+            log.error("error: %s", verdict)
         else:
             time.sleep(_GRACE)  # once one rank has ended, the launcher kills the others
-        for hook in self.on_hang:
-            hook()
+        self.before_end()
         self._end(STATUS)
         return True
 

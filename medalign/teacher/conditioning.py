@@ -60,12 +60,24 @@ class TextConditioning(nn.Module):
         self.temperature = temperature
         self.absent_weight = absent_weight
 
-    def forward(self, attention: torch.Tensor, values: torch.Tensor, questions: Sequence[str]) -> torch.Tensor:
+    def relevance(self, values: torch.Tensor) -> torch.Tensor:
+        """Compare patches with all prompts, before it is known which findings are asked for.
+
+        Args:
+            values: patches on the value path, [I, M, e].
+
+        Returns:
+            Products of the normalized patches with the prompts' mean embeddings, [I, M, 2 F] in float32: where the
+            findings are present, then where they are absent.
+        """
+        return F.normalize(values.float(), dim=-1) @ torch.cat([self.present, self.absent]).T
+
+    def forward(self, attention: torch.Tensor, relevance: torch.Tensor, questions: Sequence[str]) -> torch.Tensor:
         """Mix the maps.
 
         Args:
             attention: the class token's, or the pooling head's, [I, M].
-            values: patches on the value path, [I, M, e].
+            relevance: what `relevance` gives for the same images, [I, M, 2 F].
             questions: the question about each image. Where it names several findings, their prompts are averaged.
 
         Returns:
@@ -79,18 +91,26 @@ class TextConditioning(nn.Module):
         named_IF = self._named(questions).to(attention.device, non_blocking=True)
         weight_I1 = self.weight * named_IF.any(1, keepdim=True)
         own_IM = attention.float() / attention.float().sum(1, keepdim=True)
-        return torch.lerp(own_IM, self.text_map(values, named_IF), weight_I1)
+        return torch.lerp(own_IM, self._text_map(relevance, named_IF), weight_I1)
 
-    def text_map(self, values: torch.Tensor, named: torch.Tensor) -> torch.Tensor:
-        """Compute the map s [I, M] for patches [I, M, e] and the findings that are asked for, bool [I, F]."""
-        value_IMe = F.normalize(values.float(), dim=-1)
-        present_Ie, absent_Ie = (
-            F.normalize(named.float() @ texts_Fe, dim=-1) for texts_Fe in (self.present, self.absent)
+    def _text_map(self, relevance: torch.Tensor, named: torch.Tensor) -> torch.Tensor:
+        """Compute the map s [I, M] for the findings that are asked for, bool [I, F]."""
+        present_IM, absent_IM = (
+            torch.einsum("imf,if->im", products_IMF, _shares(named.float(), texts_Fe))
+            for products_IMF, texts_Fe in zip(relevance.chunk(2, dim=-1), (self.present, self.absent), strict=True)
         )
-        text_Ie = present_Ie - self.absent_weight * absent_Ie
-        return (torch.einsum("ime,ie->im", value_IMe, text_Ie) / self.temperature).softmax(dim=-1)
+        return ((present_IM - self.absent_weight * absent_IM) / self.temperature).softmax(dim=-1)
 
     def _named(self, questions: Sequence[str]) -> torch.Tensor:
         """Which findings each question names, bool [I, F], on the host."""
         found = [self.lexicon.named(question) for question in questions]
         return torch.tensor([[finding in names for finding in self.lexicon.findings] for names in found])
+
+
+def _shares(named: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
+    """Divide the rows of `named`, [I, F], by the length of the sum of the named texts, [F, e].
+
+    The cosine of a patch with the sum of texts is then the sum of its products with them by these shares.
+    """
+    length: torch.Tensor = torch.linalg.vector_norm(named @ texts, dim=-1, keepdim=True)
+    return named / length.clamp_min(1e-12)

@@ -54,7 +54,8 @@ def count_if_diverged(
         found = [f"loss/total is {total:.4g}, and at most {most:.4g} follows from the last {WINDOW} steps"]
     if not found:
         return replace(state, losses=(*state.losses, total)[-WINDOW:]) if config.max_loss_ratio else state
-    state, limit = replace(state, diverged=state.diverged + 1), config.max_diverged_steps
+    spike = (spike_start(state, done), done)
+    state, limit = replace(state, diverged=state.diverged + 1, spike=spike), config.max_diverged_steps
     keys = ", ".join(key for batch in micro_batches for key in batch.keys)
     if math.isfinite(losses["optim/grad_norm"]) or state.diverged > limit:
         raise DivergedError(
@@ -65,6 +66,14 @@ def count_if_diverged(
     left_out = f"its update is left out, on all ranks ({state.diverged} of at most {limit})"
     log.warning("step %d: %s; %s. This rank's samples: %s", done, ", ".join(found), left_out, keys)
     return state
+
+
+def spike_start(state: TrainState, done: int) -> int:
+    """Return the first step of the spike that the diverged step `done` belongs to.
+
+    Diverged steps belong to one spike if there are fewer than 20 steps between them.
+    """
+    return state.spike[0] if state.spike and done - state.spike[1] <= WINDOW else done
 
 
 def update_state(
@@ -107,6 +116,8 @@ def state_metrics(state: TrainState, device: torch.device) -> dict[str, float]:
         "time/elapsed_seconds": state.seconds,
         "train/samples": state.samples,
         "train/diverged_steps": state.diverged,
+        "train/rewinds": state.rewinds,
+        "data/skipped_batches": state.skipped_batches,
         "data/skipped": state.skipped,
         "data/truncated": state.truncated,
         **memory_gib(device),

@@ -33,7 +33,7 @@ class Callback:
     """
 
     def on_train_start(self, trainer: Trainer) -> None:
-        """Called before the first step."""
+        """Called before the first step, and again before the first step after a rewind (`train.rewind_on_spike`)."""
 
     def on_step_start(self, trainer: Trainer) -> None:
         """Called before the batch is read; `trainer.state.step` steps are done."""
@@ -74,7 +74,13 @@ class Callback:
         """Called after the last step; not called if training ends with an exception."""
 
     def on_exception(self, trainer: Trainer, error: BaseException) -> None:
-        """Called when training ends with `error`, possibly on this rank only: it must not wait for other ranks."""
+        """Called when training ends with `error`, possibly on this rank only: it must not wait for other ranks.
+
+        A rewind may follow a DivergedError, which all ranks raise.
+        """
+
+    def on_hang(self, trainer: Trainer) -> None:
+        """Called in a thread of the watchdog before it ends the process, because the run hangs; it must not wait."""
 
 
 class Trainer:
@@ -83,7 +89,8 @@ class Trainer:
     Args:
         config: the whole configuration, with `train.steps` resolved.
         step: one optimizer step.
-        batches: for each step from `state.step` on, this rank's micro-batches.
+        batches: for each step from `state.step` on, this rank's micro-batches; the first is that of
+            `state.next_batch`.
         state: where the run stands.
         callbacks: in the order in which their hooks are called.
     """

@@ -18,14 +18,34 @@ ROOT = Path(__file__).parents[2] / PACKAGE
 # A room is a folder or a single file directly under medalign/. Files on one floor may import each other (without
 # cycles), folders may not. A new room is given its floor here.
 FLOORS = (
-    ("__init__", "errors", "geometry", "contracts", "distributed", "import_path", "run_folder", "stop_signals"),
+    (
+        "__init__",
+        "errors",
+        "geometry",
+        "contracts",
+        "distributed",
+        "exit_records",
+        "import_path",
+        "run_folder",
+        "stop_signals",
+    ),
     ("config",),
     ("kernels", "data", "observability"),
     ("losses", "teacher", "student", "datasets", "phantom"),
     ("engine",),
     ("checkpoint", "evaluation", "benchmark", "planning"),
     ("training",),
-    ("run", "pipeline", "inference", "evaluator", "inspection", "doctor", "watching"),
+    (
+        "run",
+        "pipeline",
+        "inference",
+        "evaluator",
+        "inspection",
+        "target_cache",
+        "doctor",
+        "supervising",
+        "watching",
+    ),
     ("cli", "__main__"),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
@@ -55,6 +75,7 @@ RUN_FILES = {
     "config.yaml",
     "environment.json",
     "metrics.jsonl",
+    "attempts.jsonl",
     "wandb_run_id",
     "progress.json",
     "complete.json",

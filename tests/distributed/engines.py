@@ -15,6 +15,7 @@ from medalign.config import Config
 from medalign.engine import engine as door
 from medalign.engine.engine import Engine
 from medalign.engine.settings import deepspeed_settings
+from medalign.engine.universal import to_universal
 from tests.distributed.workers import main
 
 MICRO_BATCHES = 64  # of one sample per rank and step
@@ -88,19 +89,24 @@ def reloaded(settings: dict[str, Any]) -> dict[str, Any]:
         folder = Path(settings["folder"]) / name
         trained = _engine(name, "fp32")
         _update(trained, 2)
-        trained.save(folder / "saved")
-        if distributed.is_main():
-            door.to_universal(folder / "saved", folder / "universal")
+        _save(trained, folder / "saved")
+        to_universal(folder / "saved", folder / "universal", distributed.raise_on_all_ranks)
         distributed.barrier()
         results[f"{name} universal"] = _loaded(name, folder / "universal", universal=True)
         for group in trained.optimizer.param_groups:
             group.update(name="first", weight_decay=0.5)
         for state in trained.optimizer.state.values():
             state["step"] += 2
-        trained.save(folder / "wrong")
+        _save(trained, folder / "wrong")
         results[f"{name} wrong"] = _loaded(name, folder / "wrong", universal=False)
     door.stop()
     return results
+
+
+def _save(engine: Engine, folder: Path) -> None:
+    for write in engine.capture(folder, copy=False):
+        write()
+    distributed.barrier()
 
 
 def _loaded(name: str, folder: Path, *, universal: bool) -> dict[str, Any]:

@@ -74,6 +74,31 @@ def test_failures_leave_the_earlier_checkpoint_and_an_engine_that_can_save_again
     assert both(ranks, "checkpoints", "after") == "step-000002"
 
 
+def test_a_checkpoint_that_was_written_during_steps_is_that_of_its_moment(ranks):
+    """The two steps after it, taken while it was written, are repeated to the last bit."""
+    assert both(ranks, "background", "folder") == both(ranks, "background", "whole") == "step-000001"
+    assert both(ranks, "background", "first") == both(ranks, "background", "second")
+
+
+def test_a_disk_that_fills_on_one_rank_in_the_background_is_an_error_of_all(ranks):
+    shown = both(ranks, "background", "raised")
+    assert re.fullmatch(r"CheckpointError: rank 1: checkpoint .*step-000002 could not be written \(.+\); .*", shown)
+
+
+def test_a_spike_is_left_out_by_going_back_twice(ranks):
+    """Two steps may diverge at a time, so batches 4 and 5 are left out first, then 6 and 7."""
+    assert both(ranks, "rewound", "states") == [[0, 0, 0], [4, 1, 2], [4, 2, 4], [8, 2, 4]]
+    assert both(ranks, "rewound", "latest") == "step-000004"
+    for rank in ranks:
+        assert re.search(r"DivergedError: step 6: .* The run has gone back 1 times before", rank["rewound"]["bound"])
+
+
+@pytest.mark.parametrize("other", ["again from 2", "again from 6", "plain"])
+def test_a_run_with_rewinds_is_repeated_exactly(ranks, other):
+    """Resumed before and after the rewinds, and trained on the same batches without a spike: the same parameters."""
+    assert both(ranks, "rewound", "whole") == both(ranks, "rewound", other)
+
+
 def test_an_export_contains_the_trained_values_of_the_sharded_student(ranks, folder):
     assert ranks[0]["export"] == {"names": [], "differ": [], "still": []}
     student = export.load_export(folder / "export", torch.float32, torch.device("cpu"))

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from medalign import distributed
 from medalign.checkpoint import export
-from medalign.checkpoint.loading import find_whole
+from medalign.checkpoint.loading import find_whole, load
+from medalign.checkpoint.retention import Retention
 from medalign.checkpoint.saving import CheckpointWriter
 from medalign.checkpoint.state import TrainState
 from medalign.config import Config
@@ -27,11 +28,12 @@ from medalign.engine.engine import Engine
 from medalign.errors import DataError
 from medalign.losses import LanguageTerm, Objective
 from medalign.student.model import Student
+from medalign.training import rewind
 from medalign.training.callbacks import Checkpointing
 from medalign.training.step import TrainStep
 from medalign.training.trainer import Trainer
 from tests import tiny
-from tests.distributed.workers import build, configure, main, share
+from tests.distributed.workers import build, configure, digest, main, share
 
 MICRO = {"micro": 2}
 
@@ -51,6 +53,8 @@ def troubles(settings: dict[str, Any]) -> dict[str, Any]:
         "lost shard": _loop(config, step, _lost_shard),
         "export": _exported(config, engine, student, folder / "export"),
         "checkpoints": _checkpoints(engine, folder / "checkpoints"),
+        "background": _background(engine, student, language, folder / "background"),
+        "rewound": _rewound(config, engine, student, language, folder / "rewound"),
         "exploded": _exploded(engine, student, language),
         "left out": _left_out(config, engine, student, language),
         "diverged": _diverged(config, language),
@@ -76,7 +80,9 @@ def _together(troubled: int) -> None:
 def _latest(engine: Engine, root: Path) -> dict[str, str]:
     """Write two checkpoints, whose files both ranks check. Rank 1 finds the damage in its part."""
     for step in (1, 2):
-        CheckpointWriter(engine, root, 2, "", _make_on_main).save(TrainState(step=step, samples=0, ranks=2))
+        CheckpointWriter(engine, root, Retention(2), "", lambda: Path.mkdir).save(
+            TrainState(step=step, samples=0, ranks=2)
+        )
     found = {"whole": str(find_whole(root)).removeprefix(str(root))}
     distributed.barrier()
     files = sorted((root / "step-000002" / "state").iterdir(), key=lambda path: (-path.stat().st_size, path.name))
@@ -87,11 +93,6 @@ def _latest(engine: Engine, root: Path) -> dict[str, str]:
     distributed.barrier()
     found["damaged"] = str(find_whole(root)).removeprefix(str(root))
     return found
-
-
-def _make_on_main(target: Path) -> None:
-    if distributed.is_main():
-        target.mkdir()
 
 
 def _loop(config: Config, step: TrainStep, batches: Callable[[], Iterator[list[Batch]]]) -> dict[str, Any]:
@@ -114,11 +115,11 @@ def _lost_shard() -> Iterator[list[Batch]]:
     yield from (share(MICRO, step) for step in itertools.count(1))
 
 
-def _not_a_number(first: int, last: int) -> Callable[[], Iterator[list[Batch]]]:
+def _not_a_number(first: int, last: int, start: int = 1) -> Callable[[], Iterator[list[Batch]]]:
     """In steps `first` to `last`, an image of rank 1 contains NaN."""
 
     def batches() -> Iterator[list[Batch]]:
-        for step in itertools.count(1):
+        for step in itertools.count(start):
             shares = share(MICRO, step)
             if distributed.rank() == 1 and first <= step <= last:
                 nan = torch.full_like(shares[0].student_pixels, torch.nan)
@@ -183,27 +184,87 @@ def _exported_name(name: str) -> str:
 def _checkpoints(engine: Engine, root: Path) -> dict[str, Any]:
     """Write a checkpoint, cause failures of every kind, then write another checkpoint."""
 
-    def save(step: int, export: Callable[[Path], None], root: Path = root) -> Path:
-        return CheckpointWriter(engine, root, 1, "", export).save(TrainState(step=step, samples=0, ranks=2))
+    def save(step: int, export: Callable[[Path], None] = Path.mkdir, root: Path = root) -> Path:
+        writer = CheckpointWriter(engine, root, Retention(1), "", lambda: export)
+        return writer.save(TrainState(step=step, samples=0, ranks=2))
 
     def full(target: Path) -> None:
-        if distributed.is_main():
-            raise OSError(errno.ENOSPC, "No space left on device")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    save(1, _make_on_main)
+    save(1)
     results: dict[str, Any] = {}
     for name, troubled in (("rank 0 full", 0), ("rank 1 full", 1)):
         with room(20_000, troubled):
-            results[name] = raised(lambda: save(2, _make_on_main))
+            results[name] = raised(lambda: save(2))
     results["export full"] = raised(lambda: save(2, full))
     if distributed.is_main():
         (root / "file").write_text("")
-    results["no folder"] = raised(lambda: save(2, _make_on_main, root / "file"))
+    results["no folder"] = raised(lambda: save(2, root=root / "file"))
     distributed.barrier()
     results["left"] = sorted(path.name for path in root.iterdir())
     distributed.barrier()
-    results["after"] = save(2, _make_on_main).name
+    results["after"] = save(2).name
     return results
+
+
+def _background(engine: Engine, student: Student, step: TrainStep, root: Path) -> dict[str, Any]:
+    """Take steps while a checkpoint is written, load it, and take the same steps again: hashes of the parameters."""
+    writer = CheckpointWriter(engine, root, Retention(2), "", lambda: Path.mkdir)
+    rates = dict.fromkeys(engine.rates(), 1e-2)
+
+    def steps() -> str:
+        for number in range(2):
+            step(share(MICRO, number), rates)
+        return _hash(engine, student)
+
+    writer.begin(TrainState(step=1, samples=0, ranks=2))
+    found: dict[str, Any] = {"first": steps()}
+    found["folder"] = writer.finish().name
+    with room(20_000, 1):  # rank 1 cannot write
+        writer.begin(TrainState(step=2, samples=0, ranks=2))
+        found["raised"] = raised(writer.finish)
+    whole = find_whole(root)
+    found["whole"] = whole.name
+    load(engine, whole)
+    return found | {"second": steps()}
+
+
+def _rewound(config: Config, engine: Engine, student: Student, step: TrainStep, root: Path) -> dict[str, Any]:
+    """Batches 4 to 7 contain NaN: two rewinds, each from step 6 to step 4; then the same run with interruptions."""
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=8, max_diverged_steps=1))
+    writer = CheckpointWriter(engine, root, Retention(10), "", lambda: Path.mkdir)
+    states: list[TrainState] = []
+
+    def run(begun: TrainState, times: int) -> str:
+        config.train.rewind_on_spike = times
+
+        @contextlib.contextmanager
+        def open_trainer(now: TrainState) -> Iterator[Trainer]:
+            states.append(now)
+            batches = _not_a_number(4, 7, start=now.next_batch)()
+            yield Trainer(config, step, batches, now, [Checkpointing(2, writer.save, background=writer)])
+
+        states.append(rewind.fit(open_trainer, begun, engine, root, config.train))
+        return _hash(engine, student)
+
+    begun = TrainState(step=0, samples=0, ranks=2)
+    writer.save(begun)
+    found: dict[str, Any] = {"bound": raised(lambda: run(begun, 1))}
+    found["latest"] = (root / "latest").read_text().strip()
+    distributed.barrier()
+    del states[:]
+    found["whole"] = run(load(engine, root / "step-000000"), 2)
+    found["states"] = [[state.step, state.rewinds, state.skipped_batches] for state in states]
+    # Before and after the rewinds, and the batches that are left by them without any NaN
+    found["again from 2"] = run(load(engine, root / "step-000002"), 2)
+    found["again from 6"] = run(load(engine, root / "step-000006"), 0)
+    found["plain"] = run(dataclasses.replace(load(engine, root / "step-000004"), skipped_batches=4), 0)
+    return found
+
+
+def _hash(engine: Engine, student: Student) -> str:
+    whole = engine.gather_parameters([pair for group in student.trainable().values() for pair in group])
+    return distributed.broadcast_from_main(digest(whole) if whole else "")
 
 
 @contextlib.contextmanager

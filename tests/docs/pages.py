@@ -43,8 +43,10 @@ def medalign_commands() -> Iterator[tuple[str, list[str]]]:
     """Yield the page and the arguments of each call of medalign, with any launcher."""
     for block in blocks("bash"):
         for words in block.commands():
-            if "medalign" in words:
-                yield block.page, words[words.index("medalign") + 1 :]
+            starts = [i + 1 for i, word in enumerate(words) if word == "medalign"]
+            for start in starts:
+                end = words.index("--") if start == starts[0] and "--" in words else len(words)
+                yield block.page, words[start:end]
 
 
 def command_name(arguments: list[str]) -> str:

@@ -35,7 +35,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory, shards: Path, student_folde
         f"data: {{train: {shards}/train, max_length: 220}}\n"
         "train: {steps: 8, batch_size: 4, micro_batch_size: 2, lr: 1.0e-3}\n"
         "engine: {deepspeed: cpu}\n"
-        "checkpoint: {interval: 3, save_total_limit: 2}\n"
+        "checkpoint: {interval: 3, save_total_limit: 2, asynchronous: false}\n"  # complete before the next row
         "log: {interval: 1}\n"
     )
     return path

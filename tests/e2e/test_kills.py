@@ -13,8 +13,19 @@ from medalign.__main__ import main
 from tests.distributed.ranks import TIMEOUT, start
 from tests.e2e.conftest import command, losses, train
 
-# Two ranks with a loader process each, samples grouped by length, 1.7 epochs.
-TWO = ("--data.workers", "1", "--data.length_groups", "2", "--train.steps", "10", "--train.micro_batch_size", "1")
+# Two ranks with a loader process each, samples grouped by length, 1.7 epochs; checkpoints are written during steps.
+TWO = (
+    "--checkpoint.asynchronous",
+    "true",
+    "--data.workers",
+    "1",
+    "--data.length_groups",
+    "2",
+    "--train.steps",
+    "10",
+    "--train.micro_batch_size",
+    "1",
+)
 
 
 @pytest.fixture(scope="module")

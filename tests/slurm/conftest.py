@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from tests.e2e.conftest import recipe, shards, train, trained  # noqa: F401 (fix
 ROOT = Path(__file__).parents[2]
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"}
 TIMEOUT = 400  # seconds; a job that hangs becomes a failure
+SHOW_JOB = ["scontrol", "--oneliner", "show", "job"]
 WORDS = ("--losses.extra", "[tests.moments.moment]", "--checkpoint.interval", "100")
 
 
@@ -40,8 +43,7 @@ class Cluster:
 
     def state(self, job: str) -> str:
         """The state of a job, or of all tasks of an array, such as RUNNING."""
-        words = ["scontrol", "--oneliner", "show", "job", job]
-        text = subprocess.run(words, capture_output=True, text=True, timeout=60, check=True).stdout
+        text = subprocess.run(SHOW_JOB + [job], capture_output=True, text=True, timeout=60, check=True).stdout
         states = re.findall(r"JobState=(\w+)", text)
         return next((state for state in states if state not in ENDED), states[0])
 
@@ -60,9 +62,45 @@ class Cluster:
             assert time.monotonic() < deadline and self.state(job) not in ENDED, self.text()
             time.sleep(0.1)
 
-    def scancel(self, job: str) -> None:
-        """Cancel a job."""
-        subprocess.run(["scancel", job], timeout=60, check=True)
+    def wait_for_restart(self, job: str) -> None:
+        """Wait until a job has been queued again."""
+        deadline = time.monotonic() + TIMEOUT
+        while "Restarts=0" in subprocess.run(SHOW_JOB + [job], capture_output=True, text=True, check=True).stdout:
+            assert time.monotonic() < deadline and self.state(job) not in ENDED, self.text()
+            time.sleep(0.5)
+
+    def scancel(self, job: str, *options: str) -> None:
+        """Cancel a job, or signal it."""
+        subprocess.run(["scancel", *options, job], timeout=60, check=True)
+
+    @contextmanager
+    def lost_node(self) -> Iterator[None]:
+        """Kill the daemon of the last node, and report the node as down, at the begin; start it again at the end.
+
+        Skips the test if the daemon is not a process of this machine that this user may start again.
+        """
+        names = subprocess.run(["sinfo", "-hNo", "%N"], capture_output=True, text=True, timeout=60, check=True).stdout
+        node = sorted(set(names.split()))[-1]
+        shown = subprocess.run(["scontrol", "show", "config"], capture_output=True, text=True, timeout=60, check=True)
+        found = re.search(r"SlurmdPidFile\s*= (\S+)", shown.stdout)
+        pid_file = Path(found[1].replace("%n", node)) if found else Path()
+        if os.geteuid() or not pid_file.is_file():
+            pytest.skip("the daemon of a node is not on this machine, or this user is not its root")
+        pid = int(pid_file.read_text())
+        command = Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0").split(b"\0")
+        with ExitStack() as stack:
+            spaces = {kind: stack.enter_context(open(f"/proc/{pid}/ns/{kind}")).fileno() for kind in ("mnt", "uts")}
+            os.kill(pid, signal.SIGKILL)
+            update = ["scontrol", "update", f"nodename={node}"]
+            subprocess.run([*update, "state=down", "reason=killed by a test"], timeout=60, check=True)
+            try:
+                yield
+            finally:
+                enter = [f"--{name}=/proc/self/fd/{spaces[kind]}" for name, kind in (("mount", "mnt"), ("uts", "uts"))]
+                again = ["nsenter", *enter, *(word.decode() for word in command)]
+                files = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+                subprocess.run(again, pass_fds=tuple(spaces.values()), timeout=60, check=True, **files)
+                subprocess.run([*update, "state=resume"], timeout=60, check=False)
 
     def text(self) -> str:
         """What the jobs have printed."""

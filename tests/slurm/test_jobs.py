@@ -1,12 +1,17 @@
-"""The batch scripts on a real cluster: to the end, through a time limit, scancel and a killed rank, and in arrays."""
+"""The batch scripts on a real cluster: to the end, through a time limit, scancel, a lost rank or node, in arrays."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import pytest
+
 from tests.e2e.conftest import losses
+from tests.e2e.test_elastic import CUT, GROUPS, LOSSES, RATES, STEPS, column
 from tests.slurm.conftest import WORDS
 
+ENDED = "COMPLETED"
 NODES = ("--nodes=2", "--ntasks-per-node=1")
 SAID = "stopped after step 4 with a checkpoint; the run has 8 steps"
 
@@ -38,7 +43,10 @@ def test_a_time_limit_queues_the_job_again_without_losing_a_step(cluster, recipe
 
 
 def test_a_canceled_job_and_a_killed_rank_resume_exactly(cluster, recipe, whole, tmp_path):
-    """After scancel in step 4, a run writes a checkpoint and is not queued again; then KILL ends rank 1 in step 6."""
+    """After scancel in step 4, a run writes a checkpoint and is not queued again.
+
+    KILL ends rank 1 of the next job in step 6: the run is started again inside the job.
+    """
     folder = tmp_path / "run"
     words = (str(recipe), "--run.dir", str(folder), *WORDS)
     job = cluster.submit("train", *words, options=NODES, MOMENT_CALL="4", MOMENT_ACT="wait")
@@ -46,12 +54,74 @@ def test_a_canceled_job_and_a_killed_rank_resume_exactly(cluster, recipe, whole,
     cluster.scancel(job)
     assert cluster.wait(job) == "CANCELLED"
     assert (folder / "checkpoints" / "latest").read_text() == "step-000004\n" and f"SIGTERM: {SAID}" in cluster.text()
-    job = cluster.submit("train", *words, options=NODES, MOMENT_CALL="2", MOMENT_ACT="KILL")
-    assert cluster.wait(job) == "FAILED"
-    assert [row[0] for row in losses(folder)] == [1, 2, 3, 4, 5]
-    job = cluster.submit("train", *words, options=NODES)
+    once = str(tmp_path / "once")
+    job = cluster.submit("train", *words, options=NODES, MOMENT_CALL="2", MOMENT_ACT="KILL", MOMENT_ONCE=once)
     assert cluster.wait(job) == "COMPLETED", cluster.text()
     assert losses(folder) == losses(whole)
+    assert attempts(folder, "job", "step", "then")[1:] == [(job, 5, "restarted"), (job, 8, "ended")]
+    assert "no reason from rank 1: killed" in attempts(folder, "reason")[1][0]
+
+
+def attempts(folder: Path, *names: str) -> list[tuple]:
+    rows = [json.loads(line) for line in (folder / "attempts.jsonl").read_text().splitlines()]
+    return [tuple(row[name] for name in names) for row in rows]
+
+
+def test_the_deepspeed_launcher_per_node_survives_a_stopped_rank(cluster, recipe, whole, tmp_path):
+    """SIGSTOP of rank 1 in step 5: the watchdog ends the run, which is started again inside the job."""
+    folder, moment = tmp_path / "run", {"MOMENT_CALL": "5", "MOMENT_ACT": "STOP", "MOMENT_ONCE": str(tmp_path / "once")}
+    words = (str(recipe), "--run.dir", str(folder), *WORDS, "--engine.step_timeout", "8")
+    job = cluster.submit("train_deepspeed", *words, options=("--nodes=2",), SLOTS="1", **moment)
+    assert cluster.wait(job) == "COMPLETED", cluster.text()
+    assert losses(folder) == losses(whole)
+    assert attempts(folder, "status", "step", "then") == [(124, 4, "restarted"), (0, 8, "ended")]
+    assert "the run hangs: rank 1 does not answer" in attempts(folder, "reason")[0][0]
+
+
+@pytest.mark.long
+def test_usr1_stops_the_ranks_below_the_deepspeed_launcher(cluster, recipe, whole, tmp_path):
+    """As before a time limit: the launchers outlive the signal, and the job is queued again."""
+    folder = tmp_path / "run"
+    words = (str(recipe), "--run.dir", str(folder), *WORDS)
+    moment = {"MOMENT_CALL": "4", "MOMENT_ACT": "wait"}
+    job = cluster.submit("train_deepspeed", *words, options=("--nodes=2",), SLOTS="1", **moment)
+    cluster.wait_for_row(job, folder, 3)
+    cluster.scancel(job, "--signal=USR1")
+    assert cluster.wait(job) == "COMPLETED", cluster.text()
+    assert f"SIGUSR1: {SAID}" in cluster.text()
+    assert losses(folder) == losses(whole)
+    assert attempts(folder, "status", "then") == [(75, "requeued"), (0, "ended")]
+
+
+def test_a_node_that_is_lost_queues_the_job_again(cluster, recipe, whole, tmp_path):
+    """KILL of the daemon of the second node in step 4; then the node comes back."""
+    folder = tmp_path / "run"
+    words = (str(recipe), "--run.dir", str(folder), *WORDS, "--checkpoint.interval", "2")
+    job = cluster.submit("train", *words, options=NODES, MOMENT_CALL="4", MOMENT_ACT="wait")
+    cluster.wait_for_row(job, folder, 3)
+    with cluster.lost_node():
+        cluster.wait_for_restart(job)
+    assert cluster.wait(job) == "COMPLETED", cluster.text()
+    assert losses(folder) == losses(whole) and "resuming from" in cluster.text()
+
+
+@pytest.mark.long
+def test_the_number_of_ranks_may_change_from_job_to_job(cluster, recipe, tmp_path):
+    """2, 1, 3 and 2 ranks, each stopped by TERM after a step; the last job ends the run."""
+    words = (str(recipe), *CUT, *GROUPS, "--train.steps", str(STEPS), "--losses.extra", "[tests.moments.moment]")
+    assert cluster.wait(cluster.submit("train", *words, "--run.dir", str(tmp_path / "whole"), options=NODES)) == ENDED
+    folder = tmp_path / "moved"
+    three = ("--nodes=2", "--ntasks=3")
+    for options, call, step in ((NODES, 9, 3), (("--ntasks=1",), 12, 5), (three, 4, 7)):
+        moment = {"MOMENT_CALL": str(call), "MOMENT_ACT": "TERM", "MOMENT_RANK": "0"}
+        job = cluster.submit("train", *words, "--run.dir", str(folder), options=options, **moment)
+        assert cluster.wait(job) == "FAILED", cluster.text()
+        assert (folder / "checkpoints" / "latest").read_text() == f"step-{step:06d}\n", cluster.text()
+    assert cluster.wait(cluster.submit("train", *words, "--run.dir", str(folder), options=NODES)) == ENDED
+    assert "was written by 3 ranks: converting it for 2" in cluster.text()
+    for name in LOSSES:
+        assert column(folder, name) == pytest.approx(column(tmp_path / "whole", name), rel=1e-5)
+    assert [column(folder, name) for name in RATES] == [column(tmp_path / "whole", name) for name in RATES]
 
 
 def test_an_array_trains_each_seed_in_its_own_folder(cluster, recipe, trained, tmp_path):

@@ -15,7 +15,9 @@ import logging
 from pathlib import Path
 
 from tools.study.arms import BASE
-from tools.study.runner import Study, all_arms, all_seeds, collect_again
+from tools.study.report import write_page
+from tools.study.results_file import read_results
+from tools.study.runner import RESULTS, Study, all_arms, all_seeds, collect_again
 
 
 def main(words: list[str] | None = None) -> None:
@@ -28,12 +30,15 @@ def main(words: list[str] | None = None) -> None:
     collect = commands.add_parser("collect", help="score the finished runs again")
     for parser_of_runs in (run, collect):
         parser_of_runs.add_argument("--folder", type=Path, default=Path("runs/study"), help="films and runs")
+    commands.add_parser("report", help="write the tables of the results page")
     options = parser.parse_args(words)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if options.command == "run":
         Study(options.folder).run(options.arms, options.seeds)
-    else:
+    elif options.command == "collect":
         print("\n".join(collect_again(Study(options.folder))))
+    else:
+        write_page(read_results(RESULTS))
 
 
 if __name__ == "__main__":

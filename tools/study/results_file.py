@@ -30,6 +30,12 @@ SCORES = (
     "box_area",
     "pointing_hits",
     "pointing_chance",
+    "conditional_n",
+    "asked_denser",
+    "asked_pointing",
+    "other_pointing",
+    "map_change",
+    "map_change_same",
 )
 ASSETS = Path(medalign.__file__).parent / "assets"
 DIGITS = 6

@@ -58,7 +58,7 @@ class Study:
         """Do the missing runs of these arms and seeds in the order of the plan, with the trials that they need."""
         for run in self.missing(arms, seeds):
             log.info("== %s", run.name)
-            self._run(run)
+            self.do(run)
 
     def missing(self, arms: Collection[str], seeds: Collection[int]) -> Iterator[Run]:
         """Yield the next run without a result until there is none, each with the learning rate that its arm chose."""
@@ -83,7 +83,8 @@ class Study:
         train = ["train", "phantom", f"--data.train={films}/train", f"--run.dir={place}", *settings]
         return [train, ["evaluate", place, "--data", f"data/{held_out}/val", "--name", held_out]]
 
-    def _run(self, run: Run) -> None:
+    def do(self, run: Run) -> None:
+        """Draw the films that a run needs, train, generate the answers and write the result file."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self._draw(f"data/train-{run.seed}-{self._films(run)}", self._films(run), 1, run.seed, 0.25)
         self._draw("data/test", 1, self.test_films, 90001, 0.5)

@@ -28,6 +28,13 @@ class CheckpointConfig:
     """Steps between two checkpoints; the last step always writes one."""
     save_total_limit: PositiveInt = 2
     """Number of checkpoints to keep; older ones are deleted."""
+    keep_interval: NonNegativeInt = 0
+    """Checkpoints whose step is a multiple of this are never deleted; 0 is none. It should be a multiple of
+    checkpoint.interval, because only steps that have a checkpoint can be kept."""
+    asynchronous: bool = True
+    """Whether the run continues while a checkpoint is written. It waits only until each rank has copied its state into
+    host memory: 12 bytes per trainable parameter, divided by the number of ranks, and up to 4 more on rank 0. The
+    checkpoint of the last step, or of a request to stop, is always waited for."""
     retry_minutes: NonNegativeFloat = 10.0
     """How long the checkpoint of the last step is tried again if it cannot be written, such as on a full disk. An
     earlier one is tried again when the next one is due, and the run continues."""

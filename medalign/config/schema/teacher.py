@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from medalign.config.value_types import ClosedUnitInterval, NonNegativeFloat, PositiveFloat, Precision
@@ -11,8 +11,8 @@ TeacherFeatures = Literal["after_norm", "before_norm"]
 
 
 @dataclass
-class TeacherConfig:
-    """The frozen medical CLIP."""
+class TeacherSettings:
+    """What a frozen teacher is, and what is taken from it."""
 
     path: str = ""
     """Folder with open_clip_config.json and its weights, folder of a vision model of transformers,
@@ -41,6 +41,29 @@ class TeacherConfig:
     mask_sinks: NonNegativeFloat = 0.0
     """Patches whose norm after the last block is larger than this multiple of the image's median get no attention, such
     as 3; 0 is off. Large towers have a few such patches, often of the background, that hold much of the attention."""
+    cache: str = ""
+    """Folder of targets made by `medalign targets`, which are read instead of running the tower. Empty: none."""
     lexicon: str = ""
     """YAML file with the findings that a question can name, and their prompts. Empty: the packaged one, for chest
     radiographs."""
+    similarity_weight: NonNegativeFloat = 1.0
+    """Factor of losses.alpha for this teacher."""
+    attention_weight: NonNegativeFloat = 1.0
+    """Factor of losses.beta for this teacher; 0 for one that has no attention."""
+
+
+@dataclass
+class FurtherTeacher(TeacherSettings):
+    """One of several teachers, beside the first."""
+
+    name: str = ""
+    """Its losses are logged as similarity_NAME and attention_NAME. Empty: its number, from 2."""
+
+
+@dataclass
+class TeacherConfig(TeacherSettings):
+    """The frozen medical CLIP."""
+
+    also: list[FurtherTeacher] = field(default_factory=list)
+    """Further teachers at the same time: a list of sections with the settings of this one, and a name. Each has its own
+    losses, which are added."""

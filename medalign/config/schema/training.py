@@ -52,12 +52,17 @@ class TrainConfig:
     max_loss_ratio: PositiveFloat | None = None
     """A step is treated in the same way if its total loss is more than this many times the median of the last 20 steps.
     null is off."""
+    rewind_on_spike: NonNegativeInt = 0
+    """How many times a run may go back where max_diverged_steps would end it: it loads the last checkpoint before the
+    spike, and leaves out the batches up to its end. 0 is off."""
     precision: Precision = "auto"
     """auto: bf16 on a GPU, fp32 on a CPU."""
     evaluate_every: NonNegativeInt = 0
     """Steps between two evaluations of the losses on data.validation; 0 disables them. The last step is evaluated too.
-    Each new lowest total loss writes a checkpoint, which is kept until there is a lower one; the file checkpoints/best
-    contains its name."""
+    Each new lowest loss (best_metric) writes a checkpoint, which is kept until there is a lower one; the file
+    checkpoints/best contains its name."""
+    best_metric: str = "loss/total"
+    """The loss on data.validation that decides which checkpoint is the best: loss/total, or loss/NAME of a term."""
 
 
 @dataclass

@@ -92,6 +92,7 @@ class ValidationLoader:
         rank: this rank.
         world: number of ranks.
         workers: number of reading processes; 0 reads in this one. The batches are the same.
+        adjacent: give each rank consecutive micro-batches instead.
     """
 
     def __init__(
@@ -103,11 +104,13 @@ class ValidationLoader:
         rank: int = 0,
         world: int = 1,
         workers: int = 0,
+        adjacent: bool = False,
     ) -> None:
         starts = range(0, len(index), micro_batch)
         parts = [list(range(start, min(start + micro_batch, len(index)))) for start in starts]
         parts += [[]] * (-len(parts) % world)
-        self._parts = parts[rank::world]
+        share = len(parts) // world
+        self._parts = parts[rank * share :][:share] if adjacent else parts[rank::world]
         self._workers = workers
         self._dataset = MicroBatchDataset(index, collator)
 

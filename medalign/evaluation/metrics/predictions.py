@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -91,11 +91,16 @@ def format_prediction(row: Prediction) -> str:
     """Return the line of a prediction. Raises DataError if a value is not finite."""
     values = asdict(row)
     if row.attention is not None:
-        values["attention"] = [float(f"{value:.{ATTENTION_DIGITS}g}") for value in row.attention]
+        values["attention"] = rounded(row.attention)
     try:
         return json.dumps(values, ensure_ascii=False, allow_nan=False) + "\n"
     except ValueError as error:
         raise DataError(f"prediction {row.key!r} contains a value that is not finite: {error}") from error
+
+
+def rounded(attention: Sequence[float]) -> list[float]:
+    """Return attention as it is stored. Scores use these values, so that they are the same from the file."""
+    return [float(f"{value:.{ATTENTION_DIGITS}g}") for value in attention]
 
 
 def read_predictions(path: Path) -> list[Prediction]:

@@ -11,6 +11,7 @@
 | ungrounded | samples whose boxes are all outside the image; no score includes them | boxes |
 | pointing_n, pointing_hits | samples with a pointing result, fraction of hits | boxes |
 | pointing_chance | score of pointing at random, if known | boxes |
+| conditional_n and others | whether the attention follows the question; see `conditional` | boxes |
 
 answers_signature, bleu_signature and rouge_l_signature describe the tokenization and the versions of the libraries.
 Scores with different signatures cannot be compared.
@@ -33,18 +34,24 @@ import numpy as np
 from medalign.errors import DataError
 from medalign.evaluation.metrics import rules
 from medalign.evaluation.metrics.answers import SIGNATURE, closed_correct, exact, open_recall, words, yes_or_no
+from medalign.evaluation.metrics.conditional import conditional
+from medalign.evaluation.metrics.intervals import RESAMPLES, mean
 from medalign.evaluation.metrics.predictions import LENGTH, Prediction
 from medalign.evaluation.metrics.reports import bleu_with_interval, rouge_l, rouge_signature
+from medalign.geometry import PatchGrid
 
-RESAMPLES = 1000
 Scores = dict[str, Any]  # numbers, and signatures as text
 
 
-def score(rows: Sequence[Prediction]) -> Scores:
+def score(rows: Sequence[Prediction], grid: PatchGrid | None = None) -> Scores:
     """Compute all scores of the table above.
 
+    Args:
+        rows: the predictions.
+        grid: the grid of their attention; without it, there are no scores of `conditional`.
+
     Raises:
-        DataError: a task or an answer type is not valid.
+        DataError: a task or an answer type is not valid, or the attention does not fit the grid.
     """
     groups: dict[str, list[Prediction]] = {"closed": [], "open": [], "report": []}
     for row in rows:
@@ -55,6 +62,7 @@ def score(rows: Sequence[Prediction]) -> Scores:
         **_open(groups["open"]),
         **_report(groups["report"]),
         **_grounding(rows),
+        **({} if grid is None else conditional(rows, grid)),
         **({"answers_signature": SIGNATURE} if groups["closed"] or groups["open"] else {}),
         **_by_rules(groups["closed"], groups["open"]),
         **_by_attribute(groups["closed"] + groups["open"]),
@@ -173,21 +181,3 @@ def _grounding(rows: Sequence[Prediction]) -> Scores:
         **mean("pointing_hits", hits),
         **({"pointing_chance": float(np.mean(chances))} if chances else {}),
     }
-
-
-def mean(name: str, values: Sequence[float | bool]) -> Scores:
-    """Return the mean of the values and the 2.5 and 97.5 % quantiles of its bootstrap, or nothing without values.
-
-    The resampling uses a fixed seed, so the same predictions give the same interval.
-
-    Args:
-        name: key of the mean; the quantiles have the keys NAME_low and NAME_high.
-        values: one value per sample.
-    """
-    if not values:
-        return {}
-    values_S = np.asarray(values, dtype=np.float64)
-    draw = np.random.default_rng(0)
-    means = [values_S[draw.integers(0, values_S.size, values_S.size)].mean() for _ in range(RESAMPLES)]
-    low, high = np.quantile(means, [0.025, 0.975])
-    return {name: float(values_S.mean()), f"{name}_low": float(low), f"{name}_high": float(high)}

@@ -20,6 +20,7 @@ class Column:
     scale: float = 100.0  # fractions are shown in percent
     chance: str = ""  # key of the score without the image
     chance_label: str = ""
+    ranked: bool = True  # whether the best run is marked
 
 
 COLUMNS = (
@@ -30,6 +31,11 @@ COLUMNS = (
     Column("rouge_l", "ROUGE-L", "report_n"),
     Column("attention_inside", "attention inside", "grounding_n", chance="box_area", chance_label="area"),
     Column("pointing_hits", "pointing hits", "pointing_n", chance="pointing_chance", chance_label="random patch"),
+    Column("asked_denser", "asked denser", "conditional_n", chance="asked_denser_chance", chance_label="same map"),
+    Column("asked_pointing", "asked pointing", "conditional_n", chance="other_pointing", chance_label="other question"),
+    Column(
+        "map_change", "map change", "conditional_n", chance="map_change_same", chance_label="same boxes", ranked=False
+    ),
 )
 # Settings of an evaluation that must be equal for its scores to be comparable with those of another one.
 COMPARED = ("max_new_tokens", "max_length", "limit", "answers_signature", "bleu_signature", "rouge_l_signature")
@@ -109,7 +115,7 @@ def score_table(runs: Sequence[RunRecord], name: str) -> ScoreTable:
     best = {}
     for column in columns:
         values = [scores[column.key] for _, scores in scored if column.key in scores]
-        if len(set(values)) > 1:
+        if len(set(values)) > 1 and column.ranked:
             best[column.key] = max(values)
     rows = [(run, [_cell(scores, column, best.get(column.key)) for column in columns]) for run, scores in scored]
     return ScoreTable(name, columns, rows)
@@ -134,14 +140,15 @@ def _cell(scores: dict[str, Any], column: Column, best: float | None) -> Cell:
 def format_score_table(table: ScoreTable) -> str:
     """Format a table as text with aligned columns.
 
-    Scores are in percent (BLEU in points). A star marks the best score of a column. The last row is the chance level.
+    Scores are in percent (BLEU in points). A star marks the best score of a column. The last row is the chance level;
+    where the runs have different ones, each stands behind its score in parentheses.
     """
     head = [table.name, *(column.label for column in table.columns)]
     counts = ["", *(f"n {table.counts(i)}" for i in range(len(table.columns)))]
     lines = [head, counts]
-    for run, cells in table.rows:
-        lines.append([run.title, *("-" if c.value is None else f"{'*' * c.best}{c.value:.1f}" for c in cells)])
     chances = [table.chance(i) for i in range(len(table.columns))]
+    for run, cells in table.rows:
+        lines.append([run.title, *(_text(cell, common) for cell, common in zip(cells, chances, strict=True))])
     if any(chance is not None for chance in chances):
         lines.append(["(chance)", *("" if chance is None else f"{chance:.1f}" for chance in chances)])
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
@@ -152,6 +159,13 @@ def format_score_table(table: ScoreTable) -> str:
         for line in lines
     ]
     return "\n".join(line.rstrip() for line in aligned)
+
+
+def _text(cell: Cell, common_chance: float | None) -> str:
+    if cell.value is None:
+        return "-"
+    own = f" ({cell.chance:.1f})" if common_chance is None and cell.chance is not None else ""
+    return f"{'*' * cell.best}{cell.value:.1f}{own}"
 
 
 def remarks(scores: dict[str, Any]) -> list[str]:

@@ -16,7 +16,8 @@ class DataProgress(Callback):
     """Adds `train/epoch` and the samples of each folder, `data/source_N_samples`, to the rows.
 
     Folders have numbers, in the order of `data.train`, because their names may identify patients. A mixture by weight
-    has no epoch. A sample that replaces a bad one counts for the folder of the bad one.
+    has no epoch. A sample that replaces a bad one counts for the folder of the bad one. Batches that a rewind has left
+    out count too.
 
     Args:
         order: the order of the samples.
@@ -29,9 +30,14 @@ class DataProgress(Callback):
         self._counts = np.zeros(len(sizes), dtype=np.int64)
         self._counted = 0
 
+    def on_train_start(self, trainer: Trainer) -> None:
+        """Count anew: the run may have gone back."""
+        self._counts[:] = self._counted = 0
+
     def metrics(self, trainer: Trainer) -> Mapping[str, float]:
         """Return the progress up to the step that is done."""
-        samples, found = trainer.state.samples, {}
+        skipped, found = trainer.state.skipped_batches * trainer.config.train.batch_size, {}
+        samples = trainer.state.samples + skipped
         if self._order.epoch_size:
             found["train/epoch"] = samples / self._order.epoch_size
         if len(self._counts) > 1:

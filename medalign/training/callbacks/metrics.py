@@ -18,9 +18,6 @@ class MetricLogger(Callback):
         """Write a row of metrics."""
         self.sink.log(trainer.state.step, values)
 
-    def on_hang(self) -> None:
-        """Called by the watchdog, in its thread, before it ends the process because the run hangs."""
-
     def close(self) -> None:
         """Flush and close the sink."""
         self.sink.close()

@@ -8,14 +8,14 @@ from dataclasses import replace
 
 from medalign.contracts import Batch
 from medalign.data.batches.loader import ValidationLoader
-from medalign.errors import Stopped
+from medalign.errors import ConfigError, Stopped
 from medalign.training.trainer import Callback, Trainer
 
 log = logging.getLogger("medalign")
 
 
 class Validation(Callback):
-    """Logs `validation/loss/...` at intervals and records the step with the lowest total in the run's state.
+    """Logs `validation/loss/...` at intervals and records the step with the lowest of one loss in the run's state.
 
     Attach it on every rank, before `Checkpointing`, which keeps the checkpoint of that step. A request to stop ends a
     validation; the next start makes up for it.
@@ -23,11 +23,13 @@ class Validation(Callback):
     Args:
         interval: steps between two evaluations; the last step always has one.
         batches: this rank's part of the held-out samples.
+        metric: the loss that decides which step is the best: `loss/total`, or `loss/NAME` of a term.
     """
 
-    def __init__(self, interval: int, batches: ValidationLoader) -> None:
+    def __init__(self, interval: int, batches: ValidationLoader, metric: str = "loss/total") -> None:
         self.interval = interval
         self.batches = batches
+        self.metric = metric
 
     def on_train_start(self, trainer: Trainer) -> None:
         """Make up for a validation that the previous start did not complete."""
@@ -49,11 +51,14 @@ class Validation(Callback):
             trainer.stopping = type(stopped)
             return
         trainer.log({f"validation/{name}": value for name, value in losses.items()})
-        total, best = losses["loss/total"], trainer.state.best_loss
-        if best is None or total < best:
-            trainer.state = replace(trainer.state, best_step=step, best_loss=total)
+        if self.metric not in losses:
+            raise ConfigError(f"train.best_metric {self.metric} was not computed; use one of {', '.join(losses)}")
+        value, best = losses[self.metric], trainer.state.best_loss
+        if best is None or value < best:
+            trainer.state = replace(trainer.state, best_step=step, best_loss=value)
         trainer.state = replace(trainer.state, evaluated_step=step)
-        log.info("step %d: validation loss %.4g, the lowest is that of step %s", step, total, trainer.state.best_step)
+        best_step = trainer.state.best_step
+        log.info("step %d: validation %s %.4g, the lowest is that of step %s", step, self.metric, value, best_step)
 
 
 class _Announced:

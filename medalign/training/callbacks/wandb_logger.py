@@ -23,18 +23,17 @@ class WandbLogger(MetricLogger):
         super().__init__(sink)
         self._wandb = sink
         self._diverged = 0
-        self._step = 0
 
     def on_train_start(self, trainer: Trainer) -> None:
         """Note the diverged steps of earlier starts."""
-        self._diverged, self._step = trainer.state.diverged, trainer.state.step
+        self._diverged = trainer.state.diverged
 
     def on_step_end(self, trainer: Trainer) -> None:
         """Alert if the step was left out."""
-        self._step, count = trainer.state.step, trainer.state.diverged
+        count = trainer.state.diverged
         if count > self._diverged:
             most = trainer.config.train.max_diverged_steps
-            text = f"The update of step {self._step} was left out: {count} of at most {most} steps so far."
+            text = f"The update of step {trainer.state.step} was left out: {count} of at most {most} steps so far."
             self._wandb.alert("Loss or gradient not finite, or exploded", text, "WARN")
         self._diverged = count
 
@@ -50,14 +49,14 @@ class WandbLogger(MetricLogger):
             self._wandb.alert("Run preempted", f"Stopped by a signal {where}; the same command continues it.", "WARN")
             self._wandb.close(error.status, preempted=True, briefly=True)
         elif isinstance(error, DivergedError):
-            self._wandb.alert("Run diverged", f"Ended {where}: the loss or the gradient is not finite.", "ERROR")
+            self._wandb.alert("Run diverged", f"Loss or gradient not finite, or exploded, {where}.", "ERROR")
             self._wandb.close(1)
         else:
             self._wandb.alert("Run failed", f"{type(error).__name__} {where}.", "ERROR")
             self._wandb.close(1)
 
-    def on_hang(self) -> None:
-        """Alert that the run hangs, and close W&B; called by the watchdog, in its thread."""
-        text = f"No progress after step {self._step}. The process ends; the stacks are in the run's folder."
+    def on_hang(self, trainer: Trainer) -> None:
+        """Alert that the run hangs, and close W&B."""
+        text = f"No progress after step {trainer.state.step}. The process ends; the stacks are in the run's folder."
         self._wandb.alert("Run hangs", text, "ERROR")
         self._wandb.close(HANG_STATUS, briefly=True)

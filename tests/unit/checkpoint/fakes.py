@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import torch
 
+from medalign.checkpoint.retention import Retention
 from medalign.checkpoint.saving import CheckpointWriter
 from medalign.checkpoint.state import TrainState
 
@@ -23,10 +24,14 @@ class FakeEngine:
         self.student = SimpleNamespace(parameters=lambda: [torch.nn.Parameter(torch.zeros(1000))])
         self.loaded: list[Path] = []
 
-    def save(self, folder: Path) -> None:
-        (folder / "shard").write_bytes(bytes(range(256)) * 16)
-        if self.full:
-            raise OSError(errno.ENOSPC, "No space left on device")
+    def capture(self, folder: Path, *, copy: bool) -> list[Callable[[], Path]]:
+        def write() -> Path:
+            (folder / "shard").write_bytes(bytes(range(256)) * 16)
+            if self.full:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return folder / "shard"
+
+        return [write]
 
     def load(self, folder: Path, *, universal: bool = False) -> None:
         assert universal == folder.name.startswith(".partial-") and folder.is_dir()
@@ -42,14 +47,24 @@ def at(step: int, ranks: int = 1) -> TrainState:
     return TrainState(step=step, samples=step * 4, ranks=ranks)
 
 
+def writer(
+    root: Path,
+    keep: Retention | int = 2,
+    export: Callable[[Path], None] = export,
+    engine: FakeEngine | None = None,
+) -> CheckpointWriter:
+    retention = keep if isinstance(keep, Retention) else Retention(keep)
+    return CheckpointWriter(engine or FakeEngine(), root, retention, "train: {lr: 0.1}\n", lambda: export)
+
+
 def save(
     root: Path,
     state: TrainState,
-    keep: int = 2,
+    keep: Retention | int = 2,
     export: Callable[[Path], None] = export,
     engine: FakeEngine | None = None,
 ) -> Path:
-    return CheckpointWriter(engine or FakeEngine(), root, keep, "train: {lr: 0.1}\n", export).save(state)
+    return writer(root, keep, export, engine).save(state)
 
 
 @contextlib.contextmanager

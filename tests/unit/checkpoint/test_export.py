@@ -174,7 +174,7 @@ def test_a_base_model_with_missing_weights_is_rejected(settings, exported, tmp_p
 def test_a_damaged_export_in_a_checkpoint_is_an_error(exported, tmp_path):
     checkpoint = tmp_path / "step-000004"
     shutil.copytree(exported, checkpoint / "export")
-    seal(checkpoint)
+    seal(checkpoint, {})
     export.copy(checkpoint / "export", tmp_path / "whole")
     weights = checkpoint / "export" / "adapter_model.safetensors"
     content = bytearray(weights.read_bytes())

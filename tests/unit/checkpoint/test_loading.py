@@ -19,7 +19,7 @@ from tests.unit.checkpoint.fakes import FakeEngine, at, room, save
 
 def test_for_another_number_of_ranks_a_copy_is_converted(tmp_path, monkeypatch):
     folder = save(tmp_path, at(5, ranks=4))
-    monkeypatch.setattr(loading, "to_universal", lambda source, target: shutil.copytree(source, target))
+    monkeypatch.setattr(loading, "to_universal", lambda source, target, agree: shutil.copytree(source, target))
     engine = FakeEngine()
     assert load(engine, folder) == at(5, ranks=1)
     assert engine.loaded == [tmp_path / ".partial-universal-step-000005"]
@@ -27,7 +27,7 @@ def test_for_another_number_of_ranks_a_copy_is_converted(tmp_path, monkeypatch):
 
 
 def test_a_full_disk_while_converting_keeps_the_checkpoint(tmp_path, monkeypatch):
-    def full(source: Path, target: Path) -> None:
+    def full(source: Path, target: Path, agree: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     folder = save(tmp_path, at(5, ranks=4))
@@ -38,7 +38,7 @@ def test_a_full_disk_while_converting_keeps_the_checkpoint(tmp_path, monkeypatch
 
 
 def test_torch_without_space_while_converting_is_reported(tmp_path, monkeypatch):
-    def full(source: Path, target: Path) -> None:
+    def full(source: Path, target: Path, agree: object) -> None:
         target.mkdir()
         torch.save({"w": torch.zeros(100_000)}, target / "state.pt")
 

@@ -13,8 +13,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from medalign.checkpoint.integrity import seal
 from medalign.checkpoint.loading import find_whole, load
+from medalign.checkpoint.retention import Retention
 from medalign.errors import CheckpointError
+from medalign.run_folder import CheckpointsFolder
 from tests.unit.checkpoint.fakes import FakeEngine, at, room, save
 
 
@@ -131,3 +134,26 @@ def test_the_marker_lists_every_other_file(tmp_path):
     files = json.loads((folder / "complete.json").read_text())["files"]
     assert sorted(files) == ["config.yaml", "export/medalign.json", "progress.json", "shard"]
     assert files["shard"] == {"bytes": 4096, "sha256": hashlib.sha256((folder / "shard").read_bytes()).hexdigest()}
+
+
+@pytest.mark.parametrize(
+    ("retention", "left"),
+    [
+        (Retention(1), [50]),
+        (Retention(2, 20), [20, 40, 50]),
+        (Retention(1, 10), [10, 20, 30, 40, 50]),
+        (Retention(3, 7), [30, 40, 50]),
+    ],
+)
+def test_multiples_of_the_interval_are_kept_for_good(tmp_path, retention, left):
+    for step in (10, 20, 30, 40, 50):
+        save(tmp_path, at(step), retention)
+    assert [found.step for found in CheckpointsFolder(tmp_path).by_step().values()] == left
+
+
+def test_a_checkpoint_of_another_file_system_is_refused(tmp_path):
+    """A rank on another node has written a file that rank 0 does not see."""
+    folder = tmp_path / "step-000005"
+    folder.mkdir()
+    with pytest.raises(CheckpointError, match=r"does not see .*step-000005/state/b.*file system that all nodes share"):
+        seal(folder, {"state/b": "00"})

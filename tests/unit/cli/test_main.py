@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 import subprocess
 import sys
 
@@ -50,7 +51,7 @@ def test_every_command_is_listed_once(capsys):
         command.main(["--help"])
     out = capsys.readouterr().out
     for module in COMMANDS:
-        assert out.count(f"\n    {module.__name__.rpartition('.')[2]} ") == 1
+        assert len(re.findall(rf"^    {module.__name__.rpartition('.')[2]}\s", out, re.MULTILINE)) == 1
 
 
 @pytest.mark.parametrize("name", ["train", "inspect", "plan", "doctor"])

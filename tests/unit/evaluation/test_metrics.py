@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from medalign.errors import DataError
 from medalign.evaluation.metrics import Prediction, read_predictions, score, unfinished, write_predictions
 from medalign.evaluation.metrics.answers import closed_correct, exact, open_recall, words
+from medalign.evaluation.metrics.intervals import mean
 from medalign.evaluation.metrics.reports import bleu, bleu_with_interval, rouge_l
-from medalign.evaluation.metrics.scores import mean
 
 
 def vqa(answer: str, prediction: str, answer_type: str = "closed", **fields) -> Prediction:

@@ -198,7 +198,12 @@ def test_a_run_that_ends_is_an_alert_unless_it_was_finished_before():
     ("error", "level", "text", "closed"),
     [
         (Preempted("x"), "WARN", "Run preempted. Stopped", {"status": 75, "preempted": True, "briefly": True}),
-        (DivergedError("/secret/doe"), "ERROR", "Run diverged. Ended after step 4 of 9", {"status": 1}),
+        (
+            DivergedError("/secret/doe"),
+            "ERROR",
+            "Run diverged. Loss or gradient not finite",
+            {"status": 1},
+        ),
         (DataError("/secret/doe"), "ERROR", "Run failed. DataError after step 4 of 9.", {"status": 1}),
     ],
 )
@@ -212,8 +217,6 @@ def test_a_run_that_fails_is_an_alert_without_its_message(error, level, text, cl
 
 def test_a_run_that_hangs_is_an_alert():
     sink = Recorder()
-    logger = WandbLogger(sink)
-    logger.on_step_end(trainer(4))
-    logger.on_hang()
+    WandbLogger(sink).on_hang(trainer(4))
     assert sink.alerts[0][0] == "ERROR" and "No progress after step 4" in sink.alerts[0][1]
     assert sink.closed == {"status": 124, "briefly": True}

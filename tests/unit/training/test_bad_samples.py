@@ -64,7 +64,7 @@ def test_a_loss_that_explodes_is_left_out_and_does_not_shift_the_limit(caplog) -
         state = count_if_diverged(state, {"loss/total": 2.0, "optim/grad_norm": 1.0}, step, [], config)
     assert loss_limit(state, config.max_loss_ratio) == 6.0 and len(state.losses) == 20
     after = count_if_diverged(state, {"loss/total": 7.0, "optim/grad_norm": math.inf}, 21, [tiny.batch()], config)
-    assert after == replace(state, diverged=1)
+    assert after == replace(state, diverged=1, spike=(21, 21))
     assert (
         "step 21: loss/total is 7, and at most 6 follows from the last 20 steps; its update is left out" in caplog.text
     )

@@ -48,6 +48,7 @@ def test_operations_that_cannot_be_counted_leave_out_the_metric(caplog):
 
 def trainer(**state: int) -> SimpleNamespace:
     return SimpleNamespace(
+        config=Config(),  # batches of 32
         state=TrainState(step=0, ranks=1, **({"samples": 0} | state)),
         step=SimpleNamespace(engine=SimpleNamespace(device=torch.device("cpu"))),
     )
@@ -56,7 +57,7 @@ def trainer(**state: int) -> SimpleNamespace:
 def test_efficiency_is_measured_since_the_last_row():
     now = 0.0
     timer = SimpleNamespace(take=lambda: 0.5)
-    gauge = Efficiency(lambda batch: 1e12, 4e12, timer, lambda: now)
+    gauge = Efficiency(lambda batch: 1e12, 4e12, [timer], lambda: now)
     gauge.on_train_start(trainer())
     gauge.on_batch(trainer(), [tiny.batch()] * 4)
     now = 2.0
@@ -67,8 +68,8 @@ def test_efficiency_is_measured_since_the_last_row():
 
 
 def test_what_is_not_known_is_left_out():
-    assert Efficiency(None, None, None).metrics(trainer()) == {}
-    assert set(Efficiency(lambda batch: 1.0, None, None).metrics(trainer())) == {"speed/tflops"}
+    assert Efficiency(None, None, ()).metrics(trainer()) == {}
+    assert set(Efficiency(lambda batch: 1.0, None, ()).metrics(trainer())) == {"speed/tflops"}
 
 
 def test_samples_are_counted_by_folder_also_where_a_run_resumes():
@@ -81,6 +82,8 @@ def test_samples_are_counted_by_folder_also_where_a_run_resumes():
         assert list(found.values()) == list(expected)
     assert found == {"data/source_0_samples": 3072, "data/source_1_samples": 1024}
     assert DataProgress(order, sizes).metrics(trainer(samples=4096)) == found
+    gauge.on_train_start(trainer())  # after a rewind from sample 4096 to 2048, which leaves out 64 batches of 32
+    assert gauge.metrics(trainer(samples=2048, skipped_batches=64)) == found
 
 
 def test_one_folder_has_epochs_and_no_sources():

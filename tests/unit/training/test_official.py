@@ -57,8 +57,7 @@ def build(settings: config.Config) -> tuple[Student, Teacher, Collator]:
     for named in student.trainable().values():
         for _, parameter in named:
             torch.nn.init.normal_(parameter, std=0.05)
-    teacher = run.build_teacher(settings)
-    assert teacher is not None
+    (teacher,) = run.build_teachers(settings)
     processor = load_processor(settings.student)
     collator = pipeline.build_collator(settings, student.spec, processor, teacher.preprocess_cfg, 1)
     return student, teacher, collator

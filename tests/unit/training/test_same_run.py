@@ -90,7 +90,7 @@ def test_an_old_checkpoint_is_resumed_with_a_warning(resume, caplog):
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
-        (lambda text: text[: text.index("optimizer:")], "config.yaml is damaged (it lacks checkpoint.interval, "),
+        (lambda text: text[: text.index("optimizer:")], "config.yaml is damaged (it lacks checkpoint.asynchronous, "),
         (lambda text: text[:100] + "\0" * 100, "config.yaml is damaged (recipe "),
         (lambda text: text[:50], "config.yaml is damaged ("),
         (lambda text: "", "config.yaml is damaged ("),

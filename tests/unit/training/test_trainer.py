@@ -2,75 +2,22 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-import torch
 
 from medalign import config
 from medalign.checkpoint.state import TrainState
-from medalign.config import Config
-from medalign.errors import CheckpointError, ConfigError, DataError, Preempted, Stopped, Terminated
-from medalign.training.callbacks import Callback, Checkpointing, Profiler, Validation, checkpointing
-from medalign.training.trainer import Trainer
+from medalign.errors import (
+    ConfigError,
+    DataError,
+    Preempted,
+    Terminated,
+)
+from medalign.training.callbacks import Checkpointing, Profiler, Validation
 from tests import tiny
-
-
-class FakeStep:
-    """Takes no step; the validation losses are given."""
-
-    def __init__(self, validation: list[float]) -> None:
-        rates = {"adapters": 0.1, "steering": 0.2}
-        self.engine = SimpleNamespace(device=torch.device("cpu"), rates=lambda: rates)
-        self.validation = iter(validation)
-
-    def __call__(self, micro_batches, rates, fault, loss_limit):
-        if fault is not None:
-            raise fault
-        return {"loss/total": 1.0, "optim/grad_norm": 0.5}
-
-    def evaluate(self, batches):
-        list(batches)
-        return {"loss/total": next(self.validation)}
-
-
-class Recorder(Callback):
-    """Writes down every hook that it is called with."""
-
-    def __init__(self) -> None:
-        self.calls: list[tuple] = []
-
-    def on_train_start(self, trainer):
-        self.calls.append(("train start", trainer.state.step))
-
-    def on_step_start(self, trainer):
-        self.calls.append(("step start", trainer.state.step))
-
-    def on_step_end(self, trainer):
-        self.calls.append(("step end", trainer.state.step))
-
-    def on_log(self, trainer, values):
-        self.calls.append(("log", trainer.state.step, next(iter(values))))
-
-    def on_checkpoint(self, trainer, folder):
-        self.calls.append(("checkpoint", trainer.state.step, folder.name))
-
-    def on_train_end(self, trainer):
-        self.calls.append(("train end", trainer.state.step))
-
-    def on_exception(self, trainer, error):
-        self.calls.append(("exception", trainer.state.step, str(error)))
-
-
-def build(*callbacks: Callback, steps: int = 3, log: int = 2, step: int = 0, validation=(), batches=None) -> Trainer:
-    settings = Config()
-    settings.train.steps, settings.log.interval = steps, log
-    stream = itertools.repeat([tiny.batch()]) if batches is None else batches
-    state = TrainState(step=step, samples=0, ranks=1)
-    return Trainer(settings, FakeStep(list(validation)), stream, state, callbacks)
+from tests.unit.training.fakes import FakeStep, Recorder, Saved, Stopping, build
 
 
 def test_hooks_are_called_in_order():
@@ -100,68 +47,6 @@ def test_a_resumed_run_takes_the_remaining_steps_and_a_finished_one_none():
     finished = Recorder()
     build(finished, step=3).fit()
     assert finished.calls == [("train start", 3), ("train end", 3)]
-
-
-class Stopping(Callback):
-    """Asks the run to stop once a step is done, or while the batches of a validation are read."""
-
-    def __init__(self, step: int, kind: type[Stopped] = Preempted, in_validation: bool = False) -> None:
-        self.step, self.kind, self.in_validation = step, kind, in_validation
-        self.now = -1
-
-    def on_step_start(self, trainer):
-        self.now = trainer.state.step + 1
-
-    def stop_request(self, trainer):
-        return self.kind if self.now >= self.step and not self.in_validation else None
-
-    def on_validation_batch(self, trainer):
-        if self.in_validation and self.now >= self.step:
-            raise self.kind("stopped during a validation")
-
-
-class Saved:
-    """Keeps the states that are saved; the given calls fail as on a full disk."""
-
-    def __init__(self, *failing: int) -> None:
-        self.states: list[TrainState] = []
-        self.failing, self.calls = failing, 0
-
-    def __call__(self, state: TrainState) -> Path:
-        self.calls += 1
-        if self.calls in self.failing:
-            raise CheckpointError("checkpoint could not be written (No space left on device); free disk space")
-        self.states.append(state)
-        return Path(f"step-{state.step}")
-
-    @property
-    def steps(self) -> list[int]:
-        return [state.step for state in self.states]
-
-
-def test_a_checkpoint_that_cannot_be_written_does_not_end_the_run(caplog):
-    saved = Saved(1, 2)
-    assert build(Checkpointing(2, saved), steps=6).fit().step == 6
-    assert saved.steps == [6]
-    assert caplog.text.count("The run continues") == 2 and "step 2: " in caplog.text and "step 4: " in caplog.text
-
-
-def test_the_last_checkpoint_is_tried_again(caplog, monkeypatch):
-    monkeypatch.setattr(checkpointing, "RETRY_SECONDS", 0.01)
-    saved = Saved(1, 2, 3)
-    build(Checkpointing(100, saved, retry_minutes=1), steps=2).fit()
-    assert saved.steps == [2] and caplog.text.count("is tried again in") == 3
-
-
-def test_the_last_checkpoint_is_an_error_in_the_end(monkeypatch):
-    monkeypatch.setattr(checkpointing, "RETRY_SECONDS", 0.01)
-    with pytest.raises(CheckpointError, match="free disk space, then run the same command again"):
-        build(Checkpointing(100, Saved(*range(1, 1000)), retry_minutes=0.001), steps=2).fit()
-
-
-def test_a_start_that_is_asked_to_stop_does_not_wait_for_the_disk():
-    with pytest.raises(CheckpointError, match="then run the same command again"):
-        build(Stopping(1), Checkpointing(100, Saved(1), retry_minutes=60), steps=2).fit()
 
 
 @pytest.mark.parametrize(("kind", "name", "status"), [(Preempted, "SIGUSR1", 75), (Terminated, "SIGTERM", 143)])
@@ -237,6 +122,19 @@ def test_the_best_step_has_a_checkpoint_beside_those_at_intervals():
     assert [now.step for now in saved] == [2, 4, 5, 9]  # better at 2 and 4; 5 by interval; the last
     assert (state.best_step, state.best_loss) == (4, 2.0)
     assert [now.best_step for now in saved] == [2, 4, 4, 4]
+
+
+def test_the_best_step_is_that_of_the_chosen_loss():
+    class Two(FakeStep):
+        def evaluate(self, batches):
+            value = next(self.validation)
+            return {"loss/total": -value, "loss/language": value}
+
+    trainer = build(Validation(1, [], "loss/language"), steps=3)
+    trainer.step = Two([3.0, 1.0, 2.0])
+    assert trainer.fit().best_step == 2
+    with pytest.raises(ConfigError, match="train.best_metric loss/own was not computed; use one of loss/total"):
+        build(Validation(1, [], "loss/own"), validation=[1.0]).fit()
 
 
 @pytest.mark.parametrize(("steps", "traced"), [(8, 2), (4, 1), (1, 1)])

@@ -1,0 +1,66 @@
+"""Which checkpoints of a run are kept."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from medalign.checkpoint.files import write_flushed
+from medalign.run_folder import CheckpointFolder, CheckpointsFolder
+
+log = logging.getLogger("medalign")
+
+
+@dataclass(frozen=True)
+class Retention:
+    """What is kept besides the checkpoint of the best step.
+
+    Args:
+        newest: how many of the newest checkpoints.
+        interval: every checkpoint whose step is a multiple of this; 0 is none.
+    """
+
+    newest: int
+    interval: int = 0
+
+    def kept(self, steps: list[int]) -> set[int]:
+        """Return which of these steps, in ascending order, keep their checkpoint."""
+        multiples = {step for step in steps if self.interval and step % self.interval == 0}
+        return multiples | set(steps[-self.newest :])
+
+
+def prune(root: Path, newest: Path, retention: Retention, best_step: int | None) -> None:
+    """Remove the checkpoints that are no longer needed. Only rank 0 calls it.
+
+    Checkpoints of later steps than `newest` are removed too: they were written before the run was resumed from an
+    earlier one.
+
+    Args:
+        root: folder of all checkpoints.
+        newest: the checkpoint that `latest` names.
+        retention: what is kept up to `newest`.
+        best_step: the checkpoint of this step is kept too.
+    """
+    whole = {step: found.path for step, found in CheckpointsFolder(root).by_step().items()}
+    last = CheckpointFolder(newest).step
+    kept = retention.kept([step for step in whole if step <= last])
+    for step, path in whole.items():
+        if step in kept or step == best_step:
+            continue
+        if step > last:
+            log.warning("removing %s: the run was resumed from an earlier checkpoint and is now at step %d", path, last)
+        shutil.rmtree(path, ignore_errors=True)
+        if path.exists():
+            log.warning("%s is no longer needed but cannot be removed", path)
+
+
+def point_to_best(root: Path, step: int | None) -> None:
+    """Let `best` name the checkpoint of the best step, or remove it if that checkpoint does not exist."""
+    checkpoints = CheckpointsFolder(root)
+    found = None if step is None else checkpoints.by_step().get(step)
+    if found is None:
+        checkpoints.best.unlink(missing_ok=True)
+    else:
+        write_flushed(checkpoints.best, found.path.name + "\n")

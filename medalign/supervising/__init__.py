@@ -1,0 +1,1 @@
+"""Starts a training again after a crash, within bounds."""

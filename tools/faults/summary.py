@@ -1,0 +1,45 @@
+"""Counts and times of the trials."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+Trial = dict[str, Any]
+
+
+def read_trials(path: Path) -> list[Trial]:
+    """Read the trials of a folder."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+
+def summarize(trials: Sequence[Trial], about: dict[str, Any]) -> dict[str, Any]:
+    """Return counts by kind and number of ranks, and the seconds from a signal to a checkpoint and to the end."""
+    kinds = sorted({(trial["kind"], trial["ranks"]) for trial in trials})
+    return {
+        **about,
+        "trials": len(trials),
+        "survived": sum(trial["survived"] for trial in trials),
+        "in_start": sum(trial["in"] == "start" for trial in trials),
+        "faults": [
+            _describe(kind, ranks, [t for t in trials if (t["kind"], t["ranks"]) == (kind, ranks)])
+            for kind, ranks in kinds
+        ],
+    }
+
+
+def _describe(kind: str, ranks: int, trials: Sequence[Trial]) -> dict[str, Any]:
+    times = {
+        name: _spread([trial[name] for trial in trials if name in trial])
+        for name in ("seconds_to_checkpoint", "seconds_to_end")
+        if any(name in trial for trial in trials)
+    }
+    survived = sum(trial["survived"] for trial in trials)
+    return {"kind": kind, "ranks": ranks, "trials": len(trials), "survived": survived, **times}
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    return {"count": len(values), "median": median(values), "largest": max(values)}
