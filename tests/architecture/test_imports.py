@@ -64,6 +64,7 @@ DOORS: dict[str, tuple[str, ...]] = {
     "transformers": ("student/*", "engine/engine.py", "teacher/towers/hf*.py"),
     "triton": ("*kernels/*triton*.py",),
     "wandb": ("observability/wandb_*.py",),
+    "wandb_workspaces": ("observability/wandb_dashboard.py",),
     "webdataset": ("data/shards/writer.py",),
 }
 
