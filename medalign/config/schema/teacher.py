@@ -8,6 +8,7 @@ from typing import Literal
 from medalign.config.value_types import ClosedUnitInterval, NonNegativeFloat, PositiveFloat, Precision
 
 TeacherFeatures = Literal["after_norm", "before_norm"]
+TeacherAttention = Literal["last_block", "rollout"]
 
 
 @dataclass
@@ -26,6 +27,9 @@ class TeacherSettings:
     """A control experiment: replace the trained weights by random ones from this seed."""
     features: TeacherFeatures = "after_norm"
     """Patch features of the last block: after the tower's final norm, or before it, as in the released code."""
+    attention: TeacherAttention = "last_block"
+    """The attention target. last_block: the row of the class token, or of the pooling head, in the last block. rollout:
+    the class token's row of the product of all blocks' attention, for towers with a class token."""
     precision: Precision = "auto"
     """Precision of the teacher's weights and activations. auto: that of the student. Targets are always fp32."""
     compile: bool = False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from medalign.errors import ConfigError
 from medalign.teacher.source import TeacherSource
-from medalign.teacher.towers.base import Streams, TextAlignedTower, Tower
+from medalign.teacher.towers.base import ClassTokenTower, Streams, TextAlignedTower, Tower
 from medalign.teacher.towers.biovil import BioVilTower
 from medalign.teacher.towers.hf_clip import HFClipTower
 from medalign.teacher.towers.hf_dinov2 import HFDinov2Tower
@@ -26,7 +26,7 @@ TOWERS: dict[str, type[Tower]] = {
     "dinov2": HFDinov2Tower,
 }
 
-__all__ = ["TOWERS", "Streams", "TextAlignedTower", "Tower", "tower_class"]
+__all__ = ["TOWERS", "ClassTokenTower", "Streams", "TextAlignedTower", "Tower", "tower_class"]
 
 
 def tower_class(source: TeacherSource) -> type[Tower]:

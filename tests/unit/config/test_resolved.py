@@ -29,6 +29,7 @@ LLAVA_VQA = {
     "teacher.path": "b",
     "teacher.mean": None,
     "teacher.std": None,
+    "teacher.attention": "last_block",
     "teacher.precision": "auto",
     "teacher.compile": False,
     "teacher.text_weight": 0.0,
