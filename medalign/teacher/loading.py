@@ -134,4 +134,5 @@ def _build_conditioning(source: TeacherSource, kind: type[Tower], config: Teache
         weight=config.text_weight,
         temperature=config.text_temperature,
         absent_weight=config.text_absent_weight,
+        reports=config.text_reports,
     )

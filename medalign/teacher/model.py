@@ -74,27 +74,30 @@ class TargetSource(nn.Module, ABC):
             both in float32; and with conditioning `relevance` [I, M, 2 F] (see `TextConditioning`).
         """
 
-    def forward(self, inputs: Inputs, questions: Sequence[str] = ()) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def forward(
+        self, inputs: Inputs, questions: Sequence[str] = (), reports: Sequence[str] = ()
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Give patch features and the attention target of images, in one pass.
 
         Args:
             inputs: normalized pixels [I, 3, T, T], or what the teacher reads by name.
             questions: the question about each image; used only if the attention follows the question.
+            reports: the report of each image, empty for other tasks; used only if it follows reports too.
 
         Returns:
             Features [I, M, b], and attention [I, M] in float32; None for a tower that has no attention.
         """
-        return self.finish(self.observe(by_name(inputs)), questions)
+        return self.finish(self.observe(by_name(inputs)), questions, reports)
 
     def finish(
-        self, seen: Mapping[str, torch.Tensor], questions: Sequence[str] = ()
+        self, seen: Mapping[str, torch.Tensor], questions: Sequence[str] = (), reports: Sequence[str] = ()
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Turn what `observe` returns into features and the attention target; see `forward`."""
         if ATTENTION not in seen:
             return seen[FEATURES], None
         attention = seen[ATTENTION]
         if self.conditioning is not None:
-            attention = self.conditioning(attention, seen[RELEVANCE], questions)
+            attention = self.conditioning(attention, seen[RELEVANCE], questions, reports)
         if self.mask_sinks:
             attention = mask_outliers(attention, seen[NORMS], self.mask_sinks)
         return seen[FEATURES], attention

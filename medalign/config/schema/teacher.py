@@ -42,6 +42,9 @@ class TeacherSettings:
     """Temperature of the softmax that turns the patches' relevance for a finding into the text-conditioned map."""
     text_absent_weight: ClosedUnitInterval = 0.0
     """Weight of the prompts where the finding is absent, which are subtracted from those where it is present."""
+    text_reports: bool = False
+    """Whether samples that ask for a report also get the text-conditioned map, of the findings that their report states
+    as present."""
     mask_sinks: NonNegativeFloat = 0.0
     """Patches whose norm after the last block is larger than this multiple of the image's median get no attention, such
     as 3; 0 is off. Large towers have a few such patches, often of the background, that hold much of the attention."""

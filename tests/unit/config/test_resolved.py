@@ -35,6 +35,7 @@ LLAVA_VQA = {
     "teacher.text_weight": 0.0,
     "teacher.text_temperature": 0.05,
     "teacher.text_absent_weight": 0.0,
+    "teacher.text_reports": False,
     "teacher.mask_sinks": 0.0,
     "teacher.cache": "",
     "teacher.similarity_weight": 1.0,
