@@ -28,7 +28,7 @@ def load_teacher(
 
     Args:
         path: a local folder with the layout of open_clip's hub models, the folder of a vision model of transformers,
-            `open_clip:ARCH/WEIGHTS` or `biovil:WEIGHTS`, where WEIGHTS is a file (safetensors, or a torch file without
+            `open_clip:ARCH/WEIGHTS`, `biovil:FILE` or `pmc_clip:FILE`; files are safetensors, or torch files (without
             pickled code). Tags are not supported, because nothing is downloaded.
         device: where the teacher runs.
         dtype: data type of its weights, unless `precision` is among the settings.

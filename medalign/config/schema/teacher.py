@@ -17,7 +17,7 @@ class TeacherSettings:
 
     path: str = ""
     """Folder with open_clip_config.json and its weights, folder of a vision model of transformers,
-    open_clip:ARCHITECTURE/FILE, or biovil:FILE."""
+    open_clip:ARCHITECTURE/FILE, biovil:FILE, or pmc_clip:FILE."""
     mean: tuple[ClosedUnitInterval, ClosedUnitInterval, ClosedUnitInterval] | None = None
     """Mean of red, green and blue that the teacher was trained with, for pixels from 0 to 1. null: that of its folder;
     open_clip:ARCHITECTURE/FILE has none."""

@@ -11,6 +11,7 @@ from medalign.teacher.towers.hf_dinov2 import HFDinov2Tower
 from medalign.teacher.towers.hf_siglip import HFSiglipTower
 from medalign.teacher.towers.open_clip_resnet import OpenClipResNetTower
 from medalign.teacher.towers.open_clip_vit import OpenClipTower
+from medalign.teacher.towers.pmc_clip import PmcClipTower
 from medalign.teacher.towers.timm_vit import TimmTower
 
 # By what `find_teacher` finds: kinds of open_clip, or `model_type` of transformers.
@@ -19,6 +20,7 @@ TOWERS: dict[str, type[Tower]] = {
     "resnet": OpenClipResNetTower,
     "timm": TimmTower,
     "biovil": BioVilTower,
+    "pmc_clip": PmcClipTower,
     "clip": HFClipTower,
     "clip_vision_model": HFClipTower,
     "siglip": HFSiglipTower,
