@@ -113,10 +113,10 @@ OFFICIAL = {
     "losses.attention_rows": "official",
 }
 RESOLVED = {
-    "llava_vqa": LLAVA_VQA,
-    "llava_report": LLAVA_VQA | REPORT,
-    "official_vqa": LLAVA_VQA | OFFICIAL,
-    "official_report": LLAVA_VQA | REPORT | OFFICIAL,
+    "llava_med/vqa_rad": LLAVA_VQA,
+    "llava_med/iu_xray_reports": LLAVA_VQA | REPORT,
+    "official/vqa_rad": LLAVA_VQA | OFFICIAL,
+    "official/iu_xray_reports": LLAVA_VQA | REPORT | OFFICIAL,
 }
 
 
