@@ -17,6 +17,7 @@ from medalign.cli import (
     inspect,
     phantom,
     plan,
+    recipes,
     report,
     score,
     shards,
@@ -34,6 +35,7 @@ log = logging.getLogger("medalign")
 COMMANDS = (
     phantom,
     shards,
+    recipes,
     inspect,
     plan,
     doctor,
