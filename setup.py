@@ -14,7 +14,7 @@ setup(
     package_dir={"medalign.ds_configs": "ds_configs"},
     package_data={
         "medalign": ["assets/*/*", "py.typed"],
-        "medalign.config": ["recipes/*.yaml"],
+        "medalign.config": ["recipes/*.yaml", "recipes/*/*.yaml"],
         "medalign.evaluation.report": ["*.html.jinja"],
         "medalign.kernels": ["*/tile_table.json"],
         "medalign.teacher": ["*.yaml"],

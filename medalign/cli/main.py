@@ -18,6 +18,7 @@ from medalign.cli import (
     inspect,
     phantom,
     plan,
+    recipes,
     report,
     score,
     shards,
@@ -35,6 +36,7 @@ log = logging.getLogger("medalign")
 COMMANDS = (
     phantom,
     shards,
+    recipes,
     inspect,
     plan,
     doctor,
