@@ -34,7 +34,9 @@ def _resumed(own: dict[str, Any], settings: dict[str, Any], name: str) -> dict[s
     batch = _batch(config, step, student)
     first = _train(step, batch, config, 1)
     folder = Path(settings["folder"]) / name
-    step.engine.save(folder)
+    for write in step.engine.capture(folder, copy=False):
+        write()
+    distributed.barrier()
     straight = _train(step, batch, config, 2)
     _, _, again = build(config)
     again.engine.load(folder)
@@ -53,9 +55,8 @@ def _config(own: dict[str, Any], teacher: str) -> Config:
 
 
 def _batch(config: Config, step: TrainStep, student: Any) -> Batch:
-    assert step.teacher is not None
     processor = load_processor(config.student)
-    view = step.teacher.preprocess_cfg
+    view = step.teachers[0].view
     return run.sanity_batch(pipeline.build_collator(config, student.spec, processor, view, 1))
 
 
