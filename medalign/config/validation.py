@@ -28,8 +28,8 @@ def validate(config: Config, *, models: bool = True, data: bool = True) -> None:
     keep, interval = config.checkpoint.keep_interval, config.checkpoint.interval
     _require(
         keep % interval == 0,
-        f"checkpoint.keep_interval is {keep}, but only each multiple of checkpoint.interval {interval} has a checkpoint; "
-        "make it a multiple of that",
+        f"checkpoint.keep_interval is {keep}, but only each multiple of checkpoint.interval {interval} has a "
+        "checkpoint; make it a multiple of that",
     )
 
 
