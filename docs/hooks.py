@@ -43,7 +43,14 @@ def _default(item: Field[Any]) -> Any:
 
 
 def _field_docs(kind: type) -> dict[str, str]:
-    """Return the text below each field."""
+    """Return the text below each field, also of the classes that a section inherits from."""
+    docs = {}
+    for owner in filter(is_dataclass, kind.__mro__):
+        docs |= _own_field_docs(owner)
+    return docs
+
+
+def _own_field_docs(kind: type) -> dict[str, str]:
     body = ast.parse(inspect.getsource(kind)).body[0].body  # type: ignore[attr-defined]
     docs = {}
     for field, text in zip(body, body[1:], strict=False):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
 
-from medalign.geometry import PatchGrid
+from medalign.geometry import PIXELS, PatchGrid
 
 IGNORE = -100  # label of a token that the language loss ignores
 
@@ -68,7 +69,7 @@ class Batch:
     question_mask: torch.Tensor  # [B, L] bool; prompt tokens after the last image, never the answer
     image_index: torch.Tensor  # [B, L] int64; index of the image in the batch at its image tokens, -1 elsewhere
     student_pixels: torch.Tensor  # [I, 3, S, S] float32
-    teacher_pixels: torch.Tensor  # [I, 3, T, T] float32
+    teacher_pixels: torch.Tensor  # [I, 3, T, T] float32; T is 0 without a teacher that reads pixels
     image_weight: torch.Tensor  # [I] float32; 0 for the dummy, otherwise 1
     patch_valid: torch.Tensor  # [I, cells] bool; False if the patch contains only canvas padding
     image_sample: torch.Tensor  # [I] int64; index of the sample that the image belongs to
@@ -76,6 +77,9 @@ class Batch:
     cell_mask: torch.Tensor | None = None  # [B, L] bool; image tokens that are cells of the grid; None: all of them
     lengths: tuple[int, ...] = ()  # tokens of each sample of a packed batch; empty for a padded one
     image_questions: tuple[str, ...] = ()  # [I]; the question of each image's sample, in memory only
+    image_reports: tuple[str, ...] = ()  # [I]; the report of each image's sample, empty for other tasks; in memory only
+    # What each teacher reads, by name, if that is not only teacher_pixels: its pixels, or its outputs from a cache.
+    teacher_inputs: tuple[Mapping[str, torch.Tensor], ...] | None = None
     keys: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()  # "shard/key: reason" of bad samples replaced in this batch
     cuts: tuple[tuple[int, int], ...] = ()  # tokens of each sample's question and answer cut to the length limit
@@ -84,7 +88,18 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         """Return the batch with all tensors on this device."""
         tensors = {f.name: getattr(self, f.name) for f in fields(self) if torch.is_tensor(getattr(self, f.name))}
-        return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
+        moved: dict[str, Any] = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+        if self.teacher_inputs is not None:
+            moved["teacher_inputs"] = tuple(
+                {name: tensor.to(device, non_blocking=True) for name, tensor in each.items()}
+                for each in self.teacher_inputs
+            )
+        return replace(self, **moved)
+
+    @property
+    def teachers(self) -> tuple[Mapping[str, torch.Tensor], ...]:
+        """What each teacher reads, by name; each tensor is [I, ...]."""
+        return ({PIXELS: self.teacher_pixels},) if self.teacher_inputs is None else self.teacher_inputs
 
     @property
     def rows(self) -> torch.Tensor:
@@ -114,6 +129,18 @@ class TeacherTargets:
 
     features: torch.Tensor  # [I, N, b]
     attention: torch.Tensor | None  # [I, N]; the attention target; None if the teacher has none
+    also: tuple[TeacherTargets, ...] = ()  # those of the further teachers, each without `also`
+
+    def of(self, teacher: int) -> TeacherTargets:
+        """Return the targets of one teacher: 0 is the first, the others follow in the order of `teacher.also`."""
+        return self if teacher == 0 else self.also[teacher - 1]
+
+
+class TappedBlock(NamedTuple):
+    """What one block gives to the distillation losses."""
+
+    tokens: torch.Tensor  # [I, N, d]
+    attention: torch.Tensor  # [I, N] float32
 
 
 class StudentOutput(NamedTuple):
@@ -123,6 +150,14 @@ class StudentOutput(NamedTuple):
     kept: torch.Tensor  # [K] int64; positions (0..L-1) whose logits were kept
     tokens: torch.Tensor | None  # [I, N, d]; steered image tokens entering the tapped block
     attention: torch.Tensor | None  # [I, N] float32; attention of the question at the tapped block
+    others: tuple[TappedBlock, ...] = ()  # the same of the tapped blocks after the first
+
+    @property
+    def blocks(self) -> tuple[TappedBlock, ...]:
+        """All tapped blocks; empty if nothing was captured."""
+        if self.tokens is None or self.attention is None:
+            return ()
+        return (TappedBlock(self.tokens, self.attention), *self.others)
 
 
 @dataclass(frozen=True)

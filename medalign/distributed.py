@@ -59,7 +59,7 @@ def adopt_launcher() -> None:
         if "SLURM_STEP_NODELIST" not in os.environ:
             raise ConfigError(
                 f"this SLURM job has {os.environ['SLURM_NTASKS']} tasks, but srun did not start this one "
-                "(SLURM_STEP_NODELIST is not set): start it with srun --kill-on-bad-exit=1 python -m medalign train ..."
+                "(SLURM_STEP_NODELIST is not set): start it with srun --kill-on-bad-exit=1 python -m medalign ..."
             )
         os.environ["RANK"] = os.environ["SLURM_PROCID"]
         os.environ["WORLD_SIZE"] = os.environ["SLURM_NTASKS"]

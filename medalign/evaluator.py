@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path, PurePosixPath
+from typing import Any
 from urllib.parse import urlsplit
 
 from medalign import distributed
+from medalign.answering import Work, answer_all
 from medalign.checkpoint import export
 from medalign.data.shards.index import ShardIndex
 from medalign.data.storage.byte_ranges import is_remote
 from medalign.errors import ConfigError
-from medalign.evaluation.generation import PredictionBatch, predict
-from medalign.evaluation.metrics import Prediction
+from medalign.evaluation.generation import predict
+from medalign.evaluation.metrics import write_predictions
 from medalign.evaluation.provenance import describe_weights, versions
 from medalign.evaluation.scores_file import format_scores, require_no_longer
 from medalign.evaluation.tally import Tally
-from medalign.evaluation.unfinished import UnfinishedEvaluation
 from medalign.inference import open_student
 from medalign.observability.files import write_text
-from medalign.observability.progress import ProgressReporter
 from medalign.run_folder import EvaluationFolder, find_run
-from medalign.stop_signals import StopSignals, stop_signals
 from medalign.student.decoding import Decoding
+from medalign.work_queue import joined_ranks
 
 _GREEDY = Decoding()
 
@@ -44,10 +44,10 @@ def evaluate(
     overwrite: bool = False,
     command: str | None = None,
 ) -> Path:
-    """Evaluate a run on shards, in one process.
+    """Evaluate a run on shards. Under a launcher (`deepspeed`, `srun`) every rank must call it, and answers a share.
 
-    If it ends early, the predictions so far remain in a hidden file that the log names, and the same call resumes it.
-    USR1 and TERM end it after the current batch.
+    If it ends early, the answers so far remain in hidden files that the log names, and the same call resumes it, also
+    on another number of ranks. USR1 and TERM end it after the current batches.
 
     Args:
         run: a run, a checkpoint or an export.
@@ -66,57 +66,56 @@ def evaluate(
         The folder that contains predictions.jsonl and scores.json.
 
     Raises:
-        ConfigError: an argument is not valid, the student cannot be used, there are several processes, or an evaluation
-            of more samples would be replaced.
+        ConfigError: an argument is not valid, the student cannot be used, or an evaluation of more samples would be
+            replaced.
         DataError: more than `max_skip_fraction` of the samples cannot be read.
         Stopped: a signal ended it.
     """
-    _require_one_process()
-    folder = EvaluationFolder(_evaluation_folder(run, data, name))
-    indexes = _open(data)
-    planned = _planned(indexes, limit)
-    if not overwrite:
-        require_no_longer(folder, sum(planned))
-    student, tokenizer, collator = open_student(run, base, max(i.max_images for i in indexes), max_length)
-    settings = {
-        "limit": limit,
-        "batch_size": batch_size,
-        **asdict(decoding),
-        "max_length": collator.encoder.max_length,
-        "dtype": str(student.dtype).removeprefix("torch."),
-        "device": distributed.device().type,
-    }
-    origin = {**describe_weights(export.find_export(run)), "shards": [list(index.fingerprint()) for index in indexes]}
-    unfinished = UnfinishedEvaluation(folder.predictions, {**settings, **origin, "versions": versions()})
-    done = unfinished.resume(indexes, planned, batch_size)
-    tally = Tally(max_skip_fraction, list(done.rows), done.unreadable)
-    ask = partial(predict, student, tokenizer, collator=collator, device=distributed.device())
-    ask = partial(ask, batch_size=batch_size, decoding=decoding)
-    with stop_signals() as signals:
-        unfinished.append(_rows(ask, indexes, done.starts, planned, tally, signals))
-    tally.warn(collator.encoder.max_length, decoding.max_new_tokens)
-    provenance = {**origin, "settings": settings, "command": command, "versions": versions()}
-    facts = {
-        "name": folder.path.name,
-        "data": [place if is_remote(place) else str(Path(place).resolve()) for place in data],
-        "grid": [student.spec.grid.rows, student.spec.grid.columns],
-        "samples": sum(map(len, indexes)),
-        **settings,
-        **tally.counts(),
-        "provenance": provenance,
-    }
-    text = format_scores(tally.rows, facts)
-    unfinished.finish()
-    write_text(folder.scores, text)
+    with joined_ranks() as store:
+        with distributed.raise_on_all_ranks():
+            folder = EvaluationFolder(_evaluation_folder(run, data, name))
+            indexes = _open(data)
+            planned = _planned(indexes, limit)
+            if not overwrite:
+                require_no_longer(folder, sum(planned))
+            source = export.find_export(run)
+        source = Path(distributed.broadcast_from_main(str(source)))  # a training may write another one meanwhile
+        with distributed.raise_on_all_ranks():
+            student, tokenizer, collator = open_student(source, base, max(i.max_images for i in indexes), max_length)
+            origin = {**describe_weights(source), "shards": [list(index.fingerprint()) for index in indexes]}
+        settings = {
+            "limit": limit,
+            "batch_size": batch_size,
+            **asdict(decoding),
+            "max_length": collator.encoder.max_length,
+            "dtype": str(student.dtype).removeprefix("torch."),
+            "device": distributed.device().type,
+        }
+        work = Work("evaluate", indexes, planned, batch_size, max_skip_fraction)
+        ask = partial(predict, student, tokenizer, collator, decoding=decoding, device=distributed.device())
+        tally, journal = answer_all(
+            work, folder.predictions, {**settings, **origin, "versions": versions()}, ask, store
+        )
+        facts = {
+            "name": folder.path.name,
+            "data": [place if is_remote(place) else str(Path(place).resolve()) for place in data],
+            "grid": [student.spec.grid.rows, student.spec.grid.columns],
+            "samples": sum(map(len, indexes)),
+            **settings,
+            "provenance": {**origin, "settings": settings, "command": command, "versions": versions()},
+        }
+        with distributed.raise_on_all_ranks():
+            if distributed.is_main():
+                _write(folder, tally, facts)
+                journal.finish()
     return folder.path
 
 
-def _require_one_process() -> None:
-    if (processes := distributed.world_size()) > 1:
-        raise ConfigError(
-            f"medalign evaluate was started as {processes} processes, but it runs in one; start it without a launcher, "
-            "or with one task"
-        )
+def _write(folder: EvaluationFolder, tally: Tally, facts: Mapping[str, Any]) -> None:
+    """Write the predictions and their scores, and log what was cut or is empty."""
+    tally.warn(facts["max_length"], facts["max_new_tokens"])
+    write_predictions(folder.predictions, tally.rows)
+    write_text(folder.scores, format_scores(tally.rows, {**facts, **tally.counts()}))
 
 
 def _planned(indexes: Sequence[ShardIndex], limit: int | None) -> list[int]:
@@ -159,37 +158,3 @@ def _name_of(place: str) -> str:
         return Path(os.path.abspath(place)).name
     address = urlsplit(place)
     return PurePosixPath(address.path).name or address.netloc
-
-
-def _rows(
-    ask: Callable[..., Iterator[PredictionBatch]],
-    indexes: Sequence[ShardIndex],
-    starts: Sequence[int],
-    planned: Sequence[int],
-    tally: Tally,
-    signals: StopSignals,
-) -> Iterator[Prediction]:
-    """Yield the predictions that remain, folder by folder, and add them to `tally`.
-
-    Args:
-        ask: predicts samples of an index.
-        indexes: the shard folders.
-        starts: the first sample of each folder that remains.
-        planned: how many samples of each folder are evaluated.
-        tally: has the predictions so far.
-        signals: what this process has received.
-
-    Raises:
-        Stopped: a signal asked the process to end.
-    """
-    with ProgressReporter("evaluate", sum(planned), "samples") as progress:
-        progress.add(sum(starts))
-        for folder, (index, start, end) in enumerate(zip(indexes, starts, planned, strict=True)):
-            for predicted in ask(index=index, indices=range(start, end)) if start < end else ():
-                for row in predicted.rows:
-                    row.folder = folder
-                    yield row
-                tally.add(predicted)
-                progress.add(len(predicted.rows) + len(predicted.unreadable))
-                if signals.request is not None and tally.seen < sum(planned):
-                    raise signals.request(f"the evaluation stopped after {tally.seen} of {sum(planned)} samples")

@@ -9,7 +9,7 @@ Shape suffixes: I images, M teacher patches, N student image tokens, B samples, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 Box = Sequence[float]  # x0, y0, x1, y1 in pixels of the upright image
+PIXELS = "pixels"  # the name of its pixels among the inputs of a tower
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,14 @@ class PreprocessCfg:
         values = torch.from_numpy(resize(canvas, self.size, self.resample).astype(np.float32))
         pixels = (values.permute(2, 0, 1) if values.ndim == 3 else values[None]) / 255
         return (pixels - torch.tensor(self.mean).view(3, 1, 1)) / torch.tensor(self.std).view(3, 1, 1)
+
+    def inputs(self, canvas: Image.Image, where: str = "") -> Mapping[str, torch.Tensor]:
+        """The view of a canvas by name, for a tower that reads pixels; `where` names the sample."""
+        return {PIXELS: self.view(canvas)}
+
+    def blank(self) -> Mapping[str, torch.Tensor]:
+        """The same for a black canvas."""
+        return self.inputs(Image.new("RGB", (self.size, self.size)))
 
 
 def resample_features(features_IMD: torch.Tensor, source: PatchGrid, target: PatchGrid) -> torch.Tensor:

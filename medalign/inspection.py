@@ -50,11 +50,10 @@ def view_global_batch(config: Config, step: int) -> BatchView:
     """Read and collate the global batch of a step as in training. No weights are read."""
     index = pipeline.open_index(config)
     pipeline.require_images(config, index)
-    teacher = None
-    if config.distils:
-        require_attention(config)
-        teacher = read_preprocess_cfg(config.teacher.path, config.teacher.mean, config.teacher.std)
-    collator, processor = pipeline.check_collator(config, teacher, index.max_images)
+    require_attention(config)
+    views = [read_preprocess_cfg(each.path, each.mean, each.std) for each in config.teachers]
+    teacher, also = (views[0] if views else None), views[1:]
+    collator, processor = pipeline.check_collator(config, teacher, index.max_images, also)
     batches = next(iter(pipeline.build_loader(config, index, collator, step, whole_batch=True)))
     length = describe_length(resolve_steps(config, len(index)), len(index))
     title = f"step {step} in a run of {length}"

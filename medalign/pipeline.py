@@ -10,7 +10,7 @@ import numpy as np
 
 from medalign import distributed
 from medalign.config import Config
-from medalign.data.batches.collator import Collator
+from medalign.data.batches.collator import Collator, TeacherView
 from medalign.data.batches.loader import TrainLoader, ValidationLoader
 from medalign.data.batches.prompts import PromptEncoder
 from medalign.data.order.mixture import LengthGroupedOrder, Mixture
@@ -19,7 +19,6 @@ from medalign.data.shards.index import ShardIndex
 from medalign.data.shards.table import image_share
 from medalign.data.storage.byte_ranges import StorageOptions
 from medalign.errors import ConfigError
-from medalign.geometry import PreprocessCfg
 from medalign.student.checks import check_student, warn_about_positions
 from medalign.student.families.base import ModelSpec
 
@@ -82,7 +81,12 @@ def build_order(config: Config, index: ShardIndex) -> Order:
 
 
 def build_collator(
-    config: Config, spec: ModelSpec, processor: Any, teacher_view: PreprocessCfg | None, max_images: int
+    config: Config,
+    spec: ModelSpec,
+    processor: Any,
+    teacher_view: TeacherView | None,
+    max_images: int,
+    also: Sequence[TeacherView] = (),
 ) -> Collator:
     """Build the collator for training. Only the shapes of the models are needed.
 
@@ -90,8 +94,9 @@ def build_collator(
         config: the whole configuration.
         spec: the student's spec.
         processor: the student's processor.
-        teacher_view: how the teacher preprocesses images; None without a teacher.
+        teacher_view: how the teacher preprocesses images, or another view for it; None without a teacher.
         max_images: largest number of images in a sample.
+        also: the views of further teachers.
 
     Raises:
         ConfigError: the settings do not fit the student.
@@ -100,7 +105,7 @@ def build_collator(
         raise ConfigError(f"data.packing is true, but {spec.family.no_packing}; set data.packing to false")
     encoder = _encoder(spec, processor, config.data.max_length, max_images, "data.max_length")
     view, rows = spec.preprocess_cfg(processor), config.losses.attention_rows
-    return Collator(encoder, view, teacher_view, packed=config.data.packing, attention_rows=rows)
+    return Collator(encoder, view, teacher_view, also=also, packed=config.data.packing, attention_rows=rows)
 
 
 def build_question_collator(spec: ModelSpec, processor: Any, max_length: int, max_images: int) -> Collator:
@@ -134,14 +139,16 @@ def _encoder(spec: ModelSpec, processor: Any, max_length: int, max_images: int, 
     )
 
 
-def check_collator(config: Config, teacher_view: PreprocessCfg | None, max_images: int) -> tuple[Collator, Any]:
+def check_collator(
+    config: Config, teacher_view: TeacherView | None, max_images: int, also: Sequence[TeacherView] = ()
+) -> tuple[Collator, Any]:
     """Build the collator for training, and the student's processor, without reading the student's weights.
 
     Raises:
         ConfigError: within seconds, for everything that can be known without the weights and prevents training.
     """
     spec, processor = check_student(config.student)
-    return build_collator(config, spec, processor, teacher_view, max_images), processor
+    return build_collator(config, spec, processor, teacher_view, max_images, also), processor
 
 
 def build_loader(

@@ -12,7 +12,7 @@ from typing import Any
 from PIL import Image
 
 from medalign import config as settings
-from medalign import distributed, exit_records, pipeline
+from medalign import distributed, exit_records, pipeline, target_cache
 from medalign.checkpoint import export, lock
 from medalign.checkpoint.loading import find_whole, load
 from medalign.checkpoint.retention import Retention
@@ -36,8 +36,9 @@ from medalign.run_folder import RunFolder
 from medalign.stop_signals import stop_signals
 from medalign.student import loading
 from medalign.student.model import Student, check_causality
-from medalign.teacher.loading import load_teacher, require_attention
-from medalign.teacher.model import Teacher
+from medalign.teacher.cache.teacher import CachedTeacher
+from medalign.teacher.loading import load_tower, require_attention
+from medalign.teacher.model import TargetSource
 from medalign.teacher.targets import assert_replicated
 from medalign.training import rewind, schedule
 from medalign.training.callbacks import (
@@ -115,7 +116,7 @@ def _train(
     config = schedule.resolve_steps(config, len(index) if index else 0)
     log.info("%s", schedule.describe_length(config, len(index) if index else 0))
     begin("loading the models", more=extensions.build_timeout(ds_settings))
-    engine, teacher, student, collator = _build(config, ds_settings, _max_images(index, held_out))
+    engine, teachers, student, collator = _build(config, ds_settings, _max_images(index, held_out))
     if found:
         begin("loading the checkpoint")
         now = replace(load(engine, found), stage=now.stage, data=now.data)
@@ -125,13 +126,14 @@ def _train(
     if index is not None:
         sizes = [int(index.shard_sizes(number).sum()) for number in range(len(config.data.folders))]
         order = pipeline.build_order(config, index)
-        gauges = build_gauges(config, order, sizes, student, teacher, engine.device)
+        gauges = build_gauges(config, order, sizes, student, teachers, engine.device)
         hooks = [*gauges, *build_callbacks(config, folder, held_out, collator), *callbacks]
         background = writer if config.checkpoint.asynchronous else None
         hooks.append(
             Checkpointing(config.checkpoint.interval, writer.save, config.checkpoint.retry_minutes, background)
         )
-        step = TrainStep(engine, teacher, objective, student.spec.grid)
+        first, also = (teachers[0] if teachers else None), teachers[1:]
+        step = TrainStep(engine, first, objective, student.spec.grid, also)
         now = _fit(config, folder, now, step, index, collator, hooks)
     elif not found:
         with _loggers(config, folder, now):
@@ -179,7 +181,9 @@ def _open(config: Config) -> tuple[Objective, ShardIndex | None, ShardIndex | No
         index, held_out = pipeline.open_indexes(config)
         if index is not None:
             pipeline.require_images(config, index)
-        pipeline.check_collator(config, None, _max_images(index, held_out))
+        collator, _ = pipeline.check_collator(config, None, _max_images(index, held_out))
+        if distributed.is_main() and index is not None:
+            target_cache.check(config, collator, [index, held_out])
     return objective, index, held_out
 
 
@@ -215,29 +219,38 @@ def _checkpoint_writer(config: Config, root: Path, engine: Engine, student: Stud
 
 def _build(
     config: Config, ds_settings: dict[str, Any], max_images: int
-) -> tuple[Engine, Teacher | None, Student, Collator]:
-    # The teacher comes first: what is built once ZeRO-3 partitions modules would be partitioned too.
-    teacher = build_teacher(config)
+) -> tuple[Engine, list[TargetSource], Student, Collator]:
+    # The teachers come first: what is built once ZeRO-3 partitions modules would be partitioned too.
+    teachers = build_teachers(config)
     with deepspeed_engine.sharded_loading(ds_settings):
         student = loading.load_student(config.student, precision(config), config.run.seed)
-    student.attention_capture.impl = config.losses.impl
+    for capture in student.attention_captures:
+        capture.impl = config.losses.impl
     student.train()
     engine = Engine(student, parameter_groups(student, config), ds_settings)
-    if teacher is not None:
+    for teacher in teachers:
         assert_replicated(teacher)
     processor = loading.load_processor(config.student)
-    teacher_view = teacher.preprocess_cfg if teacher is not None else None
-    collator = pipeline.build_collator(config, student.spec, processor, teacher_view, max_images)
-    check_causality(student, sanity_batch(collator).to(engine.device))
-    return engine, teacher, student, collator
+    views = [teacher.view for teacher in teachers]
+    first, also = (views[0] if views else None), views[1:]
+    collator = pipeline.build_collator(config, student.spec, processor, first, max_images, also)
+    check_causality(student, sanity_batch(collator.without_teachers()).to(engine.device))
+    return engine, teachers, student, collator
 
 
-def build_teacher(config: Config) -> Teacher | None:
-    """The teacher of this rank, frozen; None when nothing is distilled."""
-    if not config.distils or config.train.steps == 0:
-        return None
+def build_teachers(config: Config) -> list[TargetSource]:
+    """The teachers of this rank, frozen, in the order of the settings; none when nothing is distilled.
+
+    Those with a cache are read from it, and their weights are not loaded.
+    """
+    if config.train.steps == 0:
+        return []
     require_attention(config)
-    return load_teacher(device=distributed.device(), dtype=precision(config), **vars(config.teacher))
+    device, dtype = distributed.device(), precision(config)
+    return [
+        CachedTeacher(settings).to(device) if settings.cache else load_tower(settings, device, dtype)
+        for settings in config.teachers
+    ]
 
 
 def _max_images(*indexes: ShardIndex | None) -> int:
@@ -263,19 +276,32 @@ def sanity_batch(collator: Collator) -> Batch:
 
 
 def parameter_groups(student: Student, config: Config) -> list[dict[str, Any]]:
-    """One group per kind of parameter, with its learning rate, weight decay and settings of AdamW."""
+    """The parameters by kind, with their learning rate, weight decay and settings of AdamW.
+
+    A kind that decays is two groups of the same name: matrices, and vectors, which do not decay.
+    """
     peaks, decays = schedule.peaks(config.train), schedule.decays(config.train)
     return [
         {
             "name": name,
-            "params": [p for _, p in named],
+            "params": parameters,
             "lr": peaks[name],
-            "weight_decay": decays[name],
+            "weight_decay": decay,
             "betas": config.optimizer.betas,
             "eps": config.optimizer.eps,
         }
         for name, named in student.trainable().items()
+        for decay, parameters in _by_decay([p for _, p in named], decays[name]).items()
     ]
+
+
+def _by_decay(parameters: Sequence[Any], decay: float) -> dict[float, list[Any]]:
+    """Divide parameters by their weight decay, which biases, the weights of norms and DoRA's norms do not have."""
+    groups: dict[float, list[Any]] = {}
+    for parameter in parameters:
+        shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 keeps the shape of what it has partitioned
+        groups.setdefault(decay if len(shape) > 1 else 0.0, []).append(parameter)
+    return groups
 
 
 def _write_config_and_open_loggers(config: Config, folder: Path, now: TrainState) -> list[MetricLogger]:

@@ -8,6 +8,7 @@ import sys
 
 from medalign.cli.decoding import add_decoding, read_decoding
 from medalign.cli.parser import Subparsers, add_command, add_max_length, add_run
+from medalign.cli.ranks import status_on_all_ranks
 from medalign.cli.values import count, share
 
 log = logging.getLogger("medalign")
@@ -24,8 +25,10 @@ def register(subparsers: Subparsers) -> None:
         "recall, BLEU and ROUGE-L of reports, and for samples with boxes the share of the question's attention inside\n"
         "them (at the tapped block) and the pointing game. Counts answers that are empty or cut off at\n"
         "--max-new-tokens. For a checkpoint RUN/checkpoints/step-N, NAME begins with step-N. After an\n"
-        "interruption, the same command continues it. Runs in one process.\n\n"
-        "example: medalign evaluate runs/first --data data/val",
+        "interruption, the same command continues it, also on another number of ranks.\n\n"
+        "on one GPU, or without one:  medalign evaluate runs/first --data data/val\n"
+        "on all GPUs of a node:       deepspeed --module medalign evaluate runs/first --data data/val\n"
+        "under SLURM:                 srun --kill-on-bad-exit=1 python -m medalign evaluate runs/first --data data/val",
     )
     add_run(parser)
     add_max_length(parser)
@@ -51,25 +54,29 @@ def register(subparsers: Subparsers) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Evaluate, print the table of scores and log where it is written. Returns the exit status."""
+    """Evaluate, print the table of scores and log where it is written, on rank 0. Returns the exit status."""
+    from medalign import distributed
     from medalign.evaluation.provenance import command_line
     from medalign.evaluation.report.page import format_evaluation
     from medalign.evaluator import evaluate
     from medalign.run_folder import RunFolder
 
-    folder = evaluate(
-        arguments.run,
-        arguments.data,
-        name=arguments.name,
-        batch_size=arguments.batch_size,
-        limit=arguments.limit,
-        decoding=read_decoding(arguments),
-        max_length=arguments.max_length,
-        max_skip_fraction=arguments.max_skip_fraction,
-        base=arguments.student,
-        overwrite=arguments.overwrite,
-        command=command_line(arguments.words),
-    )
+    with status_on_all_ranks():
+        folder = evaluate(
+            arguments.run,
+            arguments.data,
+            name=arguments.name,
+            batch_size=arguments.batch_size,
+            limit=arguments.limit,
+            decoding=read_decoding(arguments),
+            max_length=arguments.max_length,
+            max_skip_fraction=arguments.max_skip_fraction,
+            base=arguments.student,
+            overwrite=arguments.overwrite,
+            command=command_line(arguments.words),
+        )
+    if not distributed.is_main():
+        return 0
     sys.stdout.write(format_evaluation(folder) + "\n")
     others = len(RunFolder(folder.parents[1]).evaluations()) - 1
     note = f"; {others} more in {folder.parent}, medalign report shows them all" if others else ""

@@ -10,6 +10,7 @@ from medalign import __version__
 from medalign.cli import (
     bench,
     compare,
+    dashboard,
     doctor,
     evaluate,
     export,
@@ -17,10 +18,12 @@ from medalign.cli import (
     inspect,
     phantom,
     plan,
+    recipes,
     report,
     score,
     shards,
     supervise,
+    targets,
     train,
     wandb,
     watch,
@@ -33,9 +36,11 @@ log = logging.getLogger("medalign")
 COMMANDS = (
     phantom,
     shards,
+    recipes,
     inspect,
     plan,
     doctor,
+    targets,
     train,
     supervise,
     watch,
@@ -47,6 +52,7 @@ COMMANDS = (
     export,
     bench,
     wandb,
+    dashboard,
 )
 
 _EPILOG = """

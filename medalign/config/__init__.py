@@ -6,12 +6,13 @@ setting.
 """
 
 from medalign.config.loading import check, describe_settings, dump, load, read
-from medalign.config.recipe_files import recipes
+from medalign.config.recipe_files import group_recipes, recipes, summarize
 from medalign.config.schema import (
     CheckpointConfig,
     Config,
     DataConfig,
     EngineConfig,
+    FurtherTeacher,
     LogConfig,
     LoraConfig,
     LossConfig,
@@ -19,6 +20,7 @@ from medalign.config.schema import (
     RunConfig,
     StudentConfig,
     TeacherConfig,
+    TeacherSettings,
     TrainConfig,
 )
 from medalign.config.validation import validate
@@ -28,6 +30,7 @@ __all__ = [
     "Config",
     "DataConfig",
     "EngineConfig",
+    "FurtherTeacher",
     "LogConfig",
     "LoraConfig",
     "LossConfig",
@@ -35,12 +38,15 @@ __all__ = [
     "RunConfig",
     "StudentConfig",
     "TeacherConfig",
+    "TeacherSettings",
     "TrainConfig",
     "check",
     "describe_settings",
     "dump",
+    "group_recipes",
     "load",
     "read",
     "recipes",
+    "summarize",
     "validate",
 ]

@@ -135,22 +135,41 @@ def _parsed(where: str, parse: Callable[[], Namespace]) -> Namespace:
 
 def _explain(message: str) -> str:
     """Shorten a message of jsonargparse to one line: for an invalid value the key, the value and what is allowed."""
-    key = re.search(r'[Kk]ey "([\w.]+)"', message)
+    keys = re.findall(r'[Kk]ey "([\w.]+)"', message)
+    if keys and (item := _item_of(keys[0])):
+        if unknown := re.search(r"Option '(.+)' is not accepted", message):
+            known = ", ".join(entry.name for entry in fields(item))
+            return f"unknown key {unknown[1]!r} in an item of {keys[0]}; it can have {known}"
+        if "Expected a dot import path" in message:
+            return f"each item of {keys[0]} must be a section of settings such as {{{fields(item)[0].name}: ...}}"
+        keys = [".".join(keys[:2])]
+    key = keys[0] if keys else ""
     rule = re.search(r"does not conform to restriction (v.+)", message)
     value = next((found for pattern in _INVALID if (found := re.search(pattern, message))), None)
-    if not (key and value and key[1] in all_keys()):
+    if not (value and key and (key in all_keys() or _item_of(key.rpartition(".")[0]))):
         return " ".join(message.split())
-    must = re.sub(r"v(<=|>=|<|>)", r"\1 ", rule[1]) if rule else _describe_type(_type_of(key[1]))
-    hint = f" ({_HINTS[key[1]]})" if rule and key[1] in _HINTS else ""
-    return f"{key[1]} is {value[1]}; it must be {must}{hint}"
+    must = re.sub(r"v(<=|>=|<|>)", r"\1 ", rule[1]) if rule else _describe_type(_type_of(key))
+    hint = f" ({_HINTS[key]})" if rule and key in _HINTS else ""
+    return f"{key} is {value[1]}; it must be {must}{hint}"
 
 
 def _type_of(key: str) -> Any:
     """Return the type of a setting."""
     kind: Any = Config
     for name in key.split("."):
-        kind = get_type_hints(kind)[name]
+        kind = get_type_hints(_item_type(kind) or kind)[name]
     return kind
+
+
+def _item_of(key: str) -> type | None:
+    """Return the section that each item of a setting is; None for another setting, or what is not a setting."""
+    return _item_type(_type_of(key)) if key in all_keys() else None
+
+
+def _item_type(kind: Any) -> type | None:
+    """Return the dataclass in list[dataclass]; None for any other type."""
+    item = get_args(kind)[0] if get_origin(kind) is list else None
+    return item if isinstance(item, type) and is_dataclass(item) else None
 
 
 def _describe_type(kind: Any) -> str:
@@ -164,6 +183,8 @@ def _describe_type(kind: Any) -> str:
         return f"a list of {len(arguments)} items, each {_describe_type(arguments[0])}"
     if arguments:
         return " or ".join(_describe_type(one) for one in arguments)
+    if is_dataclass(kind):
+        return "a section"
     words = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
     return next(word for base, word in words.items() if issubclass(kind, base))
 
@@ -174,13 +195,25 @@ def _build(kind: type[Section], values: Mapping[str, Any]) -> Section:
     arguments = {}
     for item in fields(kind):  # type: ignore[arg-type]
         value, hint = values[item.name], hints[item.name]
-        arguments[item.name] = _build(hint, value) if isinstance(value, dict) else _plain(value)
+        if isinstance(value, dict):
+            arguments[item.name] = _build(hint, value)
+        elif section := _item_type(hint):
+            arguments[item.name] = [_build(section, one) for one in value]
+        else:
+            arguments[item.name] = _plain(value)
     return kind(**arguments)
 
 
 def _attributes(section: Any) -> dict[str, Any]:
     """Return the attributes of a dataclass as nested values, including attributes that are not fields."""
-    return {name: _attributes(value) if is_dataclass(value) else value for name, value in vars(section).items()}
+    return {name: _values(value) for name, value in vars(section).items()}
+
+
+def _values(value: Any) -> Any:
+    """Convert a section, or the sections in a list, to nested values."""
+    if isinstance(value, list):
+        return [_values(one) for one in value]
+    return _attributes(value) if is_dataclass(value) else value
 
 
 def _plain(value: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 
 from medalign.config.keys import ALTERNATIVES
 from medalign.config.schema import Config
@@ -23,6 +24,8 @@ def validate(config: Config, *, models: bool = True, data: bool = True) -> None:
     for first, second in ALTERNATIVES:
         _require_one(config, first, second)
     _check_models(config, models)
+    _check_student(config)
+    _check_further_teachers(config)
     _check_data(config, data)
     _check_mixture(config)
     keep, interval = config.checkpoint.keep_interval, config.checkpoint.interval
@@ -55,6 +58,42 @@ def _check_models(config: Config, required: bool) -> None:
         not required or not config.distils or bool(config.teacher.path),
         "teacher.path is not set; set it, or set losses.alpha 0 and losses.beta 0",
     )
+
+
+def _check_student(config: Config) -> None:
+    student, weights = config.student, config.losses.layer_weights
+    _require(
+        bool(student.layers) and len(set(student.layers)) == len(student.layers),
+        f"student.layer is {student.layer}; it must be one block, or a list of different ones",
+    )
+    _require(
+        not weights or len(weights) == len(student.layers),
+        f"losses.layer_weights has {len(weights)} numbers for {len(student.layers)} tapped blocks (student.layer); "
+        "give one per block",
+    )
+    _require(
+        student.train == "lora" or student.quantization == "none",
+        f"student.train is full, but student.quantization is {student.quantization}, and weights of 4 bits cannot be "
+        "trained; set student.train to lora, or student.quantization to none",
+    )
+
+
+def _check_further_teachers(config: Config) -> None:
+    also = config.teacher.also
+    _require(
+        not also or config.distils,
+        f"teacher.also has {len(also)} teachers, but losses.alpha and losses.beta are 0; remove teacher.also, or "
+        "set one of them",
+    )
+    for number, teacher in enumerate(also, start=2):
+        _require(bool(teacher.path), f"teacher.also: teacher {number} has no path; give {{path: DIR}}")
+        _require(
+            not teacher.name or re.fullmatch(r"[\w-]+", teacher.name) is not None,
+            f"teacher.also: the name {teacher.name!r} must consist of letters, digits, - and _",
+        )
+    names = [teacher.name or str(number) for number, teacher in enumerate(also, start=2)]
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    _require(not repeated, f"teacher.also: several teachers are named {', '.join(repeated)}; give each its own name")
 
 
 def _check_data(config: Config, required: bool) -> None:

@@ -16,9 +16,8 @@ def check_student_folder(config: Config) -> Finding:
     """Check configuration, tokenizer and the names of the weights. Raises ConfigError for what prevents training."""
     spec, _ = check_student(config.student)
     kind, blocks = spec.family.model_type, len(spec.blocks)
-    return Finding(
-        "student", "ok", f"{kind}, {blocks} blocks of width {spec.width}, block {config.student.layer} tapped"
-    )
+    tapped = " and ".join(map(str, config.student.layers))
+    return Finding("student", "ok", f"{kind}, {blocks} blocks of width {spec.width}, block {tapped} tapped")
 
 
 def check_template(config: Config) -> Finding:
@@ -34,11 +33,12 @@ def _max_images(config: Config) -> int:
 
 
 def check_teacher(config: Config) -> Finding:
-    """Load the teacher with its weights."""
-    teacher = run.build_teacher(config)
-    if teacher is None:
+    """Load the teachers with their weights, or open their caches."""
+    teachers = run.build_teachers(config)
+    if not teachers:
         return Finding("teacher", "ok", "not needed, because nothing is distilled")
-    return Finding("teacher", "ok", f"patches {teacher.grid.rows} x {teacher.grid.columns} of width {teacher.width}")
+    shapes = [f"patches {each.grid.rows} x {each.grid.columns} of width {each.width}" for each in teachers]
+    return Finding("teacher", "ok", "; ".join(shapes))
 
 
 def check_grids(config: Config) -> Finding:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
@@ -13,8 +13,8 @@ from PIL import Image
 
 from medalign.contracts import Batch, Sample
 from medalign.data.batches.collator import Collator
-from medalign.data.batches.loader import batches
-from medalign.data.shards.index import ShardIndex
+from medalign.data.batches.loader import join_usable
+from medalign.data.samples.bad_sample import BadSample
 from medalign.evaluation.grounding import grounding
 from medalign.evaluation.metrics import Prediction
 from medalign.evaluation.metrics.predictions import LENGTH, STOP
@@ -36,9 +36,9 @@ class Answer:
 
 @dataclass(frozen=True)
 class PredictionBatch:
-    """The predictions of a batch, and the samples that were skipped."""
+    """The predictions of a batch, each with the place of its sample in the batch, and why samples were skipped."""
 
-    rows: list[Prediction]
+    rows: list[tuple[int, Prediction]]
     unreadable: tuple[str, ...]  # "shard/key: reason" of each skipped sample
 
 
@@ -88,32 +88,34 @@ def finish_reasons(ids_BT: torch.Tensor, ends: Sequence[int]) -> list[str]:
 def predict(
     student: Student,
     tokenizer: Any,
-    index: ShardIndex,
     collator: Collator,
+    samples: Sequence[Sample | BadSample],
     *,
-    batch_size: int,
     decoding: Decoding,
     device: torch.device,
-    indices: Sequence[int] | None = None,
-) -> Iterator[PredictionBatch]:
-    """Yield predictions for samples of an index, in order, one batch at a time.
+) -> PredictionBatch:
+    """Answer a batch.
 
     Args:
         student: the trained student.
         tokenizer: the student's tokenizer.
-        index: the samples.
         collator: makes left-padded batches of questions.
-        batch_size: questions per batch.
+        samples: samples, or why they could not be read.
         decoding: greedy, beams or sampling, and the limit of an answer.
         device: the student's device.
-        indices: which samples; all by default.
     """
-    for samples, batch in batches(index, collator, batch_size, indices):
-        answers = generate_answers(student, tokenizer, batch.to(device), decoding)
-        rows = [_prediction(student, sample, given) for sample, given in zip(samples, answers, strict=True)]
-        for row, (question_cut, _) in zip(rows, batch.cuts, strict=True):
-            row.truncated = question_cut > 0
-        yield PredictionBatch(rows, batch.skipped)
+    places, batch = join_usable(collator, samples)
+    if batch is None:
+        return PredictionBatch([], tuple(map(str, samples)))
+    rows = []
+    answers = generate_answers(student, tokenizer, batch.to(device), decoding)
+    for place, given, (question_cut, _) in zip(places, answers, batch.cuts, strict=True):
+        sample = samples[place]
+        assert isinstance(sample, Sample)
+        row = _prediction(student, sample, given)
+        row.truncated = question_cut > 0
+        rows.append((place, row))
+    return PredictionBatch(rows, batch.skipped)
 
 
 def _prediction(student: Student, sample: Sample, given: Answer) -> Prediction:

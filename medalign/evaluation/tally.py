@@ -3,42 +3,25 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from medalign.data.batches.reader import check_skip_rate
-from medalign.evaluation.generation import PredictionBatch
 from medalign.evaluation.metrics import Prediction
 from medalign.evaluation.metrics.counts import count
 
 log = logging.getLogger("medalign")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Tally:
-    """The predictions so far, and the samples that were skipped or truncated.
+    """The predictions of an evaluation.
 
-    Args:
-        max_skip_fraction: fraction of the samples that may be unreadable.
+    Attributes:
+        rows: the predictions.
+        unreadable: number of samples that have none.
     """
 
-    max_skip_fraction: float
-    rows: list[Prediction] = field(default_factory=list)
+    rows: list[Prediction]
     unreadable: int = 0
-
-    def add(self, predicted: PredictionBatch) -> None:
-        """Add a batch of predictions.
-
-        Raises:
-            DataError: too many samples could not be read.
-        """
-        self.rows += predicted.rows
-        self.unreadable += len(predicted.unreadable)
-        check_skip_rate(self.unreadable, self.seen, self.max_skip_fraction, predicted.unreadable, "--max-skip-fraction")
-
-    @property
-    def seen(self) -> int:
-        """Number of samples so far."""
-        return len(self.rows) + self.unreadable
 
     @property
     def truncated(self) -> int:

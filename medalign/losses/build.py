@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from medalign.config import Config, LossConfig
+from collections.abc import Sequence
+
+from medalign.config import Config, LossConfig, TeacherSettings
 from medalign.errors import ConfigError
 from medalign.import_path import import_object
 from medalign.losses.attention import AttentionTerm
@@ -20,27 +22,48 @@ def build_objective(config: Config) -> Objective:
     """
     extra = [load_term(path, config) for path in config.losses.extra]
     try:
-        return Objective([*build_terms(config.losses), *extra])
+        return Objective([*build_terms(config.losses, [config.teacher, *config.teacher.also]), *extra])
     except ValueError as error:
         raise ConfigError(f"losses.extra {config.losses.extra}: {error}") from error
 
 
-def build_terms(settings: LossConfig) -> list[LossTerm]:
-    """Build the paper's terms: "language", "similarity" (alpha) and "attention" (beta).
+def build_terms(settings: LossConfig, teachers: Sequence[TeacherSettings] = (TeacherSettings(),)) -> list[LossTerm]:
+    """Build the paper's terms: "language", and for each teacher "similarity" (alpha) and "attention" (beta).
+
+    The terms of a further teacher are named after it: "similarity_NAME" and "attention_NAME".
+
+    Args:
+        settings: those of the losses.
+        teachers: the settings of each teacher, whose weights multiply alpha and beta.
 
     Raises:
         ValueError: a coefficient is negative, or a setting is not one of its choices.
     """
-    return [
-        LanguageTerm(mean=settings.language_mean),
-        SimilarityTerm(
-            settings.alpha,
-            weighting=settings.weighting,
-            ignore_padding=settings.ignore_padding,
-            impl=settings.impl,
-        ),
-        AttentionTerm(settings.beta, normalize=settings.normalize, ignore_padding=settings.ignore_padding),
-    ]
+    terms: list[LossTerm] = [LanguageTerm(mean=settings.language_mean)]
+    for number, teacher in enumerate(teachers):
+        suffix = f"_{getattr(teacher, 'name', '') or number + 1}" if number else ""
+        terms.append(
+            SimilarityTerm(
+                settings.alpha * teacher.similarity_weight,
+                name=f"similarity{suffix}",
+                teacher=number,
+                weighting=settings.weighting,
+                ignore_padding=settings.ignore_padding,
+                impl=settings.impl,
+                layer_weights=settings.layer_weights,
+            )
+        )
+        terms.append(
+            AttentionTerm(
+                settings.beta * teacher.attention_weight,
+                name=f"attention{suffix}",
+                teacher=number,
+                normalize=settings.normalize,
+                ignore_padding=settings.ignore_padding,
+                layer_weights=settings.layer_weights,
+            )
+        )
+    return terms
 
 
 def load_term(path: str, config: Config) -> LossTerm:

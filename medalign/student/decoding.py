@@ -19,7 +19,17 @@ from medalign.errors import ConfigError
 log = logging.getLogger("medalign")
 
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
-_DESCRIPTIVE = ("transformers_version", "max_length")  # says nothing about answers: --max-new-tokens limits them
+# Nothing about answers: their limit is max_new_tokens.
+_DESCRIPTIVE = (
+    "transformers_version",
+    "max_length",
+    "use_cache",
+    "return_dict_in_generate",
+    "output_attentions",
+    "output_hidden_states",
+    "output_scores",
+    "output_logits",
+)
 
 
 @dataclass(frozen=True)

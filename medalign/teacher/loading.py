@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from medalign.config.schema import Config, TeacherConfig
+from medalign.config.schema import Config, TeacherSettings
 from medalign.errors import ConfigError
 from medalign.geometry import PreprocessCfg
 from medalign.teacher.conditioning import TextConditioning
 from medalign.teacher.lexicon import PACKAGED, read_lexicon
 from medalign.teacher.model import Teacher
 from medalign.teacher.source import TeacherSource, find_teacher
-from medalign.teacher.towers import TextAlignedTower, Tower, tower_class
+from medalign.teacher.towers import ClassTokenTower, TextAlignedTower, Tower, tower_class
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # teacher.precision "auto" takes the argument
 
@@ -28,28 +28,55 @@ def load_teacher(
 
     Args:
         path: a local folder with the layout of open_clip's hub models, the folder of a vision model of transformers,
-            `open_clip:ARCH/WEIGHTS` or `biovil:WEIGHTS`, where WEIGHTS is a file (safetensors, or a torch file without
+            `open_clip:ARCH/WEIGHTS`, `biovil:FILE` or `pmc_clip:FILE`; files are safetensors, or torch files (without
             pickled code). Tags are not supported, because nothing is downloaded.
         device: where the teacher runs.
         dtype: data type of its weights, unless `precision` is among the settings.
-        **settings: the other settings of the section `teacher`, by name.
+        **settings: the other settings of a teacher, by name.
 
     Raises:
         ConfigError: the source is not valid, or the kind of tower is not supported.
         CheckpointError: the weights cannot be read or do not fit the tower.
     """
-    config = TeacherConfig(path=str(path), **settings)
-    source = find_teacher(config.path, config.mean, config.std)
+    return load_tower(TeacherSettings(path=str(path), **settings), device, dtype)
+
+
+def load_tower(settings: TeacherSettings, device: torch.device | str, dtype: torch.dtype) -> Teacher:
+    """Load a frozen teacher with these settings, as `load_teacher`. Its cache is not read."""
+    source = find_teacher(settings.path, settings.mean, settings.std)
     kind = tower_class(source)
     kind.check(source)
-    seed = config.random_weights_seed
+    seed = settings.random_weights_seed
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed or 0)
-        tower = (kind.load if seed is None else kind.build)(source, config.features)
-    conditioning = _build_conditioning(source, kind, config) if config.text_weight > 0 else None
-    dtype = _DTYPES.get(config.precision, dtype)
-    teacher = Teacher(tower.to(dtype), source.mean, source.std, conditioning, config.mask_sinks, config.compile)
+        tower = (kind.load if seed is None else kind.build)(source, settings.features)
+    _require_rollout(source, tower, settings)
+    conditioning = _build_conditioning(source, kind, settings) if settings.text_weight > 0 else None
+    tower = tower.to(teacher_dtype(settings, dtype))
+    rollout = settings.attention == "rollout"
+    teacher = Teacher(tower, source.mean, source.std, conditioning, settings.mask_sinks, settings.compile, rollout)
     return teacher.to(device)
+
+
+def _require_rollout(source: TeacherSource, tower: Tower, settings: TeacherSettings) -> None:
+    """Raise ConfigError if attention rollout is asked for and the tower cannot give it."""
+    if settings.attention != "rollout":
+        return
+    if not isinstance(tower, ClassTokenTower) or not tower.prefix_tokens:
+        raise ConfigError(
+            f"teacher.attention is rollout, but teacher {source.name} has no class token, whose attention could be "
+            "followed through the blocks; set it to last_block"
+        )
+    if settings.compile:
+        raise ConfigError(
+            "teacher.attention is rollout and teacher.compile is true: a compiled tower does not show the attention of "
+            "its blocks; set teacher.compile to false"
+        )
+
+
+def teacher_dtype(settings: TeacherSettings, student: torch.dtype) -> torch.dtype:
+    """Return the data type of the teacher's weights, given the student's."""
+    return _DTYPES.get(settings.precision, student)
 
 
 def read_preprocess_cfg(
@@ -63,27 +90,31 @@ def read_preprocess_cfg(
 
 
 def require_attention(config: Config) -> None:
-    """Check that the teacher has what the losses need, before any weights are read.
+    """Check that each teacher has what its losses need, before any weights are read.
 
     Raises:
         ConfigError: a loss needs attention, and the teacher has none; the message gives the setting.
     """
-    source = find_teacher(config.teacher.path, config.teacher.mean, config.teacher.std)
-    if tower_class(source).has_attention:
-        return
-    for needs, setting, remedy in (
-        (config.losses.beta > 0, f"losses.beta is {config.losses.beta}", "0"),
-        (config.losses.weighting == "teacher_attention", "losses.weighting is teacher_attention", "uniform"),
-    ):
-        if needs:
-            raise ConfigError(
-                f"{setting}, but teacher {source.name} has neither a class token nor a pooling head whose attention "
-                f"could be distilled; set it to {remedy}, or choose another teacher"
-            )
+    for number, settings in enumerate(config.teachers):
+        source = find_teacher(settings.path, settings.mean, settings.std)
+        if tower_class(source).has_attention:
+            continue
+        beta = config.losses.beta * settings.attention_weight
+        reads = config.losses.weighting == "teacher_attention" and config.losses.alpha * settings.similarity_weight > 0
+        for needs, setting, remedy in (
+            (beta > 0 and number == 0, f"losses.beta is {config.losses.beta}", "0, or teacher.attention_weight to 0"),
+            (beta > 0 and number > 0, f"its attention_weight is {settings.attention_weight}", "0"),
+            (reads, "losses.weighting is teacher_attention", "uniform"),
+        ):
+            if needs:
+                raise ConfigError(
+                    f"{setting}, but teacher {source.name} has neither a class token nor a pooling head whose "
+                    f"attention could be distilled; set it to {remedy}, or choose another teacher"
+                )
 
 
 @torch.no_grad()
-def _build_conditioning(source: TeacherSource, kind: type[Tower], config: TeacherConfig) -> TextConditioning:
+def _build_conditioning(source: TeacherSource, kind: type[Tower], config: TeacherSettings) -> TextConditioning:
     """Embed the lexicon's prompts. Raises ConfigError if the teacher has no text tower."""
     if not issubclass(kind, TextAlignedTower):
         raise ConfigError(
@@ -103,4 +134,5 @@ def _build_conditioning(source: TeacherSource, kind: type[Tower], config: Teache
         weight=config.text_weight,
         temperature=config.text_temperature,
         absent_weight=config.text_absent_weight,
+        reports=config.text_reports,
     )

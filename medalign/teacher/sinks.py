@@ -24,19 +24,19 @@ MAX_PADDING_SHARE = 0.1  # or if more of it lies on padding
 IMAGES = 32  # images over which the first report is made
 
 
-def mask_outliers(attention: torch.Tensor, patches: torch.Tensor, ratio: float) -> torch.Tensor:
+def mask_outliers(attention: torch.Tensor, norms: torch.Tensor, ratio: float) -> torch.Tensor:
     """Set the attention to patches with an outlying norm to zero.
 
     Args:
         attention: [I, M].
-        patches: the residual stream that leaves the last block, [I, M, b]. Its norms separate sinks from other patches.
+        norms: norm of each patch of the residual stream that leaves the last block, [I, M]. It separates sinks from
+            other patches.
         ratio: a norm is outlying if it is larger than this multiple of the median over the image.
 
     Returns:
         The attention [I, M]. It is not normalized again.
     """
-    norm_IM = torch.linalg.vector_norm(patches.float(), dim=-1)
-    return attention.masked_fill(norm_IM > ratio * norm_IM.median(dim=1, keepdim=True).values, 0)
+    return attention.masked_fill(norms > ratio * norms.median(dim=1, keepdim=True).values, 0)
 
 
 class SinkShares(NamedTuple):
@@ -59,9 +59,14 @@ def sink_shares(attention: torch.Tensor, patch_valid: torch.Tensor) -> SinkShare
 
 
 class SinkMonitor:
-    """Reports once, over the first images of a start, where the teacher's attention lies. Use it on rank 0 only."""
+    """Reports once, over the first images of a start, where the teacher's attention lies. Use it on rank 0 only.
 
-    def __init__(self) -> None:
+    Args:
+        teacher: which teacher: 0 is the first.
+    """
+
+    def __init__(self, teacher: int = 0) -> None:
+        self._name = f"teacher {teacher + 1}" if teacher else "the teacher"
         self._seen: list[SinkShares] = []
         self._reported = False
 
@@ -84,7 +89,8 @@ class SinkMonitor:
         self._reported = True
         top, padding = (100 * float(torch.cat(values).mean()) for values in zip(*self._seen, strict=True))
         log.info(
-            "attention of the teacher: %.1f %% in the top %.0f %% of patches (%.1f %% if even), %.1f %% on padding",
+            "attention of %s: %.1f %% in the top %.0f %% of patches (%.1f %% if even), %.1f %% on padding",
+            self._name,
             top,
             100 * TOP,
             100 * math.ceil(TOP * patches) / patches,
@@ -93,12 +99,14 @@ class SinkMonitor:
         # One patch of a small grid is more than TOP of it, and a map that points at a small finding fills it.
         if top > 100 * MAX_TOP_SHARE and TOP * patches >= 1:
             log.warning(
-                "more than %.0f %% of the teacher's attention lies in few patches: these may be attention sinks, which "
+                "more than %.0f %% of the attention of %s lies in few patches: these may be attention sinks, which "
                 "show nothing; teacher.mask_sinks leaves out patches with an outlying norm",
                 100 * MAX_TOP_SHARE,
+                self._name,
             )
         if padding > 100 * MAX_PADDING_SHARE:
             log.warning(
-                "more than %.0f %% of the teacher's attention lies on padding; losses.ignore_padding leaves it out",
+                "more than %.0f %% of the attention of %s lies on padding; losses.ignore_padding leaves it out",
                 100 * MAX_PADDING_SHARE,
+                self._name,
             )

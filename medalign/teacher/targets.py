@@ -9,12 +9,16 @@ import torch
 from medalign.contracts import TeacherTargets
 from medalign.errors import ConfigError
 from medalign.geometry import PatchGrid, resample_features, resample_map
-from medalign.teacher.model import Teacher
+from medalign.teacher.model import Inputs, TargetSource, by_name
 
 
 @torch.no_grad()
 def teacher_targets(
-    teacher: Teacher, pixels: torch.Tensor, grid: PatchGrid, questions: Sequence[str] = ()
+    teacher: TargetSource,
+    inputs: Inputs,
+    grid: PatchGrid,
+    questions: Sequence[str] = (),
+    reports: Sequence[str] = (),
 ) -> TeacherTargets:
     """Compute the targets and resample them bilinearly to the student's grid.
 
@@ -22,14 +26,15 @@ def teacher_targets(
 
     Args:
         teacher: the frozen teacher.
-        pixels: normalized for the teacher, [I, 3, T, T].
+        inputs: pixels normalized for the teacher, [I, 3, T, T], or what it reads by name.
         grid: the student's grid of N patches.
         questions: the question about each image, for a teacher whose attention follows the question.
+        reports: the report of each image, empty for other tasks, for a teacher whose attention follows reports too.
 
     Returns:
         Features [I, N, b] and attention [I, N], both in float32; no attention if the teacher has none.
     """
-    features, attention = teacher(pixels, questions)
+    features, attention = teacher(inputs, questions, reports)
     return TeacherTargets(
         features=resample_features(features.float(), teacher.grid, grid),
         attention=None if attention is None else resample_map(attention.float(), teacher.grid, grid),
@@ -68,28 +73,34 @@ class AsyncTeacher:
         device: the device of both models.
     """
 
-    def __init__(self, teacher: Teacher, grid: PatchGrid, device: torch.device) -> None:
+    def __init__(self, teacher: TargetSource, grid: PatchGrid, device: torch.device) -> None:
         self.teacher = teacher
         self.grid = grid
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def submit(self, pixels: torch.Tensor, questions: Sequence[str] = ()) -> PendingTargets:
-        """Start to compute the targets of pixels [I, 3, T, T] with their questions and return a handle to them.
+    def submit(self, inputs: Inputs, questions: Sequence[str] = (), reports: Sequence[str] = ()) -> PendingTargets:
+        """Start to compute the targets of images and return a handle to them.
 
         The host never waits. The caching allocator returns memory to the stream on which it was allocated, so every
         tensor that is used on a second stream is recorded there. Otherwise its memory could be overwritten while the
         second stream still reads it.
+
+        Args:
+            inputs: pixels normalized for the teacher, [I, 3, T, T], or what it reads by name.
+            questions: the question about each image.
+            reports: the report of each image; empty for other tasks.
         """
         if self.stream is None:
-            return PendingTargets(teacher_targets(self.teacher, pixels, self.grid, questions), None)
+            return PendingTargets(teacher_targets(self.teacher, inputs, self.grid, questions, reports), None)
         self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
         with torch.cuda.stream(self.stream):
-            targets = teacher_targets(self.teacher, pixels, self.grid, questions)
-        pixels.record_stream(self.stream)
+            targets = teacher_targets(self.teacher, inputs, self.grid, questions, reports)
+        for tensor in by_name(inputs).values():
+            tensor.record_stream(self.stream)
         return PendingTargets(targets, self.stream)
 
 
-def assert_replicated(teacher: Teacher) -> None:
+def assert_replicated(teacher: TargetSource) -> None:
     """Check that no parameter of the teacher is partitioned: every rank must hold a complete copy.
 
     ZeRO-3 marks the parameters that it manages with `ds_id` and frees them between uses. If the teacher were built

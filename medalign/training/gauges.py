@@ -11,13 +11,18 @@ from medalign.data.order.order import Order
 from medalign.observability.meters import ModuleTimer
 from medalign.planning.cards import find_card
 from medalign.student.model import Student
-from medalign.teacher.model import Teacher
+from medalign.teacher.model import TargetSource
 from medalign.training.callbacks import Callback, DataProgress, Efficiency, SteeringNorm
 from medalign.training.model_flops import model_flops
 
 
 def build_gauges(
-    config: Config, order: Order, sizes: Sequence[int], student: Student, teacher: Teacher | None, device: torch.device
+    config: Config,
+    order: Order,
+    sizes: Sequence[int],
+    student: Student,
+    teachers: Sequence[TargetSource],
+    device: torch.device,
 ) -> list[Callback]:
     """Build the callbacks that measure a run. Attach them on every rank.
 
@@ -26,12 +31,12 @@ def build_gauges(
         order: the order of the training samples.
         sizes: number of samples of each training folder.
         student: the student, possibly partitioned.
-        teacher: the teacher of this rank; None when nothing is distilled.
+        teachers: the teachers of this rank; none when nothing is distilled.
         device: the device of this rank.
     """
-    timer = None if teacher is None else ModuleTimer(teacher, device)
+    timers = [ModuleTimer(teacher, device) for teacher in teachers]
     gauges: list[Callback] = [
-        Efficiency(model_flops(config), _peak(config, device), timer),
+        Efficiency(model_flops(config), _peak(config, device), timers),
         DataProgress(order, sizes),
     ]
     steering = student.trainable().get("steering")

@@ -28,6 +28,7 @@ _MAY_CHANGE: Sequence[str] = (
     "data.retries",
     "data.cache_dir",
     "data.cache_gib",
+    "teacher.cache",
     "train.micro_batch_size",
     "train.evaluate_every",
     "train.max_diverged_steps",

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import torch
 
 from medalign import distributed
-from medalign.contracts import Batch, LossReport
+from medalign.contracts import Batch, LossReport, TeacherTargets
 from medalign.engine.engine import Engine
 from medalign.errors import MedAlignError
 from medalign.geometry import PatchGrid
 from medalign.losses.objective import Objective
-from medalign.teacher.model import Teacher
+from medalign.teacher.model import TargetSource
 from medalign.teacher.sinks import SinkMonitor
 from medalign.teacher.targets import AsyncTeacher
 
@@ -38,16 +39,25 @@ class TrainStep:
         teacher: frozen, on this rank; None when nothing is distilled.
         objective: the weighted losses.
         grid: the student's image tokens.
+        also: further teachers, in the order of `teacher.also`.
     """
 
-    def __init__(self, engine: Engine, teacher: Teacher | None, objective: Objective, grid: PatchGrid) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        teacher: TargetSource | None,
+        objective: Objective,
+        grid: PatchGrid,
+        also: Sequence[TargetSource] = (),
+    ) -> None:
         self.engine = engine
-        self.teacher = teacher
+        self.teachers = (*([] if teacher is None else [teacher]), *also)
         self.objective = objective
         self.grid = grid
-        self.async_teacher = None if teacher is None else AsyncTeacher(teacher, grid, engine.device)
+        self.async_teachers = [AsyncTeacher(each, grid, engine.device) for each in self.teachers]
         self.on_micro_batch: Callable[[], None] = lambda: None  # called after each micro-batch of a step
-        self.sink_monitor = SinkMonitor() if distributed.is_main() else None
+        monitored = range(len(self.teachers)) if distributed.is_main() else ()
+        self.sink_monitors = [SinkMonitor(number) for number in monitored]
 
     def __call__(
         self,
@@ -145,13 +155,21 @@ class TrainStep:
         return totals
 
     def _forward(self, batch: Batch, scale: dict[str, float]) -> LossReport:
-        pixels, questions = batch.teacher_pixels, batch.image_questions
-        pending = self.async_teacher.submit(pixels, questions) if self.async_teacher else None
-        output = self.engine(batch, tap=pending is not None)
-        targets = pending.result() if pending else None
-        if targets is not None and self.sink_monitor is not None:
-            self.sink_monitor(targets, batch)
+        pending = [
+            teacher.submit(inputs, batch.image_questions, batch.image_reports)
+            for teacher, inputs in zip(self.async_teachers, batch.teachers if self.teachers else (), strict=True)
+        ]
+        output = self.engine(batch, tap=bool(pending))
+        targets = _joined([each.result() for each in pending])
+        if targets is not None:
+            for number, monitor in enumerate(self.sink_monitors):
+                monitor(targets.of(number), batch)
         return self.objective(output, targets, batch, scale)
+
+
+def _joined(targets: Sequence[TeacherTargets]) -> TeacherTargets | None:
+    """Return the targets of all teachers as one; None without a teacher."""
+    return replace(targets[0], also=tuple(targets[1:])) if targets else None
 
 
 def _add(rows: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

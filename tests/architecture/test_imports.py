@@ -28,6 +28,7 @@ FLOORS = (
         "import_path",
         "run_folder",
         "stop_signals",
+        "work_queue",
     ),
     ("config",),
     ("kernels", "data", "observability"),
@@ -35,7 +36,18 @@ FLOORS = (
     ("engine",),
     ("checkpoint", "evaluation", "benchmark", "planning"),
     ("training",),
-    ("run", "pipeline", "inference", "evaluator", "inspection", "doctor", "supervising", "watching"),
+    (
+        "run",
+        "pipeline",
+        "inference",
+        "answering",
+        "evaluator",
+        "inspection",
+        "target_cache",
+        "doctor",
+        "supervising",
+        "watching",
+    ),
     ("cli", "__main__"),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
@@ -52,6 +64,7 @@ DOORS: dict[str, tuple[str, ...]] = {
     "transformers": ("student/*", "engine/engine.py", "teacher/towers/hf*.py"),
     "triton": ("*kernels/*triton*.py",),
     "wandb": ("observability/wandb_*.py",),
+    "wandb_workspaces": ("observability/wandb_dashboard.py",),
     "webdataset": ("data/shards/writer.py",),
 }
 
@@ -63,6 +76,7 @@ HARMLESS = "pickle.UnpicklingError"  # what torch.load(weights_only=True) raises
 LAYOUT_OWNER = "run_folder.py"
 RUN_FILES = {
     "config.yaml",
+    "environment.json",
     "metrics.jsonl",
     "attempts.jsonl",
     "wandb_run_id",

@@ -18,6 +18,7 @@ ONE_RANK = {
     "own term": {"micro": 4, **OWN},
     "own term accumulated": {"micro": 1, **OWN},
     "zero2": {"micro": 4, "engine": "zero2"},
+    "two teachers": {"micro": 4, "two_teachers": True},
     "mixed": {"micro": 4, "text_only": [2, 3]},
     "still projector": {"micro": 4, "projector_lr": 0.0, "weight_decay": 0.5},
     # No image and no distillation: W and projector have gradient zero, and only weight decay could change them.
@@ -28,6 +29,7 @@ ONE_RANK = {
 TWO_RANKS = {
     "halves": {"micro": 2},
     "own term": {"micro": 2, **OWN},
+    "two teachers": {"micro": 2, "two_teachers": True},
     "mixed": {"micro": 2, "text_only": [2, 3]},
     "text": {"micro": 2, "text_only": [0, 1, 2, 3]},
     "packed": {"micro": 2, "packed": True, "text_only": [2, 3]},
@@ -67,6 +69,18 @@ def test_two_ranks_equal_one(one, two):
 
 def test_accumulation_equals_one_micro_batch(one):
     assert_same(one["whole"], one["accumulated"])
+
+
+def test_two_copies_of_a_teacher_with_half_of_the_losses_equal_one(one, two):
+    """Each has its own terms; the sums, and so the gradients and the trained weights, are those of one teacher."""
+    for both in (one["two teachers"], two[0]["two teachers"]):
+        for mine, other in zip(both["losses"], one["whole"]["losses"], strict=True):
+            for name in ("similarity", "attention"):
+                assert mine[f"loss/{name}"] == mine[f"loss/{name}_2"]
+                assert mine[f"loss/{name}"] == pytest.approx(other[f"loss/{name}"], rel=1e-5)
+            for name in ("loss/total", "optim/grad_norm"):
+                assert mine[name] == pytest.approx(other[name], rel=1e-5)
+        assert both["learnt"] == pytest.approx(one["whole"]["learnt"], rel=1e-6)
 
 
 def test_a_term_from_outside_the_package_is_trained(one):

@@ -13,13 +13,13 @@ import torch
 from deepspeed.utils import safe_get_full_grad
 
 from medalign import distributed
-from medalign.config import Config, LoraConfig
+from medalign.config import Config, FurtherTeacher, LoraConfig
 from medalign.contracts import Batch
 from medalign.engine import engine as door
 from medalign.engine.engine import Engine
 from medalign.engine.settings import deepspeed_settings, precision
 from medalign.losses import build_objective
-from medalign.run import build_teacher, parameter_groups
+from medalign.run import build_teachers, parameter_groups
 from medalign.student.loading import load_student
 from medalign.student.model import Student
 from medalign.teacher.targets import assert_replicated
@@ -34,6 +34,9 @@ def configure(settings: dict[str, Any]) -> Config:
     config.student.layer, config.student.lora = 2, LoraConfig(rank=4, alpha=8)
     config.student.train_projector = True
     config.losses.alpha, config.losses.beta = settings.get("alpha", 1.0), settings.get("beta", 0.5)
+    if settings.get("two_teachers"):  # two copies of one teacher, each with half of the losses
+        config.teacher.similarity_weight = config.teacher.attention_weight = 0.5
+        config.teacher.also = [FurtherTeacher(config.teacher.path, similarity_weight=0.5, attention_weight=0.5)]
     config.losses.extra = settings.get("extra", [])
     config.losses.language_mean = settings.get("language_mean", "tokens")
     config.train.steps, config.train.lr = 100, 1e-3
@@ -89,10 +92,12 @@ def share(settings: dict[str, Any], step: int) -> list[Batch]:
     batches = [join(local[i : i + micro]) for i in range(0, mine, micro)]
     if settings.get("packed"):
         batches = [tiny.packed(batch) for batch in batches]
-    return [
-        dataclasses.replace(batch, teacher_pixels=torch.nn.functional.interpolate(batch.teacher_pixels, size=48))
-        for batch in batches
-    ]
+    return [_with_teacher_pixels(batch, 2 if settings.get("two_teachers") else 1) for batch in batches]
+
+
+def _with_teacher_pixels(batch: Batch, teachers: int) -> Batch:
+    pixels = torch.nn.functional.interpolate(batch.teacher_pixels, size=48)
+    return dataclasses.replace(batch, teacher_pixels=pixels, teacher_inputs=({"pixels": pixels},) * teachers)
 
 
 def digest(tensors: dict[str, torch.Tensor]) -> str:
@@ -119,7 +124,7 @@ def build(config: Config, *, steered: bool = False, warm: bool = False) -> tuple
     does not partition them during loading.
     """
     ds_settings = deepspeed_settings(config, distributed.world_size())
-    teacher = build_teacher(config)
+    teachers = build_teachers(config)
     with door.sharded_loading(ds_settings):
         student = load_student(config.student, precision(config))
     if steered:
@@ -128,9 +133,10 @@ def build(config: Config, *, steered: bool = False, warm: bool = False) -> tuple
         _warm(student)
     student.train()
     engine = Engine(student, parameter_groups(student, config), ds_settings)
-    if teacher is not None:
+    for teacher in teachers:
         assert_replicated(teacher)
-    return engine, student, TrainStep(engine, teacher, build_objective(config), student.spec.grid)
+    first, also = (teachers[0] if teachers else None), teachers[1:]
+    return engine, student, TrainStep(engine, first, build_objective(config), student.spec.grid, also)
 
 
 def train(settings: dict[str, Any]) -> dict[str, Any]:

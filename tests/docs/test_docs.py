@@ -71,7 +71,7 @@ def test_every_option_exists(help_of):
     assert len(help_of) >= 8
     for page, arguments in medalign_commands():
         known = help_of[command_name(arguments)] + (
-            help_of["train"] if arguments[0] in ("inspect", "plan", "doctor") else ""
+            help_of["train"] if arguments[0] in ("inspect", "plan", "doctor", "targets") else ""
         )
         assert known, f"{page}: unknown command {command_name(arguments)}"
         for word in arguments:

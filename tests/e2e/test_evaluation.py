@@ -54,6 +54,12 @@ def damage(folder: Path, samples: Sequence[int]) -> Path:
     return folder
 
 
+def batches_of(folder: Path) -> list[dict]:
+    """The batches that an evaluation in progress has answered."""
+    files = sorted(folder.glob(".predictions.jsonl.rank-*"))
+    return [json.loads(line) for file in files for line in file.read_text().splitlines()]
+
+
 def scores(run: Path, name: str) -> dict:
     return json.loads((run / "evaluation" / name / "scores.json").read_text())
 
@@ -62,15 +68,17 @@ def test_too_many_unreadable_samples_end_the_evaluation_and_the_answers_are_kept
     words = ["evaluate", str(run), "--data", str(damaged), "--batch-size", "3", *QUICK]
     assert main(words) == 2
     shown = capsys.readouterr()
-    assert "2 of 5 samples could not be used, more than --max-skip-fraction 0.01" in shown.err
-    folder = run / "evaluation" / "damaged"
-    kept = folder / ".predictions.jsonl.unfinished"
-    assert str(kept) in shown.err and not (folder / "scores.json").exists()
     keys = ShardIndex.open(damaged).keys
-    assert [row.key for row in read_predictions(kept)] == [keys[0], keys[2], keys[4]]
+    assert f"2 of {len(keys)} samples could not be used, more than --max-skip-fraction 0.01" in shown.err
+    folder = run / "evaluation" / "damaged"
+    assert str(folder / ".predictions.jsonl.rank-*") in shown.err and not (folder / "scores.json").exists()
+    assert len(batches_of(folder)) > 1
     assert main([*words, "--max-skip-fraction", "0.02"]) == 0
-    assert f"2 of {len(keys)} samples could not be read; no score includes them" in capsys.readouterr().out
-    assert scores(run, "damaged")["unreadable"] == 2 and not kept.exists()
+    assert "resuming an interrupted evaluation" in (shown := capsys.readouterr()).err
+    assert [row.key for row in read_predictions(folder / "predictions.jsonl")] == [keys[0], keys[2], *keys[4:]]
+    assert f"2 of {len(keys)} samples could not be read; no score includes them" in shown.out
+    assert scores(run, "damaged")["unreadable"] == 2
+    assert sorted(path.name for path in folder.iterdir()) == ["predictions.jsonl", "scores.json"]
 
 
 def test_the_table_shows_only_this_evaluation(run, shards, capsys):
@@ -280,30 +288,32 @@ def terminate() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-@pytest.mark.parametrize(("action", "status", "batch"), [(stop, 130, 3), (terminate, 143, 2)])
+@pytest.mark.parametrize(("action", "status", "whole_batches"), [(stop, 130, 3), (terminate, 143, 4)])
 def test_an_interrupted_evaluation_is_resumed_and_equals_a_whole_one(
-    run, shards, tmp_path, action, status, batch, monkeypatch, capsys
+    run, shards, tmp_path, action, status, whole_batches, monkeypatch, capsys
 ):
-    """The end comes in the second folder, after two batches; samples 1 and 3 of that folder cannot be read."""
+    """The end comes in the fourth batch; two samples cannot be read."""
     assert write_shards(other("val"), tmp_path / "other").refused == ()
     damage(tmp_path / "other", (1, 3))
-    first = len(ShardIndex.open(shards / "val"))
-    call = -(-first // 3) + batch
-    words = ["evaluate", str(run), "--data", str(shards / "val"), str(tmp_path / "other"), "--batch-size", "3", *QUICK]
+    samples = sum(len(ShardIndex.open(folder)) for folder in (shards / "val", tmp_path / "other"))
+    words = ["evaluate", str(run), "--data", str(shards / "val"), str(tmp_path / "other"), "--batch-size", "5", *QUICK]
     words += ["--max-skip-fraction", "0.05", "--name"]
     assert main([*words, f"whole{status}"]) == 0
     with monkeypatch.context() as patch:
-        interrupt_at(call, action, patch)
+        interrupt_at(4, action, patch)
         assert main([*words, f"parts{status}"]) == status
     shown = capsys.readouterr().err
     folder = run / "evaluation" / f"parts{status}"
-    kept = folder / ".predictions.jsonl.unfinished"
-    assert str(kept) in shown and "the same command resumes it" in shown and "Traceback" not in shown
-    assert len(read_predictions(kept)) == first + 6 and not (folder / "scores.json").exists()
-    with kept.open("a") as file:
-        file.write('{"key": "half a li')
+    assert str(folder / ".predictions.jsonl.rank-*") in shown and "the same command resumes it" in shown
+    assert "Traceback" not in shown and not (folder / "scores.json").exists()
+    answered = batches_of(folder)
+    assert [one["batch"] for one in answered] == list(range(whole_batches))
+    with (folder / ".predictions.jsonl.rank-0").open("a") as file:
+        file.write('{"batch": 4, "rows": [[0, 3, {"key": "half a li')
     assert main([*words, f"parts{status}"]) == 0
-    assert re.search(rf"resuming an interrupted evaluation after {first + 5} of \d+ samples", capsys.readouterr().err)
+    done = sum(len(one["rows"]) + one["unreadable"] for one in answered)
+    assert done == 5 * whole_batches
+    assert f"resuming an interrupted evaluation after {done} of {samples} samples" in capsys.readouterr().err
     whole = run / "evaluation" / f"whole{status}"
     assert (folder / "predictions.jsonl").read_bytes() == (whole / "predictions.jsonl").read_bytes()
     found, expected = (scores(run, f"{name}{status}") for name in ("parts", "whole"))
@@ -359,9 +369,3 @@ def test_scores_name_what_they_were_measured_on(run, shards, capsys):
     assert found["command"] == command and torch.__version__.startswith(found["versions"]["torch"])
     assert str(run.parent) not in json.dumps(found)
     assert main(["score", str(path.parent)]) == 0 and path.read_bytes() == before
-
-
-def test_several_processes_are_refused(run, shards, monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert main(["evaluate", str(run), "--data", str(shards / "val"), *QUICK]) == 2
-    assert "was started as 2 processes, but it runs in one" in capsys.readouterr().err

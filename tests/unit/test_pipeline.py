@@ -55,7 +55,7 @@ def test_distilling_without_images_is_refused(
 
     for module, loads in ((pipeline, "check_student"), (run.loading, "load_processor"), (run.loading, "load_student")):
         monkeypatch.setattr(module, loads, loaded)
-    monkeypatch.setattr(run, "load_teacher", loaded)
+    monkeypatch.setattr(run, "load_tower", loaded)
     monkeypatch.setattr(run.deepspeed_engine, "start", lambda _: None)
     monkeypatch.setattr(run.deepspeed_engine, "stop", lambda: None)
     name, *options = command

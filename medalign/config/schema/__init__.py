@@ -12,7 +12,7 @@ from medalign.config.schema.data import DataConfig
 from medalign.config.schema.losses import LossConfig
 from medalign.config.schema.run import CheckpointConfig, EngineConfig, LogConfig, RunConfig
 from medalign.config.schema.student import LoraConfig, StudentConfig
-from medalign.config.schema.teacher import TeacherConfig
+from medalign.config.schema.teacher import FurtherTeacher, TeacherConfig, TeacherSettings
 from medalign.config.schema.training import OptimizerConfig, TrainConfig
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "Config",
     "DataConfig",
     "EngineConfig",
+    "FurtherTeacher",
     "LogConfig",
     "LoraConfig",
     "LossConfig",
@@ -27,6 +28,7 @@ __all__ = [
     "RunConfig",
     "StudentConfig",
     "TeacherConfig",
+    "TeacherSettings",
     "TrainConfig",
 ]
 
@@ -51,3 +53,8 @@ class Config:
         """Whether the teacher is loaded."""
         extra = bool(self.losses.extra and self.teacher.path)
         return self.losses.alpha > 0 or self.losses.beta > 0 or extra
+
+    @property
+    def teachers(self) -> list[TeacherSettings]:
+        """The settings of each teacher: the first, then those of teacher.also; empty when nothing is distilled."""
+        return [self.teacher, *self.teacher.also] if self.distils else []

@@ -6,9 +6,10 @@ the student's and the teacher's input in pixels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -19,7 +20,31 @@ from medalign.contracts import IGNORE, Batch, Sample
 from medalign.data.batches.attention_rows import official_rows
 from medalign.data.batches.prompts import Encoded, PromptEncoder
 from medalign.errors import ConfigError
-from medalign.geometry import CanvasFrame, PreprocessCfg, coverage, square_canvas
+from medalign.geometry import PIXELS, CanvasFrame, PreprocessCfg, coverage, square_canvas
+
+Inputs = Mapping[str, torch.Tensor]  # what one teacher reads of one image, by name
+
+
+class TeacherView(Protocol):
+    """What a teacher reads of an image: its pixels (`PreprocessCfg`), or what it gave for them before."""
+
+    @property
+    def size(self) -> int:
+        """Pixels per side of the teacher's input, T."""
+
+    def inputs(self, canvas: Image.Image, where: str = "") -> Inputs:
+        """Return what the teacher reads of a canvas.
+
+        Args:
+            canvas: the square canvas.
+            where: shard and key of the sample, for error messages.
+
+        Raises:
+            DataError: there is nothing for this canvas.
+        """
+
+    def blank(self) -> Inputs:
+        """Return what it reads of the image of weight 0 in a batch without images."""
 
 
 class Prepared(NamedTuple):
@@ -27,9 +52,10 @@ class Prepared(NamedTuple):
 
     key: str
     question: str
+    report: str  # empty for other tasks
     encoded: Encoded
     student_views: list[torch.Tensor]  # [3, S, S] per image
-    teacher_views: list[torch.Tensor]  # [3, T, T] per image
+    teacher_inputs: list[tuple[Inputs, ...]]  # per image, what each teacher reads
     patch_valid: list[np.ndarray]  # [cells] bool per image
 
 
@@ -39,7 +65,9 @@ class Collator:
     Args:
         encoder: the prompt encoder of the student.
         student_view: preprocessing of the student's tower; its mean color pads the canvas.
-        teacher_view: preprocessing of the teacher's tower; None leaves teacher_pixels empty, [I, 3, 0, 0].
+        teacher_view: preprocessing of the teacher's tower, or another view for it; None leaves teacher_pixels empty,
+            [I, 3, 0, 0].
+        also: the views of further teachers.
         padding_side: "right" for training, "left" for generation.
         with_answer: whether the answer and its labels are appended.
         attention_rows: "prompt", or "official" (see `losses.attention_rows`).
@@ -54,8 +82,9 @@ class Collator:
         self,
         encoder: PromptEncoder,
         student_view: PreprocessCfg,
-        teacher_view: PreprocessCfg | None,
+        teacher_view: TeacherView | None,
         *,
+        also: Sequence[TeacherView] = (),
         padding_side: Literal["right", "left"] = "right",
         with_answer: bool = True,
         attention_rows: AttentionRows = "prompt",
@@ -64,7 +93,7 @@ class Collator:
     ) -> None:
         self.encoder = encoder
         self.student_view = student_view
-        self.teacher_view = teacher_view
+        self.teacher_views: tuple[TeacherView, ...] = (*([] if teacher_view is None else [teacher_view]), *also)
         self.grid = encoder.image.grid
         self.padding_side = padding_side
         self.with_answer = with_answer
@@ -80,8 +109,14 @@ class Collator:
 
     @property
     def pixels(self) -> int:
-        """Side length in pixels that images need: that of the larger tower."""
-        return max(self.student_view.size, self.teacher_view.size if self.teacher_view else 0)
+        """Side length in pixels that images need: that of the largest tower."""
+        return max(view.size for view in (self.student_view, *self.teacher_views))
+
+    def without_teachers(self) -> Collator:
+        """Return the same collator for batches that no teacher reads."""
+        other = copy.copy(self)
+        other.teacher_views = ()
+        return other
 
     def dummy_batch(self) -> Batch:
         """Build a batch without loss, for a rank without a sample: text only, nothing supervised."""
@@ -96,9 +131,13 @@ class Collator:
         return Prepared(
             key=sample.key,
             question=sample.question,
+            report=sample.answer if sample.task == "report" else "",
             encoded=self.encoder.encode(sample, with_answer=self.with_answer),
             student_views=[self.student_view.view(canvas) for canvas in canvases],
-            teacher_views=[self.teacher_view.view(canvas) for canvas in canvases] if self.teacher_view else [],
+            teacher_inputs=[
+                tuple(view.inputs(canvas, f"{sample.shard}/{sample.key}") for view in self.teacher_views)
+                for canvas in canvases
+            ],
             patch_valid=[coverage([frame.picture], self.grid) > 0 for frame in frames],
         )
 
@@ -111,14 +150,18 @@ class Collator:
             image_index.append([i + before if i >= 0 else -1 for i in p.encoded.image_index])
             before += len(p.student_views)
         dummy = not owners
+        teachers = self._teachers([inputs for p in prepared for inputs in p.teacher_inputs])
+        first: Inputs = teachers[0] if teachers else {}
         return Batch(
             input_ids=self._rows([t.input_ids for t in texts], self.pad_token_id),
             attention_mask=self._rows([[True] * len(t.input_ids) for t in texts], False),
             labels=self._rows([t.labels for t in texts], IGNORE),
             question_mask=self._rows([t.question_mask for t in texts], False),
             image_index=self._rows(image_index, -1),
-            student_pixels=self._pixels([v for p in prepared for v in p.student_views], self.student_view),
-            teacher_pixels=self._pixels([v for p in prepared for v in p.teacher_views], self.teacher_view, len(owners)),
+            student_pixels=torch.stack(
+                [v for p in prepared for v in p.student_views] or [self.student_view.blank()[PIXELS]]
+            ),
+            teacher_pixels=first.get(PIXELS, torch.zeros(len(owners) or 1, 3, 0, 0)),
             image_weight=torch.zeros(1) if dummy else torch.ones(len(owners)),
             patch_valid=self._patch_valid([v for p in prepared for v in p.patch_valid]),
             image_sample=torch.tensor(owners or [0]),
@@ -126,6 +169,8 @@ class Collator:
             attention_rows=self._official_rows(texts) if self.attention_rows == "official" else None,
             lengths=tuple(len(t.input_ids) for t in texts) if self.packed else (),
             image_questions=tuple(prepared[row].question for row in owners) or ("",),
+            image_reports=tuple(prepared[row].report for row in owners) or ("",),
+            teacher_inputs=None if [set(each) for each in teachers] in ([], [{PIXELS}]) else teachers,
             keys=tuple(p.key for p in prepared),
             cuts=tuple((t.question_cut, t.answer_cut) for t in texts),
             truncated=sum(t.truncated for t in texts),
@@ -152,12 +197,11 @@ class Collator:
             tensors, batch_first=True, padding_value=padding, padding_side=self.padding_side
         )
 
-    def _pixels(self, views: list[torch.Tensor], tower: PreprocessCfg | None, images: int = 0) -> torch.Tensor:
-        if tower is None:
-            return torch.zeros(max(images, 1), 3, 0, 0)
-        if not views:  # every rank calls its towers once per micro-batch, here with a black image
-            views = [tower.view(Image.new("RGB", (tower.size, tower.size)))]
-        return torch.stack(views)
+    def _teachers(self, images: Sequence[tuple[Inputs, ...]]) -> tuple[Inputs, ...]:
+        """What each teacher reads of all images. Every rank calls its towers once per micro-batch, with or without."""
+        images = images or [tuple(view.blank() for view in self.teacher_views)]
+        each = zip(*images, strict=True)
+        return tuple({name: torch.stack([one[name] for one in mine]) for name in mine[0]} for mine in each)
 
     def _patch_valid(self, rows: list[np.ndarray]) -> torch.Tensor:
         return torch.from_numpy(np.stack(rows) if rows else np.zeros((1, self.grid.size), dtype=bool))

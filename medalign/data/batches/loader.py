@@ -1,4 +1,4 @@
-"""Data loaders for training (endless, step by step) and for evaluation (in order, once)."""
+"""Data loaders for training (endless, step by step) and for validation (in order, once); batches of questions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from medalign.data.batches.reader import MicroBatchDataset, prepare
 from medalign.data.order.order import Order, StepPlan
 from medalign.data.samples.sample import BadSample
 from medalign.data.shards.index import ShardIndex
-from medalign.errors import ConfigError, DataError, MedAlignError
+from medalign.errors import ConfigError, MedAlignError
 from medalign.stop_signals import hold_stop_signals, shield_worker
 
 log = logging.getLogger("medalign")
@@ -92,6 +92,7 @@ class ValidationLoader:
         rank: this rank.
         world: number of ranks.
         workers: number of reading processes; 0 reads in this one. The batches are the same.
+        adjacent: give each rank consecutive micro-batches instead.
     """
 
     def __init__(
@@ -103,11 +104,13 @@ class ValidationLoader:
         rank: int = 0,
         world: int = 1,
         workers: int = 0,
+        adjacent: bool = False,
     ) -> None:
         starts = range(0, len(index), micro_batch)
         parts = [list(range(start, min(start + micro_batch, len(index)))) for start in starts]
         parts += [[]] * (-len(parts) % world)
-        self._parts = parts[rank::world]
+        share = len(parts) // world
+        self._parts = parts[rank * share :][:share] if adjacent else parts[rank::world]
         self._workers = workers
         self._dataset = MicroBatchDataset(index, collator)
 
@@ -151,40 +154,27 @@ def _identity(batch: Any) -> Any:
     return batch
 
 
-def batches(
-    index: ShardIndex, collator: Collator, batch_size: int, indices: Sequence[int] | None = None
-) -> Iterator[tuple[tuple[Sample, ...], Batch]]:
-    """Yield every sample exactly once, in order, with its batch, for generation or scoring.
-
-    A sample that cannot be used is in no batch; it is logged and named in `skipped` of the current batch.
+def join_usable(collator: Collator, samples: Sequence[Sample | BadSample]) -> tuple[list[int], Batch | None]:
+    """Join the samples that can be used, each exactly once, for generation or scoring.
 
     Args:
-        index: the samples.
         collator: prepares and joins samples.
-        batch_size: samples per batch; the last batch may have fewer.
-        indices: the samples to read; None reads all.
+        samples: samples, or why they could not be read.
 
-    Raises:
-        DataError: no sample can be used, or a shard is lost.
+    Returns:
+        The places of the samples in the batch, and the batch; None if no sample can be used. The reasons for the others
+        are logged, and are in `skipped` of the batch.
     """
-    selected = range(len(index)) if indices is None else indices
-    samples: list[Sample] = []
+    places: list[int] = []
     prepared: list[Prepared] = []
     skipped: list[str] = []
-    for i in selected:
+    for place, sample in enumerate(samples):
         try:
-            sample = index.read(i)
-            ready = prepare(collator, sample)
+            if isinstance(sample, BadSample):
+                raise sample
+            prepared.append(prepare(collator, sample))
+            places.append(place)
         except BadSample as error:
             log.warning("bad sample skipped: %s", error)
             skipped.append(str(error))
-            continue
-        if len(samples) == batch_size:  # yielded late, so that no bad sample comes after the last batch
-            yield tuple(samples), replace(collator.join(prepared), skipped=tuple(skipped))
-            samples, prepared, skipped = [], [], []
-        samples.append(sample)
-        prepared.append(ready)
-    if samples:
-        yield tuple(samples), replace(collator.join(prepared), skipped=tuple(skipped))
-    elif len(selected):
-        raise DataError(f"none of the {len(selected)} samples can be used; the first reason: {skipped[0]}")
+    return places, replace(collator.join(prepared), skipped=tuple(skipped)) if prepared else None

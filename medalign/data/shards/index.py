@@ -95,6 +95,11 @@ class ShardIndex:
         return self._tables[folder].without_image
 
     @property
+    def image_count(self) -> int:
+        """Number of images of all samples; an image that several samples show is counted for each."""
+        return sum(table.image_count for table in self._tables)
+
+    @property
     def max_images(self) -> int:
         """Largest number of images in a sample, at least 1."""
         return max(table.max_images for table in self._tables)

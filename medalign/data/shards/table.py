@@ -78,6 +78,11 @@ class IndexTable:
         return images
 
     @property
+    def image_count(self) -> int:
+        """Number of images of all samples."""
+        return len(self) - self.without_image + len(self.further)
+
+    @property
     def without_image(self) -> int:
         """Number of samples without an image."""
         return len(self) - int(np.count_nonzero(self.rows["length"][:, IMAGE]))

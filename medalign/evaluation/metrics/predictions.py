@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from medalign.errors import DataError
+from medalign.observability.files import write_text
 
 STOP, LENGTH = "stop", "length"  # why generation ended: an end token, or the limit of new tokens
 ATTENTION_DIGITS = 4  # significant digits of attention values in the file
@@ -50,41 +50,12 @@ class Prediction:
 
 
 def write_predictions(path: Path, rows: Iterable[Prediction]) -> None:
-    """Write one JSON object per line as soon as `rows` yields it, to `unfinished(path)`, and rename that to `path`.
-
-    If `rows` fails, the rows so far remain in `unfinished(path)`.
+    """Write one JSON object per line, to another name first, so that `path` is always whole.
 
     Raises:
         DataError: a value is not finite.
     """
-    unfinished(path).unlink(missing_ok=True)
-    append_predictions(path, rows)
-    unfinished(path).replace(path)
-
-
-def append_predictions(path: Path, rows: Iterable[Prediction]) -> None:
-    """Append one JSON object per line to `unfinished(path)` as soon as `rows` yields it.
-
-    Raises:
-        DataError: a value is not finite.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = unfinished(path)
-    try:
-        with part.open("a", encoding="utf-8") as file:
-            for row in rows:
-                file.write(format_prediction(row))
-                file.flush()
-            os.fsync(file.fileno())
-    except BaseException:
-        if part.is_file() and not part.stat().st_size:
-            part.unlink()
-        raise
-
-
-def unfinished(path: Path) -> Path:
-    """Return the path of the rows until all of them are written."""
-    return path.with_name(f".{path.name}.unfinished")
+    write_text(path, "".join(map(format_prediction, rows)))
 
 
 def format_prediction(row: Prediction) -> str:
@@ -124,6 +95,15 @@ def _parse(line: str, place: str) -> Prediction:
         values = json.loads(line, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{place} is not a prediction: {error}; remove the line or evaluate again") from error
+    return prediction_of(values, place)
+
+
+def prediction_of(values: Any, place: str) -> Prediction:
+    """Return the prediction that a JSON value describes. Fields that are not known are ignored.
+
+    Raises:
+        DataError: it does not describe one; the message begins with `place`.
+    """
     if not isinstance(values, dict):
         raise DataError(f"{place} is a JSON {type(values).__name__}, not an object; write one object per line")
     known = {name: values[name] for name in _TYPES if name in values}

@@ -19,7 +19,7 @@ class Efficiency(Callback):
     Args:
         operations: counts the operations of a micro-batch; None leaves out both rates.
         peak: operations per second that the GPU can reach; None leaves out `speed/mfu`.
-        teacher: measures the teacher; None leaves out its share.
+        teachers: measure the teachers; none leaves out their share.
         clock: returns the time in seconds.
     """
 
@@ -27,10 +27,10 @@ class Efficiency(Callback):
         self,
         operations: Callable[[Batch], float] | None,
         peak: float | None,
-        teacher: ModuleTimer | None,
+        teachers: Sequence[ModuleTimer],
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self._operations, self._peak, self._teacher, self._clock = operations, peak, teacher, clock
+        self._operations, self._peak, self._teachers, self._clock = operations, peak, teachers, clock
         self._done, self._began = 0.0, 0.0
 
     def on_train_start(self, trainer: Trainer) -> None:
@@ -44,7 +44,7 @@ class Efficiency(Callback):
 
     def metrics(self, trainer: Trainer) -> Mapping[str, float]:
         """Return the means over the ranks since the last row."""
-        teacher = self._teacher.take() if self._teacher else 0.0
+        teacher = sum(timer.take() for timer in self._teachers)
         local = torch.tensor([self._done, teacher, self._clock() - self._began], dtype=torch.float64)
         sums = distributed.sum_over_ranks({"efficiency": local.to(trainer.step.engine.device)})
         done, teacher, seconds = sums["efficiency"].tolist()
@@ -54,7 +54,7 @@ class Efficiency(Callback):
             found["speed/tflops"] = rate / 1e12
             if self._peak is not None:
                 found["speed/mfu"] = rate / self._peak
-        if self._teacher is not None:
+        if self._teachers:
             found["speed/teacher_share"] = teacher / max(seconds, 1e-9)
         return found
 

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from PIL import Image
 
+from medalign.contracts import Batch, Sample
+from medalign.data.batches.collator import Collator
+from medalign.data.batches.loader import join_usable
+from medalign.data.shards.index import ShardIndex
 from medalign.data.shards.records import Picture, Record
+from medalign.evaluation.batching import read_or_reason
 
 
 def picture(seed: int, width: int = 40, height: int = 24, kind: str = "png") -> bytes:
@@ -34,3 +40,15 @@ def record(i: int, **changes: object) -> Record:
         "case": f"c{i}",
     }
     return Record(f"s{i:03d}", images(picture(i)), {**fields, **changes})
+
+
+def batches(
+    index: ShardIndex, collator: Collator, size: int, indices: Sequence[int] | None = None
+) -> Iterator[tuple[list[Sample], Batch]]:
+    """Yield the usable samples of each group of `size` samples, in order, with their batch."""
+    selected = list(range(len(index)) if indices is None else indices)
+    for start in range(0, len(selected), size):
+        found = [read_or_reason(index, i) for i in selected[start : start + size]]
+        places, batch = join_usable(collator, found)
+        if batch is not None:
+            yield [sample for place in places if isinstance(sample := found[place], Sample)], batch

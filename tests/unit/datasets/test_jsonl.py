@@ -10,11 +10,10 @@ import pytest
 from PIL import Image
 
 from medalign.data.batches.collator import Collator
-from medalign.data.batches.loader import batches
 from medalign.data.shards.index import ShardIndex
 from medalign.errors import DataError
 from medalign.geometry import PreprocessCfg
-from tests.unit.data.tiny_data import picture
+from tests.unit.data.tiny_data import batches, picture
 from tests.unit.data.tiny_text import encoder
 from tests.unit.datasets.conversion import pack, samples, skipped
 

@@ -7,8 +7,6 @@ import logging
 import pytest
 
 from medalign.distributed import log
-from medalign.errors import DataError
-from medalign.evaluation.generation import PredictionBatch
 from medalign.evaluation.metrics import Prediction
 from medalign.evaluation.report.tables import remarks
 from medalign.evaluation.tally import Tally
@@ -22,12 +20,9 @@ def row(key: str, folder: int = 0, finish_reason: str = "stop", size=(8, 8), pre
 
 @pytest.fixture
 def tally() -> Tally:
-    tally = Tally(max_skip_fraction=0.01)
     rows = [row("a"), row("b", finish_reason="length"), row("c", finish_reason="length", prediction="")]
     rows[0].truncated = rows[2].truncated = True
-    tally.add(PredictionBatch(rows, ("shard/d: broken",)))
-    tally.add(PredictionBatch([row("e", size=None, prediction=""), row("a", folder=1)], ()))
-    return tally
+    return Tally([*rows, row("e", size=None, prediction=""), row("a", folder=1)], unreadable=1)
 
 
 def test_counts(tally):
@@ -44,7 +39,7 @@ def test_counts(tally):
 def test_warnings_give_the_options(tally, caplog, monkeypatch):
     monkeypatch.setattr(log, "propagate", True)
     with caplog.at_level(logging.WARNING, logger=log.name):
-        Tally(0.0).warn(64, 8)
+        Tally([]).warn(64, 8)
         assert caplog.messages == []
         tally.warn(64, 8)
     assert caplog.messages == [
@@ -61,8 +56,3 @@ def test_remarks_contain_every_count_that_is_not_zero(tally):
     assert "1 of 6 samples could not be read" in lines[0] and "--max-new-tokens" in lines[2]
     assert lines[-1] == "only the first 6 of 9 samples were evaluated (--limit)"
     assert remarks({"n": 5, "answers_cut": 0, "limit": 9, "samples": 9}) == []
-
-
-def test_too_many_unreadable_samples_end_the_evaluation():
-    with pytest.raises(DataError, match="--max-skip-fraction"):
-        Tally(0.0).add(PredictionBatch([row("a")], ("shard/b: broken",)))

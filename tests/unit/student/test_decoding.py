@@ -133,7 +133,13 @@ def test_the_base_models_own_generation_settings_are_not_applied(student_folder,
     batch, model = tiny.batch(side="left", texts=((5, 0),)), student.spec.model
     plain = generate_answers(student, tiny.tokenizer(), batch, Decoding(12))
     model.generation_config = GenerationConfig(
-        eos_token_id=[2, 7], pad_token_id=0, do_sample=True, temperature=0.2, repetition_penalty=5.0, max_length=4096
+        eos_token_id=[2, 7],
+        pad_token_id=0,
+        do_sample=True,
+        temperature=0.2,
+        repetition_penalty=5.0,
+        max_length=4096,
+        use_cache=True,
     )
     student.end_with(9)
     assert generate_answers(student, tiny.tokenizer(), batch, Decoding(12)) != plain

@@ -43,7 +43,7 @@ def by_hand(values, texts, absent, temperature, gamma):
 def test_the_formula(drawn, weight, gamma):
     attention, values, present, absent = drawn
     conditioning = TextConditioning(LEXICON, present, absent, weight=weight, temperature=0.2, absent_weight=gamma)
-    found = conditioning(attention, values, QUESTIONS)
+    found = conditioning(attention, conditioning.relevance(values), QUESTIONS)
     own = attention / attention.sum(1, keepdim=True)
     asked = {0: [0], 2: [1, 2]}
     for image, findings in asked.items():
@@ -57,7 +57,7 @@ def test_a_question_is_needed_for_each_image(drawn):
     attention, values, present, absent = drawn
     conditioning = TextConditioning(LEXICON, present, absent, weight=1, temperature=0.05, absent_weight=0)
     with pytest.raises(ValueError, match="2 questions for 3 images"):
-        conditioning(attention, values, QUESTIONS[:2])
+        conditioning(attention, conditioning.relevance(values), QUESTIONS[:2])
 
 
 @pytest.fixture(scope="module")
@@ -91,8 +91,28 @@ def test_the_step_gives_the_teacher_each_images_question(pixels):
     step = TrainStep(engine, teacher, lambda output, targets, batch, scale: seen.append(targets), grid)
     questions = (QUESTIONS[0], QUESTIONS[2], QUESTIONS[2])
     valid, weight = torch.ones(3, grid.size, dtype=torch.bool), torch.ones(3)
-    batch = SimpleNamespace(teacher_pixels=pixels, image_questions=questions, patch_valid=valid, image_weight=weight)
+    batch = SimpleNamespace(
+        teachers=({"pixels": pixels},),
+        image_questions=questions,
+        image_reports=("",) * 3,
+        patch_valid=valid,
+        image_weight=weight,
+    )
     step._forward(batch, {})
-    assert len(step.sink_monitor._seen[0].top) == 3  # the monitor of sinks sees the same targets
+    assert len(step.sink_monitors[0]._seen[0].top) == 3  # the monitor of sinks sees the same targets
     expected = teacher_targets(teacher, pixels, grid, questions)
     assert torch.equal(seen[0].attention, expected.attention)
+
+
+def test_a_report_that_states_a_finding_has_the_map_of_a_question_about_it(drawn):
+    attention, values, present, absent = drawn
+    settings = {"weight": 1.0, "temperature": 0.2, "absent_weight": 0.5}
+    plain = TextConditioning(LEXICON, present, absent, **settings)
+    reading = TextConditioning(LEXICON, present, absent, reports=True, **settings)
+    relevance, request = plain.relevance(values), ["Describe the film."] * 3
+    reports = ["A nodule. No effusion.", "No edema.", ""]
+    expected = plain(attention, relevance, ["Is there a nodule?", *request[1:]])
+    assert torch.equal(reading(attention, relevance, request, reports), expected)
+    assert torch.equal(plain(attention, relevance, request, reports), plain(attention, relevance, request))
+    with pytest.raises(ValueError, match="0 reports for 3 images"):
+        reading(attention, relevance, request)

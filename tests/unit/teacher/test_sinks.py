@@ -79,7 +79,7 @@ def test_patches_with_an_outlying_norm_get_no_attention():
     patches[0, 4] *= 3.5
     patches[1, 2] *= 2.5
     attention = torch.rand(2, 9, generator=generator)
-    masked = mask_outliers(attention, patches, 3)
+    masked = mask_outliers(attention, patches.norm(dim=-1), 3)
     expected = attention.clone()
     expected[0, 4] = 0
     assert torch.equal(masked, expected)

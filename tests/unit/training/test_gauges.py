@@ -57,7 +57,7 @@ def trainer(**state: int) -> SimpleNamespace:
 def test_efficiency_is_measured_since_the_last_row():
     now = 0.0
     timer = SimpleNamespace(take=lambda: 0.5)
-    gauge = Efficiency(lambda batch: 1e12, 4e12, timer, lambda: now)
+    gauge = Efficiency(lambda batch: 1e12, 4e12, [timer], lambda: now)
     gauge.on_train_start(trainer())
     gauge.on_batch(trainer(), [tiny.batch()] * 4)
     now = 2.0
@@ -68,8 +68,8 @@ def test_efficiency_is_measured_since_the_last_row():
 
 
 def test_what_is_not_known_is_left_out():
-    assert Efficiency(None, None, None).metrics(trainer()) == {}
-    assert set(Efficiency(lambda batch: 1.0, None, None).metrics(trainer())) == {"speed/tflops"}
+    assert Efficiency(None, None, ()).metrics(trainer()) == {}
+    assert set(Efficiency(lambda batch: 1.0, None, ()).metrics(trainer())) == {"speed/tflops"}
 
 
 def test_samples_are_counted_by_folder_also_where_a_run_resumes():

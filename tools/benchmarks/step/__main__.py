@@ -27,7 +27,8 @@ import torch
 
 from medalign import distributed
 from medalign.engine import engine as door
-from medalign.run import build_teacher
+from medalign.engine.settings import precision
+from medalign.teacher.loading import load_tower
 from tools.benchmarks.step import models
 from tools.benchmarks.step.forms import Bench
 from tools.benchmarks.step.measuring import assemble, measure, real_shapes
@@ -42,8 +43,7 @@ DEFAULT_PRESETS = ("phantom", "wide", "packing")
 def packaged(samples: int, options: argparse.Namespace) -> Bench:
     """Build the packaged student and teacher."""
     config = models.settings(samples, options.engine)
-    teacher = build_teacher(config)
-    assert teacher is not None
+    teacher = load_tower(config.teacher, distributed.device(), precision(config))
     return assemble(config, models.packaged_student, teacher, samples, Text())
 
 
@@ -56,8 +56,7 @@ def wide(options: argparse.Namespace, _folder: Path) -> dict[str, Any]:
     """Measure a wider student with 576 image tokens."""
     samples = options.samples or 2
     config = models.settings(samples, options.engine)
-    teacher = build_teacher(config)
-    assert teacher is not None
+    teacher = load_tower(config.teacher, distributed.device(), precision(config))
     return measure(assemble(config, models.wide_student, teacher, samples, Text()), options.rounds, "wide")
 
 

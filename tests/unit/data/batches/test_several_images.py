@@ -17,7 +17,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from medalign.data.batches.loader import batches
 from medalign.data.order.mixture import LengthGroupedOrder
 from medalign.data.order.order import GlobalOrder
 from medalign.data.samples.sample import BadSample
@@ -28,7 +27,7 @@ from medalign.data.shards.members import MAX_IMAGES, image_member, image_members
 from medalign.data.shards.records import Picture, Record
 from medalign.data.shards.writer import build_index, write_shards
 from tests.unit.data.batches.test_loader import collator
-from tests.unit.data.tiny_data import images, picture, record
+from tests.unit.data.tiny_data import batches, images, picture, record
 
 Encoded = tuple[bytes, ...]
 

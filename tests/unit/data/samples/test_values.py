@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from medalign.__main__ import main
 from medalign.contracts import Sample
 from medalign.data.batches.collator import Collator, Prepared
-from medalign.data.batches.loader import TrainLoader, batches
+from medalign.data.batches.loader import TrainLoader
 from medalign.data.order.order import GlobalOrder
 from medalign.data.samples.faults import as_bad_sample
 from medalign.data.samples.sample import REPORT_PROMPT, BadSample
@@ -26,7 +26,7 @@ from medalign.data.shards.writer import build_index
 from medalign.errors import DataError
 from tests.unit.data.batches.test_loader import collator
 from tests.unit.data.foreign_tars import ANNOTATION, FILM, file, indexed, sample, write
-from tests.unit.data.tiny_data import picture, record
+from tests.unit.data.tiny_data import batches, picture, record
 
 ASKED = '"task": "vqa", "question": "is there a nodule ?", "answer": "no"'
 DEEP = "[" * 100 + "]" * 100

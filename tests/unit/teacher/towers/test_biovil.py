@@ -95,7 +95,7 @@ def test_losses_that_need_attention_are_refused_by_name(tmp_path, teacher_folder
     config = Config()
     config.teacher.path = f"biovil:{tmp_path / 'biovil.pt'}"
     config.losses.beta = 0.06
-    with pytest.raises(ConfigError, match=r"losses\.beta is 0\.06, but teacher biovil:.* set it to 0, or choose"):
+    with pytest.raises(ConfigError, match=r"losses\.beta is 0\.06, but teacher biovil:.* set it to 0, or teacher"):
         require_attention(config)
     config.losses.beta = 0.0
     require_attention(config)

@@ -1,0 +1,67 @@
+"""What an evaluation in progress leaves on disk, with any number of ranks."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from medalign.errors import DataError
+from medalign.evaluation.batching import Place
+from medalign.evaluation.generation import PredictionBatch
+from medalign.evaluation.journal import Journal
+from medalign.evaluation.metrics import Prediction
+
+
+def answered(*keys: str, skipped: int = 0) -> PredictionBatch:
+    rows = [Prediction(key, "vqa", "q?", "yes", "closed", "yes", attention=[0.123456]) for key in keys]
+    return PredictionBatch(list(enumerate(rows)), ("reason",) * skipped)
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Journal:
+    return Journal(tmp_path / "predictions.jsonl", {"batch_size": 2, "top_p": 0.5})
+
+
+def write(journal: Journal, rank: int, batches: dict[int, PredictionBatch], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", str(rank))
+    with journal.writer() as append:
+        for number, batch in batches.items():
+            append(number, [Place(1, 2 * number), Place(1, 2 * number + 1)], batch)
+
+
+def test_batches_of_several_ranks_are_resumed_by_one(journal, monkeypatch):
+    assert journal.resume() == []
+    write(journal, 0, {0: answered("a", "b"), 3: answered("g", skipped=1)}, monkeypatch)
+    write(journal, 2, {1: answered("c", "d")}, monkeypatch)
+    with journal._file(2).open("a") as file:
+        file.write('{"batch": 2, "rows": [')  # killed while writing
+    found = Journal(journal.path, {"batch_size": 2, "top_p": 0.5}).resume()
+    assert [(entry.batch, entry.samples, entry.unreadable) for entry in found] == [(0, 2, 0), (1, 2, 0), (3, 2, 1)]
+    assert [(place, row.key, row.folder) for place, row in found[2].rows] == [(Place(1, 6), "g", 1)]
+    assert found[0].rows[0][1].attention == [0.1235]
+    names = [".predictions.jsonl.rank-0", ".predictions.jsonl.settings"]
+    assert sorted(path.name for path in journal.path.parent.iterdir()) == names
+    write(journal, 1, {2: answered("e", "f")}, monkeypatch)
+    assert [entry.batch for entry in journal.entries()] == [0, 1, 2, 3]
+    journal.finish()
+    assert list(journal.path.parent.iterdir()) == []
+
+
+def test_other_settings_start_again(journal, monkeypatch, caplog):
+    journal.resume()
+    write(journal, 0, {0: answered("a", "b")}, monkeypatch)
+    with caplog.at_level(logging.WARNING, "medalign"):
+        assert Journal(journal.path, {"batch_size": 4, "top_p": 0.5}).resume() == []
+    assert caplog.messages == ["an interrupted evaluation differs in batch_size; starting again"]
+    assert not journal.entries()
+
+
+def test_a_damaged_line_is_named(journal, monkeypatch):
+    journal.resume()
+    write(journal, 0, {0: answered("a", "b")}, monkeypatch)
+    path = journal._file(0)
+    path.write_text(path.read_text().replace('"batch": 0', '"batch'))
+    with pytest.raises(DataError, match=r"rank-0, line 1 is damaged .*; remove the file"):
+        journal.resume()
