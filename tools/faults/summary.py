@@ -47,7 +47,7 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def table(summary: dict[str, Any]) -> str:
-    """Return the rows of the summary as a table for the documentation."""
+    """Return the summary as a table and a line for the documentation."""
     lines = [
         "| Fault | Ranks | Trials | Survived | Seconds to a checkpoint: median, largest | Seconds to the end |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -55,7 +55,8 @@ def table(summary: dict[str, Any]) -> str:
     for row in summary["faults"]:
         times = [_format_spread(row.get(name)) for name in ("seconds_to_checkpoint", "seconds_to_end")]
         lines.append(f"| {row['kind']} | {row['ranks']} | {row['trials']} | {row['survived']} | {' | '.join(times)} |")
-    return "\n".join(lines)
+    counts = f"{summary['survived']} of {summary['trials']} survived; {summary['in_start']} were injected in the start."
+    return "\n".join([*lines, "", counts])
 
 
 def _format_spread(spread: dict[str, float] | None) -> str:
