@@ -233,7 +233,7 @@ def _build(
     views = [teacher.view for teacher in teachers]
     first, also = (views[0] if views else None), views[1:]
     collator = pipeline.build_collator(config, student.spec, processor, first, max_images, also)
-    check_causality(student, sanity_batch(collator).to(engine.device))
+    check_causality(student, sanity_batch(collator.without_teachers()).to(engine.device))
     return engine, teachers, student, collator
 
 

@@ -29,11 +29,13 @@ LLAVA_VQA = {
     "teacher.path": "b",
     "teacher.mean": None,
     "teacher.std": None,
+    "teacher.attention": "last_block",
     "teacher.precision": "auto",
     "teacher.compile": False,
     "teacher.text_weight": 0.0,
     "teacher.text_temperature": 0.05,
     "teacher.text_absent_weight": 0.0,
+    "teacher.text_reports": False,
     "teacher.mask_sinks": 0.0,
     "teacher.cache": "",
     "teacher.similarity_weight": 1.0,
@@ -100,6 +102,11 @@ LLAVA_VQA = {
     "log.project": "medalign",
     "log.entity": None,
     "log.name": None,
+    "log.group": None,
+    "log.job_type": None,
+    "log.tags": [],
+    "log.notes": None,
+    "log.system_metrics": False,
     "log.profile_steps": 0,
 }
 REPORT = {"student.lora.rank": 64, "losses.alpha": 1.0, "losses.beta": 0.03, "train.epochs": 12.0}
@@ -111,10 +118,10 @@ OFFICIAL = {
     "losses.attention_rows": "official",
 }
 RESOLVED = {
-    "llava_vqa": LLAVA_VQA,
-    "llava_report": LLAVA_VQA | REPORT,
-    "official_vqa": LLAVA_VQA | OFFICIAL,
-    "official_report": LLAVA_VQA | REPORT | OFFICIAL,
+    "llava_med/vqa_rad": LLAVA_VQA,
+    "llava_med/iu_xray_reports": LLAVA_VQA | REPORT,
+    "official/vqa_rad": LLAVA_VQA | OFFICIAL,
+    "official/iu_xray_reports": LLAVA_VQA | REPORT | OFFICIAL,
 }
 
 
