@@ -46,7 +46,8 @@ def write_model(folder: Path, blocks: int, file_mb: int) -> None:
         num_key_value_heads=16,
     )
     torch.set_default_dtype(torch.bfloat16)
-    model = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_id=31999))
+    settings: dict[str, Any] = {"vision_config": vision, "text_config": text, "image_token_id": 31999}
+    model = LlavaForConditionalGeneration(LlavaConfig(**settings))
     model.save_pretrained(folder, max_shard_size=f"{file_mb}MB")
 
 
