@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from medalign.engine.engine import stage
-from medalign.planning.shapes import parameters, vision_tokens
+from medalign.planning.shapes import TeacherShape, parameters, vision_tokens
 from medalign.student.model import Student
-from medalign.teacher.towers import Tower
 
 _FLOAT32 = 4
 
@@ -27,7 +26,7 @@ class Operations:
         head: 4 K V D: forward and gradient of the input.
         vision: the frozen towers of student and teacher, forward only: 2 per weight and token, and 4 M^2 width per
             block for the attention of M tokens; and the projector.
-        distillation: W and the two losses: 6 N D^2 + 6 N^2 (D + E) + 6 L^2 w.
+        distillation: W and the two losses: 6 N D^2, 6 N^2 (D + E) for each teacher, and 6 L^2 w.
     """
 
     blocks: float
@@ -41,12 +40,14 @@ class Operations:
         return self.blocks + self.head + self.vision + self.distillation
 
 
-def operations(student: Student, tower: Tower | None, length: int, supervised: int, checkpointing: bool) -> Operations:
+def operations(
+    student: Student, teachers: Sequence[TeacherShape], length: int, supervised: int, checkpointing: bool
+) -> Operations:
     """Count the operations per sample; the formulas are those of `Operations`.
 
     Args:
         student: on the meta device.
-        tower: the teacher's tower on the meta device.
+        teachers: the teachers on the meta device.
         length: L, tokens of a sample.
         supervised: K, supervised tokens of a sample.
         checkpointing: whether blocks are recomputed.
@@ -64,10 +65,10 @@ def operations(student: Student, tower: Tower | None, length: int, supervised: i
     tokens, (patches, width) = spec.image.count, vision_tokens(student)
     projector = _forward(spec.projector) * tokens + (4 * parameters(spec.projector, trainable=True) * tokens)
     vision = _tower(spec.vision_tower, patches, width) + projector
-    distillation = 0.0
-    if tower is not None:
-        vision += _tower(tower, tower.grid.size + 1, tower.width)
-        distillation = 6 * tokens**2 * (spec.width + tower.width) + 6 * length**2 * heads
+    distillation = 6.0 * length**2 * heads if teachers else 0.0
+    for tower, runs in teachers:
+        distillation += 6 * tokens**2 * (spec.width + tower.width)
+        vision += _tower(tower, tower.grid.size + 1, tower.width) if runs else 0.0
     if student.steering is not None:
         distillation += 6 * tokens * spec.width**2
     head = 4 * supervised * vocabulary * spec.width
