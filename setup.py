@@ -60,6 +60,7 @@ setup(
         "parquet": ["pyarrow>=18"],
         "remote": ["aiohttp>=3.10", "s3fs>=2025.3"],
         "benchmark": ["litdata>=0.2.76"],  # compared with in tools/benchmarks/data.py
+        "dashboard": ["wandb-workspaces>=0.4.13,<0.5"],  # private parts: see observability/wandb_dashboard.py
         "docs": DOCS,
         "dev": [
             *DOCS,
@@ -79,6 +80,7 @@ setup(
             "pyarrow>=18",
             "pydicom>=3",
             "pycocoevalcap>=1.2",
+            "wandb-workspaces>=0.4.13,<0.5",
             "mistral-common>=1.8,<1.10",  # for its vocabulary file; later versions exclude NumPy 2.4 on Python 3.11
         ],
     },

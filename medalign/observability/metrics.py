@@ -26,13 +26,15 @@ class Metric(NamedTuple):
     meaning: str
     when: str = ""
 
+    @property
+    def pattern(self) -> str:
+        """The names of this metric, as a regular expression."""
+        parts = re.split(r"({\w+})", self.name)
+        return "^" + "".join("[^/]+" if part.startswith("{") else re.escape(part) for part in parts) + "$"
+
     def matches(self, name: str) -> bool:
         """Return whether `name` is this metric."""
-        pattern = "".join("[^/]+" if part.startswith("{") else re.escape(part) for part in self._parts())
-        return re.fullmatch(pattern, name) is not None
-
-    def _parts(self) -> list[str]:
-        return re.split(r"({\w+})", self.name)
+        return re.search(self.pattern, name) is not None
 
 
 _TEACHER = "with a teacher"
@@ -76,6 +78,7 @@ METRICS = (
     Metric("job/world_size", "", "number of ranks"),
     Metric("job/id", "", "number of the batch job", "under SLURM"),
     Metric("validation/loss/{term}", "", "the same loss on held-out samples", "in rows of a validation"),
+    Metric("evaluation/{name}/{score}", "", "a score of `medalign evaluate`", "in W&B after `sync --evaluations`"),
 )
 
 

@@ -102,6 +102,11 @@ LLAVA_VQA = {
     "log.project": "medalign",
     "log.entity": None,
     "log.name": None,
+    "log.group": None,
+    "log.job_type": None,
+    "log.tags": [],
+    "log.notes": None,
+    "log.system_metrics": False,
     "log.profile_steps": 0,
 }
 REPORT = {"student.lora.rank": 64, "losses.alpha": 1.0, "losses.beta": 0.03, "train.epochs": 12.0}
