@@ -1,4 +1,4 @@
-"""Several teachers: the list of sections is read, checked and written, and each has losses of its own name and weight."""
+"""Several teachers: the list of sections is read, checked and written, and each teacher has its own losses."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_a_list_of_teachers_is_read_checked_and_written(tmp_path):
         (
             "[{path: x, features: all}]",
             [],
-            r"teacher\.also\.features is all; it must be one of after_norm, before_norm",
+            r"teacher\.also\.features is all; it must be one of after_norm",
         ),
         ("[x]", [], r"each item of teacher\.also must be a section of settings such as \{path: \.\.\.\}"),
         ("x", [], r"teacher\.also is x; it must be a list, each item a section"),
@@ -65,9 +65,8 @@ def test_each_teacher_has_its_terms():
     batch, draw = tiny.batch(), torch.Generator().manual_seed(0)
     tokens, attention = torch.randn(2, 16, 8, generator=draw), torch.rand(2, 16, generator=draw)
     targets = [torch.randn(2, 16, width, generator=draw) for width in (6, 5)]
-    output = StudentOutput(
-        torch.zeros(2, batch.input_ids.shape[1], 256), torch.arange(batch.input_ids.shape[1]), tokens, attention
-    )
+    length = batch.input_ids.shape[1]
+    output = StudentOutput(torch.zeros(2, length, 256), torch.arange(length), tokens, attention)
     given = TeacherTargets(targets[0], torch.rand(2, 16, generator=draw), also=(TeacherTargets(targets[1], None),))
     objective = Objective(build_terms(LossConfig(alpha=1.0, beta=0.3), teachers))
     names = ["language", "similarity", "attention", "similarity_other", "attention_other"]
