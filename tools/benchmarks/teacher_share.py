@@ -99,7 +99,7 @@ def tower_run(tower: Tower, memory_format: torch.memory_format = torch.contiguou
 
 def decoder_run() -> Callable[[], None]:
     """Return a call that runs one frozen decoder block with a part of the tokens, forward and backward."""
-    config = MistralConfig(vocab_size=8, num_hidden_layers=1, sliding_window=None, attn_implementation="sdpa")
+    config = MistralConfig(vocab_size=8, num_hidden_layers=1, sliding_window=None)
     block = MistralModel(config).requires_grad_(False)
     tokens = (IMAGE_TOKENS + TEXT_TOKENS) // PART_OF_TOKENS
     inputs = torch.randn(1, tokens, config.hidden_size, requires_grad=True)
