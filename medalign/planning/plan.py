@@ -221,11 +221,7 @@ def _per_sample(
     saved = saved_bytes(student, 1, conditions.length)
     return {
         name: per_sample(
-<<<<<<< HEAD
-            student, teachers, saved.total(recompute, student.layer), conditions.length, conditions.supervised, width
-=======
-            student, tower, saved.total(recompute, student.layers), conditions.length, conditions.supervised, width
->>>>>>> main
+            student, teachers, saved.total(recompute, student.layers), conditions.length, conditions.supervised, width
         )
         for recompute, name in _NAMES.items()
     }

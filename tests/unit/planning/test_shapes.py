@@ -149,12 +149,7 @@ def test_activations_and_logits_are_close_to_all_that_a_real_pass_saves(student_
     real, loss = run(config)
     student = shapes.student_on_meta(config, torch.float32)
     saved = shapes.saved_bytes(student, SAMPLES, LENGTH)
-<<<<<<< HEAD
-    each = memory.per_sample(student, (), saved.total(False, 1), LENGTH, 7, 4)
-=======
-    tower = None
-    each = memory.per_sample(student, tower, saved.total(False, (1,)), LENGTH, 7, 4)
->>>>>>> main
+    each = memory.per_sample(student, (), saved.total(False, (1,)), LENGTH, 7, 4)
     logits = SAMPLES * 7 * 260 * 4  # in a forward pass: the log-softmax at the labels, saved once
     assert loss.requires_grad
     assert 0.99 * real.total < saved.total(False, (1,)) + logits < real.total  # measured: 0.9 % below
