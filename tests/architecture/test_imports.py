@@ -41,6 +41,7 @@ FLOORS = (
         "pipeline",
         "inference",
         "answering",
+        "questions",
         "evaluator",
         "inspection",
         "target_cache",
