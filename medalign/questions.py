@@ -142,7 +142,7 @@ def generate_file(
     batch_size: int = 32,
     decoding: Decoding = _GREEDY,
     max_length: int | None = None,
-    max_skip_fraction: float = 0.01,
+    max_skip_fraction: float = 0.0,
     base: str | None = None,
 ) -> Path:
     """Answer the questions of a file. Under a launcher every rank must call it, and answers a share.

@@ -43,7 +43,7 @@ def register(subparsers: Subparsers) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace an evaluation of more samples, too")
     parser.add_argument("--batch-size", type=count, default=32, metavar="N", help="default %(default)s")
     parser.add_argument("--limit", type=count, metavar="N", help="score only the first N samples")
-    add_max_skip_fraction(parser)
+    add_max_skip_fraction(parser, 0.01)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -31,11 +31,13 @@ def register(subparsers: Subparsers) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Write the export and log its folder. Returns the exit status."""
     from medalign.checkpoint import export
+    from medalign.model_card import write_card
 
     source = export.find_export(arguments.run)
     if arguments.merge:
         export.merge(source, arguments.output, arguments.student)
     else:
         export.copy(source, arguments.output)
+    write_card(source, arguments.output, arguments.merge, arguments.student)
     log.info("%s", arguments.output)
     return 0

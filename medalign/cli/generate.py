@@ -25,10 +25,10 @@ def register(subparsers: Subparsers) -> None:
         run,
         "answer a question about one or more images, or the questions of a file",
         "With --question, prints the answer; with --overlay, draws the attention of the question's tokens at the\n"
-        "tapped block on the first image. With --input, answers a JSONL file of questions in batches, on any number of ranks\n"
-        '(deepspeed --module medalign generate ...); an interrupted call continues. A line of the file has "id",\n'
-        '"image" (a path relative to the file, a list, or null) and "question", and may have the other fields of\n'
-        "`medalign shards jsonl`.\n\n"
+        "tapped block on the first image. With --input, answers a JSONL file of questions in batches, on any number\n"
+        "of ranks (deepspeed --module medalign generate ...); an interrupted call continues. A line of the file has\n"
+        '"id", "image" (a path relative to the file, a list, or null) and "question", and may have the other fields\n'
+        "of `medalign shards jsonl`.\n\n"
         'example: medalign generate runs/first --image film.png --question "Is there an effusion?" --overlay map.png\n'
         "         medalign generate runs/first --input questions.jsonl --output answers.jsonl",
     )
@@ -47,7 +47,7 @@ def register(subparsers: Subparsers) -> None:
     parser.add_argument("--input", type=Path, metavar="FILE", help="JSONL file of questions")
     parser.add_argument("--output", type=Path, metavar="FILE", help="new JSONL file of answers, with --input")
     parser.add_argument("--batch-size", type=count, default=32, metavar="N", help="with --input; default %(default)s")
-    add_max_skip_fraction(parser)
+    add_max_skip_fraction(parser, 0.0)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -107,12 +107,12 @@ def add_max_length(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_max_skip_fraction(parser: argparse.ArgumentParser) -> None:
+def add_max_skip_fraction(parser: argparse.ArgumentParser, default: float) -> None:
     """Add --max-skip-fraction."""
     parser.add_argument(
         "--max-skip-fraction",
         type=share,
-        default=0.01,
+        default=default,
         metavar="SHARE",
         help="stop if more than this share of the samples cannot be read; fewer than 100 samples count as 100 "
         "(default %(default)s)",

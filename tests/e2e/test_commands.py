@@ -61,7 +61,7 @@ def test_generate_answers_and_draws(trained, film, tmp_path, capsys):
 
 
 def test_a_file_of_questions_is_answered_as_one_by_one(trained, film, tmp_path, capsys):
-    """In the order of the file; a reference is kept, so that the answers can be scored, and one that is absent is not."""
+    """In the order of the file, with the reference if the question has one."""
     asked = ["Is there an effusion?", "Where is the nodule? Name the side and the zone.", "What is a nodule?"]
     rows = [{"id": f"q{i}", "image": film.name, "question": text} for i, text in enumerate(asked)]
     rows[1] |= {"answer": "left", "answer_type": "Open", "patient": "p1"}
@@ -71,7 +71,8 @@ def test_a_file_of_questions_is_answered_as_one_by_one(trained, film, tmp_path, 
     output, quick = tmp_path / "answers.jsonl", ["--max-new-tokens", "6"]
     words = ["generate", str(trained), "--input", str(tmp_path / "questions.jsonl"), "--output", str(output), *quick]
     assert main(words) == 2
-    assert "1 of 4 samples could not be used" in (shown := capsys.readouterr().err) and "lost.png" in shown
+    shown = capsys.readouterr().err
+    assert "1 of 4 samples could not be used, more than --max-skip-fraction 0.0" in shown and "lost.png" in shown
     assert main([*words, "--max-skip-fraction", "0.1"]) == 0
     found = [json.loads(line) for line in output.read_text().splitlines()]
     assert [row["key"] for row in found] == ["q0", "q1", "q2"]

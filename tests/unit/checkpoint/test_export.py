@@ -21,6 +21,7 @@ from medalign.inference import open_student
 from medalign.student.loading import load_student
 from medalign.student.model import Student
 from tests import tiny
+from tests.docs.pages import blocks
 
 CPU = torch.device("cpu")
 
@@ -111,6 +112,27 @@ def test_plain_peft_reads_the_adapter(settings, student, exported):
     kept = batch.attention_mask[:, ours.kept]
     # float32 sums in another order
     torch.testing.assert_close(ours.logits[kept], theirs[:, ours.kept][kept], rtol=1e-4, atol=1e-4)
+
+
+def test_the_documented_loader_applies_w(settings, student, exported):
+    """The function on the page about serving, with transformers and peft only: logits, and answers with beams."""
+    (page,) = [block.text for block in blocks("python") if block.page == "docs/serving.md"]
+    names: dict = {}
+    exec(page, names)
+    plain = names["load_with_w"](exported, settings.path, torch.float32)
+    batch = tiny.batch()
+    with torch.no_grad():
+        inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask.long()}
+        theirs = plain(**inputs, pixel_values=batch.student_pixels).logits
+        ours = student(replace(batch, labels=batch.input_ids))
+    kept = batch.attention_mask[:, ours.kept]
+    # float32 sums in another order
+    torch.testing.assert_close(ours.logits[kept], theirs[:, ours.kept][kept], rtol=1e-4, atol=1e-4)
+    asked = tiny.batch(side="left", texts=((5, 0), (9, 0)))
+    words = {"max_new_tokens": 8, "num_beams": 2, "do_sample": False, "pad_token_id": 0}
+    inputs = {"input_ids": asked.input_ids, "attention_mask": asked.attention_mask.long()}
+    found = plain.generate(**inputs, pixel_values=asked.student_pixels, **words)[:, asked.input_ids.shape[1] :]
+    assert torch.equal(found, student.generate(asked, **words)[0])
 
 
 @pytest.mark.parametrize(
