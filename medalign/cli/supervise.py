@@ -12,9 +12,9 @@ Runs a launcher's command, which ends with `medalign train RECIPE ...`, and runs
 killed, failed or hung. It is not run again after success, after an error that the user can correct (status 2), or after
 a stop on request (75, 143, 130). Signals reach all ranks.
 
-Each attempt that logs a new step renews the number of restarts, so that only a crash loop is ended. In a SLURM job, run
-it in the batch script, around srun: the job is queued again after USR1 (status 75) and, once the restarts are used up,
-as often as --max-requeues says. RUN/attempts.jsonl has the status and the reason of each attempt.
+In a SLURM job, run it in the batch script, around srun: the job is queued again after USR1 (status 75), and once the
+restarts are used up. Each attempt with a new step renews both limits: only a run that does not advance is ended.
+RUN/attempts.jsonl has the status and the reason of each attempt.
 
 The exit status is that of the training.
 
@@ -39,7 +39,7 @@ def register(subparsers: Subparsers) -> None:
         type=whole,
         default=2,
         metavar="N",
-        help="how often a SLURM job is then queued again without a new step in between (default %(default)s)",
+        help="how often a SLURM job is queued again without a new step in between (default %(default)s)",
     )
     parser.add_argument("launcher", nargs=argparse.REMAINDER, metavar="LAUNCHER", help="command of the launcher")
 

@@ -27,7 +27,7 @@ class Launched:
     passed on.
 
     Attributes:
-        asked: the last signal other than USR1 that this process has received.
+        asked: the signal that this process has received; TERM and INT outrank USR1.
     """
 
     def __init__(self) -> None:
@@ -62,7 +62,7 @@ class Launched:
 
     def receive(self, number: int, frame: FrameType | None = None) -> None:
         """Handle a signal to this process."""
-        if number != signal.SIGUSR1:
+        if number != signal.SIGUSR1 or self.asked is None:
             self.asked = signal.Signals(number)
         if self._process is None:
             self._pending.append(number)

@@ -31,7 +31,7 @@ class Limits:
 
     Attributes:
         restarts: within this process, and so within a job; 0 is never.
-        requeues: how often the SLURM job is queued again once the restarts are used up.
+        requeues: how often the SLURM job is queued again, after USR1 or once the restarts are used up.
     """
 
     restarts: int
@@ -49,7 +49,7 @@ class Attempt:
         seconds: how long it ran.
         status: exit status.
         reason: why it did not succeed.
-        step: the newest step in metrics.jsonl.
+        step: the newest step that is logged or has a checkpoint.
         new_steps: steps beyond all earlier attempts of this supervisor.
         then: what followed: "ended", "restarted" or "requeued".
     """
@@ -112,8 +112,9 @@ def _run_folder(command: Sequence[str]) -> RunFolder:
 
 
 def _last_step(folder: RunFolder) -> int:
+    """Return the newest step that is logged or has a checkpoint."""
     rows = read_rows(folder.metrics) if folder.metrics.is_file() else []
-    return max((row["step"] for row in rows), default=0)
+    return max((*(row["step"] for row in rows), *folder.checkpoints.by_step()), default=0)
 
 
 def _decide(verdict: Verdict, limits: Limits, used: int, requeued: int) -> str:
@@ -123,21 +124,21 @@ def _decide(verdict: Verdict, limits: Limits, used: int, requeued: int) -> str:
         verdict: how the start ended.
         limits: the bounds.
         used: restarts of this supervisor since the last new step.
-        requeued: how often this job was queued again after a crash since the last new step.
+        requeued: how often this job was queued again since the last new step.
     """
     if verdict.crashed and used < limits.restarts:
         return "restarted"
-    again = requeued < limits.requeues if verdict.crashed else verdict.status == Preempted.status
-    return "requeued" if again and _job() else "ended"
+    again = verdict.crashed or verdict.status == Preempted.status
+    return "requeued" if again and _job() and requeued < limits.requeues else "ended"
 
 
 def _requeues(folder: RunFolder) -> int:
-    """Return how often this job was queued again after a crash since the last attempt with a new step."""
+    """Return how often this job was queued again since the last attempt with a new step."""
     count = 0
     for row in reversed(_attempts(folder)):
         if row.job != _job() or row.new_steps:
             break
-        count += row.then == "requeued" and row.status != Preempted.status
+        count += row.then == "requeued"
     return count
 
 
@@ -171,10 +172,10 @@ def _end(folder: RunFolder, verdict: Verdict, then: str) -> int:
     if then == "requeued":
         log.warning("%s\nthe job is queued again", verdict.reason)
         done = subprocess.run(["scontrol", "requeue", str(_job())], check=False)
-        if done.returncode:
+        if done.returncode > 0:  # below 0, the job has ended scontrol too
             log.error("error: the job could not be queued again; submit the same command")
         return Preempted.status
-    if verdict.crashed:
+    if verdict.crashed or (verdict.status == Preempted.status and _job()):
         rows = _attempts(folder)
         last = next((i for i in range(len(rows), 0, -1) if rows[i - 1].new_steps), 0)
         reasons = "".join(f"\n  {row.time} step {row.step}: {row.reason}" for row in rows[max(0, last - 1) :])

@@ -48,8 +48,11 @@ def judge(records: Sequence[ExitRecord], launcher: int, asked: signal.Signals | 
         return Verdict(0, "")
     if not records and launcher == USER_ERROR:
         return Verdict(USER_ERROR, "the launcher refused its command: see its message")
+    if asked is None and not records and launcher in (128 + signal.SIGUSR1, -signal.SIGUSR1):
+        asked = signal.SIGUSR1  # it has ended ranks that were not ready for it
     if asked is not None:
-        return Verdict(128 + asked, f"{asked.name} asked for the end; no rank had time for a checkpoint")
+        status = Preempted.status if asked == signal.SIGUSR1 else 128 + asked
+        return Verdict(status, f"{asked.name} asked for the end; the ranks have ended without a checkpoint")
     failed = [record for record in records if record.status]
     return Verdict(_status(launcher, failed), _describe_crash(records, failed, launcher), crashed=True)
 

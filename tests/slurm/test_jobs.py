@@ -32,8 +32,8 @@ def test_a_chain_of_jobs_runs_to_its_end(cluster, recipe, shards, whole, tmp_pat
 
 
 def test_a_time_limit_queues_the_job_again_without_losing_a_step(cluster, recipe, whole, tmp_path):
-    """The limit is 3 minutes, and USR1 arrives after one, in step 4."""
-    folder, options = tmp_path / "run", (*NODES, "--time=3", "--signal=USR1@120")
+    """The limit is 3 minutes, and USR1 arrives halfway, in step 4."""
+    folder, options = tmp_path / "run", (*NODES, "--time=3", "--signal=USR1@90")
     words = (str(recipe), "--run.dir", str(folder), *WORDS)
     job = cluster.submit("train", *words, options=options, MOMENT_CALL="4", MOMENT_ACT="wait")
     assert cluster.wait(job) == "COMPLETED", cluster.text()
@@ -58,8 +58,9 @@ def test_a_canceled_job_and_a_killed_rank_resume_exactly(cluster, recipe, whole,
     job = cluster.submit("train", *words, options=NODES, MOMENT_CALL="2", MOMENT_ACT="KILL", MOMENT_ONCE=once)
     assert cluster.wait(job) == "COMPLETED", cluster.text()
     assert losses(folder) == losses(whole)
-    assert attempts(folder, "job", "step", "then")[1:] == [(job, 5, "restarted"), (job, 8, "ended")]
-    assert "no reason from rank 1: killed" in attempts(folder, "reason")[1][0]
+    rows = [row for row in attempts(folder, "job", "step", "then", "reason") if row[0] == job]
+    assert [row[1:3] for row in rows] == [(5, "restarted"), (8, "ended")]
+    assert "killed" in rows[0][3]  # of rank 1; or of both, if srun kills rank 0 before it has noticed
 
 
 def attempts(folder: Path, *names: str) -> list[tuple]:

@@ -26,7 +26,7 @@ from medalign.run_folder import RunFolder
 from tools.faults.injection import applicable, expected_status, inject
 from tools.faults.run_under_test import STEPS, NotSurvivedError, RunUnderTest, write_recipe
 from tools.faults.starts import Start
-from tools.faults.summary import Trial, read_trials, summarize
+from tools.faults.summary import Trial, read_trials, summarize, table
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "faults.json"
 _EARLY = 0.2  # share of faults in the start of the run
@@ -75,7 +75,7 @@ class Campaign:
             draw = random.Random(f"{self.seed} {self.world} {self.count() + len(self.unsettled)}")
             start = run.start()
             try:
-                early = draw.random() < _EARLY and not self.unsettled
+                early = draw.random() < _EARLY
                 if early:
                     time.sleep(draw.uniform(0.0, _EARLY_SECONDS))
                 else:
@@ -137,6 +137,7 @@ def main() -> int:
     about = {"medalign": medalign.__version__, "torch": torch.__version__, "cores": os.cpu_count(), "steps": STEPS}
     summary = summarize(read_trials(campaign.path), about)
     arguments.output.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    print(table(summary))
     return int(summary["survived"] != summary["trials"])
 
 

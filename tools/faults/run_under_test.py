@@ -11,7 +11,7 @@ from medalign import phantom
 from medalign.observability.rows import read_rows
 from medalign.run_folder import RunFolder
 from tests import tiny
-from tools.faults.injection import STEP_TIMEOUT
+from tools.faults.injection import SAVE_TIMEOUT, STEP_TIMEOUT
 from tools.faults.starts import Start
 
 STEPS = 160
@@ -35,7 +35,7 @@ def write_recipe(folder: Path) -> Path:
         f"teacher: {{path: {teacher}}}\n"
         f"data: {{train: {folder}/shards/train, max_length: 220}}\n"
         f"train: {{steps: {STEPS}, batch_size: 4, micro_batch_size: 2, lr: 1.0e-3}}\n"
-        f"engine: {{deepspeed: cpu, step_timeout: {STEP_TIMEOUT}}}\n"
+        f"engine: {{deepspeed: cpu, step_timeout: {STEP_TIMEOUT}, start_timeout: {SAVE_TIMEOUT}}}\n"
         "checkpoint: {interval: 4, save_total_limit: 3}\n"
         "log: {interval: 1, wandb: 'off'}\n"
     )

@@ -43,3 +43,19 @@ def _describe(kind: str, ranks: int, trials: Sequence[Trial]) -> dict[str, Any]:
 
 def _spread(values: Sequence[float]) -> dict[str, float]:
     return {"count": len(values), "median": median(values), "largest": max(values)}
+
+
+def table(summary: dict[str, Any]) -> str:
+    """Return the rows of the summary as a table for the documentation."""
+    lines = [
+        "| Fault | Ranks | Trials | Survived | Seconds to a checkpoint: median, largest | Seconds to the end |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in summary["faults"]:
+        times = [_format_spread(row.get(name)) for name in ("seconds_to_checkpoint", "seconds_to_end")]
+        lines.append(f"| {row['kind']} | {row['ranks']} | {row['trials']} | {row['survived']} | {' | '.join(times)} |")
+    return "\n".join(lines)
+
+
+def _format_spread(spread: dict[str, float] | None) -> str:
+    return f"{spread['median']:.1f}, {spread['largest']:.1f}" if spread else ""

@@ -70,6 +70,11 @@ class Run:
         return f"{self.arm}-{self.seed}" if self.films == FILMS else f"{self.arm}-{self.films}-{self.seed}"
 
     @property
+    def held_out(self) -> str:
+        """The set that it is scored on, which is also the name of its evaluation."""
+        return "development" if self.trial else "test"
+
+    @property
     def settings(self) -> list[str]:
         """What it sets besides the folders: the words of its arm, the seed and the learning rate."""
         if self.arm == BASE:

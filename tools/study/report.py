@@ -9,7 +9,7 @@ from pathlib import Path
 from medalign.errors import DataError
 from tools.study.analysis import Result, check, complete, contrasts, of_arm, seeds_of
 from tools.study.arms import ARMS, BASE, FIRST_SEED, RATES, SMALLER, trials
-from tools.study.results_file import PRIMARY
+from tools.study.results_file import COMMONEST, PRIMARY
 
 PAGE = Path(__file__).resolve().parents[2] / "docs/results/study.md"
 BEGIN, END = "<!-- study: tables -->", "<!-- study: end -->"
@@ -23,6 +23,7 @@ SECONDARY = {
     "attention_inside": "attention inside",
     "pointing_hits": "pointing",
 }
+PROBED = {"blank_film": "on a blank film", "other_film": "on another film"}
 CONDITIONAL = {
     "asked_denser": "asked denser (50)",
     "asked_pointing": "points at the asked",
@@ -59,6 +60,8 @@ def tables(results: Mapping[str, Result]) -> str:
         _secondary(results, SECONDARY),
         "### Attention that follows the question",
         _secondary(results, CONDITIONAL),
+        "### Test questions on other films",
+        _secondary(results, {PRIMARY: "on their film", **PROBED}),
         "### Smaller training sets",
         _sizes(results),
         "### Trials",
@@ -97,7 +100,9 @@ def _arms(results: Mapping[str, Result]) -> str:
         shown = NOT_YET if not complete(results, arm) else _spread(_values(results, arm, PRIMARY), PRIMARY)
         rows.append([arm, facts.title, f"{done} of {facts.seeds}", shown])
     base = of_arm(results, BASE).get(FIRST_SEED)
-    rows.append(["base", "before training", "", NOT_YET if base is None else _shown(base["scores"][PRIMARY], PRIMARY)])
+    before = {PRIMARY: None, COMMONEST: None} if base is None else base["scores"] | {COMMONEST: base.get(COMMONEST)}
+    rows.append(["base", "before training", "", _shown(before[PRIMARY], PRIMARY)])
+    rows.append(["", "most common training answer", "", _shown(before[COMMONEST], COMMONEST)])
     return _table(["arm", "", "runs", "questions correct"], rows)
 
 
@@ -106,7 +111,7 @@ def _secondary(results: Mapping[str, Result], names: Mapping[str, str]) -> str:
         [arm, *(_spread(_values(results, arm, name), name) for name in names)] for arm in ARMS if complete(results, arm)
     ]
     if base := of_arm(results, BASE).get(FIRST_SEED):
-        rows.append(["base", *(_shown(base["scores"][name], name) for name in names)])
+        rows.append(["base", *(_shown(base["scores"].get(name), name) for name in names)])
     return _table(["arm", *names.values()], rows) if rows else NOT_YET
 
 
@@ -144,16 +149,19 @@ def _provenance(results: Mapping[str, Result]) -> str:
     return _table(["", ""], [[name, "; ".join(sorted(values))] for name, values in facts.items()])
 
 
-def _values(results: Mapping[str, Result], arm: str, name: str) -> list[float]:
-    return [one["scores"][name] for one in of_arm(results, arm).values()]
+def _values(results: Mapping[str, Result], arm: str, name: str) -> list[float | None]:
+    return [one["scores"].get(name) for one in of_arm(results, arm).values()]
 
 
-def _spread(values: Sequence[float], name: str) -> str:
+def _spread(found: Sequence[float | None], name: str) -> str:
+    values = [value for value in found if value is not None]
+    if len(values) < len(found):
+        return NOT_YET
     return f"{_shown(statistics.mean(values), name)} ± {_shown(statistics.stdev(values), name)}"
 
 
-def _shown(value: float, name: str) -> str:
-    return f"{value if name in POINTS else 100 * value:.1f}"
+def _shown(value: float | None, name: str) -> str:
+    return NOT_YET if value is None else f"{value if name in POINTS else 100 * value:.1f}"
 
 
 def _p(value: float) -> str:

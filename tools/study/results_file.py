@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 import medalign
-from medalign import config as medalign_config
 from medalign.evaluation.comparison.measures import MEASURES
 from medalign.evaluation.metrics import Prediction
 from medalign.evaluation.metrics.answers import given_yes_or_no, yes_or_no
 from medalign.evaluation.scores_file import read_rows, read_scores, rescore
 from medalign.observability.rows import read_rows as read_metrics
-from medalign.run_folder import EvaluationFolder, RunFolder
+from medalign.run_folder import RunFolder
+from tools.benchmarks.repeat_quickstart import questions
 from tools.study.arms import Run
+from tools.study.probes import PROBES
 
 PRIMARY = "questions_correct"
+COMMONEST = "commonest_answer"  # in the result of the base student
 SCORES = (
     "closed_accuracy",
     "open_exact",
@@ -39,36 +43,38 @@ SCORES = (
 )
 ASSETS = Path(medalign.__file__).parent / "assets"
 DIGITS = 6
+_TEACHER_SEED = "random_weights_seed"  # of arm U, which is that of the run
 
 
-def collect(run: Run, folder: Path, evaluation: str, commands: Sequence[str], commit: str) -> dict[str, Any]:
-    """Score the answers of a finished run again and return its result.
+def collect(run: Run, folder: Path, commands: Sequence[str], commit: str) -> dict[str, Any]:
+    """Score the answers of a finished run again and return its result, with the probes that were evaluated.
 
     Args:
         run: what was run.
         folder: the folder of the run.
-        evaluation: name of its evaluation.
         commands: the commands that made it, without absolute paths.
         commit: the commit of the code that trained it.
     """
     home = RunFolder(folder)
-    answers = EvaluationFolder(home.evaluation(evaluation).path)
+    answers = home.evaluation(run.held_out)
     rescore(answers.path)
     rows, scores = read_rows(answers.predictions), read_scores(answers.scores)
     asked = [row for row in rows if MEASURES[PRIMARY].applies(row)]
-    correct = [bool(_correct(row)) for row in asked]
-    settings = medalign_config.read(home.config)
+    correct = _correct(rows)
+    probed = {f"{name}_film": home.evaluation(name) for name in PROBES if home.evaluation(name).scores.is_file()}
+    primary = {PRIMARY: correct} | {name: _correct(read_rows(found.predictions)) for name, found in probed.items()}
+    settings = yaml.safe_load(home.config.read_text(encoding="utf-8"))
     metrics = read_metrics(home.metrics) if home.metrics.is_file() else []
     return {
         "arm": run.arm,
         "seed": run.seed,
         "trial": run.trial,
         "films": run.films,
-        "peak_lr": settings.train.lr,
-        "steps": settings.train.steps,
+        "peak_lr": settings["train"]["lr"],
+        "steps": settings["train"]["steps"],
         "commit": commit,
         "commands": list(commands),
-        "settings": digest(medalign_config.dump(_without_places(settings))),
+        "settings": digest(json.dumps(_without_places(settings), sort_keys=True)),
         "student": _digest_of_files(ASSETS / "phantom_student"),
         "teacher": _digest_of_files(ASSETS / "phantom_teacher"),
         "weights": scores["provenance"]["weights"],
@@ -77,7 +83,7 @@ def collect(run: Run, folder: Path, evaluation: str, commands: Sequence[str], co
         "diverged_steps": metrics[-1].get("train/diverged_steps", 0) if metrics else 0,
         "questions": len(asked),
         "keys": digest("\n".join(row.key for row in asked)),
-        "scores": {PRIMARY: round(sum(correct) / len(correct), DIGITS), **_scores(scores, rows)},
+        "scores": {name: round(sum(of) / len(of), DIGITS) for name, of in primary.items()} | _scores(scores, rows),
         "correct": "".join("01"[one] for one in correct),
     }
 
@@ -93,15 +99,29 @@ def false_yes(rows: Sequence[Prediction]) -> float:
     return given.count("yes") / len(given)
 
 
+def commonest_answer(train: Path, test: Path) -> float:
+    """Return the share of questions whose answer is the most common one to the same question in the training films."""
+    seen: dict[str, Counter[str]] = defaultdict(Counter)
+    for sample in questions(train):
+        seen[sample["question"]][sample["answer"]] += 1
+    right = [sample["answer"] in _first(seen[sample["question"]]) for sample in questions(test)]
+    return round(sum(right) / len(right), DIGITS)
+
+
+def _first(answers: Counter[str]) -> list[str]:
+    return [answer for answer, _ in answers.most_common(1)]
+
+
 def read_results(folder: Path) -> dict[str, dict[str, Any]]:
     """Return the results in a folder by the names of their runs."""
     return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
 
 
-def _correct(row: Prediction) -> float:
-    value = MEASURES[PRIMARY].value
-    assert value is not None
-    return value(row)
+def _correct(rows: Sequence[Prediction]) -> list[bool]:
+    """Return for each question among the rows whether its answer is correct."""
+    measure = MEASURES[PRIMARY]
+    assert measure.value is not None
+    return [bool(measure.value(row)) for row in rows if measure.applies(row)]
 
 
 def _scores(scores: Mapping[str, Any], rows: Sequence[Prediction]) -> dict[str, float]:
@@ -109,17 +129,13 @@ def _scores(scores: Mapping[str, Any], rows: Sequence[Prediction]) -> dict[str, 
     return {name: round(value, DIGITS) for name, value in (found | {"false_yes": false_yes(rows)}).items()}
 
 
-def _without_places(settings: medalign_config.Config) -> medalign_config.Config:
-    """The settings without the folders and the seed, which differ between the runs of an arm."""
-    run = replace(settings.run, dir="", seed=0)
-    teacher = replace(settings.teacher, path="", random_weights_seed=None)
-    return replace(
-        settings,
-        run=run,
-        teacher=teacher,
-        data=replace(settings.data, train=""),
-        student=replace(settings.student, path=""),
-    )
+def _without_places(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings as they were written, without those in which the runs of an arm differ and without folders."""
+    apart = {"run": ("dir", "seed"), "data": ("train",), "student": ("path",), "teacher": ("path", _TEACHER_SEED)}
+    return {
+        section: {name: value for name, value in values.items() if name not in apart.get(section, ())}
+        for section, values in settings.items()
+    }
 
 
 def _last_losses(metrics: Sequence[Mapping[str, Any]]) -> dict[str, float]:

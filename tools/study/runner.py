@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from medalign.observability.files import write_text
+from medalign.run_folder import RunFolder
 from tools.study.arms import BASE, FILMS, TUNING_SEED, Run, chosen, plan
-from tools.study.results_file import PRIMARY, collect, read_results
+from tools.study.probes import PROBES, write_probes
+from tools.study.results_file import COMMONEST, PRIMARY, collect, commonest_answer, read_results
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).with_name("results")
@@ -76,12 +78,11 @@ class Study:
 
     def commands(self, run: Run) -> list[list[str]]:
         """Return the words of `medalign` for a run, to be called in the study's folder."""
-        place, held_out = f"runs/{run.name}", "development" if run.trial else "test"
-        films = f"data/train-{run.seed}-{self._films(run)}"
+        place = f"runs/{run.name}"
         settings = [*run.settings, *self.common, "--train.micro_batch_size=32", "--engine.deepspeed=cpu"]
         settings += ["--engine.start_timeout=0", "--engine.step_timeout=0", "--log.wandb=off"]
-        train = ["train", "phantom", f"--data.train={films}/train", f"--run.dir={place}", *settings]
-        return [train, ["evaluate", place, "--data", f"data/{held_out}/val", "--name", held_out]]
+        train = ["train", "phantom", f"--data.train={self._training(run)}", f"--run.dir={place}", *settings]
+        return [train, ["evaluate", place, "--data", f"data/{run.held_out}/val", "--name", run.held_out]]
 
     def do(self, run: Run) -> None:
         """Draw the films that a run needs, train, generate the answers and write the result file."""
@@ -89,16 +90,28 @@ class Study:
         self._draw(f"data/train-{run.seed}-{self._films(run)}", self._films(run), 1, run.seed, 0.25)
         self._draw("data/test", 1, self.test_films, 90001, 0.5)
         self._draw("data/development", 1, self.development_films, 90002, 0.5)
-        place, held_out = self.folder / "runs" / run.name, "development" if run.trial else "test"
-        commit = place / _COMMIT
+        commit = self.place(run) / _COMMIT
         if not commit.is_file():
             write_text(commit, _checkout())
-        commands = self.commands(run)
-        for words in commands:
+        for words in self.commands(run):
             self.execute(words, self.folder)
-        shown = [shlex.join([COMMAND, *words]) for words in commands]
-        found = collect(run, place, held_out, shown, commit.read_text(encoding="utf-8"))
+        self.report(run)
+
+    def report(self, run: Run) -> None:
+        """Write the result file of a finished run."""
+        commands = [shlex.join([COMMAND, *words]) for words in self.commands(run)]
+        commit = (self.place(run) / _COMMIT).read_text(encoding="utf-8")
+        found = collect(run, self.place(run), commands, commit)
+        if run.arm == BASE:
+            found[COMMONEST] = commonest_answer(self.folder / self._training(run), self.folder / "data/test/val")
         write_text(self.results / f"{run.name}.json", json.dumps(found, indent=1) + "\n")
+
+    def place(self, run: Run) -> Path:
+        """Return the folder of a run."""
+        return self.folder / "runs" / run.name
+
+    def _training(self, run: Run) -> str:
+        return f"data/train-{run.seed}-{self._films(run)}/train"
 
     def _films(self, run: Run) -> int:
         return self.train_films if run.films == FILMS else run.films
@@ -110,17 +123,36 @@ class Study:
             self.execute([*words, f"--reports={reports}"], self.folder)
 
 
-def collect_again(study: Study) -> list[str]:
-    """Write the result files of all finished runs in the study's folder again. Returns their names."""
-    done = []
+def finished(study: Study) -> Iterator[Run]:
+    """Yield the runs in the study's folder whose answers are complete, in the order of the plan."""
     for planned in plan():
         run = chosen(planned, study.trial_scores())
-        place, held_out = study.folder / "runs" / planned.name, "development" if planned.trial else "test"
-        if run is None or not (place / "evaluation" / held_out / "scores.json").is_file():
+        if run is not None and RunFolder(study.place(run)).evaluation(run.held_out).scores.is_file():
+            yield run
+
+
+def collect_again(study: Study) -> list[str]:
+    """Write the result files of all finished runs again. Returns their names."""
+    done = []
+    for run in finished(study):
+        study.report(run)
+        done.append(run.name)
+    return done
+
+
+def probe(study: Study) -> list[str]:
+    """Ask the finished runs the test questions on other films, and write their result files. Returns their names."""
+    done = []
+    for run in finished(study):
+        if run.trial:
+            study.report(run)  # the learning rates of later runs are read from it
             continue
-        shown = [shlex.join([COMMAND, *words]) for words in study.commands(run)]
-        found = collect(run, place, held_out, shown, (place / _COMMIT).read_text(encoding="utf-8"))
-        write_text(study.results / f"{run.name}.json", json.dumps(found, indent=1) + "\n")
+        write_probes(study.folder / "data/test/val", study.folder / "data/probes")
+        for name in PROBES:
+            if not RunFolder(study.place(run)).evaluation(name).scores.is_file():
+                words = ["evaluate", f"runs/{run.name}", "--data", f"data/probes/{name}", "--name", name]
+                study.execute(words, study.folder)
+        study.report(run)
         done.append(run.name)
     return done
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from medalign.evaluation.metrics import Prediction, write_predictions
 from tools.study import runner
 from tools.study.__main__ import main
 from tools.study.arms import Run
-from tools.study.results_file import PRIMARY, false_yes, read_results
+from tools.study.results_file import PRIMARY, commonest_answer, false_yes, read_results
 
 QUESTIONS = [
     ("Is there a nodule?", "yes"),
@@ -69,11 +71,12 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> Commands:
     """Commands whose results hold only what the runner reads."""
     monkeypatch.setattr(runner, "_checkout", lambda: "abc")
 
-    def collect(run: Run, _folder: Path, _name: str, _commands: Sequence[str], commit: str) -> dict[str, Any]:
+    def collect(run: Run, _folder: Path, _commands: Sequence[str], commit: str) -> dict[str, Any]:
         score = TRIALS.get(run.name, 0.5)
         return {"trial": run.trial, "scores": {PRIMARY: score}, "commit": commit, "peak_lr": run.rate}
 
     monkeypatch.setattr(runner, "collect", collect)
+    monkeypatch.setattr(runner, "commonest_answer", lambda train, test: 0.5)
     return Commands(settings=False)
 
 
@@ -183,6 +186,44 @@ def test_finished_runs_are_scored_again(finished: runner.Study) -> None:
     (finished.results / "L-10.json").unlink()
     assert runner.collect_again(finished) == ["L-10", "L-11"]  # B has no trial, so its learning rate is not known
     assert (finished.results / "L-10.json").read_text() == before
+
+
+def test_finished_runs_are_asked_about_other_films(
+    study: runner.Study, commands: Commands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+    monkeypatch.setattr(runner, "write_probes", lambda source, output: made.append((source.name, output.name)))
+    study.run(["L"], [13])
+    before = len(commands.calls)
+    for _ in range(2):
+        assert runner.probe(study) == ["L-13"]
+    assert commands.calls[before:] == ["evaluate runs/L-13"] * 2 and set(made) == {("val", "probes")}
+    names = {path.name for path in study.place(Run("L", 13)).glob("evaluation/*")}
+    assert names == {"test", "blank", "other"}
+
+
+def test_the_result_has_the_probes_that_were_evaluated(finished: runner.Study) -> None:
+    place = finished.place(Run("B", 10))
+    assert "blank_film" not in read_results(finished.results)["B-10"]["scores"]
+    Commands(settings=True).evaluate(place, "blank")
+    finished.report(Run("B", 10))
+    scores = read_results(finished.results)["B-10"]["scores"]
+    assert scores["blank_film"] == 0.75 and "other_film" not in scores
+
+
+def test_the_most_common_training_answer(tmp_path: Path) -> None:
+    for name, samples in (
+        ("train", [("Which?", "left"), ("Which?", "left"), ("Which?", "right"), ("Is it?", "yes")]),
+        ("test", [("Which?", "left"), ("Which?", "right"), ("Is it?", "yes"), ("New?", "yes")]),
+    ):
+        (tmp_path / name).mkdir()
+        with tarfile.open(tmp_path / name / "shard-000000.tar", "w") as archive:
+            for number, (question, answer) in enumerate(samples):
+                text = json.dumps({"task": "vqa", "question": question, "answer": answer}).encode()
+                member = tarfile.TarInfo(f"{number}.json")
+                member.size = len(text)
+                archive.addfile(member, io.BytesIO(text))
+    assert commonest_answer(tmp_path / "train", tmp_path / "test") == 0.5  # left and yes
 
 
 def test_false_yes_counts_questions_whose_answer_is_no() -> None:

@@ -1,7 +1,8 @@
 """A launcher without ranks: `python launcher.py PLAN medalign train RECIPE --run.dir DIR ...`.
 
 PLAN is a JSON file with a list of starts, each with "status" of the launcher, the "records" of ranks, the newest "step"
-in metrics.jsonl, and "wait", a signal that it waits for before all that. The first start is removed from the list.
+in metrics.jsonl, the step of a "checkpoint", and "wait", a signal that it waits for before all that. The first start is
+removed from the list.
 """
 
 from __future__ import annotations
@@ -27,4 +28,6 @@ for record in start.get("records", []):
 if "step" in start:
     rows = [json.dumps({"step": step}) + "\n" for step in range(1, start["step"] + 1)]
     (folder / "metrics.jsonl").write_text("".join(rows))
+if "checkpoint" in start:
+    (folder / "checkpoints" / f"step-{start['checkpoint']:06d}").mkdir(parents=True)
 sys.exit(start["status"])

@@ -120,10 +120,20 @@ class TestJobs:
         monkeypatch.setenv("SLURM_JOB_ID", "17")
         return Run(tmp_path)
 
-    def test_a_job_is_queued_again_after_usr1_without_a_bound(self, run, job):
+    def test_a_job_is_queued_again_after_usr1_as_long_as_it_advances(self, run, job):
+        """A time limit that is shorter than the start of the run must not queue the job for ever."""
         asked = {"status": 143, "records": [{"rank": 0, "status": 75, "reason": "SIGUSR1"}]}
-        assert [run.supervise(asked, requeues=0) for _ in range(3)] == [75, 75, 75]
-        assert job.read_text() == "requeue 17\n" * 3
+        for step in (1, 2, 3):
+            assert run.supervise(asked | {"step": step}, requeues=1) == 75
+        assert [run.supervise(asked | {"step": 3}, requeues=1) for _ in range(2)] == [75, 75]
+        assert job.read_text() == "requeue 17\n" * 4
+        assert run.attempts("then") == [("requeued",)] * 4 + [("ended",)]
+
+    def test_a_checkpoint_is_a_new_step_too(self, run, job):
+        """Rows are written every few steps only."""
+        for step in (1, 2):
+            assert run.supervise(KILLED | {"checkpoint": step}, restarts=0, requeues=1) == 75
+        assert run.attempts("step", "new_steps") == [(1, 1), (2, 1)]
 
     def test_a_job_is_queued_again_once_the_restarts_are_used_up(self, run, job, monkeypatch):
         """One restart and one requeue: four starts without a new step. Another job begins anew."""

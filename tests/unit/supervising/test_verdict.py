@@ -30,6 +30,7 @@ LOST = "RuntimeError: Connection closed by peer"
         ([record(0, 124, "the run hangs: x"), record(1, 0)], 143, 124, True, "rank 0: the run hangs: x"),
         ([], -9, 137, True, "no rank has left a reason: they were killed, or did not start"),
         ([], 2, 2, False, "the launcher refused its command"),
+        ([], 138, 75, False, "SIGUSR1 asked for the end"),  # in the start, before the ranks were ready
         ([record(1, 0)], 0, 1, True, "no reason from rank 0"),  # the launcher reports success, and rank 0 does not
         ([], 0, 1, True, "no rank has left a reason"),
     ],
@@ -43,4 +44,5 @@ def test_the_end_of_a_start(records, launcher, status, crashed, reason):
 def test_what_was_asked_to_end_is_not_a_crash():
     found = judge([record(0, 1, LOST)], 143, signal.SIGTERM)
     assert (found.status, found.crashed) == (143, False) and "SIGTERM asked" in found.reason
+    assert judge([record(0, 1, LOST)], 143, signal.SIGUSR1).status == 75
     assert judge([record(0, 0), record(1, 0)], 0, signal.SIGTERM).status == 0  # it came too late
