@@ -27,7 +27,7 @@ REPETITIONS = 3
 
 def worker(words: list[str]) -> None:
     """Evaluate as one rank, and write the seconds of the answering to stdout."""
-    from medalign.__main__ import main
+    from medalign.cli.main import main
 
     evaluator: Any = importlib.import_module("medalign.evaluator")
     whole = evaluator.answer_all
