@@ -82,7 +82,7 @@ def build_card(facts: CardFacts) -> ModelCard:
     """Build the card."""
     license_fields: dict[str, Any] = dict(facts.license)
     data = ModelCardData(
-        library_name="transformers" if facts.merged else "peft",
+        library_name="transformers" if facts.merged else "peft" if facts.student.train == "lora" else "medalign",
         pipeline_tag="image-text-to-text",
         tags=["medical", "medalign", "vision-language-model"],
         model_name=f"medalign {_last(facts.student.path)}" if facts.scores else None,
@@ -121,18 +121,20 @@ def _purpose(facts: CardFacts) -> str:
     trained = ", ".join(_trained(facts.student))
     return (
         f"What was trained of a vision-language model: {trained}. It needs the base model. `medalign generate` loads "
-        "all of it; peft loads only the adapter, which gives other answers than the whole."
+        "all of it; peft loads only adapters, which gives other answers than the whole."
     )
 
 
 def _trained(student: StudentConfig) -> Iterator[str]:
-    yield "LoRA adapters"
+    yield "LoRA adapters" if student.train == "lora" else "all weights of the language model"
     if student.steering:
         yield f"W on the image tokens at the input of block {student.layer}"
     if student.query_mixture:
         yield f"the query mixture of block {student.layer}"
     if student.train_projector:
         yield "the projector"
+    if student.train_vision_tower:
+        yield "the vision tower"
 
 
 def _models(facts: CardFacts) -> str:

@@ -10,6 +10,7 @@ from medalign import __version__
 from medalign.cli import (
     bench,
     compare,
+    dashboard,
     doctor,
     evaluate,
     export,
@@ -17,6 +18,7 @@ from medalign.cli import (
     inspect,
     phantom,
     plan,
+    recipes,
     report,
     score,
     shards,
@@ -34,6 +36,7 @@ log = logging.getLogger("medalign")
 COMMANDS = (
     phantom,
     shards,
+    recipes,
     inspect,
     plan,
     doctor,
@@ -49,6 +52,7 @@ COMMANDS = (
     export,
     bench,
     wandb,
+    dashboard,
 )
 
 _EPILOG = """

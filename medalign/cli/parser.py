@@ -83,10 +83,11 @@ def require_recipe(arguments: argparse.Namespace, command: str) -> str:
         ConfigError: the first word of the command is not a recipe.
     """
     if arguments.recipe is None:
-        from medalign.config import recipes
+        from medalign.config import group_recipes
 
+        packaged = ", ".join(group_recipes())
         raise ConfigError(
-            f"the recipe is missing; give it first: medalign {command} RECIPE. Packaged recipes: {', '.join(recipes())}"
+            f"the recipe is missing; give it first: medalign {command} RECIPE. Packaged recipes: {packaged}"
         )
     return str(arguments.recipe)
 

@@ -38,11 +38,13 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _describe(parser: CommandParser, _words: Sequence[str]) -> None:
-    from medalign.config import describe_settings, recipes
+    from medalign.config import describe_settings, group_recipes
 
+    packaged = "\n".join(f"  {group}" for group in group_recipes())
     parser.description = (
-        f"Train a student from a recipe.\n\n"
-        f"RECIPE is a packaged recipe ({', '.join(recipes())}) or the path of a YAML file.\n"
+        "Train a student from a recipe.\n\n"
+        "RECIPE is the path of a YAML file, or a packaged recipe (`medalign recipes` says what each one is):\n"
+        f"{packaged}\n\n"
         "Any setting below can be overridden. Running the same command again resumes from the latest checkpoint.\n\n"
         "on all GPUs of a node:  deepspeed --module medalign train RECIPE ...\n"
         "under SLURM:            srun --kill-on-bad-exit=1 python -m medalign train RECIPE ...\n"

@@ -6,7 +6,7 @@ setting.
 """
 
 from medalign.config.loading import check, describe_settings, dump, load, read
-from medalign.config.recipe_files import recipes
+from medalign.config.recipe_files import group_recipes, recipes, summarize
 from medalign.config.schema import (
     CheckpointConfig,
     Config,
@@ -43,8 +43,10 @@ __all__ = [
     "check",
     "describe_settings",
     "dump",
+    "group_recipes",
     "load",
     "read",
     "recipes",
+    "summarize",
     "validate",
 ]

@@ -1,8 +1,13 @@
-"""Recipes: YAML files, packaged or given by a path, that may build on one another with `base:`."""
+"""Recipes: YAML files, packaged or given by a path, that may build on one another with `base:`.
+
+Packaged recipes are in folders, one per student, and are named FOLDER/NAME. The folder `parts` has what they are built
+from: the settings of a student, of a data set, or of a form of the losses.
+"""
 
 from __future__ import annotations
 
 import difflib
+import itertools
 import os
 import re
 from collections.abc import Sequence
@@ -17,12 +22,37 @@ from medalign.config.keys import flatten, override, require_known
 from medalign.errors import ConfigError
 
 BASE = "base"
-"""The key in a recipe for the name of the recipe that it builds on."""
+"""The key in a recipe for the recipe that it builds on, or for a list of them, of which the later ones win."""
+
+PARTS = "parts"
+"""The folder of what is not a recipe by itself."""
 
 
 def recipes() -> list[str]:
-    """Return the names of the packaged recipes."""
-    return sorted(p.name.removesuffix(".yaml") for p in _folder().iterdir() if p.name.endswith(".yaml"))
+    """Return the names of the packaged recipes, those outside of folders first."""
+    folders = sorted(entry.name for entry in _folder().iterdir() if entry.is_dir() and entry.name != PARTS)
+    return _names("") + [name for folder in folders for name in _names(f"{folder}/")]
+
+
+def _names(prefix: str) -> list[str]:
+    entries = (_folder() / prefix).iterdir()
+    return sorted(prefix + e.name.removesuffix(".yaml") for e in entries if e.name.endswith(".yaml"))
+
+
+def group_recipes() -> list[str]:
+    """Return the names of the packaged recipes, those of a folder together, such as `llava_med/{slake, vqa_rad}`."""
+    groups = itertools.groupby(recipes(), key=lambda recipe: recipe.rpartition("/")[0])
+    found: list[str] = []
+    for folder, names in ((folder, list(group)) for folder, group in groups):
+        inside = ", ".join(name.removeprefix(f"{folder}/") for name in names)
+        found += [f"{folder}/{{{inside}}}"] if folder and len(names) > 1 else names
+    return found
+
+
+def summarize(recipe: str) -> str:
+    """Return what a packaged recipe is: the first sentence of its comment."""
+    comment = itertools.takewhile(lambda line: line.startswith("# "), _read(recipe, "").splitlines())
+    return " ".join(line.removeprefix("# ") for line in comment).split(". ")[0].removesuffix(".")
 
 
 def read_recipe(name: str) -> dict[str, Any]:
@@ -32,8 +62,13 @@ def read_recipe(name: str) -> dict[str, Any]:
         name: a packaged recipe, or the path of a YAML file.
 
     Raises:
-        ConfigError: an unknown recipe or base, a cycle of bases, text that is not YAML, or an unknown key.
+        ConfigError: an unknown recipe or base, a part of recipes, a cycle of bases, text that is not YAML, or an
+            unknown key.
     """
+    if name.startswith(f"{PARTS}/") and is_packaged(name):
+        raise ConfigError(
+            f"{name} is only a part of recipes; give a whole recipe, or build one on it with base: in a YAML file"
+        )
     return _resolve(name, ())
 
 
@@ -42,14 +77,18 @@ def _resolve(name: str, trail: Sequence[str]) -> dict[str, Any]:
     if name in trail:
         raise ConfigError(f"recipes build on one another in a cycle: {' -> '.join((*trail, name))}; remove one base")
     values = _parse(name, trail)
-    base = values.pop(BASE, None)
-    if base is not None and not isinstance(base, str):
-        raise ConfigError(f"recipe {name}: base is {base!r}; it must be one packaged recipe or the path of a YAML file")
+    bases = values.pop(BASE, [])
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise ConfigError(
+            f"recipe {name}: base is {bases!r}; it must be a packaged recipe, the path of a YAML file, or a list"
+        )
     flat = flatten(values)
     require_known(flat, f"recipe {name}")
-    if base is None:
-        return flat
-    return override(_resolve(_base_name(base, name), (*trail, name)), flat)
+    found: dict[str, Any] = {}
+    for base in bases:
+        found = override(found, _resolve(_base_name(base, name), (*trail, name)))
+    return override(found, flat)
 
 
 def _base_name(base: str, child: str) -> str:
@@ -78,18 +117,20 @@ def _read(name: str, role: str) -> str:
             return Path(name).read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise ConfigError(f"recipe {name} is not text (UTF-8); give a YAML file") from error
-    near = difflib.get_close_matches(os.path.basename(name), recipes(), n=1)
-    hint = f"did you mean {near[0]}? " if near else ""
+    known = {recipe.rpartition("/")[2]: recipe for recipe in recipes()} | {recipe: recipe for recipe in recipes()}
+    near = difflib.get_close_matches(name, known, n=1) or difflib.get_close_matches(os.path.basename(name), known, n=1)
+    hint = f"did you mean {known[near[0]]}? " if near else ""
     if name.endswith((".yaml", ".yml")):
         hint = f"there is no such file. {hint.capitalize()}"
+    packaged = ", ".join(group_recipes())
     raise ConfigError(
-        f"unknown recipe {name!r}{role}: {hint}Packaged recipes: {', '.join(recipes())}; or give a path to a YAML file"
+        f"unknown recipe {name!r}{role}: {hint}Packaged recipes: {packaged}; or give a path to a YAML file"
     )
 
 
 def is_packaged(name: str) -> bool:
     """Return whether `name` is a packaged recipe. A file with the same name and no suffix does not replace it."""
-    return bool(re.fullmatch(r"[\w-]+", name)) and (_folder() / f"{name}.yaml").is_file()
+    return bool(re.fullmatch(r"[\w-]+(/[\w-]+)?", name)) and (_folder() / f"{name}.yaml").is_file()
 
 
 def _folder() -> Traversable:

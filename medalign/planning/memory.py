@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from medalign.engine.engine import stage
-from medalign.planning.shapes import parameters, vision_tokens
+from medalign.planning.shapes import parameters, vision_blocks, vision_tokens
 from medalign.student.model import Student
 from medalign.teacher.towers import Tower
 
@@ -91,9 +91,10 @@ class PerSample:
     Attributes:
         activations: what autograd saves in the language model (`shapes.saved_bytes`).
         logits: K V (2 b + 12): the logits and their gradient, and in float32 their copy, its softmax and the gradient.
-        losses: N D (b + 8) + 8 N E + 8 L: the image tokens, their stored float32 gradient and its product with the
-            outer one, the teacher's resampled features in float32, the attention map and its gradient.
-        towers: 8 tokens * width * b of the larger frozen tower, one block of which is in memory at a time.
+        losses: N D (b + 8) + 8 N E + 8 L per tapped block: the image tokens, their stored float32 gradient and its
+            product with the outer one, the teacher's resampled features in float32, the attention map and its gradient.
+        towers: 8 tokens * width * b of the larger tower, one block of which is in memory at a time; all blocks of a
+            student's tower that is trained.
     """
 
     activations: int
@@ -123,8 +124,10 @@ def per_sample(
     tokens, hidden = student.spec.image.count, student.spec.width
     vocabulary = student.spec.model.get_input_embeddings().weight.shape[0]
     losses = 0 if tower is None else tokens * hidden * (width + 8) + 8 * tokens * tower.width + 8 * length
+    losses *= len(student.layers)
     patches, vision = vision_tokens(student)
-    sides = [patches * _stream(vision)]
+    kept = vision_blocks(student) if "vision_tower" in student.trainable() else 1
+    sides = [patches * _stream(vision) * kept]
     if tower is not None:
         sides.append(tower.grid.size * _stream(tower.width))
     return PerSample(activations, supervised * vocabulary * (2 * width + 12), losses, max(sides) * width)

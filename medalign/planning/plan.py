@@ -201,7 +201,8 @@ def _parts(student: Student) -> dict[str, int]:
     inside = {id(p) for p in spec.projector.parameters()} & {id(p) for p in spec.vision_tower.parameters()}
     if inside:  # a projector that is the end of the tower
         vision -= projector
-    added = {name: sum(p.numel() for _, p in group) for name, group in learned.items() if name != "projector"}
+    beside = ("adapters", "mixture", "steering")
+    added = {name: sum(p.numel() for _, p in group) for name, group in learned.items() if name in beside}
     language = parameters(student) - vision - projector - sum(added.values())
     return {"vision tower": vision, "projector": projector, "language model": language, **added}
 
@@ -217,7 +218,7 @@ def _per_sample(student: Student, tower: Tower | None, conditions: Conditions, w
     saved = saved_bytes(student, 1, conditions.length)
     return {
         name: per_sample(
-            student, tower, saved.total(recompute, student.layer), conditions.length, conditions.supervised, width
+            student, tower, saved.total(recompute, student.layers), conditions.length, conditions.supervised, width
         )
         for recompute, name in _NAMES.items()
     }

@@ -8,7 +8,7 @@ Shape suffixes: B samples, H heads, L tokens, D head dimension.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,6 +87,12 @@ def vision_tokens(student: Student) -> tuple[int, int]:
     return side**2, int(settings.hidden_size)
 
 
+def vision_blocks(student: Student) -> int:
+    """Return how many blocks the student's vision tower has."""
+    settings: Any = student.spec.vision_tower.config
+    return int(getattr(settings, "num_hidden_layers", None) or settings.depth)
+
+
 @dataclass(frozen=True)
 class SavedBytes:
     """Bytes that autograd keeps for the backward pass of the language model.
@@ -101,21 +107,22 @@ class SavedBytes:
     rest: int
     inputs: int
 
-    def total(self, checkpointing: bool, tapped: int) -> int:
+    def total(self, checkpointing: bool, tapped: Sequence[int]) -> int:
         """Return the peak.
 
-        With checkpointing, every block except the tapped one keeps only its input, and one block at a time is
+        With checkpointing, every block except the tapped ones keeps only its input, and one block at a time is
         recomputed:
 
-            sum over other blocks of inputs + blocks[tapped] + max(blocks) + rest
+            sum over other blocks of inputs + sum over tapped of blocks + max(blocks) + rest
 
         Args:
             checkpointing: whether blocks are recomputed in the backward pass.
-            tapped: the block that is never recomputed.
+            tapped: the blocks that are never recomputed.
         """
         if not checkpointing:
             return sum(self.blocks) + self.rest
-        return (len(self.blocks) - 1) * self.inputs + self.blocks[tapped] + max(self.blocks) + self.rest
+        kept = sum(self.blocks[block] for block in tapped)
+        return (len(self.blocks) - len(tapped)) * self.inputs + kept + max(self.blocks) + self.rest
 
 
 def saved_bytes(student: Student, samples: int, length: int) -> SavedBytes:
@@ -134,7 +141,8 @@ def saved_bytes(student: Student, samples: int, length: int) -> SavedBytes:
     handles = [block.register_forward_pre_hook(count.enter) for block in blocks]
     handles += [block.register_forward_hook(count.leave) for block in blocks]
     hidden = torch.empty(samples, length, student.spec.width, dtype=student.dtype, device="meta")
-    hidden.requires_grad_(parameters(student.spec.projector, trainable=True) > 0)
+    inputs_learn = not student.trainable().keys().isdisjoint(("projector", "vision_tower", "language_model"))
+    hidden.requires_grad_(inputs_learn)  # what is before the blocks
     places = torch.empty(samples, length, dtype=torch.int64, device="meta")
     recompute = [block for block in student.model.modules() if getattr(block, "gradient_checkpointing", False)]
     try:

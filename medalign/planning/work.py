@@ -22,12 +22,13 @@ class Operations:
 
     Attributes:
         blocks: 2 per weight and token forward, 2 for the gradient of the input, and 2 for that of the weights if they
-            are trained (LoRA). Attention: 2 L^2 w forward (the causal half of two products) and twice that backward.
+            are trained. Attention: 2 L^2 w forward (the causal half of two products) and twice that backward.
             With checkpointing, another forward pass of all blocks except one.
-        head: 4 K V D: forward and gradient of the input.
-        vision: the frozen towers of student and teacher, forward only: 2 per weight and token, and 4 M^2 width per
-            block for the attention of M tokens; and the projector.
-        distillation: W and the two losses: 6 N D^2 + 6 N^2 (D + E) + 6 L^2 w.
+        head: 4 K V D: forward and gradient of the input; 6 K V D if it is trained.
+        vision: the towers of student and teacher, forward: 2 per weight and token, and 4 M^2 width per block for the
+            attention of M tokens; three times that for a trained tower; and the projector.
+        distillation: W and the two losses, per tapped block: 6 N D^2 + 6 N^2 (D + E) + 6 L^2 w; 12 N D r for a W of
+            rank r.
     """
 
     blocks: float
@@ -63,14 +64,15 @@ def operations(student: Student, tower: Tower | None, length: int, supervised: i
     vocabulary = spec.model.get_input_embeddings().weight.shape[0]
     tokens, (patches, width) = spec.image.count, vision_tokens(student)
     projector = _forward(spec.projector) * tokens + (4 * parameters(spec.projector, trainable=True) * tokens)
-    vision = _tower(spec.vision_tower, patches, width) + projector
+    learned = student.trainable()
+    vision = _tower(spec.vision_tower, patches, width) * (3 if "vision_tower" in learned else 1) + projector
     distillation = 0.0
     if tower is not None:
         vision += _tower(tower, tower.grid.size + 1, tower.width)
         distillation = 6 * tokens**2 * (spec.width + tower.width) + 6 * length**2 * heads
-    if student.steering is not None:
-        distillation += 6 * tokens * spec.width**2
-    head = 4 * supervised * vocabulary * spec.width
+    distillation *= len(student.layers)
+    distillation += 6 * tokens * sum(p.numel() for _, p in learned.get("steering", ()))
+    head = (6 if "language_model" in learned else 4) * supervised * vocabulary * spec.width
     return Operations(forward + backward + again, head, vision, distillation)
 
 

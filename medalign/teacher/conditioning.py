@@ -8,6 +8,8 @@ text-conditioned map takes its place, or a share of it:
     s   = softmax(r / tau)                                            over the M patches
     t   = (1 - lambda) c / sum(c) + lambda s                          c: the class token's attention
 
+In a sample that asks for a report, `reports` counts the findings that the report states as present.
+
 x_i is the normed input of the block; p and a are the mean embeddings of prompts where the finding is present and where
 it is absent. A patch on the value path attends only to itself, so its place is kept: MaskCLIP (Zhou, Loy and Dai,
 "Extract Free Dense Labels from CLIP", ECCV 2022). The residual stream and the MLP are left out; ClearCLIP (Lan et al.,
@@ -38,6 +40,7 @@ class TextConditioning(nn.Module):
         weight: lambda, the share of the text-conditioned map where a finding is named.
         temperature: tau.
         absent_weight: gamma.
+        reports: whether the findings that a report states as present count as named.
     """
 
     def __init__(
@@ -49,6 +52,7 @@ class TextConditioning(nn.Module):
         weight: float,
         temperature: float,
         absent_weight: float,
+        reports: bool = False,
     ) -> None:
         super().__init__()
         self.present: torch.Tensor
@@ -59,6 +63,7 @@ class TextConditioning(nn.Module):
         self.weight = weight
         self.temperature = temperature
         self.absent_weight = absent_weight
+        self.reports = reports
 
     def relevance(self, values: torch.Tensor) -> torch.Tensor:
         """Compare patches with all prompts, before it is known which findings are asked for.
@@ -72,23 +77,32 @@ class TextConditioning(nn.Module):
         """
         return F.normalize(values.float(), dim=-1) @ torch.cat([self.present, self.absent]).T
 
-    def forward(self, attention: torch.Tensor, relevance: torch.Tensor, questions: Sequence[str]) -> torch.Tensor:
+    def forward(
+        self,
+        attention: torch.Tensor,
+        relevance: torch.Tensor,
+        questions: Sequence[str],
+        reports: Sequence[str] = (),
+    ) -> torch.Tensor:
         """Mix the maps.
 
         Args:
             attention: the class token's, or the pooling head's, [I, M].
             relevance: what `relevance` gives for the same images, [I, M, 2 F].
             questions: the question about each image. Where it names several findings, their prompts are averaged.
+            reports: the report of each image; empty for other tasks.
 
         Returns:
             Attention targets [I, M] in float32. Each sums to 1.
 
         Raises:
-            ValueError: the number of questions is not I.
+            ValueError: the number of questions, or of reports if they count, is not I.
         """
         if len(questions) != len(attention):
             raise ValueError(f"TextConditioning: {len(questions)} questions for {len(attention)} images")
-        named_IF = self._named(questions).to(attention.device, non_blocking=True)
+        if self.reports and len(reports) != len(attention):
+            raise ValueError(f"TextConditioning: {len(reports)} reports for {len(attention)} images")
+        named_IF = self._named(questions, reports).to(attention.device, non_blocking=True)
         weight_I1 = self.weight * named_IF.any(1, keepdim=True)
         own_IM = attention.float() / attention.float().sum(1, keepdim=True)
         return torch.lerp(own_IM, self._text_map(relevance, named_IF), weight_I1)
@@ -101,9 +115,11 @@ class TextConditioning(nn.Module):
         )
         return ((present_IM - self.absent_weight * absent_IM) / self.temperature).softmax(dim=-1)
 
-    def _named(self, questions: Sequence[str]) -> torch.Tensor:
-        """Which findings each question names, bool [I, F], on the host."""
+    def _named(self, questions: Sequence[str], reports: Sequence[str]) -> torch.Tensor:
+        """Which findings each question names, or each report states if they count, bool [I, F], on the host."""
         found = [self.lexicon.named(question) for question in questions]
+        if self.reports:
+            found = [names | self.lexicon.stated(report) for names, report in zip(found, reports, strict=True)]
         return torch.tensor([[finding in names for finding in self.lexicon.findings] for names in found])
 
 

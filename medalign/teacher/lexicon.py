@@ -17,6 +17,12 @@ from medalign.errors import ConfigError
 
 PACKAGED = Path(__file__).with_name("chest_lexicon.yaml")
 _KEYS = ("words", "present", "absent")
+_CLAUSE_END = re.compile(r"[.;:!?\n]+(?=\s|$)|\b(?:but|however|although|though)\b", re.IGNORECASE)
+_DENIAL = re.compile(
+    r"\b(?:no|not|nor|neither|never|none|without|absen(?:t|ce)|negative|den(?:y|ies|ied)|free|clear(?:ed)?|resolved|"
+    r"exclude[ds]?|rule[ds]? out|unlikely|normal|unremarkable|\w+n't)\b",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,15 @@ class Lexicon:
         A longer phrase hides a shorter one inside it, so that "tension pneumothorax" can differ from "pneumothorax".
         """
         return {self._finding_of[match.lower()] for match in self._pattern.findall(" ".join(question.split()))}
+
+    def stated(self, report: str) -> set[str]:
+        """Return the findings that a report states as present.
+
+        A clause ends with a sentence, a colon, a semicolon, or before "but" and "however". It states each finding that
+        it names, unless it has a word that denies something, such as "no", "without" or "normal": then it states none.
+        """
+        clauses = [clause for clause in _CLAUSE_END.split(report) if not _DENIAL.search(clause)]
+        return {finding for clause in clauses for finding in self.named(clause)}
 
     @cached_property
     def _finding_of(self) -> dict[str, str]:

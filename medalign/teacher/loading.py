@@ -16,7 +16,7 @@ from medalign.teacher.conditioning import TextConditioning
 from medalign.teacher.lexicon import PACKAGED, read_lexicon
 from medalign.teacher.model import Teacher
 from medalign.teacher.source import TeacherSource, find_teacher
-from medalign.teacher.towers import TextAlignedTower, Tower, tower_class
+from medalign.teacher.towers import ClassTokenTower, TextAlignedTower, Tower, tower_class
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # teacher.precision "auto" takes the argument
 
@@ -28,7 +28,7 @@ def load_teacher(
 
     Args:
         path: a local folder with the layout of open_clip's hub models, the folder of a vision model of transformers,
-            `open_clip:ARCH/WEIGHTS` or `biovil:WEIGHTS`, where WEIGHTS is a file (safetensors, or a torch file without
+            `open_clip:ARCH/WEIGHTS`, `biovil:FILE` or `pmc_clip:FILE`; files are safetensors, or torch files (without
             pickled code). Tags are not supported, because nothing is downloaded.
         device: where the teacher runs.
         dtype: data type of its weights, unless `precision` is among the settings.
@@ -50,10 +50,28 @@ def load_tower(settings: TeacherSettings, device: torch.device | str, dtype: tor
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed or 0)
         tower = (kind.load if seed is None else kind.build)(source, settings.features)
+    _require_rollout(source, tower, settings)
     conditioning = _build_conditioning(source, kind, settings) if settings.text_weight > 0 else None
     tower = tower.to(teacher_dtype(settings, dtype))
-    teacher = Teacher(tower, source.mean, source.std, conditioning, settings.mask_sinks, settings.compile)
+    rollout = settings.attention == "rollout"
+    teacher = Teacher(tower, source.mean, source.std, conditioning, settings.mask_sinks, settings.compile, rollout)
     return teacher.to(device)
+
+
+def _require_rollout(source: TeacherSource, tower: Tower, settings: TeacherSettings) -> None:
+    """Raise ConfigError if attention rollout is asked for and the tower cannot give it."""
+    if settings.attention != "rollout":
+        return
+    if not isinstance(tower, ClassTokenTower) or not tower.prefix_tokens:
+        raise ConfigError(
+            f"teacher.attention is rollout, but teacher {source.name} has no class token, whose attention could be "
+            "followed through the blocks; set it to last_block"
+        )
+    if settings.compile:
+        raise ConfigError(
+            "teacher.attention is rollout and teacher.compile is true: a compiled tower does not show the attention of "
+            "its blocks; set teacher.compile to false"
+        )
 
 
 def teacher_dtype(settings: TeacherSettings, student: torch.dtype) -> torch.dtype:
@@ -116,4 +134,5 @@ def _build_conditioning(source: TeacherSource, kind: type[Tower], config: Teache
         weight=config.text_weight,
         temperature=config.text_temperature,
         absent_weight=config.text_absent_weight,
+        reports=config.text_reports,
     )

@@ -14,8 +14,9 @@ from torch import nn
 
 from medalign.geometry import PIXELS, PatchGrid, PreprocessCfg
 from medalign.teacher.conditioning import TextConditioning
+from medalign.teacher.rollout import Rollout
 from medalign.teacher.sinks import mask_outliers
-from medalign.teacher.towers import TextAlignedTower, Tower
+from medalign.teacher.towers import ClassTokenTower, Streams, TextAlignedTower, Tower
 
 FEATURES, ATTENTION, NORMS, RELEVANCE = "features", "attention", "norms", "relevance"
 Inputs: TypeAlias = torch.Tensor | Mapping[str, torch.Tensor]  # normalized pixels, or what a teacher reads by name
@@ -73,27 +74,30 @@ class TargetSource(nn.Module, ABC):
             both in float32; and with conditioning `relevance` [I, M, 2 F] (see `TextConditioning`).
         """
 
-    def forward(self, inputs: Inputs, questions: Sequence[str] = ()) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def forward(
+        self, inputs: Inputs, questions: Sequence[str] = (), reports: Sequence[str] = ()
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Give patch features and the attention target of images, in one pass.
 
         Args:
             inputs: normalized pixels [I, 3, T, T], or what the teacher reads by name.
             questions: the question about each image; used only if the attention follows the question.
+            reports: the report of each image, empty for other tasks; used only if it follows reports too.
 
         Returns:
             Features [I, M, b], and attention [I, M] in float32; None for a tower that has no attention.
         """
-        return self.finish(self.observe(by_name(inputs)), questions)
+        return self.finish(self.observe(by_name(inputs)), questions, reports)
 
     def finish(
-        self, seen: Mapping[str, torch.Tensor], questions: Sequence[str] = ()
+        self, seen: Mapping[str, torch.Tensor], questions: Sequence[str] = (), reports: Sequence[str] = ()
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Turn what `observe` returns into features and the attention target; see `forward`."""
         if ATTENTION not in seen:
             return seen[FEATURES], None
         attention = seen[ATTENTION]
         if self.conditioning is not None:
-            attention = self.conditioning(attention, seen[RELEVANCE], questions)
+            attention = self.conditioning(attention, seen[RELEVANCE], questions, reports)
         if self.mask_sinks:
             attention = mask_outliers(attention, seen[NORMS], self.mask_sinks)
         return seen[FEATURES], attention
@@ -109,6 +113,7 @@ class Teacher(TargetSource):
         conditioning: makes the attention follow the question; None takes the class token's or the pooling head's.
         mask_sinks: patches whose norm is larger than this multiple of the image's median get no attention; 0 is off.
         compile_tower: compile the tower with torch.compile at its first run.
+        rollout: take the class token's attention through all blocks. The tower must be a `ClassTokenTower`.
     """
 
     def __init__(
@@ -119,10 +124,12 @@ class Teacher(TargetSource):
         conditioning: TextConditioning | None = None,
         mask_sinks: float = 0.0,
         compile_tower: bool = False,
+        rollout: bool = False,
     ) -> None:
         preprocess = PreprocessCfg(tower.image_size, (mean[0], mean[1], mean[2]), (std[0], std[1], std[2]))
         super().__init__(preprocess, tower.grid, tower.width, conditioning, mask_sinks)
         self.tower = tower
+        self.rollout = rollout
         self.encode = torch.compile(tower.encode) if compile_tower else tower.encode
         self.requires_grad_(False)
         nn.Module.train(self, False)
@@ -134,9 +141,8 @@ class Teacher(TargetSource):
 
     def observe(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Run the tower once on normalized pixels [I, 3, T, T]."""
-        streams = self.encode(inputs[PIXELS].to(next(self.tower.parameters()).dtype))
+        streams, attention = self._run(inputs[PIXELS].to(next(self.tower.parameters()).dtype))
         seen = {FEATURES: self.tower.features(streams)}
-        attention = self.tower.attention(streams)
         if attention is not None:
             norms = torch.linalg.vector_norm(streams.after.float(), dim=-1)
             seen |= {ATTENTION: attention, NORMS: norms}
@@ -144,3 +150,13 @@ class Teacher(TargetSource):
             assert isinstance(self.tower, TextAlignedTower)
             seen[RELEVANCE] = self.conditioning.relevance(self.tower.values(streams))
         return seen
+
+    def _run(self, pixels: torch.Tensor) -> tuple[Streams, torch.Tensor | None]:
+        """Run the tower, and compute its attention to the patches, [I, M] in float32."""
+        if not self.rollout:
+            streams = self.encode(pixels)
+            return streams, self.tower.attention(streams)
+        assert isinstance(self.tower, ClassTokenTower)
+        with Rollout(self.tower) as rollout:
+            streams = self.encode(pixels)
+        return streams, rollout.attention()

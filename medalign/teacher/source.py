@@ -18,7 +18,7 @@ from medalign.errors import ConfigError
 CONFIG_NAME, WEIGHTS_NAME = "open_clip_config.json", "open_clip_model.safetensors"
 _TORCH_WEIGHTS_NAME = "open_clip_pytorch_model.bin"  # in folders from before open_clip wrote safetensors
 _HF_CONFIG_NAME, _HF_IMAGE_NAMES = "config.json", ("preprocessor_config.json", "processor_config.json")
-SCHEME, BIOVIL_SCHEME = "open_clip:", "biovil:"
+SCHEME, BIOVIL_SCHEME, PMC_CLIP_SCHEME = "open_clip:", "biovil:", "pmc_clip:"
 _OPENAI_MEAN, _OPENAI_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
 
 _ZEROS, _ONES = [0.0] * 3, [1.0] * 3  # BioViL takes pixels from 0 to 1 as they are
@@ -52,7 +52,7 @@ def find_teacher(path: str | Path, mean: Colors | None = None, std: Colors | Non
     """Resolve a path or a name to a teacher's source.
 
     Args:
-        path: a folder, `open_clip:ARCH/WEIGHTS` or `biovil:WEIGHTS`.
+        path: a folder, `open_clip:ARCH/WEIGHTS`, `biovil:WEIGHTS` or `pmc_clip:WEIGHTS`.
         mean: the normalization's mean per channel, for pixels from 0 to 1; None takes the folder's.
         std: the normalization's standard deviation per channel; None takes the folder's.
 
@@ -65,6 +65,9 @@ def find_teacher(path: str | Path, mean: Colors | None = None, std: Colors | Non
         file = Path(str(path).removeprefix(BIOVIL_SCHEME))
         colors = _colors(str(path), "", (_ZEROS, _ONES), (mean, std))
         return TeacherSource(str(path), "biovil", {}, file, *colors)
+    if str(path).startswith(PMC_CLIP_SCHEME):
+        colors = _colors(str(path), "", (None, None), (mean, std))
+        return TeacherSource(str(path), "pmc_clip", {}, Path(str(path).removeprefix(PMC_CLIP_SCHEME)), *colors)
     folder = Path(path)
     if not folder.is_dir():
         raise ConfigError(
@@ -77,8 +80,8 @@ def find_teacher(path: str | Path, mean: Colors | None = None, std: Colors | Non
         return _transformers_folder(folder, mean, std)
     raise ConfigError(
         f"teacher {folder} contains neither {CONFIG_NAME} nor {_HF_CONFIG_NAME}; give a folder with {CONFIG_NAME} and "
-        f"{WEIGHTS_NAME}, the folder of a vision model of transformers, {SCHEME}ARCH/WEIGHTS or "
-        f"{BIOVIL_SCHEME}WEIGHTS"
+        f"{WEIGHTS_NAME}, the folder of a vision model of transformers, {SCHEME}ARCH/WEIGHTS, "
+        f"{BIOVIL_SCHEME}WEIGHTS or {PMC_CLIP_SCHEME}WEIGHTS"
     )
 
 

@@ -18,6 +18,7 @@ def teacher_targets(
     inputs: Inputs,
     grid: PatchGrid,
     questions: Sequence[str] = (),
+    reports: Sequence[str] = (),
 ) -> TeacherTargets:
     """Compute the targets and resample them bilinearly to the student's grid.
 
@@ -28,11 +29,12 @@ def teacher_targets(
         inputs: pixels normalized for the teacher, [I, 3, T, T], or what it reads by name.
         grid: the student's grid of N patches.
         questions: the question about each image, for a teacher whose attention follows the question.
+        reports: the report of each image, empty for other tasks, for a teacher whose attention follows reports too.
 
     Returns:
         Features [I, N, b] and attention [I, N], both in float32; no attention if the teacher has none.
     """
-    features, attention = teacher(inputs, questions)
+    features, attention = teacher(inputs, questions, reports)
     return TeacherTargets(
         features=resample_features(features.float(), teacher.grid, grid),
         attention=None if attention is None else resample_map(attention.float(), teacher.grid, grid),
@@ -76,7 +78,7 @@ class AsyncTeacher:
         self.grid = grid
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def submit(self, inputs: Inputs, questions: Sequence[str] = ()) -> PendingTargets:
+    def submit(self, inputs: Inputs, questions: Sequence[str] = (), reports: Sequence[str] = ()) -> PendingTargets:
         """Start to compute the targets of images and return a handle to them.
 
         The host never waits. The caching allocator returns memory to the stream on which it was allocated, so every
@@ -86,12 +88,13 @@ class AsyncTeacher:
         Args:
             inputs: pixels normalized for the teacher, [I, 3, T, T], or what it reads by name.
             questions: the question about each image.
+            reports: the report of each image; empty for other tasks.
         """
         if self.stream is None:
-            return PendingTargets(teacher_targets(self.teacher, inputs, self.grid, questions), None)
+            return PendingTargets(teacher_targets(self.teacher, inputs, self.grid, questions, reports), None)
         self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
         with torch.cuda.stream(self.stream):
-            targets = teacher_targets(self.teacher, inputs, self.grid, questions)
+            targets = teacher_targets(self.teacher, inputs, self.grid, questions, reports)
         for tensor in by_name(inputs).values():
             tensor.record_stream(self.stream)
         return PendingTargets(targets, self.stream)

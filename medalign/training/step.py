@@ -156,7 +156,7 @@ class TrainStep:
 
     def _forward(self, batch: Batch, scale: dict[str, float]) -> LossReport:
         pending = [
-            teacher.submit(inputs, batch.image_questions)
+            teacher.submit(inputs, batch.image_questions, batch.image_reports)
             for teacher, inputs in zip(self.async_teachers, batch.teachers if self.teachers else (), strict=True)
         ]
         output = self.engine(batch, tap=bool(pending))

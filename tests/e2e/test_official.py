@@ -1,4 +1,4 @@
-"""The recipe `official_vqa` as a run: one epoch with the query mixture, and an export that answers."""
+"""The recipe `official/vqa_rad` as a run: one epoch with the query mixture, and an export that answers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def test_an_epoch_of_the_official_recipe(shards, student_folder, teacher_folder,
     words = ["--student.path", student_folder, "--teacher.path", teacher_folder, "--data.train", shards / "val"]
     words += ["--student.layer", "2", "--student.query_mixture", "true", "--train.epochs", "1"]
     words += ["--train.batch_size", "8", "--engine.deepspeed", "cpu", "--data.workers", "0", "--log.interval", "1"]
-    (output,) = train(Path("official_vqa"), folder, *map(str, words))
+    (output,) = train(Path("official/vqa_rad"), folder, *map(str, words))
     steps = math.floor(samples / 8 + 0.5)
     assert f"{steps} steps of 8 samples" in output
     rows = read_rows(folder / "metrics.jsonl")

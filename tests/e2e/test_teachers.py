@@ -48,3 +48,19 @@ def test_a_teacher_without_attention_is_refused_before_the_student_is_read(recip
     words = [command, str(recipe), "--run.dir", str(tmp_path / "run"), "--teacher.path", f"biovil:{tmp_path / 'x.pt'}"]
     assert main([*words, "--losses.beta", "0.06"]) == 2
     assert "losses.beta is 0.06, but teacher biovil:" in capsys.readouterr().err
+
+
+def test_two_ranks_train_with_a_cached_teacher_and_the_same_one_running(recipe, tmp_path):
+    """Each has its own losses; they differ by the rounding of features to float16 (see `test_target_cache`)."""
+    words = ["--teacher.path", str(PHANTOM), "--teacher.cache", str(tmp_path / "cache")]
+    words += [
+        "--teacher.also",
+        f"[{{path: {PHANTOM}, name: online, text_weight: 0.5}}]",
+        "--teacher.text_weight",
+        "0.5",
+    ]
+    assert main(["targets", str(recipe), *words]) == 0
+    row = first_losses(recipe, tmp_path / "run", *words, world=2)
+    loss, cosine = row["loss/similarity_online"], 2**-10
+    assert 0 < abs(row["loss/similarity"] - loss) <= 2 * cosine * loss**0.5 + cosine**2
+    assert row["loss/attention"] == pytest.approx(row["loss/attention_online"], rel=1e-5)

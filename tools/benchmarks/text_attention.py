@@ -10,6 +10,11 @@ Each finding of a film is asked for by a question. On the teacher's grid:
 - inside: mean share of the map inside the boxes of that kind.
 - change: total variation between the maps of a film's finding and another finding, 0 for equal maps.
 
+The report of each film, and as a control the report of the next film with findings, in the place of a question:
+
+- pointing: share of the films in which the largest value lies in the box of a finding.
+- inside: mean share of the map inside the boxes of all findings of the film.
+
 Intervals of 95 % are from a bootstrap over films.
 """
 
@@ -73,11 +78,29 @@ def measure_film(item: Study, maps: dict[str, np.ndarray], teacher: Teacher) -> 
     return rows
 
 
-def summarize(films: Sequence[list[dict[str, float]]], seed: int) -> dict[str, Any]:
+def measure_reports(items: Sequence[Study], reports: Sequence[str], teacher: Teacher) -> list[list[dict[str, float]]]:
+    """The measures of each film's target, given a report for each film."""
+    pixels = torch.stack([teacher.preprocess_cfg.view(square_canvas(item.image)) for item in items])
+    with torch.no_grad():
+        maps = torch.cat(
+            [
+                teacher(pixels[chunk], ["Describe this film."] * len(chunk), [reports[i] for i in chunk])[1]
+                for chunk in torch.arange(len(items)).split(100)
+            ]
+        )
+    rows = []
+    for item, values in zip(items, (maps / maps.sum(1, keepdim=True)).numpy(), strict=True):
+        frame = CanvasFrame(*item.image.size)
+        own = coverage([frame.to_unit(found.box) for found in item.findings], teacher.grid)
+        rows.append([{"pointing": float(own[values.argmax()] > 0), "inside": float((values * own).sum())}])
+    return rows
+
+
+def summarize(films: Sequence[list[dict[str, float]]], seed: int, measures: Sequence[str] = MEASURES) -> dict[str, Any]:
     """Mean of each measure over findings, with its interval and the number of findings."""
     draws = np.random.default_rng(seed).integers(len(films), size=(RESAMPLES, len(films)))
     result = {}
-    for name in MEASURES:
+    for name in measures:
         sums = np.array([sum(row[name] for row in rows if name in row) for rows in films])
         counts = np.array([sum(name in row for row in rows) for rows in films])
         low, high = np.percentile(sums[draws].sum(1) / counts[draws].sum(1), [2.5, 97.5])
@@ -103,6 +126,24 @@ def measure(count: int, seed: int) -> dict[str, Any]:
     return result
 
 
+def measure_all_reports(count: int, seed: int) -> dict[str, Any]:
+    """The targets of reports, and a control with the report of another film."""
+    items = [item for item in (study(stream(seed, "test"), index) for index in range(count)) if item.findings]
+    own, others = [item.report for item in items], [item.report for item in (*items[1:], items[0])]
+    text, both = {"text_weight": 1.0, "text_reports": True}, {"text_weight": 0.5, "text_reports": True}
+    cases: dict[str, tuple[dict[str, Any], list[str]]] = {
+        "class token": ({}, own),
+        "text-conditioned": (text, own),
+        "text-conditioned, minus absent prompts": ({**text, "text_absent_weight": 1.0}, own),
+        "half class token, half text-conditioned": (both, own),
+        "text-conditioned, report of another film": (text, others),
+    }
+    return {
+        name: summarize(measure_reports(items, reports, load_teacher(FOLDER, **settings)), seed, MEASURES[1:3])
+        for name, (settings, reports) in cases.items()
+    }
+
+
 def main(films: int = 300, seed: int = 0, output: Path | None = None) -> None:
     """Measure, and print or write the result.
 
@@ -113,6 +154,7 @@ def main(films: int = 300, seed: int = 0, output: Path | None = None) -> None:
     """
     command = "python -m tools.benchmarks.text_attention --output tools/benchmarks/results/text_attention.json"
     result = {"command": command, "films": films, "seed": seed, "targets": measure(films, seed)}
+    result["reports"] = measure_all_reports(films, seed)
     text = json.dumps(result, indent=2)
     print(text)
     if output is not None:

@@ -8,6 +8,7 @@ from typing import Literal
 from medalign.config.value_types import ClosedUnitInterval, NonNegativeFloat, PositiveFloat, Precision
 
 TeacherFeatures = Literal["after_norm", "before_norm"]
+TeacherAttention = Literal["last_block", "rollout"]
 
 
 @dataclass
@@ -16,7 +17,7 @@ class TeacherSettings:
 
     path: str = ""
     """Folder with open_clip_config.json and its weights, folder of a vision model of transformers,
-    open_clip:ARCHITECTURE/FILE, or biovil:FILE."""
+    open_clip:ARCHITECTURE/FILE, biovil:FILE, or pmc_clip:FILE."""
     mean: tuple[ClosedUnitInterval, ClosedUnitInterval, ClosedUnitInterval] | None = None
     """Mean of red, green and blue that the teacher was trained with, for pixels from 0 to 1. null: that of its folder;
     open_clip:ARCHITECTURE/FILE has none."""
@@ -26,6 +27,9 @@ class TeacherSettings:
     """A control experiment: replace the trained weights by random ones from this seed."""
     features: TeacherFeatures = "after_norm"
     """Patch features of the last block: after the tower's final norm, or before it, as in the released code."""
+    attention: TeacherAttention = "last_block"
+    """The attention target. last_block: the row of the class token, or of the pooling head, in the last block. rollout:
+    the class token's row of the product of all blocks' attention, for towers with a class token."""
     precision: Precision = "auto"
     """Precision of the teacher's weights and activations. auto: that of the student. Targets are always fp32."""
     compile: bool = False
@@ -38,6 +42,9 @@ class TeacherSettings:
     """Temperature of the softmax that turns the patches' relevance for a finding into the text-conditioned map."""
     text_absent_weight: ClosedUnitInterval = 0.0
     """Weight of the prompts where the finding is absent, which are subtracted from those where it is present."""
+    text_reports: bool = False
+    """Whether samples that ask for a report also get the text-conditioned map, of the findings that their report states
+    as present."""
     mask_sinks: NonNegativeFloat = 0.0
     """Patches whose norm after the last block is larger than this multiple of the image's median get no attention, such
     as 3; 0 is off. Large towers have a few such patches, often of the background, that hold much of the attention."""

@@ -6,6 +6,7 @@ the student's and the teacher's input in pixels.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Literal, NamedTuple, Protocol
@@ -92,7 +93,7 @@ class Collator:
     ) -> None:
         self.encoder = encoder
         self.student_view = student_view
-        self.teacher_views = (*([] if teacher_view is None else [teacher_view]), *also)
+        self.teacher_views: tuple[TeacherView, ...] = (*([] if teacher_view is None else [teacher_view]), *also)
         self.grid = encoder.image.grid
         self.padding_side = padding_side
         self.with_answer = with_answer
@@ -110,6 +111,12 @@ class Collator:
     def pixels(self) -> int:
         """Side length in pixels that images need: that of the largest tower."""
         return max(view.size for view in (self.student_view, *self.teacher_views))
+
+    def without_teachers(self) -> Collator:
+        """Return the same collator for batches that no teacher reads."""
+        other = copy.copy(self)
+        other.teacher_views = ()
+        return other
 
     def dummy_batch(self) -> Batch:
         """Build a batch without loss, for a rank without a sample: text only, nothing supervised."""

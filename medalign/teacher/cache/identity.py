@@ -50,6 +50,7 @@ def describe(
             "configuration": _hash_json(source.config),
             "weights": _weights(source, settings.random_weights_seed),
             "features": settings.features,
+            "attention": settings.attention,
             "precision": _PRECISIONS[dtype],
         },
         "geometry": {

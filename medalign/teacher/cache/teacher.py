@@ -152,6 +152,7 @@ def _conditioning(folder: Path, settings: TeacherSettings) -> TextConditioning:
         weight=settings.text_weight,
         temperature=settings.text_temperature,
         absent_weight=settings.text_absent_weight,
+        reports=settings.text_reports,
     )
 
 

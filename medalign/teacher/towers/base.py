@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar, NamedTuple, get_args
+from typing import Any, ClassVar, NamedTuple, get_args
 
 import torch
 from torch import nn
+from typing_extensions import override
 
 from medalign.config.schema.teacher import TeacherFeatures
 from medalign.geometry import PatchGrid
@@ -104,6 +105,51 @@ class Tower(nn.Module, ABC):
     def features(self, streams: Streams) -> torch.Tensor:
         """Select the patch features [I, M, b]."""
         return self.final_norm(streams.after) if self.takes_features == "after_norm" else streams.after
+
+
+class ClassTokenTower(Tower):
+    """A tower of transformer blocks whose first token is a class token; its attention is the target."""
+
+    @property
+    def prefix_tokens(self) -> int:
+        """Number of tokens before the patches: the class token, and registers if there are any."""
+        return 1
+
+    @abstractmethod
+    def blocks(self) -> Sequence[nn.Module]:
+        """Return the blocks; each is called with its tokens [I, K, b] as the first argument."""
+
+    @abstractmethod
+    def query_and_key(self, block: Any, tokens: torch.Tensor, queries: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Project the tokens that enter a block to the queries and keys of its attention.
+
+        Args:
+            block: one of `blocks`.
+            tokens: [I, K, b].
+            queries: number of tokens, from the first on, whose queries are returned; None is all.
+
+        Returns:
+            Queries [I, queries, H h] and keys [I, K, H h].
+        """
+
+    @property
+    @abstractmethod
+    def heads(self) -> int:
+        """Heads of each block's attention, H."""
+
+    @override
+    def attention(self, streams: Streams) -> torch.Tensor:
+        query, key = self.query_and_key(self.blocks()[-1], streams.before, 1)
+        return query_attention(query[:, 0], key, self.heads)[:, self.prefix_tokens :]
+
+    def block_attention(self, block: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+        """Compute the attention matrix of a block, the mean over its heads, head by head: float32 [I, K, K]."""
+        query, key = (each.unflatten(-1, (self.heads, -1)) for each in self.query_and_key(block, tokens, None))
+        total = torch.zeros(len(tokens), tokens.shape[1], tokens.shape[1], device=tokens.device)
+        for head in range(self.heads):
+            scores = query[:, :, head].float() @ key[:, :, head].float().mT
+            total += (scores * query.shape[-1] ** -0.5).softmax(dim=-1)
+        return total / self.heads
 
 
 class TextAlignedTower(Tower):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
     CLIPTextConfig,
     CLIPTextModelWithProjection,
@@ -17,13 +18,13 @@ from typing_extensions import override
 
 from medalign.teacher.source import TeacherSource
 from medalign.teacher.towers import hf
-from medalign.teacher.towers.base import Streams, TextAlignedTower, query_attention
+from medalign.teacher.towers.base import ClassTokenTower, Streams, TextAlignedTower
 
 _OTHERS = ("text_model.", "text_projection.", "logit_scale", "visual_projection.")
 _NOT_TEXT = ("vision_model.", "visual_projection.", "logit_scale")
 
 
-class HFClipTower(hf.HFTower, TextAlignedTower):
+class HFClipTower(hf.HFTower, ClassTokenTower, TextAlignedTower):
     """A pre-norm transformer with a class token.
 
     Args:
@@ -59,12 +60,19 @@ class HFClipTower(hf.HFTower, TextAlignedTower):
         normed: torch.Tensor = self._trunk.post_layernorm(patches)
         return normed
 
+    @property
     @override
-    def attention(self, streams: Streams) -> torch.Tensor:
-        last = self._trunk.encoder.layers[-1]
-        attention, normed = last.self_attn, last.layer_norm1(streams.before)
-        query, key = attention.q_proj(normed[:, 0]), attention.k_proj(normed)
-        return query_attention(query, key, attention.num_heads)[:, 1:]
+    def heads(self) -> int:
+        return int(self.model.config.num_attention_heads)
+
+    @override
+    def blocks(self) -> Sequence[nn.Module]:
+        return list(self._trunk.encoder.layers)
+
+    @override
+    def query_and_key(self, block: Any, tokens: torch.Tensor, queries: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+        normed = block.layer_norm1(tokens)
+        return block.self_attn.q_proj(normed[:, :queries]), block.self_attn.k_proj(normed)
 
     @override
     def values(self, streams: Streams) -> torch.Tensor:

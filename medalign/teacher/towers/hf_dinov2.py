@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
+from torch import nn
 from transformers import Dinov2Config, Dinov2Model
 from typing_extensions import override
 
 from medalign.teacher.source import TeacherSource
 from medalign.teacher.towers import hf
-from medalign.teacher.towers.base import Streams, query_attention
+from medalign.teacher.towers.base import ClassTokenTower, Streams
 
 _OTHERS = ("classifier.",)  # of a model for image classification
 
 
-class HFDinov2Tower(hf.HFTower):
+class HFDinov2Tower(hf.HFTower, ClassTokenTower):
     """A pre-norm transformer with a class token, trained without texts.
 
     Args:
@@ -49,9 +53,16 @@ class HFDinov2Tower(hf.HFTower):
         normed: torch.Tensor = self.model.layernorm(patches)
         return normed
 
+    @property
     @override
-    def attention(self, streams: Streams) -> torch.Tensor:
-        last = self.model.encoder.layer[-1]
-        attention, normed = last.attention, last.norm1(streams.before)
-        query, key = attention.q_proj(normed[:, 0]), attention.k_proj(normed)
-        return query_attention(query, key, attention.num_attention_heads)[:, 1:]
+    def heads(self) -> int:
+        return int(self.model.config.num_attention_heads)
+
+    @override
+    def blocks(self) -> Sequence[nn.Module]:
+        return list(self.model.encoder.layer)
+
+    @override
+    def query_and_key(self, block: Any, tokens: torch.Tensor, queries: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+        normed = block.norm1(tokens)
+        return block.attention.q_proj(normed[:, :queries]), block.attention.k_proj(normed)

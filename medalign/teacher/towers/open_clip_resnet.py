@@ -19,7 +19,7 @@ from medalign.teacher.towers.open_clip_text import embed_texts
 from medalign.teacher.towers.open_clip_vit import build_visual, require_known_keys, square_size
 from medalign.teacher.weights import load_exactly, read_weights
 
-_STRIDE = 32  # pixels per cell of the last feature map
+STRIDE = 32  # pixels per cell of the last feature map
 
 
 class OpenClipResNetTower(TextAlignedTower):
@@ -31,7 +31,7 @@ class OpenClipResNetTower(TextAlignedTower):
     """
 
     def __init__(self, visual: Any, features: str = "after_norm") -> None:
-        side = visual.image_size // _STRIDE
+        side = visual.image_size // STRIDE
         super().__init__(PatchGrid(side, side), visual.attnpool.k_proj.in_features, visual.image_size, features)
         self.visual = visual
 
@@ -39,7 +39,7 @@ class OpenClipResNetTower(TextAlignedTower):
     @override
     def check(source: TeacherSource) -> int:
         require_known_keys(source)
-        return source.require_whole_patches(square_size(source, "image_size"), _STRIDE)
+        return source.require_whole_patches(square_size(source, "image_size"), STRIDE)
 
     @classmethod
     @override

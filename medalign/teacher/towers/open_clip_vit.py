@@ -16,7 +16,7 @@ from typing_extensions import override
 from medalign.errors import ConfigError
 from medalign.geometry import PatchGrid
 from medalign.teacher.source import SCHEME, TeacherSource
-from medalign.teacher.towers.base import Streams, TextAlignedTower, query_attention
+from medalign.teacher.towers.base import ClassTokenTower, Streams, TextAlignedTower
 from medalign.teacher.towers.conv_stem import ConvStem
 from medalign.teacher.towers.open_clip_text import UNIMED, embed_texts
 from medalign.teacher.weights import load_exactly, read_weights
@@ -49,7 +49,7 @@ def build_visual(source: TeacherSource) -> Any:
         ) from error
 
 
-class OpenClipTower(TextAlignedTower):
+class OpenClipTower(ClassTokenTower, TextAlignedTower):
     """open_clip's VisionTransformer, whose class token is trained."""
 
     def __init__(self, visual: VisionTransformer, features: str = "after_norm") -> None:
@@ -105,9 +105,22 @@ class OpenClipTower(TextAlignedTower):
         normed: torch.Tensor = self.visual.ln_post(patches)
         return normed
 
+    @property
     @override
-    def attention(self, streams: Streams) -> torch.Tensor:
-        return class_attention(self.visual.transformer.resblocks[-1], streams.before)
+    def heads(self) -> int:
+        return int(self.visual.transformer.resblocks[-1].attn.num_heads)
+
+    @override
+    def blocks(self) -> Sequence[nn.Module]:
+        return list(self.visual.transformer.resblocks)
+
+    @override
+    def query_and_key(self, block: Any, tokens: torch.Tensor, queries: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+        normed = block.ln_1(tokens)
+        weight_q, weight_k, _ = block.attn.in_proj_weight.chunk(3)
+        bias_q, bias_k, _ = block.attn.in_proj_bias.chunk(3)
+        query = nn.functional.linear(normed[:, :queries], weight_q, bias_q)
+        return query, nn.functional.linear(normed, weight_k, bias_k)
 
     @override
     def values(self, streams: Streams) -> torch.Tensor:
@@ -122,26 +135,6 @@ class OpenClipTower(TextAlignedTower):
     @override
     def embed_texts(cls, source: TeacherSource, texts: Sequence[str]) -> torch.Tensor:
         return embed_texts(source, texts)
-
-
-def class_attention(block: ResidualAttentionBlock, tokens: torch.Tensor) -> torch.Tensor:
-    """Compute the attention of the class token to the patches in one block, in float32.
-
-    Args:
-        block: the transformer block.
-        tokens: input of the block, [I, 1 + M, b], with the class token first.
-
-    Returns:
-        Attention [I, M], the mean over the heads. The attention of the class token to itself is omitted, so a row
-        sums to less than 1.
-    """
-    attention = block.attn
-    normed = block.ln_1(tokens)
-    weight_q, weight_k, _ = attention.in_proj_weight.chunk(3)
-    bias_q, bias_k, _ = attention.in_proj_bias.chunk(3)
-    query = nn.functional.linear(normed[:, 0], weight_q, bias_q)
-    key = nn.functional.linear(normed, weight_k, bias_k)
-    return query_attention(query, key, attention.num_heads)[:, 1:]
 
 
 def require_known_keys(source: TeacherSource) -> None:

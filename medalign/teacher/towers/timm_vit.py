@@ -10,18 +10,19 @@ from open_clip.timm_model import TimmModel
 from timm.layers.attention import Attention
 from timm.layers.attention_pool import AttentionPoolLatent
 from timm.models.vision_transformer import Block, VisionTransformer
+from torch import nn
 from typing_extensions import override
 
 from medalign.errors import ConfigError
 from medalign.geometry import PatchGrid
 from medalign.teacher.source import TeacherSource
-from medalign.teacher.towers.base import Streams, TextAlignedTower, query_attention
+from medalign.teacher.towers.base import ClassTokenTower, Streams, TextAlignedTower, query_attention
 from medalign.teacher.towers.open_clip_text import embed_texts
 from medalign.teacher.towers.open_clip_vit import build_visual, require_known_keys, square_size
 from medalign.teacher.weights import load_exactly, read_weights
 
 
-class TimmTower(TextAlignedTower):
+class TimmTower(ClassTokenTower, TextAlignedTower):
     """A pre-norm transformer of timm, pooled by its class token or by one learned query.
 
     Args:
@@ -84,11 +85,27 @@ class TimmTower(TextAlignedTower):
     def attention(self, streams: Streams) -> torch.Tensor:
         if self._trunk.attn_pool is not None:
             return _pooling_attention(self._trunk.attn_pool, self.final_norm(streams.after))
-        last = self._trunk.blocks[-1]
-        attention, normed = last.attn, last.norm1(streams.before)
-        query, key, _ = attention.qkv(normed).chunk(3, dim=-1)
-        query, key = _per_head(attention.q_norm, query[:, 0], attention), _per_head(attention.k_norm, key, attention)
-        return query_attention(query, key, attention.num_heads)[:, self._trunk.num_prefix_tokens :]
+        return super().attention(streams)
+
+    @property
+    @override
+    def prefix_tokens(self) -> int:
+        return int(self._trunk.num_prefix_tokens)
+
+    @property
+    @override
+    def heads(self) -> int:
+        return int(self._trunk.blocks[-1].attn.num_heads)
+
+    @override
+    def blocks(self) -> Sequence[nn.Module]:
+        return list(self._trunk.blocks)
+
+    @override
+    def query_and_key(self, block: Any, tokens: torch.Tensor, queries: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+        query, key, _ = block.attn.qkv(block.norm1(tokens)).chunk(3, dim=-1)
+        query = _per_head(block.attn.q_norm, query[:, :queries], block.attn)
+        return query, _per_head(block.attn.k_norm, key, block.attn)
 
     @override
     def values(self, streams: Streams) -> torch.Tensor:

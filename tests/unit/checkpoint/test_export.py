@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -114,25 +115,27 @@ def test_plain_peft_reads_the_adapter(settings, student, exported):
     torch.testing.assert_close(ours.logits[kept], theirs[:, ours.kept][kept], rtol=1e-4, atol=1e-4)
 
 
-def test_the_documented_loader_applies_w(settings, student, exported):
-    """The function on the page about serving, with transformers and peft only: logits, and answers with beams."""
-    (page,) = [block.text for block in blocks("python") if block.page == "docs/serving.md"]
-    names: dict = {}
-    exec(page, names)
-    plain = names["load_with_w"](exported, settings.path, torch.float32)
-    batch = tiny.batch()
+def test_the_loader_of_the_documentation_gives_the_same_logits_and_answers(settings, student, exported):
+    """With W and a trained projector, in plain transformers and peft."""
+    (block,) = [block for block in blocks("python") if "def load_with_w" in block.text]
+    names: dict[str, Any] = {}
+    exec(block.text, names)
+    model = names["load_with_w"](exported, settings.path, torch.float32)
+    batch = tiny.batch(side="left", texts=((5, 0), (9, 0)))
+    inputs = {
+        "input_ids": batch.input_ids,
+        "attention_mask": batch.attention_mask.long(),
+        "pixel_values": batch.student_pixels,
+    }
     with torch.no_grad():
-        inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask.long()}
-        theirs = plain(**inputs, pixel_values=batch.student_pixels).logits
+        theirs = model(**inputs).logits
         ours = student(replace(batch, labels=batch.input_ids))
     kept = batch.attention_mask[:, ours.kept]
     # float32 sums in another order
-    torch.testing.assert_close(ours.logits[kept], theirs[:, ours.kept][kept], rtol=1e-4, atol=1e-4)
-    asked = tiny.batch(side="left", texts=((5, 0), (9, 0)))
-    words = {"max_new_tokens": 8, "num_beams": 2, "do_sample": False, "pad_token_id": 0}
-    inputs = {"input_ids": asked.input_ids, "attention_mask": asked.attention_mask.long()}
-    found = plain.generate(**inputs, pixel_values=asked.student_pixels, **words)[:, asked.input_ids.shape[1] :]
-    assert torch.equal(found, student.generate(asked, **words)[0])
+    torch.testing.assert_close(theirs[:, ours.kept][kept], ours.logits[kept], rtol=1e-4, atol=1e-4)
+    words = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    answers = model.generate(**inputs, **words)[:, batch.input_ids.shape[1] :]
+    assert torch.equal(answers, student.generate(batch, **words)[0])
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,16 @@ def test_a_base_is_a_packaged_recipe_or_relative_to_the_file_and_may_have_one_it
     assert settings == config.load("phantom", ["--data.train", '["c"]', "--train.lr", "0.5", "--run.seed", "3"])
 
 
+def test_of_several_bases_the_later_ones_win_and_the_child_s_settings_win_over_all(write):
+    write("student.yaml", NEEDED + "losses: {alpha: 2.0, beta: 3.0}\ntrain: {epochs: 9}\n")
+    write("data.yaml", "losses: {beta: 4.0}\ntrain: {steps: 7}\nrun: {seed: 1}\n")
+    settings = config.load(write("child.yaml", "base: [student.yaml, data.yaml, parts/slake]\nrun: {seed: 2}\n"))
+    assert (settings.losses.alpha, settings.losses.beta, settings.run.seed) == (0.1, 0.06, 2)
+    settings = config.load(write("child.yaml", "base: [student.yaml, data.yaml]\n"))
+    assert (settings.losses.alpha, settings.losses.beta, settings.run.seed) == (2.0, 4.0, 1)
+    assert (settings.train.steps, settings.train.epochs) == (7, None)
+
+
 @pytest.mark.parametrize(
     ("base", "child", "decides"),
     [
@@ -65,7 +75,12 @@ def test_the_dump_names_no_base(write, tmp_path):
             r"unknown recipe '.*missing\.yaml' \(the base of .*child\.yaml\): there is no such file",
         ),
         ("base: phantm", r"unknown recipe '.*phantm' \(the base of .*child\.yaml\): did you mean phantom\?"),
-        ("base: [phantom]", r"recipe .*child\.yaml: base is \['phantom'\]; it must be one packaged recipe"),
+        (
+            "base: 3",
+            r"recipe .*child\.yaml: base is 3; it must be a packaged recipe, the path of a YAML file, or a list",
+        ),
+        ("base: [phantom, 3]", r"recipe .*child\.yaml: base is \['phantom', 3\]; it must be a packaged recipe"),
+        ("base: [phantom, child.yaml]", r"cycle: .*child\.yaml -> .*child\.yaml; remove one base"),
         ("base: child.yaml", r"cycle: .*child\.yaml -> .*child\.yaml; remove one base"),
         ("base: other.yaml", r"cycle: .*child\.yaml -> .*other\.yaml -> .*child\.yaml"),
         ("base: wrong.yaml", r"unknown key 'train\.stps' in recipe .*wrong\.yaml; the nearest known key"),

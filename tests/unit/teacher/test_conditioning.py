@@ -91,9 +91,28 @@ def test_the_step_gives_the_teacher_each_images_question(pixels):
     step = TrainStep(engine, teacher, lambda output, targets, batch, scale: seen.append(targets), grid)
     questions = (QUESTIONS[0], QUESTIONS[2], QUESTIONS[2])
     valid, weight = torch.ones(3, grid.size, dtype=torch.bool), torch.ones(3)
-    inputs = ({"pixels": pixels},)
-    batch = SimpleNamespace(teachers=inputs, image_questions=questions, patch_valid=valid, image_weight=weight)
+    batch = SimpleNamespace(
+        teachers=({"pixels": pixels},),
+        image_questions=questions,
+        image_reports=("",) * 3,
+        patch_valid=valid,
+        image_weight=weight,
+    )
     step._forward(batch, {})
     assert len(step.sink_monitors[0]._seen[0].top) == 3  # the monitor of sinks sees the same targets
     expected = teacher_targets(teacher, pixels, grid, questions)
     assert torch.equal(seen[0].attention, expected.attention)
+
+
+def test_a_report_that_states_a_finding_has_the_map_of_a_question_about_it(drawn):
+    attention, values, present, absent = drawn
+    settings = {"weight": 1.0, "temperature": 0.2, "absent_weight": 0.5}
+    plain = TextConditioning(LEXICON, present, absent, **settings)
+    reading = TextConditioning(LEXICON, present, absent, reports=True, **settings)
+    relevance, request = plain.relevance(values), ["Describe the film."] * 3
+    reports = ["A nodule. No effusion.", "No edema.", ""]
+    expected = plain(attention, relevance, ["Is there a nodule?", *request[1:]])
+    assert torch.equal(reading(attention, relevance, request, reports), expected)
+    assert torch.equal(plain(attention, relevance, request, reports), plain(attention, relevance, request))
+    with pytest.raises(ValueError, match="0 reports for 3 images"):
+        reading(attention, relevance, request)

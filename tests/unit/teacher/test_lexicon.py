@@ -80,3 +80,27 @@ def test_a_lexicon_that_cannot_be_used_is_refused_by_name(tmp_path, content, mes
         read_lexicon(file)
     with pytest.raises(ConfigError, match="absent.yaml"):
         read_lexicon(tmp_path / "absent.yaml")
+
+
+@pytest.mark.parametrize(
+    ("report", "stated"),
+    [
+        ("There is a small nodule in the left lower zone. No pleural effusion.", {"nodule"}),
+        ("No pneumothorax, but a right effusion.", {"pleural effusion"}),
+        ("No pneumothorax or effusion; consolidation on the left", {"consolidation"}),
+        ("Heart size is normal. The heart is not enlarged. The lungs are clear.", set()),
+        ("The heart is enlarged.", {"cardiomegaly"}),
+        ("There isn't any nodule. Resolved edema. Pneumonia is unlikely.", set()),
+        ("FINDINGS: 1.5 cm nodule. IMPRESSION: negative for pneumonia", {"nodule"}),
+        ("", set()),
+    ],
+)
+def test_what_a_report_states(report, stated):
+    assert read_lexicon().stated(report) == stated
+
+
+def test_phantom_reports_state_their_findings():
+    """Every wording that the lexicon names; a blunted angle and an area of opacity are named by their noun."""
+    for index in range(200):
+        item = study(stream(3, "test"), index)
+        assert read_lexicon().stated(item.report) == {NAMES.get(found.kind, found.kind) for found in item.findings}

@@ -51,3 +51,13 @@ def test_the_published_figures_are_complete():
         for measure in text_attention.MEASURES:
             low, high = values[measure]["interval"]
             assert low <= values[measure]["mean"] <= high
+    reports = {name: values["pointing"]["mean"] for name, values in published["reports"].items()}
+    assert reports["class token"] > reports["text-conditioned, minus absent prompts"] > reports["text-conditioned"]
+
+
+def test_the_target_of_a_report_follows_the_report():
+    """About 75 of 100 films have findings: a standard error of 0.06 of each share of peaks."""
+    measured = text_attention.measure_all_reports(100, 5)
+    peaks = {name: values["pointing"]["mean"] for name, values in measured.items()}
+    assert peaks["text-conditioned"] > peaks["text-conditioned, report of another film"] + 0.1
+    assert peaks["class token"] > peaks["text-conditioned"]

@@ -1,4 +1,4 @@
-"""The recipe `official_vqa` against a plain implementation of the released code's loss.
+"""The recipe `official/vqa_rad` against a plain implementation of the released code's loss.
 
 The plain implementation computes sample by sample, with eager attention of all tokens, without masks and kernels. The
 losses and the gradients of all trained parameters are compared.
@@ -37,7 +37,7 @@ def settings(student_folder, teacher_folder) -> config.Config:
     words = ["--student.path", str(student_folder), "--teacher.path", str(teacher_folder), "--data.train", "none"]
     words += ["--student.layer", str(LAYER), "--student.attention", "eager", "--student.query_mixture", "true"]
     words += ["--losses.alpha", str(ALPHA), "--losses.beta", str(BETA)]
-    return config.load("official_vqa", [*words, "--student.gradient_checkpointing", "false"])
+    return config.load("official/vqa_rad", [*words, "--student.gradient_checkpointing", "false"])
 
 
 def samples() -> list[Sample]:

@@ -91,11 +91,11 @@ def test_every_published_weight_has_its_place(model: Published) -> None:
 @pytest.mark.parametrize(
     ("name", "recipe", "blocks"),
     [
-        ("llava-med-1.5", "llava_vqa", 32),
-        ("huatuogpt-vision-7b", "llava_report", 28),
-        ("qwen2.5-vl-7b", "lingshu_vqa", 28),
-        ("qwen3-vl-8b", "qwen3vl_vqa", 36),
-        ("medgemma-4b", "medgemma_vqa", 34),
+        ("llava-med-1.5", "llava_med/vqa_rad", 32),
+        ("huatuogpt-vision-7b", "huatuo/iu_xray_reports", 28),
+        ("qwen2.5-vl-7b", "lingshu/vqa_rad", 28),
+        ("qwen3-vl-8b", "qwen3_vl/vqa_rad", 36),
+        ("medgemma-4b", "medgemma/vqa_rad", 34),
     ],
 )
 def test_a_recipe_fits_its_student(shared: Path, tmp_path: Path, name: str, recipe: str, blocks: int) -> None:
