@@ -58,8 +58,10 @@ setup(
         "coco": ["pycocoevalcap>=1.2"],  # scores of reports by COCO's evaluation; its tokenizer and METEOR need Java
         "dicom": ["pydicom>=3"],
         "parquet": ["pyarrow>=18"],
+        "qlora": ["bitsandbytes>=0.48"],  # weights in 4 bits; peft imports it wherever it is installed
         "remote": ["aiohttp>=3.10", "s3fs>=2025.3"],
         "benchmark": ["litdata>=0.2.76"],  # compared with in tools/benchmarks/data.py
+        "dashboard": ["wandb-workspaces>=0.4.13,<0.5"],  # private parts: see observability/wandb_dashboard.py
         "docs": DOCS,
         "dev": [
             *DOCS,
@@ -79,6 +81,7 @@ setup(
             "pyarrow>=18",
             "pydicom>=3",
             "pycocoevalcap>=1.2",
+            "wandb-workspaces>=0.4.13,<0.5",
             "mistral-common>=1.8,<1.10",  # for its vocabulary file; later versions exclude NumPy 2.4 on Python 3.11
         ],
     },

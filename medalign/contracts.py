@@ -136,6 +136,13 @@ class TeacherTargets:
         return self if teacher == 0 else self.also[teacher - 1]
 
 
+class TappedBlock(NamedTuple):
+    """What one block gives to the distillation losses."""
+
+    tokens: torch.Tensor  # [I, N, d]
+    attention: torch.Tensor  # [I, N] float32
+
+
 class StudentOutput(NamedTuple):
     """Result of one forward pass of the student. A tuple, so that ZeRO-3 finds the tensors in it."""
 
@@ -143,6 +150,14 @@ class StudentOutput(NamedTuple):
     kept: torch.Tensor  # [K] int64; positions (0..L-1) whose logits were kept
     tokens: torch.Tensor | None  # [I, N, d]; steered image tokens entering the tapped block
     attention: torch.Tensor | None  # [I, N] float32; attention of the question at the tapped block
+    others: tuple[TappedBlock, ...] = ()  # the same of the tapped blocks after the first
+
+    @property
+    def blocks(self) -> tuple[TappedBlock, ...]:
+        """All tapped blocks; empty if nothing was captured."""
+        if self.tokens is None or self.attention is None:
+            return ()
+        return (TappedBlock(self.tokens, self.attention), *self.others)
 
 
 @dataclass(frozen=True)

@@ -224,7 +224,8 @@ def _build(
     teachers = build_teachers(config)
     with deepspeed_engine.sharded_loading(ds_settings):
         student = loading.load_student(config.student, precision(config), config.run.seed)
-    student.attention_capture.impl = config.losses.impl
+    for capture in student.attention_captures:
+        capture.impl = config.losses.impl
     student.train()
     engine = Engine(student, parameter_groups(student, config), ds_settings)
     for teacher in teachers:
@@ -275,19 +276,32 @@ def sanity_batch(collator: Collator) -> Batch:
 
 
 def parameter_groups(student: Student, config: Config) -> list[dict[str, Any]]:
-    """One group per kind of parameter, with its learning rate, weight decay and settings of AdamW."""
+    """The parameters by kind, with their learning rate, weight decay and settings of AdamW.
+
+    A kind that decays is two groups of the same name: matrices, and vectors, which do not decay.
+    """
     peaks, decays = schedule.peaks(config.train), schedule.decays(config.train)
     return [
         {
             "name": name,
-            "params": [p for _, p in named],
+            "params": parameters,
             "lr": peaks[name],
-            "weight_decay": decays[name],
+            "weight_decay": decay,
             "betas": config.optimizer.betas,
             "eps": config.optimizer.eps,
         }
         for name, named in student.trainable().items()
+        for decay, parameters in _by_decay([p for _, p in named], decays[name]).items()
     ]
+
+
+def _by_decay(parameters: Sequence[Any], decay: float) -> dict[float, list[Any]]:
+    """Divide parameters by their weight decay, which biases, the weights of norms and DoRA's norms do not have."""
+    groups: dict[float, list[Any]] = {}
+    for parameter in parameters:
+        shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 keeps the shape of what it has partitioned
+        groups.setdefault(decay if len(shape) > 1 else 0.0, []).append(parameter)
+    return groups
 
 
 def _write_config_and_open_loggers(config: Config, folder: Path, now: TrainState) -> list[MetricLogger]:

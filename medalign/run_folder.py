@@ -2,6 +2,7 @@
 
 RUN/
   config.yaml               every setting of the run
+  environment.json          batch job, number of ranks, GPU and versions of the last start
   metrics.jsonl             one row per logged step
   lock                      held by the training process that uses the folder
   logs/
@@ -131,6 +132,11 @@ class RunFolder:
     def config(self) -> Path:
         """Every setting of the run."""
         return self.path / _CONFIG
+
+    @property
+    def environment(self) -> Path:
+        """Batch job, number of ranks, GPU and versions of the last start."""
+        return self.path / "environment.json"
 
     @property
     def metrics(self) -> Path:

@@ -1,7 +1,8 @@
 """Exports of a trained student: safetensors and JSON files that need only the base model.
 
-adapter_model.safetensors, adapter_config.json   LoRA, in peft's format
-medalign.safetensors                             W, the query mixture, and the projector if it was trained
+adapter_model.safetensors, adapter_config.json   LoRA, in peft's format, if it was trained
+medalign.safetensors                             all else that was trained: W, the query mixture, the projector, the
+                                                 vision tower, or the whole language model
 medalign.json                                    the student's settings (base model, layer, epsilon), the maximum
                                                  length of a sample, and the precision of the run
 """
@@ -29,6 +30,7 @@ from medalign.student.model import Student
 from medalign.student.weights import family_of
 
 _FORMAT = 1
+_ADAPTER = "adapter_model.safetensors"
 
 
 def write_export(
@@ -44,12 +46,13 @@ def write_export(
         folder: where to write; it is created if necessary.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    adapters = loading.adapter_state(student, parameters)
     groups = {name: group for group, named in student.trainable().items() for name, _ in named}
     others = {name: value.contiguous() for name, value in parameters.items() if groups[name] != "adapters"}
-    save_file({name: value.contiguous() for name, value in adapters.items()}, folder / "adapter_model.safetensors")
     save_file(others, folder / "medalign.safetensors")
-    loading.save_adapter_config(student, folder)
+    if config.train == "lora":
+        adapters = loading.adapter_state(student, parameters)
+        save_file({name: value.contiguous() for name, value in adapters.items()}, folder / _ADAPTER)
+        loading.save_adapter_config(student, folder)
     values = {"format": _FORMAT, "dtype": str(student.dtype).removeprefix("torch.")}
     values |= {"student": asdict(config), "max_length": max_length}
     (folder / "medalign.json").write_text(json.dumps(values, indent=2) + "\n")
@@ -101,7 +104,9 @@ def precision(folder: Path) -> torch.dtype:
         raise _unreadable(folder, error) from error
 
 
-def load_export(folder: Path, dtype: torch.dtype, device: torch.device, base: str | None = None) -> Student:
+def load_export(
+    folder: Path, dtype: torch.dtype, device: torch.device, base: str | None = None, *, quantized: bool = True
+) -> Student:
     """Load the trained student in evaluation mode.
 
     Args:
@@ -109,6 +114,7 @@ def load_export(folder: Path, dtype: torch.dtype, device: torch.device, base: st
         dtype: data type of the weights.
         device: where the student runs.
         base: folder of the base model, if it has moved since the training.
+        quantized: whether a base model that was quantized in the training is quantized again.
 
     Raises:
         CheckpointError: the export is damaged or does not fit the base model.
@@ -118,9 +124,12 @@ def load_export(folder: Path, dtype: torch.dtype, device: torch.device, base: st
     config = settings(folder)
     if base is not None:
         config.path = base
+    if not quantized:
+        config.quantization = "none"
     check_student(config)
     student = loading.load_student(config, dtype)
-    loading.set_adapter_state(student, _safetensors(folder / "adapter_model.safetensors"))
+    if config.train == "lora":
+        loading.set_adapter_state(student, _safetensors(folder / _ADAPTER))
     others = _safetensors(folder / "medalign.safetensors")
     expected = {name for group, named in student.trainable().items() if group != "adapters" for name, _ in named}
     if expected != set(others):
@@ -164,7 +173,7 @@ def merge(source: Path, output: Path, base: str | None = None) -> None:
             f"{part} is enabled in {source} and cannot be merged into the model's weights; export without --merge"
         )
     _require_new(output)
-    student = load_export(source, torch.float32, torch.device("cpu"), base)
+    student = load_export(source, torch.float32, torch.device("cpu"), base, quantized=False)
     config.path = base or config.path
     processor = loading.load_processor(config)
     model = loading.merge_adapters(student)

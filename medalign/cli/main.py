@@ -10,6 +10,7 @@ from medalign import __version__
 from medalign.cli import (
     bench,
     compare,
+    dashboard,
     doctor,
     evaluate,
     export,
@@ -51,6 +52,7 @@ COMMANDS = (
     export,
     bench,
     wandb,
+    dashboard,
 )
 
 _EPILOG = """

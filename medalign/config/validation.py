@@ -24,6 +24,7 @@ def validate(config: Config, *, models: bool = True, data: bool = True) -> None:
     for first, second in ALTERNATIVES:
         _require_one(config, first, second)
     _check_models(config, models)
+    _check_student(config)
     _check_further_teachers(config)
     _check_data(config, data)
     _check_mixture(config)
@@ -50,6 +51,24 @@ def _check_models(config: Config, required: bool) -> None:
     _require(
         not required or not config.distils or bool(config.teacher.path),
         "teacher.path is not set; set it, or set losses.alpha 0 and losses.beta 0",
+    )
+
+
+def _check_student(config: Config) -> None:
+    student, weights = config.student, config.losses.layer_weights
+    _require(
+        bool(student.layers) and len(set(student.layers)) == len(student.layers),
+        f"student.layer is {student.layer}; it must be one block, or a list of different ones",
+    )
+    _require(
+        not weights or len(weights) == len(student.layers),
+        f"losses.layer_weights has {len(weights)} numbers for {len(student.layers)} tapped blocks (student.layer); "
+        "give one per block",
+    )
+    _require(
+        student.train == "lora" or student.quantization == "none",
+        f"student.train is full, but student.quantization is {student.quantization}, and weights of 4 bits cannot be "
+        "trained; set student.train to lora, or student.quantization to none",
     )
 
 

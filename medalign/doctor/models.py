@@ -16,9 +16,8 @@ def check_student_folder(config: Config) -> Finding:
     """Check configuration, tokenizer and the names of the weights. Raises ConfigError for what prevents training."""
     spec, _ = check_student(config.student)
     kind, blocks = spec.family.model_type, len(spec.blocks)
-    return Finding(
-        "student", "ok", f"{kind}, {blocks} blocks of width {spec.width}, block {config.student.layer} tapped"
-    )
+    tapped = " and ".join(map(str, config.student.layers))
+    return Finding("student", "ok", f"{kind}, {blocks} blocks of width {spec.width}, block {tapped} tapped")
 
 
 def check_template(config: Config) -> Finding:

@@ -37,6 +37,11 @@ def deepspeed_settings(config: Config, world: int) -> dict[str, Any]:
         ConfigError: the JSON file cannot be read or contradicts the run's settings.
     """
     settings = _read(config.engine.deepspeed)
+    if config.student.quantization != "none" and int(settings.get("zero_optimization", {}).get("stage", 0)) == 3:
+        raise ConfigError(
+            f"student.quantization is {config.student.quantization}, but engine.deepspeed {config.engine.deepspeed} is "
+            "ZeRO stage 3, which cannot partition weights of 4 bits; set engine.deepspeed to zero2"
+        )
     plan = StepPlan(config.train.batch_size, config.train.micro_batch_size, world)
     ours: dict[str, Any] = {
         # DeepSpeed counts full micro-batches even if ranks and micro-batches do not divide the batch. The losses are

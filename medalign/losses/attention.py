@@ -5,13 +5,14 @@ I or B images, N image tokens.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import get_args
 
 import torch
 
 from medalign.config.schema.losses import Normalization
 from medalign.contracts import Batch, LossValue, StudentOutput, TeacherTargets
-from medalign.losses.term import LossTerm, check_choice
+from medalign.losses.term import LossTerm, check_choice, mean_over_blocks
 
 NORMALIZATIONS = get_args(Normalization)
 SMALLEST = 1e-12  # a map with a smaller sum has no loss; inside the logarithm, smaller shares are raised to this value
@@ -26,6 +27,7 @@ class AttentionTerm(LossTerm):
         teacher: which teacher's attention is the target: 0 is the first (`TeacherTargets.of`).
         normalize: how attention becomes a distribution: "sum", "softmax" or "official"; see `attention_kl`.
         ignore_padding: whether to exclude patches that show only canvas padding.
+        layer_weights: one weight per tapped block, for the mean over them; empty if all are equal.
 
     Raises:
         ValueError: a negative coefficient, or an unknown `normalize`.
@@ -39,12 +41,14 @@ class AttentionTerm(LossTerm):
         teacher: int = 0,
         normalize: str = "sum",
         ignore_padding: bool = False,
+        layer_weights: Sequence[float] = (),
     ) -> None:
         super().__init__(name, coefficient)
         check_choice("normalize", normalize, NORMALIZATIONS)
         self.teacher = teacher
         self.normalize = normalize
         self.ignore_padding = ignore_padding
+        self.layer_weights = tuple(layer_weights)
 
     def count(self, batch: Batch) -> torch.Tensor:
         """Return the number of real images whose sample has rows of the attention loss."""
@@ -53,12 +57,15 @@ class AttentionTerm(LossTerm):
     def compute(self, output: StudentOutput, targets: TeacherTargets | None, batch: Batch) -> LossValue | None:
         """Return the divergence, summed over the images that count."""
         target = None if targets is None else targets.of(self.teacher).attention
-        if output.attention is None or target is None:
+        if not output.blocks or target is None:
             return None
         mask_IN = batch.patch_valid if self.ignore_padding else None
         weight_I = image_weights(batch)
-        divergence_I = attention_kl(output.attention, target, mask_IN, normalize=self.normalize)
-        return LossValue(sum=(divergence_I * weight_I).sum(), count=weight_I.sum())
+        sums = []
+        for block in output.blocks:
+            divergence_I = attention_kl(block.attention, target, mask_IN, normalize=self.normalize)
+            sums.append((divergence_I * weight_I).sum())
+        return LossValue(sum=mean_over_blocks(sums, self.layer_weights), count=weight_I.sum())
 
 
 def attention_kl(

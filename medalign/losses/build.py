@@ -50,6 +50,7 @@ def build_terms(settings: LossConfig, teachers: Sequence[TeacherSettings] = (Tea
                 weighting=settings.weighting,
                 ignore_padding=settings.ignore_padding,
                 impl=settings.impl,
+                layer_weights=settings.layer_weights,
             )
         )
         terms.append(
@@ -59,6 +60,7 @@ def build_terms(settings: LossConfig, teachers: Sequence[TeacherSettings] = (Tea
                 teacher=number,
                 normalize=settings.normalize,
                 ignore_padding=settings.ignore_padding,
+                layer_weights=settings.layer_weights,
             )
         )
     return terms

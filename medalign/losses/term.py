@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 
@@ -55,6 +56,24 @@ class LossTerm(ABC):
         Returns:
             The value, or None if an input is missing.
         """
+
+
+def mean_over_blocks(values: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
+    """Return the weighted mean of a loss over the tapped blocks.
+
+    Args:
+        values: the loss of each tapped block.
+        weights: one weight per block; empty if all are equal.
+
+    Raises:
+        ValueError: there is not one weight per block.
+    """
+    if weights and len(weights) != len(values):
+        raise ValueError(f"{len(weights)} layer weights for {len(values)} tapped blocks; give one per block")
+    if len(values) == 1:
+        return values[0]
+    chosen = torch.tensor(weights or [1.0] * len(values), dtype=values[0].dtype, device=values[0].device)
+    return (torch.stack(list(values)) * (chosen / chosen.sum())).sum()
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import get_args
 
 import torch
@@ -9,7 +10,7 @@ import torch
 from medalign.config.schema.losses import PairWeighting
 from medalign.contracts import Batch, LossValue, StudentOutput, TeacherTargets
 from medalign.kernels import token_similarity
-from medalign.losses.term import LossTerm, check_choice
+from medalign.losses.term import LossTerm, check_choice, mean_over_blocks
 
 WEIGHTINGS = get_args(PairWeighting)
 
@@ -25,6 +26,7 @@ class SimilarityTerm(LossTerm):
             w, scaled to mean 1).
         ignore_padding: whether to exclude patches that show only canvas padding.
         impl: implementation of the kernel.
+        layer_weights: one weight per tapped block, for the mean over them; empty if all are equal.
 
     Raises:
         ValueError: the coefficient is negative, or `weighting` is unknown.
@@ -39,6 +41,7 @@ class SimilarityTerm(LossTerm):
         weighting: str = "uniform",
         ignore_padding: bool = False,
         impl: str = "auto",
+        layer_weights: Sequence[float] = (),
     ) -> None:
         super().__init__(name, coefficient)
         check_choice("weighting", weighting, WEIGHTINGS)
@@ -46,6 +49,7 @@ class SimilarityTerm(LossTerm):
         self.weighting = weighting
         self.ignore_padding = ignore_padding
         self.impl = impl
+        self.layer_weights = tuple(layer_weights)
 
     def count(self, batch: Batch) -> torch.Tensor:
         """Return the number of real images."""
@@ -53,7 +57,7 @@ class SimilarityTerm(LossTerm):
 
     def compute(self, output: StudentOutput, targets: TeacherTargets | None, batch: Batch) -> LossValue | None:
         """Return the loss, summed over the real images."""
-        if output.tokens is None or targets is None:
+        if not output.blocks or targets is None:
             return None
         own = targets.of(self.teacher)
         mask_IN = batch.patch_valid if self.ignore_padding else None
@@ -63,7 +67,11 @@ class SimilarityTerm(LossTerm):
                 raise ValueError('SimilarityTerm: weighting="teacher_attention", but the teacher has no attention')
             pair_weight_IN = attention_weights(own.attention, mask_IN)
         weight_I = batch.image_weight.float()
-        return similarity_loss(output.tokens, own.features, weight_I, mask_IN, pair_weight_IN, self.impl)
+        values = [
+            similarity_loss(block.tokens, own.features, weight_I, mask_IN, pair_weight_IN, self.impl)
+            for block in output.blocks
+        ]
+        return LossValue(mean_over_blocks([value.sum for value in values], self.layer_weights), values[0].count)
 
 
 def similarity_loss(

@@ -26,13 +26,15 @@ class Metric(NamedTuple):
     meaning: str
     when: str = ""
 
+    @property
+    def pattern(self) -> str:
+        """The names of this metric, as a regular expression."""
+        parts = re.split(r"({\w+})", self.name)
+        return "^" + "".join("[^/]+" if part.startswith("{") else re.escape(part) for part in parts) + "$"
+
     def matches(self, name: str) -> bool:
         """Return whether `name` is this metric."""
-        pattern = "".join("[^/]+" if part.startswith("{") else re.escape(part) for part in self._parts())
-        return re.fullmatch(pattern, name) is not None
-
-    def _parts(self) -> list[str]:
-        return re.split(r"({\w+})", self.name)
+        return re.search(self.pattern, name) is not None
 
 
 _TEACHER = "with a teacher"
@@ -45,9 +47,14 @@ METRICS = (
     Metric("loss/attention", "nats", "divergence from the teacher's attention (L_att)", _TEACHER),
     Metric("loss/{term}", "", "a term of `losses.extra`, or of a teacher in `teacher.also`", "with such a term"),
     Metric("optim/grad_norm", "", "norm of the whole gradient before clipping"),
-    Metric("optim/lr", "", "learning rate of LoRA, as the optimizer has it", "if LoRA is trained"),
+    Metric("optim/lr", "", "learning rate of LoRA or of the whole language model, as the optimizer has it"),
     Metric("optim/lr_{group}", "", "learning rate of another parameter group", "for each other group"),
-    Metric("optim/steering_norm", "", "Frobenius norm of W, which is 0 before the first step", "if W is trained"),
+    Metric(
+        "optim/steering_norm",
+        "",
+        "Frobenius norm of W, which is 0 before the first step; with `student.steering_rank`, that of its two factors",
+        "if W is trained",
+    ),
     Metric("speed/samples_per_second", "1/s", "samples of all ranks"),
     Metric("speed/tokens_per_second", "1/s", "tokens of all ranks, padding left out"),
     Metric("speed/data_wait_share", "", "share of the time in which a rank waits for data"),
@@ -76,6 +83,7 @@ METRICS = (
     Metric("job/world_size", "", "number of ranks"),
     Metric("job/id", "", "number of the batch job", "under SLURM"),
     Metric("validation/loss/{term}", "", "the same loss on held-out samples", "in rows of a validation"),
+    Metric("evaluation/{name}/{score}", "", "a score of `medalign evaluate`", "in W&B after `sync --evaluations`"),
 )
 
 

@@ -1,20 +1,28 @@
 """Starting a run of Weights & Biases, and writing a history of steps into it.
 
-Only metrics and the filtered configuration are sent: no code, git state, host, user, command line, requirements, system
-statistics or terminal output. The run's id is stored in the run's folder, so that every start continues the same run.
+Only metrics and the filtered configuration are sent: no code, git state, host, user, command line, requirements,
+terminal output or telemetry of the library, and system statistics only if they are wanted. The run's id is stored in
+the run's folder, so that every start continues the same run.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import secrets
+import threading
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import psutil
+
+from medalign.config.schema.run import LogConfig
 from medalign.distributed import log
 from medalign.observability.files import write_text
+from medalign.observability.metrics import STEP_METRIC
 from medalign.observability.privacy import public_config
 from medalign.run_folder import RunFolder
 
@@ -27,18 +35,14 @@ class WandbSession:
 
     Args:
         run_dir: the run's folder, which holds W&B's files and the run's id.
-        project: W&B project.
-        entity: W&B user or team.
-        name: name of the run; by default its id.
+        settings: project, names and tags of the run; its name is its id by default.
         config: the run's configuration, which is filtered by `public_config`.
         init_timeout: seconds to wait for the service at the start.
         finish_timeout: seconds to wait for it at the end.
     """
 
     run_dir: Path
-    project: str = "medalign"
-    entity: str | None = None
-    name: str | None = None
+    settings: LogConfig = field(default_factory=LogConfig)
     config: Mapping[str, Any] = field(default_factory=dict)
     init_timeout: float = 20.0
     finish_timeout: float = 20.0
@@ -48,6 +52,7 @@ class WandbSession:
         import wandb
 
         try:
+            wandb.setup(settings=self._library_settings())
             if not wandb.login(prompt=False, verify=False):
                 log.warning("no W&B API key found (use `wandb login` or WANDB_API_KEY): the run is logged offline")
                 return None
@@ -58,7 +63,7 @@ class WandbSession:
                 error,
                 self.run_dir,
             )
-            wandb.teardown()  # its service process keeps the run's id, which the offline run needs
+            end_service()  # it keeps the run's id, which the offline run needs
             return None
 
     def start_offline(self) -> Any | None:
@@ -74,7 +79,33 @@ class WandbSession:
     def _start(self, mode: Literal["offline", "online"], **arguments: Any) -> Any:
         import wandb
 
-        settings = wandb.Settings(
+        identity, given = run_id(self.run_dir), self.settings
+        run = wandb.init(
+            project=given.project,
+            entity=given.entity,
+            name=given.name or identity,
+            group=given.group,
+            job_type=given.job_type,
+            tags=given.tags or None,
+            notes=given.notes,
+            id=identity,
+            dir=str(self.run_dir),
+            config=public_config(self.config),
+            reinit="create_new",
+            mode=mode,
+            settings=self._library_settings(),
+            **arguments,
+        )
+        run.define_metric(STEP_METRIC, hidden=True)
+        run.define_metric("*", step_metric=STEP_METRIC, step_sync=False)
+        return run
+
+    def _library_settings(self) -> Any:
+        import wandb
+
+        # Errors of the library would be reported with their stacks, which contain paths.
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        return wandb.Settings(
             console="off",
             disable_code=True,
             disable_git=True,
@@ -85,23 +116,11 @@ class WandbSession:
             silent=True,
             x_disable_machine_info=True,
             x_disable_meta=True,
-            x_disable_stats=True,
+            x_disable_stats=not self.settings.system_metrics,
             x_save_requirements=False,
             init_timeout=self.init_timeout,
             finish_timeout=self.finish_timeout,
-        )
-        identity = run_id(self.run_dir)
-        return wandb.init(
-            project=self.project,
-            entity=self.entity,
-            name=self.name or identity,
-            id=identity,
-            dir=str(self.run_dir),
-            config=public_config(self.config),
-            reinit="create_new",
-            mode=mode,
-            settings=settings,
-            **arguments,
+            finish_timeout_raises=True,
         )
 
 
@@ -137,14 +156,35 @@ class HistoryWriter:
     def flush(self) -> None:
         """Write the metrics of the last step."""
         if self._values and self._step >= self._first:
-            self._run.log(self._values, step=self._step)
+            self._run.log(self._values | {STEP_METRIC: self._step}, step=self._step)
             self.written += 1
         self._values = {}
 
 
 def run_id(run_dir: Path) -> str:
-    """Return the id of a run in W&B, which is chosen at the first call."""
+    """Return the id of a run in W&B, which is chosen at the first call: by the agent of a sweep, or at random."""
     path = RunFolder(run_dir).wandb_run_id
     if not path.exists():
-        write_text(path, secrets.token_hex(4) + "\n")
+        of_sweep = os.environ.get("WANDB_RUN_ID") if "WANDB_SWEEP_ID" in os.environ else None
+        write_text(path, (of_sweep or secrets.token_hex(4)) + "\n")
     return path.read_text().strip()
+
+
+def end_service() -> None:
+    """End the process of this one that talks to the server, without waiting for what it has not sent.
+
+    Otherwise a hook of the library would wait for it when this process exits, without limit.
+    """
+    import wandb
+
+    def tear_down() -> None:
+        with suppress(Exception, SystemExit):  # classes of the library's internals, and its wish to end this process
+            wandb.teardown()
+
+    waiting = threading.Thread(target=tear_down, daemon=True)
+    waiting.start()  # it unregisters the hook, and then waits for the process
+    for child in psutil.Process().children():
+        with suppress(psutil.NoSuchProcess):  # it may have ended meanwhile
+            if child.name().startswith("wandb-core"):
+                child.kill()
+    waiting.join(1.0)

@@ -51,6 +51,7 @@ class Watchdog:
         on_hang: Callable[[str], object] = lambda verdict: None,
     ) -> None:
         self._folder, self._end, self._on_hang = folder, end, on_hang
+        self.before_end: Callable[[], object] = lambda: None  # called last, in the thread; it must not take long
         self._progress: tuple[int, str, float, float] = (0, "starting", time.monotonic(), 0.0)
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -112,6 +113,7 @@ class Watchdog:
             log.error("error: %s", verdict)
         else:
             time.sleep(_GRACE)  # once one rank has ended, the launcher kills the others
+        self.before_end()
         self._end(STATUS)
         return True
 

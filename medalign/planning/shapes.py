@@ -8,12 +8,12 @@ Shape suffixes: B samples, H heads, L tokens, D head dimension.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,7 @@ from medalign.student.model import Student
 from medalign.student.packing import without_packed_mask
 from medalign.student.reading import as_config_error, silent_transformers
 from medalign.student.weights import family_of
+from medalign.teacher.loading import teacher_dtype
 from medalign.teacher.source import find_teacher
 from medalign.teacher.towers import Tower, tower_class
 
@@ -53,25 +54,38 @@ def student_on_meta(config: StudentConfig, dtype: torch.dtype) -> Student:
     return student
 
 
-def teacher_on_meta(config: Config, dtype: torch.dtype = torch.float32) -> Tower | None:
-    """Build the teacher's tower on the meta device; None when nothing is distilled.
+class TeacherShape(NamedTuple):
+    """A teacher on the meta device."""
+
+    tower: Tower
+    runs: bool  # False if its targets come from a cache
+
+
+def teachers_on_meta(config: Config, dtype: torch.dtype = torch.float32) -> list[TeacherShape]:
+    """Build the towers of all teachers on the meta device; none when nothing is distilled.
 
     Args:
         config: the run's settings.
-        dtype: data type of the student, which the teacher has too unless teacher.precision names another one.
+        dtype: data type of the student, which a teacher has too unless its settings name another one.
 
     Raises:
-        ConfigError: the folder is not that of a teacher.
+        ConfigError: a folder is not that of a teacher.
     """
-    if not config.distils:
-        return None
-    source = find_teacher(config.teacher.path, config.teacher.mean, config.teacher.std)
-    kind = tower_class(source)
-    kind.check(source)
-    with torch.device("meta"):
-        tower = kind.build(source, config.teacher.features)
-    named = {"bf16": torch.bfloat16, "fp32": torch.float32}
-    return tower.to(named.get(config.teacher.precision, dtype))
+    found = []
+    for settings in config.teachers:
+        source = find_teacher(settings.path, settings.mean, settings.std)
+        kind = tower_class(source)
+        kind.check(source)
+        with torch.device("meta"):
+            tower = kind.build(source, settings.features)
+        found.append(TeacherShape(tower.to(teacher_dtype(settings, dtype)), not settings.cache))
+    return found
+
+
+def teacher_on_meta(config: Config, dtype: torch.dtype = torch.float32) -> Tower | None:
+    """Build the first teacher's tower as `teachers_on_meta`; None when nothing is distilled."""
+    found = teachers_on_meta(config, dtype)
+    return found[0].tower if found else None
 
 
 def parameters(module: nn.Module, *, trainable: bool = False) -> int:
@@ -85,6 +99,12 @@ def vision_tokens(student: Student) -> tuple[int, int]:
     patch = settings.patch_size
     side = student.spec.image_size // int(patch if isinstance(patch, int) else patch[0])
     return side**2, int(settings.hidden_size)
+
+
+def vision_blocks(student: Student) -> int:
+    """Return how many blocks the student's vision tower has."""
+    settings: Any = student.spec.vision_tower.config
+    return int(getattr(settings, "num_hidden_layers", None) or settings.depth)
 
 
 @dataclass(frozen=True)
@@ -101,21 +121,22 @@ class SavedBytes:
     rest: int
     inputs: int
 
-    def total(self, checkpointing: bool, tapped: int) -> int:
+    def total(self, checkpointing: bool, tapped: Sequence[int]) -> int:
         """Return the peak.
 
-        With checkpointing, every block except the tapped one keeps only its input, and one block at a time is
+        With checkpointing, every block except the tapped ones keeps only its input, and one block at a time is
         recomputed:
 
-            sum over other blocks of inputs + blocks[tapped] + max(blocks) + rest
+            sum over other blocks of inputs + sum over tapped of blocks + max(blocks) + rest
 
         Args:
             checkpointing: whether blocks are recomputed in the backward pass.
-            tapped: the block that is never recomputed.
+            tapped: the blocks that are never recomputed.
         """
         if not checkpointing:
             return sum(self.blocks) + self.rest
-        return (len(self.blocks) - 1) * self.inputs + self.blocks[tapped] + max(self.blocks) + self.rest
+        kept = sum(self.blocks[block] for block in tapped)
+        return (len(self.blocks) - len(tapped)) * self.inputs + kept + max(self.blocks) + self.rest
 
 
 def saved_bytes(student: Student, samples: int, length: int) -> SavedBytes:
@@ -134,7 +155,8 @@ def saved_bytes(student: Student, samples: int, length: int) -> SavedBytes:
     handles = [block.register_forward_pre_hook(count.enter) for block in blocks]
     handles += [block.register_forward_hook(count.leave) for block in blocks]
     hidden = torch.empty(samples, length, student.spec.width, dtype=student.dtype, device="meta")
-    hidden.requires_grad_(parameters(student.spec.projector, trainable=True) > 0)
+    inputs_learn = not student.trainable().keys().isdisjoint(("projector", "vision_tower", "language_model"))
+    hidden.requires_grad_(inputs_learn)  # what is before the blocks
     places = torch.empty(samples, length, dtype=torch.int64, device="meta")
     recompute = [block for block in student.model.modules() if getattr(block, "gradient_checkpointing", False)]
     try:

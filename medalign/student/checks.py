@@ -19,8 +19,9 @@ from medalign.student.families.base import ModelSpec
 from medalign.student.families.registry import inspect_model
 from medalign.student.files import check_files, check_settings, read_object
 from medalign.student.loading import load_processor, model_folder
-from medalign.student.lora import lora_layers
+from medalign.student.lora import lora_layers, warn_about_experts
 from medalign.student.model import require_layer
+from medalign.student.quantization import require_quantization
 from medalign.student.reading import as_config_error
 from medalign.student.weights import empty_model, family_of
 
@@ -39,16 +40,19 @@ def check_student(config: StudentConfig) -> tuple[ModelSpec, Any]:
     folder = model_folder(config)
     check_files(Path(folder))
     _check_settings(folder, config)
+    require_quantization(config)
     processor = load_processor(config)
     model = empty_model(folder, config)
     spec = inspect_model(model)
-    require_layer(config.layer, spec)
+    for layer in config.layers:
+        require_layer(layer, spec)
     if config.image_size not in (None, spec.image_size):
         raise ConfigError(
             f"student.image_size is {config.image_size}, but this student takes images of {spec.image_size} pixels "
             "only; set it to null"
         )
-    _check_window(config, spec)
+    for layer in config.layers:
+        _check_window(layer, spec)
     _check_image_features(spec)
     _check_vocabulary(folder, model, spec, processor.tokenizer)
     _check_projections(config, spec)
@@ -99,28 +103,31 @@ def _check_vocabulary(folder: str, model: Any, spec: ModelSpec, tokenizer: Any) 
 
 def _check_projections(config: StudentConfig, spec: ModelSpec) -> None:
     if config.query_mixture:
-        projection, queries = spec.query_projection(config.layer)
+        layer = config.layers[0]
+        projection, queries = spec.query_projection(layer)
         if config.query_mixture_form == "official" and queries < projection.out_features:
             raise ConfigError(
                 "student.query_mixture_form is official, which replaces the LoRA of the query projection, but block "
-                f"{config.layer} computes queries, keys and values in one; set it to beside_lora"
+                f"{layer} computes queries, keys and values in one; set it to beside_lora"
             )
-    lora_layers(config, spec)
+    if config.train == "lora":
+        lora_layers(config, spec)
+    warn_about_experts(config, spec)
 
 
-def _check_window(config: StudentConfig, spec: ModelSpec) -> None:
+def _check_window(layer: int, spec: ModelSpec) -> None:
     """Raise ConfigError if the tapped block cannot attend to a whole image: the map would be zero at some cells."""
 
     def covers(block: int) -> bool:
         window = spec.window(block)
         return window is None or window >= spec.image.count
 
-    if covers(config.layer):
+    if covers(layer):
         return
     others = [str(block) for block in range(1, len(spec.blocks)) if covers(block)]
     remedy = f"set student.layer to {' or '.join(others)}" if others else "choose a student with full attention"
     raise ConfigError(
-        f"student.layer is {config.layer}, whose attention covers only the last {spec.window(config.layer)} tokens, "
+        f"student.layer is {layer}, whose attention covers only the last {spec.window(layer)} tokens, "
         f"but an image has {spec.image.count}: its attention to some patches would always be zero; {remedy}"
     )
 

@@ -1,4 +1,4 @@
-"""Loads a `Student` from a local model folder with transformers and adds LoRA with peft. Nothing is downloaded."""
+"""Loads a `Student` from a local model folder with transformers, and adds LoRA with peft. Nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -24,9 +24,11 @@ from medalign.student.families.registry import inspect_model
 from medalign.student.files import check_colors, tokenizer_fault
 from medalign.student.lora import lora_layers
 from medalign.student.model import Student, require_layer
+from medalign.student.quantization import quantization_arguments
 from medalign.student.query_mixture import QueryMixture
 from medalign.student.reading import as_config_error
 from medalign.student.steering import Steering
+from medalign.student.trained_parts import freeze_other_parts
 from medalign.student.weights import family_of, load_model
 
 
@@ -53,31 +55,39 @@ def adapt(model: nn.Module, config: StudentConfig, dtype: torch.dtype, seed: int
         ConfigError: the model's family is not supported, or the layer does not exist.
     """
     spec = inspect_model(model)
-    require_layer(config.layer, spec)
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
+    for layer in config.layers:
+        require_layer(layer, spec)
+    freeze_other_parts(config, spec)
     # The seed is set after loading, because the random numbers that loading draws depend on the sharding. LoRA then
     # starts from the same weights for the same seed.
     torch.manual_seed(seed)
-    with warnings.catch_warnings():
-        # peft reads a property that transformers has renamed; users cannot do anything about it.
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
-        adapted = get_peft_model(model, _lora(config, spec), autocast_adapter_dtype=False)
-    if config.train_projector:
-        for parameter in spec.projector.parameters():
-            parameter.requires_grad_(True)
-    steering = Steering(spec.width, config.epsilon).to(dtype) if config.steering else None
-    mixture = None
-    if config.query_mixture:
-        projection, queries = spec.query_projection(config.layer)
-        official = config.query_mixture_form == "official"
-        dropout = config.lora.dropout if official else 0.0
-        mixture = QueryMixture(projection.in_features, queries, lora_start=official, dropout=dropout)
-        mixture.to(dtype)
-    student = Student(adapted, spec, config.layer, steering, mixture)
+    adapted = _with_adapters(model, config, spec) if config.train == "lora" else model
+    layers = config.layers if config.steering else ()
+    steering = [Steering(spec.width, config.epsilon, config.steering_rank).to(dtype) for _ in layers]
+    mixture = _mixture(config, spec).to(dtype) if config.query_mixture else None
+    student = Student(adapted, spec, config.layers, steering, mixture)
     if config.gradient_checkpointing:
         _checkpoint_blocks(student)
     return student
+
+
+def _with_adapters(model: Any, config: StudentConfig, spec: ModelSpec) -> nn.Module:
+    """Add LoRA, and keep what is trained besides it: peft freezes everything else."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with warnings.catch_warnings():
+        # peft reads a property that transformers has renamed; users cannot do anything about it.
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        adapted: nn.Module = get_peft_model(model, _lora(config, spec), autocast_adapter_dtype=False)
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    return adapted
+
+
+def _mixture(config: StudentConfig, spec: ModelSpec) -> QueryMixture:
+    projection, queries = spec.query_projection(config.layers[0])
+    official = config.query_mixture_form == "official"
+    dropout = config.lora.dropout if official else 0.0
+    return QueryMixture(projection.in_features, queries, lora_start=official, dropout=dropout)
 
 
 def model_folder(config: StudentConfig) -> str:
@@ -152,11 +162,11 @@ def save_adapter_config(student: Student, folder: Path) -> None:
 
 
 def merge_adapters(student: Student) -> Any:
-    """Return the transformers model with the adapters merged into its weights.
+    """Return the transformers model, with the adapters merged into its weights if it has any.
 
     The merge happens in place, so the student must not be used afterwards.
     """
-    model: Any = _peft(student).merge_and_unload()
+    model: Any = _peft(student).merge_and_unload() if isinstance(student.model, PeftModel) else student.model
     model.set_attn_implementation("sdpa")
     return model
 
@@ -168,11 +178,13 @@ def _peft(student: Student) -> PeftModel:
 
 def _load_model(config: StudentConfig, dtype: torch.dtype) -> nn.Module:
     folder = model_folder(config)
-    names = attention_names(allowed_attention(config.attention, family_of(folder)), dtype)
+    family = family_of(folder)
+    names = attention_names(allowed_attention(config.attention, family), dtype)
+    quantized = quantization_arguments(config, family.decoder, dtype)
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()  # it would add one line per tensor to a log file
     try:
-        model: nn.Module = load_model(folder, config, dtype=dtype, attn_implementation=names)
+        model: nn.Module = load_model(folder, config, dtype=dtype, attn_implementation=names, **quantized)
     except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError(f"student.path {folder} cannot be loaded: {error}") from error
     return model
@@ -185,18 +197,20 @@ def _lora(config: StudentConfig, spec: ModelSpec) -> PeftLora:
         lora_alpha=config.lora.alpha,
         lora_dropout=config.lora.dropout,
         use_rslora=config.lora.rank_stabilized,
+        use_dora=config.lora.dora,
         target_modules=lora_layers(config, spec),
         bias="none",
     )
 
 
 def _checkpoint_blocks(student: Student) -> None:
-    """Recompute every block except the tapped one in the backward pass.
+    """Recompute every block except the tapped ones in the backward pass.
 
-    The tapped block also stores its attention in the capture. Recomputing the block would compute that attention a
+    A tapped block also stores its attention in the capture. Recomputing the block would compute that attention a
     second time and discard it. Keeping the activations of one block costs little memory.
     """
     model: Any = student.model
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    tapped: Any = student.spec.blocks[student.layer]
-    tapped.gradient_checkpointing = False
+    for layer in student.layers:
+        tapped: Any = student.spec.blocks[layer]
+        tapped.gradient_checkpointing = False

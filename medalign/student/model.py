@@ -1,21 +1,26 @@
-"""The student: a transformers model with LoRA, W at the input of block l, and an attention capture at block l.
+"""The student: a transformers model with W at the input of block l, and an attention capture at block l.
 
     block l-1 -> X -> X~ = X + epsilon X W^T -> block l (its attention is tapped) -> ...
                            |
                            +-> tokens for the spatial loss
+
+Several blocks can be tapped, each with its own W.
 
 Shape suffixes: B samples, L tokens, T generated tokens, I images, N cells per image, D hidden size.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from medalign.contracts import IGNORE, Batch, StudentOutput
+from medalign.contracts import IGNORE, Batch, StudentOutput, TappedBlock
 from medalign.errors import ConfigError
 from medalign.geometry import gather_images
 from medalign.student.capture import attach_capture
@@ -26,55 +31,59 @@ from medalign.student.steering import Steering
 
 
 class Student(nn.Module):
-    """A vision-language model, with or without adapters, with steering and an attention capture.
+    """A vision-language model, with or without adapters, with steering and attention captures.
 
     Args:
         model: the transformers model, or a peft model that wraps it.
         spec: locations of the model's parts.
-        layer: index of the tapped block l; W acts on its input.
-        steering: W, or None.
-        mixture: the query-adaptive mixture of block l, or None.
+        layers: indices of the tapped blocks; W acts on the input of each. The first one's attention is reported, and it
+            has the query mixture.
+        steering: W of each tapped block, or none.
+        mixture: the query-adaptive mixture of the first tapped block, or None.
 
     Raises:
-        ConfigError: the layer does not exist.
+        ConfigError: a block does not exist.
     """
 
     def __init__(
         self,
         model: nn.Module,
         spec: ModelSpec,
-        layer: int,
-        steering: Steering | None = None,
+        layers: Sequence[int],
+        steering: Sequence[Steering] = (),
         mixture: QueryMixture | None = None,
     ) -> None:
         super().__init__()
         self.model: Any
-        require_layer(layer, spec)
+        for layer in layers:
+            require_layer(layer, spec)
         self.model = model
-        self.steering = steering
+        # A single W keeps the name that it has in checkpoints and exports: steering.weight.
+        self.steering: Any = nn.ModuleList(steering) if len(steering) > 1 else next(iter(steering), None)
         self.mixture = mixture
         self.spec = spec
-        self.layer = layer
-        self.attention_capture = attach_capture(spec.attentions[layer])
+        self.layers = tuple(layers)
+        self.attention_captures = [attach_capture(spec.attentions[layer]) for layer in layers]
         self._cells: torch.Tensor | None = None
-        self._tokens: torch.Tensor | None = None
+        self._tokens: dict[int, torch.Tensor] = {}  # by block
         self._dummy: torch.Tensor | None = None  # pixels for a batch without images, until its forward pass
         self._dummy_tokens: torch.Tensor | None = None
         spec.language_model.register_forward_pre_hook(self._run_vision_tower_on_dummy, with_kwargs=True)
-        spec.blocks[layer].register_forward_pre_hook(self._steer_block_input, with_kwargs=True)
+        for place, layer in enumerate(layers):
+            spec.blocks[layer].register_forward_pre_hook(partial(self._steer_block_input, place), with_kwargs=True)
         if mixture is not None:
-            mixture.attach(spec.query_projection(layer)[0])
+            mixture.attach(spec.query_projection(self.layer)[0])
 
     def forward(self, batch: Batch, *, tap: bool = True) -> StudentOutput:
         """Run the model on a padded or packed batch. Under ZeRO-3, call it on every rank.
 
         Args:
             batch: padding may be on either side.
-            tap: whether to return the image tokens and the attention of the tapped block.
+            tap: whether to return the image tokens and the attention of the tapped blocks.
 
         Returns:
             The logits at positions where at least one sample is supervised and, with `tap`, the tokens [I, N, D] and
-            the attention [I, N].
+            the attention [I, N] of each tapped block.
         """
         kept = (batch.labels[:, 1:] != IGNORE).any(0).nonzero()[:, 0]
         self._begin_batch(batch)
@@ -83,10 +92,7 @@ class Student(nn.Module):
         self._dummy = None if has_image else pixels
         layout = forward_arguments(batch)
         layout["position_ids"] = self.spec.family.positions(self.spec, batch, layout["position_ids"])
-        with (
-            without_packed_mask(batch),
-            self.attention_capture.recording(self._rows(batch, tap), batch.cells, batch.attention_mask),
-        ):
+        with without_packed_mask(batch), self._recording(batch, self._rows(batch, tap)):
             output = self.model(
                 input_ids=batch.input_ids,
                 logits_to_keep=kept,
@@ -94,8 +100,10 @@ class Student(nn.Module):
                 **layout,
                 **self.spec.family.inputs(self.spec, batch, pixels if has_image else None),
             )
-        tokens, attention = self._collect(batch) if tap else (None, None)
-        return StudentOutput(logits=output.logits, kept=kept, tokens=tokens, attention=attention)
+        if not tap:
+            return StudentOutput(logits=output.logits, kept=kept, tokens=None, attention=None)
+        first, *others = self._collect(batch)
+        return StudentOutput(output.logits, kept, first.tokens, first.attention, tuple(others))
 
     @torch.no_grad()
     def generate(self, batch: Batch, **settings: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -106,21 +114,26 @@ class Student(nn.Module):
             **settings: passed to `generate` of the transformers model.
 
         Returns:
-            Token ids [B, T] of the answers without the prompts, and the attention [I, N], None for a batch without
-            images.
+            Token ids [B, T] of the answers without the prompts, and the attention [I, N] of the first tapped block,
+            None for a batch without images.
         """
         has_image = bool((batch.image_index >= 0).any())
         pixels = batch.student_pixels.to(self.dtype) if has_image else None
         self._begin_batch(batch)
-        with self.attention_capture.recording(self._rows(batch, True), batch.cells, batch.attention_mask):
+        with self._recording(batch, batch.rows):
             ids = self.model.generate(
                 input_ids=batch.input_ids,
                 attention_mask=batch.attention_mask.long(),
                 **self.spec.family.inputs(self.spec, batch, pixels),
                 **settings,
             )
-        attention = self._collect(batch)[1] if has_image else None
+        attention = self._collect(batch)[0].attention if has_image else None
         return ids[:, batch.input_ids.shape[1] :], attention
+
+    @property
+    def layer(self) -> int:
+        """The first tapped block."""
+        return self.layers[0]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -141,25 +154,35 @@ class Student(nn.Module):
     def trainable(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
         """Return the trainable parameters with their names, by group.
 
-        The groups are adapters, mixture, steering and projector. Empty groups are omitted.
+        The groups are adapters, language_model, mixture, steering, projector and vision_tower. Empty groups are
+        omitted.
         """
-        projector = {id(p) for p in self.spec.projector.parameters()}
+        parts = {id(p): "vision_tower" for p in self.spec.vision_tower.parameters()}
+        parts |= {id(p): "projector" for p in self.spec.projector.parameters()}  # some are the end of the tower
         groups: dict[str, list[tuple[str, nn.Parameter]]] = {}
         for name, parameter in self.named_parameters():
             if not parameter.requires_grad:
                 continue
             part = name.split(".")[0]
-            group = "projector" if id(parameter) in projector else "adapters" if part == "model" else part
+            language = "adapters" if ".lora_" in name else "language_model"
+            group = parts.get(id(parameter), language if part == "model" else part)
             groups.setdefault(group, []).append((name, parameter))
         return groups
 
     def _begin_batch(self, batch: Batch) -> None:
-        self._cells, self._tokens, self._dummy_tokens = batch.cells, None, None
+        self._cells, self._tokens, self._dummy_tokens = batch.cells, {}, None
         if self.mixture is not None:
             self.mixture.begin(batch.question_mask, batch.bounds() if batch.lengths else None)
 
     def _rows(self, batch: Batch, tap: bool) -> torch.Tensor:
         return batch.rows if tap else torch.zeros_like(batch.rows)
+
+    @contextmanager
+    def _recording(self, batch: Batch, rows_BL: torch.Tensor) -> Iterator[None]:
+        with ExitStack() as stack:
+            for capture in self.attention_captures:
+                stack.enter_context(capture.recording(rows_BL, batch.cells, batch.attention_mask))
+            yield
 
     def _run_vision_tower_on_dummy(self, _decoder: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         """Run the vision tower once for a batch without images, at the point where it runs for other batches.
@@ -174,8 +197,8 @@ class Student(nn.Module):
         embeddings = kwargs["inputs_embeds"]
         return args, kwargs | {"inputs_embeds": embeddings + 0 * self._dummy_tokens.sum().to(embeddings.dtype)}
 
-    def _steer_block_input(self, _block: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Steer the cells of the images at the input of the tapped block.
+    def _steer_block_input(self, place: int, _block: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Steer the cells of the images at the input of a tapped block.
 
         The output of the block before is not always that input: some models add features of the image in between.
         """
@@ -186,26 +209,32 @@ class Student(nn.Module):
             return None
         copies = hidden_BLD.shape[0] // cells_BL.shape[0]  # the beams of a sample are consecutive rows
         if self.steering is not None:
-            hidden_BLD = self.steering(hidden_BLD, cells_BL.repeat_interleave(copies, dim=0))
-        self._tokens = hidden_BLD[::copies]
+            steering = self.steering[place] if len(self.layers) > 1 else self.steering
+            hidden_BLD = steering(hidden_BLD, cells_BL.repeat_interleave(copies, dim=0))
+        self._tokens[self.layers[place]] = hidden_BLD[::copies]
         return ((hidden_BLD, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden_BLD})
 
-    def _collect(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        hidden_BLD, map_BL, dummy_IND = self._tokens, self.attention_capture.attention, self._dummy_tokens
-        self._tokens = self.attention_capture.attention = self._dummy_tokens = None
-        if hidden_BLD is None or map_BL is None:
-            raise RuntimeError(
-                f"the attention of block {self.layer} was not captured: the model did not run the registered attention"
-            )
-        if dummy_IND is not None:
-            # The weight is zero, but the outputs depend on the same tensors as for other batches: ZeRO-3 counts the
-            # outputs that receive a gradient.
-            return dummy_IND + 0 * hidden_BLD.sum(), (0 * map_BL.sum()).expand(dummy_IND.shape[:2])
-        images, tokens = len(batch.image_weight), self.spec.grid.size
-        return (
-            gather_images(hidden_BLD, batch.cells, images, tokens),
-            gather_images(map_BL, batch.cells, images, tokens),
-        )
+    def _collect(self, batch: Batch) -> list[TappedBlock]:
+        """Return what the forward pass has left for each tapped block, and forget it."""
+        tokens, dummy_IND = self._tokens, self._dummy_tokens
+        self._tokens, self._dummy_tokens = {}, None
+        images, count, found = len(batch.image_weight), self.spec.grid.size, []
+        for layer, capture in zip(self.layers, self.attention_captures, strict=True):
+            hidden_BLD, map_BL = tokens.get(layer), capture.attention
+            capture.attention = None
+            if hidden_BLD is None or map_BL is None:
+                raise RuntimeError(
+                    f"the attention of block {layer} was not captured: the model did not run the registered attention"
+                )
+            if dummy_IND is not None:
+                # The weight is zero, but the outputs depend on the same tensors as for other batches: ZeRO-3 counts
+                # the outputs that receive a gradient.
+                nothing_IN = (0 * map_BL.sum()).expand(dummy_IND.shape[:2])
+                found.append(TappedBlock(dummy_IND + 0 * hidden_BLD.sum(), nothing_IN))
+            else:
+                parts = (gather_images(values, batch.cells, images, count) for values in (hidden_BLD, map_BL))
+                found.append(TappedBlock(*parts))
+        return found
 
 
 def require_layer(layer: int, spec: ModelSpec) -> None:

@@ -106,8 +106,9 @@ def update_state(
 
 
 def learning_rates(groups: Mapping[str, float]) -> dict[str, float]:
-    """The learning rates of a row: `optim/lr` is that of LoRA, `optim/lr_NAME` that of another parameter group."""
-    return {"optim/lr" if name == "adapters" else f"optim/lr_{name}": rate for name, rate in groups.items()}
+    """The learning rates of a row: `optim/lr` is the language model's, `optim/lr_NAME` that of another group."""
+    language = ("adapters", "language_model")  # one of them
+    return {"optim/lr" if name in language else f"optim/lr_{name}": rate for name, rate in groups.items()}
 
 
 def state_metrics(state: TrainState, device: torch.device) -> dict[str, float]:

@@ -82,10 +82,10 @@ def rates(step: int, config: Config) -> dict[str, float]:
 
 def peaks(config: TrainConfig) -> dict[str, float]:
     """The peak learning rate of each parameter group."""
-    return {"adapters": config.lr, "mixture": config.lr, "steering": config.lr, "projector": config.projector_lr}
+    groups = dict.fromkeys(("adapters", "mixture", "steering", "language_model"), config.lr)
+    return groups | {"projector": config.projector_lr, "vision_tower": config.vision_tower_lr}
 
 
 def decays(config: TrainConfig) -> dict[str, float]:
-    """The weight decay of each parameter group. W starts at zero and does not decay toward it."""
-    decay = config.weight_decay
-    return {"adapters": decay, "mixture": decay, "steering": 0.0, "projector": decay}
+    """The weight decay of the matrices of each parameter group. W starts at zero and does not decay toward it."""
+    return dict.fromkeys(peaks(config), config.weight_decay) | {"steering": 0.0}

@@ -79,6 +79,9 @@ class Callback:
         A rewind may follow a DivergedError, which all ranks raise.
         """
 
+    def on_hang(self, trainer: Trainer) -> None:
+        """Called in a thread of the watchdog before it ends the process, because the run hangs; it must not wait."""
+
 
 class Trainer:
     """Runs the steps of a run and calls the hooks of its callbacks.

@@ -64,6 +64,7 @@ DOORS: dict[str, tuple[str, ...]] = {
     "transformers": ("student/*", "engine/engine.py", "teacher/towers/hf*.py"),
     "triton": ("*kernels/*triton*.py",),
     "wandb": ("observability/wandb_*.py",),
+    "wandb_workspaces": ("observability/wandb_dashboard.py",),
     "webdataset": ("data/shards/writer.py",),
 }
 
@@ -75,6 +76,7 @@ HARMLESS = "pickle.UnpicklingError"  # what torch.load(weights_only=True) raises
 LAYOUT_OWNER = "run_folder.py"
 RUN_FILES = {
     "config.yaml",
+    "environment.json",
     "metrics.jsonl",
     "attempts.jsonl",
     "wandb_run_id",

@@ -12,11 +12,12 @@ from medalign.run_folder import CheckpointFolder, RunFolder, find_run
 def test_the_names_are_those_of_runs_on_disk():
     run = RunFolder(Path("runs/first"))
     checkpoint, evaluation = run.checkpoints.step(500), run.evaluation("val")
-    files = [run.config, run.metrics, run.lock, run.wandb_run_id, run.checkpoints.latest]
+    files = [run.config, run.environment, run.metrics, run.lock, run.wandb_run_id, run.checkpoints.latest]
     files += [checkpoint.export, checkpoint.progress, checkpoint.config, checkpoint.marker]
     files += [evaluation.predictions, evaluation.scores]
     assert [str(path.relative_to(run.path)) for path in files] == [
         "config.yaml",
+        "environment.json",
         "metrics.jsonl",
         "lock",
         "wandb_run_id",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from medalign.config.value_types import NonNegativeFloat
+from medalign.config.value_types import NonNegativeFloat, PositiveFloat
 
 Normalization = Literal["sum", "softmax", "official"]
 LanguageMean = Literal["tokens", "samples"]
@@ -22,6 +22,9 @@ class LossConfig:
     """Coefficient of the spatial alignment loss; 0 disables it."""
     beta: NonNegativeFloat = 0.06
     """Coefficient of the attention loss; 0 disables it."""
+    layer_weights: list[PositiveFloat] = field(default_factory=list)
+    """With several tapped blocks (student.layer), one weight per block for both distillation losses; they are divided
+    by their sum. Empty: all equal."""
     normalize: Normalization = "sum"
     """How attention becomes a distribution. sum: divided by its sum. softmax: softmax of its values. official: divided
     by its L2 norm, as in the released code; the loss may then be negative."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from medalign.config.value_types import NonNegativeFloat, NonNegativeInt, PositiveInt, Seed
@@ -67,5 +67,15 @@ class LogConfig:
     """W&B team."""
     name: str | None = None
     """Name of the run in W&B. By default its random id, because a folder's name may identify patients."""
+    group: str | None = None
+    """Group of the run in W&B, such as one for all seeds of an arm."""
+    job_type: str | None = None
+    """Kind of the run in W&B, such as pilot."""
+    tags: list[str] = field(default_factory=list)
+    """Tags of the run in W&B."""
+    notes: str | None = None
+    """Notes on the run in W&B."""
+    system_metrics: bool = False
+    """Whether W&B also measures the CPUs, GPUs, disk and network of rank 0's node."""
     profile_steps: NonNegativeInt = 0
     """Steps that torch.profiler traces into profile/ in the run's folder, after the first three; 0 is off."""

@@ -34,11 +34,14 @@ class TrainConfig:
     micro_batch_size: PositiveInt = 4
     """Samples per forward pass of one rank."""
     lr: NonNegativeFloat = 2e-4
-    """Peak learning rate of the adapters, W and the mixture."""
+    """Peak learning rate of the adapters, W and the mixture, and of the language model with student.train full, which
+    needs a smaller one, such as 2e-5."""
     projector_lr: NonNegativeFloat = 2e-5
     """Peak learning rate of the projector."""
+    vision_tower_lr: NonNegativeFloat = 2e-6
+    """Peak learning rate of the vision tower."""
     weight_decay: float = 0.0
-    """Weight decay of the adapters and the projector. W has none."""
+    """Weight decay of trained matrices. W has none, nor have biases, the weights of norms, and DoRA's norms."""
     warmup_ratio: ClosedUnitInterval | None = 0.03
     """Share of the steps over which the learning rate rises linearly to its peak. null if train.warmup_steps is set."""
     warmup_steps: NonNegativeInt | None = None

@@ -92,6 +92,7 @@ class Family:
         max_images: largest number of images in a sample; None if any is.
         features_remedy: what helps if the vision tower returns the wrong number of features.
         runs_without_data: whether the vision tower runs on the meta device, where no tensor has values.
+        decoder: qualified name of the language model inside the model.
     """
 
     model_type: ClassVar[str]
@@ -102,6 +103,7 @@ class Family:
     max_images: ClassVar[int | None] = None
     features_remedy: ClassVar[str] = "correct config.json"
     runs_without_data: ClassVar[bool] = True
+    decoder: ClassVar[str] = "model.language_model"
 
     # The folder
 
@@ -146,7 +148,7 @@ class Family:
             language_model=language,
             vision_tower=self.vision_tower(model),
             projector=self.projector(model),
-            decoder="model.language_model",
+            decoder=self.decoder,
             width=language.config.hidden_size,
             image=self.image(model.config),
             image_size=self.image_size(model.config),
@@ -187,7 +189,7 @@ class Family:
             batch: padded or packed.
             pixels: [I, 3, S, S]; None for a batch without images.
         """
-        return {"pixel_values": pixels}
+        return {} if pixels is None else {"pixel_values": pixels}  # generation also looks at a None
 
     def positions(self, spec: ModelSpec, batch: Batch, positions_BL: torch.Tensor) -> torch.Tensor:
         """Return the `position_ids` of a forward pass.

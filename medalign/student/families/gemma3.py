@@ -43,4 +43,4 @@ class Gemma3(Family):
     def inputs(self, spec: ModelSpec, batch: Batch, pixels: torch.Tensor | None) -> dict[str, Any]:
         # Without token types, the model takes an image for text and says nothing.
         types_BL = (batch.image_index >= 0).long()
-        return {"pixel_values": pixels, "token_type_ids": types_BL}
+        return {**super().inputs(spec, batch, pixels), "token_type_ids": types_BL}

@@ -10,6 +10,7 @@ from medalign.training.callbacks.preemption import StopOnSignal
 from medalign.training.callbacks.profiler import Profiler
 from medalign.training.callbacks.steering_norm import SteeringNorm
 from medalign.training.callbacks.validation import Validation
+from medalign.training.callbacks.wandb_logger import WandbLogger
 from medalign.training.trainer import Callback
 
 __all__ = [
@@ -24,4 +25,5 @@ __all__ = [
     "SteeringNorm",
     "StopOnSignal",
     "Validation",
+    "WandbLogger",
 ]

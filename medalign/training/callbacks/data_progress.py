@@ -16,8 +16,8 @@ class DataProgress(Callback):
     """Adds `train/epoch` and the samples of each folder, `data/source_N_samples`, to the rows.
 
     Folders have numbers, in the order of `data.train`, because their names may identify patients. A mixture by weight
-    has no epoch. A sample that replaces a bad one counts for the folder of the bad one.
-    Batches that a rewind has left out count too.
+    has no epoch. A sample that replaces a bad one counts for the folder of the bad one. Batches that a rewind has left
+    out count too.
 
     Args:
         order: the order of the samples.

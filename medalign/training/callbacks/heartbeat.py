@@ -19,6 +19,10 @@ class Heartbeat(Callback):
         self._watchdog = watchdog
         self._start_timeout, self._step_timeout = start_timeout, step_timeout
 
+    def on_train_start(self, trainer: Trainer) -> None:
+        """Let the callbacks know if the run hangs."""
+        self._watchdog.before_end = lambda: trainer.call_hooks(lambda callback: callback.on_hang(trainer))
+
     def on_progress(self, trainer: Trainer, what: str, slow: bool) -> None:
         """Start the time again."""
         slow = slow or trainer.state.step == trainer.begun.step  # the first step compiles kernels

@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from medalign.inference import open_student
 from medalign.student.loading import load_student
 from medalign.student.model import Student
 from tests import tiny
+from tests.docs.pages import blocks
 
 CPU = torch.device("cpu")
 
@@ -111,6 +113,29 @@ def test_plain_peft_reads_the_adapter(settings, student, exported):
     kept = batch.attention_mask[:, ours.kept]
     # float32 sums in another order
     torch.testing.assert_close(ours.logits[kept], theirs[:, ours.kept][kept], rtol=1e-4, atol=1e-4)
+
+
+def test_the_loader_of_the_documentation_gives_the_same_logits_and_answers(settings, student, exported):
+    """With W and a trained projector, in plain transformers and peft."""
+    (block,) = [block for block in blocks("python") if "def load_with_w" in block.text]
+    names: dict[str, Any] = {}
+    exec(block.text, names)
+    model = names["load_with_w"](exported, settings.path, torch.float32)
+    batch = tiny.batch(side="left", texts=((5, 0), (9, 0)))
+    inputs = {
+        "input_ids": batch.input_ids,
+        "attention_mask": batch.attention_mask.long(),
+        "pixel_values": batch.student_pixels,
+    }
+    with torch.no_grad():
+        theirs = model(**inputs).logits
+        ours = student(replace(batch, labels=batch.input_ids))
+    kept = batch.attention_mask[:, ours.kept]
+    # float32 sums in another order
+    torch.testing.assert_close(theirs[:, ours.kept][kept], ours.logits[kept], rtol=1e-4, atol=1e-4)
+    words = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    answers = model.generate(**inputs, **words)[:, batch.input_ids.shape[1] :]
+    assert torch.equal(answers, student.generate(batch, **words)[0])
 
 
 @pytest.mark.parametrize(

@@ -18,16 +18,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import wandb
 from wandb.proto import wandb_internal_pb2
 
 from medalign import config
 from medalign.__main__ import main
 from medalign.checkpoint.state import TrainState
+from medalign.cli.wandb import evaluation_scores
+from medalign.config import LogConfig
 from medalign.distributed import log
 from medalign.observability import wandb_sink
-from medalign.observability.wandb_session import WandbSession
+from medalign.observability.wandb_session import WandbSession, run_id
 from medalign.observability.wandb_sink import WandbSink, sync
+from medalign.run_folder import RunFolder
 from medalign.training.loggers import build_loggers
+from tests.fake_wandb import fake_wandb
 
 BLOCK, HEADER = 32768, 7  # LevelDB log framing; the file starts with a header of the same size
 
@@ -73,6 +79,7 @@ def offline_files(run_dir: Path, ended: int | None = None) -> list[Path]:
 @pytest.fixture
 def at_home(tmp_path, monkeypatch):
     """A user without credentials, and a server that refuses connections."""
+    wandb.teardown()  # of another test's session
     for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_DIR", "WANDB_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
@@ -82,23 +89,32 @@ def at_home(tmp_path, monkeypatch):
 
 def test_an_offline_run_contains_only_numbers_and_the_filtered_configuration(at_home):
     config = {"train": {"lr": 2e-4}, "run": {"dir": "/data/patients/doe"}, "hub_token": "hunter2"}
-    sink = WandbSink("offline", WandbSession(at_home, name="trial", config=config))
+    names = LogConfig(name="trial", group="arms", job_type="pilot", tags=["a", "b"], notes="first try")
+    sink = WandbSink("offline", WandbSession(at_home, names, config=config))
     sink.log(10, {"loss/total": 2.0})
     sink.log(20, {"loss/total": 1.0, "speed/samples_per_second": 3})
     with pytest.raises(TypeError, match="'report'"):
         sink.log(30, {"report": "Small nodule."})
     with pytest.raises(TypeError, match="'picture'"):
         sink.log(30, {"picture": np.zeros((4, 4))})
-    sink.close()
+    sink.alert("Run preempted", "Stopped after step 20.", "WARN")
+    sink.close(75, preempted=True)
 
     (path,) = offline_files(at_home)
     rows = history(path)
     assert [(row["_step"], row["loss/total"]) for row in rows] == [(10, 2.0), (20, 1.0)]
-    assert {k for row in rows for k in row if not k.startswith("_")} == {"loss/total", "speed/samples_per_second"}
+    names = {"loss/total", "speed/samples_per_second", "train/step"}
+    assert {k for row in rows for k in row if not k.startswith("_")} == names
     run = next(record.run for record in records(path) if record.HasField("run"))
     sent = {update.key: json.loads(update.value_json) for update in run.config.update if update.key != "_wandb"}
     assert sent == {"train": {"lr": 2e-4}, "run": {"dir": "<path>"}}
     assert run.display_name == "trial" and not run.host
+    assert (run.run_group, run.job_type, list(run.tags), run.notes) == ("arms", "pilot", ["a", "b"], "first try")
+    found = list(records(path))
+    assert [(r.alert.title, r.alert.level) for r in found if r.HasField("alert")] == [("Run preempted", "WARN")]
+    metrics = [r.metric for r in found if r.HasField("metric")]
+    assert [(m.name or m.glob_name, m.step_metric) for m in metrics] == [("train/step", ""), ("*", "train/step")]
+    assert [r.exit.exit_code for r in found if r.HasField("exit")] == [75]
     text = "".join(str(record) for record in records(path))
     for private in ("doe", "hunter2", str(at_home), str(Path.cwd())):
         assert private not in text, private
@@ -134,6 +150,19 @@ def test_a_run_is_named_by_its_id_unless_it_is_given_a_name(at_home):
     assert not any("doe" in str(record) for run in found for record in run)
     names = {record.run.display_name for run in found for record in run if record.HasField("run")}
     assert names == {"trial", (folder / "wandb_run_id").read_text().strip()}
+    environment = json.loads((folder / "environment.json").read_text())
+    assert environment["world_size"] == 1 and torch.__version__.startswith(environment["versions"]["torch"])
+    for run in found:
+        settings = next(record.run.config for record in run if record.HasField("run"))
+        sent = {update.key: json.loads(update.value_json) for update in settings.update}
+        assert sent["environment"] == environment
+
+
+def test_the_scores_of_evaluations_are_sent_if_wanted(tmp_path):
+    folder = RunFolder(tmp_path).evaluation("val").scores
+    folder.parent.mkdir(parents=True)
+    folder.write_text('{"closed_accuracy": 0.5, "n": 8, "name": "val", "interval": [0.1, 0.2], "data": "/doe"}')
+    assert evaluation_scores(RunFolder(tmp_path)) == {"evaluation/val/closed_accuracy": 0.5, "evaluation/val/n": 8}
 
 
 @pytest.mark.parametrize("key", [None, "0" * 40])
@@ -157,34 +186,46 @@ from medalign.observability.rows import JsonlSink, read_rows
 from medalign.observability.wandb_session import WandbSession
 from medalign.observability.wandb_sink import WandbSink
 
-folder, resumed, killed = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+folder, resumed, last, end = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 metrics = JsonlSink(folder / "metrics.jsonl", resumed_step=resumed)
-wandb = WandbSink("offline", WandbSession(folder), rows=read_rows(folder / "metrics.jsonl"), last_step=30)
-for step in range(resumed + 1, 31):
-    for sink in (metrics, wandb):
+rows = read_rows(folder / "metrics.jsonl")
+sinks = [WandbSink(mode, WandbSession(folder / mode), rows=rows, last_step=30) for mode in ("offline", "online")]
+for step in range(resumed + 1, last + 1):
+    for sink in (metrics, *sinks):
         sink.log(step, {"loss/total": 1 / step})
         if step % 10 == 0:
             sink.log(step, {"validation/loss/total": 2 / step})
-    if step == killed:
-        os.kill(os.getpid(), signal.SIGKILL)
-metrics.close()
-wandb.close()
+if end == "kill":
+    os.kill(os.getpid(), signal.SIGKILL)
+for sink in (metrics, *sinks):
+    sink.close()
 """
 
 
-def test_after_three_kills_the_last_offline_run_has_one_whole_history(at_home):
-    """Each start is killed right after a row, and resumes from a checkpoint that may be later than what W&B has."""
+def test_after_kills_and_a_preemption_there_is_one_whole_history(at_home, monkeypatch):
+    """Each start resumes from a checkpoint, which may be earlier or later than what W&B has.
+
+    On line, W&B sends nothing in the first 15 seconds unless the run ends in order.
+    """
     at_home.mkdir()
-    for resumed, killed in ((0, 8), (8, 15), (10, 23), (20, 0)):
-        words = [sys.executable, "-c", START, str(at_home), str(resumed), str(killed)]
-        found = subprocess.run(words, timeout=120, check=False)
-        assert found.returncode == (-signal.SIGKILL if killed else 0)
-    whole = max(offline_files(at_home, ended=1), key=lambda path: len(history(path)))
-    rows = history(whole)
-    assert [row["_step"] for row in rows] == list(range(1, 31))
-    assert [row["loss/total"] for row in rows] == [1 / step for step in range(1, 31)]
-    validated = {row["_step"]: row["validation/loss/total"] for row in rows if "validation/loss/total" in row}
-    assert validated == {10: 0.2, 20: 0.1, 30: 2 / 30}
+    sent = []
+    with fake_wandb() as server:
+        monkeypatch.setenv("WANDB_BASE_URL", server.url)
+        monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+        for resumed, last, end in ((0, 8, "kill"), (8, 15, "stop"), (10, 23, "kill"), (20, 30, "stop")):
+            words = [sys.executable, "-c", START, str(at_home), str(resumed), str(last), end]
+            found = subprocess.run(words, timeout=120, check=False)
+            assert found.returncode == (-signal.SIGKILL if end == "kill" else 0)
+            sent.append(len(server.history))
+        (online,) = server.runs.values()
+    assert sent == [0, 14, 14, 30]  # step 15 waited for what the next start might have added to it
+    offline = max(offline_files(at_home / "offline", ended=2), key=lambda path: len(history(path)))
+    for rows in (history(offline), online.history):
+        assert [row["_step"] for row in rows] == list(range(1, 31))
+        assert [row["train/step"] for row in rows] == list(range(1, 31))
+        assert [row["loss/total"] for row in rows] == [1 / step for step in range(1, 31)]
+        validated = {row["_step"]: row["validation/loss/total"] for row in rows if "validation/loss/total" in row}
+        assert validated == {10: 0.2, 20: 0.1, 30: 2 / 30}
 
 
 class FakeRun:
@@ -193,12 +234,13 @@ class FakeRun:
     def __init__(self, starting_step: int = 0) -> None:
         self.starting_step = starting_step
         self.rows: list[tuple[int, dict]] = []
+        self.summary: dict[str, float] = {}
         self.finished = False
 
     def log(self, values, step):
         self.rows.append((step, dict(values)))
 
-    def finish(self):
+    def finish(self, exit_code=0):
         self.finished = True
 
 
@@ -213,8 +255,18 @@ def test_a_resumed_run_on_line_gets_each_missing_step_once(at_home, monkeypatch)
     sink.close()
     (fourth, fifth) = run.rows
     assert fourth[0] == 4 and fourth[1]["a"] == 4.0 and math.isnan(fourth[1]["b"])
-    assert fifth == (5, {"a": 5.0})  # step 6 may get a validation by the next start, which sends it
+    assert fifth == (5, {"a": 5.0, "train/step": 5})  # step 6 may get a validation by the next start, which sends it
     assert run.finished
+
+
+def test_the_agent_of_a_sweep_chooses_the_id_of_a_new_run(at_home, monkeypatch):
+    monkeypatch.setenv("WANDB_SWEEP_ID", "sweep")
+    monkeypatch.setenv("WANDB_RUN_ID", "abc123")
+    assert run_id(at_home / "first") == "abc123"
+    monkeypatch.setenv("WANDB_RUN_ID", "def456")
+    assert run_id(at_home / "first") == "abc123"
+    monkeypatch.delenv("WANDB_SWEEP_ID")
+    assert run_id(at_home / "second") != "def456"
 
 
 def test_sync_sends_the_missing_steps(at_home, monkeypatch):

@@ -5,11 +5,13 @@ from __future__ import annotations
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from medalign.observability import watchdog
 from medalign.observability.watchdog import STATUS, Watchdog
+from medalign.training.callbacks import Callback, Heartbeat
 
 
 @pytest.fixture(autouse=True)
@@ -58,6 +60,21 @@ def test_a_rank_without_progress_leaves_its_stack_and_ends(tmp_path, caplog):
     assert "test_watchdog.py" in text and "in hang" in text  # the line in which the main thread waits
     assert "the run hangs: no rank is behind the others" in caplog.text and str(tmp_path / "stacks") in caplog.text
     assert "engine.step_timeout" in caplog.text
+
+
+def test_the_callbacks_know_before_the_process_ends(tmp_path):
+    ended, order = Ended(), []
+
+    class Told(Callback):
+        def on_hang(self, trainer):
+            order.append((trainer.name, list(ended.statuses)))
+
+    trainer = SimpleNamespace(name="run", call_hooks=lambda hook: hook(Told()))
+    with Watchdog(tmp_path / "stacks", ended) as dog:
+        Heartbeat(dog, 1.0, 1.0).on_train_start(trainer)
+        dog.beat("reading the batch of step 7", 0.1)
+        assert ended.event.wait(10)
+    assert order == [("run", [])]
 
 
 def test_progress_or_no_limit_ends_nothing(tmp_path):

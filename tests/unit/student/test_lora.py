@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers import MixtralConfig
 
 from medalign.config import LoraConfig, StudentConfig
 from medalign.errors import ConfigError
 from medalign.student.checks import check_student
 from medalign.student.loading import load_student
 from medalign.student.model import Student
+from tests import tiny
 
 
 def config(folder: Path, **lora: object) -> StudentConfig:
@@ -56,3 +59,39 @@ def test_rank_stabilized_adapters_are_scaled_by_the_root_of_the_rank(student_fol
         if hasattr(layer, "lora_A")
     ]
     assert ratios and all(ratio == pytest.approx(4**0.5) for ratio in ratios)
+
+
+def test_dora_separates_the_norm_of_each_output_from_its_direction(student_folder: Path) -> None:
+    """Untrained, it changes nothing. Its magnitudes are the norms of the rows of the weights."""
+    plain, dora = (load_student(config(student_folder, dora=on), torch.float32).eval() for on in (False, True))
+    batch = tiny.batch()
+    with torch.no_grad():
+        torch.testing.assert_close(dora(batch).logits, plain(batch).logits, rtol=1e-4, atol=1e-4)
+    layer: Any = dora.spec.attentions[1].q_proj
+    magnitude = layer.lora_magnitude_vector["default"].weight
+    torch.testing.assert_close(magnitude.detach(), layer.base_layer.weight.norm(dim=1))
+    torch.nn.init.normal_(layer.lora_B["default"].weight)
+    magnitude.data *= 2
+    direction = layer.base_layer.weight + 2 * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+    hidden = torch.randn(3, 32)
+    expected = hidden @ (magnitude[:, None] * direction / direction.norm(dim=1, keepdim=True)).T
+    torch.testing.assert_close(layer(hidden), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_experts_that_lora_does_not_reach_are_reported_with_their_number(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tiny.save_student(tmp_path / "moe", kind=MixtralConfig, num_local_experts=4)
+    with caplog.at_level("WARNING", "medalign"):
+        check_student(config(folder))
+        count = 3 * 4 * (3 * 32 * 64)  # blocks, experts, their three matrices
+        message = f"does not reach the experts of the student's mixture: {count} parameters in 6 tensors get no adapter"
+        assert [record.getMessage() for record in caplog.records if message in record.getMessage()]
+        caplog.clear()
+        settings = config(folder)
+        settings.train = "full"
+        check_student(settings)
+        assert not caplog.records
+    student = load_student(settings, torch.float32).train()
+    student(tiny.batch()).logits.square().mean().backward()
+    assert all(p.grad is not None for _, p in student.trainable()["language_model"])

@@ -49,9 +49,10 @@ def test_the_defaults_are_the_cosine_to_zero_to_the_last_bit():
 
 
 def test_groups_have_their_own_rate_and_decay():
-    config = settings(steps=10, warmup_ratio=0.0, lr=1.0, projector_lr=0.1, weight_decay=0.2)
-    assert rates(0, config) == {"adapters": 1.0, "mixture": 1.0, "steering": 1.0, "projector": 0.1}
-    assert decays(config.train) == {"adapters": 0.2, "mixture": 0.2, "steering": 0.0, "projector": 0.2}
+    config = settings(steps=10, warmup_ratio=0.0, lr=1.0, projector_lr=0.1, vision_tower_lr=0.01, weight_decay=0.2)
+    language = {"adapters": 1.0, "language_model": 1.0, "mixture": 1.0, "steering": 1.0}
+    assert rates(0, config) == language | {"projector": 0.1, "vision_tower": 0.01}
+    assert decays(config.train) == {name: 0.2 * (name != "steering") for name in rates(0, config)}
 
 
 @pytest.mark.parametrize(

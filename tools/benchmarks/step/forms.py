@@ -72,11 +72,10 @@ class ReleasedStudent(Student):
         rows_BL1 = batch.question_mask[..., None].float()
         map_BL = (weights_BLL * rows_BL1).sum(1) / rows_BL1.sum(1).clamp(min=1)
         images, tokens = len(batch.image_weight), self.spec.grid.size
-        assert self._tokens is not None
         return StudentOutput(
             logits=output.logits,
             kept=kept,
-            tokens=gather_images(self._tokens, batch.cells, images, tokens),
+            tokens=gather_images(self._tokens[self.layer], batch.cells, images, tokens),
             attention=gather_images(map_BL, batch.cells, images, tokens),
         )
 

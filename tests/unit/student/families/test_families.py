@@ -185,12 +185,15 @@ def test_the_map_is_the_mean_of_eager_attention(model: Model) -> None:
 def test_answers_equal_those_of_the_models_own_generation(model: Model) -> None:
     student, own = student_of(model), reference(model)
     batch = collate(model, student, model.samples, with_answer=False, padding_side="left")
+    text_only = collate(model, student, model.samples[-1:], with_answer=False, padding_side="left")
     words = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     ids, attention = student.generate(batch, **words)
     for index, sample in enumerate(model.samples):
         inputs = own_inputs(model, sample)
         theirs = own.generate(**inputs, **words)[0, inputs["input_ids"].shape[1] :]
         assert ids[index].tolist() == theirs.tolist()
+    alone, nothing = student.generate(text_only, **words)
+    assert nothing is None and alone[0].tolist() == ids[-1].tolist()
     with torch.no_grad():
         close(attention, student(all_supervised(batch)).attention)
 

@@ -1,0 +1,185 @@
+"""Makes a student's folder of an adapter that was trained with LLaVA's own code, as LLaVA-Rad's is published.
+
+    python -m tools.merge_llava_adapter ADAPTER --base VICUNA --tower CLIP --output DIR
+
+ADAPTER has adapter_config.json, adapter_model.safetensors or .bin (LoRA of the language model), non_lora_trainables.bin
+or mm_projector.bin (the projector), and config.json. The base is the folder of the language model, the tower that of a
+CLIP in transformers' format. The output is in the layout of LLaVA's authors (`llava_llama`), which medalign reads. One
+shard of the base is in memory at a time. No pickle runs code: .bin files are read with weights_only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from medalign.errors import ConfigError
+
+_PEFT = "base_model.model."
+_LORA = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
+_TOWER = "model.vision_tower.vision_tower."
+_COPIED = ("tokenizer*", "special_tokens_map.json", "generation_config.json")
+
+
+def merge(adapter: Path, base: Path, tower: Path, output: Path) -> None:
+    """Write the folder.
+
+    Args:
+        adapter: the folder of the adapter.
+        base: the language model that it was trained from.
+        tower: the CLIP whose vision tower it was trained with.
+        output: the new folder.
+
+    Raises:
+        ConfigError: a file is missing, the adapter is not plain LoRA, or a weight of it does not fit the base.
+    """
+    if output.exists():
+        raise ConfigError(f"{output} already exists; choose a new folder")
+    lora, scale = _read_lora(adapter)
+    others = {**_read_projector(adapter), **_read_tower(tower)}
+    if left := sorted(lora.keys() - _names(base)):
+        raise ConfigError(f"{adapter} adapts {left[0]}, which {base} does not have; give the base it was trained from")
+    _write_settings(adapter, base, tower, output)
+    places: dict[str, str] = {}
+    for number, state in enumerate(chain(_shards(base), [others]), start=1):
+        name = f"model-{number:05d}.safetensors"
+        for weight in lora.keys() & state.keys():
+            state[weight] = _add(weight, state[weight], lora[weight], scale)
+        save_file({key: value.contiguous() for key, value in state.items()}, output / name, metadata={"format": "pt"})
+        places |= dict.fromkeys(state, name)
+    (output / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+
+
+def _read_lora(adapter: Path) -> tuple[dict[str, dict[str, torch.Tensor]], float]:
+    """Return the factors A and B by the name of the weight that they belong to, and alpha / r."""
+    settings = _read_json(adapter / "adapter_config.json")
+    if settings.get("use_dora") or settings.get("bias", "none") != "none" or settings.get("modules_to_save"):
+        raise ConfigError(f"{adapter}: adapter_config.json: only plain LoRA can be merged; merge it with peft")
+    lora: dict[str, dict[str, torch.Tensor]] = {}
+    for name, value in _read_weights(adapter, "adapter_model").items():
+        found = _LORA.fullmatch(name)
+        if found is None:
+            raise ConfigError(f"{adapter}: {name} is not a weight of LoRA; merge the adapter with peft")
+        lora.setdefault(f"{found[1].removeprefix(_PEFT)}.weight", {})[found[2]] = value
+    rank = settings["r"]
+    return lora, settings["lora_alpha"] / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+
+
+def _add(name: str, weight: torch.Tensor, factors: dict[str, torch.Tensor], scale: float) -> torch.Tensor:
+    if factors.keys() != {"A", "B"}:
+        raise ConfigError(f"the adapter of {name} lacks a factor; copy the adapter's file again")
+    product = factors["B"].float() @ factors["A"].float()
+    if product.shape != weight.shape:
+        raise ConfigError(
+            f"the adapter of {name} is of shape {list(product.shape)}, but the base has {list(weight.shape)}; give the "
+            "base that it was trained from"
+        )
+    return (weight.float() + scale * product).to(weight.dtype)
+
+
+def _read_projector(adapter: Path) -> dict[str, torch.Tensor]:
+    """Return the weights of the projector, by the authors' names in a whole model."""
+    for stem in ("non_lora_trainables", "mm_projector"):
+        if any(adapter.glob(f"{stem}.*")):
+            state = _read_weights(adapter, stem)
+            break
+    else:
+        raise ConfigError(f"{adapter} has neither non_lora_trainables.bin nor mm_projector.bin; copy the projector")
+    found = {name.removeprefix(_PEFT): value for name, value in state.items()}
+    found = {name if name.startswith("model.") else f"model.{name}": value for name, value in found.items()}
+    if foreign := sorted(name for name in found if not name.startswith("model.mm_projector.")):
+        raise ConfigError(f"{adapter}: {foreign[0]} was trained too, which this tool does not know")
+    return found
+
+
+def _read_tower(tower: Path) -> dict[str, torch.Tensor]:
+    found = {name: value for shard in _shards(tower) for name, value in shard.items()}
+    prefix = "vision_model."
+    kept = {name: value for name, value in found.items() if name.startswith(prefix) and "position_ids" not in name}
+    if not kept:
+        raise ConfigError(f"{tower} has no weights named {prefix}*; give the folder of a CLIP in transformers' format")
+    return {f"{_TOWER}{name}": value for name, value in kept.items()}
+
+
+def _files(folder: Path) -> list[Path]:
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ConfigError(f"{folder} has no safetensors files; give the folder of a model, or convert its weights")
+    return files
+
+
+def _names(folder: Path) -> set[str]:
+    names: set[str] = set()
+    for path in _files(folder):
+        with safe_open(path, "pt") as file:
+            names.update(file.keys())
+    return names
+
+
+def _shards(folder: Path) -> Iterator[dict[str, torch.Tensor]]:
+    return (load_file(path) for path in _files(folder))
+
+
+def _read_weights(folder: Path, stem: str) -> dict[str, torch.Tensor]:
+    if (folder / f"{stem}.safetensors").is_file():
+        return load_file(folder / f"{stem}.safetensors")
+    if not (folder / f"{stem}.bin").is_file():
+        raise ConfigError(f"{folder} has no {stem}.safetensors and no {stem}.bin; copy it from the adapter")
+    state: dict[str, torch.Tensor] = torch.load(folder / f"{stem}.bin", map_location="cpu", weights_only=True)
+    return state
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+    return values
+
+
+def _write_settings(adapter: Path, base: Path, tower: Path, output: Path) -> None:
+    """Write config.json, the tokenizer of the base, and the description of the tower beside it."""
+    described = [tower / name for name in ("config.json", "preprocessor_config.json")]
+    for path in described:
+        if not path.is_file():
+            raise ConfigError(f"{tower} has no {path.name}; copy it from the tower")
+    config = {**_read_json(base / "config.json"), **_read_json(adapter / "config.json")}
+    config |= {"model_type": "llava_llama", "mm_vision_tower": "vision_tower"}
+    (output / "vision_tower").mkdir(parents=True)
+    (output / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    for path in described:
+        shutil.copy(path, output / "vision_tower")
+    for path in chain(*map(base.glob, _COPIED)):
+        shutil.copy(path, output)
+
+
+def main(words: list[str] | None = None) -> int:
+    """Parse the command line and merge. Returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("adapter", type=Path)
+    parser.add_argument("--base", type=Path, required=True, help="folder of the language model")
+    parser.add_argument("--tower", type=Path, required=True, help="folder of the CLIP")
+    parser.add_argument("--output", type=Path, required=True, help="new folder")
+    options = parser.parse_args(words)
+    try:
+        merge(options.adapter, options.base, options.tower, options.output)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
