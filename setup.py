@@ -26,6 +26,7 @@ setup(
         'triton>=3.3; platform_system == "Linux"',  # the fused kernels; torch for CUDA brings the same
         "deepspeed>=0.19.8,<0.20",  # private parts: see engine/engine.py
         "transformers>=5.20,<6",  # a private function: see student/capture.py
+        "huggingface_hub>=1.0",  # transformers brings it too
         "peft>=0.21,<1",
         "open_clip_torch>=3.3,<4",  # the layout of its transformer blocks: see teacher/towers/open_clip_vit.py
         "timm>=1.0.20,<2",  # open_clip brings it too; the layout of its blocks: see teacher/towers/timm_vit.py

@@ -1,4 +1,4 @@
-"""mkdocs hook: writes the settings into configuration.md from the fields of the configuration classes."""
+"""mkdocs hook: writes the settings and the metrics into the pages, from the classes and the list that define them."""
 
 from __future__ import annotations
 
@@ -8,11 +8,21 @@ from dataclasses import MISSING, Field, fields, is_dataclass
 from typing import Any, get_type_hints
 
 from medalign import config
+from medalign.observability.metrics import METRICS
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Replace `{{ settings }}`."""
-    return markdown.replace("{{ settings }}", settings()) if "{{ settings }}" in markdown else markdown
+    """Replace `{{ settings }}` and `{{ metrics }}`."""
+    for name, build in {"{{ settings }}": settings, "{{ metrics }}": metrics}.items():
+        if name in markdown:
+            markdown = markdown.replace(name, build())
+    return markdown
+
+
+def metrics() -> str:
+    """Return the table of the metrics that a run logs."""
+    rows = [f"| `{m.name}` | {m.meaning} | {m.unit} | {m.when or 'every row of a training step'} |" for m in METRICS]
+    return "\n".join(["| Metric | Meaning | Unit | Logged |", "| --- | --- | --- | --- |", *rows])
 
 
 def settings() -> str:

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from medalign import distributed, errors
 from medalign.contracts import Sample
+from medalign.data.batches.collator import Collator
 from medalign.data.batches.reader import check_skip_rate
 from medalign.data.samples.bad_sample import BadSample
 from medalign.errors import DataError, MedAlignError, Stopped
@@ -28,6 +29,8 @@ from medalign.evaluation.journal import Entry, Journal
 from medalign.evaluation.tally import Tally
 from medalign.observability.progress import ProgressReporter
 from medalign.stop_signals import StopSignals, stop_signals
+from medalign.student.decoding import Decoding
+from medalign.student.model import Student
 from medalign.work_queue import WorkQueue
 
 log = logging.getLogger("medalign")
@@ -62,6 +65,17 @@ class Work:
     def read(self, batch: Sequence[Place]) -> Found:
         """Read a batch."""
         return [read_or_reason(self.folders[place.folder], place.sample) for place in batch]
+
+
+def describe_answering(student: Student, collator: Collator, batch_size: int, decoding: Decoding) -> dict[str, Any]:
+    """Return the settings that determine answers, beside samples, weights and versions."""
+    return {
+        "batch_size": batch_size,
+        **asdict(decoding),
+        "max_length": collator.encoder.max_length,
+        "dtype": str(student.dtype).removeprefix("torch."),
+        "device": distributed.device().type,
+    }
 
 
 def answer_all(
@@ -178,7 +192,7 @@ def _require_all(queue: WorkQueue, total: int) -> None:
     distributed.barrier()  # rank 0, which has the store, must not end before the others have read it
     if seen < total:
         stopped: type[Stopped] = getattr(errors, reason)
-        raise stopped(f"the evaluation stopped after {seen} of {total} samples")
+        raise stopped(f"stopped after {seen} of {total} samples")
     if unreadable == total:
         raise DataError(f"none of the {total} samples can be used; the log has the reason for each")
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
 
 from medalign import distributed
-from medalign.answering import Work, answer_all
+from medalign.answering import Work, answer_all, describe_answering
 from medalign.checkpoint import export
 from medalign.data.shards.index import ShardIndex
 from medalign.data.storage.byte_ranges import is_remote
@@ -83,14 +82,7 @@ def evaluate(
         with distributed.raise_on_all_ranks():
             student, tokenizer, collator = open_student(source, base, max(i.max_images for i in indexes), max_length)
             origin = {**describe_weights(source), "shards": [list(index.fingerprint()) for index in indexes]}
-        settings = {
-            "limit": limit,
-            "batch_size": batch_size,
-            **asdict(decoding),
-            "max_length": collator.encoder.max_length,
-            "dtype": str(student.dtype).removeprefix("torch."),
-            "device": distributed.device().type,
-        }
+        settings = {"limit": limit, **describe_answering(student, collator, batch_size, decoding)}
         work = Work("evaluate", indexes, planned, batch_size, max_skip_fraction)
         ask = partial(predict, student, tokenizer, collator, decoding=decoding, device=distributed.device())
         tally, journal = answer_all(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 
@@ -24,6 +24,7 @@ from medalign.run_folder import RunFolder
 _ELAPSED, _TIME = "time/elapsed_seconds", "time"
 _NOT_METRICS = ("step", _TIME, _ELAPSED)  # shown in lines of their own
 _NONE = "-"
+_COLUMN = 15  # characters of a run beside the names; a longer title is folded
 
 
 @dataclass
@@ -115,29 +116,36 @@ def watch(
     runs = _open(paths)
     _refresh(runs)
     if once:
-        console.print(table(runs, metrics))
+        console.print(tables(runs, metrics, console.width))
         return
     try:
         if console.is_terminal:
-            with Live(table(runs, metrics), console=console, auto_refresh=False) as live:
+            with Live(tables(runs, metrics, console.width), console=console, auto_refresh=False) as live:
                 while True:
                     sleep(interval)
                     _refresh(runs)
-                    live.update(table(runs, metrics), refresh=True)
-        console.print(table(runs, metrics))
+                    live.update(tables(runs, metrics, console.width), refresh=True)
+        console.print(tables(runs, metrics, console.width))
         while True:
             sleep(interval)
             if _refresh(runs):
-                console.print(table(runs, metrics))
+                console.print(tables(runs, metrics, console.width))
     except KeyboardInterrupt:  # how a watch ends
         return
+
+
+def tables(runs: Sequence[WatchedRun], metrics: Sequence[str], width: int) -> Group:
+    """Build one table or, where the runs do not fit beside each other in `width` characters, several."""
+    names = [*runs[0].lines(datetime.now(UTC)), *_metric_names(runs, metrics)]
+    beside = max(1, (width - max(map(len, names))) // _COLUMN)
+    return Group(*(table(runs[first : first + beside], metrics) for first in range(0, len(runs), beside)))
 
 
 def table(runs: Sequence[WatchedRun], metrics: Sequence[str] = (), now: datetime | None = None) -> Table:
     """Build the table: one column per run, one line per metric that any run has."""
     now = now or datetime.now(UTC)
     drawn = Table(box=box.SIMPLE, pad_edge=False)
-    drawn.add_column("")
+    drawn.add_column("", no_wrap=True, min_width=max(map(len, _metric_names(runs, metrics)), default=0))
     for run in runs:
         drawn.add_column(run.title, justify="right", overflow="fold")
     shared = [run.lines(now) for run in runs]

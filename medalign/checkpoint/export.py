@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from medalign.checkpoint.authors_layout import write_authors_layout
 from medalign.checkpoint.integrity import verify_export
 from medalign.config import DataConfig, LoraConfig, StudentConfig
 from medalign.errors import CheckpointError, ConfigError
@@ -154,16 +155,19 @@ def copy(source: Path, output: Path) -> None:
     shutil.copytree(source, output, dirs_exist_ok=True)
 
 
-def merge(source: Path, output: Path, base: str | None = None) -> None:
-    """Write the student as an ordinary Hugging Face model folder, with the adapters merged into its weights.
+def merge(source: Path, output: Path, base: str | None = None, *, authors_layout: bool = False) -> None:
+    """Write the student as an ordinary model folder, with the adapters merged into its weights.
 
     Args:
         source: the export.
         output: the new folder.
         base: folder of the base model, if it has moved since the training.
+        authors_layout: write names, files and precision as in the base model's folder, if it is in the layout of its
+            authors, instead of a folder of transformers.
 
     Raises:
-        ConfigError: W or the query mixture is enabled. They act only on some tokens, so they cannot be merged.
+        ConfigError: W or the query mixture is enabled. They act only on some tokens, so they cannot be merged. Or the
+            base model's folder is in the format of transformers already.
         CheckpointError: `output` exists and is not an empty folder.
     """
     config = settings(source)
@@ -173,11 +177,17 @@ def merge(source: Path, output: Path, base: str | None = None) -> None:
             f"{part} is enabled in {source} and cannot be merged into the model's weights; export without --merge"
         )
     _require_new(output)
-    student = load_export(source, torch.float32, torch.device("cpu"), base, quantized=False)
     config.path = base or config.path
+    key_mapping = family_of(config.path).key_mapping
+    if authors_layout and not key_mapping:
+        raise ConfigError(f"{config.path} is in the format of transformers already; export without --layout authors")
+    student = load_export(source, torch.float32, torch.device("cpu"), base, quantized=False)
     processor = loading.load_processor(config)
     model = loading.merge_adapters(student)
-    if family_of(config.path).key_mapping:
+    if authors_layout and key_mapping:
+        write_authors_layout(model, Path(config.path), key_mapping, output)
+        return
+    if key_mapping:
         model = _in_transformers_layout(model)
     model.save_pretrained(output)
     processor.save_pretrained(output)

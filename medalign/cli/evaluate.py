@@ -7,9 +7,9 @@ import logging
 import sys
 
 from medalign.cli.decoding import add_decoding, read_decoding
-from medalign.cli.parser import Subparsers, add_command, add_max_length, add_run
+from medalign.cli.parser import Subparsers, add_command, add_max_length, add_max_skip_fraction, add_run
 from medalign.cli.ranks import status_on_all_ranks
-from medalign.cli.values import count, share
+from medalign.cli.values import count
 
 log = logging.getLogger("medalign")
 
@@ -43,14 +43,7 @@ def register(subparsers: Subparsers) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace an evaluation of more samples, too")
     parser.add_argument("--batch-size", type=count, default=32, metavar="N", help="default %(default)s")
     parser.add_argument("--limit", type=count, metavar="N", help="score only the first N samples")
-    parser.add_argument(
-        "--max-skip-fraction",
-        type=share,
-        default=0.01,
-        metavar="SHARE",
-        help="stop if more than this share of the samples cannot be read; fewer than 100 samples count as 100 "
-        "(default %(default)s)",
-    )
+    add_max_skip_fraction(parser, 0.01)
 
 
 def run(arguments: argparse.Namespace) -> int:

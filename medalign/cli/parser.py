@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from medalign.cli.values import count
+from medalign.cli.values import count, share
 from medalign.errors import ConfigError
 
 Subparsers: TypeAlias = "argparse._SubParsersAction[CommandParser]"
@@ -105,4 +105,16 @@ def add_max_length(parser: argparse.ArgumentParser) -> None:
         type=count,
         metavar="N",
         help="maximum tokens of a question and its first image; text beyond it is cut off (default: as in training)",
+    )
+
+
+def add_max_skip_fraction(parser: argparse.ArgumentParser, default: float) -> None:
+    """Add --max-skip-fraction."""
+    parser.add_argument(
+        "--max-skip-fraction",
+        type=share,
+        default=default,
+        metavar="SHARE",
+        help="stop if more than this share of the samples cannot be read; fewer than 100 samples count as 100 "
+        "(default %(default)s)",
     )

@@ -28,6 +28,12 @@ def validate(config: Config, *, models: bool = True, data: bool = True) -> None:
     _check_further_teachers(config)
     _check_data(config, data)
     _check_mixture(config)
+    keep, interval = config.checkpoint.keep_interval, config.checkpoint.interval
+    _require(
+        keep % interval == 0,
+        f"checkpoint.keep_interval is {keep}, but only each multiple of checkpoint.interval {interval} has a "
+        "checkpoint; make it a multiple of that",
+    )
 
 
 def _require(holds: bool, message: str) -> None:

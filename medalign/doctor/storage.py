@@ -58,7 +58,9 @@ def check_space(config: Config, free: Callable[[Path], int] = lambda path: shuti
         free: returns the free bytes of a folder's file system.
     """
     trained = parameters(student_on_meta(config.student, torch.bfloat16), trainable=True)
-    count = config.checkpoint.save_total_limit + 1 + bool(config.train.evaluate_every)
+    keep = config.checkpoint.keep_interval
+    kept = (config.train.steps or 0) // keep if keep else 0  # with train.epochs, the number of steps is not known here
+    count = config.checkpoint.save_total_limit + 1 + bool(config.train.evaluate_every) + kept
     need, found = count * trained * _BYTES, free(existing(Path(config.run.dir)))
     detail = f"{found / 2**30:.1f} GiB are free, and {count} checkpoints need {need / 2**30:.2f} GiB"
     if found < need:

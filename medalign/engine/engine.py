@@ -25,6 +25,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from medalign import distributed
 from medalign.engine import extensions
 from medalign.engine.capture import captured_saves, defer_io_errors
+from medalign.engine.host_memory import freed_at_once
 from medalign.errors import ConfigError
 from medalign.run_folder import CheckpointFolder
 
@@ -71,9 +72,13 @@ def stop() -> None:
 @contextlib.contextmanager
 def sharded_loading(settings: Mapping[str, Any]) -> Iterator[None]:
     """Make transformers partition weights over the ranks while it reads them, if the settings use ZeRO-3."""
-    keep_alive = HfDeepSpeedConfig(dict(settings)) if stage(settings) == 3 else None
-    try:
+    if stage(settings) != 3:
         yield
+        return
+    keep_alive = HfDeepSpeedConfig(dict(settings))
+    try:
+        with freed_at_once():
+            yield
     finally:
         del keep_alive
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from medalign.engine.engine import stage
-from medalign.planning.shapes import parameters, vision_blocks, vision_tokens
+from medalign.planning.shapes import TeacherShape, parameters, vision_blocks, vision_tokens
 from medalign.student.model import Student
-from medalign.teacher.towers import Tower
 
 _FLOAT32 = 4
 _LIVE = 1_000_000_000  # DeepSpeed's default of stage3_max_live_parameters
@@ -31,7 +30,7 @@ class State:
         optimizer: 12 T / N: AdamW's two moments and the float32 copy of the weights. ZeRO keeps that copy for float32
             weights too.
         buckets: 4 bytes for each element of reduce_bucket_size, at most 4 T.
-        teacher: the whole frozen tower on every rank.
+        teacher: the whole frozen towers on every rank; none of a teacher with a cache.
         offloaded: what is in CPU memory instead, per rank.
     """
 
@@ -49,12 +48,14 @@ class State:
         return self.weights + self.gathered + self.gradients + self.optimizer + self.buckets + self.teacher
 
 
-def state(student: Student, tower: Tower | None, settings: Mapping[str, Any], world: int, width: int) -> State:
+def state(
+    student: Student, teachers: Sequence[TeacherShape], settings: Mapping[str, Any], world: int, width: int
+) -> State:
     """Return the bytes that do not depend on the micro-batch; the formulas are those of `State`.
 
     Args:
         student: on the meta device.
-        tower: the teacher's tower on the meta device.
+        teachers: the teachers on the meta device.
         settings: the complete DeepSpeed configuration.
         world: N, number of ranks.
         width: b, bytes per weight.
@@ -77,7 +78,7 @@ def state(student: Student, tower: Tower | None, settings: Mapping[str, Any], wo
     if zero.get("offload_optimizer"):
         offloaded, gradients, optimizer = offloaded + gradients + optimizer, 0, 0
     bucket = _FLOAT32 * min(int(zero.get("reduce_bucket_size", 500_000_000)), trained) if stage(settings) > 1 else 0
-    teacher = 0 if tower is None else sum(p.nbytes for p in tower.parameters())
+    teacher = sum(p.nbytes for each in teachers if each.runs for p in each.tower.parameters())
     return State(weights, gathered, gradients, optimizer, bucket, teacher, offloaded)
 
 
@@ -91,8 +92,9 @@ class PerSample:
     Attributes:
         activations: what autograd saves in the language model (`shapes.saved_bytes`).
         logits: K V (2 b + 12): the logits and their gradient, and in float32 their copy, its softmax and the gradient.
-        losses: N D (b + 8) + 8 N E + 8 L per tapped block: the image tokens, their stored float32 gradient and its
-            product with the outer one, the teacher's resampled features in float32, the attention map and its gradient.
+        losses: N D (b + 8) + 8 N E for each teacher, and 8 L, per tapped block: the image tokens, their stored float32
+            gradient and its product with the outer one, the teacher's resampled features in float32, the attention map
+            and its gradient.
         towers: 8 tokens * width * b of the larger tower, one block of which is in memory at a time; all blocks of a
             student's tower that is trained.
     """
@@ -109,13 +111,13 @@ class PerSample:
 
 
 def per_sample(
-    student: Student, tower: Tower | None, activations: int, length: int, supervised: int, width: int
+    student: Student, teachers: Sequence[TeacherShape], activations: int, length: int, supervised: int, width: int
 ) -> PerSample:
     """Return the bytes per sample; the formulas are those of `PerSample`.
 
     Args:
         student: on the meta device.
-        tower: the teacher's tower on the meta device.
+        teachers: the teachers on the meta device.
         activations: bytes that autograd saves in the language model.
         length: L, tokens of a sample.
         supervised: K, supervised tokens of a sample.
@@ -123,13 +125,12 @@ def per_sample(
     """
     tokens, hidden = student.spec.image.count, student.spec.width
     vocabulary = student.spec.model.get_input_embeddings().weight.shape[0]
-    losses = 0 if tower is None else tokens * hidden * (width + 8) + 8 * tokens * tower.width + 8 * length
-    losses *= len(student.layers)
+    losses = sum(tokens * hidden * (width + 8) + 8 * tokens * each.tower.width for each in teachers)
+    losses = (losses + (8 * length if teachers else 0)) * len(student.layers)
     patches, vision = vision_tokens(student)
     kept = vision_blocks(student) if "vision_tower" in student.trainable() else 1
     sides = [patches * _stream(vision) * kept]
-    if tower is not None:
-        sides.append(tower.grid.size * _stream(tower.width))
+    sides += [each.tower.grid.size * _stream(each.tower.width) for each in teachers if each.runs]
     return PerSample(activations, supervised * vocabulary * (2 * width + 12), losses, max(sides) * width)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,10 +15,9 @@ from medalign.engine.settings import deepspeed_settings
 from medalign.errors import ConfigError
 from medalign.planning.cards import CARDS, Card
 from medalign.planning.memory import PerSample, State, largest_micro_batch, per_sample, state
-from medalign.planning.shapes import parameters, saved_bytes, student_on_meta, teacher_on_meta
+from medalign.planning.shapes import TeacherShape, parameters, saved_bytes, student_on_meta, teachers_on_meta
 from medalign.planning.work import Operations, Traffic, operations, traffic
 from medalign.student.model import Student
-from medalign.teacher.towers import Tower
 
 
 @dataclass(frozen=True)
@@ -132,15 +132,15 @@ def make_plan(
         ConfigError: a model's folder cannot be used, or a sample has no room for an image.
     """
     dtype = torch.float32 if config.train.precision == "fp32" else torch.bfloat16
-    student, tower = student_on_meta(config.student, dtype), teacher_on_meta(config, dtype)
+    student, teachers = student_on_meta(config.student, dtype), teachers_on_meta(config, dtype)
     conditions = _conditions(config, student, nodes, gpus, efficiency, network, length, supervised)
     width, world = dtype.itemsize, conditions.world
     settings = deepspeed_settings(config, world)
     step = StepPlan(config.train.batch_size, config.train.micro_batch_size, world)
     recompute = config.student.gradient_checkpointing
-    held = state(student, tower, settings, world, width)
-    each = _per_sample(student, tower, conditions, width)
-    work = operations(student, tower, conditions.length, conditions.supervised, recompute)
+    held = state(student, teachers, settings, world, width)
+    each = _per_sample(student, teachers, conditions, width)
+    work = operations(student, teachers, conditions.length, conditions.supervised, recompute)
     wire = traffic(student, settings, world, step.accumulation, width, recompute)
     micro_batch = min(config.train.micro_batch_size, -(-config.train.batch_size // world))
     plan = Plan(
@@ -150,10 +150,11 @@ def make_plan(
         accumulation=step.accumulation,
         steps=_steps(config, samples),
         checkpointing=recompute,
-        parameters=_parts(student) | ({} if tower is None else {"teacher": parameters(tower)}),
+        parameters=_parts(student)
+        | ({"teacher": sum(parameters(each.tower) for each in teachers)} if teachers else {}),
         trainable={name: sum(p.numel() for _, p in group) for name, group in student.trainable().items()},
         state=held,
-        states={str(level): _at_stage(student, tower, settings, level, world, width).total for level in (1, 2, 3)},
+        states={str(level): _at_stage(student, teachers, settings, level, world, width).total for level in (1, 2, 3)},
         sample=each,
         operations=work,
         traffic=wire,
@@ -208,17 +209,19 @@ def _parts(student: Student) -> dict[str, int]:
 
 
 def _at_stage(
-    student: Student, tower: Tower | None, settings: dict[str, Any], level: int, world: int, width: int
+    student: Student, teachers: Sequence[TeacherShape], settings: dict[str, Any], level: int, world: int, width: int
 ) -> State:
     zero = {k: v for k, v in settings.get("zero_optimization", {}).items() if not k.startswith("offload")}
-    return state(student, tower, {"zero_optimization": zero | {"stage": level}}, world, width)
+    return state(student, teachers, {"zero_optimization": zero | {"stage": level}}, world, width)
 
 
-def _per_sample(student: Student, tower: Tower | None, conditions: Conditions, width: int) -> dict[str, PerSample]:
+def _per_sample(
+    student: Student, teachers: Sequence[TeacherShape], conditions: Conditions, width: int
+) -> dict[str, PerSample]:
     saved = saved_bytes(student, 1, conditions.length)
     return {
         name: per_sample(
-            student, tower, saved.total(recompute, student.layers), conditions.length, conditions.supervised, width
+            student, teachers, saved.total(recompute, student.layers), conditions.length, conditions.supervised, width
         )
         for recompute, name in _NAMES.items()
     }

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,7 @@ from medalign.student.model import Student
 from medalign.student.packing import without_packed_mask
 from medalign.student.reading import as_config_error, silent_transformers
 from medalign.student.weights import family_of
+from medalign.teacher.loading import teacher_dtype
 from medalign.teacher.source import find_teacher
 from medalign.teacher.towers import Tower, tower_class
 
@@ -53,25 +54,38 @@ def student_on_meta(config: StudentConfig, dtype: torch.dtype) -> Student:
     return student
 
 
-def teacher_on_meta(config: Config, dtype: torch.dtype = torch.float32) -> Tower | None:
-    """Build the teacher's tower on the meta device; None when nothing is distilled.
+class TeacherShape(NamedTuple):
+    """A teacher on the meta device."""
+
+    tower: Tower
+    runs: bool  # False if its targets come from a cache
+
+
+def teachers_on_meta(config: Config, dtype: torch.dtype = torch.float32) -> list[TeacherShape]:
+    """Build the towers of all teachers on the meta device; none when nothing is distilled.
 
     Args:
         config: the run's settings.
-        dtype: data type of the student, which the teacher has too unless teacher.precision names another one.
+        dtype: data type of the student, which a teacher has too unless its settings name another one.
 
     Raises:
-        ConfigError: the folder is not that of a teacher.
+        ConfigError: a folder is not that of a teacher.
     """
-    if not config.distils:
-        return None
-    source = find_teacher(config.teacher.path, config.teacher.mean, config.teacher.std)
-    kind = tower_class(source)
-    kind.check(source)
-    with torch.device("meta"):
-        tower = kind.build(source, config.teacher.features)
-    named = {"bf16": torch.bfloat16, "fp32": torch.float32}
-    return tower.to(named.get(config.teacher.precision, dtype))
+    found = []
+    for settings in config.teachers:
+        source = find_teacher(settings.path, settings.mean, settings.std)
+        kind = tower_class(source)
+        kind.check(source)
+        with torch.device("meta"):
+            tower = kind.build(source, settings.features)
+        found.append(TeacherShape(tower.to(teacher_dtype(settings, dtype)), not settings.cache))
+    return found
+
+
+def teacher_on_meta(config: Config, dtype: torch.dtype = torch.float32) -> Tower | None:
+    """Build the first teacher's tower as `teachers_on_meta`; None when nothing is distilled."""
+    found = teachers_on_meta(config, dtype)
+    return found[0].tower if found else None
 
 
 def parameters(module: nn.Module, *, trainable: bool = False) -> int:

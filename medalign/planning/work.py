@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from medalign.engine.engine import stage
-from medalign.planning.shapes import parameters, vision_tokens
+from medalign.planning.shapes import TeacherShape, parameters, vision_tokens
 from medalign.student.model import Student
-from medalign.teacher.towers import Tower
 
 _FLOAT32 = 4
 
@@ -25,10 +24,10 @@ class Operations:
             are trained. Attention: 2 L^2 w forward (the causal half of two products) and twice that backward.
             With checkpointing, another forward pass of all blocks except one.
         head: 4 K V D: forward and gradient of the input; 6 K V D if it is trained.
-        vision: the towers of student and teacher, forward: 2 per weight and token, and 4 M^2 width per block for the
+        vision: the towers of student and teachers, forward: 2 per weight and token, and 4 M^2 width per block for the
             attention of M tokens; three times that for a trained tower; and the projector.
-        distillation: W and the two losses, per tapped block: 6 N D^2 + 6 N^2 (D + E) + 6 L^2 w; 12 N D r for a W of
-            rank r.
+        distillation: W and the two losses, per tapped block: 6 N D^2, 6 N^2 (D + E) for each teacher, and 6 L^2 w;
+            12 N D r for a W of rank r.
     """
 
     blocks: float
@@ -42,12 +41,14 @@ class Operations:
         return self.blocks + self.head + self.vision + self.distillation
 
 
-def operations(student: Student, tower: Tower | None, length: int, supervised: int, checkpointing: bool) -> Operations:
+def operations(
+    student: Student, teachers: Sequence[TeacherShape], length: int, supervised: int, checkpointing: bool
+) -> Operations:
     """Count the operations per sample; the formulas are those of `Operations`.
 
     Args:
         student: on the meta device.
-        tower: the teacher's tower on the meta device.
+        teachers: the teachers on the meta device.
         length: L, tokens of a sample.
         supervised: K, supervised tokens of a sample.
         checkpointing: whether blocks are recomputed.
@@ -66,10 +67,10 @@ def operations(student: Student, tower: Tower | None, length: int, supervised: i
     projector = _forward(spec.projector) * tokens + (4 * parameters(spec.projector, trainable=True) * tokens)
     learned = student.trainable()
     vision = _tower(spec.vision_tower, patches, width) * (3 if "vision_tower" in learned else 1) + projector
-    distillation = 0.0
-    if tower is not None:
-        vision += _tower(tower, tower.grid.size + 1, tower.width)
-        distillation = 6 * tokens**2 * (spec.width + tower.width) + 6 * length**2 * heads
+    distillation = 6.0 * length**2 * heads if teachers else 0.0
+    for tower, runs in teachers:
+        distillation += 6 * tokens**2 * (spec.width + tower.width)
+        vision += _tower(tower, tower.grid.size + 1, tower.width) if runs else 0.0
     distillation *= len(student.layers)
     distillation += 6 * tokens * sum(p.numel() for _, p in learned.get("steering", ()))
     head = (6 if "language_model" in learned else 4) * supervised * vocabulary * spec.width

@@ -10,7 +10,7 @@ from medalign.config import Config
 from medalign.contracts import IGNORE, Batch
 from medalign.engine.settings import precision
 from medalign.errors import ConfigError
-from medalign.planning.shapes import student_on_meta, teacher_on_meta
+from medalign.planning.shapes import student_on_meta, teachers_on_meta
 from medalign.planning.work import operations
 
 log = logging.getLogger("medalign")
@@ -32,10 +32,10 @@ class ModelFlops:
 
     def __init__(self, config: Config) -> None:
         dtype = precision(config)
-        student, tower = student_on_meta(config.student, dtype), teacher_on_meta(config, dtype)
+        student, teachers = student_on_meta(config.student, dtype), teachers_on_meta(config, dtype)
 
         def count(length: int, supervised: int) -> float:
-            return operations(student, tower, length, supervised, checkpointing=False).total
+            return operations(student, teachers, length, supervised, checkpointing=False).total
 
         self._image, once, twice = count(0, 0), count(_LENGTH, 0), count(2 * _LENGTH, 0)
         self._square = (twice - 2 * once + self._image) / (2 * _LENGTH**2)

@@ -41,6 +41,8 @@ FLOORS = (
         "pipeline",
         "inference",
         "answering",
+        "questions",
+        "model_card",
         "evaluator",
         "inspection",
         "target_cache",
@@ -56,6 +58,7 @@ FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 DOORS: dict[str, tuple[str, ...]] = {
     "deepspeed": ("engine/*",),
     "fsspec": ("data/storage/filesystems.py",),
+    "huggingface_hub": ("model_card.py", "student/reading.py", "teacher/towers/hf.py"),
     "open_clip": ("teacher/source.py", "teacher/towers/open_clip*.py", "teacher/towers/timm*.py"),
     "peft": ("student/loading.py",),
     "pydicom": ("data/samples/dicom*.py",),

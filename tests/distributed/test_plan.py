@@ -51,6 +51,6 @@ def measured(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dic
 def test_planned_bytes_are_those_that_torch_holds(recipe, measured, name, kind):
     config = settings_of.load(str(recipe), ["--engine.deepspeed", engine(recipe, name)])
     student = student_on_meta(config.student, torch.bfloat16)
-    planned = getattr(memory.state(student, None, deepspeed_settings(config, 2), 2, 2), kind)
+    planned = getattr(memory.state(student, (), deepspeed_settings(config, 2), 2, 2), kind)
     largest = max(rank[name][kind] for rank in measured)
     assert largest == planned

@@ -60,6 +60,46 @@ def test_generate_answers_and_draws(trained, film, tmp_path, capsys):
     assert abs(width - 1.5 * height) <= 1.5  # each side is rounded to whole pixels
 
 
+def test_a_file_of_questions_is_answered_as_one_by_one(trained, film, tmp_path, capsys):
+    """In the order of the file, with the reference if the question has one."""
+    asked = ["Is there an effusion?", "Where is the nodule? Name the side and the zone.", "What is a nodule?"]
+    rows = [{"id": f"q{i}", "image": film.name, "question": text} for i, text in enumerate(asked)]
+    rows[1] |= {"answer": "left", "answer_type": "Open", "patient": "p1"}
+    rows[2]["image"] = None
+    rows.append({"id": "lost", "image": "lost.png", "question": "Is it there?"})
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    output, quick = tmp_path / "answers.jsonl", ["--max-new-tokens", "6"]
+    words = ["generate", str(trained), "--input", str(tmp_path / "questions.jsonl"), "--output", str(output), *quick]
+    assert main(words) == 2
+    shown = capsys.readouterr().err
+    assert "1 of 4 samples could not be used, more than --max-skip-fraction 0.0" in shown and "lost.png" in shown
+    assert main([*words, "--max-skip-fraction", "0.1"]) == 0
+    found = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [row["key"] for row in found] == ["q0", "q1", "q2"]
+    assert [row.get("answer") for row in found] == [None, "left", None] and found[1]["patient"] == "p1"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["answers.jsonl", "film.png", "questions.jsonl"]
+    capsys.readouterr()
+    for row, text in zip(found[:2], asked, strict=False):
+        assert main(["generate", str(trained), "--image", str(film), "--question", text, *quick]) == 0
+        assert capsys.readouterr().out == row["prediction"] + "\n"
+    assert main(words) == 2 and f"--output {output} already exists" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "--input is missing; give --image, --question, --overlay, or --input, --output"),
+        (["--input", "q.jsonl"], "--output is missing"),
+        (["--question", "q"], "--image is missing"),
+        (["--question", "q", "--input", "q.jsonl"], "--question and --input exclude each other"),
+        (["--image", "a.png", "--question", "q", "--top-p", "0.5"], "--top-p 0.5 has no effect without --do-sample"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(tmp_path, words, message, capsys):
+    assert main(["generate", str(tmp_path), *words]) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_an_export_answers_like_its_run(trained, film, tmp_path, capsys):
     """The export includes W: the exported student gives the same answer, and W is not zero."""
     folder = tmp_path / "export"

@@ -39,7 +39,7 @@ def test_two_ranks_equal_one(trained: Path, shards: Path, tmp_path: Path, monkey
     assert all("first 143" in output and "second 0" in output for output in outputs), outputs
     total = len((shards / "val" / "index.jsonl").read_text().splitlines()) - 1
     assert f"resuming an interrupted evaluation after 4 of {total} samples" in outputs[0]
-    stopped = re.search(rf"the evaluation stopped after (\d+) of {total} samples", outputs[0])
+    stopped = re.search(rf"stopped after (\d+) of {total} samples", outputs[0])
     assert stopped and f"resuming an interrupted evaluation after {stopped[1]} of {total} samples" in outputs[0]
     answered = [int(re.search(r"answered (\d+)", output)[1]) for output in outputs]  # type: ignore[index]
     assert min(answered) >= 2 and sum(answered) == -(-total // 2) - 2

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PART = """
 case $1 in
-up) touch "${%s}/%s" ;;
+up) mkdir "${%s}" && touch "$%s/%s" ;;
 env) echo "export SLURM_CONF=$SLURM_LOCAL_DIR/slurm.conf" ;;
 esac
 echo "%s $1" >> CALLS
@@ -24,8 +24,8 @@ def checkout(tmp_path: Path) -> Path:
     """A checkout with the script of the checks, beside stand-ins for the tools of real parts."""
     calls = tmp_path / "calls"
     for script, text in {
-        "shared/tools/slurm-localhost.sh": PART % ("SLURM_LOCAL_DIR", "slurm.conf", "slurm"),
-        "shared/tools/ssh-hosts.sh": PART % ("SSH_HOSTS_DIR", "hostfile", "hosts"),
+        "shared/tools/slurm-localhost.sh": PART % ("SLURM_LOCAL_DIR", "SLURM_LOCAL_DIR", "slurm.conf", "slurm"),
+        "shared/tools/ssh-hosts.sh": PART % ("SSH_HOSTS_DIR", "SSH_HOSTS_DIR", "hostfile", "hosts"),
         "checkout/tools/test.sh": 'echo "tests ${SLURM_CONF##*/} ${TEST_HOSTFILE##*/}" >> CALLS\nexit "${FAILS:-0}"\n',
     }.items():
         path = tmp_path / script

@@ -75,7 +75,8 @@ def test_a_row_that_differs_is_not_survived(tmp_path, values, message):
 
 def test_the_summary_counts_by_kind_and_ranks():
     trial = {"ranks": 1, "kind": "TERM", "in": "training", "survived": True}
-    trials = [trial | {"seconds_to_checkpoint": 0.25}, trial | {"in": "start", "survived": False}, trial | {"ranks": 2}]
+    early = trial | {"in": "start", "survived": False, "seconds_to_checkpoint": 9.0}
+    trials = [trial | {"seconds_to_checkpoint": 0.25}, early, trial | {"ranks": 2}]
     found = summarize(trials, {})
     assert (found["trials"], found["survived"], found["in_start"]) == (3, 2, 1)
     assert [(row["ranks"], row["trials"], row["survived"]) for row in found["faults"]] == [(1, 2, 1), (2, 1, 1)]

@@ -77,3 +77,19 @@ def test_the_page_names_every_recipe(page):
 def test_an_epoch_of_vqa_rad_has_56_steps(page):
     batch = tool.load("llava_med/vqa_rad").train.batch_size
     assert f"An epoch of VQA-RAD is {1797 // batch} such steps" in " ".join(page.split())
+
+
+def test_the_teachers_have_the_published_configuration(shared: Path):
+    known = json.loads((shared / "models" / "teacher-unimed-clip.json").read_text())["files"]
+    files = {name.split(" ")[0]: values["config"] for name, values in known.items() if isinstance(values, dict)}
+    for folder, file in (
+        ("unimed_l14", "unimed_clip_vit_l14_base_text_encoder.pt"),
+        ("unimed_b16", "unimed_clip_vit_b16.pt"),
+    ):
+        model = json.loads((tool.CONFIGS / folder / "open_clip_config.json").read_text())["model_cfg"]
+        embedding = {name: model[name] for name in ("embed_dim", "quick_gelu")}
+        assert model["vision_cfg"] | embedding == files[file]
+    biomedclip = json.loads((shared / "models" / "teacher-biomedclip.json").read_text())["config"]
+    found = json.loads((tool.CONFIGS / "biomedclip" / "open_clip_config.json").read_text())
+    assert found["model_cfg"]["vision_cfg"] == biomedclip["model_cfg"]["vision_cfg"]
+    assert found["preprocess_cfg"] == biomedclip["preprocess_cfg"]

@@ -77,7 +77,7 @@ def losses_and_gradient(config: Config) -> tuple[dict[str, float], dict[str, tor
     torch.nn.init.normal_(student.steering.weight, std=0.1, generator=torch.Generator().manual_seed(0))
     targets = teacher_targets(teacher, batch.teachers[0], student.spec.grid, batch.image_questions)
     report = build_objective(config)(student(batch), targets, batch, {"language": 1, "similarity": 1, "attention": 1})
-    means = {name: float(term.sum / term.count) for name, term in report.terms.items()}
+    means = {name: float(term.sum.detach() / term.count) for name, term in report.terms.items()}
     gradients = {
         name: torch.autograd.grad(report.terms[name].sum, student.steering.weight, retain_graph=True)[0]
         for name in ("similarity", "attention")

@@ -65,6 +65,19 @@ def test_two_runs_are_beside_each_other(tmp_path):
     assert list(found).index("loss/extra") < list(found).index("optim/lr")  # groups stay together
 
 
+@pytest.mark.parametrize(("width", "tables"), [(40, 3), (60, 2), (100, 1)])
+def test_runs_that_do_not_fit_are_below_each_other(tmp_path, width, tables):
+    """No name is cut, so that two metrics cannot look the same."""
+    row = {"speed/samples_per_second": 12.5, "speed/tokens_per_second": 12.5}
+    paths = [write_run(tmp_path / f"seed-{seed}-medalign", {20: row}) for seed in range(3)]
+    console = Console(file=io.StringIO(), width=width)
+    watching.watch(paths, console, once=True)
+    text = console.file.getvalue()
+    assert text.count("speed/samples_per_second") == text.count("speed/tokens_per_second") == tables
+    assert text.count("12.5") == 6 and "…" not in text
+    assert all(len(line) <= width for line in text.splitlines())
+
+
 def test_rows_of_other_metrics_do_not_hide_a_value(tmp_path):
     run = write_run(tmp_path / "run", {10: {"loss/total": 1.0}, 20: {"validation/loss/total": 2.0}})
     found = lines(draw([run]))

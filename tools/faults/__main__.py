@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import random
+import signal
 import sys
 import time
 from pathlib import Path
@@ -129,6 +130,7 @@ def main() -> int:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     logging.getLogger("medalign").setLevel(logging.ERROR)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the ranks end with this process
     campaign = Campaign(arguments.work, arguments.ranks, arguments.seed)
     try:
         campaign.run(arguments.trials)

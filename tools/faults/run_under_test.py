@@ -80,8 +80,10 @@ class RunUnderTest:
     def finish(self) -> list[tuple[float, ...]]:
         """Run to the end without a fault; returns all rows."""
         start = self.start()
-        start.wait(3600.0)
-        status = start.kill()
+        try:
+            start.wait(3600.0)
+        finally:
+            status = start.kill()
         if set(status) != {0}:
             raise NotSurvivedError(f"exit status {status}: {self.tail()}")
         return self.rows()

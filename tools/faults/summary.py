@@ -17,7 +17,7 @@ def read_trials(path: Path) -> list[Trial]:
 
 
 def summarize(trials: Sequence[Trial], about: dict[str, Any]) -> dict[str, Any]:
-    """Return counts by kind and number of ranks, and the seconds from a signal to a checkpoint and to the end."""
+    """Return counts by kind and ranks, and the seconds from a signal in a step to a checkpoint and to the end."""
     kinds = sorted({(trial["kind"], trial["ranks"]) for trial in trials})
     return {
         **about,
@@ -32,10 +32,11 @@ def summarize(trials: Sequence[Trial], about: dict[str, Any]) -> dict[str, Any]:
 
 
 def _describe(kind: str, ranks: int, trials: Sequence[Trial]) -> dict[str, Any]:
+    trained = [trial for trial in trials if trial["in"] == "training"]  # in the start there is no step to end
     times = {
-        name: _spread([trial[name] for trial in trials if name in trial])
+        name: _spread([trial[name] for trial in trained if name in trial])
         for name in ("seconds_to_checkpoint", "seconds_to_end")
-        if any(name in trial for trial in trials)
+        if any(name in trial for trial in trained)
     }
     survived = sum(trial["survived"] for trial in trials)
     return {"kind": kind, "ranks": ranks, "trials": len(trials), "survived": survived, **times}
@@ -46,7 +47,7 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def table(summary: dict[str, Any]) -> str:
-    """Return the rows of the summary as a table for the documentation."""
+    """Return the summary as a table and a line for the documentation."""
     lines = [
         "| Fault | Ranks | Trials | Survived | Seconds to a checkpoint: median, largest | Seconds to the end |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -54,7 +55,8 @@ def table(summary: dict[str, Any]) -> str:
     for row in summary["faults"]:
         times = [_format_spread(row.get(name)) for name in ("seconds_to_checkpoint", "seconds_to_end")]
         lines.append(f"| {row['kind']} | {row['ranks']} | {row['trials']} | {row['survived']} | {' | '.join(times)} |")
-    return "\n".join(lines)
+    counts = f"{summary['survived']} of {summary['trials']} survived; {summary['in_start']} were injected in the start."
+    return "\n".join([*lines, "", counts])
 
 
 def _format_spread(spread: dict[str, float] | None) -> str:

@@ -29,8 +29,8 @@ class CheckpointConfig:
     save_total_limit: PositiveInt = 2
     """Number of checkpoints to keep; older ones are deleted."""
     keep_interval: NonNegativeInt = 0
-    """Checkpoints whose step is a multiple of this are never deleted; 0 is none. It should be a multiple of
-    checkpoint.interval, because only steps that have a checkpoint can be kept."""
+    """Checkpoints whose step is a multiple of this are never deleted; 0 is none. It is a multiple of
+    checkpoint.interval."""
     asynchronous: bool = True
     """Whether the run continues while a checkpoint is written. It waits only until each rank has copied its state into
     host memory: 12 bytes per trainable parameter, divided by the number of ranks, and up to 4 more on rank 0. The

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import shutil
+from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,13 +18,28 @@ from medalign.errors import CheckpointError
 from tests.unit.checkpoint.fakes import FakeEngine, at, room, save
 
 
-def test_for_another_number_of_ranks_a_copy_is_converted(tmp_path, monkeypatch):
+def test_for_another_number_of_ranks_a_copy_is_converted(tmp_path, monkeypatch, caplog):
+    """What it needs is reported before."""
+    caplog.set_level("INFO", logger="medalign")
     folder = save(tmp_path, at(5, ranks=4))
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    monkeypatch.setattr(loading, "CONVERSION_SPEED", size / 42)
     monkeypatch.setattr(loading, "to_universal", lambda source, target, agree: shutil.copytree(source, target))
     engine = FakeEngine()
     assert load(engine, folder) == at(5, ranks=1)
     assert engine.loaded == [tmp_path / ".partial-universal-step-000005"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-000005"]
+    reported = "was written by 4 ranks: converting it for 1 (about 42 s; 0.00 GiB of disk space until it is loaded, "
+    assert reported in caplog.text and "the checkpoint is converted" in caplog.text
+
+
+def test_missing_space_is_detected_before_converting(tmp_path, monkeypatch):
+    folder = save(tmp_path, at(5, ranks=4))
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, 2 * size))
+    with pytest.raises(CheckpointError, match=r"could not be converted .*GiB more are needed.*free disk space"):
+        load(FakeEngine(), folder)
 
 
 def test_a_full_disk_while_converting_keeps_the_checkpoint(tmp_path, monkeypatch):

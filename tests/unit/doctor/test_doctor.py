@@ -179,6 +179,11 @@ class TestStorage:
         found = storage.check_space(load(words), free=lambda _: int(share * 2 * 16 * 180_480))
         assert found.status == status
 
+    def test_checkpoints_that_are_kept_for_good_count(self, words):
+        settings = load(words)
+        settings.train.steps, settings.checkpoint.keep_interval = 600, 300
+        assert "4 checkpoints need" in storage.check_space(settings, free=lambda _: 10**12).detail
+
     def test_a_folder_that_cannot_be_written(self, words, monkeypatch):
         def refuse(**_):
             raise PermissionError(13, "Permission denied")

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from medalign.config import Config, StudentConfig
+from medalign.config import Config, FurtherTeacher, StudentConfig
 from medalign.errors import ConfigError
 from medalign.losses.language_model import language_model
 from medalign.planning import memory, shapes
+from medalign.planning.work import operations
 from medalign.student import loading
 from medalign.teacher.loading import load_teacher
 from tests import tiny
@@ -74,6 +75,22 @@ def test_no_teacher_where_nothing_is_distilled():
     assert shapes.teacher_on_meta(config) is None
 
 
+def test_each_running_teacher_has_memory_and_work_and_a_cached_one_has_none(student_folder, teacher_folder):
+    config = Config()
+    config.student.path, config.teacher.path = str(student_folder), str(teacher_folder)
+    config.student.layer = 1
+    student = shapes.student_on_meta(config.student, torch.float32)
+    one = shapes.teachers_on_meta(config)
+    config.teacher.also = [FurtherTeacher(str(teacher_folder)), FurtherTeacher(str(teacher_folder), cache="targets")]
+    three = shapes.teachers_on_meta(config)
+    held = [memory.state(student, each, {}, 1, 4).teacher for each in (one, three)]
+    assert held[1] == 2 * held[0] > 0
+    losses = [memory.per_sample(student, each, 0, LENGTH, 7, 4).losses - 8 * LENGTH for each in (one, three)]
+    assert losses[1] == 3 * losses[0] > 0
+    vision = [operations(student, each, LENGTH, 7, False).vision for each in ((), one, three)]
+    assert vision[2] - vision[0] == pytest.approx(2 * (vision[1] - vision[0])) and vision[1] > vision[0]
+
+
 class Saved:
     """Counts what autograd saves in a real forward pass: each storage once, without parameters."""
 
@@ -132,8 +149,7 @@ def test_activations_and_logits_are_close_to_all_that_a_real_pass_saves(student_
     real, loss = run(config)
     student = shapes.student_on_meta(config, torch.float32)
     saved = shapes.saved_bytes(student, SAMPLES, LENGTH)
-    tower = None
-    each = memory.per_sample(student, tower, saved.total(False, (1,)), LENGTH, 7, 4)
+    each = memory.per_sample(student, (), saved.total(False, (1,)), LENGTH, 7, 4)
     logits = SAMPLES * 7 * 260 * 4  # in a forward pass: the log-softmax at the labels, saved once
     assert loss.requires_grad
     assert 0.99 * real.total < saved.total(False, (1,)) + logits < real.total  # measured: 0.9 % below

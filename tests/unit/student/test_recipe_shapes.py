@@ -98,7 +98,7 @@ def step(recipe: str, student: Student) -> dict[str, tuple[int, ...]]:
         report = objective(output, targets, batch, dict.fromkeys(objective.counts(batch), 1.0))
         report.total.backward()
     assert set(report.terms) == ({"language"} if targets is None else {"language", "similarity", "attention"})
-    found = output._asdict()
+    found = {name: getattr(output, name) for name in ("logits", "kept", "tokens", "attention")}
     if targets is not None:
         found |= {"features": targets.features, "target": targets.attention}
     assert {tensor.device.type for name, tensor in found.items() if name != "kept"} == {"meta"}

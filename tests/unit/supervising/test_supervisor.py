@@ -97,7 +97,8 @@ def test_signals_reach_what_a_launcher_has_started(run, name, status):
 
 
 def _signal_when_ready(ready: Path, number: int) -> None:
-    while not ready.exists():
+    deadline = time.monotonic() + 60
+    while not ready.exists() and time.monotonic() < deadline:
         time.sleep(0.02)
     os.kill(os.getpid(), number)
 

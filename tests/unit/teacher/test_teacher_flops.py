@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tools.benchmarks import teacher_flops
+from tools.benchmarks import teacher_flops, teacher_share
 
 RESULTS = json.loads((Path(teacher_flops.__file__).parent / "results" / "teacher_flops.json").read_text())
 
@@ -26,3 +26,28 @@ def test_a_count_by_hand():
     """One layer of a product of [2, 3] and [3, 5]: two operations per multiplication."""
     left, right = torch.empty(2, 3, device="meta"), torch.empty(3, 5, device="meta")
     assert teacher_flops.count(lambda: left @ right) == 2 * 2 * 3 * 5 / 1e9
+
+
+PAIRS = {
+    "ViT-L/14 at 336 (UniMed-CLIP)": "UniMed-CLIP ViT-L/14 at 336",
+    "ViT-B/16 at 224 (UniMed-CLIP, BiomedCLIP)": "UniMed-CLIP ViT-B/16 at 224",
+    "SigLIP So400m/14 at 448 (MedSigLIP)": "MedSigLIP at 448",
+    "DINOv2 B/14 at 518 (RAD-DINO)": "RAD-DINO at 518",
+    "ResNet-50 at 448 (BioViL)": "BioViL at 448",
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_the_measured_share_is_near_the_counted_one(name):
+    """Kernels reach different parts of the peak: within 30 % of each other."""
+    measured = json.loads((Path(teacher_flops.__file__).parent / "results" / "teacher_share.json").read_text())
+    assert set(measured["share"]) == set(teacher_share.TEACHERS)
+    assert measured["share"][name] == pytest.approx(RESULTS["teachers"][PAIRS[name]]["share"], rel=0.3)
+
+
+def test_a_part_of_a_tower_has_its_real_width_and_patches():
+    with torch.device("meta"):
+        part = teacher_share.TEACHERS["ViT-L/14 at 336 (UniMed-CLIP)"].build()
+        whole = teacher_flops.TEACHERS["UniMed-CLIP ViT-L/14 at 336"]()
+    assert (part.grid, part.width, len(part.blocks())) == (whole.grid, whole.width, teacher_share.MEASURED)
+    assert len(whole.blocks()) == teacher_share.TEACHERS["ViT-L/14 at 336 (UniMed-CLIP)"].depth

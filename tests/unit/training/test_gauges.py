@@ -15,7 +15,7 @@ from medalign.contracts import IGNORE
 from medalign.data.order.mixture import Mixture
 from medalign.data.order.order import GlobalOrder
 from medalign.planning.cards import CARDS, find_card
-from medalign.planning.shapes import student_on_meta, teacher_on_meta
+from medalign.planning.shapes import student_on_meta, teachers_on_meta
 from medalign.planning.work import operations
 from medalign.training.callbacks import DataProgress, Efficiency
 from medalign.training.model_flops import ModelFlops, model_flops
@@ -30,15 +30,15 @@ def settings(student_folder, teacher_folder) -> Config:
 
 
 def test_the_operations_of_a_batch_are_those_of_the_plan_without_recomputation(settings):
-    student, tower = student_on_meta(settings.student, torch.float32), teacher_on_meta(settings)
+    student, teachers = student_on_meta(settings.student, torch.float32), teachers_on_meta(settings)
     batch, flops = tiny.batch(texts=((5, 4), (40, 2))), ModelFlops(settings)
     expected = sum(
-        operations(student, tower, int(length), int(supervised), checkpointing=False).total
+        operations(student, teachers, int(length), int(supervised), checkpointing=False).total
         for length, supervised in zip(batch.attention_mask.sum(1), (batch.labels != IGNORE).sum(1), strict=True)
     )
     assert flops(batch) == pytest.approx(expected, rel=1e-12)
     assert flops(tiny.packed(batch)) == pytest.approx(expected, rel=1e-12)
-    assert flops(batch) < sum(operations(student, tower, 58, 4, checkpointing=True).total for _ in batch.keys)
+    assert flops(batch) < sum(operations(student, teachers, 58, 4, checkpointing=True).total for _ in batch.keys)
 
 
 def test_operations_that_cannot_be_counted_leave_out_the_metric(caplog):

@@ -149,6 +149,10 @@ def test_a_trace_is_written_however_short_the_run_is(tmp_path, caplog, steps, tr
     ("words", "message"),
     [
         (["--train.evaluate_every", "5"], "train.evaluate_every is 5, but there are no held-out shards"),
+        (
+            ["--checkpoint.keep_interval", "450"],
+            "keep_interval is 450, but only each multiple of checkpoint.interval 300 has",
+        ),
         (["--train.evaluate_every", "-1"], "train.evaluate_every.*-1"),
         (["--log.profile_steps", "-1"], "log.profile_steps.*-1"),
     ],

@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from medalign.__main__ import main
 from medalign.checkpoint import export
 from medalign.config import LossConfig, StudentConfig
 from medalign.config import load as load_config
@@ -285,6 +286,28 @@ def test_a_merged_export_is_a_folder_of_transformers(model: Model, tmp_path: Pat
     assert inputs["input_ids"].tolist() == batch.input_ids.tolist()
     with torch.no_grad():
         close(merged(**inputs).logits[:, :-1], student(all_supervised(batch)).logits)
+
+
+def test_a_merged_export_in_the_layout_of_the_authors(model: Model, tmp_path: Path) -> None:
+    """The names and files are those of the base model; loaded again, it gives the logits of the student."""
+    student = student_of(model, trained=True, steering=False)
+    whole = {name: value.detach() for named in student.trainable().values() for name, value in named}
+    export.write_export(student, whole, replace(model.config, steering=False), 1000, tmp_path / "export")
+    words = ["export", str(tmp_path / "export"), "--output", str(tmp_path / "merged"), "--merge", "--layout", "authors"]
+    if "mm_vision_tower" not in (model.folder / "config.json").read_text():
+        assert main(words) == 2  # in the format of transformers already
+        return
+    assert main(words) == 0
+    merged = tmp_path / "merged"
+    before, after = (load_file(folder / "model.safetensors") for folder in (model.folder, merged))
+    assert set(before) == set(after) and all(after[name].dtype == value.dtype for name, value in before.items())
+    changed = {name for name, value in before.items() if not torch.equal(value, after[name])}
+    assert changed and all("layers" in name and name.endswith(".weight") for name in changed)
+    assert {path.name for path in merged.iterdir()} == {path.name for path in model.folder.iterdir()} | {"README.md"}
+    again = load_student(model.case.config(merged, steering=False), torch.float32).eval()
+    batch = all_supervised(collate(model, student, model.samples))
+    with torch.no_grad():
+        close(again(batch).logits, student(batch).logits)
 
 
 def drop(state: dict[str, torch.Tensor], name: str) -> None:
