@@ -55,7 +55,7 @@ def load_tower(settings: TeacherSettings, device: torch.device | str, dtype: tor
     tower = tower.to(teacher_dtype(settings, dtype))
     rollout = settings.attention == "rollout"
     teacher = Teacher(tower, source.mean, source.std, conditioning, settings.mask_sinks, settings.compile, rollout)
-    return teacher.to(device)
+    return teacher.to(device, memory_format=torch.channels_last if settings.channels_last else torch.preserve_format)
 
 
 def _require_rollout(source: TeacherSource, tower: Tower, settings: TeacherSettings) -> None:

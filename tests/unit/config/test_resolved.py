@@ -32,6 +32,7 @@ LLAVA_VQA = {
     "teacher.attention": "last_block",
     "teacher.precision": "auto",
     "teacher.compile": False,
+    "teacher.channels_last": False,
     "teacher.text_weight": 0.0,
     "teacher.text_temperature": 0.05,
     "teacher.text_absent_weight": 0.0,

@@ -88,6 +88,19 @@ def test_a_tower_compiles_in_one_piece(case: Case, tmp_path, monkeypatch):
 
 
 @every_kind
+@torch.no_grad()
+def test_the_order_of_channels_does_not_change_the_targets(case: Case, tmp_path):
+    case.write(tmp_path / "teacher")
+    plain, pixels = load_teacher(tmp_path / "teacher"), draw_pixels(case.size)
+    teacher = load_teacher(tmp_path / "teacher", channels_last=True)
+    kernels = [m.weight for m in teacher.modules() if isinstance(m, torch.nn.Conv2d) and m.weight.shape[1] > 1]
+    assert kernels and all(kernel.is_contiguous(memory_format=torch.channels_last) for kernel in kernels)
+    for found, expected in zip(teacher(pixels), plain(pixels), strict=True):
+        # Another order of the sums in each convolution: some float32 roundings, relative to the largest value.
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+
+
+@every_kind
 def test_pixels_are_normalized_as_the_folder_says_or_as_the_user_says(case: Case, tmp_path):
     case.write(tmp_path / "teacher")
     expected = PreprocessCfg(case.size, tuple(MEAN), tuple(STD))
