@@ -36,8 +36,8 @@ class TeacherSettings:
     """Compile the teacher's tower with torch.compile. It costs a minute or so at the start and whenever a micro-batch
     has a new number of images."""
     channels_last: bool = False
-    """Keep images and the weights of convolutions in the order of torch.channels_last, which a tower of convolutions may
-    run faster in. Transformers have one convolution and gain nothing."""
+    """Keep images and the weights of convolutions in the order of torch.channels_last, in which a tower of convolutions
+    may run faster. Transformers have one convolution and gain nothing."""
     text_weight: ClosedUnitInterval = 0.0
     """Share of a text-conditioned map in the attention target of each question that names a finding of the lexicon. 0:
     only the class token's attention (the paper's), the same for every question about an image."""
