@@ -57,10 +57,16 @@ def prune(root: Path, newest: Path, retention: Retention, best_step: int | None)
 
 
 def point_to_best(root: Path, step: int | None) -> None:
-    """Let `best` name the checkpoint of the best step, or remove it if that checkpoint does not exist."""
+    """Let `best` name the checkpoint of the best step, or remove it if that checkpoint does not exist.
+
+    A failure is only a warning: the checkpoint itself is complete, and the next one tries again.
+    """
     checkpoints = CheckpointsFolder(root)
     found = None if step is None else checkpoints.by_step().get(step)
-    if found is None:
-        checkpoints.best.unlink(missing_ok=True)
-    else:
-        write_flushed(checkpoints.best, found.path.name + "\n")
+    try:
+        if found is None:
+            checkpoints.best.unlink(missing_ok=True)
+        else:
+            write_flushed(checkpoints.best, found.path.name + "\n")
+    except OSError as error:
+        log.warning("%s cannot be written (%s)", checkpoints.best, error.strerror or error)

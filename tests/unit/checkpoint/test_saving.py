@@ -46,6 +46,13 @@ def test_a_best_checkpoint_that_is_gone_is_not_named(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-000005"]
 
 
+def test_a_best_checkpoint_that_cannot_be_named_is_a_warning(tmp_path, caplog):
+    """On one rank only: an error would leave the others waiting."""
+    (tmp_path / ".best").mkdir()
+    assert save(tmp_path, replace(at(5), best_step=5, best_loss=0.5)) == tmp_path / "step-000005"
+    assert "best cannot be written (Is a directory)" in caplog.text
+
+
 @pytest.mark.parametrize("writer", ["torch", "safetensors", "plain"])
 def test_real_writers_without_space_keep_the_earlier_checkpoint(tmp_path, writer):
     save(tmp_path, at(5))
