@@ -1,9 +1,9 @@
 """A launcher without ranks: `python launcher.py PLAN medalign train RECIPE --run.dir DIR ...`.
 
 PLAN is a JSON file with a list of starts, each with "status" of the launcher, the "records" of ranks, the newest "step"
-in metrics.jsonl, the step of a "checkpoint", and "wait", a signal that it waits for before all that. "leave" is a command
-of the shell that outlives the launcher, in a session of its own, as torchrun gives each rank. The first start is removed
-from the list.
+in metrics.jsonl, the step of a "checkpoint", and "wait", a signal that it waits for before all that. "leave" is a
+command of the shell that outlives the launcher, in a session of its own, as torchrun gives each rank. The first start
+is removed from the list.
 """
 
 from __future__ import annotations
