@@ -117,8 +117,9 @@ class CheckpointWriter:
             with _agreed(final):
                 on_main(lambda: _commit(partial, final, self._root))()
         if distributed.is_main():
-            prune(self._root, final, self._retention, pending.state.best_step)
-            point_to_best(self._root, pending.state.best_step)
+            state = pending.state
+            prune(self._root, final, self._retention, state.best_step, state.spike_start(state.step + 1))
+            point_to_best(self._root, state.best_step)
         return final
 
     def abandon(self) -> None:
