@@ -204,7 +204,10 @@ def _agreed(final: Path) -> Iterator[None]:
 
 
 def _failure(final: Path) -> tuple[str, str]:
-    return f"checkpoint {final} could not be written", "earlier checkpoints are complete; free disk space"
+    return (
+        f"checkpoint {final} could not be written",
+        "earlier checkpoints are complete; free disk space, or make the folder writable",
+    )
 
 
 @contextmanager
