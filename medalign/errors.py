@@ -60,6 +60,8 @@ def exit_status(error: BaseException) -> int:
         return error.status
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED
+    if isinstance(error, ConnectionError):  # another process, such as a worker of the loader, has ended
+        return 1
     return USER_ERROR if isinstance(error, (MedAlignError, OSError)) else 1
 
 

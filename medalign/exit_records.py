@@ -85,4 +85,5 @@ def read(folder: RunFolder) -> list[ExitRecord]:
 def clear(folder: RunFolder) -> None:
     """Remove the records of earlier starts."""
     for path in folder.exit_records():
-        path.unlink()
+        with suppress(OSError):  # a folder that cannot be written is reported when it is locked
+            path.unlink()

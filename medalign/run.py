@@ -9,23 +9,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from medalign import config as settings
 from medalign import distributed, exit_records, pipeline, target_cache
+from medalign.assembly import build_callbacks, build_models
 from medalign.checkpoint import export, lock
 from medalign.checkpoint.loading import find_whole, load
 from medalign.checkpoint.retention import Retention
 from medalign.checkpoint.saving import CheckpointWriter
 from medalign.checkpoint.state import TrainState
 from medalign.config import Config
-from medalign.contracts import Batch, Sample
 from medalign.data.batches.collator import Collator
 from medalign.data.shards.index import ShardIndex
 from medalign.engine import engine as deepspeed_engine
 from medalign.engine import extensions
 from medalign.engine.engine import Engine
-from medalign.engine.settings import deepspeed_settings, precision
+from medalign.engine.settings import deepspeed_settings
 from medalign.errors import ConfigError, Stopped
 from medalign.losses.build import build_objective
 from medalign.losses.objective import Objective
@@ -34,21 +32,14 @@ from medalign.observability.watchdog import STATUS as HANG
 from medalign.observability.watchdog import Watchdog
 from medalign.run_folder import RunFolder
 from medalign.stop_signals import stop_signals
-from medalign.student import loading
-from medalign.student.model import Student, check_causality
-from medalign.teacher.cache.teacher import CachedTeacher
-from medalign.teacher.loading import load_tower, require_attention
-from medalign.teacher.model import TargetSource
-from medalign.teacher.targets import assert_replicated
+from medalign.student.model import Student
 from medalign.training import rewind, schedule
 from medalign.training.callbacks import (
     Callback,
     Checkpointing,
     Heartbeat,
     MetricLogger,
-    Profiler,
     StopOnSignal,
-    Validation,
 )
 from medalign.training.gauges import build_gauges
 from medalign.training.loggers import build_loggers
@@ -116,7 +107,7 @@ def _train(
     config = schedule.resolve_steps(config, len(index) if index else 0)
     log.info("%s", schedule.describe_length(config, len(index) if index else 0))
     begin("loading the models", more=extensions.build_timeout(ds_settings))
-    engine, teachers, student, collator = _build(config, ds_settings, _max_images(index, held_out))
+    engine, teachers, student, collator = build_models(config, ds_settings, _max_images(index, held_out))
     if found:
         begin("loading the checkpoint")
         now = replace(load(engine, found), stage=now.stage, data=now.data)
@@ -217,91 +208,8 @@ def _checkpoint_writer(config: Config, root: Path, engine: Engine, student: Stud
     return CheckpointWriter(engine, root, retention, settings.dump(config), gather_export)
 
 
-def _build(
-    config: Config, ds_settings: dict[str, Any], max_images: int
-) -> tuple[Engine, list[TargetSource], Student, Collator]:
-    # The teachers come first: what is built once ZeRO-3 partitions modules would be partitioned too.
-    teachers = build_teachers(config)
-    with deepspeed_engine.sharded_loading(ds_settings):
-        student = loading.load_student(config.student, precision(config), config.run.seed)
-    for capture in student.attention_captures:
-        capture.impl = config.losses.impl
-    student.train()
-    engine = Engine(student, parameter_groups(student, config), ds_settings)
-    for teacher in teachers:
-        assert_replicated(teacher)
-    processor = loading.load_processor(config.student)
-    views = [teacher.view for teacher in teachers]
-    first, also = (views[0] if views else None), views[1:]
-    collator = pipeline.build_collator(config, student.spec, processor, first, max_images, also)
-    check_causality(student, sanity_batch(collator.without_teachers()).to(engine.device))
-    return engine, teachers, student, collator
-
-
-def build_teachers(config: Config) -> list[TargetSource]:
-    """The teachers of this rank, frozen, in the order of the settings; none when nothing is distilled.
-
-    Those with a cache are read from it, and their weights are not loaded.
-    """
-    if config.train.steps == 0:
-        return []
-    require_attention(config)
-    device, dtype = distributed.device(), precision(config)
-    return [
-        CachedTeacher(settings).to(device) if settings.cache else load_tower(settings, device, dtype)
-        for settings in config.teachers
-    ]
-
-
 def _max_images(*indexes: ShardIndex | None) -> int:
     return max((index.max_images for index in indexes if index is not None), default=1)
-
-
-def build_callbacks(config: Config, folder: Path, held_out: ShardIndex | None, collator: Collator) -> list[Callback]:
-    """The callbacks of every rank that the settings ask for, apart from checkpoints."""
-    callbacks: list[Callback] = []
-    if config.log.profile_steps:
-        callbacks.append(Profiler(config.log.profile_steps, RunFolder(folder).profile))
-    if held_out is not None:
-        batches = pipeline.build_validation_loader(config, held_out, collator)
-        callbacks.append(Validation(config.train.evaluate_every, batches, config.train.best_metric))
-    return callbacks
-
-
-def sanity_batch(collator: Collator) -> Batch:
-    """Two questions of different lengths about a gray image, to check the model before the first step."""
-    gray = Image.new("RGB", (8, 8), (128, 128, 128))
-    questions = ("Is this study normal?", "Where is the abnormality?")
-    return collator([Sample("probe", "none", "vqa", question, "yes", "closed", (gray,)) for question in questions])
-
-
-def parameter_groups(student: Student, config: Config) -> list[dict[str, Any]]:
-    """The parameters by kind, with their learning rate, weight decay and settings of AdamW.
-
-    A kind that decays is two groups of the same name: matrices, and vectors, which do not decay.
-    """
-    peaks, decays = schedule.peaks(config.train), schedule.decays(config.train)
-    return [
-        {
-            "name": name,
-            "params": parameters,
-            "lr": peaks[name],
-            "weight_decay": decay,
-            "betas": config.optimizer.betas,
-            "eps": config.optimizer.eps,
-        }
-        for name, named in student.trainable().items()
-        for decay, parameters in _by_decay([p for _, p in named], decays[name]).items()
-    ]
-
-
-def _by_decay(parameters: Sequence[Any], decay: float) -> dict[float, list[Any]]:
-    """Divide parameters by their weight decay, which biases, the weights of norms and DoRA's norms do not have."""
-    groups: dict[float, list[Any]] = {}
-    for parameter in parameters:
-        shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 keeps the shape of what it has partitioned
-        groups.setdefault(decay if len(shape) > 1 else 0.0, []).append(parameter)
-    return groups
 
 
 def _write_config_and_open_loggers(config: Config, folder: Path, now: TrainState) -> list[MetricLogger]:

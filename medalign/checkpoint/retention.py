@@ -31,7 +31,7 @@ class Retention:
         return multiples | set(steps[-self.newest :])
 
 
-def prune(root: Path, newest: Path, retention: Retention, best_step: int | None) -> None:
+def prune(root: Path, newest: Path, retention: Retention, best_step: int | None, spike: int) -> None:
     """Remove the checkpoints that are no longer needed. Only rank 0 calls it.
 
     Checkpoints of later steps than `newest` are removed too: they were written before the run was resumed from an
@@ -42,10 +42,12 @@ def prune(root: Path, newest: Path, retention: Retention, best_step: int | None)
         newest: the checkpoint that `latest` names.
         retention: what is kept up to `newest`.
         best_step: the checkpoint of this step is kept too.
+        spike: the newest checkpoint before this step is kept too. A rewind would go back to it.
     """
     whole = {step: found.path for step, found in CheckpointsFolder(root).by_step().items()}
     last = CheckpointFolder(newest).step
     kept = retention.kept([step for step in whole if step <= last])
+    kept |= set([step for step in whole if step < spike][-1:])
     for step, path in whole.items():
         if step in kept or step == best_step:
             continue
@@ -57,10 +59,16 @@ def prune(root: Path, newest: Path, retention: Retention, best_step: int | None)
 
 
 def point_to_best(root: Path, step: int | None) -> None:
-    """Let `best` name the checkpoint of the best step, or remove it if that checkpoint does not exist."""
+    """Let `best` name the checkpoint of the best step, or remove it if that checkpoint does not exist.
+
+    A failure is only a warning: the checkpoint itself is complete, and the next one tries again.
+    """
     checkpoints = CheckpointsFolder(root)
     found = None if step is None else checkpoints.by_step().get(step)
-    if found is None:
-        checkpoints.best.unlink(missing_ok=True)
-    else:
-        write_flushed(checkpoints.best, found.path.name + "\n")
+    try:
+        if found is None:
+            checkpoints.best.unlink(missing_ok=True)
+        else:
+            write_flushed(checkpoints.best, found.path.name + "\n")
+    except OSError as error:
+        log.warning("%s cannot be written (%s)", checkpoints.best, error.strerror or error)

@@ -117,8 +117,9 @@ class CheckpointWriter:
             with _agreed(final):
                 on_main(lambda: _commit(partial, final, self._root))()
         if distributed.is_main():
-            prune(self._root, final, self._retention, pending.state.best_step)
-            point_to_best(self._root, pending.state.best_step)
+            state = pending.state
+            prune(self._root, final, self._retention, state.best_step, state.spike_start(state.step + 1))
+            point_to_best(self._root, state.best_step)
         return final
 
     def abandon(self) -> None:
@@ -203,7 +204,10 @@ def _agreed(final: Path) -> Iterator[None]:
 
 
 def _failure(final: Path) -> tuple[str, str]:
-    return f"checkpoint {final} could not be written", "earlier checkpoints are complete; free disk space"
+    return (
+        f"checkpoint {final} could not be written",
+        "earlier checkpoints are complete; free disk space, or make the folder writable",
+    )
 
 
 @contextmanager

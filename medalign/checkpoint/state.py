@@ -9,6 +9,8 @@ from pathlib import Path
 from medalign.errors import CheckpointError
 from medalign.run_folder import CheckpointFolder, CheckpointsFolder
 
+WINDOW = 20  # steps: so many losses tell what the next one may be, and so many good steps end a spike
+
 
 @dataclass(frozen=True)
 class TrainState:
@@ -35,6 +37,13 @@ class TrainState:
     def next_batch(self) -> int:
         """Index of the global batch of the next step in the order of the data."""
         return self.step + self.skipped_batches
+
+    def spike_start(self, done: int) -> int:
+        """Return the first step of the spike that a diverged step `done` belongs to.
+
+        Diverged steps belong to one spike if there are fewer than 20 steps between them.
+        """
+        return self.spike[0] if self.spike and done - self.spike[1] <= WINDOW else done
 
 
 def write_state(folder: Path, state: TrainState) -> None:

@@ -26,7 +26,7 @@ def register(subparsers: Subparsers) -> None:
         "  medalign dashboard chest --json workspace.json",
     )
     parser.add_argument("project", nargs="?", default="medalign", help="W&B project (default %(default)s)")
-    parser.add_argument("--entity", metavar="TEAM", help="W&B user or team (default: who is logged in)")
+    parser.add_argument("--entity", metavar="TEAM", help="W&B user or team (default: the user who is logged in)")
     parser.add_argument("--name", default="medalign", help="name of the workspace (default %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the workspace to a file instead of a server")
 

@@ -30,12 +30,16 @@ def register(subparsers: Subparsers) -> None:
         "  medalign watch runs/first --once > now.txt",
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of runs")
-    parser.add_argument("--once", action="store_true", help="show the table one time")
+    parser.add_argument("--once", action="store_true", help="show the table once")
     parser.add_argument(
-        "--interval", type=count, default=2, metavar="S", help="seconds between two looks (default %(default)s)"
+        "--interval", type=count, default=2, metavar="S", help="seconds between updates (default %(default)s)"
     )
     parser.add_argument(
-        "--metrics", nargs="+", default=[], metavar="PREFIX", help="only metrics whose names begin so, such as loss/"
+        "--metrics",
+        nargs="+",
+        default=[],
+        metavar="PREFIX",
+        help="show only metrics whose names begin with PREFIX, such as loss/",
     )
 
 

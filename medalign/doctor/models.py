@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from medalign import pipeline, run
+from medalign import assembly, pipeline
 from medalign.config import Config
 from medalign.data.order.order import StepPlan
 from medalign.doctor.finding import Finding
@@ -23,7 +23,7 @@ def check_student_folder(config: Config) -> Finding:
 def check_template(config: Config) -> Finding:
     """Write a question and an answer with the student's chat template, as training does."""
     collator, _ = pipeline.check_collator(config, None, _max_images(config))
-    batch = run.sanity_batch(collator)
+    batch = assembly.sanity_batch(collator)
     lengths = batch.attention_mask.sum(1).tolist()
     return Finding("template", "ok", f"two questions have {lengths[0]} and {lengths[1]} tokens with their image")
 
@@ -34,7 +34,7 @@ def _max_images(config: Config) -> int:
 
 def check_teacher(config: Config) -> Finding:
     """Load the teachers with their weights, or open their caches."""
-    teachers = run.build_teachers(config)
+    teachers = assembly.build_teachers(config)
     if not teachers:
         return Finding("teacher", "ok", "not needed, because nothing is distilled")
     shapes = [f"patches {each.grid.rows} x {each.grid.columns} of width {each.width}" for each in teachers]

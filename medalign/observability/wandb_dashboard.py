@@ -9,7 +9,7 @@ from typing import Any
 from medalign.errors import ConfigError
 from medalign.observability.metrics import METRICS, STEP_METRIC, Metric
 
-_NOT_DRAWN = ("job", "evaluation")  # numbers that have no course
+_NOT_DRAWN = ("job", "evaluation")  # numbers that do not change during a start
 
 
 def build_workspace(project: str, entity: str, name: str) -> Any:
@@ -69,7 +69,7 @@ def save_workspace(project: str, entity: str | None, name: str) -> str:
     try:
         owner = entity or wandb.Api().default_entity
         if not owner:
-            raise ConfigError("W&B does not say which user is logged in; give --entity")
+            raise ConfigError("no W&B user is known; give --entity")
         workspace = build_workspace(project, owner, name)
         workspace.save()
         return str(workspace.url)

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
@@ -57,7 +58,8 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> Watchdog:
-        self._report_path.unlink(missing_ok=True)  # of an earlier start
+        with suppress(OSError):  # a folder that cannot be written is reported when it is locked
+            self._report_path.unlink()  # of an earlier start
         self._thread.start()
         return self
 
@@ -93,10 +95,11 @@ class Watchdog:
         """Write this rank's report and end the process; False if it has advanced in the meantime."""
         seconds = time.monotonic() - since
         where = f"rank {distributed.rank()} ({socket.gethostname()}, pid {os.getpid()})"
+        own = _Report(beats, _waits_for_ranks(), f"{where}: {what}, for {seconds:.0f} s")
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             with self._report_path.open("w", encoding="utf-8") as file:
-                file.write(f"{beats} {int(_waits_for_ranks())} {where}: {what}, for {seconds:.0f} s\n\n")
+                file.write(f"{own.beats} {int(own.waits)} {own.text}\n\n")
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
         except OSError as error:
@@ -106,10 +109,10 @@ class Watchdog:
         if self._progress[0] != beats:
             self._report_path.unlink(missing_ok=True)
             return False
-        reports = self._read_reports()
+        reports = self._read_reports() | {distributed.rank(): own}
         verdict = self._verdict(reports)
         self._on_hang(verdict)
-        if distributed.rank() == min(reports, default=distributed.rank()):
+        if distributed.rank() == min(reports):
             log.error("error: %s", verdict)
         else:
             time.sleep(_GRACE)  # once one rank has ended, the launcher kills the others
@@ -118,18 +121,18 @@ class Watchdog:
         return True
 
     def _read_reports(self) -> dict[int, _Report]:
-        """Return what each rank has reported."""
+        """Return what each rank has reported; a report that a full disk has cut counts as none."""
         reports = {}
         for rank in range(distributed.world_size()):
             path = self._folder / f"rank-{rank}.txt"
-            if path.is_file():
+            with suppress(OSError, ValueError):
                 beats, waits, text = path.read_text(encoding="utf-8").partition("\n")[0].split(" ", 2)
                 reports[rank] = _Report(int(beats), waits == "1", text)
         return reports
 
     def _verdict(self, reports: dict[int, _Report]) -> str:
         missing = [rank for rank in range(distributed.world_size()) if rank not in reports]
-        first = min(((report.beats, report.waits) for report in reports.values()), default=None)
+        first = min((report.beats, report.waits) for report in reports.values())
         behind = [report.text for report in reports.values() if (report.beats, report.waits) == first]
         if missing:
             names = ", ".join(map(str, missing))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType
@@ -15,10 +15,16 @@ import psutil
 from medalign.errors import ConfigError
 
 _FORWARDED = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+_PR_SET_CHILD_SUBREAPER = 36  # of Linux's prctl
+_LOOK = 0.1  # seconds between two looks at what has outlived a launcher
+_KILLED = 10.0  # seconds in which the system removes processes that were killed
 
 
 class Launched:
-    """Runs a launcher's command in a process group of its own, and passes signals on to all processes below it.
+    """Runs a launcher's command in a process group of its own, and passes signals on to all of its processes.
+
+    Use it inside `forwarding`, which makes processes whose parent has ended children of this process: torchrun gives
+    each rank a session of its own, in which a rank outlives its launcher.
 
     Launchers do not pass USR1 on, and some end at once on TERM. So each process receives the signal itself. USR1 is
     ignored by all that have no handler for it, which are the launchers and, until they are ready, the ranks.
@@ -34,6 +40,7 @@ class Launched:
         self.asked: signal.Signals | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._pending: list[int] = []
+        self._others: set[int] = set()  # children of this process that are not of the command
 
     def run(self, command: Sequence[str]) -> int:
         """Run the command to its end; returns its exit status, negative for a signal.
@@ -44,6 +51,7 @@ class Launched:
         Raises:
             ConfigError: there is no such program.
         """
+        self._others = {child.pid for child in psutil.Process().children()}
         try:
             self._process = subprocess.Popen(command, process_group=0, preexec_fn=_ignore_usr1)
         except OSError as error:
@@ -53,10 +61,13 @@ class Launched:
         for number in self._pending:  # arrived before the process was there
             self.receive(number)
         status = self._process.wait()
-        while self.asked and self._group_lives():
-            time.sleep(0.1)
-        with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
+        while self.asked and (left := self._processes()):
+            psutil.wait_procs(left, _LOOK)
+        left = self._processes()
+        for process in left:
+            with suppress(psutil.Error):
+                process.kill()
+        psutil.wait_procs(left, _KILLED)
         self._process = None
         return status
 
@@ -67,38 +78,37 @@ class Launched:
         if self._process is None:
             self._pending.append(number)
         elif number == signal.SIGUSR1 or "SLURM_JOB_ID" not in os.environ:
-            for process in _tree(self._process.pid):
+            for process in self._processes():
                 with suppress(psutil.Error):
                     process.send_signal(number)
 
-    def _group_lives(self) -> bool:
-        assert self._process is not None
-        try:
-            os.killpg(self._process.pid, 0)
-        except ProcessLookupError:
-            return False
-        return True
+    def _processes(self) -> list[psutil.Process]:
+        """Return all processes of the command, from the bottom up."""
+        found: list[psutil.Process] = []
+        for child in psutil.Process().children():
+            if child.pid not in self._others:
+                found.append(child)
+                with suppress(psutil.Error):  # it has ended meanwhile
+                    found += child.children(recursive=True)
+        return found[::-1]
 
 
 @contextmanager
 def forwarding(launched: Launched) -> Iterator[None]:
-    """Pass USR1, TERM and INT on inside the context."""
+    """Pass USR1, TERM and INT on inside the context, and adopt processes whose parent has ended."""
+    _adopt_orphans(True)
     before = {number: signal.signal(number, launched.receive) for number in _FORWARDED}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        _adopt_orphans(False)
+
+
+def _adopt_orphans(adopt: bool) -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, int(adopt), 0, 0, 0)
 
 
 def _ignore_usr1() -> None:
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-
-
-def _tree(pid: int) -> list[psutil.Process]:
-    """Return a process and all below it, from the bottom up."""
-    try:
-        root = psutil.Process(pid)
-        return [*reversed(root.children(recursive=True)), root]
-    except psutil.Error:
-        return []

@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from medalign import exit_records
+from medalign.checkpoint import lock
 from medalign.config import load
 from medalign.errors import ConfigError, Preempted
 from medalign.observability.rows import read_rows
@@ -76,9 +77,12 @@ def supervise(command: Sequence[str], limits: Limits) -> int:
         The exit status of the training: 75 if it is to be started again by whoever called this.
 
     Raises:
-        ConfigError: the command trains nothing, its settings are not valid, or its program does not exist.
+        ConfigError: the command trains nothing, its settings are not valid, its program does not exist, the run's
+            folder cannot be used, or another training is running in it.
     """
     folder = _run_folder(command)
+    with lock.held(folder.path):  # free at this moment: otherwise the steps of another training would count here
+        pass
     launched = Launched()
     best, used = _last_step(folder), 0
     with forwarding(launched):
@@ -171,9 +175,12 @@ def _end(folder: RunFolder, verdict: Verdict, then: str) -> int:
     """Queue the job again if that is to follow; returns the exit status."""
     if then == "requeued":
         log.warning("%s\nthe job is queued again", verdict.reason)
-        done = subprocess.run(["scontrol", "requeue", str(_job())], check=False)
-        if done.returncode > 0:  # below 0, the job has ended scontrol too
-            log.error("error: the job could not be queued again; submit the same command")
+        try:
+            failed = subprocess.run(["scontrol", "requeue", str(_job())], check=False).returncode > 0
+        except OSError:  # as in a container, which does not have SLURM's commands
+            failed = True
+        if failed:  # with a status below 0, the job has ended scontrol too
+            log.error("error: the job could not be queued again by scontrol; submit the same command")
         return Preempted.status
     if verdict.crashed or (verdict.status == Preempted.status and _job()):
         rows = _attempts(folder)

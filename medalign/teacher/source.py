@@ -71,7 +71,7 @@ def find_teacher(path: str | Path, mean: Colors | None = None, std: Colors | Non
     folder = Path(path)
     if not folder.is_dir():
         raise ConfigError(
-            f"teacher.path {folder} {'is not a folder' if folder.exists() else 'does not exist'}; models are read only "
+            f"the teacher {folder} {'is not a folder' if folder.exists() else 'does not exist'}; models are read only "
             "from disk: download one first and give its folder"
         )
     if (folder / CONFIG_NAME).is_file():

@@ -12,7 +12,7 @@ from statistics import median
 import torch
 
 from medalign import distributed
-from medalign.checkpoint.state import TrainState
+from medalign.checkpoint.state import WINDOW, TrainState
 from medalign.config import Config, TrainConfig
 from medalign.contracts import Batch
 from medalign.data.batches.reader import check_skip_rate
@@ -20,7 +20,6 @@ from medalign.errors import DivergedError
 from medalign.observability.meters import memory_gib
 
 log = logging.getLogger("medalign")
-WINDOW = 20  # steps whose losses tell what the next one may be
 
 
 def loss_limit(state: TrainState, ratio: float | None) -> float:
@@ -54,7 +53,7 @@ def count_if_diverged(
         found = [f"loss/total is {total:.4g}, and at most {most:.4g} follows from the last {WINDOW} steps"]
     if not found:
         return replace(state, losses=(*state.losses, total)[-WINDOW:]) if config.max_loss_ratio else state
-    spike = (spike_start(state, done), done)
+    spike = (state.spike_start(done), done)
     state, limit = replace(state, diverged=state.diverged + 1, spike=spike), config.max_diverged_steps
     keys = ", ".join(key for batch in micro_batches for key in batch.keys)
     if math.isfinite(losses["optim/grad_norm"]) or state.diverged > limit:
@@ -66,14 +65,6 @@ def count_if_diverged(
     left_out = f"its update is left out, on all ranks ({state.diverged} of at most {limit})"
     log.warning("step %d: %s; %s. This rank's samples: %s", done, ", ".join(found), left_out, keys)
     return state
-
-
-def spike_start(state: TrainState, done: int) -> int:
-    """Return the first step of the spike that the diverged step `done` belongs to.
-
-    Diverged steps belong to one spike if there are fewer than 20 steps between them.
-    """
-    return state.spike[0] if state.spike and done - state.spike[1] <= WINDOW else done
 
 
 def update_state(

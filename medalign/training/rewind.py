@@ -16,7 +16,6 @@ from medalign.config import TrainConfig
 from medalign.engine.engine import Engine
 from medalign.errors import DivergedError
 from medalign.run_folder import CheckpointsFolder
-from medalign.training.progress import spike_start
 from medalign.training.trainer import Trainer
 
 log = logging.getLogger("medalign")
@@ -62,7 +61,7 @@ def _rewind(engine: Engine, root: Path, state: TrainState, config: TrainConfig, 
     limit, times = config.rewind_on_spike, state.rewinds + 1
     if times > limit:
         raise error if not limit else DivergedError(f"{error}. The run has gone back {limit} times before") from error
-    found = find_whole(root, before=spike_start(state, state.step + 1))
+    found = find_whole(root, before=state.spike_start(state.step + 1))
     if found is None:
         raise DivergedError(f"{error}. There is no checkpoint before it to go back to") from error
     before = load(engine, found)

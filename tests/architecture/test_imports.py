@@ -37,6 +37,7 @@ FLOORS = (
     ("checkpoint", "evaluation", "benchmark", "planning"),
     ("training",),
     (
+        "assembly",
         "run",
         "pipeline",
         "inference",

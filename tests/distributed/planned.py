@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
+from medalign import assembly, distributed
 from medalign import config as settings_of
-from medalign import distributed, run
 from medalign.config import Config
 from medalign.engine import engine as door
 from medalign.engine.engine import Engine
@@ -33,7 +33,7 @@ def _held(config: Config) -> dict[str, int]:
     with door.sharded_loading(ds_settings):
         student = loading.load_student(config.student, precision(config))
     student.train()
-    engine = Engine(student, run.parameter_groups(student, config), ds_settings)
+    engine = Engine(student, assembly.parameter_groups(student, config), ds_settings)
     rates = dict.fromkeys(student.trainable(), 1e-3)
     gradients = 0
     for number in range(2 * engine.accumulation):

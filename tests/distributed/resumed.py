@@ -6,7 +6,7 @@ import gc
 from pathlib import Path
 from typing import Any
 
-from medalign import distributed, pipeline, run
+from medalign import assembly, distributed, pipeline
 from medalign.config import Config, LoraConfig
 from medalign.contracts import Batch
 from medalign.engine import engine as door
@@ -57,7 +57,7 @@ def _config(own: dict[str, Any], teacher: str) -> Config:
 def _batch(config: Config, step: TrainStep, student: Any) -> Batch:
     processor = load_processor(config.student)
     view = step.teachers[0].view
-    return run.sanity_batch(pipeline.build_collator(config, student.spec, processor, view, 1))
+    return assembly.sanity_batch(pipeline.build_collator(config, student.spec, processor, view, 1))
 
 
 def _train(step: TrainStep, batch: Batch, config: Config, steps: int) -> list[dict[str, float]]:

@@ -13,13 +13,13 @@ import torch
 from deepspeed.utils import safe_get_full_grad
 
 from medalign import distributed
+from medalign.assembly import build_teachers, parameter_groups
 from medalign.config import Config, FurtherTeacher, LoraConfig
 from medalign.contracts import Batch
 from medalign.engine import engine as door
 from medalign.engine.engine import Engine
 from medalign.engine.settings import deepspeed_settings, precision
 from medalign.losses import build_objective
-from medalign.run import build_teachers, parameter_groups
 from medalign.student.loading import load_student
 from medalign.student.model import Student
 from medalign.teacher.targets import assert_replicated

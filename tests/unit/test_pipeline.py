@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from medalign import pipeline, run
+from medalign import assembly, pipeline, run
 from medalign.__main__ import main
 from medalign.config import load
 from medalign.data.shards.records import Record
@@ -53,9 +53,13 @@ def test_distilling_without_images_is_refused(
     def loaded(*_: object, **__: object) -> None:
         raise AssertionError("a model was loaded")
 
-    for module, loads in ((pipeline, "check_student"), (run.loading, "load_processor"), (run.loading, "load_student")):
+    for module, loads in (
+        (pipeline, "check_student"),
+        (assembly.loading, "load_processor"),
+        (assembly.loading, "load_student"),
+    ):
         monkeypatch.setattr(module, loads, loaded)
-    monkeypatch.setattr(run, "load_tower", loaded)
+    monkeypatch.setattr(assembly, "load_tower", loaded)
     monkeypatch.setattr(run.deepspeed_engine, "start", lambda _: None)
     monkeypatch.setattr(run.deepspeed_engine, "stop", lambda: None)
     name, *options = command

@@ -9,8 +9,8 @@ import pytest
 import torch
 import yaml
 
+from medalign import assembly, pipeline, target_cache
 from medalign import config as settings
-from medalign import pipeline, run, target_cache
 from medalign.cli.main import main
 from medalign.config import Config, FurtherTeacher
 from medalign.contracts import Batch
@@ -66,7 +66,7 @@ def first_batch(config: Config) -> Batch:
     index = pipeline.open_index(config)
     collator, processor = pipeline.check_collator(config, None, index.max_images)
     target_cache.check(config, collator, [index, None])
-    (teacher,) = run.build_teachers(config)
+    (teacher,) = assembly.build_teachers(config)
     collator = pipeline.build_collator(config, check_student(config.student)[0], processor, teacher.view, 1)
     return next(iter(pipeline.build_loader(config, index, collator, 0)))[0]
 
@@ -74,7 +74,7 @@ def first_batch(config: Config) -> Batch:
 def losses_and_gradient(config: Config) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
     """Each loss of the first micro-batch, and the gradient of each on W."""
     batch = first_batch(config)
-    (teacher,) = run.build_teachers(config)
+    (teacher,) = assembly.build_teachers(config)
     student = load_student(config.student, torch.float32).train()
     torch.nn.init.normal_(student.steering.weight, std=0.1, generator=torch.Generator().manual_seed(0))
     targets = teacher_targets(teacher, batch.teachers[0], student.spec.grid, batch.image_questions)
@@ -98,7 +98,7 @@ def test_losses_and_gradients_equal_those_of_the_tower(make, cache, words, monke
     """
     words = ["--teacher.path", str(PHANTOM), *words]
     online, expected = losses_and_gradient(make("", *words))
-    monkeypatch.setattr(run, "load_tower", None)  # no weights are loaded
+    monkeypatch.setattr(assembly, "load_tower", None)  # no weights are loaded
     found, gradients = losses_and_gradient(make(cache, *words))
     assert found["language"] == online["language"]
     assert found["attention"] == pytest.approx(online["attention"], rel=1e-5)
@@ -111,7 +111,7 @@ def test_losses_and_gradients_equal_those_of_the_tower(make, cache, words, monke
 
 def test_a_batch_without_images_has_targets_of_zeros(make, cache):
     config = make(cache, "--teacher.path", str(PHANTOM), "--teacher.text_weight", "0.5", "--teacher.mask_sinks", "2")
-    (teacher,) = run.build_teachers(config)
+    (teacher,) = assembly.build_teachers(config)
     batch = tiny.batch(images=False)
     inputs = {name: tensor[None] for name, tensor in teacher.view.blank().items()}
     student = load_student(config.student, torch.float32).train()

@@ -48,6 +48,7 @@ class Profiler(Callback):
         """Stop the trace without writing it."""
         if self._profile is not None:
             self._profile.stop()
+        self._profile = None  # a rewind may follow
 
     def _write(self) -> None:
         if self._profile is None:

@@ -40,10 +40,25 @@ def test_the_best_checkpoint_is_named_and_never_removed(tmp_path):
     assert load(FakeEngine(), tmp_path / "step-000020") == now
 
 
+def test_the_checkpoint_before_a_spike_is_kept_until_the_spike_is_over(tmp_path):
+    """A rewind goes back to it, however few checkpoints are kept."""
+    for step, spike in ((5, ()), (10, (8, 9)), (15, (8, 13)), (33, (8, 13))):
+        save(tmp_path, replace(at(step), spike=spike), 1)
+        names = sorted(path.name for path in tmp_path.glob("step-*"))
+        assert names == (["step-000005", f"step-{step:06d}"] if step in (10, 15) else [f"step-{step:06d}"])
+
+
 def test_a_best_checkpoint_that_is_gone_is_not_named(tmp_path):
     save(tmp_path, replace(at(10), best_step=10, best_loss=0.5), 1)
     save(tmp_path, replace(at(5), best_step=2, best_loss=0.7), 1)  # went back
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-000005"]
+
+
+def test_a_best_checkpoint_that_cannot_be_named_is_a_warning(tmp_path, caplog):
+    """On one rank only: an error would leave the others waiting."""
+    (tmp_path / ".best").mkdir()
+    assert save(tmp_path, replace(at(5), best_step=5, best_loss=0.5)) == tmp_path / "step-000005"
+    assert "best cannot be written (Is a directory)" in caplog.text
 
 
 @pytest.mark.parametrize("writer", ["torch", "safetensors", "plain"])

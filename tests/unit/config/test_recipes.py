@@ -74,6 +74,10 @@ CHANGES = {
     "ablations/without_attention": ("llava_med/vqa_rad", {"losses.beta": 0.0}),
     "ablations/without_teacher": ("llava_med/vqa_rad", {"losses.alpha": 0.0, "losses.beta": 0.0}),
     "ablations/language_only": ("ablations/without_teacher", {"student.steering": False}),
+    "ablations/teacher_features": (
+        "ablations/language_only",
+        {"student.train_projector": True, "train.projector_lr": 2e-4},
+    ),
     **{f"ablations/layer_{block}": ("llava_med/vqa_rad", {"student.layer": block}) for block in (8, 16, 24, 31)},
     "ablations/teacher_unimed_b16": (
         "llava_med/vqa_rad",

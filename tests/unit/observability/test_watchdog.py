@@ -12,6 +12,7 @@ import pytest
 from medalign.observability import watchdog
 from medalign.observability.watchdog import STATUS, Watchdog
 from medalign.training.callbacks import Callback, Heartbeat
+from tests.unit.checkpoint.fakes import room
 
 
 @pytest.fixture(autouse=True)
@@ -128,3 +129,19 @@ def test_one_rank_gives_the_verdict(tmp_path, monkeypatch, caplog):
     report(tmp_path, 0, 4, "writing")
     assert hang(tmp_path, 4).statuses == [STATUS]
     assert "the run hangs" not in caplog.text
+
+
+def test_reports_that_a_full_disk_has_cut_are_left_out(tmp_path, monkeypatch, caplog):
+    """The process must end nevertheless; its own report is known without the file."""
+    rank_of(monkeypatch, 0, 2)
+    (tmp_path / "rank-1.txt").touch()
+    with room(0):
+        assert hang(tmp_path, 1).statuses == [STATUS]
+    assert "rank-0.txt cannot be written (File too large)" in caplog.text
+    assert "rank 1 does not answer" in caplog.text
+
+
+def test_a_folder_that_cannot_be_used_is_left_to_the_lock(tmp_path):
+    (tmp_path / "run").touch()
+    with Watchdog(tmp_path / "run" / "stacks"):
+        pass

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
+from medalign.assembly import parameter_groups
 from medalign.checkpoint import export
 from medalign.config import Config, LoraConfig, StudentConfig
-from medalign.run import parameter_groups
 from medalign.student.loading import load_student
 from medalign.student.model import Student
 from medalign.student.trained_parts import unused_in_tower

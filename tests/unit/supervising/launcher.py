@@ -1,14 +1,16 @@
 """A launcher without ranks: `python launcher.py PLAN medalign train RECIPE --run.dir DIR ...`.
 
 PLAN is a JSON file with a list of starts, each with "status" of the launcher, the "records" of ranks, the newest "step"
-in metrics.jsonl, the step of a "checkpoint", and "wait", a signal that it waits for before all that. The first start is
-removed from the list.
+in metrics.jsonl, the step of a "checkpoint", and "wait", a signal that it waits for before all that. "leave" is a
+command of the shell that outlives the launcher, in a session of its own, as torchrun gives each rank. The first start
+is removed from the list.
 """
 
 from __future__ import annotations
 
 import json
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -16,6 +18,9 @@ plan = Path(sys.argv[1])
 folder = Path(sys.argv[sys.argv.index("--run.dir") + 1])
 start, *rest = json.loads(plan.read_text())
 plan.write_text(json.dumps(rest))
+if "leave" in start:
+    left = subprocess.Popen(["sh", "-c", start["leave"]], cwd=folder, start_new_session=True)
+    (folder / "left").write_text(str(left.pid))
 if "wait" in start:
     number = signal.Signals[start["wait"]]
     signal.signal(number, lambda *_: None)

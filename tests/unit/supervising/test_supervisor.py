@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from medalign.cli.main import main
@@ -17,6 +19,13 @@ from medalign.errors import ConfigError
 from medalign.supervising.supervisor import Limits, supervise
 
 LAUNCHER = Path(__file__).with_name("launcher.py")
+HOLDER = """
+import fcntl, sys, time
+with open(sys.argv[1], "w") as file:
+    fcntl.lockf(file, fcntl.LOCK_EX)
+    print(flush=True)
+    time.sleep(60)
+"""
 DONE = {"status": 0, "records": [{"rank": 0, "status": 0}, {"rank": 1, "status": 0}]}
 KILLED = {"status": 143, "records": [{"rank": 0, "status": 1, "reason": "RuntimeError: Connection closed"}]}
 
@@ -76,6 +85,25 @@ def test_each_new_step_renews_the_restarts(run):
     assert run.left() == 0
 
 
+def test_a_run_that_is_in_use_is_refused_before_any_start(run):
+    """Its new steps would renew the restarts, and its records of exits would be removed."""
+    words = run.command(DONE)
+    with subprocess.Popen([sys.executable, "-c", HOLDER, str(run.folder / "lock")], stdout=subprocess.PIPE) as holder:
+        holder.stdout.readline()
+        with pytest.raises(ConfigError, match="another training is running in"):
+            supervise(words, Limits(2, 0))
+        holder.kill()
+    assert run.left() == 1 and not (run.folder / "attempts.jsonl").exists()
+
+
+def test_a_file_in_place_of_the_folder_is_refused_before_any_start(run):
+    run.folder.rmdir()
+    run.folder.touch()
+    with pytest.raises(ConfigError, match="is a file; choose a folder with --run.dir"):
+        run.supervise(DONE)
+    assert run.left() == 1
+
+
 def test_no_restart_is_possible(run):
     assert run.supervise(KILLED | {"step": 4}, DONE, restarts=0) == 1
     assert run.left() == 1
@@ -94,6 +122,28 @@ def test_signals_reach_what_a_launcher_has_started(run, name, status):
     threading.Thread(target=_signal_when_ready, args=(run.folder / "ready", signal.Signals[name])).start()
     assert supervise(["bash", "-c", '"$@"; exit 1', "bash", *words], Limits(2, 0)) == status
     assert run.left() == 1
+
+
+def test_a_rank_that_outlives_a_launcher_that_has_crashed_is_killed(run):
+    """It would hold the lock of the run, so that the next start is refused."""
+    assert run.supervise(KILLED | {"leave": "exec sleep 60"}, restarts=0) == 1
+    assert not psutil.pid_exists(int((run.folder / "left").read_text()))
+
+
+def test_a_rank_that_outlives_a_launcher_after_a_signal_is_waited_for(run):
+    """It writes its checkpoint."""
+    rank = {"status": 1, "wait": "SIGTERM", "leave": "trap '' TERM; sleep 1; touch saved"}
+    words = run.command(rank, DONE)
+    threading.Thread(target=_signal_when_ready, args=(run.folder / "ready", signal.SIGTERM)).start()
+    assert supervise(words, Limits(2, 0)) == 143
+    assert (run.folder / "saved").exists()
+
+
+def test_other_children_of_this_process_are_left_alone(run):
+    with subprocess.Popen(["sleep", "60"]) as other:
+        assert run.supervise(KILLED, restarts=0) == 1
+        assert other.poll() is None
+        other.kill()
 
 
 def _signal_when_ready(ready: Path, number: int) -> None:
@@ -144,6 +194,11 @@ class TestJobs:
         monkeypatch.setenv("SLURM_JOB_ID", "18")
         assert run.supervise(KILLED, KILLED, restarts=1, requeues=1) == 75
         assert job.read_text() == "requeue 17\nrequeue 18\n"
+
+    def test_without_scontrol_the_user_is_asked_to_submit_the_job_again(self, run, job, monkeypatch, caplog):
+        monkeypatch.setenv("PATH", "/nowhere")
+        assert run.supervise(KILLED, restarts=0, requeues=1) == 75
+        assert caplog.messages[-1].endswith("could not be queued again by scontrol; submit the same command")
 
     def test_a_new_step_renews_the_requeues(self, run, job):
         assert run.supervise(KILLED, restarts=0, requeues=1) == 75

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from medalign import config, pipeline, run
+from medalign import assembly, config, pipeline
 from medalign.contracts import IGNORE, Batch, Sample
 from medalign.data.batches.collator import Collator
 from medalign.losses import build_objective
@@ -57,7 +57,7 @@ def build(settings: config.Config) -> tuple[Student, Teacher, Collator]:
     for named in student.trainable().values():
         for _, parameter in named:
             torch.nn.init.normal_(parameter, std=0.05)
-    (teacher,) = run.build_teachers(settings)
+    (teacher,) = assembly.build_teachers(settings)
     processor = load_processor(settings.student)
     collator = pipeline.build_collator(settings, student.spec, processor, teacher.preprocess_cfg, 1)
     return student, teacher, collator

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from medalign.assembly import parameter_groups
 from medalign.config import Config, OptimizerConfig
-from medalign.run import parameter_groups
 
 
 class OneGroup:

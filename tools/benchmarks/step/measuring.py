@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from medalign.assembly import parameter_groups
 from medalign.config import Config, StudentConfig
 from medalign.engine.engine import Engine
 from medalign.engine.settings import deepspeed_settings
-from medalign.run import parameter_groups
 from medalign.student.model import Student
 from medalign.teacher.model import Teacher
 from tools.benchmarks.step import models, utilization
