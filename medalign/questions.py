@@ -8,6 +8,7 @@ A line is an object with the fields of `annotations.jsonl` ([Datasets](datasets.
   task         "vqa" (default) or "report"
   answer       the reference, if there is one; "report" for reports
   answer_type  "closed" or "open"
+  boxes        of what the question is about, as [x0, y0, x1, y1] in pixels of the first image
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ from medalign import distributed
 from medalign.answering import Work, answer_all, describe_answering
 from medalign.checkpoint import export
 from medalign.contracts import Sample
-from medalign.data.samples import values
 from medalign.data.samples.bad_sample import BadSample, sample_context
 from medalign.data.samples.decode import decode_image
-from medalign.data.samples.image_tags import check_count, strip_tags
-from medalign.data.samples.sample import normalize_answer_type
+from medalign.data.samples.image_tags import strip_tags
+from medalign.data.samples.json_fields import unique_fields
+from medalign.data.samples.sample import check_fields, normalize_answer_type, to_sample
 from medalign.datasets.image_fields import named_images
 from medalign.errors import ConfigError, DataError
 from medalign.evaluation.generation import predict
@@ -41,7 +42,6 @@ from medalign.student.decoding import Decoding
 from medalign.work_queue import joined_ranks
 
 _GREEDY = Decoding()
-_REFERENCE = {"vqa": "answer", "report": "report"}  # task -> field of the reference
 
 
 class QuestionFile:
@@ -98,40 +98,37 @@ class QuestionFile:
                     images.append(decode_image((self.path.parent / name).read_bytes()))
                 except OSError as error:
                     raise BadSample(f"it cannot be read: {error.strerror}") from error
-        reference = row["reference"] or "?"  # a sample has an answer; it is not part of the prompt
-        known = (row["id"], self.path.name, row["task"], row["question"], reference, row["answer_type"])
-        return Sample(*known, tuple(images), metadata=row["metadata"])
+        with sample_context(f"{self.path.name}/{row['id']}"):
+            return to_sample(self.path.name, row["id"], row["fields"], images)
 
     def _parse(self, line: str, number: int) -> dict[str, Any]:
         try:
-            row = json.loads(line)
             with sample_context(f"--input {self.path}, line {number}"):
-                return _checked(row)
+                return _checked(json.loads(line, object_pairs_hook=unique_fields))
         except (ValueError, RecursionError) as error:
             raise DataError(f"--input {self.path}, line {number} is not JSON: {error}; correct the line") from error
 
 
 def _checked(row: Any) -> dict[str, Any]:
-    """Return the fields of a line. Raises BadSample with the first fault."""
+    """Return the fields of a line as those of an annotation. Raises BadSample with the first fault."""
     if not isinstance(row, dict):
         raise BadSample(f"it is a JSON {type(row).__name__}; write an object")
     row = normalize_answer_type(row)
-    if fault := values.fault(row):
-        raise BadSample(f"it {fault}")
-    task = row.get("task") or "vqa"
-    if task not in _REFERENCE:
-        raise BadSample(f"task is {task!r}; write 'vqa' or 'report'")
     for name in ("id", "question"):
         if not isinstance(row.get(name), str) or not row[name].strip():
             raise BadSample(f"{name} is {row.get(name)!r}; write a text")
-    reference = row.get(_REFERENCE[task]) or ""
     names = named_images(row)
-    if not isinstance(reference, str) or not all(isinstance(name, str) for name in names):
-        raise BadSample(f"{_REFERENCE[task]} and the paths of images must be texts")
-    question, tags = strip_tags(row["question"])
-    check_count(tags, len(names))
-    own = {"id": row["id"], "task": task, "question": question.strip(), "reference": reference, "images": names}
-    return own | {"answer_type": row.get("answer_type") or "", "metadata": row}
+    if not all(isinstance(name, str) for name in names):
+        raise BadSample("the paths of images must be texts")
+    task = "vqa" if row.get("task") in (None, "") else row["task"]
+    name = "report" if task == "report" else "answer"
+    reference = row.get(name) not in (None, "")
+    fields = {**row, "task": task, name: row[name] if reference else "?"}  # a sample has an answer
+    check_fields({**fields, "boxes": []}, None, len(names))  # boxes are checked when the image is there
+    if row.get("boxes") and not names:
+        raise BadSample("boxes are given, but there is no image")
+    question = strip_tags(row["question"])[0].strip()
+    return {"id": row["id"], "question": question, "reference": reference, "images": names, "fields": fields}
 
 
 def generate_file(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Mapping
@@ -17,7 +18,9 @@ from medalign.errors import CheckpointError
 _LEFT_OUT = (".bin", ".pt", ".pth", ".ckpt", ".md")  # pickles of the same weights; the card is that of the export
 
 
-def write_authors_layout(model: Any, base: Path, key_mapping: Mapping[str, str], output: Path) -> None:
+def write_authors_layout(
+    model: Any, base: Path, key_mapping: Mapping[str, str], output: Path, *, tower_trained: bool = False
+) -> None:
     """Write the weights under the names, in the files and in the precision that the base model's folder has.
 
     All other files are copied: configuration, tokenizer and the description of the vision tower.
@@ -27,6 +30,8 @@ def write_authors_layout(model: Any, base: Path, key_mapping: Mapping[str, str],
         base: the base model's folder.
         key_mapping: patterns of the names in its files, and what transformers replaces them by.
         output: the new folder.
+        tower_trained: whether the vision tower differs from the one that config.json names. The authors' code then
+            reads it from these files only with `unfreeze_mm_vision_tower`, which is set.
 
     Raises:
         CheckpointError: a weight of the model has no place in the files.
@@ -46,6 +51,10 @@ def write_authors_layout(model: Any, base: Path, key_mapping: Mapping[str, str],
             f"{len(left)} weights have no place in the files of {base}, such as {sorted(left)[0]!r}; export without "
             "--layout authors"
         )
+    if tower_trained:
+        config = output / "config.json"
+        values = json.loads(config.read_text(encoding="utf-8")) | {"unfreeze_mm_vision_tower": True}
+        config.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def _rewrite(source: Path, target: Path, state: Mapping[str, torch.Tensor], key_mapping: Mapping[str, str]) -> set[str]:

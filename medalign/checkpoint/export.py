@@ -185,7 +185,8 @@ def merge(source: Path, output: Path, base: str | None = None, *, authors_layout
     processor = loading.load_processor(config)
     model = loading.merge_adapters(student)
     if authors_layout and key_mapping:
-        write_authors_layout(model, Path(config.path), key_mapping, output)
+        tower_trained = config.train_vision_tower
+        write_authors_layout(model, Path(config.path), key_mapping, output, tower_trained=tower_trained)
         return
     if key_mapping:
         model = _in_transformers_layout(model)

@@ -76,6 +76,16 @@ def _check_student(config: Config) -> None:
         f"student.train is full, but student.quantization is {student.quantization}, and weights of 4 bits cannot be "
         "trained; set student.train to lora, or student.quantization to none",
     )
+    _require(
+        student.train == "lora" or not student.lora.dora,
+        "student.lora.dora is true, but student.train is full, which trains no adapters; set student.train to lora, or "
+        "student.lora.dora to false",
+    )
+    _require(
+        student.steering or student.steering_rank is None,
+        f"student.steering_rank is {student.steering_rank}, but student.steering is false: there is no W; set "
+        "student.steering to true, or student.steering_rank to null",
+    )
 
 
 def _check_further_teachers(config: Config) -> None:

@@ -12,6 +12,7 @@ Precision = Literal["auto", "bf16", "fp32"]
 
 if TYPE_CHECKING:
     ClosedUnitInterval = float
+    FiniteFloat = float
     HalfOpenUnitInterval = float
     NonNegativeFloat = float
     NonNegativeInt = int
@@ -29,6 +30,7 @@ else:
         restricted_number_type,
     )
 
+    FiniteFloat = restricted_number_type("FiniteFloat", float, [(">", -math.inf), ("<", math.inf)])
     HalfOpenUnitInterval = restricted_number_type("HalfOpenUnitInterval", float, [(">=", 0), ("<", 1)])
     PositiveFiniteFloat = restricted_number_type("PositiveFiniteFloat", float, [(">", 0), ("<", math.inf)])
     # With a 32-bit seed, the seeds of single steps (`distributed.seed_step`) fit into 64 bits.
@@ -36,6 +38,7 @@ else:
 
 __all__ = [
     "ClosedUnitInterval",
+    "FiniteFloat",
     "HalfOpenUnitInterval",
     "NonNegativeFloat",
     "NonNegativeInt",

@@ -133,9 +133,10 @@ class Journal:
         try:
             before = json.loads(self._settings_path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
+            before = None
+        if not isinstance(before, dict):
             return ["settings that are not recorded"]
-        names = {**before, **self._settings} if isinstance(before, dict) else self._settings
-        return [name for name in names if before.get(name) != self._settings.get(name)]
+        return [name for name in {**before, **self._settings} if before.get(name) != self._settings.get(name)]
 
 
 def _format(entry: Entry) -> str:

@@ -51,6 +51,11 @@ def check_student(config: StudentConfig) -> tuple[ModelSpec, Any]:
             f"student.image_size is {config.image_size}, but this student takes images of {spec.image_size} pixels "
             "only; set it to null"
         )
+    if config.steering_rank is not None and config.steering_rank > spec.width:
+        raise ConfigError(
+            f"student.steering_rank is {config.steering_rank}, but W is a matrix of {spec.width} x {spec.width}, the "
+            "student's hidden size; set it to a smaller number, or to null for a full matrix"
+        )
     for layer in config.layers:
         _check_window(layer, spec)
     _check_image_features(spec)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -18,7 +21,7 @@ from medalign.run_folder import CheckpointFolder
 log = logging.getLogger("medalign")
 
 _SECTIONS: Sequence[str] = ("run", "data", "teacher", "student", "losses", "train", "optimizer")
-_MODELS: Sequence[str] = ("student.path", "teacher.path")
+_MOVABLE: Sequence[str] = ("student.path", "student.vision_tower", "teacher.path", "teacher.also.path")
 _MAY_CHANGE: Sequence[str] = (
     "run.dir",
     "data.train",
@@ -29,6 +32,7 @@ _MAY_CHANGE: Sequence[str] = (
     "data.cache_dir",
     "data.cache_gib",
     "teacher.cache",
+    "teacher.also.cache",
     "train.micro_batch_size",
     "train.evaluate_every",
     "train.max_diverged_steps",
@@ -87,14 +91,30 @@ def _warn_if_damaged(path: Path, copy: Path) -> None:
 
 
 def _require_same_settings(before: Config, now: Config, path: Path) -> None:
-    for section in _SECTIONS:
-        for key, value in vars(getattr(now, section)).items():
-            old, name = getattr(getattr(before, section), key), f"{section}.{key}"
-            # A model's folder may have moved with everything above it; its own name stays.
-            same = Path(old).name == Path(value).name if name in _MODELS else old == value
-            by_epochs = name == "train.steps" and old is None  # then train.epochs is what differs
-            if not same and not by_epochs and name not in _MAY_CHANGE:
-                raise ConfigError(
-                    f"{path} has {name} = {old}, but this command has {value}: a run continues with the settings it "
-                    "began with; restore them, or name a new folder with --run.dir"
-                )
+    old, new = _named(before), _named(now)
+    for name in {**new, **old}:
+        setting = re.sub(r"\[\d+\]", "", name)
+        found, given = old.get(name, "none"), new.get(name, "none")
+        # A model's folder may have moved with everything above it; its own name stays.
+        same = _place(found) == _place(given) if setting in _MOVABLE else found == given
+        by_epochs = name == "train.steps" and found is None  # then train.epochs is what differs
+        if not same and not by_epochs and setting not in _MAY_CHANGE:
+            raise ConfigError(
+                f"{path} has {name} = {found}, but this command has {given}: a run continues with the settings it "
+                "began with; restore them, or name a new folder with --run.dir"
+            )
+
+
+def _named(config: Config) -> dict[str, Any]:
+    """Return the settings that are compared by name; those of a further teacher as `teacher.also[0].path`."""
+    values = {name: section for name, section in asdict(config).items() if name in _SECTIONS}
+    also = values["teacher"].pop("also")
+    numbered = {f"teacher.also[{number}]": section for number, section in enumerate(also)}
+    return {**flatten(values), **flatten(numbered)}
+
+
+def _place(path: str) -> tuple[str, str]:
+    """Return what a model's path must keep: its last name and what precedes the path, as in open_clip:ARCHITECTURE/."""
+    before = re.match(r"open_clip:[^/]*/|\w+:|", path)
+    assert before is not None  # the last alternative is empty
+    return before[0], Path(path).name

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from medalign import assembly, pipeline, target_cache
 from medalign import config as settings
@@ -20,6 +21,7 @@ from medalign.phantom.records import records
 from medalign.student.checks import check_student
 from medalign.student.loading import load_student
 from medalign.teacher.cache import files
+from medalign.teacher.lexicon import PACKAGED
 from medalign.teacher.loading import load_teacher
 from medalign.teacher.model import Teacher
 from medalign.teacher.targets import teacher_targets
@@ -143,6 +145,19 @@ def test_what_does_not_belong_to_the_run_is_refused_before_it_starts(
     words = [str(places.get(word, word)) for word in words]
     with pytest.raises(ConfigError, match=message):
         first_batch(make(cache, "--teacher.path", str(PHANTOM), *words))
+
+
+def test_a_lexicon_in_another_order_is_another_one(make, cache, tmp_path):
+    """The cache has the relevance of each finding by its place in the lexicon."""
+    content = yaml.safe_load(PACKAGED.read_text())
+    lexicon = tmp_path / "lexicon.yaml"
+    words = ["--teacher.path", str(PHANTOM), "--teacher.text_weight", "1", "--teacher.lexicon", str(lexicon)]
+    lexicon.write_text(yaml.safe_dump(content, sort_keys=False))
+    first_batch(make(cache, *words))
+    content["findings"] = dict(reversed(content["findings"].items()))
+    lexicon.write_text(yaml.safe_dump(content, sort_keys=False))
+    with pytest.raises(ConfigError, match="its prompts is"):
+        first_batch(make(cache, *words))
 
 
 def test_other_weights_and_targets_without_text_are_refused(make, tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from medalign.config.value_types import NonNegativeFloat, PositiveFloat
+from medalign.config.value_types import NonNegativeFloat, PositiveFiniteFloat
 
 Normalization = Literal["sum", "softmax", "official"]
 LanguageMean = Literal["tokens", "samples"]
@@ -22,7 +22,7 @@ class LossConfig:
     """Coefficient of the spatial alignment loss; 0 disables it."""
     beta: NonNegativeFloat = 0.06
     """Coefficient of the attention loss; 0 disables it."""
-    layer_weights: list[PositiveFloat] = field(default_factory=list)
+    layer_weights: list[PositiveFiniteFloat] = field(default_factory=list)
     """With several tapped blocks (student.layer), one weight per block for both distillation losses; they are divided
     by their sum. Empty: all equal."""
     normalize: Normalization = "sum"

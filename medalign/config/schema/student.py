@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from medalign.config.value_types import HalfOpenUnitInterval, PositiveInt
+from medalign.config.value_types import FiniteFloat, HalfOpenUnitInterval, PositiveInt
 
 AttentionBackend = Literal["auto", "sdpa", "flash_attention_2", "eager"]
 QueryMixtureForm = Literal["beside_lora", "official"]
@@ -19,7 +19,7 @@ class LoraConfig:
 
     rank: PositiveInt = 32
     """Rank r."""
-    alpha: int = 16
+    alpha: PositiveInt = 16
     """The adapter's output is multiplied by alpha / r."""
     dropout: HalfOpenUnitInterval = 0.0
     """Dropout before the adapter."""
@@ -52,7 +52,7 @@ class StudentConfig:
     """Attach the learnable matrix W to the image tokens that enter block l."""
     steering_rank: PositiveInt | None = None
     """Rank of W as a product of two factors. null: a full matrix."""
-    epsilon: float = 1.0
+    epsilon: FiniteFloat = 1.0
     """Strength of the steering: X + epsilon X W^T."""
     query_mixture: bool = False
     """Attach the query-adaptive mixture of LoRA experts to the query projection of block l, the first one of a list."""

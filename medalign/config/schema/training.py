@@ -40,7 +40,7 @@ class TrainConfig:
     """Peak learning rate of the projector."""
     vision_tower_lr: NonNegativeFloat = 2e-6
     """Peak learning rate of the vision tower."""
-    weight_decay: float = 0.0
+    weight_decay: NonNegativeFloat = 0.0
     """Weight decay of trained matrices. W has none, nor have biases, the weights of norms, and DoRA's norms."""
     warmup_ratio: ClosedUnitInterval | None = 0.03
     """Share of the steps over which the learning rate rises linearly to its peak. null if train.warmup_steps is set."""

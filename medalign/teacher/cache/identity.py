@@ -115,7 +115,8 @@ def _weights(source: TeacherSource, seed: int | None) -> str:
 
 
 def _hash_prompts(lexicon: Lexicon) -> str:
-    return _hash_json({name: [finding.present, finding.absent] for name, finding in lexicon.findings.items()})
+    # The order counts: the cache numbers the findings.
+    return _hash_json([[name, finding.present, finding.absent] for name, finding in lexicon.findings.items()])
 
 
 def _hash_json(values: Any) -> str:

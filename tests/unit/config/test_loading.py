@@ -113,6 +113,9 @@ def test_every_kernel_implementation_can_be_selected(impl):
     [
         ("train.lr", "-1"),
         ("student.lora.rank", "0"),
+        ("student.lora.alpha", "0"),
+        ("student.epsilon", ".nan"),
+        ("train.weight_decay", "-1"),
         ("student.lora.dropout", "3"),
         ("data.max_skip_fraction", "7"),
         ("data.max_length", "0"),

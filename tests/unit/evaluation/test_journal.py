@@ -58,6 +58,16 @@ def test_other_settings_start_again(journal, monkeypatch, caplog):
     assert not journal.entries()
 
 
+@pytest.mark.parametrize("content", ["", "null", "[]"])
+def test_damaged_settings_start_again(journal, monkeypatch, caplog, content):
+    journal.resume()
+    write(journal, 0, {0: answered("a", "b")}, monkeypatch)
+    journal._settings_path.write_text(content)
+    with caplog.at_level(logging.WARNING, "medalign"):
+        assert journal.resume() == []
+    assert "differs in settings that are not recorded" in caplog.text
+
+
 def test_a_damaged_line_is_named(journal, monkeypatch):
     journal.resume()
     write(journal, 0, {0: answered("a", "b")}, monkeypatch)

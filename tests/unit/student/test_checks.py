@@ -211,6 +211,12 @@ def test_a_layer_that_does_not_exist(student_folder: Path, layer: int) -> None:
         check_student(config(student_folder, layer=layer))
 
 
+def test_a_rank_of_w_above_the_hidden_size(student_folder: Path) -> None:
+    check_student(config(student_folder, steering_rank=32))
+    with pytest.raises(ConfigError, match="student.steering_rank is 33, but W is a matrix of 32 x 32"):
+        check_student(config(student_folder, steering_rank=33))
+
+
 def test_missing_weights_are_rejected_when_they_are_read(student: Path) -> None:
     without("multi_modal_projector")(student)
     with pytest.raises(ConfigError, match=r"4 of its weights are not in its safetensors files .*linear_1.bias"):

@@ -127,6 +127,12 @@ def test_the_first_block_is_the_one_that_is_reported(student_folder: Path) -> No
             ["--student.train", "full", "--student.quantization", "nf4"],
             "student.train is full, but student.quantization",
         ),
+        (["--student.train", "full", "--student.lora.dora", "true"], "lora.dora is true, but student.train is full"),
+        (
+            ["--student.steering", "false", "--student.steering_rank", "4"],
+            "steering_rank is 4, but student.steering is",
+        ),
+        (["--student.layer", "[2, 3]", "--losses.layer_weights", "[.inf, 1]"], "layer_weights is inf; it must be"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(words: list[str], message: str) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 from medalign.assembly import parameter_groups
@@ -16,6 +18,7 @@ from medalign.student.loading import load_student
 from medalign.student.model import Student
 from medalign.student.trained_parts import unused_in_tower
 from tests import tiny
+from tests.unit.student.families.cases import CASES
 
 FULL: dict[str, Any] = {"train": "full", "train_vision_tower": True, "train_projector": True}
 
@@ -128,3 +131,25 @@ def test_an_export_holds_all_that_was_trained(student_folder: Path, tmp_path: Pa
         merged = load(tmp_path / "merged", steering=False).eval()
         # DoRA divides by the norm of the merged weight: fp32 sums in another order
         torch.testing.assert_close(merged(batch).logits, student(batch).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_the_code_of_the_authors_reads_a_trained_tower(tmp_path: Path, trained: bool) -> None:
+    """It takes the tower from the repository that config.json names, unless a setting says that it was trained."""
+    case = CASES["llava_qwen2"]
+    settings = case.config(case.save(tmp_path / "base"), steering=False, train_vision_tower=trained)
+    student = load_student(settings, torch.float32)
+    for named in student.trainable().values():
+        for _, parameter in named:
+            parameter.data += 0.02
+    whole = {name: p.detach() for named in student.trainable().values() for name, p in named}
+    export.write_export(student, whole, settings, 160, tmp_path / "export")
+    export.merge(tmp_path / "export", tmp_path / "merged", authors_layout=True)
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "merged"))
+    tower = [name for name in before if name.startswith("model.vision_tower.")]
+    assert tower and any(not torch.equal(before[name], after[name]) for name in tower) == trained
+    values = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert ("unfreeze_mm_vision_tower" in values) == trained
+    assert values == json.loads((tmp_path / "base" / "config.json").read_text()) | (
+        {"unfreeze_mm_vision_tower": True} if trained else {}
+    )

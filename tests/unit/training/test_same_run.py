@@ -47,6 +47,13 @@ def resume(tmp_path):
         ("optimizer.betas", "[0.9, 0.95]"),
         ("optimizer.schedule", "linear"),
         ("optimizer.min_lr_ratio", "0.1"),
+        ("student.train", "full"),
+        ("student.lora.dora", "True"),
+        ("student.steering_rank", "2"),
+        ("student.quantization", "nf4"),
+        ("student.train_vision_tower", "True"),
+        ("teacher.attention", "rollout"),
+        ("losses.weighting", "teacher_attention"),
     ],
 )
 def test_what_shapes_the_run_must_stay(resume, word, value):
@@ -71,6 +78,35 @@ def test_models_may_move_with_the_folders_above_them(resume):
     resume("--student.path", "/two/llava", "--train.micro_batch_size", "8")
     with pytest.raises(ConfigError, match=r"student\.path"):
         resume("--student.path", "/two/other")
+
+
+def test_the_architecture_of_a_teacher_must_stay(resume, tmp_path):
+    """Quick and exact GELU are two architectures that take the same file."""
+    checkpoint = tmp_path / "checkpoints" / "step-000003" / "config.yaml"
+    checkpoint.write_text(config.dump(begun(tmp_path, "--teacher.path", "open_clip:ViT-B-32-quickgelu//one/b32.pt")))
+    resume("--teacher.path", "open_clip:ViT-B-32-quickgelu//two/b32.pt")
+    with pytest.raises(ConfigError, match=r"has teacher\.path = open_clip:ViT-B-32-quickgelu//one/b32\.pt, but"):
+        resume("--teacher.path", "open_clip:ViT-B-32//one/b32.pt")
+
+
+@pytest.mark.parametrize(
+    ("now", "message"),
+    [
+        ("[{path: /two/dino, cache: elsewhere}]", None),
+        ("[{path: /one/other}]", r"teacher\.also\[0\]\.path = /one/dino, but this command has /one/other"),
+        ("[{path: /one/dino, features: before_norm}]", r"teacher\.also\[0\]\.features = after_norm, but"),
+        ("[{path: /one/dino}, {path: b}]", r"teacher\.also\[1\]\.path = none, but this command has b"),
+        ("[]", r"teacher\.also\[0\]\.path = /one/dino, but this command has none"),
+    ],
+)
+def test_further_teachers_are_compared_one_by_one(resume, tmp_path, now, message):
+    checkpoint = tmp_path / "checkpoints" / "step-000003" / "config.yaml"
+    checkpoint.write_text(config.dump(begun(tmp_path, "--teacher.also", "[{path: /one/dino}]")))
+    if message is None:
+        resume("--teacher.also", now)
+        return
+    with pytest.raises(ConfigError, match=message):
+        resume("--teacher.also", now)
 
 
 def test_shards_may_move_but_not_change(resume):
