@@ -26,6 +26,7 @@ from medalign import distributed
 from medalign.engine import extensions
 from medalign.engine.capture import captured_saves, defer_io_errors
 from medalign.engine.host_memory import freed_at_once
+from medalign.engine.universal import parts_of_this_rank
 from medalign.errors import ConfigError
 from medalign.run_folder import CheckpointFolder
 
@@ -197,7 +198,8 @@ class Engine:
         own = [{key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups]
         # DeepSpeed reads this from its settings, but the format is known only after the engine was created.
         self._engine._config.load_universal_checkpoint = universal
-        self._engine.load_checkpoint(str(folder), tag=_TAG, load_module_strict=False)
+        with parts_of_this_rank(self.optimizer) if universal else contextlib.nullcontext():
+            self._engine.load_checkpoint(str(folder), tag=_TAG, load_module_strict=False)
         self._restore_groups(own)
 
     def _restore_groups(self, own: Sequence[Mapping[str, Any]]) -> None:

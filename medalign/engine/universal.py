@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,39 @@ from medalign import distributed
 from medalign.run_folder import CheckpointFolder
 
 _TAG = CheckpointFolder.STATE
+
+
+@contextlib.contextmanager
+def parts_of_this_rank(optimizer: Any) -> Iterator[None]:
+    """Let DeepSpeed load a universal checkpoint for parameter groups of which this rank holds nothing.
+
+    ZeRO-1 and 2 divide each group evenly. The last ranks hold only the padding of a group with few elements, such as
+    the biases of a small projector. DeepSpeed reads the number of updates of their first parameter: there is none.
+
+    Args:
+        optimizer: DeepSpeed's optimizer of any stage.
+    """
+    name = "load_hp_checkpoint_state_from_checkpoint_dir"
+    if not hasattr(optimizer, "bit16_groups"):  # ZeRO-3 loads in another way
+        yield
+        return
+    load = getattr(optimizer, name)
+
+    def load_held(*words: Any) -> None:
+        inner, groups, parameters = optimizer.optimizer, optimizer.optimizer.param_groups, optimizer.bit16_groups
+        held = [i for i, group in enumerate(parameters) if any(p._hp_mapping is not None for p in group)]
+        # The values that DeepSpeed puts into the remaining groups are replaced afterwards: see Engine.load.
+        inner.param_groups, optimizer.bit16_groups = [groups[i] for i in held], [parameters[i] for i in held]
+        try:
+            load(*words)
+        finally:
+            inner.param_groups, optimizer.bit16_groups = groups, parameters
+
+    setattr(optimizer, name, load_held)
+    try:
+        yield
+    finally:
+        delattr(optimizer, name)
 
 
 class _ShareDone(Exception):

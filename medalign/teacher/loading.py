@@ -55,7 +55,9 @@ def load_tower(settings: TeacherSettings, device: torch.device | str, dtype: tor
     tower = tower.to(teacher_dtype(settings, dtype))
     rollout = settings.attention == "rollout"
     teacher = Teacher(tower, source.mean, source.std, conditioning, settings.mask_sinks, settings.compile, rollout)
-    return teacher.to(device, memory_format=torch.channels_last if settings.channels_last else torch.preserve_format)
+    if settings.channels_last:
+        teacher = teacher.to(memory_format=torch.channels_last)  # of convolutions; other weights have no such order
+    return teacher.to(device)
 
 
 def _require_rollout(source: TeacherSource, tower: Tower, settings: TeacherSettings) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from medalign import Decoding
 from medalign.inference import generate
 from tests.e2e.conftest import losses, train
 from tests.unit.student.families.cases import CASES
@@ -26,6 +27,8 @@ def test_a_run_on_two_ranks(name: str, recipe: Path, tmp_path: Path) -> None:
     assert len(rows) == 3 and all(math.isfinite(value) and value != 0 for row in rows for value in row[1:6])
     film = tmp_path / "film.png"
     Image.linear_gradient("L").resize((90, 60)).save(film)
-    answer = generate(tmp_path / "run", [film], "Is there an effusion?", tmp_path / "map.png", 4)
+    answer = generate(
+        tmp_path / "run", [film], "Is there an effusion?", tmp_path / "map.png", Decoding(max_new_tokens=4)
+    )
     assert answer.attention is not None and sum(answer.attention) > 0
     assert (tmp_path / "map.png").is_file()
