@@ -95,8 +95,9 @@ class Traffic:
 
     Attributes:
         gather: ZeRO-3: (N - 1) / N of the sharded weights, per micro-batch: once forward and once backward for the
-            language model (once more with checkpointing), once for what is frozen and before it. ZeRO-2: (N - 1) / N
-            of the updated trainable weights, once per step.
+            language model and its head (blocks once more with checkpointing), once for what is frozen and before it;
+            and of the weights too small to be sharded, once per step, all of them. ZeRO-2: (N - 1) / N of the updated
+            trainable weights, once per step.
         reduce: (N - 1) / N of the float32 gradients per micro-batch; without sharding twice that (all-reduce), once.
     """
 
@@ -131,7 +132,12 @@ def traffic(
         return Traffic(part * trained * width, reduce)
     threshold = int(settings.get("zero_optimization", {}).get("stage3_param_persistence_threshold", 100_000))
     inside = {id(p) for block in student.spec.blocks for p in block.parameters()}
-    sharded = [p for p in student.parameters() if p.numel() >= threshold]
+    head = {id(p) for p in student.spec.model.get_output_embeddings().parameters()}
     times = 3 if checkpointing else 2
-    gathered = sum(p.numel() * (times if id(p) in inside else 2 if p.requires_grad else 1) for p in sharded)
-    return Traffic(part * gathered * width * accumulation, reduce)
+    gathered, whole = 0, 0
+    for p in student.parameters():
+        if p.numel() < threshold:
+            whole += p.numel()
+        else:
+            gathered += p.numel() * (times if id(p) in inside else 2 if p.requires_grad or id(p) in head else 1)
+    return Traffic(part * width * (gathered * accumulation + whole), reduce)

@@ -151,7 +151,7 @@ def main(output: Path) -> None:
         plan = planned(words, 2)
     found = Counter(runs[2][0]["bytes"])  # means over the steps: what is fetched ahead may belong to the next one
     kinds = {
-        "gather": found["all_gather_into_tensor"] + found["all_gather"],
+        "gather": found["all_gather_into_tensor"],  # all_gather carries small objects, not weights
         "reduce": found["reduce_scatter_tensor"] + found["reduce_scatter"],
     }
     result = {

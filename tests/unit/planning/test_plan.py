@@ -13,6 +13,7 @@ from medalign.config import Config
 from medalign.errors import ConfigError
 from medalign.planning import memory
 from medalign.planning.plan import Plan, make_plan
+from tests import tiny
 
 
 @pytest.fixture
@@ -93,6 +94,22 @@ def test_sharded_weights_are_gathered_twice_and_three_times_with_checkpointing(w
     thrice = plan(words, *engine, "--student.gradient_checkpointing", "true").traffic.gather
     blocks = 3 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64 + 2 * 32)
     assert thrice - twice == pytest.approx((blocks + plan(words).trainable["adapters"]) * 2 / 2 * 8)
+
+
+def test_the_head_is_gathered_twice_and_small_weights_once_per_step(words, tmp_path):
+    """Measured on two ranks by tools/benchmarks/traffic.py: the gradient passes through the head, which is frozen."""
+
+    def gathered(threshold: int) -> float:
+        zero3 = tmp_path / f"{threshold}.json"
+        zero3.write_text(f'{{"zero_optimization": {{"stage": 3, "stage3_param_persistence_threshold": {threshold}}}}}')
+        return plan(words, "--engine.deepspeed", str(zero3)).traffic.gather
+
+    # With 2 ranks and 2 bytes per weight, N weights gathered once are N bytes. 8 micro-batches; embedding and head have
+    # the same size, and are the largest weights.
+    parameters = plan(words).parameters
+    assert gathered(10**9) == pytest.approx(sum(parameters.values()) - parameters["teacher"])  # nothing is sharded
+    size = len(tiny.tokenizer()) * 32
+    assert gathered(size) - gathered(size + 1) == pytest.approx(8 * (1 + 2) * size - 2 * size)
 
 
 def test_time_and_days_follow_the_efficiency_and_the_gpus(words):
