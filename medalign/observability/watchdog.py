@@ -73,7 +73,7 @@ class Watchdog:
 
         Args:
             what: what this rank does next.
-            limit: seconds that it may take; 0 is no limit.
+            limit: seconds that it may take; 0 means unlimited.
         """
         self._progress = (self._progress[0] + 1, what, time.monotonic(), limit)
         if limit:

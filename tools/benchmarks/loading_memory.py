@@ -3,7 +3,7 @@
 python -m tools.benchmarks.loading_memory --output tools/benchmarks/results/loading_memory.json
 
 Writes a LLaVA of random bf16 weights in several files, reads it with two ranks on the CPU, and deletes it. The memory
-is that of the process alone (RssAnon of /proc/self/status). Pages of the files that are mapped are part of the page
+is that of the process only (RssAnon of /proc/self/status). Pages of the files that are mapped are part of the page
 cache, which the system frees when it needs to; `mapped` is their largest size.
 """
 

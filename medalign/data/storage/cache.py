@@ -18,7 +18,7 @@ _KEEP_FRACTION = 0.9  # of the size limit, kept when old ranges are evicted
 
 @contextmanager
 def file_lock(folder: Path) -> Iterator[None]:
-    """Lock a folder, so that one process at a time runs the block. Without file system support there is no lock."""
+    """Lock a folder, so that one process at a time runs the block; not where the file system has no locks."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         with suppress(OSError):

@@ -1,4 +1,4 @@
-"""A trace of some steps by torch.profiler."""
+"""A trace of some steps by torch.profiler, and a summary of where the time went."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ from medalign.training.trainer import Callback, Trainer
 
 log = logging.getLogger("medalign")
 SKIPPED = 3  # first steps of a start: they compile kernels and fill caches
+ROWS = 30  # of the summary
 
 
 class Profiler(Callback):
-    """Traces `steps` steps, after the first few of this start, and writes one Chrome trace per rank.
+    """Traces `steps` steps, after the first few of this start. Writes a Chrome trace and a summary per rank.
 
     Args:
         steps: how many steps to trace; the trace ends with the run if that comes first.
-        folder: `rank-N.json` is written here; open it with chrome://tracing or Perfetto.
+        folder: `rank-N.json` is written here (open it with chrome://tracing or Perfetto), and `rank-N.txt`, a table of
+            the operations that took the most time.
     """
 
     def __init__(self, steps: int, folder: Path) -> None:
@@ -57,5 +59,8 @@ class Profiler(Callback):
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"rank-{distributed.rank()}.json"
         self._profile.export_chrome_trace(str(path))
+        device = distributed.device().type
+        table = self._profile.key_averages().table(sort_by=f"self_{device}_time_total", row_limit=ROWS)
+        path.with_suffix(".txt").write_text(table, encoding="utf-8")
         self._profile = None
         log.info("trace of %d steps written to %s", self._last - self._first, path)

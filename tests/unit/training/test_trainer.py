@@ -142,6 +142,7 @@ def test_a_trace_is_written_however_short_the_run_is(tmp_path, caplog, steps, tr
     with caplog.at_level("INFO", logger="medalign"):
         build(Profiler(2, tmp_path / "profile"), steps=steps).fit()
     assert json.loads((tmp_path / "profile" / "rank-0.json").read_text())["traceEvents"]
+    assert "Self CPU time total" in (tmp_path / "profile" / "rank-0.txt").read_text()
     assert f"trace of {traced} steps" in caplog.text
 
 
