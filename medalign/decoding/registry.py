@@ -29,6 +29,9 @@ class Entry(NamedTuple):
 
 METHODS: dict[str, Entry] = {
     "greedy": Entry("medalign.decoding.base:Greedy", "the most probable token", "1 per token"),
+    "vcd": Entry("medalign.decoding.methods.vcd:VCD", "contrast with the noised image", "2 per token"),
+    "m3id": Entry("medalign.decoding.methods.m3id:M3ID", "contrast with no image, growing", "2 per token"),
+    "dola": Entry("medalign.decoding.methods.dola:DoLa", "contrast with an earlier block", "1 per token"),
 }
 """Every packaged method by its name."""
 
