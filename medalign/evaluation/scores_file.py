@@ -44,7 +44,10 @@ def format_scores(rows: Sequence[Prediction], facts: Mapping[str, Any], more: Ma
     """
     kept = {name: facts[name] for name in FACTS if name in facts}
     grid = PatchGrid(*kept["grid"]) if kept.get("grid") else None
-    return json.dumps(score(rows, grid) | dict(more or {}) | kept | count(rows), indent=2) + "\n"
+    scores, more = score(rows, grid), dict(more or {})
+    if missing := scores.pop("not_available", {}) | more.pop("not_available", {}):
+        more["not_available"] = missing
+    return json.dumps(scores | more | kept | count(rows), indent=2) + "\n"
 
 
 def rescore(predictions: Path, coco: bool = False) -> Path:
