@@ -121,9 +121,9 @@ def measure(labeller: Labeller, cases: Iterable[Case]) -> dict[str, Any]:
     kinds = ASSERTIONS if complete else ("present",)
     figures: dict[str, Any] = {"texts": len(cases)}
     for kind in kinds:
-        right, given, labels = (counts[kind, name] for name in ("right", "given", "true"))
-        figures[kind] = {"right": right, "labelled": given, "true": labels}
-        figures[kind] |= {"precision": round(right / max(given, 1), 3), "recall": round(right / max(labels, 1), 3)}
+        right, given, known = (counts[kind, name] for name in ("right", "given", "true"))
+        figures[kind] = {"right": right, "labelled": given, "true": known}
+        figures[kind] |= {"precision": round(right / max(given, 1), 3), "recall": round(right / max(known, 1), 3)}
     for kind in ("sides", "zones") if complete else ("sides",):
         figures[f"{kind}_right"] = round(counts[kind, "right"] / max(counts[kind, "given"], 1), 3)
     return figures | {"milliseconds_per_text": round(1000 * seconds / len(cases), 1)}
