@@ -28,6 +28,7 @@ FACTS = (
     "limit",
     "max_length",
     "max_new_tokens",
+    "decoding",
     "unreadable",
     "truncated",
     "provenance",

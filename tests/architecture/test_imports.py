@@ -33,7 +33,7 @@ FLOORS = (
     ("config",),
     ("kernels", "data", "observability"),
     ("losses", "teacher", "student", "datasets", "phantom"),
-    ("engine",),
+    ("engine", "decoding"),
     ("checkpoint", "evaluation", "benchmark", "planning"),
     ("training",),
     (
