@@ -98,8 +98,8 @@ class Batch:
 
     def sample(self, row: int) -> Batch:
         """Return one sample of a padded batch by itself, without its padding. What teachers read is left out."""
-        valid, index_1L = self.attention_mask[row], self.image_index[row : row + 1]
-        has_image = bool((index_1L >= 0).any())
+        valid, index_BL = self.attention_mask[row], self.image_index[row : row + 1]
+        has_image = bool((index_BL >= 0).any())
         own = (self.image_sample == row).nonzero().flatten() if has_image else self.image_sample.new_zeros(1)
         first, last = int(own[0]), int(own[-1]) + 1
         tokens: dict[str, Any] = {
@@ -110,7 +110,7 @@ class Batch:
         cuts = self.cuts[row : row + 1]
         return Batch(
             **tokens,
-            image_index=torch.where(index_1L >= 0, index_1L - first, -1)[:, valid],
+            image_index=torch.where(index_BL >= 0, index_BL - first, -1)[:, valid],
             student_pixels=self.student_pixels[own],
             teacher_pixels=self.teacher_pixels[own],
             image_weight=self.image_weight[own] * has_image,

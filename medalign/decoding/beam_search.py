@@ -45,6 +45,11 @@ class Beams:
         scores_R[0] = 0
         return cls(torch.empty(count, 0, dtype=torch.long, device=device), scores_R)
 
+    @property
+    def in_use(self) -> torch.Tensor:
+        """Which hypotheses are in use, bool [R]."""
+        return self.scores_R > _NONE / 2
+
     def advance(
         self, tokens_RN: torch.Tensor, log_probs_RN: torch.Tensor, ends: torch.Tensor, limit: int
     ) -> tuple[Beams, torch.Tensor]:

@@ -9,8 +9,8 @@ by its sum over all columns. A candidate for the next token is passed through th
     phi = factor * max over j of prod over i = j..t of (scale * w[i, j])
 
 the candidate's logit becomes `logit - penalty * phi`. If the column of the maximum has been the same token, a summary,
-in more than `threshold` steps, the search returns to the token after it and excludes the tokens chosen there. It returns
-to the same place at most `rollbacks` times, then once more often to the summary itself, and then not at all.
+in more than `threshold` steps, the search returns to the place after it and excludes the tokens that were chosen there.
+It returns to the same place at most `rollbacks` times, then to the place of the summary itself, and then not at all.
 
 The paper and the authors' code differ. The defaults are those of the code; settings choose the paper's form:
 
@@ -18,7 +18,8 @@ The paper and the authors' code differ. The defaults are those of the code; sett
   summary. The paper has no such rule: 0.
 - `factor`: 1e-7. The paper has no factor: 1.
 - `normalize`: probabilities are normalized over the candidates. By the paper's formula, over the vocabulary.
-- `reselect`: after a return, all other tokens may be chosen, without a penalty. In the paper, the other candidates.
+- `reselect`: after a return, all other tokens may be chosen, without a penalty. In the paper, the other candidates; a
+  place where fewer of them than beams are left is passed over.
 
 The code multiplies columns in float16, in which they overflow; here logarithms are added in float64. It keeps the
 columns of up to 512 tokens; here all are kept. Its `rollbacks` is the number of candidates.
@@ -67,7 +68,7 @@ class Opera(Method):
     scale: float = setting(50.0, "factor of each attention weight", least=1)
     threshold: int = setting(15, "steps with the same summary token after which the search returns to it", least=2)
     rollbacks: int = setting(5, "most returns to the same token", least=0)
-    first_tokens: int = setting(10, "tokens that are judged by their attention to the image; 0 as in the paper", least=0)
+    first_tokens: int = setting(10, "tokens judged by their attention to the image; 0 as in the paper", least=0)
     factor: float = setting(1e-7, "factor of the product of a column; 1 as in the paper", least=0)
     normalize: Literal["candidates", "vocabulary"] = setting("candidates", "over what probabilities are normalized")
     reselect: Literal["vocabulary", "candidates"] = setting("vocabulary", "what may be chosen after a return")
@@ -77,23 +78,24 @@ class Opera(Method):
         last = len(spec.blocks) - 1
         if window := spec.window(last):
             raise ConfigError(
-                f"--decoding opera reads the attention of the last block to all tokens, but block {last} of the student "
-                f"covers only {window}; choose another method, or a student with full attention in its last block"
+                f"--decoding opera reads the attention of the last block to all tokens, but in this student it (block "
+                f"{last}) covers only {window}; choose another method"
             )
 
     def generate(
         self, student: Student, batch: Batch, decoding: Decoding, **tokens: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Search the samples one after another."""
-        found, maps = [], []
+        found: list[torch.Tensor] = []
+        maps: list[torch.Tensor] = []
         for row in range(len(batch.input_ids)):
             sample = batch.sample(row)
             search = _Search(self, student, sample, decoding.max_new_tokens)
             with intervening({student.spec.attentions[-1]: search.record}):
-                ids_1T, maps_IN = student.generate(
+                ids_BT, maps_IN = student.generate(
                     sample, custom_generate=search, max_new_tokens=decoding.max_new_tokens, do_sample=False, **tokens
                 )
-            found.append(ids_1T[0])
+            found.append(ids_BT[0])
             if maps_IN is not None:
                 maps.append(maps_IN)
         ids_BT = torch.nn.utils.rnn.pad_sequence(found, batch_first=True, padding_value=tokens["pad_token_id"])
@@ -193,10 +195,19 @@ class _Search:
         if min(counts) <= own.threshold or summary < own.first_tokens:
             return None
         for place in (summary + 1, summary):
-            if self._returns[place] < own.rollbacks:
+            if self._returns[place] < own.rollbacks and self._choices_left(self._steps[place]) >= own.num_beams:
                 self._returns[place] += 1
                 return place
         return None
+
+    def _choices_left(self, step: _Step) -> float:
+        """Return how many choices a return to a step would leave."""
+        if self._settings.reselect == "vocabulary":
+            return math.inf
+        assert step.chosen is not None
+        used_R = step.beams.in_use
+        gone = sum(int(used_R[rows].sum()) for rows, _ in (*step.rejected, step.chosen))
+        return int(used_R.sum()) * self._settings.candidates - gone
 
     def _reselect(self, place: int) -> _State:
         """Go back to where `place` tokens were chosen, and choose others than before as the next ones."""
@@ -227,10 +238,10 @@ class _Search:
         Token by token: to the student, a pass of many tokens is that of a prompt.
         """
         assert self._prompt is not None
-        logits_1V, cache = self._prompt[0], deepcopy(self._prompt[1])
+        logits_BV, cache = self._prompt[0], deepcopy(self._prompt[1])
         cache.batch_repeat_interleave(len(beams.scores_R))
-        logits_RV = logits_1V.repeat(len(beams.scores_R), 1)
-        for token_R1 in beams.tokens_RT.split(1, dim=1):
+        logits_RV = logits_BV.repeat(len(beams.scores_R), 1)
+        for token_R1 in beams.tokens_RT.T[..., None]:
             logits_RV = self._forward(token_R1, cache)
         return _State(beams, columns_RT, logits_RV, cache)
 

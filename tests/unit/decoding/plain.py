@@ -226,7 +226,10 @@ def opera(
             counts = [sum(step["places"][row] == summary for step in history) for row in range(num_beams)]
             if min(counts) > threshold and summary >= first_tokens:
                 for place in (summary + 1, summary):
-                    if target is None and visits[place] < rollbacks:
+                    used = [row for row in range(num_beams) if history[place]["beams"][row][0] > -1e8]
+                    gone = [row for row, _ in history[place]["rejected"] + history[place]["chosen"] if row in used]
+                    left = math.inf if reselect == "vocabulary" else len(used) * candidates - len(gone)
+                    if target is None and visits[place] < rollbacks and left >= num_beams:
                         visits[place] += 1
                         target = place
             if target is not None:
