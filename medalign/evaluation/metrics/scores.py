@@ -7,10 +7,12 @@
 | closed_majority | score of always giving the most common closed answer | vqa, closed |
 | open_n, open_recall, open_exact | open questions, recall of words, fraction of exact answers | vqa, open |
 | report_n, bleu, rouge_l | reports, corpus BLEU (0 to 100), mean ROUGE-L F1 | report |
+| bleu_13a_1 and others | BLEU and ROUGE in other variants; see `variants` | report |
 | grounding_n, attention_inside, box_area | samples with boxes, mean attention inside, mean area | boxes |
 | ungrounded | samples whose boxes are all outside the image; no score includes them | boxes |
 | pointing_n, pointing_hits | samples with a pointing result, fraction of hits | boxes |
 | pointing_chance | score of pointing at random, if known | boxes |
+| box_ap, box_iou and others | how well the attention outlines the boxes; see `localization` | boxes |
 | conditional_n and others | whether the attention follows the question; see `conditional` | boxes |
 
 answers_signature, bleu_signature and rouge_l_signature describe the tokenization and the versions of the libraries.
@@ -36,8 +38,10 @@ from medalign.evaluation.metrics import rules
 from medalign.evaluation.metrics.answers import SIGNATURE, closed_correct, exact, open_recall, words, yes_or_no
 from medalign.evaluation.metrics.conditional import conditional
 from medalign.evaluation.metrics.intervals import RESAMPLES, mean
+from medalign.evaluation.metrics.localization import boxed_cases, localization
 from medalign.evaluation.metrics.predictions import LENGTH, Prediction
 from medalign.evaluation.metrics.reports import bleu_with_interval, rouge_l, rouge_signature
+from medalign.evaluation.metrics.variants import variants
 from medalign.geometry import PatchGrid
 
 Scores = dict[str, Any]  # numbers, and signatures as text
@@ -48,7 +52,7 @@ def score(rows: Sequence[Prediction], grid: PatchGrid | None = None) -> Scores:
 
     Args:
         rows: the predictions.
-        grid: the grid of their attention; without it, there are no scores of `conditional`.
+        grid: the grid of their attention; without it, there are no scores of `localization` and `conditional`.
 
     Raises:
         DataError: a task or an answer type is not valid, or the attention does not fit the grid.
@@ -62,7 +66,7 @@ def score(rows: Sequence[Prediction], grid: PatchGrid | None = None) -> Scores:
         **_open(groups["open"]),
         **_report(groups["report"]),
         **_grounding(rows),
-        **({} if grid is None else conditional(rows, grid)),
+        **({} if grid is None else localization("box", boxed_cases(rows, grid)) | conditional(rows, grid)),
         **({"answers_signature": SIGNATURE} if groups["closed"] or groups["open"] else {}),
         **_by_rules(groups["closed"], groups["open"]),
         **_by_attribute(groups["closed"] + groups["open"]),
@@ -163,6 +167,7 @@ def _report(rows: Sequence[Prediction]) -> Scores:
         found = bleu_with_interval([r.prediction for r in rows], [r.answer for r in rows], RESAMPLES)
         scores |= {"bleu": found.points, "bleu_low": found.low, "bleu_high": found.high}
         scores |= {"bleu_signature": found.signature, "rouge_l_signature": rouge_signature()}
+        scores |= variants([r.prediction for r in rows], [r.answer for r in rows])
     return scores | mean("rouge_l", [rouge_l(r.prediction, r.answer) for r in rows])
 
 
