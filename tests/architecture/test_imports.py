@@ -57,6 +57,7 @@ FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 # library: the files that may import it, as patterns under medalign/
 DOORS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("bert_score", "f1chexbert", "radgraph", "RaTEScore"), ("evaluation/text_models/worker.py",)),
     "deepspeed": ("engine/*",),
     "fsspec": ("data/storage/filesystems.py",),
     "huggingface_hub": ("model_card.py", "student/reading.py", "teacher/towers/hf.py"),
