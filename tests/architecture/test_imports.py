@@ -47,6 +47,7 @@ FLOORS = (
         "evaluator",
         "inspection",
         "target_cache",
+        "teacher_maps",
         "doctor",
         "supervising",
         "watching",
