@@ -29,6 +29,11 @@ class Entry(NamedTuple):
 
 METHODS: dict[str, Entry] = {
     "greedy": Entry("medalign.decoding.base:Greedy", "the most probable token", "1 per token"),
+    "opera": Entry(
+        "medalign.decoding.methods.opera:Opera",
+        "OPERA: beam search with a penalty on over-trusted tokens, and returns",
+        "1 per token, of 25 rows",
+    ),
 }
 """Every packaged method by its name."""
 

@@ -1,4 +1,4 @@
-"""Means with a bootstrap interval."""
+"""Means and ratios with a bootstrap interval."""
 
 from __future__ import annotations
 
@@ -30,3 +30,21 @@ def mean(name: str, values: Sequence[float | bool], groups: Sequence[str] | None
     means = [values_S[draw.integers(0, values_S.size, values_S.size)].mean() for _ in range(RESAMPLES)]
     low, high = np.quantile(means, [0.025, 0.975])
     return {name: float(values_S.mean()), f"{name}_low": float(low), f"{name}_high": float(high)}
+
+
+def ratio(name: str, cases: Sequence[tuple[float, float]]) -> dict[str, float]:
+    """Return the ratio of two sums and the quantiles of its bootstrap over units, or nothing if the second sum is 0.
+
+    Args:
+        name: key of the ratio; the quantiles have the keys NAME_low and NAME_high.
+        cases: for each unit that is resampled as a whole, such as a report or an image, its part of both sums.
+    """
+    cases_U2 = np.asarray(cases, dtype=np.float64).reshape(-1, 2)
+    above, below = cases_U2.sum(0)
+    if not below:
+        return {}
+    units, draw = len(cases_U2), np.random.default_rng(0)
+    sums_R2 = np.array([cases_U2[draw.integers(0, units, units)].sum(0) for _ in range(RESAMPLES)])
+    drawn_R2 = sums_R2[sums_R2[:, 1] > 0]  # a resample without a case has no ratio
+    low, high = np.quantile(drawn_R2[:, 0] / drawn_R2[:, 1], [0.025, 0.975])
+    return {name: float(above / below), f"{name}_low": float(low), f"{name}_high": float(high)}
