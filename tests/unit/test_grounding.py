@@ -13,6 +13,8 @@ from medalign.__main__ import main
 from medalign.checkpoint.export import write_export
 from medalign.config import LoraConfig, StudentConfig
 from medalign.data.shards.index import ShardIndex
+from medalign.data.shards.records import Record
+from medalign.data.shards.writer import write_shards
 from medalign.evaluation.ground_records import Grounded, summarize
 from medalign.geometry import PatchGrid
 from medalign.student.loading import load_student
@@ -79,9 +81,8 @@ def test_an_answer_without_text_has_no_answer_maps_and_no_curves(run, data, monk
 
 
 def test_shards_without_boxes_are_refused(run, data, tmp_path, capsys):
-    fields = {"id": "a", "image": None, "question": "Normal?", "answer": "yes"}
-    (tmp_path / "text.jsonl").write_text(json.dumps(fields) + "\n")
-    assert main(["shards", "jsonl", str(tmp_path / "text.jsonl"), "--output", str(tmp_path / "shards")]) == 0
+    fields = {"task": "vqa", "question": "Normal?", "answer": "yes", "answer_type": "closed"}
+    write_shards([Record("a", (), fields)], tmp_path / "shards")
     assert main(["ground", str(run), "--data", str(tmp_path / "shards")]) == 2
     assert "has boxes inside its image" in capsys.readouterr().err
 
