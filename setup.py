@@ -17,6 +17,7 @@ setup(
         "medalign.config": ["recipes/*.yaml", "recipes/*/*.yaml"],
         "medalign.evaluation.report": ["*.jinja", "*.js"],
         "medalign.kernels": ["*/tile_table.json"],
+        "medalign.evaluation.findings": ["*.yaml"],
         "medalign.teacher": ["*.yaml"],
         "medalign.ds_configs": ["*.json"],
     },
@@ -57,6 +58,8 @@ setup(
     extras_require={
         "cuda": ["flash-attn>=2.7"],
         "coco": ["pycocoevalcap>=1.2"],  # scores of reports by COCO's evaluation; its tokenizer and METEOR need Java
+        "bertscore": ["bert-score>=0.3.13"],  # `medalign score --models bertscore=FOLDER`
+        "separability": ["scikit-learn>=1.6"],  # probes and t-SNE of `medalign separability`
         "dicom": ["pydicom>=3"],
         "parquet": ["pyarrow>=18"],
         "qlora": ["bitsandbytes>=0.48"],  # weights in 4 bits; peft imports it wherever it is installed
@@ -82,6 +85,8 @@ setup(
             "pyarrow>=18",
             "pydicom>=3",
             "pycocoevalcap>=1.2",
+            "bert-score>=0.3.13",
+            "scikit-learn>=1.6",
             "wandb-workspaces>=0.4.13,<0.5",
             "mistral-common>=1.8,<1.10",  # for its vocabulary file; later versions exclude NumPy 2.4 on Python 3.11
         ],

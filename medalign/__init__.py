@@ -16,7 +16,7 @@ _MODULES = {
     "load_config": "medalign.config",
     "train": "medalign.run",
     "open_student": "medalign.inference",
-    "Decoding": "medalign.student.decoding",
+    "Decoding": "medalign.decoding.base",
     "generate": "medalign.inference",
     "evaluate": "medalign.evaluator",
     "load_teacher": "medalign.teacher.loading",

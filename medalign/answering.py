@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,6 +22,7 @@ from medalign.contracts import Sample
 from medalign.data.batches.collator import Collator
 from medalign.data.batches.reader import check_skip_rate
 from medalign.data.samples.bad_sample import BadSample
+from medalign.decoding.base import Decoding
 from medalign.errors import DataError, MedAlignError, Stopped
 from medalign.evaluation.batching import Place, Samples, describe_batches, plan_batches, read_or_reason
 from medalign.evaluation.generation import PredictionBatch
@@ -29,7 +30,6 @@ from medalign.evaluation.journal import Entry, Journal
 from medalign.evaluation.tally import Tally
 from medalign.observability.progress import ProgressReporter
 from medalign.stop_signals import StopSignals, stop_signals
-from medalign.student.decoding import Decoding
 from medalign.student.model import Student
 from medalign.work_queue import WorkQueue
 
@@ -71,7 +71,7 @@ def describe_answering(student: Student, collator: Collator, batch_size: int, de
     """Return the settings that determine answers, beside samples, weights and versions."""
     return {
         "batch_size": batch_size,
-        **asdict(decoding),
+        **decoding.describe(),
         "max_length": collator.encoder.max_length,
         "dtype": str(student.dtype).removeprefix("torch."),
         "device": distributed.device().type,
@@ -106,7 +106,7 @@ def answer_all(
     journal = Journal(output, {**settings, "batches": describe_batches(batches)})
     done, seen, unreadable = _resume(journal, sum(work.planned))
     left = [number for number in range(len(batches)) if number not in done]
-    queue = WorkQueue(store, work.name, len(left))
+    queue = WorkQueue(store, f"{work.name} {output}", len(left))  # a call may answer the samples several times
     if distributed.is_main():
         queue.add(_SEEN, seen)
         queue.add(_UNREADABLE, unreadable)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -14,17 +16,20 @@ from medalign.answering import Work, answer_all, describe_answering
 from medalign.checkpoint import export
 from medalign.data.shards.index import ShardIndex
 from medalign.data.storage.byte_ranges import is_remote
+from medalign.decoding.base import Decoding, Greedy
 from medalign.errors import ConfigError
 from medalign.evaluation.generation import predict
+from medalign.evaluation.journal import Journal
 from medalign.evaluation.metrics import write_predictions
 from medalign.evaluation.provenance import describe_weights, versions
-from medalign.evaluation.scores_file import format_scores, require_no_longer
+from medalign.evaluation.scores_file import format_scores, read_scores, require_no_longer
 from medalign.evaluation.tally import Tally
 from medalign.inference import open_student
 from medalign.observability.files import write_text
 from medalign.run_folder import EvaluationFolder, find_run
-from medalign.student.decoding import Decoding
 from medalign.work_queue import joined_ranks
+
+log = logging.getLogger("medalign")
 
 _GREEDY = Decoding()
 
@@ -51,10 +56,11 @@ def evaluate(
     Args:
         run: a run, a checkpoint or an export.
         data: shard folders.
-        name: name of the evaluation; by default that of the first shard folder.
+        name: name of the evaluation; by default that of the first shard folder. With another method than greedy, the
+            name of the method is added to it: NAME-METHOD.
         batch_size: questions per batch.
         limit: evaluate only the first samples.
-        decoding: greedy, beams or sampling, and the limit of an answer.
+        decoding: the method, beams or sampling, and the limit of an answer.
         max_length: limit of a question and one image, in tokens; by default that of the training.
         max_skip_fraction: fraction of the samples that may be unreadable.
         base: folder of the base model, if it has moved since the training.
@@ -70,37 +76,109 @@ def evaluate(
         DataError: more than `max_skip_fraction` of the samples cannot be read.
         Stopped: a signal ended it.
     """
+    (folder,) = evaluate_each(
+        run,
+        data,
+        [decoding],
+        name=name,
+        batch_size=batch_size,
+        limit=limit,
+        max_length=max_length,
+        max_skip_fraction=max_skip_fraction,
+        base=base,
+        overwrite=overwrite,
+        command=command,
+    )
+    return folder
+
+
+def evaluate_each(
+    run: Path,
+    data: Sequence[str],
+    decodings: Sequence[Decoding],
+    *,
+    name: str | None,
+    batch_size: int,
+    limit: int | None,
+    max_length: int | None,
+    max_skip_fraction: float,
+    base: str | None,
+    overwrite: bool,
+    command: str | None,
+) -> list[Path]:
+    """Evaluate a run with several methods of decoding; see `evaluate`. The student is loaded once.
+
+    Args:
+        run: a run, a checkpoint or an export.
+        data: shard folders.
+        decodings: with different methods. If there are several, an evaluation that was finished with the same settings,
+            weights, shards and versions is kept as it is, so an interrupted call continues with the others.
+        name: see `evaluate`.
+        batch_size: questions per batch.
+        limit: evaluate only the first samples.
+        max_length: see `evaluate`.
+        max_skip_fraction: fraction of the samples that may be unreadable.
+        base: folder of the base model, if it has moved since the training.
+        overwrite: repeat finished evaluations, and replace evaluations of more samples.
+        command: the command line, for scores.json.
+
+    Returns:
+        The folder of each evaluation.
+    """
     with joined_ranks() as store:
         with distributed.raise_on_all_ranks():
-            folder = EvaluationFolder(_evaluation_folder(run, data, name))
+            folders = [EvaluationFolder(evaluation_folder(run, data, name, one.method.name)) for one in decodings]
             indexes = _open(data)
             planned = _planned(indexes, limit)
             if not overwrite:
-                require_no_longer(folder, sum(planned))
+                for folder in folders:
+                    require_no_longer(folder, sum(planned))
             source = export.find_export(run)
         source = Path(distributed.broadcast_from_main(str(source)))  # a training may write another one meanwhile
         with distributed.raise_on_all_ranks():
-            student, tokenizer, collator = open_student(source, base, max(i.max_images for i in indexes), max_length)
+            most, methods = max(index.max_images for index in indexes), [one.method for one in decodings]
+            student, tokenizer, collator = open_student(source, base, most, max_length, methods)
             origin = {**describe_weights(source), "shards": [list(index.fingerprint()) for index in indexes]}
-        settings = {"limit": limit, **describe_answering(student, collator, batch_size, decoding)}
         work = Work("evaluate", indexes, planned, batch_size, max_skip_fraction)
-        ask = partial(predict, student, tokenizer, collator, decoding=decoding, device=distributed.device())
-        tally, journal = answer_all(
-            work, folder.predictions, {**settings, **origin, "versions": versions()}, ask, store
-        )
-        facts = {
-            "name": folder.path.name,
-            "data": [place if is_remote(place) else str(Path(place).resolve()) for place in data],
-            "grid": [student.spec.grid.rows, student.spec.grid.columns],
-            "samples": sum(map(len, indexes)),
-            **settings,
-            "provenance": {**origin, "settings": settings, "command": command, "versions": versions()},
-        }
-        with distributed.raise_on_all_ranks():
-            if distributed.is_main():
-                _write(folder, tally, facts)
-                journal.finish()
-    return folder.path
+        for folder, decoding in zip(folders, decodings, strict=True):
+            settings = {"limit": limit, **describe_answering(student, collator, batch_size, decoding)}
+            provenance = {**origin, "settings": settings, "versions": versions()}
+            if len(folders) > 1 and not overwrite and _is_finished(folder, provenance):
+                log.info("%s is already evaluated; --overwrite repeats it", folder.path)
+                continue
+            ask = partial(predict, student, tokenizer, collator, decoding=decoding, device=distributed.device())
+            tally, journal = answer_all(
+                work, folder.predictions, {**settings, **origin, "versions": versions()}, ask, store
+            )
+            facts = {
+                "name": folder.path.name,
+                "data": [place if is_remote(place) else str(Path(place).resolve()) for place in data],
+                "grid": [student.spec.grid.rows, student.spec.grid.columns],
+                "samples": sum(map(len, indexes)),
+                "provenance": provenance | {"command": command},
+            }
+            _finish(folder, tally, settings | facts, journal)
+    return [folder.path for folder in folders]
+
+
+def _finish(folder: EvaluationFolder, tally: Tally, facts: Mapping[str, Any], journal: Journal) -> None:
+    """Write the predictions and the scores. Every rank must call it."""
+    with distributed.raise_on_all_ranks():
+        if distributed.is_main():
+            _write(folder, tally, facts)
+            journal.finish()
+
+
+def _is_finished(folder: EvaluationFolder, provenance: Mapping[str, Any]) -> bool:
+    """Return whether the evaluation was finished as it would be now. Every rank must call it, and rank 0 decides."""
+    same = False
+    with distributed.raise_on_all_ranks():
+        if distributed.is_main() and folder.scores.is_file():
+            before = read_scores(folder.scores).get("provenance")
+            same = isinstance(before, dict) and before | {"command": None} == (
+                json.loads(json.dumps(provenance)) | {"command": None}
+            )
+    return bool(json.loads(distributed.broadcast_from_main(json.dumps(same))))
 
 
 def _write(folder: EvaluationFolder, tally: Tally, facts: Mapping[str, Any]) -> None:
@@ -134,7 +212,7 @@ def _open(data: Sequence[str]) -> list[ShardIndex]:
     return indexes
 
 
-def _evaluation_folder(run: Path, data: Sequence[str], name: str | None) -> Path:
+def evaluation_folder(run: Path, data: Sequence[str], name: str | None, method: str = Greedy.name) -> Path:
     """Where an evaluation is written: by default it is called as the first folder of shards."""
     home, prefix = find_run(run)
     setting = f"--name {name!r}"
@@ -142,7 +220,8 @@ def _evaluation_folder(run: Path, data: Sequence[str], name: str | None) -> Path
         name, setting = _name_of(data[0]), f"no name can be derived from --data {data[0]}: --name"
     if name in ("", ".", "..") or Path(name).name != name:
         raise ConfigError(f"{setting} must be the plain name of a folder in {home.evaluation_root}")
-    return home.evaluation(prefix + name).path
+    suffix = "" if method == Greedy.name else f"-{method}"
+    return home.evaluation(prefix + name + suffix).path
 
 
 def _name_of(place: str) -> str:

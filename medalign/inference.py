@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,14 @@ from medalign.data.samples import values
 from medalign.data.samples.bad_sample import BadSample, sample_context
 from medalign.data.samples.decode import decode_image, has_several_frames
 from medalign.data.samples.image_tags import check_count, strip_tags
+from medalign.decoding.base import Decoding, Method
+from medalign.decoding.checks import require_methods
 from medalign.errors import ConfigError, DataError
 from medalign.evaluation.generation import Answer, generate_answers
 from medalign.evaluation.metrics.predictions import LENGTH
 from medalign.evaluation.report.pictures import overlay
 from medalign.student import loading
-from medalign.student.decoding import Decoding, keep_only_tokens
+from medalign.student.generation_settings import keep_only_tokens
 from medalign.student.model import Student
 
 log = logging.getLogger("medalign")
@@ -43,7 +46,7 @@ def generate(
         images: image files.
         question: the question.
         picture: file for the attention to the first image as an overlay, or None.
-        decoding: greedy, beams or sampling, and the limit of the answer.
+        decoding: the method, beams or sampling, and the limit of the answer.
         max_length: limit of the question and one image, in tokens; by default that of the training.
         base: folder of the base model, if it has moved since the training.
 
@@ -68,7 +71,7 @@ def generate(
             if has_several_frames(data):
                 log.warning("--image %s has several frames; only the first is used", image)
     sample = Sample(images[0].stem, "none", "vqa", question, "?", "open", tuple(pictures))
-    student, tokenizer, collator = open_student(run, base, len(pictures), max_length)
+    student, tokenizer, collator = open_student(run, base, len(pictures), max_length, [decoding.method])
     batch = collator([sample]).to(distributed.device())
     if batch.truncated:
         limit = collator.encoder.max_length
@@ -85,7 +88,11 @@ def generate(
 
 
 def open_student(
-    run: Path, base: str | None = None, max_images: int = 1, max_length: int | None = None
+    run: Path,
+    base: str | None = None,
+    max_images: int = 1,
+    max_length: int | None = None,
+    methods: Sequence[Method] = (),
 ) -> tuple[Student, Any, Collator]:
     """Load the trained student of a run.
 
@@ -95,14 +102,20 @@ def open_student(
         max_images: maximum number of images per question.
         max_length: limit of a question and one image, in tokens; by default that of the training. Each further image
             adds its tokens to the limit.
+        methods: the decoding methods that must work with the student.
 
     Returns:
         The student in the precision of the run, its tokenizer, and a collator for questions.
+
+    Raises:
+        ConfigError: the student cannot be used, or a method cannot work with it.
     """
     source = export.find_export(run)
-    student = export.load_export(source, export.precision(source), distributed.device(), base)
     config = export.settings(source)
-    processor = loading.load_processor(config if base is None else type(config)(**{**vars(config), "path": base}))
+    config = config if base is None else replace(config, path=base)
+    require_methods(methods, config)
+    student = export.load_export(source, export.precision(source), distributed.device(), base)
+    processor = loading.load_processor(config)
     limit = max_length or export.max_length(source)
     collator = pipeline.build_question_collator(student.spec, processor, limit, max_images)
     keep_only_tokens(student.spec.model)

@@ -218,6 +218,8 @@ def _plain(value: Any) -> str:
     """Return a setting as text, with only the last name of a path."""
     if isinstance(value, list | tuple):
         return ", ".join(map(_plain, value))
+    if isinstance(value, dict):  # a further teacher
+        return " ".join(f"{name}={_plain(one)}" for name, one in value.items())
     return _last(value) if isinstance(value, str) and "/" in value else str(value)
 
 

@@ -32,13 +32,13 @@ from medalign.data.samples.image_tags import strip_tags
 from medalign.data.samples.json_fields import unique_fields
 from medalign.data.samples.sample import check_fields, normalize_answer_type, to_sample
 from medalign.datasets.image_fields import named_images
+from medalign.decoding.base import Decoding
 from medalign.errors import ConfigError, DataError
 from medalign.evaluation.generation import predict
 from medalign.evaluation.metrics.predictions import Prediction, format_prediction
 from medalign.evaluation.provenance import describe_weights, versions
 from medalign.inference import open_student
 from medalign.observability.files import write_text
-from medalign.student.decoding import Decoding
 from medalign.work_queue import joined_ranks
 
 _GREEDY = Decoding()
@@ -152,7 +152,7 @@ def generate_file(
         output: the new file of predictions, in the order of the questions. A line has no `answer` if the question has
             no reference.
         batch_size: questions per batch.
-        decoding: greedy, beams or sampling, and the limit of an answer.
+        decoding: the method, beams or sampling, and the limit of an answer.
         max_length: limit of a question and one image, in tokens; by default that of the training.
         max_skip_fraction: fraction of the questions whose images may be unreadable.
         base: folder of the base model, if it has moved since the training.
@@ -175,7 +175,7 @@ def generate_file(
             source = export.find_export(run)
         source = Path(distributed.broadcast_from_main(str(source)))
         with distributed.raise_on_all_ranks():
-            student, tokenizer, collator = open_student(source, base, file.max_images, max_length)
+            student, tokenizer, collator = open_student(source, base, file.max_images, max_length, [decoding.method])
             settings = {**describe_answering(student, collator, batch_size, decoding), **describe_weights(source)}
         work = Work("generate", [file], [len(file)], batch_size, max_skip_fraction)
         ask = partial(predict, student, tokenizer, collator, decoding=decoding, device=distributed.device())

@@ -57,9 +57,14 @@ def write(config: Config) -> None:
         config: the settings of the training.
 
     Raises:
-        ConfigError: no teacher has a cache, or a cache holds targets of another teacher.
+        ConfigError: nothing is distilled, no teacher has a cache, or a cache holds targets of another teacher.
     """
     distributed.adopt_launcher()
+    if not config.distils:
+        raise ConfigError(
+            "losses.alpha and losses.beta are 0, so no teacher is loaded and there are no targets; set them as in the "
+            "training that reads the cache"
+        )
     settings = [each for each in config.teachers if each.cache]
     if not settings:
         raise ConfigError("teacher.cache is not set; give the folder of the targets with --teacher.cache DIR")

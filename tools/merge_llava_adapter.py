@@ -1,11 +1,12 @@
 """Makes a student's folder of an adapter that was trained with LLaVA's own code, as LLaVA-Rad's is published.
 
-    python -m tools.merge_llava_adapter ADAPTER --base VICUNA --tower CLIP --output DIR
+    python -m tools.merge_llava_adapter ADAPTER --base VICUNA [--tower CLIP] --output DIR
 
 ADAPTER has adapter_config.json, adapter_model.safetensors or .bin (LoRA of the language model), non_lora_trainables.bin
 or mm_projector.bin (the projector), and config.json. The base is the folder of the language model, the tower that of a
-CLIP in transformers' format. The output is in the layout of LLaVA's authors (`llava_llama`), which medalign reads. One
-shard of the base is in memory at a time. No pickle runs code: .bin files are read with weights_only.
+CLIP in transformers' format. LLaVA-Rad has its own tower beside the adapter and needs no --tower. The output is in the
+layout of LLaVA's authors (`llava_llama`), which medalign reads. One shard of the base is in memory at a time. No pickle
+runs code: .bin and .pt files are read with weights_only.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import pickle
 import re
 import shutil
 import sys
+import zipfile
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
@@ -25,33 +28,38 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from medalign.errors import ConfigError
+from medalign.errors import ConfigError, MedAlignError
+from medalign.teacher.weights import refused_code
+from tools.adapter_tower import AdapterTower, read_tower
 
 _PEFT = "base_model.model."
 _LORA = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
-_TOWER = "model.vision_tower.vision_tower."
+_TOWER = "model.vision_tower.vision_tower.vision_model."
 _COPIED = ("tokenizer*", "special_tokens_map.json", "generation_config.json")
+_BUFFERS = ".rotary_emb.inv_freq"  # in the files of earlier versions of transformers; computed now
 
 
-def merge(adapter: Path, base: Path, tower: Path, output: Path) -> None:
+def merge(adapter: Path, base: Path, tower: Path | None, output: Path) -> None:
     """Write the folder.
 
     Args:
         adapter: the folder of the adapter.
         base: the language model that it was trained from.
-        tower: the CLIP whose vision tower it was trained with.
+        tower: the CLIP whose vision tower it was trained with; None if the tower's files are beside the adapter.
         output: the new folder.
 
     Raises:
         ConfigError: a file is missing, the adapter is not plain LoRA, or a weight of it does not fit the base.
+        CheckpointError: the weights of the tower cannot be read.
     """
     if output.exists():
         raise ConfigError(f"{output} already exists; choose a new folder")
     lora, scale = _read_lora(adapter)
-    others = {**_read_projector(adapter), **_read_tower(tower)}
+    vision = read_tower(tower or adapter)
+    others = {**_read_projector(adapter), **{f"{_TOWER}{name}": value for name, value in vision.weights.items()}}
     if left := sorted(lora.keys() - _names(base)):
         raise ConfigError(f"{adapter} adapts {left[0]}, which {base} does not have; give the base it was trained from")
-    _write_settings(adapter, base, tower, output)
+    _write_settings(adapter, base, vision, output)
     places: dict[str, str] = {}
     for number, state in enumerate(chain(_shards(base), [others]), start=1):
         name = f"model-{number:05d}.safetensors"
@@ -104,40 +112,45 @@ def _read_projector(adapter: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-def _read_tower(tower: Path) -> dict[str, torch.Tensor]:
-    found = {name: value for shard in _shards(tower) for name, value in shard.items()}
-    prefix = "vision_model."
-    kept = {name: value for name, value in found.items() if name.startswith(prefix) and "position_ids" not in name}
-    if not kept:
-        raise ConfigError(f"{tower} has no weights named {prefix}*; give the folder of a CLIP in transformers' format")
-    return {f"{_TOWER}{name}": value for name, value in kept.items()}
-
-
 def _files(folder: Path) -> list[Path]:
-    files = sorted(folder.glob("*.safetensors"))
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     if not files:
-        raise ConfigError(f"{folder} has no safetensors files; give the folder of a model, or convert its weights")
+        raise ConfigError(f"{folder} has no safetensors files and no pytorch_model*.bin; give the folder of a model")
     return files
 
 
 def _names(folder: Path) -> set[str]:
     names: set[str] = set()
     for path in _files(folder):
-        with safe_open(path, "pt") as file:
-            names.update(file.keys())
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                names.update(file.keys())
+        else:
+            names.update(_load(path))
     return names
 
 
 def _shards(folder: Path) -> Iterator[dict[str, torch.Tensor]]:
-    return (load_file(path) for path in _files(folder))
+    for path in _files(folder):
+        yield {name: value for name, value in _load(path).items() if not name.endswith(_BUFFERS)}
 
 
 def _read_weights(folder: Path, stem: str) -> dict[str, torch.Tensor]:
-    if (folder / f"{stem}.safetensors").is_file():
-        return load_file(folder / f"{stem}.safetensors")
-    if not (folder / f"{stem}.bin").is_file():
-        raise ConfigError(f"{folder} has no {stem}.safetensors and no {stem}.bin; copy it from the adapter")
-    state: dict[str, torch.Tensor] = torch.load(folder / f"{stem}.bin", map_location="cpu", weights_only=True)
+    for path in (folder / f"{stem}.safetensors", folder / f"{stem}.bin"):
+        if path.is_file():
+            return _load(path)
+    raise ConfigError(f"{folder} has no {stem}.safetensors and no {stem}.bin; copy it from the adapter")
+
+
+def _load(path: Path) -> dict[str, torch.Tensor]:
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    try:
+        state: dict[str, torch.Tensor] = torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        raise ConfigError(f"{path} cannot be read: {refused_code(error)}") from error
+    except (OSError, RuntimeError, EOFError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read: {str(error).splitlines()[0]}; copy it again") from error
     return state
 
 
@@ -149,18 +162,18 @@ def _read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def _write_settings(adapter: Path, base: Path, tower: Path, output: Path) -> None:
+def _write_settings(adapter: Path, base: Path, tower: AdapterTower, output: Path) -> None:
     """Write config.json, the tokenizer of the base, and the description of the tower beside it."""
-    described = [tower / name for name in ("config.json", "preprocessor_config.json")]
-    for path in described:
-        if not path.is_file():
-            raise ConfigError(f"{tower} has no {path.name}; copy it from the tower")
     config = {**_read_json(base / "config.json"), **_read_json(adapter / "config.json")}
+    for name in (
+        "mm_vision_tower_config",
+        "mm_vision_tower_checkpoint",
+    ):  # places of files that are not needed any more
+        config.pop(name, None)
     config |= {"model_type": "llava_llama", "mm_vision_tower": "vision_tower"}
     (output / "vision_tower").mkdir(parents=True)
     (output / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    for path in described:
-        shutil.copy(path, output / "vision_tower")
+    tower.describe(output / "vision_tower")
     for path in chain(*map(base.glob, _COPIED)):
         shutil.copy(path, output)
 
@@ -170,12 +183,12 @@ def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("adapter", type=Path)
     parser.add_argument("--base", type=Path, required=True, help="folder of the language model")
-    parser.add_argument("--tower", type=Path, required=True, help="folder of the CLIP")
+    parser.add_argument("--tower", type=Path, help="folder of the CLIP; default: the tower beside the adapter")
     parser.add_argument("--output", type=Path, required=True, help="new folder")
     options = parser.parse_args(words)
     try:
         merge(options.adapter, options.base, options.tower, options.output)
-    except ConfigError as error:
+    except MedAlignError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -3,17 +3,40 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from dataclasses import Field, fields
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
-from medalign.cli.values import count, positive, share, whole
+from medalign.cli.parser import CommandParser
+from medalign.cli.values import argument_type, count, positive, share, whole
+from medalign.decoding.registry import METHODS, OPTION, find_method
 
 if TYPE_CHECKING:
-    from medalign.student.decoding import Decoding
+    from medalign.decoding.base import Decoding, Method
+
+_DEFAULT = ["greedy"]
+_SWITCH = {"true": True, "false": False}
 
 
-def add_decoding(parser: argparse.ArgumentParser) -> None:
-    """Add --max-new-tokens and the options of beam search and sampling."""
-    group = parser.add_argument_group("decoding", "greedy by default")
+def add_decoding(parser: CommandParser, *, several: bool) -> None:
+    """Add --decoding, --max-new-tokens and the options of beam search and sampling.
+
+    The settings of a method are added once it is chosen.
+
+    Args:
+        parser: of the command.
+        several: whether the command takes several methods.
+    """
+    group = parser.add_argument_group("decoding", _describe_methods(parser.prog))
+    group.add_argument(
+        OPTION,
+        nargs="+" if several else 1,
+        default=_DEFAULT,
+        metavar="NAME",
+        help=f"{'one or more of these methods' if several else 'one of these methods'}, or package.module:Class "
+        "(default greedy)",
+    )
     group.add_argument(
         "--max-new-tokens", type=count, default=128, metavar="N", help="maximum tokens of an answer (default 128)"
     )
@@ -34,23 +57,87 @@ def add_decoding(parser: argparse.ArgumentParser) -> None:
         type=whole,
         default=0,
         metavar="N",
-        help="of --do-sample (default 0); an answer depends on the seed and its sample, not on the batch or the ranks",
+        help="of --do-sample, and of methods with noise (default 0); an answer depends on the seed and its sample, not "
+        "on the batch or the ranks",
     )
+    parser.complete = _add_settings
 
 
-def read_decoding(arguments: argparse.Namespace) -> Decoding:
-    """Return the settings of these options.
+def read_decodings(arguments: argparse.Namespace) -> list[Decoding]:
+    """Return the settings of these options, one for each method.
 
     Raises:
-        ConfigError: two options exclude each other, or one has no effect.
+        ConfigError: two options exclude each other, one has no effect, or a method is given twice.
     """
-    from medalign.student.decoding import Decoding
+    from medalign.decoding.base import Decoding
+    from medalign.errors import ConfigError
 
-    return Decoding(
-        max_new_tokens=arguments.max_new_tokens,
-        num_beams=arguments.num_beams,
-        do_sample=arguments.do_sample,
-        top_p=arguments.top_p,
-        temperature=arguments.temperature,
-        seed=arguments.seed,
+    found: list[Decoding] = []
+    for name in arguments.decoding:
+        kind = find_method(name)
+        given = {key: getattr(arguments, f"{kind.name}.{key}") for key in (item.name for item in fields(kind))}
+        decoding = Decoding(
+            max_new_tokens=arguments.max_new_tokens,
+            num_beams=arguments.num_beams,
+            do_sample=arguments.do_sample,
+            top_p=arguments.top_p,
+            temperature=arguments.temperature,
+            seed=arguments.seed,
+            method=kind(**{key: value for key, value in given.items() if value is not None}),
+        )
+        if decoding.method.name in [one.method.name for one in found]:
+            raise ConfigError(f"{OPTION} names {decoding.method.name} twice; name each method once")
+        found.append(decoding)
+    return found
+
+
+def _describe_methods(command: str) -> str:
+    width = max(map(len, METHODS))
+    lines = [f"  {name:{width}}  {entry.summary} ({entry.cost})" for name, entry in METHODS.items()]
+    return "\n".join(
+        [
+            "Methods, with their cost in forward passes:",
+            *lines,
+            "",
+            f"{command} {OPTION} NAME --help lists the settings of a method.",
+        ]
     )
+
+
+def _add_settings(parser: CommandParser, words: Sequence[str]) -> None:
+    """Add the settings of the methods that the command line names."""
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument(OPTION, nargs="*", default=_DEFAULT)
+    kinds: list[type[Method]] = []
+    for name in finder.parse_known_args(words)[0].decoding:
+        if name in _DEFAULT:  # it has no settings, and its module need not be imported
+            continue
+        if (kind := find_method(name)) not in kinds:
+            kinds.append(kind)
+    keys = [item.name for kind in kinds for item in fields(kind)]
+    for kind in kinds:
+        group = parser.add_argument_group(f"settings of {kind.name}")
+        for item in fields(kind):
+            short = [f"{OPTION}.{item.name}"] if keys.count(item.name) == 1 else []
+            _add_setting(partial(group.add_argument, *short, f"{OPTION}.{kind.name}.{item.name}"), kind, item)
+
+
+def _add_setting(add: Callable[..., Any], kind: type[Method], item: Field[Any]) -> None:
+    """Add an option, whose value is None if it is not given."""
+    hint = get_type_hints(kind)[item.name]
+    choices = get_args(hint) if get_origin(hint) is Literal else ()
+    default = str(item.default).lower() if hint is bool else item.default
+    text = f"{item.metadata['help']} (default {default})".replace("%", "%%")
+    if choices:
+        add(dest=f"{kind.name}.{item.name}", choices=choices, help=text)
+    elif hint is bool:
+        add(dest=f"{kind.name}.{item.name}", type=argument_type(_switch), metavar="true|false", help=text)
+    else:
+        add(dest=f"{kind.name}.{item.name}", type=hint, metavar=hint.__name__.upper(), help=text)
+
+
+def _switch(text: str) -> bool:
+    """Parse true or false."""
+    if text not in _SWITCH:
+        raise ValueError(f"{text!r} is neither true nor false")
+    return _SWITCH[text]

@@ -6,7 +6,7 @@ import argparse
 import logging
 import sys
 
-from medalign.cli.decoding import add_decoding, read_decoding
+from medalign.cli.decoding import add_decoding, read_decodings
 from medalign.cli.parser import Subparsers, add_command, add_max_length, add_max_skip_fraction, add_run
 from medalign.cli.ranks import status_on_all_ranks
 from medalign.cli.values import count
@@ -25,14 +25,15 @@ def register(subparsers: Subparsers) -> None:
         "recall, BLEU and ROUGE-L of reports, and for samples with boxes the share of the question's attention inside\n"
         "them (at the tapped block) and the pointing game. Counts answers that are empty or cut off at\n"
         "--max-new-tokens. For a checkpoint RUN/checkpoints/step-N, NAME begins with step-N. After an\n"
-        "interruption, the same command continues it, also on another number of ranks.\n\n"
+        "interruption, the same command continues it, also on another number of ranks. Each method of --decoding\n"
+        "gives an evaluation of its own, NAME-METHOD for all but greedy.\n\n"
         "on one GPU, or without one:  medalign evaluate runs/first --data data/val\n"
         "on all GPUs of a node:       deepspeed --module medalign evaluate runs/first --data data/val\n"
         "under SLURM:                 srun --kill-on-bad-exit=1 python -m medalign evaluate runs/first --data data/val",
     )
     add_run(parser)
     add_max_length(parser)
-    add_decoding(parser)
+    add_decoding(parser, several=True)
     parser.add_argument("--data", nargs="+", required=True, metavar="SHARDS", help="folders of shards")
     parser.add_argument(
         "--name",
@@ -51,17 +52,17 @@ def run(arguments: argparse.Namespace) -> int:
     from medalign import distributed
     from medalign.evaluation.provenance import command_line
     from medalign.evaluation.report.page import format_evaluation
-    from medalign.evaluator import evaluate
+    from medalign.evaluator import evaluate_each
     from medalign.run_folder import RunFolder
 
     with status_on_all_ranks():
-        folder = evaluate(
+        folders = evaluate_each(
             arguments.run,
             arguments.data,
+            read_decodings(arguments),
             name=arguments.name,
             batch_size=arguments.batch_size,
             limit=arguments.limit,
-            decoding=read_decoding(arguments),
             max_length=arguments.max_length,
             max_skip_fraction=arguments.max_skip_fraction,
             base=arguments.student,
@@ -70,8 +71,9 @@ def run(arguments: argparse.Namespace) -> int:
         )
     if not distributed.is_main():
         return 0
-    sys.stdout.write(format_evaluation(folder) + "\n")
-    others = len(RunFolder(folder.parents[1]).evaluations()) - 1
-    note = f"; {others} more in {folder.parent}, medalign report shows them all" if others else ""
-    log.info("predictions and scores: %s%s", folder, note)
+    for folder in folders:
+        sys.stdout.write(format_evaluation(folder) + "\n")
+    others = len(RunFolder(folders[0].parents[1]).evaluations()) - len(folders)
+    note = f"; {others} more in {folders[0].parent}, medalign report shows them all" if others else ""
+    log.info("predictions and scores: %s%s", ", ".join(map(str, folders)), note)
     return 0

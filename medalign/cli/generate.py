@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from medalign.cli.decoding import add_decoding, read_decoding
+from medalign.cli.decoding import add_decoding, read_decodings
 from medalign.cli.parser import Subparsers, add_command, add_max_length, add_max_skip_fraction, add_run
 from medalign.cli.ranks import status_on_all_ranks
 from medalign.cli.values import count
@@ -34,7 +34,7 @@ def register(subparsers: Subparsers) -> None:
     )
     add_run(parser)
     add_max_length(parser)
-    add_decoding(parser)
+    add_decoding(parser, several=False)
     parser.add_argument(
         "--image",
         type=Path,
@@ -86,7 +86,7 @@ def _answer_one(arguments: argparse.Namespace) -> int:
         arguments.image,
         arguments.question,
         arguments.overlay,
-        decoding=read_decoding(arguments),
+        decoding=read_decodings(arguments)[0],
         max_length=arguments.max_length,
         base=arguments.student,
     )
@@ -103,7 +103,7 @@ def _answer_file(arguments: argparse.Namespace) -> int:
             arguments.input,
             arguments.output,
             batch_size=arguments.batch_size,
-            decoding=read_decoding(arguments),
+            decoding=read_decodings(arguments)[0],
             max_length=arguments.max_length,
             max_skip_fraction=arguments.max_skip_fraction,
             base=arguments.student,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from functools import partial
 from pathlib import Path
 
 from medalign.cli.parser import Subparsers, add_command
@@ -24,7 +25,8 @@ def register(subparsers: Subparsers) -> None:
         "evaluation wrote are kept.\n\n"
         "A line of the file is a JSON object with key, task (vqa or report), question, answer (the reference) and\n"
         "prediction; answer_type (closed or open) and the other fields of predictions.jsonl are optional.\n\n"
-        "example: medalign score runs/first/evaluation/val other.jsonl",
+        "example: medalign score runs/first/evaluation/val other.jsonl\n"
+        "         medalign score other.jsonl --models bertscore=models/roberta-large",
     )
     parser.add_argument(
         "predictions", nargs="+", type=Path, metavar="PREDICTIONS", help="JSON lines, or folders of evaluations"
@@ -32,14 +34,33 @@ def register(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--coco", action="store_true", help="add BLEU, ROUGE-L, CIDEr and METEOR of reports by COCO's evaluation (Java)"
     )
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        default=[],
+        metavar="NAME=FOLDER",
+        help="add scores of reports by models in local folders: bertscore=FOLDER[:LAYER], chexbert=FOLDER, "
+        "radgraph=FOLDER, ratescore=FOLDER, through the packages of their authors; nothing is downloaded",
+    )
+    parser.add_argument(
+        "--models-python",
+        default=sys.executable,
+        metavar="FILE",
+        help="interpreter of the environment that has these packages (default: this one)",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Score, print the table and log where the scores are written. Returns the exit status."""
+    from medalign.evaluation.metrics.coco import coco_scores
     from medalign.evaluation.report.page import format_scored
-    from medalign.evaluation.scores_file import rescore
+    from medalign.evaluation.scores_file import Further, rescore
+    from medalign.evaluation.text_models import TextModel, model_scores
 
-    paths = list(dict.fromkeys(rescore(path, arguments.coco) for path in arguments.predictions))
+    further: list[Further] = [coco_scores] if arguments.coco else []
+    if models := [TextModel.parse(text) for text in arguments.models]:
+        further.append(partial(model_scores, models, python=arguments.models_python))
+    paths = list(dict.fromkeys(rescore(path, further) for path in arguments.predictions))
     sys.stdout.write(format_scored(paths) + "\n")
     log.info("scores: %s", ", ".join(map(str, paths)))
     return 0

@@ -15,6 +15,7 @@ from medalign.config.keys import all_keys, flatten, nest, override, require_know
 from medalign.config.recipe_files import read_recipe
 from medalign.config.schema import Config
 from medalign.config.validation import validate
+from medalign.config.value_types import DESCRIPTIONS
 from medalign.errors import ConfigError
 
 Section = TypeVar("Section")
@@ -110,7 +111,9 @@ def describe_settings() -> str:
     """Return every setting with its type, default and meaning, as `medalign train --help` shows it."""
     text = _parser().format_help().split("\n\n", 1)[-1]
     # jsonargparse also lists an option that reads a section from a file; here, only a recipe is a file.
-    return re.sub(r"  --[\w.]+ CONFIG\s+Path to a configuration file.\n", "", text)
+    text = re.sub(r"  --[\w.]+ CONFIG\s+Path to a configuration file.\n", "", text)
+    types = rf"\b(?:{'|'.join(DESCRIPTIONS)})(?=[,\])]|\s+\|)"  # where a type stands, not in a sentence
+    return re.sub(types, lambda name: DESCRIPTIONS[name[0]], text)
 
 
 def _parser() -> ArgumentParser:

@@ -86,6 +86,11 @@ def _check_student(config: Config) -> None:
         f"student.steering_rank is {student.steering_rank}, but student.steering is false: there is no W; set "
         "student.steering to true, or student.steering_rank to null",
     )
+    _require(
+        student.epsilon != 0 or not student.steering,
+        "student.epsilon is 0, but student.steering is true: W would change no token and get no gradient; set "
+        "student.steering to false, or student.epsilon to another number, such as 1",
+    )
 
 
 def _check_further_teachers(config: Config) -> None:

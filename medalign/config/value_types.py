@@ -36,7 +36,21 @@ else:
     # With a 32-bit seed, the seeds of single steps (`distributed.seed_step`) fit into 64 bits.
     Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**32)])
 
+DESCRIPTIONS = {
+    "ClosedUnitInterval": "number in [0, 1]",
+    "FiniteFloat": "finite number",
+    "HalfOpenUnitInterval": "number in [0, 1)",
+    "NonNegativeFloat": "number >= 0",
+    "NonNegativeInt": "integer >= 0",
+    "PositiveFiniteFloat": "finite number > 0",
+    "PositiveFloat": "number > 0",
+    "PositiveInt": "integer > 0",
+    "Seed": "integer in [0, 2^32)",
+}
+"""The types in words, for users."""
+
 __all__ = [
+    "DESCRIPTIONS",
     "ClosedUnitInterval",
     "FiniteFloat",
     "HalfOpenUnitInterval",

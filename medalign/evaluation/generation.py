@@ -15,11 +15,11 @@ from medalign.contracts import Batch, Sample
 from medalign.data.batches.collator import Collator
 from medalign.data.batches.loader import join_usable
 from medalign.data.samples.bad_sample import BadSample
+from medalign.decoding.base import Decoding
 from medalign.evaluation.grounding import grounding
 from medalign.evaluation.metrics import Prediction
 from medalign.evaluation.metrics.predictions import LENGTH, STOP
 from medalign.geometry import CanvasFrame
-from medalign.student.decoding import Decoding
 from medalign.student.model import Student
 
 GROUPING = ("patient", "question_type", "finding", "modality")  # fields of an annotation that a prediction keeps
@@ -49,17 +49,14 @@ def generate_answers(student: Student, tokenizer: Any, batch: Batch, decoding: D
         student: the trained student.
         tokenizer: the student's tokenizer.
         batch: questions, left-padded.
-        decoding: greedy, beams or sampling, and the limit of an answer.
+        decoding: the method, beams or sampling, and the limit of an answer.
 
     Returns:
         One answer per question.
     """
     ends = student.end_tokens
-    ids, maps_IN = student.generate(
-        batch,
-        **decoding.arguments(batch.keys, batch.input_ids.shape[1], batch.input_ids.device),
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=ends,
+    ids, maps_IN = decoding.method.generate(
+        student, batch, decoding, pad_token_id=tokenizer.pad_token_id, eos_token_id=ends
     )
     words = [list(takewhile(lambda token: token not in ends, row)) for row in ids.tolist()]
     texts = [text.strip() for text in tokenizer.batch_decode(words, skip_special_tokens=True)]
@@ -101,7 +98,7 @@ def predict(
         tokenizer: the student's tokenizer.
         collator: makes left-padded batches of questions.
         samples: samples, or why they could not be read.
-        decoding: greedy, beams or sampling, and the limit of an answer.
+        decoding: the method, beams or sampling, and the limit of an answer.
         device: the student's device.
     """
     places, batch = join_usable(collator, samples)
@@ -128,7 +125,7 @@ def _prediction(student: Student, sample: Sample, given: Answer) -> Prediction:
         prediction=given.text,
         finish_reason=given.finish_reason,
         empty=not given.text,
-        image=_digest(sample.images),
+        image=digest(sample.images),
         **_annotated(sample.metadata),
     )
     if given.attention is None:
@@ -143,13 +140,13 @@ def _prediction(student: Student, sample: Sample, given: Answer) -> Prediction:
     return row
 
 
-def _digest(images: Sequence[Image.Image]) -> str:
+def digest(images: Sequence[Image.Image]) -> str:
     """Return 64 bits of the SHA-256 of the images' sizes and pixels in hexadecimal, "" without an image."""
-    digest = hashlib.sha256()
+    found = hashlib.sha256()
     for image in images:
-        digest.update(f"{image.mode} {image.size}".encode())
-        digest.update(image.tobytes())
-    return digest.hexdigest()[:16] if images else ""
+        found.update(f"{image.mode} {image.size}".encode())
+        found.update(image.tobytes())
+    return found.hexdigest()[:16] if images else ""
 
 
 def _annotated(metadata: Mapping[str, Any]) -> dict[str, Any]:

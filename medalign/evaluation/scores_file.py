@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from medalign.errors import ConfigError, DataError
 from medalign.evaluation.metrics import Prediction, read_predictions, score
-from medalign.evaluation.metrics.coco import coco_scores
 from medalign.evaluation.metrics.counts import count
 from medalign.geometry import PatchGrid
 from medalign.observability.files import write_text
@@ -28,6 +27,7 @@ FACTS = (
     "limit",
     "max_length",
     "max_new_tokens",
+    "decoding",
     "unreadable",
     "truncated",
     "provenance",
@@ -44,15 +44,21 @@ def format_scores(rows: Sequence[Prediction], facts: Mapping[str, Any], more: Ma
     """
     kept = {name: facts[name] for name in FACTS if name in facts}
     grid = PatchGrid(*kept["grid"]) if kept.get("grid") else None
-    return json.dumps(score(rows, grid) | dict(more or {}) | kept | count(rows), indent=2) + "\n"
+    scores, more = score(rows, grid), dict(more or {})
+    if missing := scores.pop("not_available", {}) | more.pop("not_available", {}):
+        more["not_available"] = missing
+    return json.dumps(scores | more | kept | count(rows), indent=2) + "\n"
 
 
-def rescore(predictions: Path, coco: bool = False) -> Path:
+Further = Callable[[Sequence[str], Sequence[str]], Mapping[str, Any]]
+
+
+def rescore(predictions: Path, further: Sequence[Further] = ()) -> Path:
     """Compute the scores of a file of predictions again.
 
     Args:
         predictions: a file of an evaluation, or one of another system; or the folder of an evaluation.
-        coco: whether to add the scores of reports by COCO's evaluation.
+        further: functions that return further scores of reports, from predictions and references.
 
     Returns:
         The file with the scores, beside the predictions: scores.json for predictions.jsonl, NAME.scores.json for any
@@ -65,8 +71,14 @@ def rescore(predictions: Path, coco: bool = False) -> Path:
     rows = read_rows(path)
     output = scores_path(path)
     facts = read_scores(output) if output.is_file() else {}
-    reports = [row for row in rows if row.task == "report"] if coco else []
-    more = coco_scores([row.prediction for row in reports], [row.answer for row in reports]) if reports else {}
+    reports = [row for row in rows if row.task == "report"]
+    more: dict[str, Any] = {}
+    missing: dict[str, str] = {}
+    for scores_of in further if reports else ():
+        found = scores_of([row.prediction for row in reports], [row.answer for row in reports])
+        missing |= found.get("not_available", {})
+        more |= found
+    more |= {"not_available": missing} if missing else {}
     write_text(output, format_scores(rows, facts, more))
     return output
 

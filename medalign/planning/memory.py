@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from medalign.engine.engine import stage
-from medalign.planning.shapes import TeacherShape, parameters, vision_blocks, vision_tokens
+from medalign.planning.shapes import TeacherShape, parameters, quantized_weights, vision_blocks, vision_tokens
 from medalign.student.model import Student
+from medalign.student.quantization import stored_bytes
 
 _FLOAT32 = 4
 _LIVE = 1_000_000_000  # DeepSpeed's default of stage3_max_live_parameters
@@ -23,9 +24,10 @@ class State:
 
     Attributes:
         weights: P b / (P b / N, and the whole of each parameter below stage3_param_persistence_threshold beside its
-            share).
+            share). With QLoRA, ZeRO-2: 4 bits and the scales for the linear layers of the blocks, b for the others.
         gathered: 0 / the weights that ZeRO-3 holds whole for the blocks that run, at most
-            min(P, stage3_max_live_parameters) b.
+            min(P, stage3_max_live_parameters) b. With QLoRA, ZeRO-2: the largest of those layers once in b bytes per
+            weight, to which each is unpacked when it runs.
         gradients: 4 T / N, the sums in float32 over micro-batches.
         optimizer: 12 T / N: AdamW's two moments and the float32 copy of the weights. ZeRO keeps that copy for float32
             weights too.
@@ -49,7 +51,13 @@ class State:
 
 
 def state(
-    student: Student, teachers: Sequence[TeacherShape], settings: Mapping[str, Any], world: int, width: int
+    student: Student,
+    teachers: Sequence[TeacherShape],
+    settings: Mapping[str, Any],
+    world: int,
+    width: int,
+    *,
+    quantized: bool = False,
 ) -> State:
     """Return the bytes that do not depend on the micro-batch; the formulas are those of `State`.
 
@@ -59,6 +67,7 @@ def state(
         settings: the complete DeepSpeed configuration.
         world: N, number of ranks.
         width: b, bytes per weight.
+        quantized: whether the linear layers of the blocks have 4 bits (student.quantization). Not with ZeRO-3.
     """
     zero = settings.get("zero_optimization", {})
     whole, trained = parameters(student), parameters(student, trainable=True)
@@ -67,6 +76,9 @@ def state(
     gradients = -(-_FLOAT32 * trained // (world if stage(settings) > 1 else 1))
     optimizer = -(-3 * _FLOAT32 * trained // shards)
     weights, gathered, offloaded = whole * width, 0, 0
+    if quantized and (packed := quantized_weights(student)):
+        weights -= sum(count * width - stored_bytes(count) for count in packed)
+        gathered = max(packed) * width
     if stage(settings) == 3:
         threshold = int(zero.get("stage3_param_persistence_threshold", 100_000))
         small = sum(p.numel() for p in student.parameters() if p.numel() < threshold)

@@ -138,7 +138,9 @@ def make_plan(
     settings = deepspeed_settings(config, world)
     step = StepPlan(config.train.batch_size, config.train.micro_batch_size, world)
     recompute = config.student.gradient_checkpointing
-    held = state(student, teachers, settings, world, width)
+    quantized = config.student.quantization != "none"
+    levels = (1, 2) if quantized else (1, 2, 3)  # ZeRO-3 cannot partition weights of 4 bits
+    held = state(student, teachers, settings, world, width, quantized=quantized)
     each = _per_sample(student, teachers, conditions, width)
     work = operations(student, teachers, conditions.length, conditions.supervised, recompute)
     wire = traffic(student, settings, world, step.accumulation, width, recompute)
@@ -154,7 +156,9 @@ def make_plan(
         | ({"teacher": sum(parameters(each.tower) for each in teachers)} if teachers else {}),
         trainable={name: sum(p.numel() for _, p in group) for name, group in student.trainable().items()},
         state=held,
-        states={str(level): _at_stage(student, teachers, settings, level, world, width).total for level in (1, 2, 3)},
+        states={
+            str(level): _at_stage(student, teachers, settings, level, world, width, quantized).total for level in levels
+        },
         sample=each,
         operations=work,
         traffic=wire,
@@ -209,10 +213,17 @@ def _parts(student: Student) -> dict[str, int]:
 
 
 def _at_stage(
-    student: Student, teachers: Sequence[TeacherShape], settings: dict[str, Any], level: int, world: int, width: int
+    student: Student,
+    teachers: Sequence[TeacherShape],
+    settings: dict[str, Any],
+    level: int,
+    world: int,
+    width: int,
+    quantized: bool,
 ) -> State:
     zero = {k: v for k, v in settings.get("zero_optimization", {}).items() if not k.startswith("offload")}
-    return state(student, teachers, {"zero_optimization": zero | {"stage": level}}, world, width)
+    stage_only = {"zero_optimization": zero | {"stage": level}}
+    return state(student, teachers, stage_only, world, width, quantized=quantized)
 
 
 def _per_sample(

@@ -93,6 +93,12 @@ def parameters(module: nn.Module, *, trainable: bool = False) -> int:
     return sum(p.numel() for p in module.parameters() if p.requires_grad or not trainable)
 
 
+def quantized_weights(student: Student) -> list[int]:
+    """Count the weights of each layer that QLoRA reads in 4 bits: the frozen linear layers of the blocks."""
+    layers = (m for block in student.spec.blocks for m in block.modules() if isinstance(m, nn.Linear))
+    return [layer.weight.numel() for layer in layers if not layer.weight.requires_grad]
+
+
 def vision_tokens(student: Student) -> tuple[int, int]:
     """Return how many patches the student's vision tower sees in an image, and its width."""
     settings: Any = student.spec.vision_tower.config

@@ -22,6 +22,19 @@ def require_quantization(config: StudentConfig) -> None:
         )
 
 
+def stored_bytes(weights: int) -> int:
+    """Return the bytes of a matrix in 4 bits: half of one per weight, and the scales.
+
+    One byte per block of 64 weights, and a float32 per 256 of these, as in the QLoRA paper (Dettmers et al. 2023,
+    "double quantization"). The tables of the formats (about 1 kB per matrix) are not counted.
+
+    Args:
+        weights: number of weights of the matrix.
+    """
+    scales = -(-weights // 64)
+    return -(-weights // 2) + scales + 4 * -(-scales // 256)
+
+
 def quantization_arguments(config: StudentConfig, decoder: str, dtype: torch.dtype) -> dict[str, Any]:
     """Return the arguments of `from_pretrained` of transformers that quantize a model while it is read.
 

@@ -16,7 +16,7 @@ from medalign.teacher.conditioning import TextConditioning
 from medalign.teacher.lexicon import PACKAGED, read_lexicon
 from medalign.teacher.model import Teacher
 from medalign.teacher.source import TeacherSource, find_teacher
-from medalign.teacher.towers import ClassTokenTower, TextAlignedTower, Tower, tower_class
+from medalign.teacher.towers import TextAlignedTower, Tower, tower_class
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # teacher.precision "auto" takes the argument
 
@@ -46,11 +46,11 @@ def load_tower(settings: TeacherSettings, device: torch.device | str, dtype: tor
     source = find_teacher(settings.path, settings.mean, settings.std)
     kind = tower_class(source)
     kind.check(source)
+    _require_rollout(source, kind, settings)
     seed = settings.random_weights_seed
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed or 0)
         tower = (kind.load if seed is None else kind.build)(source, settings.features)
-    _require_rollout(source, tower, settings)
     conditioning = _build_conditioning(source, kind, settings) if settings.text_weight > 0 else None
     tower = tower.to(teacher_dtype(settings, dtype))
     rollout = settings.attention == "rollout"
@@ -60,11 +60,11 @@ def load_tower(settings: TeacherSettings, device: torch.device | str, dtype: tor
     return teacher.to(device)
 
 
-def _require_rollout(source: TeacherSource, tower: Tower, settings: TeacherSettings) -> None:
+def _require_rollout(source: TeacherSource, kind: type[Tower], settings: TeacherSettings) -> None:
     """Raise ConfigError if attention rollout is asked for and the tower cannot give it."""
     if settings.attention != "rollout":
         return
-    if not isinstance(tower, ClassTokenTower) or not tower.prefix_tokens:
+    if not kind.has_class_token(source):
         raise ConfigError(
             f"teacher.attention is rollout, but teacher {source.name} has no class token, whose attention could be "
             "followed through the blocks; set it to last_block"
@@ -95,11 +95,15 @@ def require_attention(config: Config) -> None:
     """Check that each teacher has what its losses need, before any weights are read.
 
     Raises:
-        ConfigError: a loss needs attention, and the teacher has none; the message gives the setting.
+        ConfigError: a loss needs attention, and the teacher has none, or not that of teacher.attention; the message
+            gives the setting.
     """
     for number, settings in enumerate(config.teachers):
         source = find_teacher(settings.path, settings.mean, settings.std)
-        if tower_class(source).has_attention:
+        kind = tower_class(source)
+        kind.check(source)
+        _require_rollout(source, kind, settings)
+        if kind.has_attention:
             continue
         beta = config.losses.beta * settings.attention_weight
         reads = config.losses.weighting == "teacher_attention" and config.losses.alpha * settings.similarity_weight > 0

@@ -33,7 +33,7 @@ FLOORS = (
     ("config",),
     ("kernels", "data", "observability"),
     ("losses", "teacher", "student", "datasets", "phantom"),
-    ("engine",),
+    ("engine", "decoding"),
     ("checkpoint", "evaluation", "benchmark", "planning"),
     ("training",),
     (
@@ -45,6 +45,8 @@ FLOORS = (
         "questions",
         "model_card",
         "evaluator",
+        "grounding",
+        "separability",
         "inspection",
         "target_cache",
         "teacher_maps",
@@ -58,6 +60,7 @@ FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 # library: the files that may import it, as patterns under medalign/
 DOORS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("bert_score", "f1chexbert", "radgraph", "RaTEScore"), ("evaluation/text_models/worker.py",)),
     "deepspeed": ("engine/*",),
     "fsspec": ("data/storage/filesystems.py",),
     "huggingface_hub": ("model_card.py", "student/reading.py", "teacher/towers/hf.py"),
@@ -89,6 +92,9 @@ RUN_FILES = {
     "complete.json",
     "predictions.jsonl",
     "scores.json",
+    "grounding.json",
+    "grounding.jsonl",
+    "separability.json",
 }
 RUN_FOLDERS = {"checkpoints", "latest", "export", "evaluation", "lock", "state", "wandb"}
 

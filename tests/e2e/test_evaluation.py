@@ -369,3 +369,35 @@ def test_scores_name_what_they_were_measured_on(run, shards, capsys):
     assert found["command"] == command and torch.__version__.startswith(found["versions"]["torch"])
     assert str(run.parent) not in json.dumps(found)
     assert main(["score", str(path.parent)]) == 0 and path.read_bytes() == before
+
+
+class TestSeveralMethods:
+    """Each method has an evaluation of its own, and the same command repeats none that is finished."""
+
+    OWN = ("--decoding", "greedy", "tests.own_method:Biased", "--decoding.token=100")
+
+    def test_a_sweep_continues_where_it_was_stopped(self, run, shards, capsys):
+        words = ["evaluate", str(run), "--data", str(shards / "val"), "--name", "swept", "--limit", "4", *QUICK]
+        assert main([*words, *self.OWN]) == 0
+        shown = capsys.readouterr()
+        assert re.search(r"swept\b(?!-).*swept-biased", shown.out, re.DOTALL)
+        plain, biased = scores(run, "swept"), scores(run, "swept-biased")
+        assert (plain["decoding"], biased["decoding"]) == ("greedy", "biased")
+        settings = biased["provenance"]["settings"]
+        assert settings["decoding.token"] == 100 and settings["decoding.bias"] == 100.0
+        rows = read_predictions(run / "evaluation" / "swept-biased" / "predictions.jsonl")
+        assert len({row.prediction for row in rows}) == 1, "the token does not depend on the sample"
+        files = [run / "evaluation" / name / "scores.json" for name in ("swept", "swept-biased")]
+        before = [file.stat().st_mtime_ns for file in files]
+        files[1].unlink()  # as if it had been stopped before the second method
+        assert main([*words, *self.OWN]) == 0
+        assert "swept is already evaluated" in capsys.readouterr().err
+        assert files[0].stat().st_mtime_ns == before[0] and files[1].is_file()
+        assert main([*words, *self.OWN, "--batch-size=2"]) == 0  # another setting: both are repeated
+        assert files[0].stat().st_mtime_ns > before[0]
+
+    def test_a_student_that_a_method_refuses_is_not_read(self, run, shards, monkeypatch, capsys):
+        monkeypatch.setattr(export, "load_export", None)
+        words = ["evaluate", str(run), "--data", str(shards / "val"), "--decoding", "tests.own_method:Biased"]
+        assert main([*words, "--decoding.token=999999"]) == 2
+        assert "--decoding.biased.token is 999999, but the student has" in capsys.readouterr().err

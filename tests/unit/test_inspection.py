@@ -21,6 +21,7 @@ from medalign.data.shards.index import ShardIndex
 from medalign.data.shards.writer import write_shards
 from medalign.inspection import global_batches
 from medalign.phantom.records import records
+from tests.unit.teacher.towers.cases import CASES
 
 
 class Keys:
@@ -99,6 +100,13 @@ def test_mixtures_and_groups_on_the_command_line(capsys: pytest.CaptureFixture[s
 def test_a_recipe_without_models_can_be_listed(capsys: pytest.CaptureFixture[str], data: Path) -> None:
     assert main(["inspect", "llava_vqa", "--keys", "--steps", "2", "--data.train", str(data)]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 2
+
+
+def test_a_teacher_that_cannot_be_followed_is_reported(capsys, data: Path, tmp_path: Path) -> None:
+    next(case for case in CASES if case.name == "transformers SigLIP (MedSigLIP)").write(tmp_path / "siglip")
+    words = ["--teacher.path", str(tmp_path / "siglip"), "--teacher.attention", "rollout"]
+    assert main(["inspect", "phantom", "--data.train", str(data), *words]) == 2
+    assert "teacher.attention is rollout, but teacher" in capsys.readouterr().err
 
 
 def test_a_batch_is_shown(capsys: pytest.CaptureFixture[str], data: Path, tmp_path: Path, monkeypatch) -> None:

@@ -34,7 +34,7 @@ def run(student_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     whole = {name: p.detach() for named in student.trainable().values() for name, p in named}
     export.write_export(student, whole, student_config, 160, checkpoint.export)
     words = [f"--student.path={student_folder}", f"--data.train={root}/cohort", "--run.dir=runs/mine"]
-    words.append(f"--teacher.path={root}/a-teacher")
+    words += [f"--teacher.path={root}/a-teacher", f"--teacher.also=[{{path: {root}/another-teacher}}]"]
     checkpoint.config.write_text(configuration.dump(configuration.load("phantom", words)))
     write_state(checkpoint.path, TrainState(step=8, samples=1234, ranks=1))
     RunFolder(run).checkpoints.latest.write_text(checkpoint.path.name)
@@ -68,6 +68,7 @@ def test_the_card_has_no_path(run, tmp_path, student_folder):
     card = str(build_card(collect_facts(export.find_export(run), False)))
     for folder in (run.parents[1], student_folder.parent):
         assert str(folder) not in card and folder.name not in card
+    assert "another-teacher" in card
 
 
 def test_the_license_is_that_of_the_base_model(run, tmp_path):

@@ -242,6 +242,9 @@ def test_the_command_says_what_the_targets_take_and_several_teachers_have_their_
         assert len(stored) > 0 and content["geometry"]["decoded_for"] == 96
     assert main(["targets", str(recipe), "--teacher.cache", "", "--teacher.also", "[]"]) == 2
     assert "teacher.cache is not set" in capsys.readouterr().err
+    off = ["--losses.alpha", "0", "--losses.beta", "0", "--teacher.also", "[]"]
+    assert main(["targets", str(recipe), *off]) == 2
+    assert "losses.alpha and losses.beta are 0, so no teacher is loaded" in capsys.readouterr().err
 
 
 def test_features_beyond_float16_are_refused(tmp_path):

@@ -77,6 +77,10 @@ class StudentConfig:
     gradient_checkpointing: bool = False
     """Recompute blocks in the backward pass to save memory, all except the tapped ones."""
 
+    def __post_init__(self) -> None:
+        if isinstance(self.layer, list) and len(self.layer) == 1:  # [20] is 20, also in files and comparisons
+            self.layer = self.layer[0]
+
     @property
     def layers(self) -> tuple[int, ...]:
         """The tapped blocks as a tuple."""

@@ -72,18 +72,19 @@ def bleu_counts(predictions: Sequence[str], references: Sequence[str]) -> np.nda
     return np.array([[*one.counts, *one.totals, one.sys_len, one.ref_len] for one in found])
 
 
-def bleu_points(counts_K: np.ndarray, others: bool) -> float:
+def bleu_points(counts_K: np.ndarray, others: bool, order: int = 4) -> float:
     """Return the points of a corpus.
 
     Args:
         counts_K: the sum of `bleu_counts` over its texts.
         others: `has_other_letters` of its references.
+        order: the longest n-grams that count.
     """
     *counts, length, reference_length = map(int, counts_K)
-    correct, total = counts[:4], counts[4:]
+    correct, total = counts[:4][:order], counts[4:][:order]
     equal = correct == total and length == reference_length  # standard BLEU of such a corpus is 0 or 100
     result = type(_bleu(others)).compute_bleu(
-        correct, total, length, reference_length, "exp", effective_order=others or equal
+        correct, total, length, reference_length, "exp", effective_order=others or equal, max_ngram_order=order
     )
     return float(result.score)
 
@@ -107,12 +108,18 @@ def rouge_signature() -> str:
 
 @cache
 def _scorer() -> Any:
-    # Imported on first use, because it imports nltk, which takes a second.
     from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer(["rougeL"], tokenizer=unicode_tokenizer())
+
+
+def unicode_tokenizer() -> Any:
+    """Return the tokenizer of `tokens.rouge_tokens` in the form of rouge-score."""
+    # Imported on first use, because it imports nltk, which takes a second.
     from rouge_score.tokenizers import Tokenizer
 
     class Unicode(Tokenizer):  # type: ignore[misc]  # sacrebleu has no types
         def tokenize(self, text: str) -> list[str]:
             return rouge_tokens(text)
 
-    return RougeScorer(["rougeL"], tokenizer=Unicode())
+    return Unicode()

@@ -7,11 +7,15 @@
 | closed_majority | score of always giving the most common closed answer | vqa, closed |
 | open_n, open_recall, open_exact | open questions, recall of words, fraction of exact answers | vqa, open |
 | report_n, bleu, rouge_l | reports, corpus BLEU (0 to 100), mean ROUGE-L F1 | report |
+| bleu_13a_1 and others | BLEU and ROUGE in other variants; see `variants` | report |
 | grounding_n, attention_inside, box_area | samples with boxes, mean attention inside, mean area | boxes |
 | ungrounded | samples whose boxes are all outside the image; no score includes them | boxes |
 | pointing_n, pointing_hits | samples with a pointing result, fraction of hits | boxes |
 | pointing_chance | score of pointing at random, if known | boxes |
+| box_ap, box_iou and others | how well the attention outlines the boxes; see `localization` | boxes |
 | conditional_n and others | whether the attention follows the question; see `conditional` | boxes |
+
+Reports also have the scores of the findings that they state (`findings`).
 
 answers_signature, bleu_signature and rouge_l_signature describe the tokenization and the versions of the libraries.
 Scores with different signatures cannot be compared.
@@ -33,11 +37,22 @@ import numpy as np
 
 from medalign.errors import DataError
 from medalign.evaluation.metrics import rules
-from medalign.evaluation.metrics.answers import SIGNATURE, closed_correct, exact, open_recall, words, yes_or_no
+from medalign.evaluation.metrics.answers import (
+    SIGNATURE,
+    closed_correct,
+    exact,
+    given_yes_or_no,
+    open_recall,
+    words,
+    yes_or_no,
+)
 from medalign.evaluation.metrics.conditional import conditional
+from medalign.evaluation.metrics.findings import findings_scores
 from medalign.evaluation.metrics.intervals import RESAMPLES, mean
+from medalign.evaluation.metrics.localization import boxed_cases, localization
 from medalign.evaluation.metrics.predictions import LENGTH, Prediction
 from medalign.evaluation.metrics.reports import bleu_with_interval, rouge_l, rouge_signature
+from medalign.evaluation.metrics.variants import variants
 from medalign.geometry import PatchGrid
 
 Scores = dict[str, Any]  # numbers, and signatures as text
@@ -48,7 +63,7 @@ def score(rows: Sequence[Prediction], grid: PatchGrid | None = None) -> Scores:
 
     Args:
         rows: the predictions.
-        grid: the grid of their attention; without it, there are no scores of `conditional`.
+        grid: the grid of their attention; without it, there are no scores of `localization` and `conditional`.
 
     Raises:
         DataError: a task or an answer type is not valid, or the attention does not fit the grid.
@@ -62,7 +77,7 @@ def score(rows: Sequence[Prediction], grid: PatchGrid | None = None) -> Scores:
         **_open(groups["open"]),
         **_report(groups["report"]),
         **_grounding(rows),
-        **({} if grid is None else conditional(rows, grid)),
+        **({} if grid is None else localization("box", boxed_cases(rows, grid)) | conditional(rows, grid)),
         **({"answers_signature": SIGNATURE} if groups["closed"] or groups["open"] else {}),
         **_by_rules(groups["closed"], groups["open"]),
         **_by_attribute(groups["closed"] + groups["open"]),
@@ -120,6 +135,8 @@ def _by_rules(closed: Sequence[Prediction], others: Sequence[Prediction]) -> Sco
         missing = [rules.unparseable(r.prediction) for r in yes_no]
         scores |= {"yes_no_n": len(yes_no), "yes_no_unparseable": float(np.mean(missing))}
         scores |= rules.pope_scores([(r.prediction, r.answer) for r in yes_no])
+        denied = [given_yes_or_no(r.prediction) == "yes" for r in yes_no if yes_or_no(r.answer) == "no"]
+        scores |= {"false_yes_n": len(denied), **mean("false_yes_of_no", denied)}
     scores |= _choices(asked) | mean("open_f1", [rules.token_f1(r.prediction, r.answer) for r in others])
     scores["answers_empty_share"] = float(np.mean([r.empty for r in asked]))
     if all(r.finish_reason for r in asked):
@@ -163,6 +180,7 @@ def _report(rows: Sequence[Prediction]) -> Scores:
         found = bleu_with_interval([r.prediction for r in rows], [r.answer for r in rows], RESAMPLES)
         scores |= {"bleu": found.points, "bleu_low": found.low, "bleu_high": found.high}
         scores |= {"bleu_signature": found.signature, "rouge_l_signature": rouge_signature()}
+        scores |= variants([r.prediction for r in rows], [r.answer for r in rows]) | findings_scores(rows)
     return scores | mean("rouge_l", [rouge_l(r.prediction, r.answer) for r in rows])
 
 

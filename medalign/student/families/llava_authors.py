@@ -125,7 +125,7 @@ class LlavaAuthors(Llava):
 
 
 def _strategy(vision: Any) -> Literal["default", "full"]:
-    return "default" if vision.model_type == "clip_vision_model" else "full"  # without a class token
+    return "full" if vision.model_type == "siglip_vision_model" else "default"  # which leaves the class token out
 
 
 @register

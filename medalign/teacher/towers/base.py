@@ -69,6 +69,11 @@ class Tower(nn.Module, ABC):
         """
 
     @classmethod
+    def has_class_token(cls, source: TeacherSource) -> bool:
+        """Return whether the towers of a source have a class token, before any weights are read."""
+        return False
+
+    @classmethod
     @abstractmethod
     def build(cls, source: TeacherSource, features: str) -> Tower:
         """Build the tower with random weights.
@@ -109,6 +114,11 @@ class Tower(nn.Module, ABC):
 
 class ClassTokenTower(Tower):
     """A tower of transformer blocks whose first token is a class token; its attention is the target."""
+
+    @classmethod
+    @override
+    def has_class_token(cls, source: TeacherSource) -> bool:
+        return True
 
     @property
     def prefix_tokens(self) -> int:

@@ -52,6 +52,13 @@ class TimmTower(ClassTokenTower, TextAlignedTower):
 
     @classmethod
     @override
+    def has_class_token(cls, source: TeacherSource) -> bool:
+        with torch.device("meta"):
+            trunk: Any = build_visual(source).trunk
+        return bool(trunk.num_prefix_tokens)
+
+    @classmethod
+    @override
     def build(cls, source: TeacherSource, features: str) -> TimmTower:
         return cls(build_visual(source), features)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 
 from medalign import config
+from medalign.config import value_types
+from medalign.config.value_types import DESCRIPTIONS
 from medalign.errors import ConfigError
 from medalign.training.schedule import resolve_steps
 
@@ -218,3 +220,11 @@ def test_the_dump_of_epochs_gives_the_steps_and_reads_back_as_epochs(recipe, tmp
     path.write_text(config.dump(resolve_steps(settings, 1797)))
     assert path.read_text().startswith("# 9.0 epochs are 505 steps\n")
     assert config.read(path) == settings
+
+
+def test_the_help_describes_ranges_in_words():
+    text = " ".join(config.describe_settings().split())
+    assert "Dropout before the adapter. (type: number in [0, 1), default: 0.0)" in text
+    assert "(type: integer > 0 | null, default: null)" in text
+    assert not [name for name in DESCRIPTIONS if name != "Seed" and name in text] and "type: Seed" not in text
+    assert set(value_types.__all__) == {"DESCRIPTIONS", *DESCRIPTIONS}

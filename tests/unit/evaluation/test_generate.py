@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 
 from medalign.contracts import Sample
+from medalign.decoding.base import Decoding
 from medalign.evaluation import generation
 from medalign.evaluation.generation import Answer, generate_answers
 from medalign.geometry import PatchGrid
-from medalign.student.decoding import Decoding
 from tests import tiny
 
 

@@ -13,6 +13,7 @@ from medalign.config import Config
 from medalign.errors import ConfigError
 from medalign.planning import memory
 from medalign.planning.plan import Plan, make_plan
+from medalign.student.quantization import stored_bytes
 from tests import tiny
 
 
@@ -56,6 +57,25 @@ def test_memory_of_a_run_is_the_sum_of_its_kinds(words):
     assert found.memory == found.state.total + 4 * each.total
     assert bigger.memory - found.memory == 4 * each.total
     assert plan(words, "--student.gradient_checkpointing", "true").memory < found.memory
+
+
+def test_qlora_has_4_bits_and_scales_in_the_linear_layers_of_the_blocks(words):
+    """By hand: 7 matrices in each of 3 blocks; the largest, 32 x 64, is unpacked to 2 bytes per weight."""
+    zero2 = ("--engine.deepspeed", "zero2")
+    plain, packed = plan(words, *zero2), plan(words, *zero2, "--student.quantization", "nf4")
+    sizes = 3 * [32 * 32, 32 * 32, 32 * 16, 32 * 16, 32 * 64, 32 * 64, 32 * 64]
+    held = sum(size // 2 + size // 64 + 4 for size in sizes)  # at most 32 blocks of 64 weights: one scale of scales
+    assert packed.state.weights == plain.state.weights - 2 * sum(sizes) + held
+    assert packed.state.gathered == 2 * 32 * 64
+    assert packed.parameters == plain.parameters and packed.state.optimizer == plain.state.optimizer
+    assert packed.states["2"] == packed.state.total and list(packed.states) == ["1", "2"]
+    with pytest.raises(ConfigError, match="nf4, but engine.deepspeed zero3 is ZeRO stage 3"):
+        plan(words, "--engine.deepspeed", "zero3", "--student.quantization", "nf4")
+
+
+def test_4_bits_take_4_127_bits_per_weight():
+    """0.127 bits of scales per weight are those of the QLoRA paper."""
+    assert 8 * stored_bytes(4096 * 14336) / (4096 * 14336) == pytest.approx(4 + 8 / 64 + 32 / (64 * 256))
 
 
 def test_more_ranks_shard_the_optimizer_and_gradients(words):

@@ -132,9 +132,15 @@ def test_the_first_block_is_the_one_that_is_reported(student_folder: Path) -> No
             ["--student.steering", "false", "--student.steering_rank", "4"],
             "steering_rank is 4, but student.steering is",
         ),
+        (["--student.epsilon", "0"], "epsilon is 0, but student.steering is true: W would change no token .* to false"),
         (["--student.layer", "[2, 3]", "--losses.layer_weights", "[.inf, 1]"], "layer_weights is inf; it must be"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(words: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         settings.load("phantom", ["--data.train", "none", *words], models=False)
+
+
+def test_a_list_of_one_block_is_the_number() -> None:
+    words = ["--data.train", "none", "--student.layer", "[2]", "--student.steering", "false", "--student.epsilon", "0"]
+    assert settings.load("phantom", words, models=False).student.layer == 2

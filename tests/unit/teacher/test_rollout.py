@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from medalign.config import Config, TeacherConfig
 from medalign.errors import ConfigError
-from medalign.teacher.loading import load_teacher
+from medalign.teacher.loading import load_teacher, require_attention
 from tests.unit.teacher.towers.cases import CASES, SIZE
 
 
@@ -75,10 +76,15 @@ def test_rollout_equals_the_product_of_the_eager_matrices(name, tmp_path, pixels
 
 
 @pytest.mark.parametrize("name", ["transformers SigLIP (MedSigLIP)", "timm (SigLIP)"])
-def test_a_tower_without_a_class_token_is_refused(name, tmp_path):
+def test_a_tower_without_a_class_token_is_refused_before_weights_are_read(name, tmp_path):
     next(case for case in CASES if case.name == name).write(tmp_path / "teacher")
-    with pytest.raises(ConfigError, match="has no class token, .* set it to last_block"):
+    for weights in (tmp_path / "teacher").glob("*.safetensors"):
+        weights.unlink()
+    message = "has no class token, .* set it to last_block"
+    with pytest.raises(ConfigError, match=message):
         load_teacher(tmp_path / "teacher", attention="rollout")
+    with pytest.raises(ConfigError, match=message):  # as in `medalign inspect`
+        require_attention(Config(teacher=TeacherConfig(path=str(tmp_path / "teacher"), attention="rollout")))
 
 
 def test_rollout_is_refused_with_a_compiled_tower(folder):

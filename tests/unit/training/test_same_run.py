@@ -62,6 +62,15 @@ def test_what_shapes_the_run_must_stay(resume, word, value):
         resume(f"--{word}", value)
 
 
+def test_a_list_of_one_block_equals_the_number(resume, tmp_path):
+    resume("--student.layer", "[2]")
+    checkpoint = tmp_path / "checkpoints" / "step-000003" / "config.yaml"
+    checkpoint.write_text(checkpoint.read_text().replace("  layer: 2\n", "  layer:\n  - 2\n"))  # an earlier version
+    resume()
+    with pytest.raises(ConfigError, match=r"has student\.layer = 2, but this command has \[1, 2\]"):
+        resume("--student.layer", "[1, 2]")
+
+
 def test_what_decides_the_length_of_the_run_must_stay(resume, tmp_path):
     with pytest.raises(ConfigError, match=r"has train\.steps = 600, but this command has None"):
         resume("--train.epochs", "3")

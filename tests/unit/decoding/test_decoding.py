@@ -11,9 +11,11 @@ from transformers import GenerationConfig
 
 from medalign.config import LoraConfig, StudentConfig
 from medalign.contracts import Batch
+from medalign.decoding.base import Decoding
+from medalign.decoding.nucleus import NucleusSampler
 from medalign.errors import ConfigError
 from medalign.evaluation.generation import generate_answers
-from medalign.student.decoding import Decoding, NucleusSampler, keep_only_tokens
+from medalign.student.generation_settings import keep_only_tokens
 from medalign.student.loading import load_student
 from medalign.student.model import Student
 from tests import tiny
@@ -79,7 +81,7 @@ def test_samples_depend_on_the_seed_and_the_key(student):
 
 def draw(decoding: Decoding, count: int) -> torch.Tensor:
     """The share of each token of LOGITS among `count` draws at evenly spaced quantiles."""
-    sampler = NucleusSampler(replace(decoding, max_new_tokens=1), ["k"] * count, 3, torch.device("cpu"))
+    sampler = NucleusSampler(decoding.temperature, decoding.top_p, 0, 1, ["k"] * count, 3, torch.device("cpu"))
     sampler._draws_BT = ((torch.arange(count, dtype=torch.float64) + 0.5) / count)[:, None]
     scores = sampler(torch.zeros(count, 3, dtype=torch.long), LOGITS.expand(count, -1))
     assert (scores.isinf().sum(-1) == len(LOGITS) - 1).all()
@@ -100,7 +102,7 @@ def test_samples_follow_the_nucleus(temperature, top_p):
 
 
 def test_random_numbers_are_uniform_and_differ_by_key():
-    sampler = NucleusSampler(Decoding(100, do_sample=True), [f"s{i}" for i in range(200)], 0, torch.device("cpu"))
+    sampler = NucleusSampler(1.0, 1.0, 0, 100, [f"s{i}" for i in range(200)], 0, torch.device("cpu"))
     draws = sampler._draws_BT
     assert draws.unique().numel() == draws.numel() and draws.min() >= 0 and draws.max() < 1
     # 20,000 draws: the mean has a standard error of 0.002

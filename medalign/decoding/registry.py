@@ -1,0 +1,64 @@
+"""The decoding methods by name. A method is imported when it is chosen."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from medalign.errors import ConfigError
+from medalign.import_path import import_object
+
+if TYPE_CHECKING:
+    from medalign.decoding.base import Method
+
+OPTION = "--decoding"
+
+
+class Entry(NamedTuple):
+    """A packaged method.
+
+    Attributes:
+        path: import path of its class.
+        summary: one line for the help.
+        cost: forward passes, in words.
+    """
+
+    path: str
+    summary: str
+    cost: str
+
+
+METHODS: dict[str, Entry] = {
+    "greedy": Entry("medalign.decoding.base:Greedy", "the most probable token", "1 per token"),
+    "vcd": Entry("medalign.decoding.methods.vcd:VCD", "VCD: contrast with the image under noise", "2 per token"),
+    "m3id": Entry("medalign.decoding.methods.m3id:M3ID", "M3ID: contrast with no image, growing", "2 per token"),
+    "dola": Entry("medalign.decoding.methods.dola:DoLa", "DoLa: contrast with an earlier block", "1 per token"),
+    "opera": Entry(
+        "medalign.decoding.methods.opera:Opera",
+        "OPERA: beam search with a penalty on over-trusted tokens, and returns",
+        "1 per token, of 25 rows",
+    ),
+}
+"""Every packaged method by its name."""
+
+
+def find_method(name: str) -> type[Method]:
+    """Import a method.
+
+    Args:
+        name: the name of a packaged method, or the import path `package.module:Class` of a method of another package.
+
+    Raises:
+        ConfigError: there is no such method.
+    """
+    from medalign.decoding.base import Method
+
+    if name not in METHODS and ":" not in name:
+        raise ConfigError(
+            f"{OPTION} {name!r} is not a method; choose one of {', '.join(METHODS)}, or give the import path of "
+            "your own as package.module:Class"
+        )
+    path = METHODS[name].path if name in METHODS else name
+    found = import_object(path, OPTION)
+    if not (isinstance(found, type) and issubclass(found, Method)):
+        raise ConfigError(f"{OPTION} {name!r} is not a subclass of medalign.decoding.base.Method; give one that is")
+    return found

@@ -1,0 +1,89 @@
+"""The methods by name, their settings on the command line, and what they refuse."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from medalign.cli.decoding import read_decodings
+from medalign.cli.main import build_parser
+from medalign.config import LoraConfig, StudentConfig
+from medalign.decoding.base import Decoding
+from medalign.decoding.checks import require_methods
+from medalign.decoding.registry import METHODS, find_method
+from medalign.errors import ConfigError
+from tests.own_method import Biased
+
+OWN = "tests.own_method:Biased"
+RUN = ["evaluate", "runs/first", "--data", "data/val"]
+
+
+def parse(*words: str) -> list[Decoding]:
+    return read_decodings(build_parser().parse_args([*RUN, *words]))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_has_its_name_and_a_line_per_setting(name: str, capsys: Any) -> None:
+    kind = find_method(name)
+    assert kind.name == name and kind.__doc__
+    kind()  # the published settings are in range
+    with pytest.raises(SystemExit):
+        parse("--decoding", name, "--help")
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"{METHODS[name].summary} ({METHODS[name].cost})" in shown
+    for key, value in list(kind().describe().items())[1:]:
+        assert f"--{key.replace('decoding', f'decoding.{name}')} " in shown
+        assert f"(default {str(value).lower() if isinstance(value, bool) else value})" in shown
+
+
+def test_greedy_is_the_default() -> None:
+    assert parse() == [Decoding()] == parse("--decoding", "greedy")
+    assert Decoding().describe()["decoding"] == "greedy"
+
+
+def test_settings_come_from_the_command_line() -> None:
+    words = ["--decoding", "greedy", OWN, "--decoding.token", "5", "--decoding.biased.shown=false", "--do-sample"]
+    greedy, own = parse(*words)
+    assert greedy == Decoding(do_sample=True)
+    assert own == Decoding(do_sample=True, method=Biased(token=5, shown=False))
+    assert own.describe()["decoding"] == "biased" and own.describe()["decoding.token"] == 5
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--decoding", "vdc"], "--decoding 'vdc' is not a method; choose one of greedy, "),
+        (["--decoding", "tests.own_method:Other"], "--decoding 'tests.own_method:Other' cannot be imported"),
+        (["--decoding", "tests.own_method:NotAMethod"], "is not a subclass of medalign.decoding.base.Method"),
+        (["--decoding", OWN, OWN], "--decoding names biased twice"),
+        (["--decoding", OWN, "--decoding.token=-1"], "--decoding.biased.token is -1; it must be at least 0"),
+        (["--decoding", OWN, "--decoding.bias=nan"], "--decoding.biased.bias is nan; it must be at most 1000"),
+        (["--decoding", OWN, "--num-beams=2"], "biased cannot be combined with --num-beams 2: it is only an example"),
+        (["--decoding", OWN, "--seed=2"], "--seed 2 has no effect without --do-sample"),
+    ],
+)
+def test_a_wrong_choice_is_named(words: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse(*words)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--decoding.token=5"], "unrecognized arguments: --decoding.token=5"),
+        (["--decoding", OWN, "--decoding.shown=yes"], "'yes' is neither true nor false"),
+        (["--decoding", OWN, "--decoding.sign=same"], "invalid choice: 'same'"),
+    ],
+)
+def test_a_wrong_word_is_named(words: list[str], message: str, capsys: Any) -> None:
+    with pytest.raises(SystemExit) as end:
+        parse(*words)
+    assert end.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_student_is_refused_before_its_weights_are_read(student_folder: Any) -> None:
+    config = StudentConfig(path=str(student_folder), layer=2, lora=LoraConfig(rank=4))
+    require_methods([Decoding().method, Biased()], config)
+    with pytest.raises(ConfigError, match="token is 999999, but the student has"):
+        require_methods([Biased(token=999999)], config)
