@@ -17,6 +17,7 @@ setup(
         "medalign.config": ["recipes/*.yaml", "recipes/*/*.yaml"],
         "medalign.evaluation.report": ["*.html.jinja"],
         "medalign.kernels": ["*/tile_table.json"],
+        "medalign.evaluation.findings": ["*.yaml"],
         "medalign.teacher": ["*.yaml"],
         "medalign.ds_configs": ["*.json"],
     },

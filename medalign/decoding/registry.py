@@ -29,6 +29,9 @@ class Entry(NamedTuple):
 
 METHODS: dict[str, Entry] = {
     "greedy": Entry("medalign.decoding.base:Greedy", "the most probable token", "1 per token"),
+    "vcd": Entry("medalign.decoding.methods.vcd:VCD", "VCD: contrast with the image under noise", "2 per token"),
+    "m3id": Entry("medalign.decoding.methods.m3id:M3ID", "M3ID: contrast with no image, growing", "2 per token"),
+    "dola": Entry("medalign.decoding.methods.dola:DoLa", "DoLa: contrast with an earlier block", "1 per token"),
     "opera": Entry(
         "medalign.decoding.methods.opera:Opera",
         "OPERA: beam search with a penalty on over-trusted tokens, and returns",

@@ -45,6 +45,8 @@ FLOORS = (
         "questions",
         "model_card",
         "evaluator",
+        "grounding",
+        "separability",
         "inspection",
         "target_cache",
         "doctor",
@@ -89,6 +91,9 @@ RUN_FILES = {
     "complete.json",
     "predictions.jsonl",
     "scores.json",
+    "grounding.json",
+    "grounding.jsonl",
+    "separability.json",
 }
 RUN_FOLDERS = {"checkpoints", "latest", "export", "evaluation", "lock", "state", "wandb"}
 
