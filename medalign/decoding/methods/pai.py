@@ -35,7 +35,7 @@ from medalign.student.model import Student
 
 
 @dataclass(frozen=True)
-class Pai(Contrast):
+class PAI(Contrast):
     """Amplified attention to the image, with logits refined by a view without it."""
 
     name: ClassVar[str] = "pai"

@@ -40,7 +40,7 @@ _ROUNDING = 1e-3
 
 
 @dataclass(frozen=True)
-class Vhr(Method):
+class VHR(Method):
     """Vision-aware head reinforcement."""
 
     name: ClassVar[str] = "vhr"

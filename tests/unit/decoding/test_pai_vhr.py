@@ -11,8 +11,8 @@ from PIL import Image
 
 from medalign.contracts import Batch, Sample
 from medalign.decoding.base import Decoding, Method
-from medalign.decoding.methods.pai import Pai
-from medalign.decoding.methods.vhr import Vhr, vision_aware_heads
+from medalign.decoding.methods.pai import PAI
+from medalign.decoding.methods.vhr import VHR, vision_aware_heads
 from medalign.errors import ConfigError
 from medalign.pipeline import build_question_collator
 from medalign.student.loading import load_processor, load_student
@@ -21,7 +21,7 @@ from tests.unit.decoding import plain
 from tests.unit.student.families.cases import CASES
 
 LIMIT = 6
-PAI = Pai(alpha=1.5, first_block=1, gamma=1.5, beta=0.1)
+STRONG = PAI(alpha=1.5, first_block=1, gamma=1.5, beta=0.1)
 
 
 @dataclass
@@ -59,8 +59,8 @@ def asked(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return Asked(students[0], students[1], collate(samples))
 
 
-@pytest.mark.parametrize("method", [PAI, replace(PAI, beta=0.0), replace(PAI, gamma=1.0)])
-def test_pai_gives_the_tokens_of_the_plain_implementation(asked: Asked, method: Pai) -> None:
+@pytest.mark.parametrize("method", [STRONG, replace(STRONG, beta=0.0), replace(STRONG, gamma=1.0)])
+def test_pai_gives_the_tokens_of_the_plain_implementation(asked: Asked, method: PAI) -> None:
     found = asked.answers(method)
     for row in range(3):
         sample = asked.batch.sample(row)
@@ -69,8 +69,8 @@ def test_pai_gives_the_tokens_of_the_plain_implementation(asked: Asked, method: 
         assert found[row] == expected
 
 
-@pytest.mark.parametrize("method", [Vhr(alpha=3.0), Vhr(share=1.0, second_block=False)])
-def test_vhr_gives_the_tokens_of_the_plain_implementation(asked: Asked, method: Vhr) -> None:
+@pytest.mark.parametrize("method", [VHR(alpha=3.0), VHR(share=1.0, second_block=False)])
+def test_vhr_gives_the_tokens_of_the_plain_implementation(asked: Asked, method: VHR) -> None:
     found = asked.answers(method)
     blocks = {3.0: [1, 2], 2.0: [0, 1, 2]}[method.alpha]
     for row in range(3):
@@ -82,7 +82,7 @@ def test_vhr_gives_the_tokens_of_the_plain_implementation(asked: Asked, method: 
 def test_they_change_answers(asked: Asked) -> None:
     """Otherwise equal tokens would prove nothing."""
     greedy = asked.answers(Decoding().method)
-    for method in (PAI, Vhr(alpha=3.0)):
+    for method in (STRONG, VHR(alpha=3.0)):
         found = asked.answers(method)
         assert found[:2] != greedy[:2] and found[2] == greedy[2]
 
@@ -103,4 +103,4 @@ def test_no_head_is_reinforced_if_the_image_changes_none() -> None:
 
 def test_a_first_block_that_the_student_has_not_is_refused(asked: Asked) -> None:
     with pytest.raises(ConfigError, match=r"--decoding.pai.first_block is 3, but .* indices 0 to 2"):
-        Pai(first_block=3).check(asked.student.spec, Any)
+        PAI(first_block=3).check(asked.student.spec, Any)
