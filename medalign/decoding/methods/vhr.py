@@ -106,7 +106,8 @@ def vision_aware_heads(with_BHD: torch.Tensor, without_BHD: torch.Tensor) -> tor
     divergence_BH = divergence_BH.masked_fill(divergence_BH < _ROUNDING * with_BHD.norm(dim=-1), 0)
     size_BH = without_BHD.square().sum(-1)
     divergence_BH = divergence_BH.masked_fill(_stands_out(divergence_BH) & _stands_out(size_BH), 0)
-    return divergence_BH > divergence_BH.median(-1, keepdim=True).values
+    aware_BH: torch.Tensor = divergence_BH > divergence_BH.median(-1, keepdim=True).values
+    return aware_BH
 
 
 def _stands_out(values_BH: torch.Tensor) -> torch.Tensor:
