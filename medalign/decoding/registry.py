@@ -32,8 +32,14 @@ METHODS: dict[str, Entry] = {
     "vcd": Entry("medalign.decoding.methods.vcd:VCD", "VCD: contrast with the image under noise", "2 per token"),
     "m3id": Entry("medalign.decoding.methods.m3id:M3ID", "M3ID: contrast with no image, growing", "2 per token"),
     "dola": Entry("medalign.decoding.methods.dola:DoLa", "DoLa: contrast with an earlier block", "1 per token"),
+    "pai": Entry("medalign.decoding.methods.pai:PAI", "PAI: amplified attention to the image", "2 per token"),
+    "vhr": Entry(
+        "medalign.decoding.methods.vhr:VHR",
+        "VHR: attention heads that the image changes are reinforced",
+        "1 per token, and 1 of the text",
+    ),
     "opera": Entry(
-        "medalign.decoding.methods.opera:Opera",
+        "medalign.decoding.methods.opera:OPERA",
         "OPERA: beam search with a penalty on over-trusted tokens, and returns",
         "1 per token, of 25 rows",
     ),
