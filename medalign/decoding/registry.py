@@ -38,8 +38,14 @@ METHODS: dict[str, Entry] = {
         "medalign.decoding.methods.damro:DAMRO", "DAMRO: contrast with the tower's outlier tokens", "2 per token"
     ),
     "dola": Entry("medalign.decoding.methods.dola:DoLa", "DoLa: contrast with an earlier block", "1 per token"),
+    "pai": Entry("medalign.decoding.methods.pai:PAI", "PAI: amplified attention to the image", "2 per token"),
+    "vhr": Entry(
+        "medalign.decoding.methods.vhr:VHR",
+        "VHR: attention heads that the image changes are reinforced",
+        "1 per token, and 1 of the text",
+    ),
     "opera": Entry(
-        "medalign.decoding.methods.opera:Opera",
+        "medalign.decoding.methods.opera:OPERA",
         "OPERA: beam search with a penalty on over-trusted tokens, and returns",
         "1 per token, of 25 rows",
     ),

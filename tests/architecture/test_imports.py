@@ -45,8 +45,11 @@ FLOORS = (
         "questions",
         "model_card",
         "evaluator",
+        "grounding",
+        "separability",
         "inspection",
         "target_cache",
+        "teacher_maps",
         "doctor",
         "supervising",
         "watching",
@@ -89,6 +92,9 @@ RUN_FILES = {
     "complete.json",
     "predictions.jsonl",
     "scores.json",
+    "grounding.json",
+    "grounding.jsonl",
+    "separability.json",
 }
 RUN_FOLDERS = {"checkpoints", "latest", "export", "evaluation", "lock", "state", "wandb"}
 
