@@ -114,7 +114,8 @@ class DAMRO(Contrast):
         heads = heads if self.heads == "mean" else 1
         query_IHD, key_INHD = (found[module].float().unflatten(-1, (heads, -1)) for module in (query, key))
         scores_IHN = torch.einsum("ihd,inhd->ihn", query_IHD[:, 0], key_INHD) * key_INHD.shape[-1] ** -0.5
-        return scores_IHN.softmax(-1).mean(1)[:, 1:].topk(self.top, dim=-1).indices
+        attention_IN: torch.Tensor = scores_IHN.softmax(-1).mean(1)[:, 1:]
+        return attention_IN.topk(self.top, dim=-1).indices
 
 
 def _first_tokens(batch: Batch) -> torch.Tensor:

@@ -202,10 +202,9 @@ def plain_damro(asked: Asked, sample: Sample, method: DAMRO) -> Callable[[list[i
         with torch.no_grad():
             found = tower(pixels[None], output_hidden_states=True)
             block = blocks[method.tower_block]
-            normed = getattr(block, "layer_norm1", getattr(block, "norm1", None))(
-                found.hidden_states[method.tower_block - 1]
-            )
-            attention = getattr(block, "self_attn", getattr(block, "attention", None))
+            dinov2 = hasattr(block, "attention")
+            norm, attention = (block.norm1, block.attention) if dinov2 else (block.layer_norm1, block.self_attn)
+            normed = norm(found.hidden_states[method.tower_block - 1])
             query, key = attention.q_proj(normed)[0, 0], attention.k_proj(normed)[0]
             parts = 1 if method.heads == "joint" else tower.config.num_attention_heads
             rows = [k @ q / len(q) ** 0.5 for q, k in zip(query.chunk(parts), key.chunk(parts, dim=1), strict=True)]
