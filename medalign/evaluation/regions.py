@@ -35,8 +35,8 @@ class Film:
     def add(self, sample: Sample) -> None:
         """Add the boxes of a sample about this image.
 
-        The class is the `kind` of a finding with this box in the annotation's list `findings`, or its `finding`. The first sample
-        that names one decides.
+        The class is the `kind` of a finding with this box in the annotation's list `findings`, or its `finding`. The
+        first sample that names one decides.
         """
         kinds = {}
         listed = sample.metadata.get("findings")
