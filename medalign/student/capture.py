@@ -34,7 +34,7 @@ from medalign.student import packing
 # Names under which the backends are registered with transformers. transformers would look up a name that contains
 # "flash" among its own kernels.
 _NAMES = {"sdpa": "medalign_sdpa", "flash_attention_2": "medalign_fa2", "eager": "medalign_eager"}
-_ATTRIBUTE = "medalign_attention_capture"
+ATTRIBUTE = "medalign_attention_capture"
 _INTERVENTION = "medalign_attention_intervention"
 
 Output = tuple[torch.Tensor, torch.Tensor | None]
@@ -127,7 +127,7 @@ class AttentionCapture:
 def attach_capture(attention: nn.Module) -> AttentionCapture:
     """Attach a capture to an attention module of a model that was loaded with `register_attention(backend)`."""
     capture = AttentionCapture()
-    setattr(attention, _ATTRIBUTE, capture)
+    setattr(attention, ATTRIBUTE, capture)
     return capture
 
 
@@ -167,7 +167,7 @@ def register_attention(backend: str) -> str:
         scaling: float | None = None,
         **kwargs: Any,
     ) -> Output:
-        capture: AttentionCapture | None = getattr(module, _ATTRIBUTE, None)
+        capture: AttentionCapture | None = getattr(module, ATTRIBUTE, None)
         if capture is not None:
             capture.capture(query, key, scaling, kwargs)
         if backend != "sdpa":

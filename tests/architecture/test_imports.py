@@ -46,8 +46,11 @@ FLOORS = (
         "model_card",
         "evaluator",
         "probing",
+        "grounding",
+        "separability",
         "inspection",
         "target_cache",
+        "teacher_maps",
         "doctor",
         "supervising",
         "watching",
@@ -66,6 +69,7 @@ DOORS: dict[str, tuple[str, ...]] = {
     "peft": ("student/loading.py",),
     "pydicom": ("data/samples/dicom*.py",),
     "rich": ("watching.py", "cli/watch.py"),
+    "sklearn": ("evaluation/separability.py",),
     "timm": ("teacher/towers/timm*.py",),
     "transformers": ("student/*", "engine/engine.py", "teacher/towers/hf*.py"),
     "triton": ("*kernels/*triton*.py",),
@@ -90,6 +94,9 @@ RUN_FILES = {
     "complete.json",
     "predictions.jsonl",
     "scores.json",
+    "grounding.json",
+    "grounding.jsonl",
+    "separability.json",
 }
 RUN_FOLDERS = {"checkpoints", "latest", "export", "evaluation", "lock", "state", "wandb"}
 

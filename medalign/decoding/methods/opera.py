@@ -55,7 +55,7 @@ _LARGEST = math.log(1e30)  # of phi, so that differences between logits stay fin
 
 
 @dataclass(frozen=True)
-class Opera(Method):
+class OPERA(Method):
     """Over-trust penalty and retrospection-allocation."""
 
     name: ClassVar[str] = "opera"
@@ -133,7 +133,7 @@ class _Search:
         limit: the most tokens of the answer.
     """
 
-    def __init__(self, settings: Opera, student: Student, sample: Batch, limit: int) -> None:
+    def __init__(self, settings: OPERA, student: Student, sample: Batch, limit: int) -> None:
         self.record = RecordedRow()
         self._settings, self._limit = settings, limit
         self._image_L = (sample.image_index >= 0)[0]

@@ -43,17 +43,17 @@ class Scope:
         """Replace the eager attention of the model's file, inside the context."""
         original = self.module.eager_attention_forward
 
-        def attend(module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: float, **kwargs: Any) -> Any:
+        def attend(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, scaling: float, **kwargs: Any):
             block = self.blocks.get(id(module))
             if block is None:  # a vision tower in the same file
-                return original(module, query, key, value, mask, scaling=scaling, **kwargs)
+                return original(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
             assert len(query) == 1
             groups = query.shape[1] // key.shape[1]
             key, value = key[0].repeat_interleave(groups, 0), value[0].repeat_interleave(groups, 0)
             scores = query[0] @ key.transpose(1, 2) * scaling
             if cap := kwargs.get("softcap"):
                 scores = cap * torch.tanh(scores / cap)
-            weights = (self.scores(block, scores) + mask[0]).softmax(-1)
+            weights = (self.scores(block, scores) + attention_mask[0]).softmax(-1)
             self.weights[block] = weights
             return self.outputs(block, weights @ value).transpose(0, 1)[None], None
 
@@ -142,6 +142,8 @@ def vhr(student: Student, sample: Batch, limit: int, alpha: float, blocks: list[
         if block not in heads:
             pairs = list(zip(outputs[:, prompt - 1], absent[block], strict=True))
             changes = [math.dist(own.tolist(), other.tolist()) for own, other in pairs]
+            unlike = [0.001 * math.hypot(*own.tolist()) for own, _ in pairs]
+            changes = [change * (change >= least) for change, least in zip(changes, unlike, strict=True)]
             sizes = [sum(value * value for value in other.tolist()) for _, other in pairs]
             limits = [statistics.mean(values) + statistics.stdev(values) for values in (changes, sizes)]
             for head in range(len(changes)):

@@ -9,7 +9,7 @@ import torch
 
 from medalign.config import LoraConfig, StudentConfig
 from medalign.decoding.base import Decoding
-from medalign.decoding.methods.opera import Opera
+from medalign.decoding.methods.opera import OPERA
 from medalign.student.loading import load_student
 from medalign.student.model import Student
 from tests import tiny
@@ -18,7 +18,7 @@ from tests.unit.decoding import plain
 TOKENS = {"pad_token_id": 0, "eos_token_id": [2]}
 TEXTS = ((5, 0), (11, 0), (2, 0))
 # The search returns early and often, and every candidate counts.
-RETURNING = Opera(num_beams=2, candidates=4, threshold=2, rollbacks=2, first_tokens=0, scale=30.0, factor=1e-3)
+RETURNING = OPERA(num_beams=2, candidates=4, threshold=2, rollbacks=2, first_tokens=0, scale=30.0, factor=1e-3)
 
 
 def load(folder, attention: str) -> Student:
@@ -50,7 +50,7 @@ def answer(ids: torch.Tensor, ends: list[int]) -> list[int]:
 def test_without_a_penalty_it_is_the_beam_search_of_transformers(student, beams):
     batch = tiny.batch(side="left", texts=TEXTS)
     student.end_with(40)  # some hypotheses end early
-    method = Opera(num_beams=beams, candidates=3 * beams, penalty=0.0, normalize="vocabulary", threshold=99)
+    method = OPERA(num_beams=beams, candidates=3 * beams, penalty=0.0, normalize="vocabulary", threshold=99)
     expected, attention = Decoding(12, num_beams=beams).method.generate(
         student, batch, Decoding(12, num_beams=beams), **TOKENS | {"eos_token_id": student.end_tokens}
     )
