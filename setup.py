@@ -15,8 +15,9 @@ setup(
     package_data={
         "medalign": ["assets/*/*", "py.typed"],
         "medalign.config": ["recipes/*.yaml", "recipes/*/*.yaml"],
-        "medalign.evaluation.report": ["*.html.jinja"],
+        "medalign.evaluation.report": ["*.jinja", "*.js"],
         "medalign.kernels": ["*/tile_table.json"],
+        "medalign.evaluation.findings": ["*.yaml"],
         "medalign.teacher": ["*.yaml"],
         "medalign.ds_configs": ["*.json"],
     },

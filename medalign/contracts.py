@@ -96,6 +96,33 @@ class Batch:
             )
         return replace(self, **moved)
 
+    def sample(self, row: int) -> Batch:
+        """Return one sample of a padded batch by itself, without its padding. What teachers read is left out."""
+        valid, index_BL = self.attention_mask[row], self.image_index[row : row + 1]
+        has_image = bool((index_BL >= 0).any())
+        own = (self.image_sample == row).nonzero().flatten() if has_image else self.image_sample.new_zeros(1)
+        first, last = int(own[0]), int(own[-1]) + 1
+        tokens: dict[str, Any] = {
+            name: value[row : row + 1, valid]
+            for name in ("input_ids", "attention_mask", "labels", "question_mask", "attention_rows", "cell_mask")
+            if (value := getattr(self, name)) is not None
+        }
+        cuts = self.cuts[row : row + 1]
+        return Batch(
+            **tokens,
+            image_index=torch.where(index_BL >= 0, index_BL - first, -1)[:, valid],
+            student_pixels=self.student_pixels[own],
+            teacher_pixels=self.teacher_pixels[own],
+            image_weight=self.image_weight[own] * has_image,
+            patch_valid=self.patch_valid[own] & has_image,
+            image_sample=torch.zeros_like(own),
+            image_questions=self.image_questions[first:last],
+            image_reports=self.image_reports[first:last],
+            keys=self.keys[row : row + 1],
+            cuts=cuts,
+            truncated=sum(map(any, cuts)),
+        )
+
     @property
     def teachers(self) -> tuple[Mapping[str, torch.Tensor], ...]:
         """What each teacher reads, by name; each tensor is [I, ...]."""

@@ -127,7 +127,7 @@ def evaluate_each(
     """
     with joined_ranks() as store:
         with distributed.raise_on_all_ranks():
-            folders = [EvaluationFolder(_evaluation_folder(run, data, name, one.method.name)) for one in decodings]
+            folders = [EvaluationFolder(evaluation_folder(run, data, name, one.method.name)) for one in decodings]
             indexes = _open(data)
             planned = _planned(indexes, limit)
             if not overwrite:
@@ -212,7 +212,7 @@ def _open(data: Sequence[str]) -> list[ShardIndex]:
     return indexes
 
 
-def _evaluation_folder(run: Path, data: Sequence[str], name: str | None, method: str) -> Path:
+def evaluation_folder(run: Path, data: Sequence[str], name: str | None, method: str = Greedy.name) -> Path:
     """Where an evaluation is written: by default it is called as the first folder of shards."""
     home, prefix = find_run(run)
     setting = f"--name {name!r}"

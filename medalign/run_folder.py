@@ -25,6 +25,9 @@ RUN/
     NAME/                   the evaluation of the checkpoint that was the latest at that time
       predictions.jsonl
       scores.json
+      grounding.json        what the attention shows, by `medalign ground`; grounding.jsonl has a line per sample, and
+                            grounding_heads.csv a line per block and head
+      separability.json     how well visual tokens separate, by `medalign separability`, with separability.png
     step-000500-NAME/       the evaluation of checkpoint step-000500
 """
 
@@ -55,6 +58,31 @@ class EvaluationFolder:
     def scores(self) -> Path:
         """The scores and what they were measured on."""
         return self.path / "scores.json"
+
+    @property
+    def grounding(self) -> Path:
+        """What the attention shows."""
+        return self.path / "grounding.json"
+
+    @property
+    def grounding_samples(self) -> Path:
+        """The same of each sample, one per line."""
+        return self.path / "grounding.jsonl"
+
+    @property
+    def grounding_heads(self) -> Path:
+        """The same of each block and head, one per line."""
+        return self.path / "grounding_heads.csv"
+
+    @property
+    def separability(self) -> Path:
+        """How well the visual tokens of regions separate, by block."""
+        return self.path / "separability.json"
+
+    @property
+    def separability_picture(self) -> Path:
+        """The visual tokens in two dimensions."""
+        return self.path / "separability.png"
 
 
 @dataclass(frozen=True)

@@ -125,7 +125,7 @@ def _prediction(student: Student, sample: Sample, given: Answer) -> Prediction:
         prediction=given.text,
         finish_reason=given.finish_reason,
         empty=not given.text,
-        image=_digest(sample.images),
+        image=digest(sample.images),
         **_annotated(sample.metadata),
     )
     if given.attention is None:
@@ -140,13 +140,13 @@ def _prediction(student: Student, sample: Sample, given: Answer) -> Prediction:
     return row
 
 
-def _digest(images: Sequence[Image.Image]) -> str:
+def digest(images: Sequence[Image.Image]) -> str:
     """Return 64 bits of the SHA-256 of the images' sizes and pixels in hexadecimal, "" without an image."""
-    digest = hashlib.sha256()
+    found = hashlib.sha256()
     for image in images:
-        digest.update(f"{image.mode} {image.size}".encode())
-        digest.update(image.tobytes())
-    return digest.hexdigest()[:16] if images else ""
+        found.update(f"{image.mode} {image.size}".encode())
+        found.update(image.tobytes())
+    return found.hexdigest()[:16] if images else ""
 
 
 def _annotated(metadata: Mapping[str, Any]) -> dict[str, Any]:

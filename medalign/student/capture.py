@@ -7,6 +7,9 @@ both the attention function and the mask function by the name in `config._attn_i
 be registered too, otherwise the model would silently lose its causal mask (`check_causality` in `student.model`
 verifies this).
 
+A block that carries an intervention (`intervening`) computes its output in another way, which may still call the
+backend. What is captured there is the attention before the intervention.
+
 Shape suffixes: B samples, H heads, L tokens, D head dimension.
 """
 
@@ -16,7 +19,8 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -30,7 +34,38 @@ from medalign.student import packing
 # Names under which the backends are registered with transformers. transformers would look up a name that contains
 # "flash" among its own kernels.
 _NAMES = {"sdpa": "medalign_sdpa", "flash_attention_2": "medalign_fa2", "eager": "medalign_eager"}
-_ATTRIBUTE = "medalign_attention_capture"
+ATTRIBUTE = "medalign_attention_capture"
+_INTERVENTION = "medalign_attention_intervention"
+
+Output = tuple[torch.Tensor, torch.Tensor | None]
+"""What an attention function returns: the output [B, L, H, D], and the attention weights or None."""
+
+
+class Intervention(Protocol):
+    """Computes the output of an attention module in place of its backend."""
+
+    def __call__(
+        self,
+        attend: Any,
+        module: nn.Module,
+        query_BHLD: torch.Tensor,
+        key_BHLD: torch.Tensor,
+        value_BHLD: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        /,
+        **kwargs: Any,
+    ) -> Output:
+        """Return the output of the module.
+
+        Args:
+            attend: the backend, which takes all further arguments.
+            module: the attention module.
+            query_BHLD: post-rotary queries of this pass.
+            key_BHLD: post-rotary keys, those in the cache included. They may have fewer heads than the queries.
+            value_BHLD: values of the keys.
+            attention_mask: in the form of the backend; None if it needs none.
+            **kwargs: `scaling`, and further arguments of the backend such as the softcap.
+        """
 
 
 @dataclass
@@ -92,12 +127,28 @@ class AttentionCapture:
 def attach_capture(attention: nn.Module) -> AttentionCapture:
     """Attach a capture to an attention module of a model that was loaded with `register_attention(backend)`."""
     capture = AttentionCapture()
-    setattr(attention, _ATTRIBUTE, capture)
+    setattr(attention, ATTRIBUTE, capture)
     return capture
 
 
+@contextmanager
+def intervening(interventions: Mapping[nn.Module, Intervention]) -> Iterator[None]:
+    """Inside the context, these attention modules compute their outputs by an intervention each.
+
+    Args:
+        interventions: attention modules of a model that was loaded with `register_attention`, without one so far.
+    """
+    for module, intervention in interventions.items():
+        setattr(module, _INTERVENTION, intervention)
+    try:
+        yield
+    finally:
+        for module in interventions:
+            delattr(module, _INTERVENTION)
+
+
 def register_attention(backend: str) -> str:
-    """Register `backend` with support for captures.
+    """Register `backend` with support for captures and interventions.
 
     Args:
         backend: "sdpa", "flash_attention_2" or "eager".
@@ -115,16 +166,16 @@ def register_attention(backend: str) -> str:
         attention_mask: torch.Tensor | None,
         scaling: float | None = None,
         **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        capture: AttentionCapture | None = getattr(module, _ATTRIBUTE, None)
+    ) -> Output:
+        capture: AttentionCapture | None = getattr(module, ATTRIBUTE, None)
         if capture is not None:
             capture.capture(query, key, scaling, kwargs)
         if backend != "sdpa":
             kwargs.pop("sample_lengths", None)
         attend = _backend(backend, module)
-        result: tuple[torch.Tensor, torch.Tensor | None] = attend(
-            module, query, key, value, attention_mask, scaling=scaling, **kwargs
-        )
+        if intervention := getattr(module, _INTERVENTION, None):
+            attend = partial(intervention, attend)
+        result: Output = attend(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
         return result
 
     AttentionInterface.register(name, forward)

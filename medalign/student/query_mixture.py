@@ -132,12 +132,12 @@ class QueryMixture(nn.Module):
             gates_BLE = self.route(hidden_BLD, question_BL.repeat_interleave(copies, dim=0), self._bounds)
             self._gates_BLE = gates_BLE[:, -1:].detach()
             return gates_BLE
-        if self._gates_BLE is None or self._gates_BLE.shape[0] != hidden_BLD.shape[0]:
+        if self._gates_BLE is None or hidden_BLD.shape[0] % self._gates_BLE.shape[0]:
             raise RuntimeError(
                 f"QueryMixture: got hidden states of shape {tuple(hidden_BLD.shape)} before the complete sequence of "
                 f"shape {tuple(question_BL.shape)} that begin() announced"
             )
-        return self._gates_BLE
+        return self._gates_BLE.repeat_interleave(hidden_BLD.shape[0] // self._gates_BLE.shape[0], dim=0)
 
     def _add_to(self, _projection: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
         if self._question_BL is None:

@@ -45,8 +45,11 @@ FLOORS = (
         "questions",
         "model_card",
         "evaluator",
+        "grounding",
+        "separability",
         "inspection",
         "target_cache",
+        "teacher_maps",
         "doctor",
         "supervising",
         "watching",
@@ -65,6 +68,7 @@ DOORS: dict[str, tuple[str, ...]] = {
     "peft": ("student/loading.py",),
     "pydicom": ("data/samples/dicom*.py",),
     "rich": ("watching.py", "cli/watch.py"),
+    "sklearn": ("evaluation/separability.py",),
     "timm": ("teacher/towers/timm*.py",),
     "transformers": ("student/*", "engine/engine.py", "teacher/towers/hf*.py"),
     "triton": ("*kernels/*triton*.py",),
@@ -89,6 +93,9 @@ RUN_FILES = {
     "complete.json",
     "predictions.jsonl",
     "scores.json",
+    "grounding.json",
+    "grounding.jsonl",
+    "separability.json",
 }
 RUN_FOLDERS = {"checkpoints", "latest", "export", "evaluation", "lock", "state", "wandb"}
 

@@ -26,22 +26,23 @@ from medalign.geometry import CanvasFrame, PatchGrid
 Case = tuple[np.ndarray, Region]  # a map and the region it should show, which is not empty
 
 
-def localization(name: str, cases: Sequence[Case]) -> dict[str, float]:
+def localization(name: str, cases: Sequence[Case], groups: Sequence[str] | None = None) -> dict[str, float]:
     """Compute the scores of the table above. They are omitted if there is no case.
 
     Args:
         name: the beginning of the keys.
         cases: maps and regions.
+        groups: see `intervals.mean`.
     """
     if not cases:
         return {}
     iou_ST = np.stack([ious(*case) for case in cases])
     best = int(iou_ST.mean(0).argmax())
-    uniform = float(np.mean([region.area for _, region in cases]))
+    uniform = mean("area", [region.area for _, region in cases], groups)["area"]
     return {
-        **mean(f"{name}_ap", [average_precision(*case) for case in cases]),
+        **mean(f"{name}_ap", [average_precision(*case) for case in cases], groups),
         f"{name}_ap_uniform": uniform,
-        **mean(f"{name}_iou", iou_ST[:, best].tolist()),
+        **mean(f"{name}_iou", iou_ST[:, best].tolist(), groups),
         f"{name}_iou_uniform": uniform,
         f"{name}_iou_threshold": float(THRESHOLDS[best]),
     }

@@ -5,6 +5,7 @@
 | closed_official | accuracy by `official_correct` | closed questions |
 | yes_no_n, yes_no_unparseable | answers without a yes or no, as a fraction | questions whose reference is yes or no |
 | pope_accuracy, pope_precision, pope_recall, pope_f1, pope_yes | POPE's scores ("yes" is positive) | the same |
+| false_yes_n, false_yes_of_no | share of yes by `answers.given_yes_or_no` | questions whose reference is no |
 | choice_n, choice_accuracy | accuracy by letter or else by text | questions with options |
 | choice_letter, choice_text | accuracy by each rule | the same |
 | choice_unparseable | fraction of answers from which neither rule reads an option | the same |

@@ -15,6 +15,8 @@
 | box_ap, box_iou and others | how well the attention outlines the boxes; see `localization` | boxes |
 | conditional_n and others | whether the attention follows the question; see `conditional` | boxes |
 
+Reports also have the scores of the findings that they state (`findings`).
+
 answers_signature, bleu_signature and rouge_l_signature describe the tokenization and the versions of the libraries.
 Scores with different signatures cannot be compared.
 
@@ -35,8 +37,17 @@ import numpy as np
 
 from medalign.errors import DataError
 from medalign.evaluation.metrics import rules
-from medalign.evaluation.metrics.answers import SIGNATURE, closed_correct, exact, open_recall, words, yes_or_no
+from medalign.evaluation.metrics.answers import (
+    SIGNATURE,
+    closed_correct,
+    exact,
+    given_yes_or_no,
+    open_recall,
+    words,
+    yes_or_no,
+)
 from medalign.evaluation.metrics.conditional import conditional
+from medalign.evaluation.metrics.findings import findings_scores
 from medalign.evaluation.metrics.intervals import RESAMPLES, mean
 from medalign.evaluation.metrics.localization import boxed_cases, localization
 from medalign.evaluation.metrics.predictions import LENGTH, Prediction
@@ -124,6 +135,8 @@ def _by_rules(closed: Sequence[Prediction], others: Sequence[Prediction]) -> Sco
         missing = [rules.unparseable(r.prediction) for r in yes_no]
         scores |= {"yes_no_n": len(yes_no), "yes_no_unparseable": float(np.mean(missing))}
         scores |= rules.pope_scores([(r.prediction, r.answer) for r in yes_no])
+        denied = [given_yes_or_no(r.prediction) == "yes" for r in yes_no if yes_or_no(r.answer) == "no"]
+        scores |= {"false_yes_n": len(denied), **mean("false_yes_of_no", denied)}
     scores |= _choices(asked) | mean("open_f1", [rules.token_f1(r.prediction, r.answer) for r in others])
     scores["answers_empty_share"] = float(np.mean([r.empty for r in asked]))
     if all(r.finish_reason for r in asked):
@@ -167,7 +180,7 @@ def _report(rows: Sequence[Prediction]) -> Scores:
         found = bleu_with_interval([r.prediction for r in rows], [r.answer for r in rows], RESAMPLES)
         scores |= {"bleu": found.points, "bleu_low": found.low, "bleu_high": found.high}
         scores |= {"bleu_signature": found.signature, "rouge_l_signature": rouge_signature()}
-        scores |= variants([r.prediction for r in rows], [r.answer for r in rows])
+        scores |= variants([r.prediction for r in rows], [r.answer for r in rows]) | findings_scores(rows)
     return scores | mean("rouge_l", [rouge_l(r.prediction, r.answer) for r in rows])
 
 

@@ -205,6 +205,31 @@ class Family:
         """Run the vision tower and the projector as a forward pass does, [I, 3, S, S] to [I, N, D]."""
         return torch.stack(tuple(spec.model.get_image_features(pixel_values=pixels).pooler_output))
 
+    def blank(self, arguments: dict[str, Any], blanked_BL: torch.Tensor) -> dict[str, Any]:
+        """Return the arguments of the language model with zeros in the place of some image tokens.
+
+        Args:
+            arguments: the keyword arguments of a pass over whole prompts.
+            blanked_BL: True at the image tokens to replace.
+        """
+        embeddings_BLD = arguments["inputs_embeds"]
+        return arguments | {"inputs_embeds": embeddings_BLD.masked_fill(blanked_BL[..., None], 0)}
+
+    def class_attention(self, spec: ModelSpec, block: int) -> tuple[nn.Linear, nn.Linear, int]:
+        """Return where a block of the vision tower computes the attention of its class token to the image's patches.
+
+        Args:
+            spec: the model.
+            block: index of the block; negative from the end.
+
+        Returns:
+            The projections of queries and keys, whose first token is the class token, and the number of heads.
+
+        Raises:
+            LookupError: the patches with the class token are not the image tokens; the message says why.
+        """
+        raise LookupError("its vision tower has no class token, or merges patches to image tokens")
+
     def features_settings(self, config: Any) -> str:
         """Describe the settings that the features depend on, for error messages."""
         return "its config.json"

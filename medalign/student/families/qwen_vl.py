@@ -105,6 +105,14 @@ class Qwen3VL(QwenVL):
     default_image_size = 768  # 24 x 24 tokens of 32 pixels, the size of its table of positions
 
     @override
+    def blank(self, arguments: dict[str, Any], blanked_BL: torch.Tensor) -> dict[str, Any]:
+        arguments = super().blank(arguments, blanked_BL)
+        places_BL = arguments["visual_pos_masks"]
+        kept_T1 = ~blanked_BL[places_BL][:, None]
+        added = [features_TD * kept_T1 for features_TD in arguments["deepstack_visual_embeds"]]
+        return arguments | {"deepstack_visual_embeds": added}
+
+    @override
     def projector(self, model: Any) -> nn.Module:
         visual = model.model.visual
         return nn.ModuleList([visual.merger, *visual.deepstack_merger_list])

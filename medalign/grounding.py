@@ -1,0 +1,233 @@
+"""Measures what a student's attention shows: against boxes and masks, by block and head, and by removing patches."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from medalign import distributed
+from medalign.checkpoint import export
+from medalign.contracts import IGNORE, Sample
+from medalign.data.batches.collator import Collator, Prepared
+from medalign.data.samples.bad_sample import BadSample
+from medalign.data.shards.index import ShardIndex
+from medalign.decoding.base import Decoding
+from medalign.errors import ConfigError, DataError
+from medalign.evaluation.generation import Answer, digest, generate_answers
+from medalign.evaluation.ground_records import KINDS, Grounded, head_shares, summarize
+from medalign.evaluation.ground_table import heads_csv
+from medalign.evaluation.metrics.predictions import rounded
+from medalign.evaluation.overlap import Region
+from medalign.evaluation.patch_removal import curves
+from medalign.evaluation.provenance import describe_weights, versions
+from medalign.evaluator import evaluation_folder
+from medalign.geometry import CanvasFrame
+from medalign.inference import open_student
+from medalign.observability.files import write_text
+from medalign.observability.progress import ProgressReporter
+from medalign.run_folder import EvaluationFolder
+from medalign.student.head_maps import head_maps
+from medalign.student.model import Student
+
+log = logging.getLogger("medalign")
+
+_NO_TEXT = "-"  # in the place of an answer without text: the question's maps do not depend on it
+Found = tuple[Sample, Region, list[float] | None]  # a sample, its boxes, and its mask on the grid
+
+
+@dataclass(frozen=True)
+class Instruments:
+    """A student with what is needed to question it about its own answers."""
+
+    student: Student
+    tokenizer: Any
+    questions: Collator  # padded on the left
+    answers: Collator  # padded on the right, with answers
+    decoding: Decoding
+    steps: int
+    batch_size: int
+
+    def measure(self, found: Sequence[Found]) -> list[Grounded]:
+        """Measure a batch of samples."""
+        device, samples = distributed.device(), [sample for sample, _, _ in found]
+        given = generate_answers(self.student, self.tokenizer, self.questions(samples).to(device), self.decoding)
+        answered = [replace(one, answer=text.text or _NO_TEXT) for one, text in zip(samples, given, strict=True)]
+        prepared = [self.answers.prepare(sample) for sample in answered]
+        batch = self.answers.join(prepared).to(device)
+        predicting = torch.zeros_like(batch.question_mask)
+        predicting[:, :-1] = batch.labels[:, 1:] != IGNORE
+        first = [batch.image_sample.tolist().index(row) for row in range(len(samples))]
+        maps = {
+            kind: [block[first].cpu().double().numpy() for block in blocks]
+            for kind, blocks in zip(KINDS, head_maps(self.student, batch, [batch.rows, predicting]), strict=True)
+        }
+        return [
+            self._record(one, text, part, {kind: [block[row] for block in maps[kind]] for kind in KINDS})
+            for row, (one, text, part) in enumerate(zip(found, given, prepared, strict=True))
+        ]
+
+    def _record(
+        self, found: Found, given: Answer, prepared: Prepared, maps: Mapping[str, Sequence[np.ndarray]]
+    ) -> Grounded:
+        """Return the measurements of a sample, given the maps [N, H] of its blocks, and measure the removal."""
+        sample, region, mask = found
+        kinds = KINDS if given.text else KINDS[:1]
+        tapped = {kind: maps[kind][self.student.layer].mean(-1) for kind in kinds}
+        shares = {kind: [head_shares(map_NH, region) for map_NH in maps[kind]] for kind in kinds}
+        removal = None
+        if given.text:
+            removed = curves(
+                self.student,
+                self.answers,
+                prepared,
+                tapped["question"],
+                steps=self.steps,
+                batch_size=self.batch_size,
+                device=distributed.device(),
+            )
+            removal = asdict(removed)
+        return Grounded(
+            key=sample.key,
+            image=digest(sample.images),
+            image_size=sample.images[0].size,
+            boxes=[list(box) for box in sample.boxes],
+            mask=mask,
+            maps={kind: rounded(map_N.tolist()) for kind, map_N in tapped.items()},
+            inside={kind: [rounded(inside) for inside, _ in found] for kind, found in shares.items()},
+            on_image={kind: [rounded(total) for _, total in found] for kind, found in shares.items()},
+            removal=removal,
+        )
+
+
+def ground(
+    run: Path,
+    data: str,
+    *,
+    name: str | None = None,
+    limit: int | None = None,
+    steps: int = 8,
+    batch_size: int = 16,
+    max_new_tokens: int = 64,
+    base: str | None = None,
+    command: str | None = None,
+) -> Path:
+    """Measure the attention of a run on the samples of a shard folder that have boxes.
+
+    One line per sample is written as soon as its batch is measured. The same call continues after an interruption, and
+    with a larger limit.
+
+    Args:
+        run: a run, a checkpoint or an export.
+        data: a folder of shards.
+        name: name of the evaluation that the results belong to; by default that of the shard folder.
+        limit: measure only the first samples that have boxes.
+        steps: points of the curves of deletion and insertion, less one.
+        batch_size: samples, or images with removed patches, per forward pass.
+        max_new_tokens: limit of an answer, which is greedy.
+        base: folder of the base model, if it has moved since the training.
+        command: the command line, for the result.
+
+    Returns:
+        The file of the result.
+
+    Raises:
+        ConfigError: an argument is not valid, or several ranks call it.
+        DataError: no sample has boxes inside its image.
+    """
+    if distributed.world_size() > 1:
+        raise ConfigError("medalign ground runs in one process, not on several ranks; start it without a launcher")
+    folder, index = EvaluationFolder(evaluation_folder(run, [data], name)), ShardIndex.open(data)
+    source = export.find_export(run)
+    student, tokenizer, questions = open_student(source, base, index.max_images)
+    decoding = Decoding(max_new_tokens=max_new_tokens)
+    answers = _with_answers(questions)
+    instruments = Instruments(student, tokenizer, questions, answers, decoding, steps, batch_size)
+    facts = {
+        "grid": [student.spec.grid.rows, student.spec.grid.columns],
+        "layer": student.layer,
+        "steps": steps,
+        "max_new_tokens": max_new_tokens,
+        **describe_weights(source),
+        "shards": list(index.fingerprint()),
+        "versions": versions(),
+    }
+    with distributed.raise_on_all_ranks():
+        records, unreadable = _measure_all(instruments, index, folder.grounding_samples, facts, limit)
+        if not records:
+            raise DataError(f"no sample of --data {data} has boxes inside its image; name shards with boxes")
+    summary = summarize(records, student.spec.grid)
+    whole = {**summary, "unreadable": unreadable, "limit": limit, "command": command, "provenance": facts}
+    write_text(folder.grounding_heads, heads_csv(summary))
+    write_text(folder.grounding, json.dumps(whole, indent=2) + "\n")
+    return folder.grounding
+
+
+def _with_answers(questions: Collator) -> Collator:
+    """Return the collator of the same samples with answers, padded on the right."""
+    answers = copy.copy(questions)
+    answers.padding_side, answers.with_answer = "right", True
+    return answers
+
+
+def _measure_all(
+    instruments: Instruments, index: ShardIndex, output: Path, facts: Mapping[str, Any], limit: int | None
+) -> tuple[list[Grounded], int]:
+    """Measure the samples that the file lacks. Returns all records and how many samples could not be read."""
+    records = _resume(output, facts)
+    if records:
+        log.info("%d samples are in %s already", len(records), output)
+    unreadable: list[str] = []
+    done = {one.key for one in records}
+    having = islice(_boxed(index, instruments.student, unreadable), limit)
+    left = (found for found in having if found[0].key not in done)
+    total = len(index) if limit is None else limit
+    with output.open("a", encoding="utf-8") as file, ProgressReporter("ground", total, "samples") as progress:
+        while batch := list(islice(left, instruments.batch_size)):
+            found = instruments.measure(batch)
+            file.write("".join(json.dumps(asdict(one)) + "\n" for one in found))
+            file.flush()
+            records += found
+            progress.add(len(found))
+    return records[:limit], len(unreadable)
+
+
+def _boxed(index: ShardIndex, student: Student, unreadable: list[str]) -> Iterator[Found]:
+    """Yield the samples whose boxes cover a part of their image, and collect the reasons of those not readable."""
+    for place in range(len(index)):
+        try:
+            sample = index.read(place)
+            mask = index.read_mask(place)
+        except BadSample as error:
+            log.warning("bad sample skipped: %s", error)
+            unreadable.append(str(error))
+            continue
+        if not sample.boxes:
+            continue
+        region = Region.of_boxes(sample.boxes, CanvasFrame(*sample.images[0].size), student.spec.grid)
+        if region.inside_N.any():
+            masked = None if mask is None else Region.of_mask(mask, student.spec.grid).inside_N
+            yield sample, region, None if masked is None or not masked.any() else rounded(masked.tolist())
+
+
+def _resume(path: Path, facts: Mapping[str, Any]) -> list[Grounded]:
+    """Return the samples of a file with the same facts, and leave only whole lines in it; start it otherwise."""
+    head = json.dumps({"facts": facts}) + "\n"
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
+    if lines and lines[0] + "\n" != head:
+        log.warning("%s was measured with other settings, weights, shards or versions; starting again", path)
+        lines = []
+    try:
+        records = [Grounded.of(json.loads(line)) for line in lines[1:]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} is damaged ({error}); remove it, and its samples are measured again") from error
+    write_text(path, head + "".join(line + "\n" for line in lines[1:]))
+    return records

@@ -1,0 +1,79 @@
+"""OPERA against transformers' beam search and against a plain implementation: equal tokens in float32."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+
+from medalign.config import LoraConfig, StudentConfig
+from medalign.decoding.base import Decoding
+from medalign.decoding.methods.opera import OPERA
+from medalign.student.loading import load_student
+from medalign.student.model import Student
+from tests import tiny
+from tests.unit.decoding import plain
+
+TOKENS = {"pad_token_id": 0, "eos_token_id": [2]}
+TEXTS = ((5, 0), (11, 0), (2, 0))
+# The search returns early and often, and every candidate counts.
+RETURNING = OPERA(num_beams=2, candidates=4, threshold=2, rollbacks=2, first_tokens=0, scale=30.0, factor=1e-3)
+
+
+def load(folder, attention: str) -> Student:
+    config = StudentConfig(path=str(folder), layer=2, lora=LoraConfig(rank=4), attention=attention)
+    student = load_student(config, torch.float32).eval()
+    torch.manual_seed(0)
+    torch.nn.init.normal_(student.steering.weight, std=0.3)
+    return student
+
+
+@pytest.fixture(scope="module")
+def student(student_folder) -> Student:
+    return load(student_folder, "sdpa")
+
+
+@pytest.fixture(scope="module")
+def eager(student_folder) -> Student:
+    return load(student_folder, "eager")
+
+
+def answer(ids: torch.Tensor, ends: list[int]) -> list[int]:
+    """The tokens up to the end token."""
+    tokens = ids.tolist()
+    places = [place for place, token in enumerate(tokens) if token in ends]
+    return tokens[: places[0] + 1] if places else tokens
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_without_a_penalty_it_is_the_beam_search_of_transformers(student, beams):
+    batch = tiny.batch(side="left", texts=TEXTS)
+    student.end_with(40)  # some hypotheses end early
+    method = OPERA(num_beams=beams, candidates=3 * beams, penalty=0.0, normalize="vocabulary", threshold=99)
+    expected, attention = Decoding(12, num_beams=beams).method.generate(
+        student, batch, Decoding(12, num_beams=beams), **TOKENS | {"eos_token_id": student.end_tokens}
+    )
+    found, captured = method.generate(student, batch, Decoding(12), **TOKENS)
+    for row in range(3):
+        assert answer(found[row], student.end_tokens) == answer(expected[row], student.end_tokens)
+    torch.testing.assert_close(captured, attention, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        replace(RETURNING, threshold=99, first_tokens=4, scale=10.0, factor=0.1),
+        RETURNING,
+        replace(RETURNING, normalize="vocabulary", reselect="candidates"),
+    ],
+)
+def test_the_answers_are_those_of_the_plain_search(student, eager, method):
+    batch = tiny.batch(side="left", texts=TEXTS[:2])
+    found, _ = method.generate(student, batch, Decoding(8), **TOKENS)
+    places = []
+    for row in range(2):
+        expected, returned = plain.opera(eager, batch.sample(row), 8, **asdict(method))
+        assert answer(found[row], [2]) == expected
+        places += returned
+    assert bool(places) == (method.threshold < 10)

@@ -1,0 +1,106 @@
+"""PAI and VHR against plain implementations: equal tokens in float32, for several families, images and samples."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from medalign.contracts import Batch, Sample
+from medalign.decoding.base import Decoding, Method
+from medalign.decoding.methods.pai import PAI
+from medalign.decoding.methods.vhr import VHR, vision_aware_heads
+from medalign.errors import ConfigError
+from medalign.pipeline import build_question_collator
+from medalign.student.loading import load_processor, load_student
+from medalign.student.model import Student
+from tests.unit.decoding import plain
+from tests.unit.student.families.cases import CASES
+
+LIMIT = 6
+STRONG = PAI(alpha=1.5, first_block=1, gamma=1.5, beta=0.1)
+
+
+@dataclass
+class Asked:
+    """The same student with SDPA and with eager attention, and questions with one image, two and none."""
+
+    student: Student
+    eager: Student
+    batch: Batch
+
+    def answers(self, method: Method) -> list[list[int]]:
+        """The tokens of each answer, the end token included."""
+        ends = self.student.end_tokens
+        ids, maps = method.generate(self.student, self.batch, Decoding(LIMIT), pad_token_id=0, eos_token_id=ends)
+        assert maps.shape == (3, self.student.spec.grid.size)
+        rows = [[*row, ends[0]] for row in ids.tolist()]
+        ended = [next(place for place, token in enumerate(row) if token in ends) for row in rows]
+        return [row[: place + 1][:LIMIT] for row, place in zip(rows, ended, strict=True)]
+
+
+@pytest.fixture(scope="module", params=["llava", "qwen2_5_vl", "gemma3"])
+def asked(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Asked:
+    case = CASES[request.param]
+    config = case.config(case.save(tmp_path_factory.mktemp("interventions") / request.param))
+    students = [load_student(replace(config, attention=name), torch.float32).eval() for name in ("sdpa", "eager")]
+    for student in students:
+        torch.manual_seed(0)
+        torch.nn.init.normal_(student.steering.weight, std=0.3)
+    gray = [Image.linear_gradient("L").resize((40, 20)), Image.radial_gradient("L").resize((32, 32))]
+    samples = [
+        Sample(f"s{count}", "shard", "vqa", "Is it?" * (count + 1), "No.", "open", tuple(gray[:count]))
+        for count in (1, 2, 0)
+    ]
+    collate = build_question_collator(students[0].spec, load_processor(config), 400, 2)
+    return Asked(students[0], students[1], collate(samples))
+
+
+@pytest.mark.parametrize("method", [STRONG, replace(STRONG, beta=0.0), replace(STRONG, gamma=1.0)])
+def test_pai_gives_the_tokens_of_the_plain_implementation(asked: Asked, method: PAI) -> None:
+    found = asked.answers(method)
+    for row in range(3):
+        sample = asked.batch.sample(row)
+        gamma = method.gamma if (sample.image_index >= 0).any() else 1.0
+        expected = plain.pai(asked.eager, sample, LIMIT, method.alpha, gamma, method.beta, method.first_block)
+        assert found[row] == expected
+
+
+@pytest.mark.parametrize("method", [VHR(alpha=3.0), VHR(share=1.0, second_block=False)])
+def test_vhr_gives_the_tokens_of_the_plain_implementation(asked: Asked, method: VHR) -> None:
+    found = asked.answers(method)
+    blocks = {3.0: [1, 2], 2.0: [0, 1, 2]}[method.alpha]
+    for row in range(3):
+        sample = asked.batch.sample(row)
+        alpha = method.alpha if (sample.image_index >= 0).any() else 1.0
+        assert found[row] == plain.vhr(asked.eager, sample, LIMIT, alpha, blocks)
+
+
+def test_they_change_answers(asked: Asked) -> None:
+    """Otherwise equal tokens would prove nothing."""
+    greedy = asked.answers(Decoding().method)
+    for method in (STRONG, VHR(alpha=3.0)):
+        found = asked.answers(method)
+        assert found[:2] != greedy[:2] and found[2] == greedy[2]
+
+
+def test_heads_that_grow_without_the_image_are_left_out() -> None:
+    """Head 2 has the largest divergence, but because of its output without the image."""
+    own = torch.tensor([[[1.0, 0], [3, 0], [0, 0], [0, 0.5]]])
+    other = torch.tensor([[[1.0, 0.1], [1, 0], [9, 0], [0, 0.1]]])
+    assert vision_aware_heads(own, other).tolist() == [[False, True, False, True]]
+    assert vision_aware_heads(own, other.clamp(max=2.0)).tolist() == [[False, True, True, False]]
+
+
+def test_no_head_is_reinforced_if_the_image_changes_none() -> None:
+    own = torch.randn(1, 4, 8, generator=torch.Generator().manual_seed(0))
+    rounded = own * (1 + 1e-4 * torch.arange(4)[:, None])
+    assert not vision_aware_heads(own, rounded).any()
+
+
+def test_a_first_block_that_the_student_has_not_is_refused(asked: Asked) -> None:
+    with pytest.raises(ConfigError, match=r"--decoding.pai.first_block is 3, but .* indices 0 to 2"):
+        PAI(first_block=3).check(asked.student.spec, Any)

@@ -1,0 +1,1 @@
+"""Precision and recall of the labeller of findings on labelled text."""
