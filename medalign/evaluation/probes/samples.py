@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,7 +13,7 @@ from medalign.contracts import Sample
 from medalign.data.samples.bad_sample import BadSample
 from medalign.data.shards.index import ShardIndex
 from medalign.evaluation.findings import chest_labeller
-from medalign.evaluation.generation import GROUPING
+from medalign.evaluation.generation import GROUPING, digest
 from medalign.evaluation.probes.catalog import BLANK, CAPTION, CHANGED, NO, NO_IMAGE, NO_QUESTION, OTHER, SHUFFLED, YES
 from medalign.evaluation.probes.knowledge import report_of
 from medalign.evaluation.probes.plan import Entry
@@ -112,8 +111,7 @@ def shuffle(image: Image.Image, grid: PatchGrid) -> Image.Image:
     wide, high = max(image.width // grid.columns, 1), max(image.height // grid.rows, 1)
     rows, columns = min(image.height // high, grid.rows), min(image.width // wide, grid.columns)
     corners = [(x * wide, y * high) for y in range(rows) for x in range(columns)]
-    digest = hashlib.sha256(f"{image.mode} {image.size}".encode() + image.tobytes()).digest()
-    order = np.random.default_rng(int.from_bytes(digest[:8], "big")).permutation(len(corners))
+    order = np.random.default_rng(int(digest([image]), 16)).permutation(len(corners))
     shuffled = image.copy()
     for (x, y), other in zip(corners, order, strict=True):
         left, top = corners[other]

@@ -12,7 +12,7 @@ from medalign import phantom
 from medalign.data.samples.bad_sample import BadSample
 from medalign.data.shards.index import ShardIndex
 from medalign.evaluation.findings import chest_labeller
-from medalign.evaluation.generation import _digest
+from medalign.evaluation.generation import digest
 from medalign.evaluation.metrics import Prediction
 from medalign.evaluation.probes.catalog import ASKED, CHANGED, PROBES
 from medalign.evaluation.probes.knowledge import Evidence, Known, known_findings
@@ -39,7 +39,7 @@ def rows(index: ShardIndex) -> list[Prediction]:
     found = []
     for sample in map(index.read, range(len(index))):
         fields = (sample.key, sample.task, sample.question, sample.answer, sample.answer_type, sample.answer)
-        found.append(Prediction(*fields, image=_digest(sample.images), image_size=sample.images[0].size))
+        found.append(Prediction(*fields, image=digest(sample.images), image_size=sample.images[0].size))
     return found
 
 
@@ -65,19 +65,19 @@ def test_a_changed_condition_asks_the_same_questions(name, planner, index, rows)
         row = true[sample.key]
         assert (sample.task, sample.answer, sample.boxes) == ("vqa", row.answer, ())
         if name == "no-question":
-            assert sample.question == "" and _digest(sample.images) == row.image
+            assert sample.question == "" and digest(sample.images) == row.image
         elif name == "caption":
             report = index.read_fields(index.index_of_key(sample.key))["report"]
             assert sample.question == f"{report}\n{row.question}" and sample.images == ()
         else:
             assert sample.question == row.question
             assert len(sample.images) == (0 if name == "no-image" else 1)
-            assert all(_digest(sample.images) != row.image for _ in sample.images)
+            assert all(digest(sample.images) != row.image for _ in sample.images)
 
 
 def test_the_other_image_is_each_image_once(planner, index, rows):
     found = samples_of("other", planner, index)
-    shown = {sample.key.rpartition("-")[0]: _digest(sample.images) for sample in map(found.read, range(len(found)))}
+    shown = {sample.key.rpartition("-")[0]: digest(sample.images) for sample in map(found.read, range(len(found)))}
     assert sorted(shown.values()) == sorted({row.image for row in rows})
 
 
