@@ -15,7 +15,7 @@ setup(
     package_data={
         "medalign": ["assets/*/*", "py.typed"],
         "medalign.config": ["recipes/*.yaml", "recipes/*/*.yaml"],
-        "medalign.evaluation.report": ["*.html.jinja"],
+        "medalign.evaluation.report": ["*.jinja", "*.js"],
         "medalign.kernels": ["*/tile_table.json"],
         "medalign.evaluation.findings": ["*.yaml"],
         "medalign.teacher": ["*.yaml"],

@@ -49,6 +49,7 @@ FLOORS = (
         "separability",
         "inspection",
         "target_cache",
+        "teacher_maps",
         "doctor",
         "supervising",
         "watching",

@@ -36,14 +36,19 @@ def read_arm(word: str, evaluation: str | None = None) -> Arm:
         DataError: a file does not exist or is not a file of predictions.
         ConfigError: a run has several evaluations, and none is chosen.
     """
+    name, places = parse_word(word)
+    paths = tuple(_predictions_of(place, evaluation) for place in places)
+    if len(set(paths)) < len(paths):
+        raise ConfigError(f"arm {name or word} names the same predictions twice; give each seed once")
+    return Arm(name or word, paths, tuple({(row.folder, row.key): row for row in read_rows(path)} for path in paths))
+
+
+def parse_word(word: str) -> tuple[str, list[Path]]:
+    """Return the name of an arm and one path per seed. The name of `PATH`, or of `PATH,PATH,...`, is empty."""
     name, mark, rest = word.partition("=")
     if Path(word).exists() or not mark:
-        name, rest = word, word
-    texts = [rest] if Path(rest).exists() else rest.split(",")
-    paths = tuple(_predictions_of(Path(text), evaluation) for text in texts)
-    if len(set(paths)) < len(paths):
-        raise ConfigError(f"arm {name} names the same predictions twice; give each seed once")
-    return Arm(name, paths, tuple({(row.folder, row.key): row for row in read_rows(path)} for path in paths))
+        name, rest = "", word
+    return name, [Path(text) for text in ([rest] if Path(rest).exists() else rest.split(","))]
 
 
 def _predictions_of(path: Path, evaluation: str | None) -> Path:

@@ -37,7 +37,12 @@ class Measure:
         """Return what is summed over samples, [samples, K]: value and count, or the counts of BLEU."""
         if self.value is None:
             return bleu_counts([row.prediction for row in rows], [row.answer for row in rows])
-        return np.array([[self.value(row), 1.0] for row in rows], dtype=np.float64)
+        return np.array([[value, 1.0] for value in self.values(rows)], dtype=np.float64)
+
+    def values(self, rows: Sequence[Prediction]) -> list[float]:
+        """Return the value of each sample of a score that is a mean over samples."""
+        assert self.value is not None, f"{self.label} is not a mean over samples"
+        return [self.value(row) for row in rows]
 
     def score(self, rows: Sequence[Prediction]) -> Callable[[np.ndarray], np.ndarray]:
         """Return the function from sums [R, K] to scores [R]. It depends on the references only."""

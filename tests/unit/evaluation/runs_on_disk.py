@@ -50,6 +50,7 @@ def predict(index: ShardIndex, i: int, draw: np.random.Generator, skill: float, 
         row.pointing_chance = found.chance
         row.boxes = [list(map(float, box)) for box in sample.boxes]
     row.attention, row.image_size = attention_N.tolist(), (frame.width, frame.height)
+    row.image = sample.key.rpartition("-")[0]  # the film of a phantom's questions
     return row
 
 

@@ -1,0 +1,114 @@
+"""The scores that a report shows. A score that no run has is left out, so a new one needs only its line here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from medalign.evaluation.report.runs import Evaluation
+
+Values = Mapping[str, Any]
+ANSWERS, REPORTS, ATTENTION = "Answers", "Reports", "Attention"  # the tables of a data set
+
+
+def _in_file(evaluation: Evaluation) -> Values:
+    return evaluation.scores
+
+
+@dataclass(frozen=True)
+class Column:
+    """One score: its keys in scores.json, and how it is shown.
+
+    Attributes:
+        key: of the score. Dots lead into nested objects, as in "probes.blank.accuracy".
+        label: its name in tables.
+        count: key of the number of samples.
+        group: the table that it is in.
+        scale: factor for tables; fractions are shown in percent.
+        chance: key of the score without the image.
+        chance_label: what that is.
+        ranked: whether a larger value is better, so that a text table marks the largest.
+        sentence: its name in a sentence, by default the label.
+        source: what the keys refer to, by default scores.json.
+    """
+
+    key: str
+    label: str
+    count: str
+    group: str = ANSWERS
+    scale: float = 100.0
+    chance: str = ""
+    chance_label: str = ""
+    ranked: bool = True
+    sentence: str = ""
+    source: Callable[[Evaluation], Values] = _in_file
+
+    @property
+    def subject(self) -> str:
+        """The name of the score in a sentence."""
+        return self.sentence or self.label
+
+    def read(self, evaluation: Evaluation, key: str) -> Any:
+        """Return the value of one of the column's keys, or None if the evaluation does not have it."""
+        found: Any = self.source(evaluation)
+        for part in key.split("."):
+            found = found.get(part) if isinstance(found, Mapping) else None
+        return found
+
+    def score(self, evaluation: Evaluation, suffix: str = "") -> float | None:
+        """Return the score in the unit of the table; with a suffix such as "_low", an end of its interval."""
+        return self._scaled(self.read(evaluation, self.key + suffix))
+
+    def by_chance(self, evaluation: Evaluation) -> float | None:
+        """Return the score without the image, in the unit of the table."""
+        return self._scaled(self.read(evaluation, self.chance)) if self.chance else None
+
+    def _scaled(self, value: float | None) -> float | None:
+        return None if value is None else value * self.scale
+
+
+COLUMNS = (
+    Column("closed_accuracy", "closed accuracy", "closed_n", chance="closed_majority", chance_label="majority answer"),
+    Column("open_recall", "open recall", "open_n"),
+    Column("open_exact", "open exact", "open_n"),
+    Column("bleu", "BLEU", "report_n", REPORTS, scale=1.0),
+    Column("rouge_l", "ROUGE-L", "report_n", REPORTS),
+    Column("attention_inside", "attention inside", "grounding_n", ATTENTION, chance="box_area", chance_label="area"),
+    Column(
+        "pointing_hits", "pointing hits", "pointing_n", ATTENTION, chance="pointing_chance", chance_label="random patch"
+    ),
+    Column(
+        "asked_denser",
+        "asked denser",
+        "conditional_n",
+        ATTENTION,
+        chance="asked_denser_chance",
+        chance_label="same map",
+    ),
+    Column(
+        "asked_pointing",
+        "asked pointing",
+        "conditional_n",
+        ATTENTION,
+        chance="other_pointing",
+        chance_label="other question",
+    ),
+    Column(
+        "map_change",
+        "map change",
+        "conditional_n",
+        ATTENTION,
+        chance="map_change_same",
+        chance_label="same boxes",
+        ranked=False,
+    ),
+)
+# Of the page only: it is computed from the predictions, which a text table does not read.
+QUESTIONS = Column(
+    "questions_correct",
+    "questions correct",
+    "questions_n",
+    sentence="the share of correct answers",
+    source=lambda evaluation: evaluation.questions,
+)
