@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Literal
 
 import regex
@@ -87,6 +87,7 @@ class Labeller:
 
     def __init__(self, lexicon: Lexicon) -> None:
         self.lexicon = lexicon
+        self._read_clause = lru_cache(maxsize=1 << 16)(self._in_clause)  # reports repeat their sentences
         self.signature = f"lexicon:{lexicon.signature}|rules:{RULES}|lang:en"
 
     def label(self, text: str) -> dict[str, Label]:
@@ -96,7 +97,7 @@ class Labeller:
     def read(self, text: str) -> Reading:
         """Return the labels of a text, and whether it says that the chest is normal."""
         clauses = list(self._clauses(text))
-        mentions = [mention for clause in clauses for mention in self._in_clause(clause)]
+        mentions = [mention for clause in clauses for mention in self._read_clause(clause)]
         labels = {}
         for finding in dict.fromkeys(one.finding for one in mentions):
             mine = [one for one in mentions if one.finding == finding]
@@ -130,7 +131,7 @@ class Labeller:
 
     def mentions(self, text: str) -> list[Mention]:
         """Return all mentions of findings, in order."""
-        return [mention for clause in self._clauses(text) for mention in self._in_clause(clause)]
+        return [mention for clause in self._clauses(text) for mention in self._read_clause(clause)]
 
     def _clauses(self, text: str) -> Iterator[str]:
         """Yield the clauses of a text in lowercase, without sections that do not describe the image."""
