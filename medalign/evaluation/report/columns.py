@@ -10,8 +10,8 @@ from medalign.evaluation.report.runs import Evaluation
 
 Values = Mapping[str, Any]
 # The tables of a data set.
-ANSWERS, REPORTS, FINDINGS, ATTENTION = "Answers", "Reports", "Findings of reports", "Attention"
-PROBES = "Probes"
+ANSWERS, REPORTS, FINDINGS = "Answers", "Reports", "Findings of reports"
+ATTENTION, ASKED, PROBES = "Attention", "Attention to what was asked", "Probes"
 
 
 def _in_file(evaluation: Evaluation) -> Values:
@@ -84,7 +84,7 @@ COLUMNS = (
         "asked_denser",
         "asked denser",
         "conditional_n",
-        ATTENTION,
+        ASKED,
         chance="asked_denser_chance",
         chance_label="same map",
     ),
@@ -92,7 +92,7 @@ COLUMNS = (
         "asked_pointing",
         "asked pointing",
         "conditional_n",
-        ATTENTION,
+        ASKED,
         chance="other_pointing",
         chance_label="other question",
     ),
@@ -100,7 +100,7 @@ COLUMNS = (
         "map_change",
         "map change",
         "conditional_n",
-        ATTENTION,
+        ASKED,
         chance="map_change_same",
         chance_label="same boxes",
         better="",
