@@ -176,3 +176,18 @@ def save_teacher(folder: Path, *, image_size: int = 48, seed: int = 0) -> Path:
     preprocess = {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}
     (folder / CONFIG_NAME).write_text(json.dumps({"model_cfg": model_config, "preprocess_cfg": preprocess}))
     return folder
+
+
+def save_run(folder: Path, student: Path) -> Path:
+    """Save an export of a student in `student` whose W is not zero."""
+    from medalign.checkpoint.export import write_export
+    from medalign.config import LoraConfig, StudentConfig
+    from medalign.student.loading import load_student
+
+    settings = StudentConfig(path=str(student), layer=2, lora=LoraConfig(rank=4, alpha=8), attention="sdpa")
+    trained = load_student(settings, torch.float32)
+    torch.manual_seed(1)
+    torch.nn.init.normal_(trained.steering.weight, std=0.05)
+    whole = {name: value.detach() for named in trained.trainable().values() for name, value in named}
+    write_export(trained, whole, settings, 160, folder)
+    return folder

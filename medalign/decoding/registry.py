@@ -31,6 +31,12 @@ METHODS: dict[str, Entry] = {
     "greedy": Entry("medalign.decoding.base:Greedy", "the most probable token", "1 per token"),
     "vcd": Entry("medalign.decoding.methods.vcd:VCD", "VCD: contrast with the image under noise", "2 per token"),
     "m3id": Entry("medalign.decoding.methods.m3id:M3ID", "M3ID: contrast with no image, growing", "2 per token"),
+    "avisc": Entry(
+        "medalign.decoding.methods.avisc:AvisC", "AvisC: contrast with its blind tokens", "2 per token, 3 per prompt"
+    ),
+    "damro": Entry(
+        "medalign.decoding.methods.damro:DAMRO", "DAMRO: contrast with the tower's outlier tokens", "2 per token"
+    ),
     "dola": Entry("medalign.decoding.methods.dola:DoLa", "DoLa: contrast with an earlier block", "1 per token"),
     "pai": Entry("medalign.decoding.methods.pai:PAI", "PAI: amplified attention to the image", "2 per token"),
     "vhr": Entry(

@@ -6,18 +6,15 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
 from medalign import phantom
 from medalign.__main__ import main
-from medalign.checkpoint.export import write_export
-from medalign.config import LoraConfig, StudentConfig
 from medalign.data.shards.index import ShardIndex
 from medalign.data.shards.records import Record
 from medalign.data.shards.writer import write_shards
 from medalign.evaluation.ground_records import Grounded, summarize
 from medalign.geometry import PatchGrid
-from medalign.student.loading import load_student
+from tests import tiny
 
 OPTIONS = ["--batch-size", "1", "--steps", "2", "--max-new-tokens", "2"]
 
@@ -31,14 +28,7 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def run(student_folder, tmp_path) -> Path:
-    """An export of a student whose W is not zero."""
-    settings = StudentConfig(path=str(student_folder), layer=2, lora=LoraConfig(rank=4, alpha=8), attention="sdpa")
-    student = load_student(settings, torch.float32)
-    torch.manual_seed(1)
-    torch.nn.init.normal_(student.steering.weight, std=0.05)
-    whole = {name: value.detach() for named in student.trainable().values() for name, value in named}
-    write_export(student, whole, settings, 160, tmp_path / "run")
-    return tmp_path / "run"
+    return tiny.save_run(tmp_path / "run", student_folder)
 
 
 def ground(run: Path, data: Path, name: str, limit: int) -> dict:

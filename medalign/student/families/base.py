@@ -226,11 +226,9 @@ class Family:
             The projections of queries and keys, whose first token is the class token, and the number of heads.
 
         Raises:
-            ConfigError: the tower has no class token, or a patch is not an image token.
+            LookupError: the patches with the class token are not the image tokens; the message says why.
         """
-        raise ConfigError(
-            f"the vision tower of a {self.model_type} has no class token, or its patches are not the image tokens"
-        )
+        raise LookupError("its vision tower has no class token, or merges patches to image tokens")
 
     def features_settings(self, config: Any) -> str:
         """Describe the settings that the features depend on, for error messages."""

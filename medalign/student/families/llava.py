@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from typing_extensions import override
 
 from medalign.contracts import ImageTokens
 from medalign.errors import ConfigError
 from medalign.geometry import PatchGrid
-from medalign.student.families.base import Family
+from medalign.student.families.base import Family, ModelSpec
 from medalign.student.families.registry import register
 
 
@@ -69,6 +70,17 @@ class Llava(Family):
         vision = config.vision_config
         size: int = vision.image_size // vision.patch_size * vision.patch_size
         return size
+
+    @override
+    def class_attention(self, spec: ModelSpec, block: int) -> tuple[nn.Linear, nn.Linear, int]:
+        config = spec.model.config
+        if config.vision_feature_select_strategy != "default":
+            raise LookupError(f"its vision tower ({config.vision_config.model_type}) has no class token")
+        named = list(spec.vision_tower.named_modules())
+        queries, keys = ([module for name, module in named if name.endswith(end)] for end in ("q_proj", "k_proj"))
+        if len(queries) < -block or len(keys) != len(queries):
+            raise LookupError(f"its vision tower has {len(queries)} blocks with projections of queries and keys")
+        return queries[block], keys[block], config.vision_config.num_attention_heads
 
     @override
     def features_settings(self, config: Any) -> str:

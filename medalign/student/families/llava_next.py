@@ -14,11 +14,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from typing_extensions import override
 
 from medalign.contracts import Batch, ImageTokens
 from medalign.errors import ConfigError
 from medalign.geometry import PatchGrid
+from medalign.student.families.base import ModelSpec
 from medalign.student.families.llava import Llava
 from medalign.student.families.registry import register
 
@@ -43,6 +45,10 @@ class LlavaNext(Llava):
         side = _TILES * tile.grid.columns
         row = (True,) * side + (False,)  # cells, and the end of the line
         return ImageTokens(tile.token_id, PatchGrid(side, side), cells=(False,) * tile.grid.size + row * side)
+
+    @override
+    def class_attention(self, spec: ModelSpec, block: int) -> tuple[nn.Linear, nn.Linear, int]:
+        raise LookupError("its vision tower sees an image as a whole and in tiles, each with a class token")
 
     @override
     def image_size(self, config: Any) -> int:

@@ -15,6 +15,8 @@ from PIL import Image
 from medalign.contracts import Batch, Sample
 from medalign.decoding.base import Decoding, Method
 from medalign.decoding.contrast import join_views, without_images
+from medalign.decoding.methods.avisc import AvisC
+from medalign.decoding.methods.damro import DAMRO
 from medalign.decoding.methods.dola import DoLa
 from medalign.decoding.methods.m3id import M3ID
 from medalign.decoding.methods.vcd import VCD, noise_of, signal_left
@@ -54,7 +56,7 @@ def cut(tokens: list[int], ends: list[int]) -> list[int]:
     return tokens[: next((i for i, token in enumerate(tokens) if token in ends), len(tokens))]
 
 
-@pytest.fixture(scope="module", params=["llava", "qwen2_5_vl", "gemma3", "qwen3_vl"])
+@pytest.fixture(scope="module", params=["llava", "qwen2_5_vl", "gemma3", "qwen3_vl", "llava_dinov2"])
 def asked(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Asked]:
     case = CASES[request.param]
     folder = case.save(tmp_path_factory.mktemp("contrast") / request.param)
@@ -149,6 +151,87 @@ def plain_m3id(asked: Asked, sample: Sample, method: M3ID) -> Callable[[list[int
     return scores
 
 
+def plain_avisc(asked: Asked, sample: Sample, method: AvisC) -> Callable[[list[int]], torch.Tensor]:
+    inputs = own_inputs(asked.model, sample)
+    if not sample.images:
+        return lambda answer: logits(asked.own, inputs, answer)
+    image = inputs["input_ids"][0] == asked.student.spec.image_token_id
+    with torch.no_grad():
+        layers = [each[0].mean(0)[-1][image] for each in asked.own(**inputs, output_attentions=True).attentions]
+    total, shares, chosen = sum(float(each.sum()) for each in layers), 0.0, []
+    for block in sorted(range(len(layers)), key=lambda block: -float(layers[block].sum())):
+        if not chosen or shares < method.gamma:
+            chosen.append(layers[block])
+        shares += float(layers[block].sum()) / total
+    attention = torch.stack(chosen).mean(0)
+    blanked = image.clone()
+    blanked[image] = attention < attention.mean() + method.deviations * attention.std()
+    assert 0 < blanked.sum() < image.sum()
+
+    def second(answer: list[int]) -> torch.Tensor:
+        """The language model reads zeros, and adds nothing to them later (Qwen3-VL)."""
+
+        def blank(_module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+            embeddings = kwargs["inputs_embeds"].clone()
+            embeddings[0, : len(blanked)][blanked] = 0
+            added = kwargs.get("deepstack_visual_embeds")
+            if added is not None:
+                kwargs = kwargs | {"deepstack_visual_embeds": [each * ~blanked[image][:, None] for each in added]}
+            return args, kwargs | {"inputs_embeds": embeddings}
+
+        hook = asked.own.model.language_model.register_forward_pre_hook(blank, with_kwargs=True)
+        found = logits(asked.own, inputs, answer)
+        hook.remove()
+        return found
+
+    def scores(answer: list[int]) -> torch.Tensor:
+        first = logits(asked.own, inputs, answer)
+        return constrained((1 + method.alpha) * first - method.alpha * second(answer), first, method.beta)
+
+    return scores
+
+
+def plain_damro(asked: Asked, sample: Sample, method: DAMRO) -> Callable[[list[int]], torch.Tensor]:
+    """The prompt is written again, with fewer image tokens, whose features replace their embeddings."""
+    inputs = own_inputs(asked.model, sample)
+    if not sample.images:
+        return lambda answer: logits(asked.own, inputs, answer)
+    tower, features = asked.own.model.vision_tower, []
+    blocks = tower.encoder.layers if hasattr(tower.encoder, "layers") else tower.encoder.layer
+    for pixels in inputs["pixel_values"]:
+        with torch.no_grad():
+            found = tower(pixels[None], output_hidden_states=True)
+            block = blocks[method.tower_block]
+            dinov2 = hasattr(block, "attention")
+            norm, attention = (block.norm1, block.attention) if dinov2 else (block.layer_norm1, block.self_attn)
+            normed = norm(found.hidden_states[method.tower_block - 1])
+            query, key = attention.q_proj(normed)[0, 0], attention.k_proj(normed)[0]
+            parts = 1 if method.heads == "joint" else tower.config.num_attention_heads
+            rows = [k @ q / len(q) ** 0.5 for q, k in zip(query.chunk(parts), key.chunk(parts, dim=1), strict=True)]
+            weights = torch.stack([row.softmax(0) for row in rows]).mean(0)[1:]
+            top = sorted(range(len(weights)), key=lambda patch: -float(weights[patch]))[: method.top]
+            projected = asked.own.model.get_image_features(pixel_values=pixels[None]).pooler_output[0]
+            features.append(projected[top if method.order == "attention" else sorted(top)])
+    ids, image = inputs["input_ids"][0].tolist(), asked.student.spec.image_token_id
+    starts = [place for place, token in enumerate(ids) if token == image and ids[place - 1] != image]
+    assert len(starts) == len(features)
+
+    def second(answer: list[int]) -> torch.Tensor:
+        embed, parts, place = asked.own.get_input_embeddings(), [], 0
+        for start, vectors in zip(starts, features, strict=True):
+            parts += [embed(torch.tensor(ids[place:start])), vectors]
+            place = start + asked.student.spec.image.count
+        parts.append(embed(torch.tensor([*ids[place:], *answer])))
+        with torch.no_grad():
+            return asked.own(inputs_embeds=torch.cat(parts)[None]).logits[0, -1]
+
+    def scores(answer: list[int]) -> torch.Tensor:
+        first = logits(asked.own, inputs, answer)
+        return constrained((1 + method.alpha) * first - method.alpha * second(answer), first, method.beta)
+
+    return scores
+
+
 def plain_dola(asked: Asked, sample: Sample, method: DoLa) -> Callable[[list[int]], torch.Tensor]:
     inputs = own_inputs(asked.model, sample)
     norm, head = asked.own.model.language_model.norm, asked.own.get_output_embeddings()
@@ -182,6 +265,10 @@ METHODS: list[tuple[Method, Any]] = [
     (VCD(alpha=2.0, beta=0.2, noise_step=900), plain_vcd),
     (M3ID(decay=0.3), plain_m3id),
     (M3ID(decay=0.5, beta=0.0, threshold=0.9), plain_m3id),
+    (AvisC(alpha=2.0), plain_avisc),
+    (AvisC(gamma=0.9, deviations=0.2, alpha=1.5), plain_avisc),
+    (DAMRO(top=5), plain_damro),
+    (DAMRO(top=3, heads="mean", order="place", tower_block=-1), plain_damro),
     (DoLa(), plain_dola),
     (DoLa(bucket="high", divergence="jensen_shannon", beta=0.01, repetition_penalty=1.0), plain_dola),
 ]
@@ -190,6 +277,10 @@ METHODS: list[tuple[Method, Any]] = [
 @pytest.mark.parametrize(("method", "written"), METHODS, ids=lambda value: getattr(value, "name", ""))
 def test_tokens_equal_those_of_the_paper(asked: Asked, method: Method, written: Any) -> None:
     """In a batch with images, several and none, with left padding, a cache and SDPA."""
+    if isinstance(method, DAMRO) and asked.model.case not in (CASES["llava"], CASES["llava_dinov2"]):
+        with pytest.raises(ConfigError, match="needs a class token that attends to the image tokens, but of this stu"):
+            method.check(asked.student.spec, asked.model.config)
+        return
     if method == DoLa() and asked.own.get_output_embeddings().weight is asked.own.get_input_embeddings().weight:
         with pytest.raises(ConfigError, match="none of the student's 3 blocks is a candidate there; choose high"):
             method.check(asked.student.spec, asked.model.config)
