@@ -51,6 +51,11 @@ def test_settings_come_from_the_command_line() -> None:
     assert own.describe()["decoding"] == "biased" and own.describe()["decoding.token"] == 5
 
 
+def test_a_seed_is_that_of_the_methods_with_noise() -> None:
+    assert [one.seed for one in parse("--decoding", "greedy", "vcd", "--seed", "3")] == [0, 3]
+    assert [one.seed for one in parse("--decoding", "greedy", "vcd", "--seed", "3", "--do-sample")] == [3, 3]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
