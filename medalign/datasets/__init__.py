@@ -7,12 +7,36 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from medalign.datasets import iu_xray, jsonl, llava, mimic_cxr, omnimedvqa, pathvqa, r2gen, slake, vqa_rad
+from medalign.datasets import (
+    eh_benchmark,
+    iu_xray,
+    jsonl,
+    llava,
+    mimic_cxr,
+    omnimedvqa,
+    pathvqa,
+    r2gen,
+    s_chain,
+    slake,
+    vqa_rad,
+)
 from medalign.datasets.base import DatasetConverter
 from medalign.errors import ConfigError
 from medalign.import_path import import_object
 
-_MODULES = (jsonl, iu_xray, r2gen, mimic_cxr, slake, vqa_rad, pathvqa, omnimedvqa, llava)
+_MODULES = (
+    jsonl,
+    iu_xray,
+    r2gen,
+    mimic_cxr,
+    slake,
+    vqa_rad,
+    pathvqa,
+    omnimedvqa,
+    s_chain,
+    eh_benchmark,
+    llava,
+)
 REGISTRY: dict[str, DatasetConverter] = {module.CONVERTER.name: module.CONVERTER for module in _MODULES}
 
 

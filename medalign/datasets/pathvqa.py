@@ -7,16 +7,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
-from medalign.data.samples.sample import BadSample
 from medalign.data.shards.records import Record, Refused
 from medalign.datasets.base import DatasetConverter, Item, Settings
 from medalign.datasets.files import as_png_or_jpeg
-from medalign.datasets.texts import field, text, yes_no_type
-from medalign.errors import ConfigError, DataError
+from medalign.datasets.parquet import image_bytes, list_rows, part_name, read_row, split_files
+from medalign.datasets.texts import field, yes_no_type
 
 LAYOUT = """\
 data/train-00000-of-00007.parquet, ...         columns image ({bytes, path}), question, answer
@@ -27,14 +24,11 @@ data/test-00000-of-00003.parquet, ...
 The output is train/, val/ and test/. Questions answered by yes or no are closed, all others open. The pickle files of
 the first release are not read, because pickle can run code. Requires pyarrow (pip install pyarrow)."""
 
-_SPLITS = {"train": "train", "validation": "val", "val": "val", "test": "test"}
 _COLUMNS = ("image", "question", "answer")
 
 
 def _files(folder: Path) -> list[tuple[str, Path]]:
-    """Split and path of each parquet file, in the order of the splits."""
-    paths = sorted([*folder.glob("*.parquet"), *folder.glob("data/*.parquet")])
-    return [(split, path) for name, split in _SPLITS.items() for path in paths if path.name.split("-")[0] == name]
+    return split_files(folder, folder / "data")
 
 
 def _validate_layout(folder: Path, _settings: Settings) -> list[str]:
@@ -47,29 +41,13 @@ def _validate_layout(folder: Path, _settings: Settings) -> list[str]:
 
 def _iter_items(folder: Path, _settings: Settings) -> Iterator[Item | Refused]:
     for split, path in _files(folder):
-        number = 0
-        with _open(path) as file:
-            absent = [name for name in _COLUMNS if name not in file.schema_arrow.names]
-            if absent:
-                raise DataError(f"{path} has no column {absent[0]!r}; its columns are {file.schema_arrow.names}")
-            for group in range(file.num_row_groups):
-                for row in range(file.metadata.row_group(group).num_rows):
-                    place = {"file": str(path.relative_to(folder)), "group": group, "row": row}
-                    part = path.stem.split("-")[1] if "-" in path.stem else "00000"
-                    yield Item(split, f"pathvqa-{split}-{part}-{number:05d}", place)
-                    number += 1
+        for number, place in enumerate(list_rows(folder, path, _COLUMNS)):
+            yield Item(split, f"pathvqa-{split}-{part_name(path)}-{number:05d}", place)
 
 
 def _build_record(folder: Path, item: Item, _settings: Settings) -> Record:
-    place = item.data
-    rows = _rows(folder / place["file"], place["group"])
-    try:
-        row = rows.slice(place["row"], 1).to_pylist()[0]
-    except ValueError as error:  # text that is not UTF-8
-        raise BadSample(f"row cannot be read ({error})") from error
-    image = row["image"].get("bytes") if isinstance(row["image"], dict) else None
-    if not image:
-        raise BadSample("row contains no image")
+    row = read_row(folder, item.data, _COLUMNS)
+    image = image_bytes(row)
     answer = field(row, "answer")
     fields = {
         "id": item.key,
@@ -81,28 +59,6 @@ def _build_record(folder: Path, item: Item, _settings: Settings) -> Record:
         "case": hashlib.sha256(image).hexdigest()[:16],  # the files contain no image names
     }
     return Record(item.key, (as_png_or_jpeg(image),), fields)
-
-
-@lru_cache(maxsize=2)
-def _rows(path: Path, group: int) -> Any:
-    """Read a row group as a table. It is cached, because a part reads its rows one after another."""
-    with _open(path) as file:
-        try:
-            return file.read_row_group(group, columns=list(_COLUMNS))
-        except (OSError, ValueError) as error:  # ValueError includes pyarrow.ArrowInvalid
-            raise DataError(f"{path} is damaged ({text(str(error))}); download it again") from error
-
-
-def _open(path: Path) -> Any:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise ConfigError("PathVQA is stored in parquet files; run pip install pyarrow") from error
-    try:
-        return pyarrow.parquet.ParquetFile(path)
-    except (OSError, pyarrow.ArrowInvalid) as error:
-        raise DataError(f"{path} cannot be read ({text(str(error))}); download it again") from error
 
 
 CONVERTER = DatasetConverter(

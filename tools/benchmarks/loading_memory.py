@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
-import subprocess
 import sys
 import tempfile
 import threading
@@ -20,7 +18,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+from tools.benchmarks.ranks import launch
+
 MIB = 2**20
 
 
@@ -106,22 +105,6 @@ def measure_rank(folder: Path) -> dict[str, Any]:
     return found | {"share": round(share / MIB), "seconds": round(seconds, 1)}
 
 
-def launch(folder: Path, world: int) -> list[dict[str, Any]]:
-    """Measure one process per rank."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    common = os.environ | {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    words = [sys.executable, "-m", "tools.benchmarks.loading_memory", "--rank", str(folder)]
-    ranks = [
-        subprocess.Popen(  # noqa: S603
-            words, cwd=ROOT, env=common | {"RANK": str(i), "LOCAL_RANK": str(i)}, stdout=subprocess.PIPE, text=True
-        )
-        for i in range(world)
-    ]
-    return [json.loads(rank.communicate()[0].splitlines()[-1]) for rank in ranks]
-
-
 def main(output: Path, blocks: int = 8, file_mb: int = 250) -> None:
     """Write the model, and measure two ranks.
 
@@ -137,7 +120,7 @@ def main(output: Path, blocks: int = 8, file_mb: int = 250) -> None:
         result = {
             "command": f"python -m tools.benchmarks.loading_memory --blocks {blocks} --file_mb {file_mb}",
             "mib": {"checkpoint": round(sum(files) / MIB), "largest_file": round(files[0] / MIB)},
-            "mib_above_start_by_rank": launch(folder, 2),
+            "mib_above_start_by_rank": launch("tools.benchmarks.loading_memory", [str(folder)], 2),
         }
     output.write_text(json.dumps(result, indent=1) + "\n")
 

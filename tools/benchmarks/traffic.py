@@ -13,9 +13,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,7 +22,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+from tools.benchmarks.ranks import launch, process_start
+
+MODULE = "tools.benchmarks.traffic"
 STEPS, FIRST = 6, 3  # steps of a run, and the first one that counts
 WORDS = ("--train.batch_size=8", "--train.micro_batch_size=4", "--log.wandb=off", "--checkpoint.asynchronous=false")
 BYTES: Counter[str] = Counter()
@@ -63,7 +63,7 @@ def _counting(real: Callable[..., Any], name: str, size: Callable[..., float]) -
 
 def measure_rank(words: list[str]) -> dict[str, Any]:
     """Train on this rank, in a process of its own."""
-    began = _process_start()
+    began = process_start()
     count_collectives(int(os.environ["WORLD_SIZE"]))
     from medalign import config
     from medalign.run import train
@@ -92,29 +92,6 @@ def measure_rank(words: list[str]) -> dict[str, Any]:
         "seconds": times[FIRST:],
         "marks": marks,
     }
-
-
-def _process_start() -> float:
-    """Return the time at which this process was started."""
-    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-    uptime = float(Path("/proc/uptime").read_text().split()[0])
-    return time.time() - uptime + ticks / os.sysconf("SC_CLK_TCK")
-
-
-def launch(words: list[str], world: int) -> list[dict[str, Any]]:
-    """Measure one process per rank."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    common = os.environ | {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    command = [sys.executable, "-m", "tools.benchmarks.traffic", "--rank", *words]
-    ranks = [
-        subprocess.Popen(  # noqa: S603
-            command, cwd=ROOT, env=common | {"RANK": str(i), "LOCAL_RANK": str(i)}, stdout=subprocess.PIPE, text=True
-        )
-        for i in range(world)
-    ]
-    return [json.loads(rank.communicate()[0].splitlines()[-1]) for rank in ranks]
 
 
 def planned(words: list[str], world: int) -> dict[str, float]:
@@ -147,7 +124,7 @@ def main(output: Path) -> None:
         folder = Path(name)
         phantom.write_phantoms(folder / "data", 8, 1, 0)
         words = [*WORDS, f"--train.steps={STEPS}", f"--data.train={folder}/data/train"]
-        runs = {world: launch([*words, f"--run.dir={folder}/run-{world}"], world) for world in (1, 2)}
+        runs = {world: launch(MODULE, [*words, f"--run.dir={folder}/run-{world}"], world) for world in (1, 2)}
         plan = planned(words, 2)
     found = Counter(runs[2][0]["bytes"])  # means over the steps: what is fetched ahead may belong to the next one
     kinds = {

@@ -11,11 +11,7 @@ import pytest
 from medalign.errors import DataError
 from tests.unit.data.tiny_data import picture
 from tests.unit.datasets.conversion import pack, samples, skipped
-
-
-def write_parquet(path: Path, rows: list[dict[str, object]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=2)
+from tests.unit.datasets.parquet_files import write_parquet
 
 
 def row(i: int, answer: str) -> dict[str, object]:
