@@ -16,7 +16,7 @@ from markupsafe import Markup
 
 from medalign.errors import ConfigError
 from medalign.evaluation.report import curves
-from medalign.evaluation.report.columns import COLUMNS, QUESTIONS
+from medalign.evaluation.report.columns import PAGE_COLUMNS
 from medalign.evaluation.report.differences import Differences, find_differences
 from medalign.evaluation.report.downloads import Download
 from medalign.evaluation.report.examples import TeacherMaps, find_examples
@@ -111,7 +111,7 @@ def _series(arms: Sequence[Arm]) -> dict[str, int]:
 
 
 def _score(arms: Sequence[Arm], name: str, by: str) -> Scored:
-    table, differences = score_table(arms, name, (QUESTIONS, *COLUMNS)), find_differences(arms, name, by)
+    table, differences = score_table(arms, name, PAGE_COLUMNS), find_differences(arms, name, by)
     groups = [(group, places, score_download(table, group, places, differences)) for group, places in table.groups()]
     return Scored(table, differences, groups)
 

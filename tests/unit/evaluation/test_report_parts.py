@@ -124,7 +124,7 @@ def compared(arm, value, p_holm):
             [("B", 0.05, 0.5), ("V", -0.02, 0.6)],
             "None of 2 arms differs from L in the share of correct answers beyond chance",
         ),
-        ([], "L: the share of correct answers 50.0 %"),
+        ([], "The share of correct answers: L 50.0 %"),
     ],
 )
 def test_the_title_says_what_was_found(found, title):
