@@ -52,13 +52,10 @@ def write_report(
     by: str = "image",
     teacher_maps: TeacherMaps | None = None,
 ) -> str:
-    """Write an HTML report, and its numbers into a JSON file with the same name.
-
-    The images are read from the shards. If the shards do not exist any more, the page reports that instead.
+    """Write an HTML report, and its numbers into a JSON file with the same name. What is missing, the page reports.
 
     Args:
-        words: the arms, as in `read_arms`: folders of evaluated runs (config.yaml, metrics.jsonl, evaluation/NAME/).
-            The first one is the baseline of the differences.
+        words: the arms, as in `read_arms`. The first one is the baseline of the differences.
         output: the HTML file. The suffix of the JSON file is .json.
         names: the evaluations to show, in this order; by default all. The title is about the first one.
         examples: number of example questions of each kind, per data set.
