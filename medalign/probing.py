@@ -17,7 +17,8 @@ from medalign import distributed
 from medalign.answering import Found, Work, answer_all
 from medalign.data.shards.index import ShardIndex
 from medalign.evaluation.generation import PredictionBatch
-from medalign.evaluation.metrics import read_predictions, write_predictions
+from medalign.evaluation.metrics import Prediction, read_predictions, write_predictions
+from medalign.evaluation.probes.catalog import CHANGED
 from medalign.evaluation.probes.plan import Plan, Planner, plan_of
 from medalign.evaluation.probes.samples import ProbeSamples
 from medalign.evaluation.scores_file import read_scores, record_probe, rescore
@@ -112,9 +113,18 @@ def _answer(folder: EvaluationFolder, name: str, plan: Plan, asking: Asking, mor
     with distributed.raise_on_all_ranks():
         if distributed.is_main():
             tally.warn(asking.settings["max_length"], asking.settings["max_new_tokens"])
+            if name in CHANGED:
+                _name_true_images(tally.rows, read_predictions(folder.predictions))
             write_predictions(folder.probe(name), tally.rows)
             _record(folder, name, plan, tally.unreadable)
             journal.finish()
+
+
+def _name_true_images(rows: Sequence[Prediction], real: Sequence[Prediction]) -> None:
+    """Give answers the image that their question is about: comparisons resample it, whatever was shown."""
+    images = {(row.folder, row.key): row.image for row in real}
+    for row in rows:
+        row.image = images[row.folder, row.key]
 
 
 def _record(folder: EvaluationFolder, name: str, plan: Plan, unreadable: int) -> None:

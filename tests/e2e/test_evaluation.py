@@ -424,6 +424,9 @@ def test_probes_are_asked_after_the_answers_and_resumed(run, shards, monkeypatch
     assert sorted(path.name for path in folder.iterdir()) == files
     assert all((folder / name).read_bytes() == (whole / name).read_bytes() for name in files[:4])
     assert scores(run, "later")["probes"] == scores(run, "at-once")["probes"]
+    true = {row.key: row for row in read_predictions(folder / "predictions.jsonl")}
+    blank = read_predictions(folder / "probe-blank.jsonl")
+    assert all(row.image == true[row.key].image and row.image_size == true[row.key].image_size for row in blank)
     before = (folder / "scores.json").read_bytes()
     assert main(["score", str(folder)]) == 0 and (folder / "scores.json").read_bytes() == before
     capsys.readouterr()

@@ -48,4 +48,4 @@ def _row(name: str, scores: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _percent(scores: dict[str, Any], key: str) -> str:
-    return f"{100 * scores[key]:.1f}" if key in scores else ""
+    return f"{round(100 * scores[key], 1) + 0.0:.1f}" if key in scores else ""  # no -0.0
