@@ -88,6 +88,8 @@ setup(
             "bert-score>=0.3.13",
             "scikit-learn>=1.6",
             "wandb-workspaces>=0.4.13,<0.5",
+            "playwright>=1.50",  # drives the Chromium of tests/unit/evaluation/test_report_browser.py
+            "axe-playwright-python>=0.1.8",
             "mistral-common>=1.8,<1.10",  # for its vocabulary file; later versions exclude NumPy 2.4 on Python 3.11
         ],
     },

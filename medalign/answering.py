@@ -54,6 +54,7 @@ class Work:
         planned: how many samples of each folder are answered.
         batch_size: samples per batch.
         max_skip_fraction: fraction of the samples that may be unreadable.
+        more: whether other work follows. A signal during the last batch then stops the command, too.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Work:
     planned: Sequence[int]
     batch_size: int
     max_skip_fraction: float
+    more: bool = False
 
     def read(self, batch: Sequence[Place]) -> Found:
         """Read a batch."""
@@ -114,7 +116,7 @@ def answer_all(
     try:
         with stop_signals() as signals, distributed.raise_on_all_ranks(), _tell_other_ranks(queue):
             _answer(work, batches, (left[piece] for piece in queue), journal, ask, queue, signals)
-        _require_all(queue, sum(work.planned))
+        _require_all(queue, sum(work.planned), work.more)
     except BaseException:
         journal.report()
         raise
@@ -186,11 +188,11 @@ def _tell_other_ranks(queue: WorkQueue) -> Iterator[None]:
         raise RuntimeError("another rank has ended with an error, which its output shows")
 
 
-def _require_all(queue: WorkQueue, total: int) -> None:
+def _require_all(queue: WorkQueue, total: int, more: bool) -> None:
     """Raise Stopped on all ranks if a signal has ended the work early, and DataError if no sample can be used."""
     seen, unreadable, reason = queue.add(_SEEN, 0), queue.add(_UNREADABLE, 0), queue.stop_reason
     distributed.barrier()  # rank 0, which has the store, must not end before the others have read it
-    if seen < total:
+    if seen < total or (more and reason):
         stopped: type[Stopped] = getattr(errors, reason)
         raise stopped(f"stopped after {seen} of {total} samples")
     if unreadable == total:

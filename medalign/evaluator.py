@@ -19,13 +19,13 @@ from medalign.data.storage.byte_ranges import is_remote
 from medalign.decoding.base import Decoding, Greedy
 from medalign.errors import ConfigError
 from medalign.evaluation.generation import predict
-from medalign.evaluation.journal import Journal
 from medalign.evaluation.metrics import write_predictions
 from medalign.evaluation.provenance import describe_weights, versions
 from medalign.evaluation.scores_file import format_scores, read_scores, require_no_longer
 from medalign.evaluation.tally import Tally
 from medalign.inference import open_student
 from medalign.observability.files import write_text
+from medalign.probing import Asking, ask_probes, remove_probes
 from medalign.run_folder import EvaluationFolder, find_run
 from medalign.work_queue import joined_ranks
 
@@ -46,6 +46,7 @@ def evaluate(
     max_skip_fraction: float = 0.01,
     base: str | None = None,
     overwrite: bool = False,
+    probes: Sequence[str] = (),
     command: str | None = None,
 ) -> Path:
     """Evaluate a run on shards. Under a launcher (`deepspeed`, `srun`) every rank must call it, and answers a share.
@@ -65,6 +66,8 @@ def evaluate(
         max_skip_fraction: fraction of the samples that may be unreadable.
         base: folder of the base model, if it has moved since the training.
         overwrite: whether an evaluation of more samples with the same name may be replaced.
+        probes: names in `evaluation.probes.catalog`, asked after the answers. An evaluation that was finished with the
+            same settings, weights, shards and versions is kept, and only the probes are asked.
         command: the command line, for scores.json.
 
     Returns:
@@ -87,6 +90,7 @@ def evaluate(
         max_skip_fraction=max_skip_fraction,
         base=base,
         overwrite=overwrite,
+        probes=probes,
         command=command,
     )
     return folder
@@ -104,7 +108,8 @@ def evaluate_each(
     max_skip_fraction: float,
     base: str | None,
     overwrite: bool,
-    command: str | None,
+    probes: Sequence[str] = (),
+    command: str | None = None,
 ) -> list[Path]:
     """Evaluate a run with several methods of decoding; see `evaluate`. The student is loaded once.
 
@@ -120,6 +125,7 @@ def evaluate_each(
         max_skip_fraction: fraction of the samples that may be unreadable.
         base: folder of the base model, if it has moved since the training.
         overwrite: repeat finished evaluations, and replace evaluations of more samples.
+        probes: see `evaluate`.
         command: the command line, for scores.json.
 
     Returns:
@@ -139,30 +145,32 @@ def evaluate_each(
             most, methods = max(index.max_images for index in indexes), [one.method for one in decodings]
             student, tokenizer, collator = open_student(source, base, most, max_length, methods)
             origin = {**describe_weights(source), "shards": [list(index.fingerprint()) for index in indexes]}
-        work = Work("evaluate", indexes, planned, batch_size, max_skip_fraction)
         for folder, decoding in zip(folders, decodings, strict=True):
             settings = {"limit": limit, **describe_answering(student, collator, batch_size, decoding)}
             provenance = {**origin, "settings": settings, "versions": versions()}
-            if len(folders) > 1 and not overwrite and _is_finished(folder, provenance):
-                log.info("%s is already evaluated; --overwrite repeats it", folder.path)
-                continue
             ask = partial(predict, student, tokenizer, collator, decoding=decoding, device=distributed.device())
-            tally, journal = answer_all(
-                work, folder.predictions, {**settings, **origin, "versions": versions()}, ask, store
-            )
-            facts = {
-                "name": folder.path.name,
-                "data": [place if is_remote(place) else str(Path(place).resolve()) for place in data],
-                "grid": [student.spec.grid.rows, student.spec.grid.columns],
-                "samples": sum(map(len, indexes)),
-                "provenance": provenance | {"command": command},
-            }
-            _finish(folder, tally, settings | facts, journal)
+            known = {**settings, **origin, "versions": versions()}
+            more = folder != folders[-1]
+            work = Work("evaluate", indexes, planned, batch_size, max_skip_fraction, more or bool(probes))
+            asking = Asking(work, indexes, known, ask, student.spec.grid, store)
+            if (len(folders) > 1 or probes) and not overwrite and _is_finished(folder, provenance):
+                log.info("%s is already evaluated; --overwrite repeats it", folder.path)
+            else:
+                facts = {
+                    "name": folder.path.name,
+                    "data": [place if is_remote(place) else str(Path(place).resolve()) for place in data],
+                    "grid": [student.spec.grid.rows, student.spec.grid.columns],
+                    "samples": sum(map(len, indexes)),
+                    "provenance": provenance | {"command": command},
+                }
+                _answer(folder, asking, settings | facts)
+            ask_probes(folder, probes, asking, more)
     return [folder.path for folder in folders]
 
 
-def _finish(folder: EvaluationFolder, tally: Tally, facts: Mapping[str, Any], journal: Journal) -> None:
-    """Write the predictions and the scores. Every rank must call it."""
+def _answer(folder: EvaluationFolder, asking: Asking, facts: Mapping[str, Any]) -> None:
+    """Answer the samples, and write the predictions and the scores. Every rank must call it."""
+    tally, journal = answer_all(asking.work, folder.predictions, asking.settings, asking.ask, asking.store)
     with distributed.raise_on_all_ranks():
         if distributed.is_main():
             _write(folder, tally, facts)
@@ -184,6 +192,7 @@ def _is_finished(folder: EvaluationFolder, provenance: Mapping[str, Any]) -> boo
 def _write(folder: EvaluationFolder, tally: Tally, facts: Mapping[str, Any]) -> None:
     """Write the predictions and their scores, and log what was cut or is empty."""
     tally.warn(facts["max_length"], facts["max_new_tokens"])
+    remove_probes(folder)
     write_predictions(folder.predictions, tally.rows)
     write_text(folder.scores, format_scores(tally.rows, {**facts, **tally.counts()}))
 

@@ -25,6 +25,7 @@ RUN/
     NAME/                   the evaluation of the checkpoint that was the latest at that time
       predictions.jsonl
       scores.json
+      probe-PROBE.jsonl     the predictions of a probe
       grounding.json        what the attention shows, by `medalign ground`; grounding.jsonl has a line per sample, and
                             grounding_heads.csv a line per block and head
       separability.json     how well visual tokens separate, by `medalign separability`, with separability.png
@@ -58,6 +59,14 @@ class EvaluationFolder:
     def scores(self) -> Path:
         """The scores and what they were measured on."""
         return self.path / "scores.json"
+
+    def probe(self, name: str) -> Path:
+        """Return the file with the predictions of a probe."""
+        return self.path / f"probe-{name}.jsonl"
+
+    def probes(self) -> list[Path]:
+        """Return the files of all probes."""
+        return list(self.path.glob("probe-*.jsonl"))
 
     @property
     def grounding(self) -> Path:

@@ -10,6 +10,7 @@ from medalign.cli.decoding import add_decoding, read_decodings
 from medalign.cli.parser import Subparsers, add_command, add_max_length, add_max_skip_fraction, add_run
 from medalign.cli.ranks import status_on_all_ranks
 from medalign.cli.values import count
+from medalign.evaluation.probes.catalog import PROBES
 
 log = logging.getLogger("medalign")
 
@@ -45,11 +46,27 @@ def register(subparsers: Subparsers) -> None:
     parser.add_argument("--batch-size", type=count, default=32, metavar="N", help="default %(default)s")
     parser.add_argument("--limit", type=count, metavar="N", help="score only the first N samples")
     add_max_skip_fraction(parser, 0.01)
+    width = max(map(len, PROBES))
+    group = parser.add_argument_group(
+        "probes",
+        "Asked after the answers, each into probe-NAME.jsonl beside predictions.jsonl, with scores under `probes`\n"
+        "in scores.json. A finished evaluation is kept, and only the probes that are missing are asked.\n\n"
+        + "\n".join(f"  {name:{width}}  {line}" for name, line in PROBES.items()),
+    )
+    group.add_argument(
+        "--probes",
+        nargs="*",
+        default=(),
+        choices=PROBES,
+        metavar="NAME",
+        help="these probes, or all of them without a name. What the data do not allow is left out and counted",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Evaluate, print the table of scores and log where it is written, on rank 0. Returns the exit status."""
     from medalign import distributed
+    from medalign.evaluation.probes.table import format_probes
     from medalign.evaluation.provenance import command_line
     from medalign.evaluation.report.page import format_evaluation
     from medalign.evaluator import evaluate_each
@@ -67,12 +84,13 @@ def run(arguments: argparse.Namespace) -> int:
             max_skip_fraction=arguments.max_skip_fraction,
             base=arguments.student,
             overwrite=arguments.overwrite,
+            probes=list(PROBES) if arguments.probes == [] else list(dict.fromkeys(arguments.probes)),
             command=command_line(arguments.words),
         )
     if not distributed.is_main():
         return 0
     for folder in folders:
-        sys.stdout.write(format_evaluation(folder) + "\n")
+        sys.stdout.write(format_evaluation(folder) + "\n" + format_probes(folder))
     others = len(RunFolder(folders[0].parents[1]).evaluations()) - len(folders)
     note = f"; {others} more in {folders[0].parent}, medalign report shows them all" if others else ""
     log.info("predictions and scores: %s%s", ", ".join(map(str, folders)), note)

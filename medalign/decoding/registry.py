@@ -37,6 +37,9 @@ METHODS: dict[str, Entry] = {
     "damro": Entry(
         "medalign.decoding.methods.damro:DAMRO", "DAMRO: contrast with the tower's outlier tokens", "2 per token"
     ),
+    "imccd": Entry(
+        "medalign.decoding.methods.imccd:IMCCD", "IMCCD: contrast with distorted values of the image", "2 per token"
+    ),
     "dola": Entry("medalign.decoding.methods.dola:DoLa", "DoLa: contrast with an earlier block", "1 per token"),
     "pai": Entry("medalign.decoding.methods.pai:PAI", "PAI: amplified attention to the image", "2 per token"),
     "vhr": Entry(

@@ -15,6 +15,7 @@ from typing import Any
 from medalign.errors import ConfigError, DataError
 from medalign.evaluation.metrics import Prediction, read_predictions, score
 from medalign.evaluation.metrics.counts import count
+from medalign.evaluation.probes.scores import facts_of, probe_scores
 from medalign.geometry import PatchGrid
 from medalign.observability.files import write_text
 from medalign.run_folder import EvaluationFolder
@@ -79,8 +80,33 @@ def rescore(predictions: Path, further: Sequence[Further] = ()) -> Path:
         missing |= found.get("not_available", {})
         more |= found
     more |= {"not_available": missing} if missing else {}
+    if probes := facts.get("probes"):
+        more["probes"] = {name: _probe(EvaluationFolder(path.parent), name, probes[name], rows) for name in probes}
     write_text(output, format_scores(rows, facts, more))
     return output
+
+
+def record_probe(folder: EvaluationFolder, name: str, facts: Mapping[str, Any]) -> None:
+    """Record in the scores that a probe was asked. Its scores follow with `rescore`.
+
+    Args:
+        folder: of the evaluation.
+        name: of the probe.
+        facts: what its predictions do not tell: `unreadable` and `not_asked`.
+    """
+    scores = read_scores(folder.scores)
+    scores["probes"] = {**scores.get("probes", {}), name: dict(facts)}
+    write_text(folder.scores, json.dumps(scores, indent=2) + "\n")
+
+
+def _probe(
+    folder: EvaluationFolder, name: str, before: Mapping[str, Any], real: Sequence[Prediction]
+) -> dict[str, Any]:
+    """Return the scores of a probe with what only the evaluation knows. Without questions it has no file."""
+    path = folder.probe(name)
+    if not path.is_file():
+        return {"n": 0, **facts_of(before)}
+    return probe_scores(name, read_rows(path), real) | facts_of(before)
 
 
 def require_no_longer(folder: EvaluationFolder, samples: int) -> None:

@@ -45,6 +45,7 @@ FLOORS = (
         "questions",
         "model_card",
         "evaluator",
+        "probing",
         "grounding",
         "separability",
         "inspection",

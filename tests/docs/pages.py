@@ -6,6 +6,7 @@ import importlib.util
 import re
 import shlex
 from collections.abc import Iterator
+from itertools import takewhile
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -50,10 +51,17 @@ def medalign_commands() -> Iterator[tuple[str, list[str]]]:
 
 
 def command_name(arguments: list[str]) -> str:
-    """Return the command that has its own help: "train", or "shards jsonl"."""
+    """Return the command that has its own help: "train", "shards jsonl", or "evaluate --decoding vcd"."""
     if arguments[0] == "shards" and ":" in arguments[1]:  # the page's own converter; it has the options of all
         return "shards jsonl"
-    return " ".join(arguments[: 2 if arguments[0] == "shards" else 1])
+    return " ".join([*arguments[: 2 if arguments[0] == "shards" else 1], *_methods(arguments)])
+
+
+def _methods(arguments: list[str]) -> list[str]:
+    """Return --decoding with the packaged methods that it names, whose settings the help then lists."""
+    named = arguments[arguments.index("--decoding") + 1 :] if "--decoding" in arguments else []
+    packaged = [word for word in takewhile(lambda word: not word.startswith("--"), named) if ":" not in word]
+    return ["--decoding", *packaged] if packaged else []
 
 
 def hook(name: str) -> ModuleType:

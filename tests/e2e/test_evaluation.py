@@ -249,7 +249,7 @@ def test_equal_keys_in_two_folders_are_two_samples(run, shards, tmp_path):
     alone = shutil.copytree(run / "evaluation" / "both", tmp_path / "run" / "evaluation" / "both")
     assert main(["report", str(alone.parents[1]), "--output", str(tmp_path / "r.html"), "--examples", "999"]) == 0
     page = (tmp_path / "r.html").read_text()
-    assert page.count("<article") == sum(bool(row.boxes) for row in rows)
+    assert page.count("<article") == len(rows)
     assert page.count("<img") == 2 * page.count("<article") and "could not be read from the shards" not in page
 
 
@@ -401,3 +401,57 @@ class TestSeveralMethods:
         words = ["evaluate", str(run), "--data", str(shards / "val"), "--decoding", "tests.own_method:Biased"]
         assert main([*words, "--decoding.token=999999"]) == 2
         assert "--decoding.biased.token is 999999, but the student has" in capsys.readouterr().err
+
+
+def test_probes_are_asked_after_the_answers_and_resumed(run, shards, monkeypatch, capsys):
+    """An evaluation gets probes later, is interrupted in one, and has the files of one that was asked at once."""
+    words = ["evaluate", str(run), "--data", str(shards / "val"), "--batch-size", "5", "--limit", "12", *QUICK]
+    probes = ["--probes", "blank", "caption", "pope-popular"]
+    assert main([*words, "--name", "at-once", *probes]) == 0
+    table = capsys.readouterr().out
+    assert re.search(r"^blank +\d+ +[\d.]+ +[\d.]+ +-?[\d.]+ +-?[\d.]+ to -?[\d.]+", table, re.MULTILINE)
+    assert "blank, caption: 2 requests for reports left out" in table
+    assert main([*words, "--name", "later"]) == 0
+    folder, whole = run / "evaluation" / "later", run / "evaluation" / "at-once"
+    with monkeypatch.context() as patch:
+        interrupt_at(2, terminate, patch)  # the answers are kept, so this is the second batch of the first probe
+        assert main([*words, "--name", "later", *probes]) == 143
+    assert "is already evaluated" in capsys.readouterr().err
+    assert not folder.joinpath("probe-blank.jsonl").exists() and "probes" not in scores(run, "later")
+    assert main([*words, "--name", "later", *probes]) == 0
+    assert "resuming an interrupted evaluation after 10 of" in capsys.readouterr().err
+    files = ["predictions.jsonl", "probe-blank.jsonl", "probe-caption.jsonl", "probe-pope-popular.jsonl", "scores.json"]
+    assert sorted(path.name for path in folder.iterdir()) == files
+    assert all((folder / name).read_bytes() == (whole / name).read_bytes() for name in files[:4])
+    assert scores(run, "later")["probes"] == scores(run, "at-once")["probes"]
+    true = {row.key: row for row in read_predictions(folder / "predictions.jsonl")}
+    blank = read_predictions(folder / "probe-blank.jsonl")
+    assert all(row.image == true[row.key].image and row.image_size == true[row.key].image_size for row in blank)
+    before = (folder / "scores.json").read_bytes()
+    assert main(["score", str(folder)]) == 0 and (folder / "scores.json").read_bytes() == before
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        interrupt_at(1, stop, patch)
+        assert main([*words, "--name", "later", "--probes", "blank"]) == 0  # nothing is left to ask
+    assert "probe blank of" in capsys.readouterr().err and (folder / "scores.json").read_bytes() == before
+    assert main([*words, "--name", "later"]) == 0
+    assert "removing its 3 probes" in capsys.readouterr().err
+    assert sorted(path.name for path in folder.iterdir()) == ["predictions.jsonl", "scores.json"]
+
+
+def test_a_probe_that_the_data_do_not_allow_is_counted(run, tmp_path, capsys):
+    def bare() -> Iterator[Record]:
+        for record in records(2, 0, "val", reports=0.0):
+            dropped = ("report", "findings")
+            yield Record(record.key, record.images, {k: v for k, v in record.fields.items() if k not in dropped})
+
+    assert write_shards(bare(), tmp_path / "bare").refused == ()
+    words = ["evaluate", str(run), "--data", str(tmp_path / "bare"), "--limit", "1", *QUICK]
+    assert main([*words, "--probes", "caption", "other"]) == 0
+    found = scores(run, "bare")["probes"]
+    assert found["caption"] == {"n": 0, "unreadable": 0, "not_asked": {"questions whose image has no report": 1}}
+    assert found["other"]["not_asked"] == {"questions without another patient": 1}
+    assert "probe caption: 0 questions (left out: 1 questions whose image has no report)" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*words, "--probes", "mirror"])
+    assert "invalid choice: 'mirror'" in capsys.readouterr().err

@@ -3,10 +3,11 @@
     OMP_NUM_THREADS=1 python -m tools.benchmarks.decoding --output tools/benchmarks/results/decoding.json
     python -m tools.benchmarks.decoding --students llava --output decoding_gpu.json     # on a GPU
 
-All methods answer the same batch in turns, with their published settings and the same number of new tokens. Questions
-are random, and no answer ends early. A ratio is the median over the rounds of the ratio to greedy decoding in the same
-round. On a CPU the time is that of this process, which does not count others; memory is the peak of the bytes in
-tensors. On a GPU the time is that of a clock, and memory what torch reports. The weights do not count.
+All methods answer the same batch in turns, with their published settings and the same number of new tokens. Further
+forms are PAI without its second view (`pai, gamma 1`) and beam search (`5 beams`). Questions are random, and no answer
+ends early. A ratio is the median over the rounds of the ratio to greedy decoding in the same round. On a CPU the time
+is that of this process, which does not count others; memory is the peak of the bytes in tensors. On a GPU the time is
+that of a clock, and memory what torch reports. The weights do not count.
 
 - phantom: the packaged student, 64 image tokens.
 - wide: 576 image tokens, width 512, 6 blocks, random weights.
@@ -23,6 +24,7 @@ import sys
 import time
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,6 +37,7 @@ from medalign import distributed
 from medalign.config import StudentConfig
 from medalign.contracts import Batch
 from medalign.decoding.base import Decoding
+from medalign.decoding.methods.pai import PAI
 from medalign.decoding.registry import METHODS, find_method
 from medalign.errors import ConfigError
 from medalign.student.model import Student
@@ -47,6 +50,9 @@ MAKERS: dict[str, Callable[[StudentConfig, torch.device, torch.dtype], Student]]
     "wide": models.wide_student,
     "llava": lambda config, device, dtype: models.random_student(LLAVA, config, device, dtype),
 }
+
+
+FORMS = {"pai, gamma 1": Decoding(method=PAI(gamma=1.0)), "5 beams": Decoding(num_beams=5)}
 
 
 class LiveBytes(TorchDispatchMode):
@@ -90,13 +96,13 @@ def main(
     Args:
         output: JSON file to write.
         students: phantom and wide by default.
-        methods: all registered ones by default. Greedy decoding is always measured.
+        methods: all registered ones and the further forms by default. Greedy decoding is always measured.
         samples: questions in the batch.
         new_tokens: tokens of each answer.
         rounds: how often each method answers the batch, after once without measuring.
     """
     torch.manual_seed(0)
-    names = ["greedy", *(name for name in methods or METHODS if name != "greedy")]
+    names = ["greedy", *(name for name in methods or [*METHODS, *FORMS] if name != "greedy")]
     result = {
         "command": shlex.join(["python", "-m", "tools.benchmarks.decoding", *sys.argv[1:]]),
         "machine": f"{card_name(distributed.device())}, {platform.machine()}, {torch.get_num_threads()} threads",
@@ -119,13 +125,13 @@ def _measure(name: str, names: list[str], samples: int, new_tokens: int, rounds:
     batch = models.make_batch(student, 0, samples, Text(question=24, answer=0)).to(device)
     methods, refused = {}, {}
     for each in names:
-        method = find_method(each)()
+        decoding = FORMS.get(each) or Decoding(method=find_method(each)())
         try:
-            method.check(student.spec, config)
+            decoding.method.check(student.spec, config)
         except ConfigError as error:
             refused[each] = str(error)
         else:
-            methods[each] = Decoding(new_tokens, method=method)
+            methods[each] = replace(decoding, max_new_tokens=new_tokens)
     seconds = [{each: _time(student, batch, methods[each]) for each in methods} for _ in range(rounds + 1)][1:]
     peaks = {each: _memory(student, batch, methods[each]) for each in methods}
     rows = {}

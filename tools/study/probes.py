@@ -17,9 +17,9 @@ from PIL import Image
 from medalign.data.shards.index import ShardIndex
 from medalign.data.shards.records import Picture, Record
 from medalign.data.shards.writer import write_shards
+from medalign.evaluation.probes.samples import blank
 
 PROBES = ("blank", "other")
-GRAY = 128
 
 
 def write_probes(source: Path, output: Path) -> None:
@@ -34,7 +34,7 @@ def write_probes(source: Path, output: Path) -> None:
     films = {study_of(index.key(place)): index.read(place).images[0] for place in asked}
     following = dict(zip(films, [*list(films)[1:], next(iter(films))], strict=True))
     shown: dict[str, Callable[[str], Image.Image]] = {
-        "blank": lambda study: Image.new("L", films[study].size, GRAY),
+        "blank": lambda study: blank(films[study]),
         "other": lambda study: films[following[study]],
     }
     for probe in PROBES:

@@ -163,6 +163,11 @@ class ShardIndex:
                     images.append(decode_image(data, at_least))
             return to_sample(self.shard(i), self.key(i), fields, images, self.size(i))
 
+    def read_fields(self, i: int) -> dict[str, Any]:
+        """Read the annotation of sample i, and no image. Raises like `read`."""
+        with self._sample_context(i):
+            return parse_fields(self._contents(i, (JSON,))[JSON][0])
+
     def read_mask(self, i: int) -> Image.Image | None:
         """Read the mask of the first image of sample i as stored, or return None. Raises like `read`."""
         with self._sample_context(i):

@@ -137,7 +137,7 @@ class _Search:
         self.record = RecordedRow()
         self._settings, self._limit = settings, limit
         self._image_L = (sample.image_index >= 0)[0]
-        self._ends = torch.tensor(student.end_tokens, device=sample.input_ids.device)
+        self._ends = sample.input_ids.new_tensor(student.end_tokens)
         self._steps: list[_Step] = []
         self._returns: Counter[int] = Counter()
         self._model: Any = None

@@ -18,25 +18,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
-from typing import Literal, NamedTuple
+from functools import cache, lru_cache
+from typing import Literal
 
 import regex
 
 from medalign.evaluation.findings.lexicon import CUES, NO_FINDING, Lexicon, chest_lexicon
 from medalign.evaluation.findings.places import Places, Span, places_of
+from medalign.evaluation.findings.scope import Cue, Named, alternatives, inside, inside_or_equal, reaches
 
 Assertion = Literal["present", "uncertain", "absent"]
 ORDER: tuple[Assertion, ...] = ("present", "uncertain", "absent")  # of several mentions, the first counts
-RULES = "scope-1"  # the rules of this file, for the signature
+RULES = "scope-1"  # of this file, `scope` and `places`, for the signature
 
 _SENTENCE = regex.compile(r"(?<=\?)\s+|[.!](?=\s|$|[A-Z])|;|\n+")
 _VERSUS = regex.compile(r"(?i)\bvs\.")
-_VERB = regex.compile(r"(?<!\w)(?:is|are|was|were|has|have|shows?|seen)(?!\w)")
-_OR = regex.compile(r"(?<!\w)n?or(?!\w)")
-_LIST = regex.compile(r"(?<!\w)(?:and|n?or)(?!\w)")
-_JOINT = regex.compile(rf",|{_LIST.pattern}")
-_ALTERNATIVE = regex.compile(r"\s*(?:(?:and/)?or|versus|vs|/)(?:\s+(?:an?|the|\w+ed|\w+y|\w+al))?\s*")
 
 
 @dataclass(frozen=True)
@@ -82,19 +78,6 @@ class Reading:
     normal: bool
 
 
-class _Named(NamedTuple):
-    """A phrase of the lexicon in a clause."""
-
-    span: Span
-    finding: str  # "" for a phrase that names none
-    denies: bool  # whether the phrase itself says that the finding is absent
-
-
-class _Cue(NamedTuple):
-    span: Span
-    kind: str
-
-
 class Labeller:
     """Labels texts with the findings of a lexicon.
 
@@ -104,6 +87,7 @@ class Labeller:
 
     def __init__(self, lexicon: Lexicon) -> None:
         self.lexicon = lexicon
+        self._read_clause = lru_cache(maxsize=1 << 16)(self._in_clause)  # reports repeat their sentences
         self.signature = f"lexicon:{lexicon.signature}|rules:{RULES}|lang:en"
 
     def label(self, text: str) -> dict[str, Label]:
@@ -113,7 +97,7 @@ class Labeller:
     def read(self, text: str) -> Reading:
         """Return the labels of a text, and whether it says that the chest is normal."""
         clauses = list(self._clauses(text))
-        mentions = [mention for clause in clauses for mention in self._in_clause(clause)]
+        mentions = [mention for clause in clauses for mention in self._read_clause(clause)]
         labels = {}
         for finding in dict.fromkeys(one.finding for one in mentions):
             mine = [one for one in mentions if one.finding == finding]
@@ -147,7 +131,7 @@ class Labeller:
 
     def mentions(self, text: str) -> list[Mention]:
         """Return all mentions of findings, in order."""
-        return [mention for clause in self._clauses(text) for mention in self._in_clause(clause)]
+        return [mention for clause in self._clauses(text) for mention in self._read_clause(clause)]
 
     def _clauses(self, text: str) -> Iterator[str]:
         """Yield the clauses of a text in lowercase, without sections that do not describe the image."""
@@ -170,7 +154,7 @@ class Labeller:
         if any(cue.kind == "past" for cue in cues):
             named = []
         statements = [one.end() for one in self.lexicon.statement_begin.finditer(clause)]
-        doubted = _alternatives(clause, named)
+        doubted = alternatives(clause, named)
         places = places_of(clause, [one.span for one in named])
         mentions = []
         for one, where in zip(named, places, strict=True):
@@ -179,42 +163,42 @@ class Labeller:
             mentions.append(Mention(one.finding, assertion, where if sided else Places()))
         return mentions + self._normal(clause, cues)
 
-    def _named(self, clause: str) -> list[_Named]:
+    def _named(self, clause: str) -> list[Named]:
         """Return the phrases that name findings. One within a longer one does not count."""
-        found = [_Named(Span(*match.span()), "", False) for match in self.lexicon.other.finditer(clause)]
+        found = [Named(Span(*match.span()), "", False) for match in self.lexicon.other.finditer(clause)]
         for name, entry in self.lexicon.findings.items():
-            found += [_Named(Span(*match.span()), name, False) for match in entry.present.finditer(clause)]
+            found += [Named(Span(*match.span()), name, False) for match in entry.present.finditer(clause)]
             if entry.absent is not None:
-                found += [_Named(Span(*match.span()), name, True) for match in entry.absent.finditer(clause)]
-        return sorted(one for one in found if not any(_inside(one.span, other.span) for other in found))
+                found += [Named(Span(*match.span()), name, True) for match in entry.absent.finditer(clause)]
+        return sorted(one for one in found if not any(inside(one.span, other.span) for other in found))
 
-    def _cues(self, clause: str) -> list[_Cue]:
+    def _cues(self, clause: str) -> list[Cue]:
         """Return the cues; of overlapping ones, the longest, or the first kind in CUES."""
-        found = [_Cue(Span(*match.span()), kind) for kind in CUES for match in self.lexicon.cues[kind].finditer(clause)]
-        kept: list[_Cue] = []
+        found = [Cue(Span(*match.span()), kind) for kind in CUES for match in self.lexicon.cues[kind].finditer(clause)]
+        kept: list[Cue] = []
         for cue in sorted(found, key=lambda cue: (cue.span.start - cue.span.end, CUES.index(cue.kind))):
             if all(cue.span.end <= other.span.start or other.span.end <= cue.span.start for other in kept):
                 kept.append(cue)
         return [cue for cue in kept if cue.kind != "ignored"]
 
     def _assertion(
-        self, clause: str, one: _Named, cues: Sequence[_Cue], statements: Sequence[int], alternative: bool
+        self, clause: str, one: Named, cues: Sequence[Cue], statements: Sequence[int], alternative: bool
     ) -> Assertion:
-        inside = {cue.kind.partition("_")[0] for cue in cues if _inside_or_equal(cue.span, one.span)}
+        inside = {cue.kind.partition("_")[0] for cue in cues if inside_or_equal(cue.span, one.span)}
         if one.denies:  # "heart size is normal", or "is not normal"
             return "uncertain" if "doubted" in inside else "present" if "denied" in inside else "absent"
-        kinds = inside | {cue.kind.partition("_")[0] for cue in cues if _reaches(clause, cue, one.span, statements)}
+        kinds = inside | {cue.kind.partition("_")[0] for cue in cues if reaches(clause, cue, one.span, statements)}
         if "denied" in kinds:
             return "absent"
         return "uncertain" if "doubted" in kinds or alternative else "present"
 
-    def _normal(self, clause: str, cues: Sequence[_Cue]) -> list[Mention]:
+    def _normal(self, clause: str, cues: Sequence[Cue]) -> list[Mention]:
         """Return what statements that a part of the chest is normal deny. With a cue inside, they say nothing."""
         mentions = []
         for pattern, denied in self.lexicon.normal:
             for match in pattern.finditer(clause):
                 span = Span(*match.span())
-                if not any(_inside_or_equal(cue.span, span) or _reaches(clause, cue, span, ()) for cue in cues):
+                if not any(inside_or_equal(cue.span, span) or reaches(clause, cue, span, ()) for cue in cues):
                     mentions += [Mention(finding, "absent") for finding in denied]
         return mentions
 
@@ -223,50 +207,3 @@ class Labeller:
 def chest_labeller() -> Labeller:
     """Return the labeller of English chest reports."""
     return Labeller(chest_lexicon())
-
-
-def _inside(one: Span, other: Span) -> bool:
-    """Whether a span is within a longer one."""
-    return one != other and other.start <= one.start and one.end <= other.end
-
-
-def _inside_or_equal(one: Span, other: Span) -> bool:
-    return other.start <= one.start and one.end <= other.end
-
-
-def _reaches(clause: str, cue: _Cue, span: Span, statements: Sequence[int]) -> bool:
-    """Return whether a finding is in the scope of a cue.
-
-    Args:
-        clause: the clause.
-        cue: before or after the finding.
-        span: of the finding.
-        statements: where new statements begin.
-    """
-    if cue.kind.endswith("_before"):
-        if span.start < cue.span.end:
-            return False
-        between = [at for at in statements if cue.span.end < at <= span.start]
-        if cue.kind.startswith("doubted"):
-            between += [at.end() for at in regex.finditer(",", clause, pos=cue.span.end, endpos=span.start)]
-        return not any(not _OR.search(clause, at) for at in between)
-    return span.end <= cue.span.start and _list_start(clause, cue.span.start, statements) <= span.start
-
-
-def _list_start(clause: str, end: int, statements: Sequence[int]) -> int:
-    """Return where the list begins that a cue at `end` follows."""
-    start = max((at for at in statements if at <= end), default=0)
-    for joint in _JOINT.finditer(clause, start, end):
-        if _VERB.search(clause, start, joint.start()):  # the words before it have their own verb
-            start = joint.end()
-    comma = clause.rfind(",", start, end) + 1
-    return max(start, comma) if not _LIST.search(clause, comma, end) else start
-
-
-def _alternatives(clause: str, named: Sequence[_Named]) -> set[Span]:
-    """Return the spans of findings that "or" joins."""
-    found = set()
-    for one, other in zip(named, named[1:], strict=False):
-        if one.span.end <= other.span.start and _ALTERNATIVE.fullmatch(clause[one.span.end : other.span.start]):
-            found |= {one.span, other.span}
-    return found

@@ -9,7 +9,9 @@ from typing import Any
 from medalign.evaluation.report.runs import Evaluation
 
 Values = Mapping[str, Any]
-ANSWERS, REPORTS, ATTENTION = "Answers", "Reports", "Attention"  # the tables of a data set
+# The tables of a data set.
+ANSWERS, REPORTS, FINDINGS = "Answers", "Reports", "Findings of reports"
+ATTENTION, ASKED, PROBES = "Attention", "Attention to what was asked", "Probes"
 
 
 def _in_file(evaluation: Evaluation) -> Values:
@@ -28,7 +30,7 @@ class Column:
         scale: factor for tables; fractions are shown in percent.
         chance: key of the score without the image.
         chance_label: what that is.
-        ranked: whether a larger value is better, so that a text table marks the largest.
+        better: "higher" or "lower"; empty if neither is better, so that a text table marks none as the best.
         sentence: its name in a sentence, by default the label.
         source: what the keys refer to, by default scores.json.
     """
@@ -40,7 +42,7 @@ class Column:
     scale: float = 100.0
     chance: str = ""
     chance_label: str = ""
-    ranked: bool = True
+    better: str = "higher"
     sentence: str = ""
     source: Callable[[Evaluation], Values] = _in_file
 
@@ -82,7 +84,7 @@ COLUMNS = (
         "asked_denser",
         "asked denser",
         "conditional_n",
-        ATTENTION,
+        ASKED,
         chance="asked_denser_chance",
         chance_label="same map",
     ),
@@ -90,7 +92,7 @@ COLUMNS = (
         "asked_pointing",
         "asked pointing",
         "conditional_n",
-        ATTENTION,
+        ASKED,
         chance="other_pointing",
         chance_label="other question",
     ),
@@ -98,13 +100,45 @@ COLUMNS = (
         "map_change",
         "map change",
         "conditional_n",
-        ATTENTION,
+        ASKED,
         chance="map_change_same",
         chance_label="same boxes",
-        ranked=False,
+        better="",
     ),
 )
-# Of the page only: it is computed from the predictions, which a text table does not read.
+# The rest is on the page only. A text table would be too wide with them.
+FURTHER = (
+    Column("false_yes_of_no", "false yes", "false_yes_n", better="lower"),
+    Column("choice_accuracy", "multiple choice", "choice_n"),
+    Column("bertscore_f1", "BERTScore", "report_n", REPORTS),
+    Column("findings_f1_micro", "F1, micro", "findings_report_n", FINDINGS),
+    Column("findings_f1_macro", "F1, macro", "findings_report_n", FINDINGS),
+    Column("findings_hallucinated_of_asserted", "hallucinated", "findings_asserted_n", FINDINGS, better="lower"),
+    Column("findings_missed_of_stated", "missed", "findings_stated_n", FINDINGS, better="lower"),
+    Column("findings_wrong_side_of_sided", "wrong side", "findings_sided_n", FINDINGS, better="lower"),
+    Column("findings_wrong_zone_of_zoned", "wrong zone", "findings_zoned_n", FINDINGS, better="lower"),
+    Column("box_iou", "IoU", "grounding_n", ATTENTION, chance="box_iou_uniform", chance_label="uniform map"),
+    Column(
+        "box_ap", "average precision", "grounding_n", ATTENTION, chance="box_ap_uniform", chance_label="uniform map"
+    ),
+    *(
+        Column(f"probes.{name}.accuracy_drop", label, f"probes.{name}.n", PROBES, better="")
+        for name, label in (
+            ("blank", "drop, blank image"),
+            ("shuffled", "drop, shuffled image"),
+            ("other", "drop, other image"),
+            ("no-image", "drop, no image"),
+            ("no-question", "drop, no question"),
+            ("caption", "drop, report for image"),
+        )
+    ),
+    Column("probes.presupposed.accuracy", "false premise denied", "probes.presupposed.n", PROBES),
+    *(
+        Column(f"probes.pope-{name}.accuracy", f"POPE, {name}", f"probes.pope-{name}.n", PROBES)
+        for name in ("random", "popular", "adversarial")
+    ),
+)
+# Computed from the predictions, which a text table does not read.
 QUESTIONS = Column(
     "questions_correct",
     "questions correct",
@@ -112,3 +146,4 @@ QUESTIONS = Column(
     sentence="the share of correct answers",
     source=lambda evaluation: evaluation.questions,
 )
+PAGE_COLUMNS = (QUESTIONS, *COLUMNS, *FURTHER)

@@ -8,6 +8,8 @@ from medalign.evaluation.report.columns import Column
 from medalign.evaluation.report.differences import Difference, Differences
 from medalign.evaluation.report.tables import ScoreTable
 
+_LISTED = 4  # arms whose scores are in the title
+
 
 def headline(table: ScoreTable, differences: Differences) -> str:
     """Return the finding in the first column of a table: all questions, or else the first score that was measured.
@@ -43,14 +45,20 @@ def details(table: ScoreTable, differences: Differences) -> str:
         beside = f" ({difference.text})" if difference is not None else ""
         parts.append(f"{arm.title} {'not measured' if value is None else f'{value:.1f}'}{beside}")
     method = f" Differences: {differences.method}." if differences.method else ""
-    return f"On {table.name}, {column.subject}: {', '.join(parts)}.{method}"
+    why = " The notes below the scores say what is not compared, and why." if differences.problems else ""
+    return f"On {table.name}, {column.subject}: {', '.join(parts)}.{method}{why}"
 
 
 def _scores(table: ScoreTable, column: Column) -> str:
-    titles, value = [arm.title for arm, _ in table.rows], table.rows[0][1][0].value
-    if len(titles) == 1 and value is not None:
-        return f"{titles[0]}: {column.subject} {value:.1f}{' %' if column.scale == 100.0 else ''}"
-    return f"{' and '.join(titles) if len(titles) == 2 else f'{len(titles)} arms'}, not compared"
+    unit = " %" if column.scale == 100.0 else ""
+    values = [(arm.title, cells[0].value) for arm, cells in table.rows]
+    if len(values) > _LISTED:
+        return f"{len(values)} arms, not compared"
+    listed = ", ".join(
+        f"{title} \N{EN DASH}" if value is None else f"{title} {value:.1f}{unit}" for title, value in values
+    )
+    subject = column.subject[0].upper() + column.subject[1:]
+    return f"{subject}: {listed}{', not compared' if len(values) > 1 else ''}"
 
 
 def _apart(holding: Sequence[tuple[str, Difference]], baseline: str, column: Column) -> list[str]:

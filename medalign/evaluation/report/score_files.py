@@ -35,8 +35,9 @@ def score_download(table: ScoreTable, group: str, places: Sequence[int], differe
                 strong.append((row, len(shown)))
             shown.append(_text(cell, difference))
         cells.append(shown)
+    name = f"scores-{group.lower().replace(' ', '-')}"
     header = ["", *(f"{table.columns[place].label}\nn = {table.counts(place)}" for place in places)]
-    return Download(f"scores-{group.lower()}", csv_uri(_FIELDS, lines), png_uri(table_figure(header, cells, strong)))
+    return Download(name, csv_uri(_FIELDS, lines), png_uri(table_figure(header, cells, strong)))
 
 
 def _values(cell: Cell, difference: Difference | None) -> list[Value]:

@@ -115,7 +115,7 @@ def score_table(arms: Sequence[Arm], name: str, columns: Sequence[Column] = COLU
     scored = [(arm, evaluations) for arm in arms if (evaluations := arm.evaluations(name))]
     found = {column: [_cell(column, evaluations) for _, evaluations in scored] for column in columns}
     shown = {
-        column: _marked(cells) if column.ranked else cells
+        column: _marked(column, cells)
         for column, cells in found.items()
         if any(cell.value is not None for cell in cells)
     }
@@ -123,9 +123,11 @@ def score_table(arms: Sequence[Arm], name: str, columns: Sequence[Column] = COLU
     return ScoreTable(name, list(shown), rows)
 
 
-def _marked(cells: list[Cell]) -> list[Cell]:
+def _marked(column: Column, cells: list[Cell]) -> list[Cell]:
     values = [cell.value for cell in cells if cell.value is not None]
-    best = max(values) if len(set(values)) > 1 else None
+    if not column.better or len(set(values)) < 2:
+        return cells
+    best = max(values) if column.better == "higher" else min(values)
     return [Cell(**{**vars(cell), "best": cell.value is not None and cell.value == best}) for cell in cells]
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from medalign.decoding.contrast import join_views, without_images
 from medalign.decoding.methods.avisc import AvisC
 from medalign.decoding.methods.damro import DAMRO
 from medalign.decoding.methods.dola import DoLa
+from medalign.decoding.methods.imccd import IMCCD
 from medalign.decoding.methods.m3id import M3ID
 from medalign.decoding.methods.vcd import VCD, noise_of, signal_left
 from medalign.errors import ConfigError
@@ -27,7 +30,7 @@ from tests.unit.student.families.cases import CASES
 from tests.unit.student.families.test_families import Model, collate, own_inputs, reference, student_of
 
 QUESTIONS = (("Is the heart large?", 1), ("Compare both films.", 2), ("What is a nodule?", 0), ("Is it new?", 1))
-LIMIT = 6
+LIMIT = 5
 Inputs = dict[str, Any]
 
 
@@ -56,24 +59,26 @@ def cut(tokens: list[int], ends: list[int]) -> list[int]:
     return tokens[: next((i for i, token in enumerate(tokens) if token in ends), len(tokens))]
 
 
-@pytest.fixture(scope="module", params=["llava", "qwen2_5_vl", "gemma3", "qwen3_vl", "llava_dinov2"])
-def asked(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Asked]:
-    case = CASES[request.param]
-    folder = case.save(tmp_path_factory.mktemp("contrast") / request.param)
-    config = case.config(folder)
+@pytest.fixture(scope="module", params=["llava", "qwen2_5_vl", "gemma3", "qwen3_vl"])
+def asked(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Asked:
+    return ask(request.param, tmp_path_factory.mktemp("contrast"))
+
+
+def ask(name: str, folder: Path) -> Asked:
+    case = CASES[name]
+    config = case.config(case.save(folder / name))
     spec, processor = check_student(config)
     draw = np.random.default_rng(0)
     shape = (spec.image_size, spec.image_size, 3)
-    images = [Image.fromarray(draw.integers(0, 255, shape, dtype=np.uint8)) for _ in range(4)]
-    taken = iter(images)
+    taken = iter([Image.fromarray(draw.integers(0, 255, shape, dtype=np.uint8)) for _ in range(4)])
     samples = [
         Sample(f"s{i}", "shard", "vqa", question, "Yes.", "open", tuple(next(taken) for _ in range(count)))
         for i, (question, count) in enumerate(QUESTIONS)
     ]
-    model = Model(case, folder, config, processor, samples)
+    model = Model(case, folder / name, config, processor, samples)
     student = student_of(model)
     batch = collate(model, student, samples, with_answer=False, padding_side="left")
-    yield Asked(model, student, reference(model), batch)
+    return Asked(model, student, reference(model), batch)
 
 
 def extended(inputs: Inputs, answer: list[int]) -> Inputs:
@@ -232,6 +237,76 @@ def plain_damro(asked: Asked, sample: Sample, method: DAMRO) -> Callable[[list[i
     return scores
 
 
+def rotated(vectors: torch.Tensor, places: torch.Tensor, frequencies: torch.Tensor) -> torch.Tensor:
+    """Vectors [..., L, D] turned by a position each, as complex numbers whose parts are the halves."""
+    half = vectors.shape[-1] // 2
+    numbers = torch.complex(vectors[..., :half], vectors[..., half:])
+    numbers = numbers * torch.polar(torch.ones(()), places[:, None] * frequencies)
+    return torch.cat([numbers.real, numbers.imag], -1)
+
+
+def plain_imccd(asked: Asked, sample: Sample, method: IMCCD) -> Callable[[list[int]], torch.Tensor]:
+    """Image tokens get the position of the first one, and the text after them the following ones.
+
+    The thresholds of the prompt's text and of each token of the answer are apart, as they are with a cache.
+    """
+    inputs = own_inputs(asked.model, sample)
+    if not sample.images:
+        return lambda answer: logits(asked.own, inputs, answer)
+    ids, token = inputs["input_ids"][0].tolist(), asked.student.spec.image_token_id
+    image = [place for place, one in enumerate(ids) if one == token]
+    count = len(image) // len(sample.images)
+    runs = [image[start : start + count] for start in range(0, len(image), count)]
+    blocks = {id(each.self_attn): number for number, each in enumerate(asked.own.model.language_model.layers)}
+    frequencies = asked.own.model.language_model.rotary_emb.inv_freq
+    source = sys.modules[type(asked.own.model.language_model.layers[0].self_attn).__module__]
+    original = source.eager_attention_forward
+
+    def attention(distorted: bool) -> Any:
+        def attend(module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: float, **rest: Any) -> Any:
+            if id(module) not in blocks:
+                return original(module, query, key, value, mask, scaling=scaling, **rest)
+            length = query.shape[2]
+            key, value = (part[0].repeat_interleave(query.shape[1] // key.shape[1], 0) for part in (key, value))
+            own, last = torch.arange(length).float(), image[-1]
+            scores = query[0] @ key.transpose(1, 2) * scaling
+            if blocks[id(module)] < method.refined_blocks:
+                bare = [rotated(part, -own, frequencies) for part in (query[0], key)]
+                for run in runs:
+                    places = own.clone()
+                    places[run] = run[0]
+                    places[run[-1] + 1 :] -= run[-1] - run[0]
+                    near = rotated(bare[0], places, frequencies) @ rotated(bare[1], places, frequencies).transpose(1, 2)
+                    for row in range(last + 1, length):
+                        mixed = (1 - method.gamma) * scores[:, row, run] + method.gamma * scaling * near[:, row, run]
+                        scores[:, row, run] = mixed
+            weights = (scores + mask[0]).softmax(-1)
+            output = weights @ value
+            for rows in [range(last + 1, len(ids)), *([row] for row in range(len(ids), length))] if distorted else []:
+                large = scores[:, rows][:, :, image] > scores[:, rows][:, :, image].mean()
+                for head in range(len(scores)):
+                    other = value[head].clone()
+                    for number, row in enumerate(rows):
+                        lost = torch.tensor(image)[large[head, number]]
+                        other[lost] = value[head, image].mean()
+                        output[head, row] = weights[head, row] @ other
+                        other[lost] = value[head, lost]
+            return output.transpose(0, 1)[None], None
+
+        return attend
+
+    def view(answer: list[int], distorted: bool) -> torch.Tensor:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(source, "eager_attention_forward", attention(distorted))
+            return logits(asked.own, inputs, answer)
+
+    def scores(answer: list[int]) -> torch.Tensor:
+        first = view(answer, False)
+        return constrained((1 + method.alpha) * first - method.alpha * view(answer, True), first, method.beta)
+
+    return scores
+
+
 def plain_dola(asked: Asked, sample: Sample, method: DoLa) -> Callable[[list[int]], torch.Tensor]:
     inputs = own_inputs(asked.model, sample)
     norm, head = asked.own.model.language_model.norm, asked.own.get_output_embeddings()
@@ -260,6 +335,7 @@ def plain_dola(asked: Asked, sample: Sample, method: DoLa) -> Callable[[list[int
     return scores
 
 
+DOLA_HIGH = DoLa(bucket="high", divergence="jensen_shannon", beta=0.01, repetition_penalty=1.0)
 METHODS: list[tuple[Method, Any]] = [
     (VCD(), plain_vcd),
     (VCD(alpha=2.0, beta=0.2, noise_step=900), plain_vcd),
@@ -269,26 +345,42 @@ METHODS: list[tuple[Method, Any]] = [
     (AvisC(gamma=0.9, deviations=0.2, alpha=1.5), plain_avisc),
     (DAMRO(top=5), plain_damro),
     (DAMRO(top=3, heads="mean", order="place", tower_block=-1), plain_damro),
+    (IMCCD(), plain_imccd),
+    (IMCCD(alpha=1.0, beta=0.01, gamma=0.9, refined_blocks=2), plain_imccd),
     (DoLa(), plain_dola),
-    (DoLa(bucket="high", divergence="jensen_shannon", beta=0.01, repetition_penalty=1.0), plain_dola),
+    (DOLA_HIGH, plain_dola),
 ]
+
+
+REFUSED = {  # families that a method cannot work with
+    "damro": ("needs a class token that attends to the image tokens", ("qwen2_5_vl", "gemma3", "qwen3_vl")),
+    "imccd": ("needs a student with one rotation per token", ("qwen2_5_vl", "gemma3", "qwen3_vl")),
+    "dola": ("none of the student's 3 blocks is a candidate there; choose high", ("gemma3",)),  # tied
+}
 
 
 @pytest.mark.parametrize(("method", "written"), METHODS, ids=lambda value: getattr(value, "name", ""))
 def test_tokens_equal_those_of_the_paper(asked: Asked, method: Method, written: Any) -> None:
     """In a batch with images, several and none, with left padding, a cache and SDPA."""
-    if isinstance(method, DAMRO) and asked.model.case not in (CASES["llava"], CASES["llava_dinov2"]):
-        with pytest.raises(ConfigError, match="needs a class token that attends to the image tokens, but of this stu"):
+    message, families = REFUSED.get(method.name, ("", ()))
+    refused = asked.student.spec.family.model_type in families and method != DOLA_HIGH
+    if refused:
+        with pytest.raises(ConfigError, match=message):
             method.check(asked.student.spec, asked.model.config)
         return
-    if method == DoLa() and asked.own.get_output_embeddings().weight is asked.own.get_input_embeddings().weight:
-        with pytest.raises(ConfigError, match="none of the student's 3 blocks is a candidate there; choose high"):
-            method.check(asked.student.spec, asked.model.config)
-        return
+    method.check(asked.student.spec, asked.model.config)
+    compare(asked, method, written)
+
+
+def compare(asked: Asked, method: Method, written: Any) -> None:
     found = asked.answers(method)
     for sample, answer in zip(asked.samples, found, strict=True):
         assert answer == plain(written(asked, sample, method), asked.student.end_tokens), sample.question
     assert found != asked.answers(Decoding().method), "the method has no effect here"
+
+
+def test_damro_reads_a_tower_of_dinov2(tmp_path: Path) -> None:
+    compare(ask("llava_dinov2", tmp_path), DAMRO(top=5), plain_damro)
 
 
 @pytest.mark.parametrize("method", [VCD(alpha=2.0), M3ID(decay=0.3)], ids=lambda method: method.name)

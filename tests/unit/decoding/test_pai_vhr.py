@@ -32,11 +32,14 @@ class Asked:
     eager: Student
     batch: Batch
 
+    def generate(self, method: Method, batch: Batch, **settings: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Generate as `Method.generate` does."""
+        ends = self.student.end_tokens
+        return method.generate(self.student, batch, Decoding(LIMIT, **settings), pad_token_id=0, eos_token_id=ends)
+
     def answers(self, method: Method) -> list[list[int]]:
         """The tokens of each answer, the end token included."""
-        ends = self.student.end_tokens
-        ids, maps = method.generate(self.student, self.batch, Decoding(LIMIT), pad_token_id=0, eos_token_id=ends)
-        assert maps.shape == (3, self.student.spec.grid.size)
+        ids, ends = self.generate(method, self.batch)[0], self.student.end_tokens
         rows = [[*row, ends[0]] for row in ids.tolist()]
         ended = [next(place for place, token in enumerate(row) if token in ends) for row in rows]
         return [row[: place + 1][:LIMIT] for row, place in zip(rows, ended, strict=True)]
@@ -85,6 +88,22 @@ def test_they_change_answers(asked: Asked) -> None:
     for method in (STRONG, VHR(alpha=3.0)):
         found = asked.answers(method)
         assert found[:2] != greedy[:2] and found[2] == greedy[2]
+
+
+@pytest.mark.parametrize("method", [PAI(alpha=5.0, gamma=1.0), VHR(second_block=False)])
+def test_the_tapped_block_reports_its_attention_without_the_intervention(asked: Asked, method: Method) -> None:
+    """Both change block 2, the tapped one, and no block before."""
+    maps = [asked.generate(one, asked.batch)[1] for one in (Decoding().method, method)]
+    assert maps[0].shape == (3, asked.student.spec.grid.size)
+    assert maps[0].equal(maps[1])
+
+
+def test_heads_under_beams_are_those_of_their_sample(asked: Asked) -> None:
+    ids, _ = asked.generate(VHR(alpha=3.0), asked.batch, num_beams=2)
+    for row in range(3):
+        alone, _ = asked.generate(VHR(alpha=3.0), asked.batch.sample(row), num_beams=2)
+        length = alone.shape[1]
+        assert ids[row, :length].tolist() == alone[0].tolist() and not ids[row, length:].any()
 
 
 def test_heads_that_grow_without_the_image_are_left_out() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -87,3 +88,14 @@ def test_a_student_is_refused_before_its_weights_are_read(student_folder: Any) -
     require_methods([Decoding().method, Biased()], config)
     with pytest.raises(ConfigError, match="token is 999999, but the student has"):
         require_methods([Biased(token=999999)], config)
+
+
+def test_the_table_of_the_documentation_names_every_method_and_setting() -> None:
+    text = (Path(__file__).parents[3] / "docs" / "decoding.md").read_text(encoding="utf-8")
+    rows = {line.split("`")[1]: line for line in text.splitlines() if line.startswith("| `")}
+    for name, entry in METHODS.items():
+        row, method = rows[name], find_method(name)()
+        assert entry.cost in row, name
+        for key in list(method.describe())[1:]:
+            assert f"`{key.removeprefix('decoding.')}`" in row, (name, key)
+        assert ("beams" in row.split("|")[-2]) == bool(method.beams), name

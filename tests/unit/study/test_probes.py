@@ -8,7 +8,8 @@ import numpy as np
 
 from medalign import phantom
 from medalign.data.shards.index import ShardIndex
-from tools.study.probes import GRAY, write_probes
+from medalign.evaluation.probes.samples import GRAY
+from tools.study.probes import write_probes
 
 
 def test_questions_stay_and_films_change(tmp_path: Path) -> None:

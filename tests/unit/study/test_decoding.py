@@ -1,0 +1,40 @@
+"""The comparison of decoding methods on finished runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from medalign import phantom
+from medalign.decoding.base import Decoding
+from tests.unit.evaluation.runs_on_disk import make_run
+from tools.study import decoding as tool
+
+
+def test_each_method_is_compared_with_greedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    phantom.write_phantoms(tmp_path / "films", 1, 6, 0, reports=1.0)
+    shards = tmp_path / "films" / "val"
+    skills = {"greedy": 1.0, "vhr": 0.0}
+
+    def evaluate(run: Path, data: list[str], decodings: list[Decoding], **_: Any) -> list[Path]:
+        assert data == [str(shards)]
+        folders = [run / one.method.name for one in decodings]
+        for folder, one in zip(folders, decodings, strict=True):
+            skill, config = skills[one.method.name], {"losses": {"alpha": 0}}
+            make_run(folder, shards, skill=skill, aim=0.0, steps=0, config=config)
+        return [folder / "evaluation" / "val" for folder in folders]
+
+    monkeypatch.setattr(tool, "evaluate_each", evaluate)
+    tool.main({"L": tmp_path / "run"}, shards, tmp_path / "found.json", methods=["vhr"])
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["settings"]["vhr"]["decoding.alpha"] == 2.0
+    assert list(found["runs"]["L"]) == ["vhr"]
+    correct = found["runs"]["L"]["vhr"][0]
+    assert correct["metric"] == "questions_correct" and correct["baseline_score"] == 1.0
+    assert correct["difference"] == correct["arm_score"] - 1.0 < 0
+    shown = capsys.readouterr().out
+    assert "| method | L: questions correct (greedy 100.0) | L: BLEU of reports (greedy 100.0) |" in shown
+    assert f"| `vhr` | {100 * correct['difference']:+.1f} [" in shown
