@@ -31,6 +31,13 @@ def register(subparsers: Subparsers) -> None:
     )
     parser.add_argument("--output", type=Path, required=True, metavar="HTML", help="file to write")
     parser.add_argument(
+        "--name",
+        nargs="+",
+        default=(),
+        metavar="NAME",
+        help="evaluations to show, in this order; the title is about the first one (default: all)",
+    )
+    parser.add_argument(
         "--examples", type=count, default=2, metavar="N", help="example questions of each kind (default %(default)s)"
     )
     parser.add_argument(
@@ -52,9 +59,12 @@ def run(arguments: argparse.Namespace) -> int:
     title = write_report(
         arguments.arms,
         arguments.output,
+        names=arguments.name,
         examples=arguments.examples,
         by=arguments.by,
         teacher_maps=None if arguments.no_teacher_maps else teacher_maps,
     )
-    sys.stdout.write(f"{format_table(arguments.arms)}\n\n{title}\n\nreport: {arguments.output.resolve()}\n")
+    sys.stdout.write(
+        f"{format_table(arguments.arms, arguments.name)}\n\n{title}\n\nreport: {arguments.output.resolve()}\n"
+    )
     return 0

@@ -4,7 +4,7 @@
 
 Writes, for each run and method, the scores, their paired differences to greedy decoding with 95 % intervals of a
 bootstrap over films, and p of a permutation test, adjusted by Holm for all methods and scores of the run. The answers
-are evaluations of the runs, so a call that ends early resumes.
+are evaluations of the runs, so a call that ends early resumes. Prints the differences as a table.
 """
 
 from __future__ import annotations
@@ -21,9 +21,11 @@ from medalign.decoding.base import Decoding
 from medalign.decoding.registry import METHODS, find_method
 from medalign.evaluation.comparison.arms import read_arm
 from medalign.evaluation.comparison.compare import compare
+from medalign.evaluation.comparison.measures import MEASURES
 from medalign.evaluator import evaluate_each
 
 SCORES = ("questions_correct", "closed_accuracy", "open_exact", "bleu")
+TABLE = {"questions_correct": "questions correct", "bleu": "BLEU of reports"}
 KEPT = ("metric", "samples", "baseline_score", "arm_score", "difference", "low", "high", "p", "p_holm")
 
 
@@ -75,6 +77,24 @@ def main(
             rows.setdefault(one.arm, []).append({key: found[key] for key in KEPT})
         result["runs"][arm] = rows
         output.write_text(json.dumps(result, indent=2) + "\n")
+    sys.stdout.write(table(result))
+
+
+def table(result: dict[str, Any]) -> str:
+    """Return the differences of the answers and of BLEU as a table of Markdown, in points."""
+    lines = ["| method |", "| --- |"]
+    lines += [f"| `{method}` |" for method in next(iter(result["runs"].values()))]
+    for arm, rows in result["runs"].items():
+        for metric, label in TABLE.items():
+            found = {method: next(one for one in ones if one["metric"] == metric) for method, ones in rows.items()}
+            factor = MEASURES[metric].scale
+            greedy = next(iter(found.values()))["baseline_score"] * factor
+            lines[0] += f" {arm}: {label} (greedy {greedy:.1f}) |"
+            lines[1] += " --- |"
+            for place, one in enumerate(found.values(), 2):
+                low, high = one["low"] * factor, one["high"] * factor
+                lines[place] += f" {one['difference'] * factor:+.1f} [{low:.1f}, {high:.1f}] |"
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -122,7 +122,7 @@ def _svg(key: str, title: str, lines: Sequence[Line]) -> str:
 
 def _download(title: str, lines: Sequence[Line]) -> Download:
     rows = [
-        (line.run.title, int(step), float(value), float(smooth))
+        (line.run.title, int(step), float(f"{value:.6g}"), float(f"{smooth:.6g}"))
         for line in lines
         for step, value, smooth in zip(line.steps, line.values, line.curve, strict=True)
     ]

@@ -19,7 +19,7 @@ from medalign.evaluation.report import curves
 from medalign.evaluation.report.columns import PAGE_COLUMNS
 from medalign.evaluation.report.differences import Differences, find_differences
 from medalign.evaluation.report.downloads import Download
-from medalign.evaluation.report.examples import TeacherMaps, find_examples
+from medalign.evaluation.report.examples import Examples, TeacherMaps, find_examples
 from medalign.evaluation.report.headline import details, headline
 from medalign.evaluation.report.origin import find_origin
 from medalign.evaluation.report.plain_tables import origin_table, settings_table, training_table
@@ -47,18 +47,17 @@ def write_report(
     words: Sequence[str | Path],
     output: Path,
     *,
+    names: Sequence[str] = (),
     examples: int = 2,
     by: str = "image",
     teacher_maps: TeacherMaps | None = None,
 ) -> str:
-    """Write an HTML report, and its numbers into a JSON file with the same name.
-
-    The images are read from the shards. If the shards do not exist any more, the page reports that instead.
+    """Write an HTML report, and its numbers into a JSON file with the same name. What is missing, the page reports.
 
     Args:
-        words: the arms, as in `read_arms`: folders of evaluated runs (config.yaml, metrics.jsonl, evaluation/NAME/).
-            The first one is the baseline of the differences.
+        words: the arms, as in `read_arms`. The first one is the baseline of the differences.
         output: the HTML file. The suffix of the JSON file is .json.
+        names: the evaluations to show, in this order; by default all. The title is about the first one.
         examples: number of example questions of each kind, per data set.
         by: what makes samples dependent in the comparison: "image", "patient", or "key" for independent samples.
         teacher_maps: computes the maps of a run's teacher; None shows none.
@@ -70,31 +69,12 @@ def write_report(
         DataError: a folder contains no evaluation.
         ConfigError: `output` cannot be written, or the words do not name arms.
     """
-    arms = read_arms(words)
+    arms = read_arms(words, names)
     scored = [_score(arms, name, by) for name in evaluation_names(arms)]
+    sets = [find_examples(arms, one.table.name, examples, teacher_maps) for one in scored] if examples else []
     summaries = [training_summary(run) for arm in arms for run in arm.runs]
     title = headline(scored[0].table, scored[0].differences)
-    source = find_origin(arms)
-    sets = [find_examples(arms, one.table.name, examples, teacher_maps) for one in scored] if examples else []
-    page = (
-        _environment()
-        .get_template(TEMPLATE)
-        .render(
-            title=title,
-            details=details(scored[0].table, scored[0].differences),
-            arms=arms,
-            series=_series(arms),
-            scored=scored,
-            panels=[(panel.title, Markup(panel.svg), panel.download) for panel in curves.panels(arms)],  # noqa: S704, own SVG
-            training=training_table(summaries),
-            sets=sets,
-            pictures=any(example.picture for one in sets for example in one.items),
-            settings=settings_table(arms),
-            facts=source.common,
-            origin=origin_table(source),
-        )
-    )
-    output = Path(output)
+    page, output = _render(title, arms, scored, sets, summaries), Path(output)
     data = json.dumps(as_data(title, scored, summaries), indent=2, ensure_ascii=False) + "\n"
     try:
         write_text(output.with_suffix(".json"), data)
@@ -102,6 +82,31 @@ def write_report(
     except OSError as error:
         raise ConfigError(f"--output {output} cannot be written ({error.strerror}); choose another file") from error
     return title
+
+
+def _render(
+    title: str,
+    arms: Sequence[Arm],
+    scored: Sequence[Scored],
+    sets: Sequence[Examples],
+    summaries: Sequence[TrainingSummary],
+) -> str:
+    source = find_origin(arms)
+    values = {
+        "title": title,
+        "details": details(scored[0].table, scored[0].differences),
+        "arms": arms,
+        "series": _series(arms),
+        "scored": scored,
+        "sets": sets,
+        "pictures": any(example.picture for one in sets for example in one.items),
+        "panels": [(panel.title, Markup(panel.svg), panel.download) for panel in curves.panels(arms)],  # noqa: S704, own
+        "training": training_table(summaries),
+        "settings": settings_table(arms),
+        "facts": source.common,
+        "origin": origin_table(source),
+    }
+    return _environment().get_template(TEMPLATE).render(values)
 
 
 def _series(arms: Sequence[Arm]) -> dict[str, int]:
@@ -116,13 +121,14 @@ def _score(arms: Sequence[Arm], name: str, by: str) -> Scored:
     return Scored(table, differences, groups)
 
 
-def format_table(words: Sequence[str | Path]) -> str:
+def format_table(words: Sequence[str | Path], names: Sequence[str] = ()) -> str:
     """Return the score tables as text with aligned columns, one per data set, each followed by its remarks.
 
     Args:
         words: the arms, as in `read_arms`.
+        names: the evaluations to show, in this order; by default all.
     """
-    arms = read_arms(words)
+    arms = read_arms(words, names)
     return "\n\n".join(_as_lines(score_table(arms, name)) for name in evaluation_names(arms))
 
 

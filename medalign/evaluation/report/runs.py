@@ -87,15 +87,16 @@ class Arm:
         return [run.evaluations[name] for run in self.runs if name in run.evaluations]
 
 
-def read_arms(words: Sequence[str | Path]) -> list[Arm]:
+def read_arms(words: Sequence[str | Path], names: Sequence[str] = ()) -> list[Arm]:
     """Read the runs of a report.
 
     Args:
         words: `PATH`, `NAME=PATH`, or `NAME=PATH,PATH,...` with one run per seed. An arm without a name has that of its
             folder, with as many parent folders as are needed to make it unique.
+        names: the evaluations to read, in this order; by default all of them.
 
     Raises:
-        DataError: a folder does not exist or contains no evaluation.
+        DataError: a folder does not exist or contains no evaluation, or none of `names`.
         ConfigError: two arms have the same name, or an arm names a run twice.
     """
     if not words:
@@ -107,7 +108,7 @@ def read_arms(words: Sequence[str | Path]) -> list[Arm]:
         title = name or (next(unnamed) if len(paths) == 1 else str(word))
         if len(set(paths)) < len(paths):
             raise ConfigError(f"arm {title} names the same run twice; give each seed once")
-        arms.append(Arm(title, tuple(_with_seeds(title, [_read_run(path, title) for path in paths]))))
+        arms.append(Arm(title, tuple(_with_seeds(title, [_read_run(path, title, names) for path in paths]))))
     if len({arm.title for arm in arms}) < len(arms):
         raise ConfigError(f"arms must have different names: {', '.join(arm.title for arm in arms)}; write NAME=PATH")
     return arms
@@ -160,7 +161,7 @@ def _values(arm: Arm, key: str) -> str:
     return ", ".join(dict.fromkeys(_text(run.config[key]) for run in arm.runs if key in run.config))
 
 
-def _read_run(path: Path, title: str) -> RunRecord:
+def _read_run(path: Path, title: str, names: Sequence[str] = ()) -> RunRecord:
     if not path.is_dir():
         raise DataError(f"run folder {path} does not exist")
     home, prefix = find_run(path)
@@ -168,14 +169,16 @@ def _read_run(path: Path, title: str) -> RunRecord:
     if not evaluated:
         lacks = (home if prefix else RunFolder(Path())).evaluation(f"{prefix}*").scores
         raise DataError(f"run {path} has no {lacks}; evaluate it first (medalign evaluate)")
+    found = {one.path.name.removeprefix(prefix): one for one in evaluated}
+    chosen = [name for name in names or found if name in found]
+    if not chosen:
+        raise DataError(f"run {path} has no evaluation {' or '.join(names)}; choose --name from {', '.join(found)}")
     return RunRecord(
         path=path,
         title=title,
         config=_read_config(home.config),
         rows=read_rows(home.metrics) if home.metrics.is_file() else [],
-        evaluations={
-            one.path.name.removeprefix(prefix): Evaluation(one.path, read_scores(one.scores)) for one in evaluated
-        },
+        evaluations={name: Evaluation(found[name].path, read_scores(found[name].scores)) for name in chosen},
     )
 
 

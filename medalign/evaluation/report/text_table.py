@@ -8,8 +8,9 @@ from medalign.evaluation.report.tables import Cell, ScoreTable
 def format_score_table(table: ScoreTable) -> str:
     """Format a table as text with aligned columns.
 
-    Scores are in percent (BLEU in points). A star marks the best score of a column. The last row is the chance level;
-    where the arms have different ones, each stands behind its score in parentheses.
+    Scores are in percent (BLEU in points), those of several seeds with their standard deviation. A star marks the best
+    score of a column. The last row is the chance level; where the arms have different ones, each stands behind its
+    score in parentheses.
     """
     head = [table.name, *(column.label for column in table.columns)]
     counts = ["", *(f"n {table.counts(i)}" for i in range(len(table.columns)))]
@@ -32,5 +33,6 @@ def format_score_table(table: ScoreTable) -> str:
 def _text(cell: Cell, common_chance: float | None) -> str:
     if cell.value is None:
         return "-"
+    spread = f" \N{PLUS-MINUS SIGN}{cell.spread:.1f}" if cell.spread is not None else ""
     own = f" ({cell.chance:.1f})" if common_chance is None and cell.chance is not None else ""
-    return f"{'*' * cell.best}{cell.value:.1f}{own}"
+    return f"{'*' * cell.best}{cell.value:.1f}{spread}{own}"

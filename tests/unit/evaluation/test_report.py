@@ -52,7 +52,7 @@ def uncurved(runs):
 class Page(HTMLParser):
     """Counts tags and checks that they close in order."""
 
-    VOID = ("meta", "img", "br", "path", "use", "rect", "input")
+    VOID = ("meta", "img", "br", "path", "use", "rect", "input", "wbr")
 
     def __init__(self, text: str) -> None:
         super().__init__()

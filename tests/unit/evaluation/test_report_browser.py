@@ -156,6 +156,7 @@ def rows_of_pictures(page: Page) -> list[int]:
 def test_pictures_are_in_one_row_on_a_desktop_and_two_by_two_on_a_phone(opened):
     assert rows_of_pictures(opened(DESKTOP)) == [5]  # truth, teacher, three arms
     assert rows_of_pictures(opened(PHONE)) == [2, 2, 1]
+    assert rows_of_pictures(opened({"width": 820, "height": 1100})) == [3, 2]
 
 
 def test_on_a_desktop_no_table_of_scores_scrolls(opened):

@@ -6,6 +6,8 @@ import base64
 import csv
 import io
 import json
+import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,18 +15,22 @@ import pytest
 from PIL import Image
 
 from medalign import phantom
+from medalign.errors import DataError
 from medalign.evaluation.comparison import Comparison
 from medalign.evaluation.metrics import Prediction
-from medalign.evaluation.report.columns import QUESTIONS, Column
+from medalign.evaluation.probes.catalog import PROBES
+from medalign.evaluation.probes.scores import probe_scores
+from medalign.evaluation.report.columns import PAGE_COLUMNS, QUESTIONS, Column
 from medalign.evaluation.report.curves import panels
 from medalign.evaluation.report.differences import Difference, Differences, find_differences
 from medalign.evaluation.report.downloads import csv_uri, png_uri, table_figure
 from medalign.evaluation.report.gallery import choose
 from medalign.evaluation.report.headline import details, headline
 from medalign.evaluation.report.origin import find_origin
-from medalign.evaluation.report.runs import Arm, Evaluation, RunRecord, config_differences, read_arms
+from medalign.evaluation.report.runs import Arm, Evaluation, RunRecord, config_differences, evaluation_names, read_arms
 from medalign.evaluation.report.score_files import score_download
 from medalign.evaluation.report.tables import score_table
+from medalign.evaluation.report.text_table import format_score_table
 from tests.unit.evaluation.runs_on_disk import make_run
 
 TAUGHT = {"alpha": 1.0, "beta": 0.06}
@@ -77,6 +83,7 @@ def test_several_seeds_are_one_row_with_their_spread(seeds):
         assert cell.value == pytest.approx(sum(values) / 2) and cell.seeds == 2 and cell.low is None
         assert cell.spread == pytest.approx(abs(values[0] - values[1]) / 2**0.5)  # of two values
     assert dict(config_differences(seeds)) == {"losses.alpha": ["0.0", "1.0"], "losses.beta": ["0.0", "0.06"]}
+    assert re.search(r"\nhigh .* \*\d+\.\d \N{PLUS-MINUS SIGN}\d+\.\d", format_score_table(score_table(seeds, "val")))
     found = find_differences(seeds, "val")
     assert {one.comparison.unit for one in found.found.values()} == {"seed"} and "over 2 seeds" in found.method
 
@@ -229,3 +236,25 @@ def test_a_column_reads_nested_scores():
     column = Column("probes.blank.accuracy", "blank film", "probes.n")
     assert column.score(evaluation) == 25 and column.score(evaluation, "_low") == 10
     assert column.read(evaluation, column.count) == 3 and column.read(evaluation, "probes.none.n") is None
+
+
+def test_evaluations_are_chosen_by_name_and_in_order(folder, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(folder / "low3", run)
+    for name in ("blank", "test"):
+        shutil.copytree(run / "evaluation/val", run / "evaluation" / name)
+    assert evaluation_names(read_arms([run])) == ["blank", "test", "val"]
+    assert evaluation_names(read_arms([run], ["val", "blank", "absent"])) == ["val", "blank"]
+    with pytest.raises(DataError, match="has no evaluation absent; choose --name from blank, test, val"):
+        read_arms([run], ["absent"])
+
+
+def test_every_probe_has_a_column_and_a_changed_one_shows_the_accuracy_that_is_lost():
+    columns = {column.key.split(".")[1]: column for column in PAGE_COLUMNS if column.key.startswith("probes.")}
+    assert columns.keys() == PROBES.keys()
+    real = [asked("a", "yes", "yes"), asked("b", "left", "left"), asked("c", "no", "yes")]
+    probed = [replace(row, prediction="yes") for row in real]
+    evaluation = Evaluation(Path(), {"probes": {"blank": probe_scores("blank", probed, real)}})
+    column = columns["blank"]
+    assert column.score(evaluation) == pytest.approx(100 / 3) and column.read(evaluation, column.count) == 3
+    assert column.score(evaluation, "_low") <= column.score(evaluation) <= column.score(evaluation, "_high")

@@ -14,7 +14,7 @@ from tests.unit.evaluation.runs_on_disk import make_run
 from tools.study import decoding as tool
 
 
-def test_each_method_is_compared_with_greedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_method_is_compared_with_greedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     phantom.write_phantoms(tmp_path / "films", 1, 6, 0, reports=1.0)
     shards = tmp_path / "films" / "val"
     skills = {"greedy": 1.0, "vhr": 0.0}
@@ -35,3 +35,6 @@ def test_each_method_is_compared_with_greedy(tmp_path: Path, monkeypatch: pytest
     correct = found["runs"]["L"]["vhr"][0]
     assert correct["metric"] == "questions_correct" and correct["baseline_score"] == 1.0
     assert correct["difference"] == correct["arm_score"] - 1.0 < 0
+    shown = capsys.readouterr().out
+    assert "| method | L: questions correct (greedy 100.0) | L: BLEU of reports (greedy 100.0) |" in shown
+    assert f"| `vhr` | {100 * correct['difference']:+.1f} [" in shown
