@@ -149,8 +149,7 @@ def ground(
     source = export.find_export(run)
     student, tokenizer, questions = open_student(source, base, index.max_images)
     decoding = Decoding(max_new_tokens=max_new_tokens)
-    answers = _with_answers(questions)
-    instruments = Instruments(student, tokenizer, questions, answers, decoding, steps, batch_size)
+    instruments = Instruments(student, tokenizer, questions, _with_answers(questions), decoding, steps, batch_size)
     facts = {
         "grid": [student.spec.grid.rows, student.spec.grid.columns],
         "layer": student.layer,
@@ -160,10 +159,9 @@ def ground(
         "shards": list(index.fingerprint()),
         "versions": versions(),
     }
-    with distributed.raise_on_all_ranks():
-        records, unreadable = _measure_all(instruments, index, folder.grounding_samples, facts, limit)
-        if not records:
-            raise DataError(f"no sample of --data {data} has boxes inside its image; name shards with boxes")
+    records, unreadable = _measure_all(instruments, index, folder.grounding_samples, facts, limit)
+    if not records:
+        raise DataError(f"no sample of --data {data} has boxes inside its image; name shards with boxes")
     summary = summarize(records, student.spec.grid)
     whole = {**summary, "unreadable": unreadable, "limit": limit, "command": command, "provenance": facts}
     write_text(folder.grounding_heads, heads_csv(summary))

@@ -85,6 +85,7 @@ def main() -> None:
         )
         words = [f"--data.train={data}/train", f"--run.dir={run}", "--train.steps=0", "--engine.deepspeed=cpu"]
         subprocess.run([*medalign, "train", "phantom", *words], check=True)
+        load = round(os.getloadavg()[2], 1)
         seconds: dict[int, list[float]] = {1: [], 2: []}
         for _ in range(REPETITIONS):
             for ranks, found in seconds.items():
@@ -95,6 +96,7 @@ def main() -> None:
     result = {
         "command": f"python -m tools.benchmarks.evaluation --films {options.films} --batch-size {options.batch_size}",
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, one thread per rank",
+        "load_before": load,  # processes that wanted a core, on average, before the first measurement
         "samples": scores["n"],
         "samples_per_second": {str(ranks): scores["n"] / statistics.median(found) for ranks, found in seconds.items()},
         "speedup_of_two_ranks": {"median": statistics.median(ratios), "all": ratios},

@@ -6,12 +6,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from medalign.evaluation.probes import catalog as probes
 from medalign.evaluation.report.runs import Evaluation
 
 Values = Mapping[str, Any]
 # The tables of a data set.
 ANSWERS, REPORTS, FINDINGS = "Answers", "Reports", "Findings of reports"
-ATTENTION, ASKED, PROBES = "Attention", "Attention to what was asked", "Probes"
+ATTENTION, ASKED = "Attention", "Attention to what was asked"
+LOST, STATED = "Accuracy lost under probes", "Questions about findings"
 
 
 def _in_file(evaluation: Evaluation) -> Values:
@@ -122,20 +124,24 @@ FURTHER = (
         "box_ap", "average precision", "grounding_n", ATTENTION, chance="box_ap_uniform", chance_label="uniform map"
     ),
     *(
-        Column(f"probes.{name}.accuracy_drop", label, f"probes.{name}.n", PROBES, better="")
+        Column(f"probes.{name}.accuracy_drop", label, f"probes.{name}.n", LOST, better="")
         for name, label in (
-            ("blank", "drop, blank image"),
-            ("shuffled", "drop, shuffled image"),
-            ("other", "drop, other image"),
-            ("no-image", "drop, no image"),
-            ("no-question", "drop, no question"),
-            ("caption", "drop, report for image"),
+            (probes.BLANK, "blank image"),
+            (probes.SHUFFLED, "shuffled image"),
+            (probes.OTHER, "other image"),
+            (probes.NO_IMAGE, "no image"),
+            (probes.NO_QUESTION, "no question"),
+            (probes.CAPTION, "report for image"),
         )
     ),
-    Column("probes.presupposed.accuracy", "false premise denied", "probes.presupposed.n", PROBES),
     *(
-        Column(f"probes.pope-{name}.accuracy", f"POPE, {name}", f"probes.pope-{name}.n", PROBES)
-        for name in ("random", "popular", "adversarial")
+        Column(f"probes.{name}.accuracy", label, f"probes.{name}.n", STATED)
+        for name, label in (
+            (probes.PRESUPPOSED, "false premise denied"),
+            (probes.RANDOM, "POPE, random"),
+            (probes.POPULAR, "POPE, popular"),
+            (probes.ADVERSARIAL, "POPE, adversarial"),
+        )
     ),
 )
 # Computed from the predictions, which a text table does not read.

@@ -111,7 +111,8 @@ def _run(model: TextModel, predictions: Sequence[str], references: Sequence[str]
     """Return what the worker found, or under `unavailable` why it found nothing."""
     if model.name in _REFUSED:
         return {"unavailable": _REFUSED[model.name]}
-    job = {"name": model.name, "layers": model.layers, "predictions": predictions, "references": references}
+    job: dict[str, Any] = {"name": model.name, "model": model.folder.absolute().name, "layers": model.layers}
+    job |= {"predictions": predictions, "references": references}
     try:
         ended = subprocess.run(
             [python, str(_WORKER)],

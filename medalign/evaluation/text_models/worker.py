@@ -1,7 +1,7 @@
 """Computes one score by its authors' package. A program of its own that imports nothing of this project.
 
-It reads a job from stdin, as JSON: `name`, `layers` (or null), `predictions` and `references`. The working directory is
-the model's folder. It writes one JSON object to stdout:
+It reads a job from stdin, as JSON: `name`, `model` (the name of the model's folder, which is the working directory),
+`layers` (or null), `predictions` and `references`. It writes one JSON object to stdout:
 
   of_each      score -> one value per report
   of_all       score -> one value for all reports
@@ -29,11 +29,12 @@ def bertscore(job: Job) -> Result:
     from bert_score import BERTScorer
     from bert_score.utils import model2layers
 
-    name = Path.cwd().name
+    name = job["model"]
     layers = job["layers"] or {known.rpartition("/")[2]: layer for known, layer in model2layers.items()}.get(name)
     if layers is None:
         return {"unavailable": f"bert-score has no layer for a model called {name}; name one: bertscore=FOLDER:LAYER"}
-    scorer = BERTScorer(model_type=str(Path.cwd()), num_layers=layers, use_fast_tokenizer=True)
+    # Not the whole path: the package takes every path with "t5" in it for a T5.
+    scorer = BERTScorer(model_type=".", num_layers=layers, use_fast_tokenizer=True)
     pairs = list(zip(job["predictions"], job["references"], strict=True))
     # The package gives 0 to a text without tokens, but its call for that is not in transformers 5.
     usable = [i for i, pair in enumerate(pairs) if all(text.strip() for text in pair)]

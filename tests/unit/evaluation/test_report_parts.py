@@ -18,7 +18,9 @@ from medalign import phantom
 from medalign.errors import DataError
 from medalign.evaluation.comparison import Comparison
 from medalign.evaluation.metrics import Prediction
-from medalign.evaluation.report.columns import QUESTIONS, Column
+from medalign.evaluation.probes.catalog import PROBES
+from medalign.evaluation.probes.scores import probe_scores
+from medalign.evaluation.report.columns import PAGE_COLUMNS, QUESTIONS, Column
 from medalign.evaluation.report.curves import panels
 from medalign.evaluation.report.differences import Difference, Differences, find_differences
 from medalign.evaluation.report.downloads import csv_uri, png_uri, table_figure
@@ -245,3 +247,14 @@ def test_evaluations_are_chosen_by_name_and_in_order(folder, tmp_path):
     assert evaluation_names(read_arms([run], ["val", "blank", "absent"])) == ["val", "blank"]
     with pytest.raises(DataError, match="has no evaluation absent; choose --name from blank, test, val"):
         read_arms([run], ["absent"])
+
+
+def test_every_probe_has_a_column_and_a_changed_one_shows_the_accuracy_that_is_lost():
+    columns = {column.key.split(".")[1]: column for column in PAGE_COLUMNS if column.key.startswith("probes.")}
+    assert columns.keys() == PROBES.keys()
+    real = [asked("a", "yes", "yes"), asked("b", "left", "left"), asked("c", "no", "yes")]
+    probed = [replace(row, prediction="yes") for row in real]
+    evaluation = Evaluation(Path(), {"probes": {"blank": probe_scores("blank", probed, real)}})
+    column = columns["blank"]
+    assert column.score(evaluation) == pytest.approx(100 / 3) and column.read(evaluation, column.count) == 3
+    assert column.score(evaluation, "_low") <= column.score(evaluation) <= column.score(evaluation, "_high")

@@ -25,7 +25,7 @@ LAYER = 2
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory) -> Path:
     """A BERT of random weights with the vocabulary of the texts."""
-    folder = tmp_path_factory.mktemp("models") / "tiny"
+    folder = tmp_path_factory.mktemp("t5-and-others") / "tiny"  # its path is not that of a T5
     folder.mkdir()
     words = sorted({word for text in REFERENCES + PREDICTIONS for word in text.split()})
     (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]))
@@ -93,7 +93,7 @@ def fake(monkeypatch, tmp_path: Path, module: str, scorer: str, result: Any, fil
 
 
 def job(name: str) -> dict[str, Any]:
-    return {"name": name, "layers": None, "predictions": PREDICTIONS, "references": REFERENCES}
+    return {"name": name, "model": "x", "layers": None, "predictions": PREDICTIONS, "references": REFERENCES}
 
 
 def test_chexbert_is_called_as_its_package_asks(monkeypatch, tmp_path):
