@@ -145,25 +145,19 @@ def evaluate_each(
             most, methods = max(index.max_images for index in indexes), [one.method for one in decodings]
             student, tokenizer, collator = open_student(source, base, most, max_length, methods)
             origin = {**describe_weights(source), "shards": [list(index.fingerprint()) for index in indexes]}
+        places = [place if is_remote(place) else str(Path(place).resolve()) for place in data]
         for folder, decoding in zip(folders, decodings, strict=True):
-            settings = {"limit": limit, **describe_answering(student, collator, batch_size, decoding)}
-            provenance = {**origin, "settings": settings, "versions": versions()}
-            ask = partial(predict, student, tokenizer, collator, decoding=decoding, device=distributed.device())
-            known = {**settings, **origin, "versions": versions()}
             more = folder != folders[-1]
             work = Work("evaluate", indexes, planned, batch_size, max_skip_fraction, more or bool(probes))
+            settings = {"limit": limit, **describe_answering(student, collator, batch_size, decoding)}
+            ask = partial(predict, student, tokenizer, collator, decoding=decoding, device=distributed.device())
+            known = {**settings, **origin, "versions": versions()}
             asking = Asking(work, indexes, known, ask, student.spec.grid, store)
+            provenance = {**origin, "settings": settings, "versions": versions()}
             if (len(folders) > 1 or probes) and not overwrite and _is_finished(folder, provenance):
                 log.info("%s is already evaluated; --overwrite repeats it", folder.path)
             else:
-                facts = {
-                    "name": folder.path.name,
-                    "data": [place if is_remote(place) else str(Path(place).resolve()) for place in data],
-                    "grid": [student.spec.grid.rows, student.spec.grid.columns],
-                    "samples": sum(map(len, indexes)),
-                    "provenance": provenance | {"command": command},
-                }
-                _answer(folder, asking, settings | facts)
+                _answer(folder, asking, settings | {"data": places, "provenance": provenance | {"command": command}})
             ask_probes(folder, probes, asking, more)
     return [folder.path for folder in folders]
 
@@ -171,9 +165,14 @@ def evaluate_each(
 def _answer(folder: EvaluationFolder, asking: Asking, facts: Mapping[str, Any]) -> None:
     """Answer the samples, and write the predictions and the scores. Every rank must call it."""
     tally, journal = answer_all(asking.work, folder.predictions, asking.settings, asking.ask, asking.store)
+    found = {
+        "name": folder.path.name,
+        "grid": [asking.grid.rows, asking.grid.columns],
+        "samples": sum(map(len, asking.indexes)),
+    }
     with distributed.raise_on_all_ranks():
         if distributed.is_main():
-            _write(folder, tally, facts)
+            _write(folder, tally, {**found, **facts})
             journal.finish()
 
 
