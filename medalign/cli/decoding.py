@@ -73,8 +73,10 @@ def read_decodings(arguments: argparse.Namespace) -> list[Decoding]:
     from medalign.errors import ConfigError
 
     found: list[Decoding] = []
-    for name in arguments.decoding:
-        kind = find_method(name)
+    kinds = [find_method(name) for name in arguments.decoding]
+    for kind in kinds:
+        # A seed for one method of a sweep is no mistake at the others, which have no noise.
+        idle = not (arguments.do_sample or kind.seeded) and any(each.seeded for each in kinds)
         given = {key: getattr(arguments, f"{kind.name}.{key}") for key in (item.name for item in fields(kind))}
         decoding = Decoding(
             max_new_tokens=arguments.max_new_tokens,
@@ -82,7 +84,7 @@ def read_decodings(arguments: argparse.Namespace) -> list[Decoding]:
             do_sample=arguments.do_sample,
             top_p=arguments.top_p,
             temperature=arguments.temperature,
-            seed=arguments.seed,
+            seed=0 if idle else arguments.seed,
             method=kind(**{key: value for key, value in given.items() if value is not None}),
         )
         if decoding.method.name in [one.method.name for one in found]:

@@ -47,6 +47,7 @@ def load_tower(settings: TeacherSettings, device: torch.device | str, dtype: tor
     kind = tower_class(source)
     kind.check(source)
     _require_rollout(source, kind, settings)
+    _require_texts(source, kind, settings)
     seed = settings.random_weights_seed
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed or 0)
@@ -76,6 +77,15 @@ def _require_rollout(source: TeacherSource, kind: type[Tower], settings: Teacher
         )
 
 
+def _require_texts(source: TeacherSource, kind: type[Tower], settings: TeacherSettings) -> None:
+    """Raise ConfigError if text-conditioned attention is asked for and the teacher was trained without texts."""
+    if settings.text_weight > 0 and not issubclass(kind, TextAlignedTower):
+        raise ConfigError(
+            f"teacher {source.name} was trained without texts, but teacher.text_weight is {settings.text_weight}; set "
+            "it to 0, or choose a teacher with a text tower"
+        )
+
+
 def teacher_dtype(settings: TeacherSettings, student: torch.dtype) -> torch.dtype:
     """Return the data type of the teacher's weights, given the student's."""
     return _DTYPES.get(settings.precision, student)
@@ -96,13 +106,14 @@ def require_attention(config: Config) -> None:
 
     Raises:
         ConfigError: a loss needs attention, and the teacher has none, or not that of teacher.attention; the message
-            gives the setting.
+            gives the setting. Or teacher.text_weight needs texts, and the teacher was trained without.
     """
     for number, settings in enumerate(config.teachers):
         source = find_teacher(settings.path, settings.mean, settings.std)
         kind = tower_class(source)
         kind.check(source)
         _require_rollout(source, kind, settings)
+        _require_texts(source, kind, settings)
         if kind.has_attention:
             continue
         beta = config.losses.beta * settings.attention_weight
@@ -121,12 +132,8 @@ def require_attention(config: Config) -> None:
 
 @torch.no_grad()
 def _build_conditioning(source: TeacherSource, kind: type[Tower], config: TeacherSettings) -> TextConditioning:
-    """Embed the lexicon's prompts. Raises ConfigError if the teacher has no text tower."""
-    if not issubclass(kind, TextAlignedTower):
-        raise ConfigError(
-            f"teacher {source.name} was trained without texts, but teacher.text_weight is {config.text_weight}; set it "
-            "to 0, or choose a teacher with a text tower"
-        )
+    """Embed the lexicon's prompts."""
+    assert issubclass(kind, TextAlignedTower)  # by _require_texts
     lexicon = read_lexicon(config.lexicon or PACKAGED)
     findings = lexicon.findings.values()
     prompts = [list(finding.present) for finding in findings] + [list(finding.absent) for finding in findings]

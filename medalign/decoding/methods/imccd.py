@@ -131,6 +131,9 @@ class _Calibration:
     def __init__(self, views: _Views, gamma: float) -> None:
         self._views, self._gamma = views, gamma
         self._tail = int(views.text_RL.sum(1).max())  # text tokens after the image, of the longest sample
+        self._all_text = bool(views.text_RL.any(1).all())
+        self._moved_RGLD = torch.empty(0)  # keys of the prompts, as if image tokens were at the last one's place
+        self._constant_RH11 = torch.empty(0)  # in place of distorted values
 
     def __call__(
         self,
@@ -146,13 +149,26 @@ class _Calibration:
         """Compute the rows of text after the image here, and the others by the backend."""
         rows, keys = query_RHQD.shape[2], key_RGKD.shape[2]
         new = keys - self._views.text_RL.shape[1]  # tokens of the answer so far
+        if new == 0:
+            self._read_prompts(key_RGKD, value_RGKD, query_RHQD.shape[1])
         text_RK = F.pad(self._views.text_RL, (0, new), value=True) & self._views.text_RL.any(1, keepdim=True)
         tail = min(rows, self._tail + new)
         text_RT = text_RK[:, keys - tail :]
-        mixed_RTHD = self._mix(query_RHQD[:, :, -tail:], key_RGKD, value_RGKD, text_RT, **kwargs)
+        mixed_RTHD = self._mix(query_RHQD[:, :, -tail:], key_RGKD, value_RGKD, text_RT, kwargs["scaling"])
+        if tail == rows and self._all_text:
+            return mixed_RTHD, None
         output_RQHD, _ = attend(module, query_RHQD, key_RGKD, value_RGKD, attention_mask, **kwargs)
         output_RQHD[:, -tail:] = mixed_RTHD.where(text_RT[..., None, None], output_RQHD[:, -tail:])
         return output_RQHD, None
+
+    def _read_prompts(self, key_RGLD: torch.Tensor, value_RGLD: torch.Tensor, heads: int) -> None:
+        image_RL, half = self._views.image_RL, key_RGLD.shape[-1] // 2
+        turned_RGLD = torch.cat([-key_RGLD[..., half:], key_RGLD[..., :half]], dim=-1).float()
+        moved_RGLD = key_RGLD.float() * self._views.cos_RLD[:, None] + turned_RGLD * self._views.sin_RLD[:, None]
+        self._moved_RGLD = moved_RGLD.to(key_RGLD.dtype)
+        means_RGL = value_RGLD.float().mean(-1).where(image_RL[:, None], 0)
+        constant_RG = means_RGL.sum(-1) / image_RL.sum(1, keepdim=True).clamp_min(1)
+        self._constant_RH11 = constant_RG.repeat_interleave(heads // constant_RG.shape[1], 1)[..., None, None]
 
     def _mix(
         self,
@@ -160,38 +176,30 @@ class _Calibration:
         key_RGKD: torch.Tensor,
         value_RGKD: torch.Tensor,
         text_RT: torch.Tensor,
-        *,
         scaling: float,
-        **_: Any,
     ) -> torch.Tensor:
         """Return the outputs of the last T rows, [R, T, H, D]."""
-        new, groups = key_RGKD.shape[2] - self._views.text_RL.shape[1], query_RHTD.shape[1] // key_RGKD.shape[1]
+        new = key_RGKD.shape[2] - self._views.text_RL.shape[1]
         image_RK = F.pad(self._views.image_RL, (0, new))
-        key_RHKD, value_RHKD = (part.repeat_interleave(groups, 1) for part in (key_RGKD, value_RGKD))
-        scores_RHTK = self._scores(query_RHTD, key_RHKD, image_RK) * scaling
+        scores_RHTK = self._scores(query_RHTD, key_RGKD, image_RK) * scaling
         weights_RHTK = scores_RHTK.masked_fill(~self._seen(text_RT, new), -torch.inf).softmax(-1)
-        image_R11K, pairs_R1TK = image_RK[:, None, None], (text_RT[:, :, None] & image_RK[:, None])[:, None]
+        pairs_R1TK = (text_RT[:, :, None] & image_RK[:, None])[:, None]
         count_R = pairs_R1TK.sum((1, 2, 3)) * scores_RHTK.shape[1]
-        mean_R = scores_RHTK.where(pairs_R1TK, 0).sum((1, 2, 3)) / count_R
-        distorted_RHTK = image_R11K & (scores_RHTK > mean_R[:, None, None, None])
+        mean_R111 = (scores_RHTK * pairs_R1TK).sum((1, 2, 3), keepdim=True) / count_R[:, None, None, None]
+        distorted_RHTK = pairs_R1TK & (scores_RHTK > mean_R111)
         distorted_RHTK[: len(image_RK) // 2] = False  # the first view
-        value_RHK1 = value_RHKD.float().mean(-1, keepdim=True).where(image_RK[:, None, :, None], 0)
-        constant_RH11 = value_RHK1.sum(2, keepdim=True) / image_RK.sum(1).clamp_min(1)[:, None, None, None]
-        kept_RHTD = weights_RHTK.masked_fill(distorted_RHTK, 0) @ value_RHKD.float()
-        lost_RHT1 = weights_RHTK.where(distorted_RHTK, 0).sum(-1, keepdim=True)
-        return (kept_RHTD + lost_RHT1 * constant_RH11).to(value_RGKD.dtype).transpose(1, 2)
+        kept_RHTK = weights_RHTK.masked_fill(distorted_RHTK, 0)
+        lost_RHT1 = (weights_RHTK - kept_RHTK).sum(-1, keepdim=True)
+        mixed_RHTD = _grouped(kept_RHTK.to(value_RGKD.dtype), value_RGKD) + lost_RHT1 * self._constant_RH11
+        return mixed_RHTD.to(value_RGKD.dtype).transpose(1, 2)
 
-    def _scores(self, query_RHTD: torch.Tensor, key_RHKD: torch.Tensor, image_RK: torch.Tensor) -> torch.Tensor:
+    def _scores(self, query_RHTD: torch.Tensor, key_RGKD: torch.Tensor, image_RK: torch.Tensor) -> torch.Tensor:
         """Return the scores without their scale, refined at the image."""
-        query_RHTD, key_RHKD = query_RHTD.float(), key_RHKD.float()
-        scores_RHTK = query_RHTD @ key_RHKD.transpose(2, 3)
+        scores_RHTK = _grouped(query_RHTD, key_RGKD.transpose(2, 3))
         if self._gamma == 0:
             return scores_RHTK
-        prompt_RHLD = key_RHKD[:, :, : self._views.text_RL.shape[1]]
-        half = prompt_RHLD.shape[-1] // 2
-        turned_RHLD = torch.cat([-prompt_RHLD[..., half:], prompt_RHLD[..., :half]], dim=-1)
-        moved_RHLD = prompt_RHLD * self._views.cos_RLD[:, None] + turned_RHLD * self._views.sin_RLD[:, None]
-        near_RHTK = F.pad(query_RHTD @ moved_RHLD.transpose(2, 3), (0, key_RHKD.shape[2] - prompt_RHLD.shape[2]))
+        near_RHTL = _grouped(query_RHTD, self._moved_RGLD.transpose(2, 3))
+        near_RHTK = F.pad(near_RHTL, (0, scores_RHTK.shape[-1] - near_RHTL.shape[-1]))
         return torch.lerp(scores_RHTK, near_RHTK.where(image_RK[:, None, None], scores_RHTK), self._gamma)
 
     def _seen(self, text_RT: torch.Tensor, new: int) -> torch.Tensor:
@@ -201,3 +209,12 @@ class _Calibration:
         places_K = torch.arange(keys, device=text_RT.device)
         causal_TK = places_K[None] <= places_K[keys - rows :, None]
         return ((causal_TK & valid_RK[:, None]) | ~text_RT[..., None])[:, None]
+
+
+def _grouped(first_RHTX: torch.Tensor, second_RGXY: torch.Tensor) -> torch.Tensor:
+    """Multiply the matrices of each head with those of its group, [R, H, T, Y] in float32."""
+    groups, rows = second_RGXY.shape[1], first_RHTX.shape[2]
+    joined_RGMX = first_RHTX.unflatten(1, (groups, -1)).flatten(2, 3)
+    product_RGMY = torch.matmul(joined_RGMX, second_RGXY).float()
+    product_RHTY: torch.Tensor = product_RGMY.unflatten(2, (-1, rows)).flatten(1, 2)
+    return product_RHTY

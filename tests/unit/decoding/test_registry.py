@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from medalign.decoding.registry import METHODS, find_method
 from medalign.errors import ConfigError
 from tests.own_method import Biased
 
+ROOT = Path(__file__).parents[3]
 OWN = "tests.own_method:Biased"
 RUN = ["evaluate", "runs/first", "--data", "data/val"]
 
@@ -49,6 +51,11 @@ def test_settings_come_from_the_command_line() -> None:
     assert greedy == Decoding(do_sample=True)
     assert own == Decoding(do_sample=True, method=Biased(token=5, shown=False))
     assert own.describe()["decoding"] == "biased" and own.describe()["decoding.token"] == 5
+
+
+def test_a_seed_is_that_of_the_methods_with_noise() -> None:
+    assert [one.seed for one in parse("--decoding", "greedy", "vcd", "--seed", "3")] == [0, 3]
+    assert [one.seed for one in parse("--decoding", "greedy", "vcd", "--seed", "3", "--do-sample")] == [3, 3]
 
 
 @pytest.mark.parametrize(
@@ -93,8 +100,18 @@ def test_a_student_is_refused_before_its_weights_are_read(student_folder: Any) -
         require_methods([Biased(token=999999)], config)
 
 
+def test_the_costs_in_the_documentation_are_those_that_were_measured() -> None:
+    measured = json.loads((ROOT / "tools/benchmarks/results/decoding.json").read_text())["students"]
+    small, wide = (measured[name]["over_greedy"] for name in ("phantom", "wide"))
+    text = (ROOT / "docs/decoding.md").read_text(encoding="utf-8")
+    for name in small.keys() - {"greedy"}:
+        figures = [rows[name][kind] for kind in ("time", "memory") for rows in (small, wide)]
+        assert f"| `{name}` | {' | '.join(f'{value:.1f}' for value in figures)} |" in text
+    assert all(wide[name]["time"] <= 2.1 for name in ("vcd", "m3id", "damro")) and wide["dola"]["time"] <= 1.15
+
+
 def test_the_table_of_the_documentation_names_every_method_and_setting() -> None:
-    text = (Path(__file__).parents[3] / "docs" / "decoding.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs/decoding.md").read_text(encoding="utf-8").partition("## Cost")[0]
     rows = {line.split("`")[1]: line for line in text.splitlines() if line.startswith("| `")}
     for name, entry in METHODS.items():
         row, method = rows[name], find_method(name)()

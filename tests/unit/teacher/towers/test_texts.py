@@ -11,8 +11,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerFast
 
 import medalign
+from medalign.config import Config
 from medalign.errors import CheckpointError, ConfigError
-from medalign.teacher.loading import load_teacher
+from medalign.teacher.loading import load_teacher, require_attention
 from medalign.teacher.source import CONFIG_NAME, WEIGHTS_NAME, find_teacher
 from medalign.teacher.towers import tower_class
 from medalign.teacher.towers.hf_bert_text import BertTextTower, bert_config
@@ -149,8 +150,12 @@ def test_the_published_text_towers_fit(shared, name, prefix):
 def test_a_teacher_without_texts_cannot_follow_a_question(tmp_path):
     dino, vision = (next(case for case in CASES if key in case.name) for key in ("DINOv2", "CLIP vision model"))
     dino.write(tmp_path / "dino")
-    with pytest.raises(ConfigError, match=r"trained without texts, but teacher\.text_weight is 0\.5; set it to 0"):
-        load_teacher(tmp_path / "dino", text_weight=0.5)
+    (tmp_path / "dino" / "model.safetensors").unlink()  # it is refused before the weights are read
+    config = Config()
+    config.teacher.path, config.teacher.text_weight = str(tmp_path / "dino"), 0.5
+    for refused in (lambda: load_teacher(config.teacher.path, text_weight=0.5), lambda: require_attention(config)):
+        with pytest.raises(ConfigError, match=r"trained without texts, but teacher\.text_weight is 0\.5; set it to 0"):
+            refused()
     vision.write(tmp_path / "vision")
     with pytest.raises(ConfigError, match="a clip_vision_model has no text tower"):
         load_teacher(tmp_path / "vision", text_weight=0.5)
