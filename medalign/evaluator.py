@@ -180,7 +180,7 @@ def _is_finished(folder: EvaluationFolder, provenance: Mapping[str, Any]) -> boo
     """Return whether the evaluation was finished as it would be now. Every rank must call it, and rank 0 decides."""
     same = False
     with distributed.raise_on_all_ranks():
-        if distributed.is_main() and folder.scores.is_file():
+        if distributed.is_main() and folder.scores.is_file() and folder.predictions.is_file():
             before = read_scores(folder.scores).get("provenance")
             same = isinstance(before, dict) and before | {"command": None} == (
                 json.loads(json.dumps(provenance)) | {"command": None}

@@ -92,7 +92,8 @@ def _plans(folder: EvaluationFolder, names: Sequence[str], asking: Asking) -> di
     found: dict[str, Any] = {}
     with distributed.raise_on_all_ranks():
         if distributed.is_main():
-            done = read_scores(folder.scores).get("probes", {})
+            asked = read_scores(folder.scores).get("probes", {})
+            done = [name for name, scores in asked.items() if folder.probe(name).is_file() or not scores.get("n")]
             for name in [name for name in names if name in done]:
                 log.info("probe %s of %s is already asked; --overwrite repeats it", name, folder.path)
             if left := [name for name in names if name not in done]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -52,13 +53,18 @@ def register(subparsers: Subparsers) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Score, print the table and log where the scores are written. Returns the exit status."""
+    from medalign.errors import ConfigError
     from medalign.evaluation.metrics.coco import coco_scores
     from medalign.evaluation.report.page import format_scored
     from medalign.evaluation.scores_file import Further, rescore
     from medalign.evaluation.text_models import TextModel, model_scores
 
     further: list[Further] = [coco_scores] if arguments.coco else []
-    if models := [TextModel.parse(text) for text in arguments.models]:
+    models = [TextModel.parse(text) for text in arguments.models]
+    for name, times in Counter(model.name for model in models).items():
+        if times > 1:
+            raise ConfigError(f"--models names {name} {times} times; name each score once")
+    if models:
         further.append(partial(model_scores, models, python=arguments.models_python))
     paths = list(dict.fromkeys(rescore(path, further) for path in arguments.predictions))
     sys.stdout.write(format_scored(paths) + "\n")

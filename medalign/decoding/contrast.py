@@ -35,7 +35,7 @@ Combine = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
 class Contrast(Method):
     """A method that compares the image with a second view. A subclass makes the view and combines the logits."""
 
-    beams: ClassVar[str] = "beams add log probabilities, and the scores of a contrast are none"
+    beams: ClassVar[str] = "beams add log probabilities, and the scores of a contrast are not log probabilities"
 
     @abstractmethod
     def second_view(self, student: Student, batch: Batch, decoding: Decoding) -> AbstractContextManager[Batch]:

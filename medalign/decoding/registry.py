@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, NamedTuple
 
 from medalign.errors import ConfigError
@@ -76,4 +77,6 @@ def find_method(name: str) -> type[Method]:
     found = import_object(path, OPTION)
     if not (isinstance(found, type) and issubclass(found, Method)):
         raise ConfigError(f"{OPTION} {name!r} is not a subclass of medalign.decoding.base.Method; give one that is")
+    if inspect.isabstract(found) or not hasattr(found, "name"):
+        raise ConfigError(f"{OPTION} {name!r} is a base of methods without a name of its own; give a subclass")
     return found

@@ -15,6 +15,7 @@ from typing import Any
 from medalign.errors import ConfigError, DataError
 from medalign.evaluation.metrics import Prediction, read_predictions, score
 from medalign.evaluation.metrics.counts import count
+from medalign.evaluation.probes.catalog import PRESUPPOSED
 from medalign.evaluation.probes.scores import facts_of, probe_scores
 from medalign.geometry import PatchGrid
 from medalign.observability.files import write_text
@@ -105,6 +106,10 @@ def _probe(
     """Return the scores of a probe with what only the evaluation knows. Without questions it has no file."""
     path = folder.probe(name)
     if not path.is_file():
+        if before.get("n") or before.get("present_n"):
+            raise DataError(
+                f"{path} does not exist, but {folder.scores} has its scores; copy it there, or evaluate again"
+            )
         return {"n": 0, **facts_of(before)}
     return probe_scores(name, read_rows(path), real) | facts_of(before)
 
@@ -131,6 +136,11 @@ def predictions_file(path: Path) -> Path:
     file = EvaluationFolder(path).predictions if path.is_dir() else path
     if not file.is_file():
         raise DataError(f"{file} does not exist; give a file of predictions or the folder of an evaluation")
+    if file == EvaluationFolder(file.parent).probe(PRESUPPOSED):
+        raise DataError(
+            f"{file}: its references are not answers, so these scores do not fit it; its own are in scores.json under "
+            "probes"
+        )
     return file
 
 

@@ -46,7 +46,7 @@ class DAMRO(Contrast):
 
     name: ClassVar[str] = "damro"
 
-    alpha: float = setting(2.0, "weight of the contrast", least=0)
+    alpha: float = setting(2.0, "weight of the contrast", least=0, most=1000)
     beta: float = setting(0.1, "smallest probability of a token, relative to the most probable one", least=0, most=1)
     top: int = setting(10, "outlier tokens per image", least=1)
     tower_block: int = setting(-2, "block of the vision tower whose attention is read, from the end", most=-1)

@@ -47,7 +47,7 @@ class DoLa(Method):
     """Contrast with the prediction of an earlier block."""
 
     name: ClassVar[str] = "dola"
-    beams: ClassVar[str] = "beams add log probabilities, and the scores of a contrast are none"
+    beams: ClassVar[str] = "beams add log probabilities, and the scores of a contrast are not log probabilities"
 
     bucket: Literal["low", "high"] = setting("low", "blocks to contrast with: low for long answers, high for short")
     beta: float = setting(0.1, "smallest probability of a token, relative to the most probable one", least=0, most=1)

@@ -48,7 +48,7 @@ class IMCCD(Contrast):
 
     name: ClassVar[str] = "imccd"
 
-    alpha: float = setting(3.0, "weight of the contrast", least=0)
+    alpha: float = setting(3.0, "weight of the contrast", least=0, most=1000)
     beta: float = setting(0.2, "smallest probability of a token, relative to the most probable one", least=0, most=1)
     gamma: float = setting(0.2, "share of the scores without the distance to the image", least=0, most=1)
     refined_blocks: int = setting(6, "blocks, from the first, whose attention to the image is refined", least=0)

@@ -30,6 +30,8 @@ from medalign.decoding.base import Decoding, setting
 from medalign.decoding.contrast import Contrast, amplify, plausible, without_images
 from medalign.student.model import Student
 
+_LARGEST = 30.0  # of lambda t: c is far below the rounding of w_t (c - u) then, and the scores stay finite
+
 
 @dataclass(frozen=True)
 class M3ID(Contrast):
@@ -48,7 +50,7 @@ class M3ID(Contrast):
 
     def combine(self, first_BV: torch.Tensor, second_BV: torch.Tensor, step: int) -> torch.Tensor:
         """See `Contrast.combine`."""
-        weight = math.expm1(self.decay * (step + 1))  # (1 - g) / g
+        weight = math.expm1(min(self.decay * (step + 1), _LARGEST))  # (1 - g) / g
         with_BV, without_BV = first_BV.log_softmax(-1), second_BV.log_softmax(-1)
         scores_BV = plausible(amplify(with_BV, without_BV, weight), first_BV, self.beta)
         if self.threshold == 1:

@@ -74,7 +74,11 @@ class OPERA(Method):
     reselect: Literal["vocabulary", "candidates"] = setting("vocabulary", "what may be chosen after a return")
 
     def check(self, spec: ModelSpec, config: StudentConfig) -> None:
-        """Refuse a student whose last block does not see all tokens."""
+        """Refuse a student whose last block does not see all tokens, or that has fewer tokens than candidates."""
+        if self.candidates > (vocabulary := len(spec.model.get_output_embeddings().weight)):
+            raise ConfigError(
+                f"{self.option('candidates')} is {self.candidates}, but the student has only {vocabulary} tokens"
+            )
         last = len(spec.blocks) - 1
         if window := spec.window(last):
             raise ConfigError(

@@ -38,7 +38,7 @@ class VCD(Contrast):
     name: ClassVar[str] = "vcd"
     seeded: ClassVar[bool] = True
 
-    alpha: float = setting(1.0, "weight of the contrast", least=0)
+    alpha: float = setting(1.0, "weight of the contrast", least=0, most=1000)
     beta: float = setting(0.1, "smallest probability of a token, relative to the most probable one", least=0, most=1)
     noise_step: int = setting(500, "step of the diffusion that gives the noise", least=0, most=_STEPS - 1)
 

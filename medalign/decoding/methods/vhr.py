@@ -45,7 +45,7 @@ class VHR(Method):
 
     name: ClassVar[str] = "vhr"
 
-    alpha: float = setting(2.0, "factor of the outputs of vision-aware heads", least=0)
+    alpha: float = setting(2.0, "factor of the outputs of vision-aware heads", least=0, most=1000)
     share: float = setting(14 / 32, "share of the blocks, the last ones, whose heads are reinforced", 0, 1)
     second_block: bool = setting(True, "whether heads of the second block are reinforced, too")
 

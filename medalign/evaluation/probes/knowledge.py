@@ -32,19 +32,23 @@ class Evidence:
     """What the samples of one image say.
 
     Attributes:
-        annotated: the findings of the annotation; None without the field.
+        annotated: the findings that the annotation states; None without the field.
+        doubted: those that it names with doubt, such as "possible edema".
         reports: texts.
         answers: question and answer.
     """
 
     annotated: set[str] | None = None
+    doubted: set[str] = field(default_factory=set)
     reports: set[str] = field(default_factory=set)
     answers: set[tuple[str, str]] = field(default_factory=set)
 
     def add(self, fields: Mapping[str, Any], labeller: Labeller) -> None:
         """Add the fields of a sample."""
         if isinstance(listed := fields.get("findings"), list):
-            self.annotated = (self.annotated or set()) | {name for one in listed for name in _named(one, labeller)}
+            named = [pair for one in listed for pair in _named(one, labeller)]
+            self.annotated = (self.annotated or set()) | {name for name, assertion in named if assertion == "present"}
+            self.doubted |= {name for name, assertion in named if assertion == "uncertain"}
         if report := report_of(fields):
             self.reports.add(report)
         if fields.get("task") == "vqa" and yes_or_no(str(fields.get("answer"))):
@@ -67,7 +71,7 @@ def known_findings(images: Iterable[Evidence], labeller: Labeller) -> list[Known
 def _known(evidence: Evidence, universe: set[str], labeller: Labeller) -> Known:
     order = list(labeller.lexicon.findings)
     if evidence.annotated is not None:
-        present, absent = evidence.annotated, universe - evidence.annotated
+        present, absent = evidence.annotated, universe - evidence.annotated - evidence.doubted
     else:
         labels = [labeller.label(text) for text in sorted(evidence.reports)]
         said: list[tuple[str, str]] = [(name, label.assertion) for one in labels for name, label in one.items()]
@@ -86,8 +90,9 @@ def _answered(question: str, answer: str, labeller: Labeller) -> list[tuple[str,
     return [(mentions[0].finding, "present" if agrees else "absent")]
 
 
-def _named(entry: Any, labeller: Labeller) -> set[str]:
-    """Return the findings that an entry of the annotation's list names."""
+def _named(entry: Any, labeller: Labeller) -> list[tuple[str, str]]:
+    """Return the findings that an entry of the annotation's list names, with what it says about them."""
     if isinstance(entry, Mapping):
         entry = next((entry[name] for name in _NAMES if isinstance(entry.get(name), str)), None)
-    return set(labeller.label(entry)) if isinstance(entry, str) else set()
+    labels = labeller.label(entry) if isinstance(entry, str) else {}
+    return [(name, label.assertion) for name, label in labels.items()]

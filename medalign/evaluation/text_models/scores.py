@@ -126,7 +126,12 @@ def _run(model: TextModel, predictions: Sequence[str], references: Sequence[str]
         raise ConfigError(f"--models-python {python} cannot be run ({error.strerror}); name an interpreter") from error
     if ended.returncode:
         return {"unavailable": f"its package failed with {_last_error(ended.stderr, model.folder)}"}
-    found: dict[str, Any] = json.loads(ended.stdout)
+    try:
+        found: dict[str, Any] = json.loads(ended.stdout)
+    except ValueError:
+        return {
+            "unavailable": f"its process wrote no result; check that --models-python {python} is a Python interpreter"
+        }
     return found
 
 

@@ -30,7 +30,8 @@ def bertscore(job: Job) -> Result:
     from bert_score.utils import model2layers
 
     name = job["model"]
-    layers = job["layers"] or {known.rpartition("/")[2]: layer for known, layer in model2layers.items()}.get(name)
+    known = {model.rpartition("/")[2]: layer for model, layer in model2layers.items()}
+    layers = known.get(name) if job["layers"] is None else job["layers"]
     if layers is None:
         return {"unavailable": f"bert-score has no layer for a model called {name}; name one: bertscore=FOLDER:LAYER"}
     # Not the whole path: the package takes every path with "t5" in it for a T5.

@@ -426,3 +426,9 @@ def test_noise_is_normal_and_differs_by_image_and_key() -> None:
     assert torch.equal(noise_of(torch.zeros(1, 3, 64, 64), ["b"], 0)[0], noise[2])
     assert not torch.equal(noise_of(torch.zeros(1, 3, 64, 64), ["b"], 1)[0], noise[2])
     assert 1 > signal_left(0) > signal_left(500) > signal_left(999) > 0
+
+
+def test_a_weight_that_would_overflow_leaves_finite_scores():
+    first, second = torch.tensor([[1.0, 0.0, -9.0]]), torch.tensor([[0.0, 2.0, 0.0]])
+    scores = M3ID(decay=1e6, beta=0.0).combine(first, second, 999)
+    assert scores.isfinite().all() and scores.argmax() == 0

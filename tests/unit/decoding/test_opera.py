@@ -96,6 +96,11 @@ def test_a_last_block_with_a_window_is_refused(tmp_path):
         require_methods([OPERA()], StudentConfig(path=str(folder), layer=2))
 
 
+def test_more_candidates_than_tokens_are_refused(student_folder):
+    with pytest.raises(ConfigError, match=r"candidates is 100000, but the student has only \d+ tokens"):
+        require_methods([OPERA(candidates=100000)], StudentConfig(path=str(student_folder), layer=2))
+
+
 def test_beams_and_sampling_are_refused():
     with pytest.raises(ConfigError, match="opera cannot be combined with --num-beams 3: .* --decoding.opera.num_beams"):
         Decoding(num_beams=3, method=OPERA())

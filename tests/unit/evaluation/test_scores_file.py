@@ -112,3 +112,19 @@ def test_what_is_not_a_prediction_is_refused_by_name(text, message, tmp_path, ca
 def test_a_file_that_does_not_exist_is_an_error(tmp_path, capsys):
     assert main(["score", str(tmp_path)]) == 2
     assert f"{tmp_path / 'predictions.jsonl'} does not exist" in capsys.readouterr().err
+
+
+def test_a_probe_whose_file_is_lost_keeps_its_scores_and_is_named(tmp_path, capsys):
+    write_predictions(tmp_path / "predictions.jsonl", [Prediction("a", "vqa", "?", "yes", "closed", "yes")])
+    (tmp_path / "scores.json").write_text(json.dumps({"probes": {"blank": {"n": 1, "accuracy": 1.0}}}))
+    assert main(["score", str(tmp_path)]) == 2
+    assert "probe-blank.jsonl does not exist, but" in capsys.readouterr().err
+    assert json.loads((tmp_path / "scores.json").read_text())["probes"]["blank"]["n"] == 1
+
+
+def test_answers_to_presupposing_questions_are_not_scored_against_their_references(tmp_path, capsys):
+    path = tmp_path / "probe-presupposed.jsonl"
+    write_predictions(path, [Prediction("a", "vqa", "Which side is it on?", "none", "open", "There is none.")])
+    for words in (["score", str(path)], ["compare", f"a={path}", f"b={path}"]):
+        assert main(words) == 2
+        assert "its references are not answers" in capsys.readouterr().err

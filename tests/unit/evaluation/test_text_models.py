@@ -179,3 +179,8 @@ def test_green_is_refused_and_wrong_options_are_errors(tmp_path, capsys):
     options = ["--models", f"bertscore={tmp_path}", "--models-python", str(tmp_path / "absent")]
     assert main(["score", str(tmp_path / "other.jsonl"), *options]) == 2
     assert "cannot be run" in capsys.readouterr().err
+    twice = ["--models", f"bertscore={tmp_path}", f"bertscore={tmp_path}:2"]
+    assert main(["score", str(tmp_path / "other.jsonl"), *twice]) == 2
+    assert "names bertscore 2 times" in capsys.readouterr().err
+    found = model_scores([TextModel("bertscore", tmp_path)], PREDICTIONS, REFERENCES, python="/bin/true")
+    assert "wrote no result" in found["not_available"]["bertscore"]
