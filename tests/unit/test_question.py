@@ -34,7 +34,7 @@ def test_the_image_tag_is_removed_as_in_training(monkeypatch, tmp_path: Path, fi
     opened = SimpleNamespace(), None, collator
     monkeypatch.setattr(inference, "open_student", lambda *_, **__: opened)
     with pytest.raises(Opened):
-        inference.generate(tmp_path, [film], question, None, 4)
+        inference.generate(tmp_path, [film], question)
     assert [sample.question for sample in asked] == ["is it?"]
 
 

@@ -71,7 +71,8 @@ def test_outside_of_the_main_thread_nothing_is_changed(caplog):
 def test_held_signals_arrive_after_the_context():
     with stop_signals() as received:
         with hold_stop_signals():
-            os.kill(os.getpid(), signal.SIGUSR1)
+            # To this thread: it is the one that holds signals, and other tests may have left threads that take them.
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1)
             assert received.request is None
         assert received.request is Preempted
     assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set()

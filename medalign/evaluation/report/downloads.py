@@ -59,7 +59,7 @@ def png_uri(figure: Figure) -> str:
     drawn, small = io.BytesIO(), io.BytesIO()
     dpi = min(_DPI, _PIXELS / max(figure.get_size_inches()))
     figure.savefig(drawn, format="png", dpi=dpi, metadata={"Software": None})
-    Image.open(drawn).convert("RGB").quantize(_COLORS).save(small, "PNG", optimize=True)
+    Image.open(drawn, formats=["PNG"]).convert("RGB").quantize(_COLORS).save(small, "PNG", optimize=True)
     return _uri("image/png", small.getvalue())
 
 

@@ -112,5 +112,5 @@ def test_indexing_counts_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 def test_answering_also_reports_them(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "film.tif").write_bytes(stack("TIFF"))
     with pytest.raises(MedAlignError):  # there is no run, but images are read before any model
-        generate(tmp_path / "none", [tmp_path / "film.tif"], "clear ?", None, 4)
+        generate(tmp_path / "none", [tmp_path / "film.tif"], "clear ?")
     assert f"--image {tmp_path / 'film.tif'} has several frames; only the first is used" in caplog.text
