@@ -180,7 +180,7 @@ def _measure_all(
     instruments: Instruments, index: ShardIndex, output: Path, facts: Mapping[str, Any], limit: int | None
 ) -> tuple[list[Grounded], int]:
     """Measure the samples that the file lacks. Returns all records and how many samples could not be read."""
-    records = _resume(output, facts)
+    head, records = _resume(output, facts)
     if records:
         log.info("%d samples are in %s already", len(records), output)
     unreadable: list[str] = []
@@ -188,11 +188,14 @@ def _measure_all(
     having = islice(_boxed(index, instruments.student, unreadable), limit)
     left = (found for found in having if found[0].key not in done)
     total = len(index) if limit is None else limit
-    with output.open("a", encoding="utf-8") as file, ProgressReporter("ground", total, "samples") as progress:
+    with ProgressReporter("ground", total, "samples") as progress:
         while batch := list(islice(left, instruments.batch_size)):
             found = instruments.measure(batch)
-            file.write("".join(json.dumps(asdict(one)) + "\n" for one in found))
-            file.flush()
+            if head is not None:  # a file of other shards is replaced only when there is something in its place
+                write_text(output, head)
+                head = None
+            with output.open("a", encoding="utf-8") as file:
+                file.write("".join(json.dumps(asdict(one)) + "\n" for one in found))
             records += found
             progress.add(len(found))
     return records[:limit], len(unreadable)
@@ -216,16 +219,18 @@ def _boxed(index: ShardIndex, student: Student, unreadable: list[str]) -> Iterat
             yield sample, region, None if masked is None or not masked.any() else rounded(masked.tolist())
 
 
-def _resume(path: Path, facts: Mapping[str, Any]) -> list[Grounded]:
-    """Return the samples of a file with the same facts, and leave only whole lines in it; start it otherwise."""
+def _resume(path: Path, facts: Mapping[str, Any]) -> tuple[str | None, list[Grounded]]:
+    """Return what a new file begins with, None for one with the same facts, and its samples; keep its whole lines."""
     head = json.dumps({"facts": facts}) + "\n"
     lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
     if lines and lines[0] + "\n" != head:
         log.warning("%s was measured with other settings, weights, shards or versions; starting again", path)
         lines = []
+    if not lines:
+        return head, []
     try:
         records = [Grounded.of(json.loads(line)) for line in lines[1:]]
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} is damaged ({error}); remove it, and its samples are measured again") from error
     write_text(path, head + "".join(line + "\n" for line in lines[1:]))
-    return records
+    return None, records

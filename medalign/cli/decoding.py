@@ -75,7 +75,7 @@ def read_decodings(arguments: argparse.Namespace) -> list[Decoding]:
     found: list[Decoding] = []
     kinds = [find_method(name) for name in arguments.decoding]
     for kind in kinds:
-        # A seed for one method of a sweep is no mistake at the others, which have no noise.
+        # In a sweep, a seed for one method is allowed beside others that have no noise.
         idle = not (arguments.do_sample or kind.seeded) and any(each.seeded for each in kinds)
         given = {key: getattr(arguments, f"{kind.name}.{key}") for key in (item.name for item in fields(kind))}
         decoding = Decoding(

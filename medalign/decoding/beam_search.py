@@ -65,7 +65,7 @@ class Beams:
             The new hypotheses, and the place of the choice of each running one among the R * N, int64 [R].
         """
         beams, choices = log_probs_RN.shape
-        # Enough continuations that `beams` of them go on, even if all end tokens are among the best.
+        # Enough continuations that `beams` of them remain, even if all end tokens are among the best.
         count = min(max(2, 1 + len(ends)) * beams, beams * choices)
         totals_K, places_K = (log_probs_RN + self.scores_R[:, None]).flatten().topk(count)
         last_K = tokens_RN.flatten()[places_K]

@@ -70,11 +70,15 @@ def test_an_answer_without_text_has_no_answer_maps_and_no_curves(run, data, monk
     assert not {"answer", "answer_mask", "removal"} & set(found) and list(found["heads"]) == ["question"]
 
 
-def test_shards_without_boxes_are_refused(run, data, tmp_path, capsys):
+def test_shards_without_boxes_are_refused_and_replace_nothing(run, data, tmp_path, capsys):
+    ground(run, data, "shards", 1)
+    measured = run / "evaluation" / "shards" / "grounding.jsonl"
+    before = measured.read_bytes()
     fields = {"task": "vqa", "question": "Normal?", "answer": "yes", "answer_type": "closed"}
     write_shards([Record("a", (), fields)], tmp_path / "shards")
     assert main(["ground", str(run), "--data", str(tmp_path / "shards")]) == 2
     assert "has boxes inside its image" in capsys.readouterr().err
+    assert measured.read_bytes() == before
 
 
 def record(key: str, image: str, patch: int, inside: float) -> Grounded:

@@ -60,7 +60,7 @@ class DAMRO(Contrast):
         except LookupError as reason:
             raise ConfigError(
                 f"--decoding damro with tower_block {self.tower_block} needs a class token that attends to the image "
-                f"tokens, but of this student ({spec.family.model_type}), {reason}; choose another method"
+                f"tokens; this student is a {spec.family.model_type}, and {reason}; choose another method"
             ) from reason
         if self.top > spec.image.count:
             raise ConfigError(
