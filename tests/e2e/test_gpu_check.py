@@ -91,6 +91,19 @@ def test_it_continues_after_a_failure_and_reports_it(monkeypatch, tmp_path, caps
     assert "RuntimeError: no such card" in page and "| 1.5 |" in page
 
 
+def test_chosen_stages_keep_the_rows_of_the_others(monkeypatch, tmp_path):
+    machine = stage("machine", 'print(\'{"card": "NVIDIA Test"}\')')
+    written = "import sys; open(sys.argv[-1], 'w').write('{\"rows\": [{\"ms\": %s}]}')"
+    for value in (1, 2):
+        kernels, tiles = (stage(name, written % value, figures=f"{name}.json") for name in ("kernels", "tiles"))
+        monkeypatch.setattr(check, "stages", lambda tiny, output, found=(kernels, tiles): [machine, *found])
+        words = ["--stages", "tiles"] if value == 2 else []
+        monkeypatch.setattr(sys, "argv", ["gpu_check", "--output", str(tmp_path), *words])
+        assert check.main() == 0
+    document = json.loads((tmp_path / "gpu_check.json").read_text())
+    assert [row["figures"]["rows"][0]["ms"] for row in document["stages"]] == [1, 2]
+
+
 def test_a_stage_out_of_time_is_killed_with_its_children_and_the_total_time_is_kept(monkeypatch, tmp_path):
     child = tmp_path / "child"
     forks = (

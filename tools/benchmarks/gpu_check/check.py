@@ -3,8 +3,9 @@
     tools/gpu_check.sh                    # installs missing packages into .venv, then runs this
     python -m tools.benchmarks.gpu_check --tiny      # a rehearsal on the CPU, at small sizes
 
-Each stage is a separate process with a time limit, the most important stages first. A stage that fails or exceeds its
-limit does not stop the following ones; no stage starts after the total time has passed. Writes gpu_check.json,
+Each stage is a separate process with a time limit, the most important stages first. Stages of tests run side by side,
+those that measure time alone. A stage that fails or exceeds its limit does not stop the following ones; no stage starts
+after the total time has passed. `--stages` runs some and keeps the rows of the others. Writes gpu_check.json,
 gpu_check.md, logs/ and tables/ (the tuned tiles) into `--output`; the package's own tables are not changed. The exit
 status is 0 if everything passed, 1 if something failed, 2 if there is no GPU.
 """
@@ -22,6 +23,8 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +38,7 @@ NEEDED = (
     "torch torchvision triton deepspeed transformers peft open_clip wandb webdataset safetensors jsonargparse yaml "
     "numpy PIL tqdm matplotlib jinja2 sacrebleu rouge_score psutil defusedxml fsspec pytest pytest_timeout hypothesis"
 )
+DOCUMENT = "gpu_check.json"
 OLDEST = (3, 11)
 PATIENCE = 4  # factor on the time limits of a rehearsal, which may share its CPU cores
 TAIL = 25  # lines of the log of a failed stage
@@ -85,8 +89,8 @@ def stages(tiny: bool, output: Path) -> list[Stage]:
     tables = ("--tables", str(output / "tables"))
     return [
         Stage("machine", 60, ("-m", "tools.benchmarks.gpu_check.machine")),
-        _tests("token similarity", 100, ("tests/gpu/test_token_similarity.py", *rehearsed), interpreted),
-        _tests("attention map", 130, ("tests/gpu/test_attention_map.py", *rehearsed), interpreted),
+        _tests("token similarity", 200, ("tests/gpu/test_token_similarity.py", *rehearsed), interpreted),
+        _tests("attention map", 200, ("tests/gpu/test_attention_map.py", *rehearsed), interpreted),
         _tests("training", 200, others, {}),
         Stage("kernels", 70, (*bench, *measured, "--skip", "torch.compile"), "kernels.json", variables=interpreted),
         Stage("step", 150, ("-m", "tools.benchmarks.step", *steps), "step.json"),
@@ -149,28 +153,46 @@ def _within(seconds: float, command: list[str], log: Any, variables: dict[str, s
     return "ok" if code == 0 else f"failed: status {code}"
 
 
-def check(output: Path, minutes: float, tiny: bool) -> dict[str, Any]:
-    """Run the stages one after the other while there is time."""
+def check(output: Path, minutes: float, tiny: bool, names: Collection[str] = ()) -> dict[str, Any]:
+    """Run the stages while there is time; with `names`, only those and the description of the machine."""
     began, deadline = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), time.monotonic() + 60 * minutes
-    rows: list[dict[str, Any]] = []
-    for stage in stages(tiny, output):
-        left = deadline - time.monotonic()
-        print(f"{stage.name}: ", end="", flush=True)
-        if left < 5:
-            rows.append({"stage": stage.name, "status": "not run: no time left", "seconds": 0.0})
-        else:
-            rows.append(run(stage, output, min(stage.limit * (PATIENCE if tiny else 1), left), tiny))
-        print(_line(rows[-1]), flush=True)
-        if stage.name == "machine" and not tiny:
-            _require_card(rows[0])
+    machine, *others = stages(tiny, output)
+    first = _run_before(deadline, machine, output, tiny)
+    if not tiny:
+        _require_card(first)
+    selected = [stage for stage in others if not names or stage.name in names]
+    tests, measured = ([stage for stage in selected if stage.tests is kind] for kind in (True, False))
+    with ThreadPoolExecutor(1 if tiny else max(1, len(tests))) as pool:  # a rehearsal has few cores
+        rows = list(pool.map(lambda stage: _run_before(deadline, stage, output, tiny), tests))
+    rows += [_run_before(deadline, stage, output, tiny) for stage in measured]
+    kept = {row["stage"]: row for row in _earlier(output)} if names else {}
+    kept |= {row["stage"]: row for row in rows}
+    rows = [kept[stage.name] for stage in others if stage.name in kept]
     return {
         "began": began,
-        "seconds": round(sum(row["seconds"] for row in rows), 1),
+        "seconds": round(sum(row["seconds"] for row in [first, *rows]), 1),
         "rehearsal": tiny,
-        "machine": rows[0].get("figures", {}),
-        "stages": rows[1:],
-        "failed": [row["stage"] for row in rows if row["status"] != "ok"],
+        "machine": first.get("figures", {}),
+        "stages": rows,
+        "failed": [row["stage"] for row in [first, *rows] if row["status"] != "ok"],
     }
+
+
+def _run_before(deadline: float, stage: Stage, output: Path, tiny: bool) -> dict[str, Any]:
+    """Run a stage and print its outcome, unless the time is over."""
+    left = deadline - time.monotonic()
+    if left < 5:
+        row: dict[str, Any] = {"stage": stage.name, "status": "not run: no time left", "seconds": 0.0}
+    else:
+        row = run(stage, output, min(stage.limit * (PATIENCE if tiny else 1), left), tiny)
+    print(f"{stage.name}: {_line(row)}", flush=True)
+    return row
+
+
+def _earlier(output: Path) -> list[dict[str, Any]]:
+    """Return the rows of the check before this one in the same folder."""
+    document = output / DOCUMENT
+    return json.loads(document.read_text())["stages"] if document.exists() else []
 
 
 def _require_card(row: dict[str, Any]) -> None:
@@ -195,6 +217,8 @@ def main() -> int:
         "--output", type=Path, default=RESULTS, metavar="DIR", help=f"default {RESULTS.relative_to(ROOT)}"
     )
     parser.add_argument("--minutes", type=float, default=9.5, help="for all stages together (default %(default)s)")
+    known = [stage.name for stage in stages(tiny=True, output=RESULTS)[1:]]
+    parser.add_argument("--stages", nargs="+", default=(), choices=known, metavar="NAME", help=", ".join(known))
     parser.add_argument("--tiny", action="store_true", help="rehearse on the CPU, at small sizes")
     parser.add_argument("--missing", action="store_true", help="only list missing packages; status 1 if there are any")
     options = parser.parse_args()
@@ -204,10 +228,11 @@ def main() -> int:
     if lacking or options.missing:
         return int(bool(lacking))
     output = options.output.resolve()
-    shutil.rmtree(output / "tables", ignore_errors=True)
+    if not options.stages:
+        shutil.rmtree(output / "tables", ignore_errors=True)
     (output / "logs").mkdir(parents=True, exist_ok=True)
-    document = check(output, options.minutes, options.tiny)
-    (output / "gpu_check.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    document = check(output, options.minutes, options.tiny, options.stages)
+    (output / DOCUMENT).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     (output / "gpu_check.md").write_text(page.render(document), encoding="utf-8")
     for line in page.failures(document):
         print(f"FAILED {line}")
