@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 import torch
 
 from medalign.benchmark.kernels.case import KernelCase, Problem
+from medalign.benchmark.kernels.gpu_timing import gpu_milliseconds
 from medalign.errors import KernelError
 
 IMPLEMENTATIONS = ("chunked", "triton")  # must be within the tolerance; the other paths are baselines
 MEGABYTE = 2**20
-_FIGURES = ("value error", "gradient error", "ms", "p20", "p80", "extra MB")
+_FIGURES = ("value error", "gradient error", "ms", "p20", "p80", "host ms", "extra MB")
 
 Step = Callable[[], Any]
 
@@ -42,12 +43,12 @@ def measure_all(
         device: where the problems are created and solved.
         dtype: element type of the inputs.
         tokens: token counts of the problems; None for each case's own.
-        repeats: timed runs per path; approximate on a GPU.
+        repeats: timed runs per path.
         skip: names of paths to leave out.
 
     Returns:
-        One row per problem and path: errors relative to float64, milliseconds (median, 20th and 80th percentile) and
-        megabytes beyond the inputs. The figures of a path that runs out of memory are NaN.
+        One row per problem and path: errors relative to float64, milliseconds (median, 20th and 80th percentile), those
+        of a GPU's host, and megabytes beyond the inputs. The figures of a path that runs out of memory are NaN.
 
     Raises:
         KernelError: an implementation exceeds its tolerance, or there is no CUDA device.
@@ -79,14 +80,15 @@ def _row(
     row: dict[str, Any] = {"problem": problem.name, "path": path}
     try:
         errors = [_relative_error(one, other) for one, other in zip(step(), expected, strict=True)]
-        times, megabytes = milliseconds(step, device, repeats), peak_megabytes(step, device)
+        (times, host), megabytes = milliseconds(step, device, repeats), peak_megabytes(step, device)
     except torch.OutOfMemoryError:
         return row | dict.fromkeys(_FIGURES, float("nan"))
     value_error, gradient_error = errors[0], max(errors[1:])
     if path in IMPLEMENTATIONS:
         _check_tolerance(problem, path, value_error, gradient_error)
     fifths = statistics.quantiles(times, n=5, method="inclusive") if len(times) > 1 else times
-    figures = (value_error, gradient_error, statistics.median(times), fifths[0], fifths[-1], megabytes)
+    middle, waiting = statistics.median(times), statistics.median(host)
+    figures = (value_error, gradient_error, middle, fifths[0], fifths[-1], waiting, megabytes)
     return row | dict(zip(_FIGURES, figures, strict=True))
 
 
@@ -104,13 +106,12 @@ def _relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found.double() - expected).norm() / expected.norm().clamp_min(1e-300))
 
 
-def milliseconds(step: Step, device: torch.device, repeats: int) -> list[float]:
-    """The time of each run: exactly `repeats` runs on the CPU, about as many on a GPU."""
+def milliseconds(step: Step, device: torch.device, repeats: int) -> tuple[list[float], list[float]]:
+    """The time of each run on the device, and on the host, which enqueues it; on the CPU they are the same."""
     if device.type == "cuda":
-        from medalign.benchmark.kernels.triton_timing import gpu_milliseconds
-
         return gpu_milliseconds(step, repeats)
-    return [1e3 * each.wall for each in cpu_times(step, repeats)]
+    times = [1e3 * each.wall for each in cpu_times(step, repeats)]
+    return times, times
 
 
 def cpu_times(step: Step, repeats: int, short: float = 0.0) -> list[CpuTime]:

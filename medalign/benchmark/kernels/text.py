@@ -7,13 +7,13 @@ from typing import Any
 
 
 def as_table(title: str, rows: Sequence[Mapping[str, Any]]) -> str:
-    """Format rows with the keys of the first row as header; numbers are right-aligned."""
+    """Format rows with all their keys as header; numbers are right-aligned, and what a row lacks is empty."""
     if not rows:
         return f"{title}\n  nothing"
-    head = list(rows[0])
-    cells = [head, *([_cell(row[name]) for name in head] for row in rows)]
+    head = list(dict.fromkeys(name for row in rows for name in row))
+    cells = [head, *([_cell(row.get(name, "")) for name in head] for row in rows)]
     widths = [max(len(line[column]) for line in cells) for column in range(len(head))]
-    numeric = [all(isinstance(row[name], (int, float)) for row in rows) for name in head]
+    numeric = [all(isinstance(row.get(name, 0), (int, float)) for row in rows) for name in head]
     lines = (
         "  ".join(
             cell.rjust(width) if right else cell.ljust(width)

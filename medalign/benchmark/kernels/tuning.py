@@ -33,7 +33,7 @@ def tune_all(
     Args:
         cases: the operations.
         device: where to time the candidates.
-        repeats: timed runs per candidate; approximate on a GPU.
+        repeats: timed runs per candidate.
         folder: where to write copies of the tables, one file per operation; None to change the packaged tables.
         seconds: time limit per entry. The current tile is timed first, so a search that is cut short never selects a
             slower one.
@@ -74,7 +74,7 @@ def _tune(entry: TuningEntry, device: torch.device, repeats: int, file: Path, se
         tried += 1
         entry.use(candidate)
         try:
-            times[number] = statistics.median(milliseconds(entry.step, device, repeats))
+            times[number] = statistics.median(milliseconds(entry.step, device, repeats)[0])
         except FAILURES as error:
             log.info("%s: %s does not run: %s", entry.name, candidate, error)
     if not times:

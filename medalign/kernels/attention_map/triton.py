@@ -71,22 +71,25 @@ class _AttentionMap(torch.autograd.Function):
         call = _Call(query_BHLD, key_BKLD, args)
         log_sum_HT = query_BHLD.new_empty(call.heads, call.tokens, dtype=torch.float32)
         partial_KT = query_BHLD.new_zeros(call.key_heads, call.tokens, dtype=torch.float32)
-        call.over_pairs("log_sum_kernel", log_sum=log_sum_HT)
-        columns, share_S = args.columns_BL.view(torch.uint8), call.share_S
-        call.over_keys("column_kernel", log_sum=log_sum_HT, columns=columns, share=share_S, partial=partial_KT)
+        inputs = {"query": query_BHLD, "key": key_BKLD, "log_sum": log_sum_HT}
+        call.over_pairs("log_sum_kernel", **inputs)
+        columns = args.columns_BL.view(torch.uint8)
+        call.over_keys("column_kernel", **inputs, columns=columns, share=call.share_S, partial=partial_KT)
         ctx.save_for_backward(query_BHLD, key_BKLD, log_sum_HT)
-        ctx.args = args
+        ctx.args, ctx.call = args, call
         return partial_KT.sum(0).view(columns.shape)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream_BL: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query_BHLD, key_BKLD, log_sum_HT = ctx.saved_tensors
-        call = _Call(query_BHLD, key_BKLD, ctx.args)
+        call = ctx.call
         upstream_BL = upstream_BL.float().contiguous().masked_fill(~ctx.args.columns_BL, 0)
         largest = upstream_BL.abs().amax()
         largest = torch.where(largest == 0, 1.0, largest)
         shared = {
+            "query": query_BHLD,
+            "key": key_BKLD,
             "log_sum": log_sum_HT,
             "inner": torch.empty_like(log_sum_HT),
             "upstream": upstream_BL.div_(largest).mul_(HEADROOM),
@@ -115,56 +118,59 @@ class _Call:
     """The arguments common to all launches for one query, key and args. Never waits for the device.
 
     Tiles lie within a segment, and their number is known only on the device. The grid therefore has the maximum size,
-    and a table maps each tile to its segment; programs without a segment return at once.
+    and a table maps each tile to its segment; programs without a segment return at once. Forward and backward pass
+    share the tables, and query and key are not kept: at these sizes, the host takes longer than the device.
     """
 
     def __init__(self, query_BHLD: torch.Tensor, key_BKLD: torch.Tensor, args: AttentionMapArgs) -> None:
         self.heads, self.key_heads, self.tokens = query_BHLD.shape[1], key_BKLD.shape[1], args.rows_BL.numel()
-        self.group = self.heads // self.key_heads
-        self.bounds_S = args.bounds()
-        self.share_S, self.before_S = args.shares(self.heads)
+        group = self.heads // self.key_heads
+        bounds_S = args.bounds()
+        self.share_S, before_S = args.shares(self.heads)
         self.device = query_BHLD.device
         width = query_BHLD.shape[-1]
-        self.tiles = tile_table.tiles(gpu.architecture(self.device), query_BHLD.dtype, width)
+        tiles = tile_table.tiles(gpu.architecture(self.device), query_BHLD.dtype, width)
         self.common: dict[str, Any] = {
-            "query": query_BHLD,
-            "key": key_BKLD,
             "valid": args.valid_BL.view(torch.uint8),
             "row_token": args.rows_BL.flatten().byte().argsort(descending=True, stable=True).int(),
-            "row_first": self.before_S.int(),
-            "segment_first": self.bounds_S.int(),
+            "row_first": before_S.int(),
+            "segment_first": bounds_S.int(),
             **_strides("query", query_BHLD),
             **_strides("key", key_BKLD),
             "length": query_BHLD.shape[2],
             "tokens": self.tokens,
-            "segments": len(self.bounds_S) - 1,
+            "segments": len(bounds_S) - 1,
             "window": min(args.window or self.tokens, self.tokens),
             "scale": float(args.scale),
             "softcap": float(args.softcap or 1.0),
-            **constants(self.tiles, query_BHLD.dtype, width, self.group, capped=args.softcap is not None),
-            "num_warps": self.tiles.warps,
-            "num_stages": self.tiles.stages,
+            **constants(tiles, query_BHLD.dtype, width, group, capped=args.softcap is not None),
+            "num_warps": tiles.warps,
+            "num_stages": tiles.stages,
         }
+        self._pair_tiles = self._tables(before_S.diff() * group, self.tokens * group, tiles.pairs)
+        self._key_tiles = self._tables(bounds_S.diff(), self.tokens, tiles.keys)
 
     def over_pairs(self, kernel: str, **arguments: Any) -> None:
         """Launch a kernel over tiles of (row, query head) pairs."""
-        pairs_S = self.before_S.diff() * self.group
-        self._launch(kernel, pairs_S, self.tokens * self.group, self.tiles.pairs, arguments)
+        self._launch(kernel, self._pair_tiles, arguments)
 
     def over_keys(self, kernel: str, **arguments: Any) -> None:
         """Launch a kernel over tiles of keys."""
-        self._launch(kernel, self.bounds_S.diff(), self.tokens, self.tiles.keys, arguments)
+        self._launch(kernel, self._key_tiles, arguments)
 
-    def _launch(self, kernel: str, items_S: torch.Tensor, limit: int, block: int, arguments: dict[str, Any]) -> None:
+    def _tables(self, items_S: torch.Tensor, limit: int, block: int) -> dict[str, torch.Tensor]:
+        """Return the segment of each tile and the first tile of each segment, for tiles of `block` items."""
         tiles_S = (items_S + block - 1) // block
         end_S = tiles_S.cumsum(0)
         bound = limit // block + len(tiles_S)
         segment = torch.searchsorted(end_S, torch.arange(bound, device=self.device), right=True)
-        tables = {"tile_segment": segment.int(), "tile_first": (end_S - tiles_S).int()}
-        kernels = _kernels()
+        return {"tile_segment": segment.int(), "tile_first": (end_S - tiles_S).int()}
+
+    def _launch(self, kernel: str, tables: dict[str, torch.Tensor], arguments: dict[str, Any]) -> None:
+        kernels, grid = _kernels(), (len(tables["tile_segment"]), self.key_heads)
         try:
-            with torch.cuda.device_of(self.common["query"]):
-                kernels[kernel][(bound, self.key_heads)](**self.common, **arguments, **tables)
+            with torch.cuda.device_of(arguments["query"]):
+                kernels[kernel][grid](**self.common, **arguments, **tables)
         except kernels["OutOfResources"] as error:
             raise KernelError(
                 f"attention_map: {self.device} lacks the resources for {kernel} at {self.common['WIDTH']} "

@@ -84,14 +84,19 @@ def stages(tiny: bool, output: Path) -> list[Stage]:
     """Return the stages, most important first. The tuned tables are written below `output`."""
     bench = ("-m", "medalign", "bench", "kernels")
     rehearsed, measured, steps, tuned = TINY if tiny else REAL
-    others = ("tests/gpu/test_teacher_stream.py", "tests/gpu/test_flash_attention.py", "tests/gpu/test_training.py")
+    others = (
+        "tests/gpu/test_teacher_stream.py",
+        "tests/gpu/test_module_timer.py",
+        "tests/gpu/test_flash_attention.py",
+        "tests/gpu/test_training.py",
+    )
     interpreted = {"TRITON_INTERPRET": "1"} if tiny else {}
     tables = ("--tables", str(output / "tables"))
     return [
         Stage("machine", 60, ("-m", "tools.benchmarks.gpu_check.machine")),
         _tests("token similarity", 200, ("tests/gpu/test_token_similarity.py", *rehearsed), interpreted),
         _tests("attention map", 200, ("tests/gpu/test_attention_map.py", *rehearsed), interpreted),
-        _tests("training", 200, others, {}),
+        _tests("training", 330, others, {}),
         Stage("kernels", 70, (*bench, *measured, "--skip", "torch.compile"), "kernels.json", variables=interpreted),
         Stage("step", 150, ("-m", "tools.benchmarks.step", *steps), "step.json"),
         Stage("tiles", 100, (*bench, "--tune", *tuned, *tables), "tiles.json", variables=interpreted),
@@ -115,7 +120,9 @@ def run(stage: Stage, output: Path, seconds: float, tiny: bool) -> dict[str, Any
         status = _within(seconds, [sys.executable, *words], text, _variables(stage, outcomes, tiny))
     row: dict[str, Any] = {"stage": stage.name, "status": status, "seconds": round(time.monotonic() - began, 1)}
     row["command"] = shlex.join(["python", *(word.replace(str(output), "OUTPUT") for word in stage.words)])
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    lines = (
+        log.read_text(encoding="utf-8", errors="replace").replace(f"{ROOT}/", "").replace(str(ROOT), ".").splitlines()
+    )
     if stage.tests:
         row["tests"] = [json.loads(line) for line in outcomes.read_text().splitlines()] if outcomes.exists() else []
         if status == "ok" and not any(test["outcome"] == "passed" for test in row["tests"]) and not tiny:

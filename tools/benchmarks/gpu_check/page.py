@@ -53,11 +53,11 @@ def failures(document: dict[str, Any]) -> Iterator[str]:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Format rows with the keys of the first row as header."""
+    """Format rows with all their keys as header."""
     if not rows:
         return "no rows"
-    head = list(rows[0])
-    lines = [head, ["---"] * len(head), *([_cell(row.get(name)) for name in head] for row in rows)]
+    head = list(dict.fromkeys(name for row in rows for name in row))
+    lines = [head, ["---"] * len(head), *([_cell(row.get(name, "")) for name in head] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
