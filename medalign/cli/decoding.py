@@ -117,6 +117,9 @@ def _add_settings(parser: CommandParser, words: Sequence[str]) -> None:
         if (kind := find_method(name)) not in kinds:
             kinds.append(kind)
     keys = [item.name for kind in kinds for item in fields(kind)]
+    for key in {key for key in keys if keys.count(key) > 1}:
+        longer = [f"{OPTION}.{kind.name}.{key}" for kind in kinds if key in (item.name for item in fields(kind))]
+        parser.add_argument(f"{OPTION}.{key}", action=_Ambiguous, longer=longer, help=argparse.SUPPRESS)
     for kind in kinds:
         group = parser.add_argument_group(f"settings of {kind.name}")
         for item in fields(kind):
@@ -136,6 +139,17 @@ def _add_setting(add: Callable[..., Any], kind: type[Method], item: Field[Any]) 
         add(dest=f"{kind.name}.{item.name}", type=argument_type(_switch), metavar="true|false", help=text)
     else:
         add(dest=f"{kind.name}.{item.name}", type=hint, metavar=hint.__name__.upper(), help=text)
+
+
+class _Ambiguous(argparse.Action):
+    """Refuses the short option of a setting that several of the chosen methods have."""
+
+    def __init__(self, *words: Any, longer: Sequence[str], **settings: Any) -> None:
+        super().__init__(*words, **settings)
+        self.longer = longer
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        parser.error(f"{self.option_strings[0]} is a setting of several methods; write {' or '.join(self.longer)}")
 
 
 def _switch(text: str) -> bool:

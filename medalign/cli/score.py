@@ -45,7 +45,6 @@ def register(subparsers: Subparsers) -> None:
     )
     parser.add_argument(
         "--models-python",
-        default=sys.executable,
         metavar="FILE",
         help="interpreter of the environment that has these packages (default: this one)",
     )
@@ -56,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
     from medalign.errors import ConfigError
     from medalign.evaluation.metrics.coco import coco_scores
     from medalign.evaluation.report.page import format_scored
-    from medalign.evaluation.scores_file import Further, rescore
+    from medalign.evaluation.scores_file import Further, read_scores, rescore
     from medalign.evaluation.text_models import TextModel, model_scores
 
     further: list[Further] = [coco_scores] if arguments.coco else []
@@ -65,8 +64,13 @@ def run(arguments: argparse.Namespace) -> int:
         if times > 1:
             raise ConfigError(f"--models names {name} {times} times; name each score once")
     if models:
-        further.append(partial(model_scores, models, python=arguments.models_python))
+        further.append(partial(model_scores, models, python=arguments.models_python or sys.executable))
+    elif arguments.models_python:
+        raise ConfigError("--models-python has no effect without --models; add the models, or leave it out")
     paths = list(dict.fromkeys(rescore(path, further) for path in arguments.predictions))
     sys.stdout.write(format_scored(paths) + "\n")
+    for path in paths:
+        for name, reason in read_scores(path).get("not_available", {}).items():
+            log.warning("%s: %s is not available: %s", path, name, reason)
     log.info("scores: %s", ", ".join(map(str, paths)))
     return 0

@@ -1,11 +1,13 @@
 """scores.json: the scores of a file of predictions, with what they were measured on.
 
 Scores depend only on the predictions: computing them again gives the same file, bit by bit. What cannot be computed
-from the predictions (FACTS) is kept as the evaluation wrote it.
+from the predictions (FACTS) is kept as the evaluation wrote it. So are scores that other programs computed on request,
+as long as the predictions are those that they were computed on.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -53,6 +55,7 @@ def format_scores(rows: Sequence[Prediction], facts: Mapping[str, Any], more: Ma
 
 
 Further = Callable[[Sequence[str], Sequence[str]], Mapping[str, Any]]
+_FURTHER = "further"  # of which predictions the further scores are, their names, and those that are missing
 
 
 def rescore(predictions: Path, further: Sequence[Further] = ()) -> Path:
@@ -73,18 +76,36 @@ def rescore(predictions: Path, further: Sequence[Further] = ()) -> Path:
     rows = read_rows(path)
     output = scores_path(path)
     facts = read_scores(output) if output.is_file() else {}
-    reports = [row for row in rows if row.task == "report"]
-    more: dict[str, Any] = {}
-    missing: dict[str, str] = {}
-    for scores_of in further if reports else ():
-        found = scores_of([row.prediction for row in reports], [row.answer for row in reports])
-        missing |= found.get("not_available", {})
-        more |= found
-    more |= {"not_available": missing} if missing else {}
+    more = _further_scores(rows, further, facts)
     if probes := facts.get("probes"):
         more["probes"] = {name: _probe(EvaluationFolder(path.parent), name, probes[name], rows) for name in probes}
     write_text(output, format_scores(rows, facts, more))
     return output
+
+
+def _further_scores(
+    rows: Sequence[Prediction], further: Sequence[Further], before: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the scores of `further`, and those that are already in the file and are of the same predictions."""
+    reports = [(row.prediction, row.answer) for row in rows if row.task == "report"]
+    if not reports:
+        return {}
+    digest = hashlib.sha256(json.dumps(reports).encode()).hexdigest()
+    known = before.get(_FURTHER, {})
+    scores: dict[str, Any] = {}
+    missing: dict[str, str] = {}
+    if known.get("predictions_sha256") == digest:
+        scores |= {name: before[name] for name in known["scores"] if name in before}
+        missing |= {name: before["not_available"][name] for name in known["missing"]}
+    for scores_of in further:
+        found = dict(scores_of(*zip(*reports, strict=True)))
+        reasons = found.pop("not_available", {})
+        missing = {name: reason for name, reason in missing.items() if name not in found} | reasons
+        scores = {name: value for name, value in scores.items() if name not in reasons} | found
+    if not scores and not missing:
+        return {}
+    record = {"predictions_sha256": digest, "scores": list(scores), "missing": list(missing)}
+    return scores | {_FURTHER: record} | ({"not_available": missing} if missing else {})
 
 
 def record_probe(folder: EvaluationFolder, name: str, facts: Mapping[str, Any]) -> None:
@@ -175,6 +196,7 @@ def read_scores(path: Path) -> dict[str, Any]:
         scores = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DataError(f"{path} is not JSON: {error}; evaluate the run again") from error
-    if not isinstance(scores, dict):
+    parts = ("probes", "not_available", _FURTHER)
+    if not isinstance(scores, dict) or not all(isinstance(scores.get(name, {}), dict) for name in parts):
         raise DataError(f"{path} contains no scores; evaluate the run again")
     return scores

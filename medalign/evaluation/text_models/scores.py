@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import subprocess
@@ -100,6 +101,9 @@ def model_scores(
         if "unavailable" in found:
             missing[model.name] = found["unavailable"]
             continue
+        if not _is_finite(found):
+            missing[model.name] = "its package returned a score that is not a finite number"
+            continue
         for name, values in found["of_each"].items():
             scores |= mean(name, values)
         scores |= found["of_all"]
@@ -133,6 +137,11 @@ def _run(model: TextModel, predictions: Sequence[str], references: Sequence[str]
             "unavailable": f"its process wrote no result; check that --models-python {python} is a Python interpreter"
         }
     return found
+
+
+def _is_finite(found: Mapping[str, Any]) -> bool:
+    of_each = (value for values in found["of_each"].values() for value in values)
+    return all(map(math.isfinite, (*of_each, *found["of_all"].values())))
 
 
 def _environment(folder: Path) -> Mapping[str, str]:

@@ -119,3 +119,10 @@ def test_the_table_of_the_documentation_names_every_method_and_setting() -> None
         for key in list(method.describe())[1:]:
             assert f"`{key.removeprefix('decoding.')}`" in row, (name, key)
         assert ("beams" in row.split("|")[-2]) == bool(method.beams), name
+
+
+def test_a_setting_of_several_methods_needs_its_long_name(capsys):
+    with pytest.raises(SystemExit):
+        parse("--decoding", "vcd", "m3id", "--decoding.beta", "0.2")
+    error = capsys.readouterr().err
+    assert "--decoding.beta is a setting of several methods; write --decoding.vcd.beta or --decoding.m3id.beta" in error

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from medalign.__main__ import main
 from medalign.evaluation.metrics import Prediction, read_predictions, score, write_predictions
-from medalign.evaluation.scores_file import format_scores
+from medalign.evaluation.scores_file import format_scores, rescore
 
 ROWS = [
     Prediction("a", "vqa", "Is there?", "yes", "closed", "Yes.", "stop", attention_inside=0.1 + 0.2, box_area=1 / 3),
@@ -128,3 +129,29 @@ def test_answers_to_presupposing_questions_are_not_scored_against_their_referenc
     for words in (["score", str(path)], ["compare", f"a={path}", f"b={path}"]):
         assert main(words) == 2
         assert "its references are not answers" in capsys.readouterr().err
+
+
+def test_further_scores_stay_with_the_predictions_that_they_were_computed_on(evaluation):
+    path, (name, before, after) = evaluation / "scores.json", ("further", "bertscore_f1", "not_available")
+    found = [{"bertscore_f1": 0.5}, {"not_available": {"bertscore_f1": "no package"}}, {"other": 1.0}]
+
+    def scored() -> dict:
+        return json.loads(path.read_text())
+
+    for scores in found:
+        rescore(evaluation, [lambda predictions, references, scores=scores: scores])
+        rescore(evaluation)
+        assert name in scored()
+        assert (before in scored()) == (scores is found[0]) and (after in scored()) == (scores is not found[0])
+    assert scored()["other"] == 1.0 and scored()[after] == {"bertscore_f1": "no package"}
+    rows = [replace(row, prediction=f"{row.prediction} Clear.") for row in ROWS]
+    write_predictions(evaluation / "predictions.jsonl", rows)
+    rescore(evaluation)
+    assert not {name, "other", after} & scored().keys()
+
+
+@pytest.mark.parametrize("text", ['{"probes": 3}', '{"further": []}', "[]", "{"])
+def test_damaged_scores_are_an_error(text, evaluation, capsys):
+    (evaluation / "scores.json").write_text(text)
+    assert main(["score", str(evaluation)]) == 2
+    assert "evaluate the run again" in capsys.readouterr().err

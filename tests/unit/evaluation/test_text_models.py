@@ -15,7 +15,7 @@ from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, BertTo
 
 from medalign.__main__ import main
 from medalign.evaluation.metrics import Prediction, write_predictions
-from medalign.evaluation.text_models import TextModel, model_scores, worker
+from medalign.evaluation.text_models import TextModel, model_scores, scores, worker
 
 REFERENCES = ["no effusion is seen", "a nodule in the left lung", "clear"]
 PREDICTIONS = ["effusion seen", "the left lung has a nodule", ""]
@@ -164,6 +164,13 @@ def test_a_failing_package_is_a_reason_without_the_text_of_a_report(raised, show
     assert "effusion" not in found["not_available"]["chexbert"]
 
 
+def test_a_score_that_is_not_a_number_is_missing_with_a_reason(monkeypatch, tmp_path):
+    found = {"of_each": {"bertscore_f1": [0.5, float("nan")]}, "of_all": {}, "signature": ""}
+    monkeypatch.setattr(scores, "_run", lambda *_: found)
+    found = model_scores([TextModel("bertscore", tmp_path)], PREDICTIONS, REFERENCES)
+    assert list(found) == ["not_available"] and "not a finite number" in found["not_available"]["bertscore"]
+
+
 def test_green_is_refused_and_wrong_options_are_errors(tmp_path, capsys):
     found = model_scores([TextModel("green", tmp_path)], PREDICTIONS, REFERENCES)
     assert "trust_remote_code" in found["not_available"]["green"]
@@ -179,6 +186,8 @@ def test_green_is_refused_and_wrong_options_are_errors(tmp_path, capsys):
     options = ["--models", f"bertscore={tmp_path}", "--models-python", str(tmp_path / "absent")]
     assert main(["score", str(tmp_path / "other.jsonl"), *options]) == 2
     assert "cannot be run" in capsys.readouterr().err
+    assert main(["score", str(tmp_path / "other.jsonl"), *options[2:]]) == 2
+    assert "--models-python has no effect without --models" in capsys.readouterr().err
     twice = ["--models", f"bertscore={tmp_path}", f"bertscore={tmp_path}:2"]
     assert main(["score", str(tmp_path / "other.jsonl"), *twice]) == 2
     assert "names bertscore 2 times" in capsys.readouterr().err
