@@ -1,10 +1,13 @@
 """Decoding methods with their published settings on finished runs: the scores beside those of greedy decoding.
 
-    python -m tools.study.decoding --runs "{L: runs/L, B: runs/B}" --data data/val --limit 200 --output decoding.json
+    python -m tools.study.decoding --runs "{base: runs/base, L: [runs/L-10, runs/L-11]}" --data data/val --limit 200 \
+        --output decoding.json
 
-Writes, for each run and method, the scores, their paired differences to greedy decoding with 95 % intervals of a
-bootstrap over films, and p of a permutation test, adjusted by Holm for all methods and scores of the run. The answers
-are evaluations of the runs, so a call that ends early resumes. Prints the differences as a table.
+Writes, for each arm and method, the scores and their paired differences to greedy decoding, with p adjusted by Holm for
+all methods and scores of the arm. For an arm of one run, the 95 % intervals are of a bootstrap over films and p of a
+permutation test; for several, one per seed, the seed is the unit, as in `medalign compare`. Scores without tests are
+means of the runs. The answers are evaluations of the runs, so a call that ends early resumes. Prints the differences as
+a table.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import json
 import shlex
 import sys
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from jsonargparse import auto_cli
@@ -22,15 +26,18 @@ from medalign.decoding.registry import METHODS, find_method
 from medalign.evaluation.comparison.arms import read_arm
 from medalign.evaluation.comparison.compare import compare
 from medalign.evaluation.comparison.measures import MEASURES
+from medalign.evaluation.scores_file import read_scores
 from medalign.evaluator import evaluate_each
+from medalign.run_folder import EvaluationFolder
 
 SCORES = ("questions_correct", "closed_accuracy", "open_exact", "bleu")
 TABLE = {"questions_correct": "questions correct", "bleu": "BLEU of reports"}
-KEPT = ("metric", "samples", "baseline_score", "arm_score", "difference", "low", "high", "p", "p_holm")
+DESCRIBED = ("false_yes", "asked_denser", "attention_inside", "pointing_hits")  # without tests
+KEPT = ("metric", "unit", "samples", "baseline_score", "arm_score", "difference", "low", "high", "p", "p_holm")
 
 
 def main(
-    runs: dict[str, Path],
+    runs: dict[str, Path | list[Path]],
     data: Path,
     output: Path,
     methods: list[str] | None = None,
@@ -41,7 +48,7 @@ def main(
     """Evaluate runs with several methods and write the comparison.
 
     Args:
-        runs: folder of each run.
+        runs: for each arm the folder of a run, or those of one run per seed.
         data: folder of shards.
         output: JSON file to write.
         methods: all packaged methods by default; greedy is always among them.
@@ -55,29 +62,46 @@ def main(
         "command": shlex.join(["python", "-m", "tools.study.decoding", *sys.argv[1:]]),
         "settings": {method: decoding.method.describe() for method, decoding in zip(chosen, decodings, strict=True)},
         "runs": {},
+        "described": {},
     }
-    for arm, run in runs.items():
-        folders = evaluate_each(
-            run,
-            [str(data)],
-            decodings,
-            name=name,
-            batch_size=batch_size,
-            limit=limit,
-            max_length=None,
-            max_skip_fraction=0.0,
-            base=None,
-            overwrite=False,
-            command=None,
-        )
-        arms = [read_arm(f"{method}={folder}") for method, folder in zip(chosen, folders, strict=True)]
+    for arm, places in runs.items():
+        seeds = places if isinstance(places, list) else [places]
+        folders = [_answers(run, data, decodings, name, batch_size, limit) for run in seeds]
+        of_method = dict(zip(chosen, zip(*folders, strict=True), strict=True))
+        arms = [read_arm(f"{method}={','.join(map(str, paths))}") for method, paths in of_method.items()]
         rows: dict[str, list[dict[str, Any]]] = {}
         for one in compare(arms, metrics=SCORES):
             found = one.as_data()
             rows.setdefault(one.arm, []).append({key: found[key] for key in KEPT})
+        described = {method: _described(paths) for method, paths in of_method.items()}
         result["runs"][arm] = rows
+        result["described"][arm] = described
         output.write_text(json.dumps(result, indent=2) + "\n")
     sys.stdout.write(table(result))
+
+
+def _answers(
+    run: Path, data: Path, decodings: list[Decoding], name: str, batch_size: int, limit: int | None
+) -> list[Path]:
+    return evaluate_each(
+        run,
+        [str(data)],
+        decodings,
+        name=name,
+        batch_size=batch_size,
+        limit=limit,
+        max_length=None,
+        max_skip_fraction=0.0,
+        base=None,
+        overwrite=False,
+        command=None,
+    )
+
+
+def _described(folders: tuple[Path, ...]) -> dict[str, float]:
+    """Return the means over runs of the scores without tests."""
+    found = [read_scores(EvaluationFolder(folder).scores) for folder in folders]
+    return {key: fmean(one[key] for one in found) for key in DESCRIBED if all(key in one for one in found)}
 
 
 def table(result: dict[str, Any]) -> str:

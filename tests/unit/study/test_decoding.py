@@ -14,7 +14,9 @@ from tests.unit.evaluation.runs_on_disk import make_run
 from tools.study import decoding as tool
 
 
-def test_each_method_is_compared_with_greedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+@pytest.fixture
+def shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The films; the answers to them are made up, worse with vhr than with greedy decoding."""
     phantom.write_phantoms(tmp_path / "films", 1, 6, 0, reports=1.0)
     shards = tmp_path / "films" / "val"
     skills = {"greedy": 1.0, "vhr": 0.0}
@@ -28,6 +30,10 @@ def test_each_method_is_compared_with_greedy(tmp_path: Path, monkeypatch: pytest
         return [folder / "evaluation" / "val" for folder in folders]
 
     monkeypatch.setattr(tool, "evaluate_each", evaluate)
+    return shards
+
+
+def test_each_method_is_compared_with_greedy(shards: Path, tmp_path: Path, capsys: Any) -> None:
     tool.main({"L": tmp_path / "run"}, shards, tmp_path / "found.json", methods=["vhr"])
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["settings"]["vhr"]["decoding.alpha"] == 2.0
@@ -38,3 +44,13 @@ def test_each_method_is_compared_with_greedy(tmp_path: Path, monkeypatch: pytest
     shown = capsys.readouterr().out
     assert "| method | L: questions correct (greedy 100.0) | L: BLEU of reports (greedy 100.0) |" in shown
     assert f"| `vhr` | {100 * correct['difference']:+.1f} [" in shown
+
+
+def test_the_seed_is_the_unit_of_an_arm_of_several_runs(shards: Path, tmp_path: Path) -> None:
+    runs = [tmp_path / f"L-{seed}" for seed in range(3)]
+    tool.main({"L": runs}, shards, tmp_path / "found.json", methods=["vhr"])
+    found = json.loads((tmp_path / "found.json").read_text())
+    (correct, *_) = found["runs"]["L"]["vhr"]
+    assert correct["unit"] == "seed" and correct["low"] == correct["high"] == correct["difference"] < 0
+    assert found["described"]["L"].keys() == {"greedy", "vhr"}
+    assert found["described"]["L"]["greedy"]["pointing_hits"] >= 0
