@@ -19,6 +19,7 @@ from medalign.decoding.nucleus import NucleusSampler
 from medalign.errors import ConfigError
 from medalign.student.families.base import ModelSpec
 from medalign.student.model import Student
+from medalign.student.views import View
 
 Processor = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """Takes the tokens so far [B, L] and scores [B, V]; returns new scores [B, V]."""
@@ -33,10 +34,12 @@ class Prepared:
     Attributes:
         batch: what the student reads. Its first rows are the samples, in their order; others are further views of them.
         processors: what changes the scores of the next token, in order.
+        views: how the prompts are read, see `student.views`; the scores have the rows of all views.
     """
 
     batch: Batch
     processors: tuple[Processor, ...] = ()
+    views: tuple[View, ...] = ()
 
 
 def setting(default: Value, help: str, least: float = -math.inf, most: float = math.inf) -> Value:
@@ -189,10 +192,9 @@ class Decoding:
         }
         if self.do_sample:
             prompt, device = batch.input_ids.shape[1], batch.input_ids.device
-            limit = self.max_new_tokens
-            processors.append(
-                NucleusSampler(self.temperature, self.top_p, self.seed, limit, batch.keys, prompt, device)
-            )
+            limit, keys = self.max_new_tokens, batch.keys * max(1, len(prepared.views))
+            processors.append(NucleusSampler(self.temperature, self.top_p, self.seed, limit, keys, prompt, device))
+        found |= {"views": prepared.views} if prepared.views else {}
         return found | ({"logits_processor": processors} if processors else {})
 
     def describe(self) -> dict[str, Any]:

@@ -28,6 +28,8 @@ from medalign.contracts import IGNORE, Batch
 from medalign.decoding.base import Decoding, Method, Prepared
 from medalign.student.model import Student
 
+NO_BEAMS = "beams add log probabilities, and the scores of a contrast are not log probabilities"
+
 Combine = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
 
 
@@ -35,7 +37,7 @@ Combine = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
 class Contrast(Method):
     """A method that compares the image with a second view. A subclass makes the view and combines the logits."""
 
-    beams: ClassVar[str] = "beams add log probabilities, and the scores of a contrast are not log probabilities"
+    beams: ClassVar[str] = NO_BEAMS
 
     @abstractmethod
     def second_view(self, student: Student, batch: Batch, decoding: Decoding) -> AbstractContextManager[Batch]:

@@ -28,6 +28,7 @@ from medalign.student.families.base import ModelSpec
 from medalign.student.packing import forward_arguments, without_packed_mask
 from medalign.student.query_mixture import QueryMixture
 from medalign.student.steering import Steering
+from medalign.student.views import View, reading_views, repeated
 
 
 class Student(nn.Module):
@@ -106,25 +107,29 @@ class Student(nn.Module):
         return StudentOutput(output.logits, kept, first.tokens, first.attention, tuple(others))
 
     @torch.no_grad()
-    def generate(self, batch: Batch, **settings: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def generate(
+        self, batch: Batch, views: Sequence[View] = (), **settings: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Generate answers for a batch of questions and capture the attention of each question.
 
         Args:
             batch: left-padded and without answers.
+            views: how the prompts are read, see `student.views`; without any, once and as they are.
             **settings: passed to `generate` of the transformers model.
 
         Returns:
-            Token ids [B, T] of the answers without the prompts, and the attention [I, N] of the first tapped block,
-            None for a batch without images.
+            Token ids [B, T] of the answers without the prompts, those of further views behind them, and the attention
+            [I, N] of the first tapped block, None for a batch without images.
         """
+        read = repeated(batch, max(1, len(views)))
         has_image = bool((batch.image_index >= 0).any())
-        pixels = batch.student_pixels.to(self.dtype) if has_image else None
+        pixels = read.student_pixels.to(self.dtype) if has_image else None
         self._begin_batch(batch)
-        with self._recording(batch, batch.rows):
+        with self._recording(batch, batch.rows), reading_views(self, batch.input_ids.shape[1], views):
             ids = self.model.generate(
-                input_ids=batch.input_ids,
-                attention_mask=batch.attention_mask.long(),
-                **self.spec.family.inputs(self.spec, batch, pixels),
+                input_ids=read.input_ids,
+                attention_mask=read.attention_mask.long(),
+                **self.spec.family.inputs(self.spec, read, pixels),
                 **settings,
             )
         attention = self._collect(batch)[0].attention if has_image else None

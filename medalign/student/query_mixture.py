@@ -56,7 +56,7 @@ class QueryMixture(nn.Module):
         self.scaling = alpha / rank
         self._question_BL: torch.Tensor | None = None
         self._bounds: torch.Tensor | None = None
-        self._gates_BLE: torch.Tensor | None = None  # one decision per row, for generated tokens
+        self.decided: torch.Tensor | None = None  # [B, 1, E]: the decision of each row, for generated tokens
 
     def forward(self, hidden_BLD: torch.Tensor, gates_BE: torch.Tensor | None = None) -> torch.Tensor:
         """Compute what to add to the output of the projection.
@@ -87,7 +87,7 @@ class QueryMixture(nn.Module):
             question_mask_BL: True at question tokens.
             bounds: [S + 1], start of each sample of a packed batch and end of the last one.
         """
-        self._question_BL, self._bounds, self._gates_BLE = question_mask_BL, bounds, None
+        self._question_BL, self._bounds, self.decided = question_mask_BL, bounds, None
 
     def attach(self, projection: nn.Module) -> None:
         """Add the mixture to the output of `projection` in every forward pass after `begin` was called.
@@ -130,14 +130,14 @@ class QueryMixture(nn.Module):
             # repeat the pass.
             copies = hidden_BLD.shape[0] // question_BL.shape[0]  # the beams of a sample are consecutive rows
             gates_BLE = self.route(hidden_BLD, question_BL.repeat_interleave(copies, dim=0), self._bounds)
-            self._gates_BLE = gates_BLE[:, -1:].detach()
+            self.decided = gates_BLE[:, -1:].detach()
             return gates_BLE
-        if self._gates_BLE is None or hidden_BLD.shape[0] % self._gates_BLE.shape[0]:
+        if self.decided is None or hidden_BLD.shape[0] % self.decided.shape[0]:
             raise RuntimeError(
                 f"QueryMixture: got hidden states of shape {tuple(hidden_BLD.shape)} before the complete sequence of "
                 f"shape {tuple(question_BL.shape)} that begin() announced"
             )
-        return self._gates_BLE.repeat_interleave(hidden_BLD.shape[0] // self._gates_BLE.shape[0], dim=0)
+        return self.decided.repeat_interleave(hidden_BLD.shape[0] // self.decided.shape[0], dim=0)
 
     def _add_to(self, _projection: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
         if self._question_BL is None:

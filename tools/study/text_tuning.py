@@ -18,11 +18,9 @@ from typing import Any
 
 from jsonargparse import auto_cli
 
-from medalign.evaluation.scores_file import read_scores
 from medalign.observability.files import write_text
-from medalign.run_folder import RunFolder
 from tools.study.arms import RATES, TUNING_SEED, Run
-from tools.study.results_file import PRIMARY, read_results
+from tools.study.results_file import PRIMARY, collect, read_results
 from tools.study.runner import RESULTS, Study, call
 
 RESULT = Path(__file__).with_suffix(".json")
@@ -60,7 +58,7 @@ def main(folder: Path, output: Path = RESULT) -> None:
         run = folder / "runs" / f"text-{name.replace(', ', '-').replace(' ', '_')}"
         for words in commands(run, settings):
             call(words, folder)
-        found = read_scores(RunFolder(run).evaluation("development").scores)
+        found = collect(REFERENCE, run, [], "")["scores"]
         rows[name] = {"settings": shlex.join(settings), **{key: found[key] for key in SCORES}}
         sys.stdout.write(f"{name}: {rows[name]}\n")
     reference = read_results(RESULTS)[REFERENCE.name]["scores"]

@@ -9,35 +9,36 @@ all these sums. a is the mean of a_k over these blocks; the tokens with a >= mea
 images of a sample count as one.
 
 The defaults are those of the authors' scripts (github.com/sangminwoo/AvisC): gamma 0.5, lambda 1, alpha 1, beta 0.1.
-The authors sample from the contrast; here that is `do_sample`. They read the attention in the first view's pass over
-the prompt, and the second view's pass follows. Here both views share a pass, so one more pass precedes it.
+The authors sample from the contrast; here that is `do_sample`. As with them, the attention is read in the first view's
+pass over the prompt, and the second view's pass follows; the passes over new tokens are shared.
 
 Shape suffixes: B samples, L tokens, V vocabulary size, K blocks, H heads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
 
 from medalign.contracts import Batch
-from medalign.decoding.base import Decoding, setting
-from medalign.decoding.contrast import Contrast, amplify, plausible
+from medalign.decoding.base import Decoding, Method, Prepared, setting
+from medalign.decoding.contrast import NO_BEAMS, TwoViews, amplify, plausible
 from medalign.decoding.interventions import RecordedRow
 from medalign.student.capture import intervening
 from medalign.student.model import Student
+from medalign.student.views import Arguments, Forward
 
 
 @dataclass(frozen=True)
-class AvisC(Contrast):
+class AvisC(Method):
     """Contrast with the blind tokens only."""
 
     name: ClassVar[str] = "avisc"
+    beams: ClassVar[str] = NO_BEAMS
 
     alpha: float = setting(1.0, "weight of the contrast", least=0, most=1000)
     beta: float = setting(0.1, "smallest probability of a token, relative to the most probable one", least=0, most=1)
@@ -45,25 +46,27 @@ class AvisC(Contrast):
     deviations: float = setting(1.0, "lambda: standard deviations above the mean from which a token is blind")
 
     @contextmanager
-    def second_view(self, student: Student, batch: Batch, decoding: Decoding) -> Iterator[Batch]:
-        """See `Contrast.second_view`."""
+    def applied(self, student: Student, batch: Batch, decoding: Decoding) -> Iterator[Prepared]:
+        """See `Method.applied`."""
         image_BL = batch.image_index >= 0
-        blanked_BL = image_BL & ~self.blind(attention_to_image(student, batch), image_BL)
-        both_BL = torch.cat([torch.zeros_like(blanked_BL), blanked_BL])  # of both views
+        if not image_BL.any():
+            yield Prepared(batch)
+            return
+        rows = {attention: RecordedRow() for attention in student.spec.attentions}
 
-        def blank(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-            if kwargs["inputs_embeds"].shape[1] != both_BL.shape[1]:  # a later pass, over a new token
-                return None
-            return args, student.spec.family.blank(kwargs, both_BL)
+        def first(forward: Forward, arguments: Arguments) -> Any:
+            with intervening(rows):
+                return forward(**arguments)
 
-        hook = student.spec.language_model.register_forward_pre_hook(blank, with_kwargs=True)
-        try:
-            yield batch
-        finally:
-            hook.remove()
+        def second(forward: Forward, arguments: Arguments) -> Any:
+            blind_BL = self.blind(attention_to_image(rows.values(), image_BL), image_BL)
+            return forward(**student.spec.family.blank(arguments, image_BL & ~blind_BL))
+
+        contrast = TwoViews(self.combine, image_BL.any(1), batch.input_ids.shape[1])
+        yield Prepared(batch, (contrast,), (first, second))
 
     def combine(self, first_BV: torch.Tensor, second_BV: torch.Tensor, step: int) -> torch.Tensor:
-        """See `Contrast.combine`."""
+        """Return the scores of the next token, as `Contrast.combine`."""
         return plausible(amplify(first_BV, second_BV, self.alpha), first_BV, self.beta)
 
     def blind(self, attention_BKL: torch.Tensor, image_BL: torch.Tensor) -> torch.Tensor:
@@ -84,15 +87,15 @@ class AvisC(Contrast):
         return image_BL & (mean_BL >= limit_B1)
 
 
-@torch.no_grad()
-def attention_to_image(student: Student, batch: Batch) -> torch.Tensor:
-    """Return the weights of each prompt's last token on its image tokens, [B, K, L], 0 elsewhere: means over heads."""
-    rows = {attention: RecordedRow() for attention in student.spec.attentions}
-    with intervening(rows):
-        student(batch, tap=False)
-    parts = [row.weights_RHK for row in rows.values()]
-    weights_BKL = torch.stack([part.mean(1) for part in parts if part is not None], dim=1)
-    return weights_BKL * (batch.image_index >= 0)[:, None]
+def attention_to_image(rows: Iterable[RecordedRow], image_BL: torch.Tensor) -> torch.Tensor:
+    """Return the weights of each prompt's last token on its image tokens, [B, K, L], 0 elsewhere: means over heads.
+
+    Args:
+        rows: of each block, recorded in a pass over the prompts.
+        image_BL: True at image tokens.
+    """
+    parts = [row.weights_RHK for row in rows]
+    return torch.stack([part.mean(1) for part in parts if part is not None], dim=1) * image_BL[:, None]
 
 
 def _mean(values_BL: torch.Tensor, mask_BL: torch.Tensor) -> torch.Tensor:

@@ -396,7 +396,7 @@ def test_the_map_is_that_of_the_first_view(asked: Asked) -> None:
     """Sums over rows of another padding have another order: 1e-5."""
     tokens = {"pad_token_id": 0, "eos_token_id": asked.student.end_tokens}
     maps = []
-    for method in (Decoding().method, VCD(), M3ID()):
+    for method in (Decoding().method, VCD(), M3ID(), AvisC()):
         maps.append(method.generate(asked.student, asked.batch, Decoding(2, method=method), **tokens)[1])
     for found in maps[1:]:
         torch.testing.assert_close(found, maps[0], rtol=1e-5, atol=1e-7)
