@@ -33,7 +33,7 @@ METHODS: dict[str, Entry] = {
     "vcd": Entry("medalign.decoding.methods.vcd:VCD", "VCD: contrast with the image under noise", "2 per token"),
     "m3id": Entry("medalign.decoding.methods.m3id:M3ID", "M3ID: contrast with no image, growing", "2 per token"),
     "avisc": Entry(
-        "medalign.decoding.methods.avisc:AvisC", "AvisC: contrast with its blind tokens", "2 per token, 3 per prompt"
+        "medalign.decoding.methods.avisc:AvisC", "AvisC: contrast with its blind tokens", "2 per token"
     ),
     "damro": Entry(
         "medalign.decoding.methods.damro:DAMRO", "DAMRO: contrast with the tower's outlier tokens", "2 per token"
