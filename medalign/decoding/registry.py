@@ -32,9 +32,7 @@ METHODS: dict[str, Entry] = {
     "greedy": Entry("medalign.decoding.base:Greedy", "the most probable token", "1 per token"),
     "vcd": Entry("medalign.decoding.methods.vcd:VCD", "VCD: contrast with the image under noise", "2 per token"),
     "m3id": Entry("medalign.decoding.methods.m3id:M3ID", "M3ID: contrast with no image, growing", "2 per token"),
-    "avisc": Entry(
-        "medalign.decoding.methods.avisc:AvisC", "AvisC: contrast with its blind tokens", "2 per token"
-    ),
+    "avisc": Entry("medalign.decoding.methods.avisc:AvisC", "AvisC: contrast with its blind tokens", "2 per token"),
     "damro": Entry(
         "medalign.decoding.methods.damro:DAMRO", "DAMRO: contrast with the tower's outlier tokens", "2 per token"
     ),
