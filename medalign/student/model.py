@@ -125,7 +125,8 @@ class Student(nn.Module):
         has_image = bool((batch.image_index >= 0).any())
         pixels = read.student_pixels.to(self.dtype) if has_image else None
         self._begin_batch(batch)
-        with self._recording(batch, batch.rows), reading_views(self, batch.input_ids.shape[1], views):
+        prompt, parts = batch.input_ids.shape[1], (self.attention_captures, self.mixture)
+        with self._recording(batch, batch.rows), reading_views(self.spec.language_model, views, prompt, *parts):
             ids = self.model.generate(
                 input_ids=read.input_ids,
                 attention_mask=read.attention_mask.long(),
@@ -133,7 +134,7 @@ class Student(nn.Module):
                 **settings,
             )
         attention = self._collect(batch)[0].attention if has_image else None
-        return ids[:, batch.input_ids.shape[1] :], attention
+        return ids[:, prompt:], attention
 
     @property
     def layer(self) -> int:

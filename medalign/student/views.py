@@ -12,13 +12,13 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-if TYPE_CHECKING:
-    from medalign.contracts import Batch
-    from medalign.student.model import Student
+from medalign.contracts import Batch
+from medalign.student.capture import AttentionCapture
+from medalign.student.query_mixture import QueryMixture
 
 Arguments = dict[str, Any]
 Forward = Callable[..., Any]
@@ -43,20 +43,27 @@ def repeated(batch: Batch, times: int) -> Batch:
 
 
 @contextmanager
-def reading_views(student: Student, prompt: int, views: Sequence[View]) -> Iterator[None]:
+def reading_views(
+    language: Any,
+    views: Sequence[View],
+    prompt: int,
+    captures: Sequence[AttentionCapture],
+    mixture: QueryMixture | None,
+) -> Iterator[None]:
     """Inside the context, the language model reads prompts of V B rows by one view after another, of B rows each.
 
     The attention that is captured is that of the first view.
 
     Args:
-        student: one whose batch has B rows.
-        prompt: L of the prompts, padding included; a pass of another length is left alone.
+        language: the language model.
         views: in the order of the rows; none changes nothing.
+        prompt: L of the prompts, padding included; a pass of another length is left alone.
+        captures: those of the blocks, which record the B rows of a view.
+        mixture: that of the student, which decides for the B rows of a view.
     """
     if not views:
         yield
         return
-    language: Any = student.spec.language_model
     forward: Forward = language.forward
 
     def read(**arguments: Any) -> Any:
@@ -67,13 +74,13 @@ def reading_views(student: Student, prompt: int, views: Sequence[View]) -> Itera
         for place, view in enumerate(views):
             caches.append(copy.deepcopy(cache))
             outputs.append(view(forward, _rows(arguments, place, len(views)) | {"past_key_values": caches[-1]}))
-            attentions.append([capture.attention for capture in student.attention_captures])
-            if student.mixture is not None:
-                gates.append(student.mixture.decided)
-        for capture, attention in zip(student.attention_captures, attentions[0], strict=True):
+            attentions.append([capture.attention for capture in captures])
+            if mixture is not None:
+                gates.append(mixture.decided)
+        for capture, attention in zip(captures, attentions[0], strict=True):
             capture.attention = attention
-        if student.mixture is not None:
-            student.mixture.decided = torch.cat(gates)
+        if mixture is not None:
+            mixture.decided = torch.cat(gates)
         _join(cache, caches)
         found = outputs[0]
         found.last_hidden_state = torch.cat([output.last_hidden_state for output in outputs])

@@ -105,9 +105,12 @@ def test_the_costs_in_the_documentation_are_those_that_were_measured() -> None:
     small, wide = (measured[name]["over_greedy"] for name in ("phantom", "wide"))
     text = (ROOT / "docs/decoding.md").read_text(encoding="utf-8")
     for name in small.keys() - {"greedy"}:
-        figures = [rows[name][kind] for kind in ("time", "memory") for rows in (small, wide)]
-        assert f"| `{name}` | {' | '.join(f'{value:.1f}' for value in figures)} |" in text
-    assert all(wide[name]["time"] <= 2.1 for name in ("vcd", "m3id", "damro")) and wide["dola"]["time"] <= 1.15
+        times = [(rows[name]["time"], *rows[name]["time_range"]) for rows in (small, wide)]
+        cells = [f"{middle:.1f} ({low:.1f} to {high:.1f})" for middle, low, high in times]
+        cells += [f"{rows[name]['memory']:.1f}" for rows in (small, wide)]
+        assert f"| `{name}` | {' | '.join(cells)} |" in text
+    limits = {"vcd": 2.1, "m3id": 2.1, "avisc": 2.1, "damro": 2.1, "dola": 1.15}  # IMCCD exceeds 2.1, as the page says
+    assert all(wide[name]["time"] <= limit for name, limit in limits.items())
 
 
 def test_the_table_of_the_documentation_names_every_method_and_setting() -> None:
