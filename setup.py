@@ -93,5 +93,5 @@ setup(
             "mistral-common>=1.8,<1.10",  # for its vocabulary file; later versions exclude NumPy 2.4 on Python 3.11
         ],
     },
-    entry_points={"console_scripts": ["medalign=medalign.cli.main:main"]},
+    entry_points={"console_scripts": ["medalign=medalign.cli.main:run"]},
 )

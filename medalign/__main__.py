@@ -1,8 +1,7 @@
 """`python -m medalign`: the `medalign` command."""
 
-import sys
-
-from medalign.cli.main import main
+from medalign.cli.main import main as main
+from medalign.cli.main import run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

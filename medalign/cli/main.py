@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
+import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from medalign import __version__
 from medalign.cli import (
@@ -66,6 +69,21 @@ a first run, from synthetic data to a report:
   medalign evaluate runs/first --data data/val
   medalign report runs/first --output report.html
 """
+
+
+def run() -> NoReturn:
+    """Run one command and end the process.
+
+    A rank ends without the interpreter's last step, in which threads of gloo that outlive their process group can abort
+    a process that has finished.
+    """
+    status = main()
+    if "WORLD_SIZE" not in os.environ:
+        sys.exit(status)
+    atexit._run_exitfuncs()  # ends reading processes, flushes logs
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(status)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import os
 import re
 import subprocess
 import sys
+import textwrap
 
 import pytest
 
@@ -85,3 +87,24 @@ def test_the_message_for_words_that_cannot_be_parsed(words, message, capsys):
         command.main(words)
     assert end.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("rank", [True, False])
+def test_a_rank_ends_without_the_last_step_of_the_interpreter(rank):
+    code = """
+        import atexit, os, sys
+        from medalign.cli import main
+        class Thread:  # as those of gloo
+            def __del__(self):
+                os._exit(9)
+        sys.modules["thread"] = Thread()
+        atexit.register(print, "the end")
+        main.main = lambda: 3
+        main.run()
+    """
+    variables = {name: value for name, value in os.environ.items() if name != "WORLD_SIZE"}
+    variables |= {"WORLD_SIZE": "2"} if rank else {}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], env=variables, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == (3 if rank else 9) and done.stdout == "the end\n", done.stderr
