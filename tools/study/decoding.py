@@ -26,13 +26,14 @@ from medalign.decoding.registry import METHODS, find_method
 from medalign.evaluation.comparison.arms import read_arm
 from medalign.evaluation.comparison.compare import compare
 from medalign.evaluation.comparison.measures import MEASURES
-from medalign.evaluation.scores_file import read_scores
+from medalign.evaluation.scores_file import read_rows, read_scores
 from medalign.evaluator import evaluate_each
 from medalign.run_folder import EvaluationFolder
+from tools.study.results_file import false_yes
 
 SCORES = ("questions_correct", "closed_accuracy", "open_exact", "bleu")
 TABLE = {"questions_correct": "questions correct", "bleu": "BLEU of reports"}
-DESCRIBED = ("false_yes", "asked_denser", "attention_inside", "pointing_hits")  # without tests
+DESCRIBED = ("asked_denser", "attention_inside", "pointing_hits")  # without tests, beside the share of false yes
 KEPT = ("metric", "unit", "samples", "baseline_score", "arm_score", "difference", "low", "high", "p", "p_holm")
 
 
@@ -100,8 +101,10 @@ def _answers(
 
 def _described(folders: tuple[Path, ...]) -> dict[str, float]:
     """Return the means over runs of the scores without tests."""
-    found = [read_scores(EvaluationFolder(folder).scores) for folder in folders]
-    return {key: fmean(one[key] for one in found) for key in DESCRIBED if all(key in one for one in found)}
+    homes = [EvaluationFolder(folder) for folder in folders]
+    found = [read_scores(home.scores) for home in homes]
+    means = {key: fmean(one[key] for one in found) for key in DESCRIBED if all(key in one for one in found)}
+    return means | {"false_yes": fmean(false_yes(read_rows(home.predictions)) for home in homes)}
 
 
 def table(result: dict[str, Any]) -> str:

@@ -53,4 +53,5 @@ def test_the_seed_is_the_unit_of_an_arm_of_several_runs(shards: Path, tmp_path: 
     (correct, *_) = found["runs"]["L"]["vhr"]
     assert correct["unit"] == "seed" and correct["low"] == correct["high"] == correct["difference"] < 0
     assert found["described"]["L"].keys() == {"greedy", "vhr"}
-    assert found["described"]["L"]["greedy"]["pointing_hits"] >= 0
+    assert found["described"]["L"]["greedy"].keys() >= {"pointing_hits", "false_yes"}
+    assert found["described"]["L"]["greedy"]["false_yes"] == 0  # all its answers are right
