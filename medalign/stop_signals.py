@@ -95,10 +95,17 @@ def shield_worker(worker: int) -> None:
     """
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_end_with_trainer, daemon=True).start()
+    # A signal that is pending swallows the next of its kind: take what arrived during the start before the trainer's.
+    while signal.SIGTERM in signal.sigpending():
+        _end_if_from_trainer()
+    threading.Thread(target=_watch_for_trainer, daemon=True).start()
 
 
-def _end_with_trainer() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
-    os._exit(0)
+def _watch_for_trainer() -> None:
+    while True:
+        _end_if_from_trainer()
+
+
+def _end_if_from_trainer() -> None:
+    if signal.sigwaitinfo({signal.SIGTERM}).si_pid == os.getppid():
+        os._exit(0)
