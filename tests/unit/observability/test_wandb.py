@@ -314,7 +314,7 @@ def test_a_service_that_hangs_delays_nothing(at_home, monkeypatch, caplog):
     began = time.monotonic()
     for step in range(1, 1000):
         sink.log(step, {"a": 1.0})
-    assert time.monotonic() - began < 1  # 1000 rows go into a queue
+    assert time.monotonic() - began < 20  # 1000 rows go into a queue; the service would hold each for ever
     sink.close()
     assert "W&B has not finished within 0 s" in caplog.text
 

@@ -229,7 +229,7 @@ def test_an_unreachable_server_is_named(s3: Server, bucket: str, monkeypatch: py
     began = time.monotonic()
     with pytest.raises(DataError, match=r"s3://films/\S+ .*3 tries: .*http://127\.0\.0\.1:1/.*AWS_ENDPOINT_URL"):
         ShardIndex.open(bucket, StorageOptions(retries=2, pause=0.01))
-    assert time.monotonic() - began < 5  # three refusals, 0.3 s; with the client's own tries it takes 20 s
+    assert time.monotonic() - began < 10  # three refusals, 0.3 s; with the client's own tries it takes 20 s
     monkeypatch.setenv("AWS_ENDPOINT_URL", "127.0.0.1:1")
     with pytest.raises(ConfigError, match=re.escape(f"{bucket}/index.jsonl") + ".*Invalid endpoint.*https://host:port"):
         ShardIndex.open(bucket, QUICK)
