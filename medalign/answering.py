@@ -151,16 +151,13 @@ def _answer(
     """Answer the batches that this rank takes, until none is left or a rank has asked all to stop."""
     total = sum(work.planned)
     with ProgressReporter(work.name, total, "samples") as progress, journal.writer() as append:
-        shown = queue.add(_SEEN, 0)
-        progress.add(shown)
+        progress.reach(queue.add(_SEEN, 0))
         for number, samples in _ahead(lambda number: work.read(batches[number]), numbers):
             predicted = ask(samples)
             append(number, batches[number], predicted)
             unreadable = queue.add(_UNREADABLE, len(predicted.unreadable))
             check_skip_rate(unreadable, total, work.max_skip_fraction, predicted.unreadable, "--max-skip-fraction")
-            seen = queue.add(_SEEN, len(samples))
-            progress.add(seen - shown)
-            shown = seen
+            progress.reach(queue.add(_SEEN, len(samples)))
             if signals.request is not None:
                 queue.stop(signals.request.__name__)
             if queue.stop_reason:

@@ -148,7 +148,8 @@ def evaluate_each(
         places = [place if is_remote(place) else str(Path(place).resolve()) for place in data]
         for folder, decoding in zip(folders, decodings, strict=True):
             more = folder != folders[-1]
-            work = Work("evaluate", indexes, planned, batch_size, max_skip_fraction, more or bool(probes))
+            title = "evaluate" if len(folders) == 1 else f"evaluate {decoding.method.name}"
+            work = Work(title, indexes, planned, batch_size, max_skip_fraction, more or bool(probes))
             settings = {"limit": limit, **describe_answering(student, collator, batch_size, decoding)}
             ask = partial(predict, student, tokenizer, collator, decoding=decoding, device=distributed.device())
             known = {**settings, **origin, "versions": versions()}

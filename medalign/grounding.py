@@ -30,6 +30,7 @@ from medalign.evaluation.overlap import Region
 from medalign.evaluation.patch_removal import curves
 from medalign.evaluation.provenance import describe_weights, versions
 from medalign.evaluator import evaluation_folder
+from medalign.file_lock import only_writer
 from medalign.geometry import CanvasFrame
 from medalign.inference import open_student
 from medalign.observability.files import write_text
@@ -159,13 +160,14 @@ def ground(
         "shards": list(index.fingerprint()),
         "versions": versions(),
     }
-    records, unreadable = _measure_all(instruments, index, folder.grounding_samples, facts, limit)
-    if not records:
-        raise DataError(f"no sample of --data {data} has boxes inside its image; name shards with boxes")
-    summary = summarize(records, student.spec.grid)
-    whole = {**summary, "unreadable": unreadable, "limit": limit, "command": command, "provenance": facts}
-    write_text(folder.grounding_heads, heads_csv(summary))
-    write_text(folder.grounding, json.dumps(whole, indent=2) + "\n")
+    with only_writer(folder.grounding_samples, "--name"):
+        records, unreadable = _measure_all(instruments, index, folder.grounding_samples, facts, limit)
+        if not records:
+            raise DataError(f"no sample of --data {data} has boxes inside its image; name shards with boxes")
+        summary = summarize(records, student.spec.grid)
+        whole = {**summary, "unreadable": unreadable, "limit": limit, "command": command, "provenance": facts}
+        write_text(folder.grounding_heads, heads_csv(summary))
+        write_text(folder.grounding, json.dumps(whole, indent=2) + "\n")
     return folder.grounding
 
 
@@ -183,12 +185,10 @@ def _measure_all(
     head, records = _resume(output, facts)
     if records:
         log.info("%d samples are in %s already", len(records), output)
-    unreadable: list[str] = []
+    boxed = _Boxed(index, instruments.student)
     done = {one.key for one in records}
-    having = islice(_boxed(index, instruments.student, unreadable), limit)
-    left = (found for found in having if found[0].key not in done)
-    total = len(index) if limit is None else limit
-    with ProgressReporter("ground", total, "samples") as progress:
+    left = (found for found in islice(boxed, limit) if found[0].key not in done)
+    with ProgressReporter("ground", len(index) if limit is None else limit, "samples") as progress:
         while batch := list(islice(left, instruments.batch_size)):
             found = instruments.measure(batch)
             if head is not None:  # a file of other shards is replaced only when there is something in its place
@@ -197,26 +197,40 @@ def _measure_all(
             with output.open("a", encoding="utf-8") as file:
                 file.write("".join(json.dumps(asdict(one)) + "\n" for one in found))
             records += found
-            progress.add(len(found))
-    return records[:limit], len(unreadable)
+            progress.reach(boxed.examined if limit is None else boxed.found)
+        progress.reach(boxed.examined if limit is None else boxed.found)
+    return records[:limit], boxed.unreadable
 
 
-def _boxed(index: ShardIndex, student: Student, unreadable: list[str]) -> Iterator[Found]:
-    """Yield the samples whose boxes cover a part of their image, and collect the reasons of those not readable."""
-    for place in range(len(index)):
-        try:
-            sample = index.read(place)
-            mask = index.read_mask(place)
-        except BadSample as error:
-            log.warning("bad sample skipped: %s", error)
-            unreadable.append(str(error))
-            continue
-        if not sample.boxes:
-            continue
-        region = Region.of_boxes(sample.boxes, CanvasFrame(*sample.images[0].size), student.spec.grid)
-        if region.inside_N.any():
-            masked = None if mask is None else Region.of_mask(mask, student.spec.grid).inside_N
-            yield sample, region, None if masked is None or not masked.any() else rounded(masked.tolist())
+class _Boxed:
+    """The samples whose boxes cover a part of their image, read one by one.
+
+    Attributes:
+        examined: number of samples read so far.
+        found: how many of these are yielded.
+        unreadable: how many of these cannot be read.
+    """
+
+    def __init__(self, index: ShardIndex, student: Student) -> None:
+        self._index, self._grid = index, student.spec.grid
+        self.examined = self.found = self.unreadable = 0
+
+    def __iter__(self) -> Iterator[Found]:
+        for place in range(len(self._index)):
+            self.examined += 1
+            try:
+                sample, mask = self._index.read(place), self._index.read_mask(place)
+            except BadSample as error:
+                log.warning("bad sample skipped: %s", error)
+                self.unreadable += 1
+                continue
+            if not sample.boxes:
+                continue
+            region = Region.of_boxes(sample.boxes, CanvasFrame(*sample.images[0].size), self._grid)
+            if region.inside_N.any():
+                masked = None if mask is None else Region.of_mask(mask, self._grid).inside_N
+                self.found += 1
+                yield sample, region, None if masked is None or not masked.any() else rounded(masked.tolist())
 
 
 def _resume(path: Path, facts: Mapping[str, Any]) -> tuple[str | None, list[Grounded]]:

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
-import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from medalign import distributed
 from medalign.errors import ConfigError, RunInUse
+from medalign.file_lock import lock
 from medalign.run_folder import RunFolder
-
-log = logging.getLogger("medalign")
 
 
 @contextmanager
@@ -43,17 +39,7 @@ def _acquire(folder: Path, stack: ExitStack) -> None:
         raise ConfigError(
             f"run.dir {folder} cannot be written ({error.strerror or error}); choose another folder with --run.dir"
         ) from error
-    try:
-        # lockf instead of flock: forked children, such as the workers of the loader, would keep a flock for a while
-        # after the process is killed.
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EAGAIN, errno.EACCES):
-            raise RunInUse(
-                f"another training is running in {folder}; wait until it ends, or choose another folder with --run.dir"
-            ) from error
-        log.warning(
-            "%s cannot be locked (%s): make sure that no second training starts in it",
-            folder,
-            error.strerror or error,
+    if not lock(file, str(folder)):
+        raise RunInUse(
+            f"another training is running in {folder}; wait until it ends, or choose another folder with --run.dir"
         )

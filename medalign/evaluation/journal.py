@@ -2,6 +2,7 @@
 
 .predictions.jsonl.rank-0       one line per batch that rank 0 has answered
 .predictions.jsonl.settings     the settings that the answers were generated with
+.predictions.jsonl.lock         held by rank 0
 
 A batch is the unit: its answers come at once, and only a whole batch is repeated bit by bit. The next call may have
 another number of ranks.
@@ -13,7 +14,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from medalign.evaluation.batching import Place
 from medalign.evaluation.generation import PredictionBatch
 from medalign.evaluation.metrics import Prediction
 from medalign.evaluation.metrics.predictions import format_prediction, prediction_of
+from medalign.file_lock import only_writer
 from medalign.observability.files import write_text
 
 log = logging.getLogger("medalign")
@@ -68,12 +70,15 @@ class Journal:
         self.path = path
         self._settings = json.loads(json.dumps(settings))
         self._settings_path = path.with_name(f".{path.name}.settings")
+        self._lock = ExitStack()
 
     def resume(self) -> list[Entry]:
         """Return the batches that an interrupted evaluation of the same settings has answered. Only rank 0 calls it.
 
-        What it leaves on disk is one whole line for each of them.
+        What it leaves on disk is one whole line for each of them. No other evaluation can use the files until this one
+        ends. Raises ConfigError if one does.
         """
+        self._lock.enter_context(only_writer(self.path, "--name or --output"))
         files = self._files()
         if files and (different := self._differences()):
             log.warning("an interrupted evaluation differs in %s; starting again", ", ".join(different))
@@ -101,12 +106,13 @@ class Journal:
             os.fsync(file.fileno())
 
     def report(self) -> None:
-        """Log where the answers of an evaluation that ended early are, on rank 0."""
+        """Log where the answers of an evaluation that ended early are, on rank 0. It no longer uses them."""
         if distributed.is_main() and any(path.stat().st_size for path in self._files()):
             log.error(
                 "it ended early; the answers so far are in %s, and the same command resumes it",
                 self.path.with_name(f".{self.path.name}.rank-*"),
             )
+        self._lock.close()
 
     def entries(self) -> list[Entry]:
         """Return the batches on disk, in order. A line whose end was not written is left out."""
@@ -121,6 +127,7 @@ class Journal:
         """Remove the files. The predictions must be written."""
         for path in [*self._files(), self._settings_path]:
             path.unlink(missing_ok=True)
+        self._lock.close()
 
     def _file(self, rank: int) -> Path:
         return self.path.with_name(f".{self.path.name}.rank-{rank}")

@@ -60,6 +60,10 @@ class ProgressReporter:
         elif kind is None:
             self._log(f"{self._done} of {self._total} {self._unit} in {duration(self._clock() - self._began)}")
 
+    def reach(self, done: int) -> None:
+        """Report how many units are done."""
+        self.add(done - self._done)
+
     def add(self, count: int) -> None:
         """Report that `count` more units are done."""
         self._done += count

@@ -25,6 +25,7 @@ FLOORS = (
         "contracts",
         "distributed",
         "exit_records",
+        "file_lock",
         "import_path",
         "run_folder",
         "stop_signals",

@@ -43,7 +43,7 @@ class AvisC(Method):
     alpha: float = setting(1.0, "weight of the contrast", least=0, most=1000)
     beta: float = setting(0.1, "smallest probability of a token, relative to the most probable one", least=0, most=1)
     gamma: float = setting(0.5, "share of the attention to the image that the chosen blocks have", least=0, most=1)
-    deviations: float = setting(1.0, "lambda: standard deviations above the mean from which a token is blind")
+    deviations: float = setting(1.0, "lambda: standard deviations from the mean where tokens are blind", -1000, 1000)
 
     @contextmanager
     def applied(self, student: Student, batch: Batch, decoding: Decoding) -> Iterator[Prepared]:

@@ -54,7 +54,7 @@ class DoLa(Method):
     divergence: Literal["reversed", "jensen_shannon"] = setting(
         "reversed", "what chooses the block: the measure of the authors' code, or of the paper"
     )
-    repetition_penalty: float = setting(1.2, "makes tokens that have occurred less likely; 1 for none", least=1)
+    repetition_penalty: float = setting(1.2, "makes tokens that have occurred less likely; 1 for none", 1, 1000)
 
     def check(self, spec: ModelSpec, config: StudentConfig) -> None:
         """See `Method.check`."""

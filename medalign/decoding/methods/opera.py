@@ -64,12 +64,12 @@ class OPERA(Method):
 
     num_beams: int = setting(5, "beams", least=1)
     candidates: int = setting(5, "candidates for the next token of each beam", least=1)
-    penalty: float = setting(1.0, "weight of the penalty", least=0)
-    scale: float = setting(50.0, "factor of each attention weight", least=1)
+    penalty: float = setting(1.0, "weight of the penalty", least=0, most=1000)
+    scale: float = setting(50.0, "factor of each attention weight", least=1, most=1000)
     threshold: int = setting(15, "steps with the same summary token after which the search returns to it", least=2)
     rollbacks: int = setting(5, "most returns to the same token", least=0)
     first_tokens: int = setting(10, "tokens judged by their attention to the image; 0 as in the paper", least=0)
-    factor: float = setting(1e-7, "factor of the product of a column; 1 as in the paper", least=0)
+    factor: float = setting(1e-7, "factor of the product of a column; 1 as in the paper", least=0, most=1)
     normalize: Literal["candidates", "vocabulary"] = setting("candidates", "over what probabilities are normalized")
     reselect: Literal["vocabulary", "candidates"] = setting("vocabulary", "what may be chosen after a return")
 

@@ -42,7 +42,7 @@ class PAI(Contrast):
 
     alpha: float = setting(0.2, "how far the attention scores of the image are raised", least=0, most=1000)
     first_block: int = setting(2, "first block whose attention is changed, counted from 0", least=0)
-    gamma: float = setting(1.1, "weight of the logits with the image; 1 leaves the view without it out", least=1)
+    gamma: float = setting(1.1, "weight of the logits with the image; 1 leaves the view without it out", 1, 1000)
     beta: float = setting(0.1, "least probability relative to the most probable token; 0 as in the paper", 0, 1)
 
     def check(self, spec: ModelSpec, config: StudentConfig) -> None:

@@ -126,6 +126,7 @@ class Planner:
         images = list(self._evidence)
         known = known_findings(self._evidence.values(), chest_labeller())
         reasons: Counter[str] = Counter()
+        reasons["samples without an image"] = sum(not row.image for _, row in self._rows)
         reasons["images without a finding that is known to be present"] = sum(not one.present for one in known)
         reasons["images without a finding that is known to be absent"] = sum(not one.absent for one in known)
         choose = _presupposed if name == PRESUPPOSED else _Pope(name, known)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from medalign.errors import DataError
+from medalign.errors import ConfigError, DataError
 from medalign.evaluation.batching import Place
 from medalign.evaluation.generation import PredictionBatch
 from medalign.evaluation.journal import Journal
@@ -75,3 +77,38 @@ def test_a_damaged_line_is_named(journal, monkeypatch):
     path.write_text(path.read_text().replace('"batch": 0', '"batch'))
     with pytest.raises(DataError, match=r"rank-0, line 1 is damaged .*; remove the file"):
         journal.resume()
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from medalign.evaluation.journal import Journal
+journal = Journal(Path(sys.argv[1]), {})
+journal.resume()
+print("held", flush=True)
+sys.stdin.readline()
+journal.finish()
+print("free", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("end", ["finished", "killed"])
+def test_a_second_process_is_refused_until_the_first_has_ended(journal, end):
+    words = [sys.executable, "-c", HOLDER, str(journal.path)]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout.readline() == "held\n"
+        with pytest.raises(ConfigError, match=rf"another process is writing {journal.path}; .*--name or --output"):
+            journal.resume()
+        if end == "finished":
+            first.stdin.write("\n")
+            first.stdin.flush()
+            assert first.stdout.readline() == "free\n"
+            assert list(journal.path.parent.iterdir()) == []
+        else:
+            first.kill()
+            first.wait()
+        assert journal.resume() == []
+        journal.finish()
+        assert list(journal.path.parent.iterdir()) == []
+        first.kill()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -124,6 +125,14 @@ def test_pope_asks_as_often_for_yes_as_for_no_and_knows_the_truth(name, planner,
     assert len({sample.key for sample in asked}) == len(asked)
     left_out = planner.plan(name).not_asked["images without a finding that is known to be present"]
     assert len(answers) + left_out == 8
+    assert "samples without an image" not in planner.plan(name).not_asked
+
+
+@pytest.mark.parametrize("name", ["pope-random", "presupposed"])
+def test_samples_without_an_image_are_said_to_be_left_out(name, index, rows):
+    text_only = [replace(row, image="") for row in rows[:2]]
+    plan = Planner([index], [len(index)], [*text_only, *rows[2:]]).plan(name)
+    assert plan.not_asked["samples without an image"] == 2 and plan.asked
 
 
 def test_popular_and_adversarial_rank_the_absent_findings():

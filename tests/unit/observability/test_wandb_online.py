@@ -104,7 +104,7 @@ def test_a_server_that_fails_at_the_start_leaves_the_run_offline(server, tmp_pat
         sink.log(row["step"], {"a": row["a"]})
     assert time.monotonic() - began < 2.5, "starting W&B and logging do not wait for the server"
     sink.close()
-    assert time.monotonic() - began < 3 + 3 + 5 + 15  # both time-outs, the margin, and a busy machine; the server takes a minute
+    assert time.monotonic() - began < 3 + 3 + 5 + 15  # time-outs, margin, a busy machine; the server takes 60 s
     assert len(messages(caplog)) == 1 and "offline" in messages(caplog)[0]
     assert list(tmp_path.rglob("offline-run-*/*.wandb")) and server.history == []
     server.fault = ""
