@@ -3,7 +3,7 @@
 A view may depend on what an earlier one has left, without a pass more than there are views. The rows of the generation
 are those of the first view, then those of the second, and so on.
 
-Shape suffixes: B samples, V views, L tokens.
+Shape suffixes: B samples, V views, L tokens, T tokens that a view reads.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from medalign.contracts import Batch
 from medalign.student.capture import AttentionCapture
@@ -26,6 +27,7 @@ View = Callable[[Forward, Arguments], Any]
 """Takes the language model's forward pass and its arguments for the B prompts; returns what the pass returns."""
 
 _ROWS = {"inputs_embeds": 0, "attention_mask": 0, "position_ids": -2, "visual_pos_masks": 0}  # dimension of the rows
+_TOKENS = {"inputs_embeds": 1, "position_ids": -1, "cache_position": 0}  # dimension of the tokens of a pass
 _FEATURES = "deepstack_visual_embeds"  # of Qwen3-VL: [T, D] each, for the image tokens of all rows
 
 
@@ -92,6 +94,45 @@ def reading_views(
         yield
     finally:
         del language.forward
+
+
+def read_rest(
+    forward: Forward,
+    arguments: Arguments,
+    earlier: Any,
+    changed_BL: torch.Tensor,
+    start: int,
+) -> Any:
+    """Read a view that differs from an earlier one only at some tokens, from the first of them on.
+
+    For a language model without image features between its blocks (Qwen3-VL has them). Wherever nothing changes, keys
+    and values are those of the earlier view: the caller sees to it within the pass, this function in the cache.
+
+    Args:
+        forward: the language model's forward pass.
+        arguments: those for the B prompts, with an empty cache.
+        earlier: the cache of the earlier view.
+        changed_BL: True at tokens that differ.
+        start: number of tokens that are not read.
+
+    Returns:
+        What the pass returns. The hidden states before `start` are zero.
+    """
+    cache = arguments["past_key_values"]
+    for block, layer in enumerate(earlier.layers):
+        cache.update(layer.keys[:, :, :start], layer.values[:, :, :start], block)
+    rest = dict(arguments)
+    for name, dimension in _TOKENS.items():
+        value = rest.get(name)
+        if value is not None:
+            rest[name] = value.narrow(dimension, start, value.shape[dimension] - start)
+    found = forward(**rest)
+    changed_B1T1 = changed_BL[:, None, start:, None]
+    for layer, before in zip(cache.layers, earlier.layers, strict=True):
+        for mine, its in ((layer.keys, before.keys), (layer.values, before.values)):
+            mine[:, :, start:] = mine[:, :, start:].where(changed_B1T1, its[:, :, start:])
+    found.last_hidden_state = F.pad(found.last_hidden_state, (0, 0, start, 0))
+    return found
 
 
 def _rows(arguments: Arguments, place: int, views: int) -> Arguments:

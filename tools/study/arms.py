@@ -12,6 +12,12 @@ SMALLER = (250, 1000)  # films of the other sizes of the training set
 FILMS = 2000
 
 _SHUFFLED = "[tools.study.terms.shuffled_similarity,tools.study.terms.shuffled_attention]"
+_TEXT = (  # "whole, beta 0.3" of text_tuning.json
+    "--teacher.text_weight=1",
+    "--teacher.text_temperature=0.05",
+    "--teacher.text_absent_weight=1",
+    "--losses.beta=0.3",
+)
 _WITHOUT_TEACHER = ("--losses.alpha=0", "--losses.beta=0")
 
 
@@ -34,7 +40,7 @@ ARMS: dict[str, Arm] = {
     "L": Arm("language loss", _WITHOUT_TEACHER, 8),
     "B": Arm("both losses: MedAlign", (), 8),
     "U": Arm("both, untrained teacher", ("--teacher.random_weights_seed={seed}",), 8),
-    "T": Arm("both, text-conditioned", ("--teacher.text_weight=0.5", "--teacher.text_absent_weight=1"), 8),
+    "T": Arm("both, text-conditioned", _TEXT, 8),
     "V": Arm("L_vis only", ("--losses.beta=0",), 5),
     "A": Arm("L_att only", ("--losses.alpha=0",), 5),
     "X": Arm("true boxes", (*_WITHOUT_TEACHER, "--losses.extra=[tools.study.terms.box_attention]"), 5),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from medalign.errors import DataError
+from tools.study import text_tuning
 from tools.study.analysis import Result, check, complete, contrasts, of_arm, seeds_of
 from tools.study.arms import ARMS, BASE, FIRST_SEED, RATES, SMALLER, trials
 from tools.study.results_file import COMMONEST, PRIMARY
@@ -66,6 +68,8 @@ def tables(results: Mapping[str, Result]) -> str:
         _sizes(results),
         "### Trials",
         _trials(results),
+        "### Choice of the targets of arm T",
+        _targets(),
         "### Provenance",
         _provenance(results),
     ]
@@ -133,6 +137,20 @@ def _trials(results: Mapping[str, Result]) -> str:
         scores = [results[one.name]["scores"][PRIMARY] if one.name in results else None for one in trials(arm)]
         rows.append([arm, *(NOT_YET if score is None else _shown(score, PRIMARY) for score in scores)])
     return _table(["development set", *(f"peak learning rate {rate:g}" for rate in RATES)], rows)
+
+
+def _targets() -> str:
+    """Return the candidates of arm T beside the trial of B, on the development set."""
+    if not text_tuning.RESULT.is_file():
+        return NOT_YET
+    found = json.loads(text_tuning.RESULT.read_text(encoding="utf-8"))
+    rows = {"B, the class token": found["reference"], **found["candidates"]}
+    names = {PRIMARY: "questions correct", **{key: (SECONDARY | CONDITIONAL)[key] for key in text_tuning.SCORES[1:]}}
+    cells = []
+    for title, scores in rows.items():
+        strong = "**" if title == found["chosen"] else ""
+        cells.append([f"{strong}{title}{strong}", *(_shown(scores[key], key) for key in names)])
+    return _table(["text-conditioned share", *names.values()], cells)
 
 
 def _provenance(results: Mapping[str, Result]) -> str:

@@ -17,8 +17,12 @@ the text is what follows the last one here, and each image is at the place of it
 
 Refused are students whose positions are not one rotation per token (Qwen-VL) and those with windows (Gemma 3).
 
-Shape suffixes: R rows of both views, H query heads, G key heads, L tokens of the prompts, Q rows of a pass, T last rows
-of a pass, which contain all of its text, K keys, D head dimension, F frequencies, V vocabulary size.
+The views differ only in the text after the image, so the second one reads only this text of the prompts. The keys and
+values of all else are those of the first view.
+
+Shape suffixes: B samples, R samples of the views in a pass, H query heads, G key heads, L tokens of the prompts,
+Q rows of a pass, T last rows of a pass, which contain all of its text, K keys, D head dimension, F frequencies,
+V vocabulary size.
 """
 
 from __future__ import annotations
@@ -26,6 +30,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import Enum, auto
 from typing import Any, ClassVar
 
 import torch
@@ -34,19 +39,22 @@ from torch.nn import functional as F
 
 from medalign.config import StudentConfig
 from medalign.contracts import Batch
-from medalign.decoding.base import Decoding, Prepared, setting
-from medalign.decoding.contrast import Contrast, amplify, plausible
+from medalign.decoding.base import Decoding, Method, Prepared, setting
+from medalign.decoding.contrast import NO_BEAMS, TwoViews, amplify, plausible
 from medalign.errors import ConfigError
 from medalign.student.capture import Output, intervening
 from medalign.student.families.base import ModelSpec
 from medalign.student.model import Student
+from medalign.student.query_mixture import QueryMixture
+from medalign.student.views import Arguments, Forward, read_rest
 
 
 @dataclass(frozen=True)
-class IMCCD(Contrast):
+class IMCCD(Method):
     """Contrast with distorted values, with refined attention to the image in both views."""
 
     name: ClassVar[str] = "imccd"
+    beams: ClassVar[str] = NO_BEAMS
 
     alpha: float = setting(3.0, "weight of the contrast", least=0, most=1000)
     beta: float = setting(0.2, "smallest probability of a token, relative to the most probable one", least=0, most=1)
@@ -71,67 +79,107 @@ class IMCCD(Contrast):
     @contextmanager
     def applied(self, student: Student, batch: Batch, decoding: Decoding) -> Iterator[Prepared]:
         """See `Method.applied`."""
-        with super().applied(student, batch, decoding) as prepared:
-            if prepared.batch is batch:  # no sample has an image
-                yield prepared
-                return
-            view = _Views.of(prepared.batch, student.spec)
-            calibrated: dict[nn.Module, Any] = {
-                attention: _Calibration(view, self.gamma if block < self.refined_blocks else 0.0)
-                for block, attention in enumerate(student.spec.attentions)
-            }
-            with intervening(calibrated):
-                yield prepared
-
-    @contextmanager
-    def second_view(self, student: Student, batch: Batch, decoding: Decoding) -> Iterator[Batch]:
-        """Yield the same samples: the views differ in what the blocks do with them."""
-        yield batch
+        image_BL = batch.image_index >= 0
+        if not image_BL.any():
+            yield Prepared(batch)
+            return
+        prompts = _Prompts.of(batch, student)
+        calibrated: dict[nn.Module, Any] = {
+            attention: _Calibration(prompts, self.gamma if block < self.refined_blocks else 0.0)
+            for block, attention in enumerate(student.spec.attentions)
+        }
+        contrast = TwoViews(self.combine, image_BL.any(1), batch.input_ids.shape[1])
+        with intervening(calibrated):
+            yield Prepared(batch, (contrast,), (prompts.read_first, prompts.read_second))
 
     def combine(self, first_BV: torch.Tensor, second_BV: torch.Tensor, step: int) -> torch.Tensor:
-        """See `Contrast.combine`."""
+        """Return the scores of the next token, as `Contrast.combine`."""
         return plausible(amplify(first_BV, second_BV, self.alpha), first_BV, self.beta)
 
 
-@dataclass(frozen=True)
-class _Views:
-    """What the blocks need to know of the prompts of both views."""
+class _Reading(Enum):
+    """What the current pass reads."""
 
-    valid_RL: torch.Tensor  # False at padding
-    image_RL: torch.Tensor  # True at image tokens
-    text_RL: torch.Tensor  # True after the last image of a sample that has one
-    cos_RLD: torch.Tensor  # of the rotation from a token of an image to its last one
-    sin_RLD: torch.Tensor
+    FIRST = auto()  # the prompts in the first view
+    SECOND = auto()  # the text of the prompts in the second view
+    BOTH = auto()  # new tokens of both views: R = 2 B
+
+
+@dataclass
+class _Prompts:
+    """What the blocks need to know of the prompts, and how their views are read."""
+
+    valid_BL: torch.Tensor  # False at padding
+    image_BL: torch.Tensor  # True at image tokens
+    text_BL: torch.Tensor  # True after the last image of a sample that has one
+    question_BL: torch.Tensor  # True at tokens of the question
+    cos_BLD: torch.Tensor  # of the rotation from a token of an image to its last one
+    sin_BLD: torch.Tensor
+    mixture: QueryMixture | None
+    reading: _Reading = _Reading.BOTH
+    first: Any = None  # cache of the first view, while the second one is read
 
     @classmethod
-    def of(cls, batch: Batch, spec: ModelSpec) -> _Views:
-        """Read a batch of both views."""
-        language: Any = spec.language_model
-        index_RL = batch.image_index
-        image_RL = index_RL >= 0
-        places_RL = torch.arange(index_RL.shape[1], device=index_RL.device).expand_as(index_RL)
-        last_I = index_RL.new_zeros(len(batch.image_sample))
-        last_I.scatter_reduce_(0, index_RL[image_RL], places_RL[image_RL], "amax")
-        distance_RL = (last_I[index_RL.clamp_min(0)] - places_RL) * image_RL
-        angle_RLF = distance_RL[..., None] * language.rotary_emb.inv_freq.float()
-        angle_RLD = torch.cat([angle_RLF, angle_RLF], dim=-1)
-        after_RL = image_RL.flip(1).cumsum(1).flip(1) == 0
-        text_RL = after_RL & image_RL.any(1, keepdim=True)
-        return cls(batch.attention_mask, image_RL, text_RL, angle_RLD.cos(), angle_RLD.sin())
+    def of(cls, batch: Batch, student: Student) -> _Prompts:
+        """Read a batch."""
+        language: Any = student.spec.language_model
+        index_BL = batch.image_index
+        image_BL = index_BL >= 0
+        places_BL = torch.arange(index_BL.shape[1], device=index_BL.device).expand_as(index_BL)
+        last_I = index_BL.new_zeros(len(batch.image_sample))
+        last_I.scatter_reduce_(0, index_BL[image_BL], places_BL[image_BL], "amax")
+        distance_BL = (last_I[index_BL.clamp_min(0)] - places_BL) * image_BL
+        angle_BLF = distance_BL[..., None] * language.rotary_emb.inv_freq.float()
+        angle_BLD = torch.cat([angle_BLF, angle_BLF], dim=-1)
+        text_BL = (image_BL.flip(1).cumsum(1).flip(1) == 0) & image_BL.any(1, keepdim=True)
+        rotation = angle_BLD.cos(), angle_BLD.sin()
+        return cls(batch.attention_mask, image_BL, text_BL, batch.question_mask, *rotation, student.mixture)
+
+    def start(self) -> int:
+        """Return how many tokens the second view does not read: all before the text of the longest one.
+
+        A mixture decides by the last token of the question, which must be read, too. What a sample without an image is
+        left with does not matter: it has no second view.
+        """
+        read_BL = self.text_BL
+        if self.mixture is not None:
+            read_BL = read_BL | (self.question_BL & (self.question_BL.flip(1).cumsum(1).flip(1) == 1))
+        return int(read_BL.any(0).int().argmax())
+
+    def read_first(self, forward: Forward, arguments: Arguments) -> Any:
+        """Read the first view."""
+        self.reading = _Reading.FIRST
+        found = forward(**arguments)
+        self.first = arguments["past_key_values"]
+        return found
+
+    def read_second(self, forward: Forward, arguments: Arguments) -> Any:
+        """Read what differs in the second view."""
+        self.reading, start = _Reading.SECOND, self.start()
+        if self.mixture is not None:
+            self.mixture.begin(self.question_BL[:, start:])
+        found = read_rest(forward, arguments, self.first, self.text_BL, start)
+        if self.mixture is not None:
+            decided = self.mixture.decided
+            self.mixture.begin(self.question_BL)
+            self.mixture.decided = decided
+        self.reading, self.first = _Reading.BOTH, None
+        return found
 
 
 class _Calibration:
     """The attention of one block.
 
     Args:
-        views: of the prompts.
+        prompts: of all samples.
         gamma: see `IMCCD`.
     """
 
-    def __init__(self, views: _Views, gamma: float) -> None:
-        self._views, self._gamma = views, gamma
-        self._tail = int(views.text_RL.sum(1).max())  # text tokens after the image, of the longest sample
-        self._all_text = bool(views.text_RL.any(1).all())
+    def __init__(self, prompts: _Prompts, gamma: float) -> None:
+        self._prompts, self._gamma = prompts, gamma
+        self._text = int(prompts.text_BL.sum(1).max())  # tokens of the longest text after an image
+        self._all_text = bool(prompts.text_BL.any(1).all())
+        self._first: tuple[torch.Tensor, torch.Tensor] | None = None  # keys and values of the first view
         self._moved_RGLD = torch.empty(0)  # keys of the prompts, as if image tokens were at the last one's place
         self._constant_RH11 = torch.empty(0)  # in place of distorted values
 
@@ -147,28 +195,56 @@ class _Calibration:
         **kwargs: Any,
     ) -> Output:
         """Compute the rows of text after the image here, and the others by the backend."""
-        rows, keys = query_RHQD.shape[2], key_RGKD.shape[2]
-        new = keys - self._views.text_RL.shape[1]  # tokens of the answer so far
-        if new == 0:
+        reading, rows, keys = self._prompts.reading, query_RHQD.shape[2], key_RGKD.shape[2]
+        new = keys - self._prompts.text_BL.shape[1]  # tokens of the answer so far
+        if reading is _Reading.FIRST:
             self._read_prompts(key_RGKD, value_RGKD, query_RHQD.shape[1])
-        text_RK = F.pad(self._views.text_RL, (0, new), value=True) & self._views.text_RL.any(1, keepdim=True)
-        tail = min(rows, self._tail + new)
+            if self._gamma == 0:
+                unchanged: Output = attend(module, query_RHQD, key_RGKD, value_RGKD, attention_mask, **kwargs)
+                return unchanged
+        elif reading is _Reading.SECOND:
+            key_RGKD, value_RGKD = self._as_first_but_for_text(key_RGKD, value_RGKD)
+        text_RL = self._of_rows(self._prompts.text_BL)
+        text_RK = F.pad(text_RL, (0, new), value=True) & text_RL.any(1, keepdim=True)
+        tail = min(rows, self._text + new)
         text_RT = text_RK[:, keys - tail :]
         mixed_RTHD = self._mix(query_RHQD[:, :, -tail:], key_RGKD, value_RGKD, text_RT, kwargs["scaling"])
-        if tail == rows and self._all_text:
-            return mixed_RTHD, None
-        output_RQHD, _ = attend(module, query_RHQD, key_RGKD, value_RGKD, attention_mask, **kwargs)
-        output_RQHD[:, -tail:] = mixed_RTHD.where(text_RT[..., None, None], output_RQHD[:, -tail:])
+        if new and self._all_text:
+            output_RQHD = mixed_RTHD
+        else:
+            output_RQHD, _ = attend(module, query_RHQD, key_RGKD, value_RGKD, attention_mask, **kwargs)
+            output_RQHD[:, -tail:] = mixed_RTHD.where(text_RT[..., None, None], output_RQHD[:, -tail:])
+        if reading is _Reading.SECOND:  # from now on, passes have the rows of both views
+            if self._gamma > 0:
+                self._moved_RGLD = self._moved_RGLD.repeat(2, 1, 1, 1)
+            self._constant_RH11 = self._constant_RH11.repeat(2, 1, 1, 1)
         return output_RQHD, None
 
-    def _read_prompts(self, key_RGLD: torch.Tensor, value_RGLD: torch.Tensor, heads: int) -> None:
-        image_RL, half = self._views.image_RL, key_RGLD.shape[-1] // 2
-        turned_RGLD = torch.cat([-key_RGLD[..., half:], key_RGLD[..., :half]], dim=-1).float()
-        moved_RGLD = key_RGLD.float() * self._views.cos_RLD[:, None] + turned_RGLD * self._views.sin_RLD[:, None]
-        self._moved_RGLD = moved_RGLD.to(key_RGLD.dtype)
-        means_RGL = value_RGLD.float().mean(-1).where(image_RL[:, None], 0)
-        constant_RG = means_RGL.sum(-1) / image_RL.sum(1, keepdim=True).clamp_min(1)
-        self._constant_RH11 = constant_RG.repeat_interleave(heads // constant_RG.shape[1], 1)[..., None, None]
+    def _of_rows(self, values_BL: torch.Tensor) -> torch.Tensor:
+        """Return what belongs to the rows of this pass."""
+        return values_BL.repeat(2, 1) if self._prompts.reading is _Reading.BOTH else values_BL
+
+    def _read_prompts(self, key_BGLD: torch.Tensor, value_BGLD: torch.Tensor, heads: int) -> None:
+        """Prepare what both views need; their images are the same."""
+        image_BL, half = self._prompts.image_BL, key_BGLD.shape[-1] // 2
+        self._first = key_BGLD, value_BGLD
+        if self._gamma > 0:
+            turned_BGLD = torch.cat([-key_BGLD[..., half:], key_BGLD[..., :half]], dim=-1).float()
+            cos_B1LD, sin_B1LD = self._prompts.cos_BLD[:, None], self._prompts.sin_BLD[:, None]
+            self._moved_RGLD = (key_BGLD.float() * cos_B1LD + turned_BGLD * sin_B1LD).to(key_BGLD.dtype)
+        means_BGL = value_BGLD.float().mean(-1).where(image_BL[:, None], 0)
+        constant_BG = means_BGL.sum(-1) / image_BL.sum(1, keepdim=True).clamp_min(1)
+        self._constant_RH11 = constant_BG.repeat_interleave(heads // constant_BG.shape[1], 1)[..., None, None]
+
+    def _as_first_but_for_text(
+        self, key_BGLD: torch.Tensor, value_BGLD: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the keys and values of the second view, and forget those of the first one."""
+        assert self._first is not None
+        first_key_BGLD, first_value_BGLD = self._first
+        self._first = None
+        text_B1L1 = self._prompts.text_BL[:, None, :, None]
+        return key_BGLD.where(text_B1L1, first_key_BGLD), value_BGLD.where(text_B1L1, first_value_BGLD)
 
     def _mix(
         self,
@@ -179,15 +255,18 @@ class _Calibration:
         scaling: float,
     ) -> torch.Tensor:
         """Return the outputs of the last T rows, [R, T, H, D]."""
-        new = key_RGKD.shape[2] - self._views.text_RL.shape[1]
-        image_RK = F.pad(self._views.image_RL, (0, new))
+        new = key_RGKD.shape[2] - self._prompts.text_BL.shape[1]
+        image_RK = F.pad(self._of_rows(self._prompts.image_BL), (0, new))
         scores_RHTK = self._scores(query_RHTD, key_RGKD, image_RK) * scaling
         weights_RHTK = scores_RHTK.masked_fill(~self._seen(text_RT, new), -torch.inf).softmax(-1)
+        if self._prompts.reading is _Reading.FIRST:
+            return _grouped(weights_RHTK.to(value_RGKD.dtype), value_RGKD).to(value_RGKD.dtype).transpose(1, 2)
         pairs_R1TK = (text_RT[:, :, None] & image_RK[:, None])[:, None]
         count_R = pairs_R1TK.sum((1, 2, 3)) * scores_RHTK.shape[1]
         mean_R111 = (scores_RHTK * pairs_R1TK).sum((1, 2, 3), keepdim=True) / count_R[:, None, None, None]
         distorted_RHTK = pairs_R1TK & (scores_RHTK > mean_R111)
-        distorted_RHTK[: len(image_RK) // 2] = False  # the first view
+        if self._prompts.reading is _Reading.BOTH:
+            distorted_RHTK[: len(image_RK) // 2] = False  # the first view
         kept_RHTK = weights_RHTK.masked_fill(distorted_RHTK, 0)
         lost_RHT1 = (weights_RHTK - kept_RHTK).sum(-1, keepdim=True)
         mixed_RHTD = _grouped(kept_RHTK.to(value_RGKD.dtype), value_RGKD) + lost_RHT1 * self._constant_RH11
@@ -204,7 +283,7 @@ class _Calibration:
 
     def _seen(self, text_RT: torch.Tensor, new: int) -> torch.Tensor:
         """Return which keys a row may see, [R, 1, T, K]. Rows that are not text see all, since they are not used."""
-        valid_RK = F.pad(self._views.valid_RL, (0, new), value=True)
+        valid_RK = F.pad(self._of_rows(self._prompts.valid_BL), (0, new), value=True)
         keys, rows = valid_RK.shape[1], text_RT.shape[1]
         places_K = torch.arange(keys, device=text_RT.device)
         causal_TK = places_K[None] <= places_K[keys - rows :, None]

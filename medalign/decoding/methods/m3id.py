@@ -39,7 +39,7 @@ class M3ID(Contrast):
 
     name: ClassVar[str] = "m3id"
 
-    decay: float = setting(0.02, "lambda: how fast the weight grows with the answer, per token", least=0, most=1000)
+    decay: float = setting(0.02, "lambda: how fast the weight grows with the answer, per token", least=0)
     beta: float = setting(0.1, "smallest probability of a token, relative to the most probable one", least=0, most=1)
     threshold: float = setting(1.0, "correct only where no token is at least this probable", least=0, most=1)
 

@@ -65,7 +65,7 @@ def test_arms_differ_in_what_the_protocol_lists_only(tmp_path: Path) -> None:
         "V": {"losses.beta": 0.0},
         "A": {"losses.alpha": 0.0},
         "U": {"teacher.random_weights_seed": 10},
-        "T": {"teacher.text_weight": 0.5, "teacher.text_absent_weight": 1.0},
+        "T": {"teacher.text_weight": 1.0, "teacher.text_absent_weight": 1.0, "losses.beta": 0.3},
         "X": off | {"losses.extra": ["tools.study.terms.box_attention"]},
         "S": off | {"losses.extra": ["tools.study.terms.shuffled_similarity", "tools.study.terms.shuffled_attention"]},
     }

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from pathlib import Path
 
 from medalign import config as medalign_config
 from tools.study import text_tuning
+from tools.study.arms import ARMS
+from tools.study.results_file import PRIMARY
 
 
 def test_a_candidate_is_the_trial_of_b_with_other_targets(tmp_path: Path) -> None:
@@ -24,3 +28,11 @@ def test_the_choice_follows_the_question_and_costs_no_answers() -> None:
     }
     assert text_tuning.choose(rows, 0.80) == "good"
     assert text_tuning.choose(rows, 0.90) == "costly"
+
+
+def test_arm_t_has_the_settings_that_the_rule_chooses() -> None:
+    found = json.loads(text_tuning.RESULT.read_text(encoding="utf-8"))
+    rows = found["candidates"]
+    assert list(rows) == list(text_tuning.CANDIDATES)
+    assert found["chosen"] == text_tuning.choose(rows, found["reference"][PRIMARY])
+    assert {*shlex.split(rows[found["chosen"]]["settings"])} == {*ARMS["T"].settings}
