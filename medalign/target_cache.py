@@ -33,10 +33,15 @@ _LOG_SECONDS = 30.0
 
 
 class _DigestView:
-    """The view of a teacher that runs its tower, with the hash of each canvas."""
+    """The view of a teacher that runs its tower, with the hash of each canvas.
 
-    def __init__(self, preprocess_cfg: PreprocessCfg) -> None:
-        self.size = preprocess_cfg.size
+    Args:
+        preprocess_cfg: of the teacher.
+        size: that of the largest teacher of the training, with a cache or without: the training decodes images for it.
+    """
+
+    def __init__(self, preprocess_cfg: PreprocessCfg, size: int) -> None:
+        self.size = size
         self._preprocess_cfg = preprocess_cfg
 
     def inputs(self, canvas: Image.Image, where: str = "") -> Mapping[str, torch.Tensor]:
@@ -44,7 +49,7 @@ class _DigestView:
         return {**self._preprocess_cfg.inputs(canvas), DIGESTS: digest}
 
     def blank(self) -> Mapping[str, torch.Tensor]:
-        return self.inputs(Image.new("L", (self.size, self.size)))
+        return self.inputs(Image.new("L", (1, 1)))
 
 
 def write(config: Config) -> None:
@@ -70,7 +75,8 @@ def write(config: Config) -> None:
         raise ConfigError("teacher.cache is not set; give the folder of the targets with --teacher.cache DIR")
     folders = (config.data.folders, config.data.validation_folders)
     indexes = [pipeline.open_index(config, each) for each in folders if each]
-    views = [_DigestView(read_preprocess_cfg(each.path, each.mean, each.std)) for each in settings]
+    size = _largest_size(config)
+    views = [_DigestView(read_preprocess_cfg(each.path, each.mean, each.std), size) for each in settings]
     largest = max(index.max_images for index in indexes)
     collator, _ = pipeline.check_collator(config, views[0], largest, also=views[1:])
     images = sum(index.image_count for index in indexes)
@@ -130,10 +136,13 @@ def _prepare(config: Config, settings: TeacherSettings, collator: Collator, imag
 
 def _describe(config: Config, settings: TeacherSettings, collator: Collator) -> dict[str, Any]:
     """Describe what the cache of a teacher must be made with in this run."""
-    sizes = [read_preprocess_cfg(each.path, each.mean, each.std).size for each in config.teachers]
-    pixels = max(collator.student_view.size, *sizes)  # as `Collator.pixels` with the views of all teachers
+    pixels = max(collator.student_view.size, _largest_size(config))  # as `Collator.pixels` with all teachers
     dtype = teacher_dtype(settings, precision(config))
     return identity.describe(settings, dtype, collator.student_view.mean_color, pixels)
+
+
+def _largest_size(config: Config) -> int:
+    return max(read_preprocess_cfg(each.path, each.mean, each.std).size for each in config.teachers)
 
 
 @torch.no_grad()

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from medalign import assembly, pipeline, target_cache
 from medalign import config as settings
@@ -22,7 +24,7 @@ from medalign.student.checks import check_student
 from medalign.student.loading import load_student
 from medalign.teacher.cache import files
 from medalign.teacher.lexicon import PACKAGED
-from medalign.teacher.loading import load_teacher
+from medalign.teacher.loading import load_teacher, read_preprocess_cfg
 from medalign.teacher.model import Teacher
 from medalign.teacher.targets import teacher_targets
 from tests import tiny
@@ -245,6 +247,28 @@ def test_the_command_says_what_the_targets_take_and_several_teachers_have_their_
     off = ["--losses.alpha", "0", "--losses.beta", "0", "--teacher.also", "[]"]
     assert main(["targets", str(recipe), *off]) == 2
     assert "losses.alpha and losses.beta are 0, so no teacher is loaded" in capsys.readouterr().err
+
+
+def test_images_are_decoded_for_teachers_without_a_cache_too(make, tmp_path):
+    """A JPEG is decoded at a fraction of its size that still covers the largest tower, here one without a cache."""
+    tall = Image.fromarray(np.random.default_rng(0).integers(0, 255, (400, 300, 3), dtype=np.uint8))
+    (tmp_path / "in").mkdir()
+    tall.save(tmp_path / "in" / "film.jpg")
+    row = {"id": "a", "image": "film.jpg", "task": "vqa", "question": "Is it?", "answer": "yes", "answer_type": "closed"}
+    (tmp_path / "in" / "annotations.jsonl").write_text(json.dumps(row) + "\n")
+    assert main(["shards", "jsonl", "--input", str(tmp_path / "in"), "--output", str(tmp_path / "shards")]) == 0
+    config = make(tmp_path / "cache", "--data.train", str(tmp_path / "shards" / "train"), "--train.batch_size", "4")
+    config.teacher.also = [FurtherTeacher(path=str(PHANTOM))]
+    index = pipeline.open_index(config)
+    sizes = {read_preprocess_cfg(each.path).size for each in config.teachers}
+    assert index.read(0, min(sizes)).images[0].size != index.read(0, max(sizes)).images[0].size
+    target_cache.write(config)
+    collator, processor = pipeline.check_collator(config, None, index.max_images)
+    target_cache.check(config, collator, [index, None])
+    first, *also = (each.view for each in assembly.build_teachers(config))
+    collator = pipeline.build_collator(config, check_student(config.student)[0], processor, first, 1, also)
+    batch = next(iter(pipeline.build_loader(config, index, collator, 0)))[0]  # every image has its targets
+    assert len(batch.teachers) == 2 and batch.skipped == ()
 
 
 def test_features_beyond_float16_are_refused(tmp_path):
