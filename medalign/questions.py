@@ -31,7 +31,7 @@ from medalign.data.samples.decode import decode_image
 from medalign.data.samples.image_tags import strip_tags
 from medalign.data.samples.json_fields import unique_fields
 from medalign.data.samples.sample import check_fields, normalize_answer_type, to_sample
-from medalign.datasets.image_fields import named_images
+from medalign.datasets.image_fields import stated_images
 from medalign.decoding.base import Decoding
 from medalign.errors import ConfigError, DataError
 from medalign.evaluation.generation import predict
@@ -117,7 +117,7 @@ def _checked(row: Any) -> dict[str, Any]:
     for name in ("id", "question"):
         if not isinstance(row.get(name), str) or not row[name].strip():
             raise BadSample(f"{name} is {row.get(name)!r}; write a text")
-    names = named_images(row)
+    names = stated_images(row)
     if not all(isinstance(name, str) for name in names):
         raise BadSample("the paths of images must be texts")
     task = "vqa" if row.get("task") in (None, "") else row["task"]

@@ -17,6 +17,21 @@ def named_images(row: Mapping[str, Any]) -> list[Any]:
     return one or several
 
 
+def stated_images(row: Mapping[str, Any]) -> list[Any]:
+    """Return the images of a line that must say whether it has any.
+
+    Raises:
+        BadSample: it does not, a name is empty rather than null, or the two fields name different images.
+    """
+    if "image" not in row and "images" not in row:
+        raise BadSample("no image is named; write null for a question without an image")
+    for name in ("image", "images"):
+        value = row.get(name)
+        if value is not None and not isinstance(value, list) and is_missing(value):
+            raise BadSample(f"{name} is {value!r}; write a path, or null for a question without an image")
+    return named_images(row)
+
+
 def _listed(value: Any) -> list[Any]:
     if isinstance(value, list):
         return value

@@ -14,10 +14,9 @@ from medalign.datasets.annotations import parse_json
 from medalign.datasets.base import DatasetConverter, Item, Setting, Settings
 from medalign.datasets.files import missing_paths, read_bytes, read_pictures
 from medalign.datasets.grouped_split import Line, assign_splits
-from medalign.datasets.image_fields import named_images
+from medalign.datasets.image_fields import stated_images
 from medalign.datasets.splitting import parse_fraction
 from medalign.datasets.text_files import HEAD_BYTES, decode_utf8, encoding_problem
-from medalign.datasets.texts import is_missing
 from medalign.errors import ConfigError
 
 ANNOTATIONS = "annotations.jsonl"
@@ -139,24 +138,13 @@ def _parse(line: bytes) -> dict[str, Any]:
 
 def _build_record(folder: Path, item: Item, _settings: Settings) -> Record:
     row = dict(item.data)
-    if "image" not in row and "images" not in row:
-        raise BadSample("no image is named; write null for a question without an image")
-    names = _images(row)
+    names = stated_images(row)
     if isinstance(row.get("question"), str):
         stripped, tags = strip_tags(row["question"])
         check_count(tags, len(names))
         row["question"] = stripped.strip() if tags else row["question"]
     mask = read_bytes(folder, row["mask"], "mask") if row.get("mask") else None
     return Record(item.key, read_pictures(folder, names) if names else (), row, mask)
-
-
-def _images(row: dict[str, Any]) -> list[Any]:
-    """Names of the images of a line. Raises BadSample for a name that is empty rather than null."""
-    for name in ("image", "images"):
-        value = row.get(name)
-        if value is not None and not isinstance(value, list) and is_missing(value):
-            raise BadSample(f"{name} is {value!r}; it must be a path relative to the folder")
-    return named_images(row)
 
 
 CONVERTER = DatasetConverter(

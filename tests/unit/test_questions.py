@@ -47,22 +47,37 @@ def test_lines_become_samples(tmp_path):
         ([1], "line 2: it is a JSON list; write an object"),
         ({"question": "q"}, "line 2: id is None; write a text"),
         ({"id": "2", "question": " "}, "line 2: question is ' '; write a text"),
-        ({"id": "2", "question": "q", "task": "caption"}, "line 2: task is 'caption'; it must be 'vqa' or 'report'"),
-        ({"id": "2", "question": "q", "task": ["vqa"]}, r"line 2: task is \['vqa'\]; it must be"),
-        ({"id": "2", "question": "q", "answer": 3}, "line 2: answer is 3; task vqa requires text"),
-        ({"id": "2", "question": "q", "answer": 0}, "line 2: answer is 0; task vqa requires text"),
-        ({"id": "2", "question": "q", "answer_type": "multi"}, "line 2: answer_type is 'multi'; it must be 'closed'"),
+        (
+            {"id": "2", "question": "q", "image": None, "task": "caption"},
+            "line 2: task is 'caption'; it must be 'vqa' or 'report'",
+        ),
+        ({"id": "2", "question": "q", "image": None, "task": ["vqa"]}, r"line 2: task is \['vqa'\]; it must be"),
+        ({"id": "2", "question": "q", "image": None, "answer": 3}, "line 2: answer is 3; task vqa requires text"),
+        ({"id": "2", "question": "q", "image": None, "answer": 0}, "line 2: answer is 0; task vqa requires text"),
+        (
+            {"id": "2", "question": "q", "image": None, "answer_type": "multi"},
+            "line 2: answer_type is 'multi'; it must be 'closed'",
+        ),
+        (
+            {"id": "2", "question": "q", "image_path": "a.png"},
+            "line 2: no image is named; write null for a question wit",
+        ),
+        ({"id": "2", "question": "q", "image": ""}, "line 2: image is ''; write a path, or null"),
+        ({"id": "2", "question": "q", "image": "nan"}, "line 2: image is 'nan'; write a path, or null"),
         ({"id": "2", "question": "q", "image": [4]}, "line 2: the paths of images must be texts"),
         ({"id": "2", "question": "<image>", "image": "a.png"}, "line 2: question is '<image>', which contains no text"),
-        ({"id": "2", "question": "q", "boxes": [[0, 0, 2, 2]]}, "line 2: boxes are given, but there is no image"),
-        ('{"id": "2", "id": "3", "question": "q"}', "line 2: .*id.* twice"),
+        (
+            {"id": "2", "question": "q", "image": None, "boxes": [[0, 0, 2, 2]]},
+            "line 2: boxes are given, but there is no image",
+        ),
+        ('{"id": "2", "id": "3", "question": "q", "image": null}', "line 2: .*id.* twice"),
         ({"id": "2", "question": "<image><image>q", "image": "a.png"}, "line 2: the text contains 2 <image>"),
-        ({"id": "1", "question": "q"}, "line 2: the id '1' occurs twice"),
+        ({"id": "1", "question": "q", "image": None}, "line 2: the id '1' occurs twice"),
     ],
 )
 def test_a_line_that_is_no_question_is_named(tmp_path, line, message):
     with pytest.raises(DataError, match=f"questions.jsonl, {message}"):
-        QuestionFile(write(tmp_path, {"id": "1", "question": "q"}, line))
+        QuestionFile(write(tmp_path, {"id": "1", "question": "q", "image": None}, line))
 
 
 def test_boxes_are_those_of_the_first_image(tmp_path):

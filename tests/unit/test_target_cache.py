@@ -254,7 +254,14 @@ def test_images_are_decoded_for_teachers_without_a_cache_too(make, tmp_path):
     tall = Image.fromarray(np.random.default_rng(0).integers(0, 255, (400, 300, 3), dtype=np.uint8))
     (tmp_path / "in").mkdir()
     tall.save(tmp_path / "in" / "film.jpg")
-    row = {"id": "a", "image": "film.jpg", "task": "vqa", "question": "Is it?", "answer": "yes", "answer_type": "closed"}
+    row = {
+        "id": "a",
+        "image": "film.jpg",
+        "task": "vqa",
+        "question": "Is it?",
+        "answer": "yes",
+        "answer_type": "closed",
+    }
     (tmp_path / "in" / "annotations.jsonl").write_text(json.dumps(row) + "\n")
     assert main(["shards", "jsonl", "--input", str(tmp_path / "in"), "--output", str(tmp_path / "shards")]) == 0
     config = make(tmp_path / "cache", "--data.train", str(tmp_path / "shards" / "train"), "--train.batch_size", "4")

@@ -238,7 +238,7 @@ def test_images_is_read_like_image_and_tags_are_counted(tmp_path: Path) -> None:
         "answer": "the answer contains <image>",
         "other": "the text contains '<|image_1|>'; write <image> as the placeholder of an image",
         "neither": "no image is named; write null for a question without an image",
-        "empty": "images is ''; it must be a path relative to the folder",
+        "empty": "images is ''; write a path, or null for a question without an image",
     }
 
 
