@@ -29,7 +29,7 @@ from medalign.evaluation.generation import PredictionBatch
 from medalign.evaluation.journal import Entry, Journal
 from medalign.evaluation.tally import Tally
 from medalign.observability.progress import ProgressReporter
-from medalign.stop_signals import StopSignals, stop_signals
+from medalign.stop_signals import StopSignals
 from medalign.student.model import Student
 from medalign.work_queue import WorkQueue
 
@@ -54,6 +54,7 @@ class Work:
         planned: how many samples of each folder are answered.
         batch_size: samples per batch.
         max_skip_fraction: fraction of the samples that may be unreadable.
+        signals: those that this process has received since the command began.
         more: whether other work follows. A signal during the last batch then stops the command, too.
     """
 
@@ -62,6 +63,7 @@ class Work:
     planned: Sequence[int]
     batch_size: int
     max_skip_fraction: float
+    signals: StopSignals
     more: bool = False
 
     def read(self, batch: Sequence[Place]) -> Found:
@@ -114,15 +116,28 @@ def answer_all(
         queue.add(_UNREADABLE, unreadable)
     distributed.barrier()
     try:
-        with stop_signals() as signals, distributed.raise_on_all_ranks(), _tell_other_ranks(queue):
-            _answer(work, batches, (left[piece] for piece in queue), journal, ask, queue, signals)
+        with distributed.raise_on_all_ranks(), _tell_other_ranks(queue):
+            _answer(work, batches, (left[piece] for piece in queue), journal, ask, queue)
         _require_all(queue, sum(work.planned), work.more)
     except BaseException:
         journal.report()
         raise
-    entries = journal.entries() if distributed.is_main() else []
+    entries: list[Entry] = []
+    with distributed.raise_on_all_ranks():
+        if distributed.is_main():
+            entries = journal.entries()
+            _require_entries(entries, len(batches), output)
     rows = sorted((row for entry in entries for row in entry.rows), key=lambda placed: placed[0])
     return Tally([row for _, row in rows], sum(entry.unreadable for entry in entries)), journal
+
+
+def _require_entries(entries: Sequence[Entry], batches: int, output: Path) -> None:
+    if len(entries) < batches:
+        raise DataError(
+            f"{output.parent}: the answers of {batches - len(entries)} of {batches} batches are not there, although "
+            "all ranks have written theirs; the folder must be one that all ranks share, and the same command then "
+            "answers what is missing"
+        )
 
 
 def _resume(journal: Journal, total: int) -> tuple[set[int], int, int]:
@@ -146,7 +161,6 @@ def _answer(
     journal: Journal,
     ask: Callable[[Found], PredictionBatch],
     queue: WorkQueue,
-    signals: StopSignals,
 ) -> None:
     """Answer the batches that this rank takes, until none is left or a rank has asked all to stop."""
     total = sum(work.planned)
@@ -158,8 +172,8 @@ def _answer(
             unreadable = queue.add(_UNREADABLE, len(predicted.unreadable))
             check_skip_rate(unreadable, total, work.max_skip_fraction, predicted.unreadable, "--max-skip-fraction")
             progress.reach(queue.add(_SEEN, len(samples)))
-            if signals.request is not None:
-                queue.stop(signals.request.__name__)
+            if work.signals.request is not None:
+                queue.stop(work.signals.request.__name__)
             if queue.stop_reason:
                 return
 

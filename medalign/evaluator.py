@@ -27,6 +27,7 @@ from medalign.inference import open_student
 from medalign.observability.files import write_text
 from medalign.probing import Asking, ask_probes, remove_probes
 from medalign.run_folder import EvaluationFolder, find_run
+from medalign.stop_signals import stop_signals
 from medalign.work_queue import joined_ranks
 
 log = logging.getLogger("medalign")
@@ -131,7 +132,7 @@ def evaluate_each(
     Returns:
         The folder of each evaluation.
     """
-    with joined_ranks() as store:
+    with stop_signals() as signals, joined_ranks() as store:
         with distributed.raise_on_all_ranks():
             folders = [EvaluationFolder(evaluation_folder(run, data, name, one.method.name)) for one in decodings]
             indexes = _open(data)
@@ -149,7 +150,7 @@ def evaluate_each(
         for folder, decoding in zip(folders, decodings, strict=True):
             more = folder != folders[-1]
             title = "evaluate" if len(folders) == 1 else f"evaluate {decoding.method.name}"
-            work = Work(title, indexes, planned, batch_size, max_skip_fraction, more or bool(probes))
+            work = Work(title, indexes, planned, batch_size, max_skip_fraction, signals, more or bool(probes))
             settings = {"limit": limit, **describe_answering(student, collator, batch_size, decoding)}
             ask = partial(predict, student, tokenizer, collator, decoding=decoding, device=distributed.device())
             known = {**settings, **origin, "versions": versions()}

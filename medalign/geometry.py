@@ -56,6 +56,11 @@ class CanvasFrame:
         """Padding at the top in pixels."""
         return (self.side - self.height) // 2
 
+    def clip(self, box: Box) -> Box:
+        """Return the part of a box in image pixels that is inside the image; empty boxes have no positive side."""
+        x0, y0, x1, y1 = box
+        return max(x0, 0.0), max(y0, 0.0), min(x1, float(self.width)), min(y1, float(self.height))
+
     def to_unit(self, box: Box) -> tuple[float, float, float, float]:
         """Convert a box in image pixels to fractions of the canvas, each in [0, 1]."""
         x0, y0, x1, y1 = box

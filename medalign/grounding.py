@@ -18,6 +18,7 @@ from medalign import distributed
 from medalign.checkpoint import export
 from medalign.contracts import IGNORE, Sample
 from medalign.data.batches.collator import Collator, Prepared
+from medalign.data.batches.reader import prepare
 from medalign.data.samples.bad_sample import BadSample
 from medalign.data.shards.index import ShardIndex
 from medalign.decoding.base import Decoding
@@ -31,7 +32,7 @@ from medalign.evaluation.patch_removal import curves
 from medalign.evaluation.provenance import describe_weights, versions
 from medalign.evaluator import evaluation_folder
 from medalign.file_lock import only_writer
-from medalign.geometry import CanvasFrame
+from medalign.geometry import CanvasFrame, PatchGrid
 from medalign.inference import open_student
 from medalign.observability.files import write_text
 from medalign.observability.progress import ProgressReporter
@@ -61,8 +62,7 @@ class Instruments:
         """Measure a batch of samples."""
         device, samples = distributed.device(), [sample for sample, _, _ in found]
         given = generate_answers(self.student, self.tokenizer, self.questions(samples).to(device), self.decoding)
-        answered = [replace(one, answer=text.text or _NO_TEXT) for one, text in zip(samples, given, strict=True)]
-        prepared = [self.answers.prepare(sample) for sample in answered]
+        given, prepared = zip(*map(self._with_answer, samples, given), strict=True)
         batch = self.answers.join(prepared).to(device)
         predicting = torch.zeros_like(batch.question_mask)
         predicting[:, :-1] = batch.labels[:, 1:] != IGNORE
@@ -75,6 +75,14 @@ class Instruments:
             self._record(one, text, part, {kind: [block[row] for block in maps[kind]] for kind in KINDS})
             for row, (one, text, part) in enumerate(zip(found, given, prepared, strict=True))
         ]
+
+    def _with_answer(self, sample: Sample, given: Answer) -> tuple[Answer, Prepared]:
+        """Prepare a sample with its own answer. One that the template cannot hold counts as an answer without text."""
+        try:
+            return given, prepare(self.answers, replace(sample, answer=given.text or _NO_TEXT))
+        except BadSample as error:
+            log.warning("an answer has no maps: %s", error)
+            return replace(given, text=""), prepare(self.answers, replace(sample, answer=_NO_TEXT))
 
     def _record(
         self, found: Found, given: Answer, prepared: Prepared, maps: Mapping[str, Sequence[np.ndarray]]
@@ -185,7 +193,7 @@ def _measure_all(
     head, records = _resume(output, facts)
     if records:
         log.info("%d samples are in %s already", len(records), output)
-    boxed = _Boxed(index, instruments.student)
+    boxed = _Boxed(index, instruments.questions, instruments.student.spec.grid)
     done = {one.key for one in records}
     left = (found for found in islice(boxed, limit) if found[0].key not in done)
     with ProgressReporter("ground", len(index) if limit is None else limit, "samples") as progress:
@@ -203,16 +211,16 @@ def _measure_all(
 
 
 class _Boxed:
-    """The samples whose boxes cover a part of their image, read one by one.
+    """The samples whose boxes cover a part of their image and whose questions can be asked, read one by one.
 
     Attributes:
         examined: number of samples read so far.
         found: how many of these are yielded.
-        unreadable: how many of these cannot be read.
+        unreadable: how many of these cannot be read or asked.
     """
 
-    def __init__(self, index: ShardIndex, student: Student) -> None:
-        self._index, self._grid = index, student.spec.grid
+    def __init__(self, index: ShardIndex, questions: Collator, grid: PatchGrid) -> None:
+        self._index, self._questions, self._grid = index, questions, grid
         self.examined = self.found = self.unreadable = 0
 
     def __iter__(self) -> Iterator[Found]:
@@ -220,6 +228,8 @@ class _Boxed:
             self.examined += 1
             try:
                 sample, mask = self._index.read(place), self._index.read_mask(place)
+                if sample.boxes:
+                    prepare(self._questions, sample)
             except BadSample as error:
                 log.warning("bad sample skipped: %s", error)
                 self.unreadable += 1

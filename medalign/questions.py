@@ -39,6 +39,7 @@ from medalign.evaluation.metrics.predictions import Prediction, format_predictio
 from medalign.evaluation.provenance import describe_weights, versions
 from medalign.inference import open_student
 from medalign.observability.files import write_text
+from medalign.stop_signals import stop_signals
 from medalign.work_queue import joined_ranks
 
 _GREEDY = Decoding()
@@ -165,7 +166,7 @@ def generate_file(
         DataError: a line is not a question, or more than `max_skip_fraction` of the images cannot be read.
         Stopped: a signal ended it.
     """
-    with joined_ranks() as store:
+    with stop_signals() as signals, joined_ranks() as store:
         with distributed.raise_on_all_ranks():
             if output.exists():
                 raise ConfigError(f"--output {output} already exists; choose a new file")
@@ -177,7 +178,7 @@ def generate_file(
         with distributed.raise_on_all_ranks():
             student, tokenizer, collator = open_student(source, base, file.max_images, max_length, [decoding.method])
             settings = {**describe_answering(student, collator, batch_size, decoding), **describe_weights(source)}
-        work = Work("generate", [file], [len(file)], batch_size, max_skip_fraction)
+        work = Work("generate", [file], [len(file)], batch_size, max_skip_fraction, signals)
         ask = partial(predict, student, tokenizer, collator, decoding=decoding, device=distributed.device())
         tally, journal = answer_all(
             work, output, {**settings, "questions": file.sha256, "versions": versions()}, ask, store

@@ -14,6 +14,7 @@ import numpy as np
 from medalign import distributed
 from medalign.checkpoint import export
 from medalign.data.batches.collator import Collator
+from medalign.data.batches.reader import prepare
 from medalign.data.samples.bad_sample import BadSample
 from medalign.data.shards.index import ShardIndex
 from medalign.errors import ConfigError, DataError
@@ -86,7 +87,7 @@ def measure_separability(
     folder, index = EvaluationFolder(evaluation_folder(run, [data], name)), ShardIndex.open(data)
     source = export.find_export(run)
     student, _, collator = open_student(source, base, index.max_images)
-    chosen = [(film, choose_patches(film, student.spec.grid)) for film in _films(index, limit)]
+    chosen = [(film, choose_patches(film, student.spec.grid)) for film in _films(index, collator, limit)]
     chosen = [(film, patches) for film, patches in chosen if len(patches.places)]
     if len(chosen) < FOLDS:
         raise DataError(
@@ -110,12 +111,14 @@ def measure_separability(
     return folder.separability
 
 
-def _films(index: ShardIndex, limit: int | None) -> list[Film]:
+def _films(index: ShardIndex, collator: Collator, limit: int | None) -> list[Film]:
     """Return the first images with boxes. All samples are read, since each may have boxes of any image."""
     films: dict[str, Film] = {}
     for place in range(len(index)):
         try:
             sample = index.read(place)
+            if sample.boxes:
+                prepare(collator, sample)
         except BadSample as error:
             log.warning("bad sample skipped: %s", error)
             continue

@@ -7,8 +7,8 @@
 
 The shards depend only on the input and the settings: each part of `samples_per_shard` listed samples becomes one shard,
 independent of the process that writes it. After an interruption, the same command continues with the missing parts. It
-starts again if the settings or the annotations changed. A part is finished when its report is on disk, which is written
-after its shards.
+starts again if the folder, the settings or the annotations are others. A part is finished when its report is on disk,
+which is written after its shards.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def convert(
     if not listed:
         _raise_nothing_listed(input, output, report)
     _check_output(output, listed)
-    fingerprint = _fingerprint(source, settings, samples_per_shard, hashing, listed)
+    fingerprint = _fingerprint(source, input, settings, samples_per_shard, hashing, listed)
     try:
         with _work_folder(output / _WORK, fingerprint) as work:
             _remove_leftovers(output, listed)
@@ -207,11 +207,16 @@ def _hashed(skipped: Sequence[Skipped], hashing: Hashing | None) -> list[Skipped
 
 
 def _fingerprint(
-    source: DatasetConverter, settings: Settings, size: int, hashing: Hashing | None, listed: dict[str, list[Item]]
+    source: DatasetConverter,
+    input: Path,
+    settings: Settings,
+    size: int,
+    hashing: Hashing | None,
+    listed: dict[str, list[Item]],
 ) -> str:
     salt = hmac.new(hashing.salt, b"fingerprint", hashlib.sha256).hexdigest() if hashing else ""
     fields = sorted(hashing.fields) if hashing else []
-    made_by = [__version__, _FORMAT, source.name, settings, size, salt, fields]
+    made_by = [__version__, _FORMAT, source.name, str(input.resolve()), settings, size, salt, fields]
     digest = hashlib.sha256(json.dumps(made_by, default=str).encode())
     for items in listed.values():
         for item in items:

@@ -16,6 +16,7 @@ from medalign.data.batches.collator import Collator
 from medalign.data.batches.loader import join_usable
 from medalign.data.samples.bad_sample import BadSample
 from medalign.decoding.base import Decoding
+from medalign.errors import DataError
 from medalign.evaluation.grounding import grounding
 from medalign.evaluation.metrics import Prediction
 from medalign.evaluation.metrics.predictions import LENGTH, STOP
@@ -101,9 +102,9 @@ def predict(
         decoding: the method, beams or sampling, and the limit of an answer.
         device: the student's device.
     """
-    places, batch = join_usable(collator, samples)
+    places, batch, reasons = join_usable(collator, samples)
     if batch is None:
-        return PredictionBatch([], tuple(map(str, samples)))
+        return PredictionBatch([], reasons)
     rows = []
     answers = generate_answers(student, tokenizer, batch.to(device), decoding)
     for place, given, (question_cut, _) in zip(places, answers, batch.cuts, strict=True):
@@ -112,7 +113,7 @@ def predict(
         row = _prediction(student, sample, given)
         row.truncated = question_cut > 0
         rows.append((place, row))
-    return PredictionBatch(rows, batch.skipped)
+    return PredictionBatch(rows, reasons)
 
 
 def _prediction(student: Student, sample: Sample, given: Answer) -> Prediction:
@@ -133,7 +134,12 @@ def _prediction(student: Student, sample: Sample, given: Answer) -> Prediction:
     frame = CanvasFrame(*sample.images[0].size)
     row.attention, row.image_size = given.attention, (frame.width, frame.height)
     row.boxes = [list(box) for box in sample.boxes]
-    ground = grounding(given.attention, sample.boxes, frame, student.spec.grid)
+    try:
+        ground = grounding(given.attention, sample.boxes, frame, student.spec.grid)
+    except ValueError as error:
+        raise DataError(
+            f"{sample.shard}/{sample.key}: {error}; check the weights of the student and of its base"
+        ) from error
     if ground is not None:
         row.attention_inside, row.box_area = ground.inside, ground.area
         row.pointing_hit, row.pointing_chance = ground.hit, ground.chance

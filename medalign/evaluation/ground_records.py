@@ -93,10 +93,11 @@ def _against_boxes(records: Sequence[Grounded], kind: str, grid: PatchGrid) -> d
         for one, frame in zip(records, frames, strict=True)
     ]
     images = [one.image for one in records]
-    known = [one for one in scored if one is not None]
-    scores = mean("pointing_hits", [one.hit for one in known], images)
+    known = [(one, image) for one, image in zip(scored, images, strict=True) if one is not None]
+    owners = [image for _, image in known]
+    scores = mean("pointing_hits", [one.hit for one, _ in known], owners)
     if known:
-        scores["pointing_chance"] = mean("chance", [one.chance for one in known], images)["chance"]
+        scores["pointing_chance"] = mean("chance", [one.chance for one, _ in known], owners)["chance"]
     return _shares(cases, images) | scores | localization("box", cases, images)
 
 

@@ -56,7 +56,7 @@ def grounding(
         ValueError: the attention has another size, or a value is negative or not finite.
     """
     attention_N = check_map(attention_N, grid)
-    clipped = [_clip(box, frame) for box in boxes]
+    clipped = [frame.clip(box) for box in boxes]
     unit_boxes = [frame.to_unit(box) for box in clipped if box[0] < box[2] and box[1] < box[3]]
     picture_N = coverage([frame.picture], grid)
     boxes_N = np.minimum(coverage(unit_boxes, grid), picture_N)
@@ -83,11 +83,6 @@ def check_map(attention: np.ndarray | torch.Tensor | Sequence[float], grid: Patc
     if not np.isfinite(attention_N).all() or (attention_N < 0).any():
         raise ValueError("attention must be finite and not negative")
     return attention_N
-
-
-def _clip(box: Box, frame: CanvasFrame) -> tuple[float, float, float, float]:
-    x0, y0, x1, y1 = box
-    return max(x0, 0.0), max(y0, 0.0), min(x1, float(frame.width)), min(y1, float(frame.height))
 
 
 def patches_hit(unit_boxes: Sequence[tuple[float, float, float, float]], grid: PatchGrid) -> np.ndarray:

@@ -34,17 +34,19 @@ class Region:
 
     @classmethod
     def of_boxes(cls, boxes: Sequence[Box], frame: CanvasFrame, grid: PatchGrid) -> Region:
-        """Return the union of boxes, which are in pixels of the image."""
+        """Return the union of boxes, which are in pixels of the image; what is outside of it does not count."""
         picture_N = coverage([frame.picture], grid)
-        return cls(np.minimum(coverage([frame.to_unit(box) for box in boxes], grid), picture_N), picture_N)
+        clipped = [box for box in map(frame.clip, boxes) if box[0] < box[2] and box[1] < box[3]]
+        return cls(np.minimum(coverage([frame.to_unit(box) for box in clipped], grid), picture_N), picture_N)
 
     @classmethod
     def of_mask(cls, mask: Image.Image, grid: PatchGrid) -> Region:
-        """Return the pixels of a mask of the image's size that are not zero."""
+        """Return the pixels of a mask of the image's size that are not zero, and not transparent."""
         frame = CanvasFrame(*mask.size)
-        pixels = np.asarray(mask) > 0
+        bands = np.asarray(mask).reshape(mask.height, mask.width, -1) > 0
+        colors = [place for place, name in enumerate(mask.getbands()) if name != "A"]
+        inside = bands[..., colors].any(-1) & (bands[..., -1] if "A" in mask.getbands() else True)
         canvas = np.zeros((frame.side, frame.side))
-        inside = pixels if pixels.ndim == 2 else pixels.any(-1)
         canvas[frame.top : frame.top + frame.height, frame.left : frame.left + frame.width] = inside
         sums = _patch_sums(_patch_sums(canvas, grid.rows).T, grid.columns).T
         picture_N = coverage([frame.picture], grid)

@@ -15,6 +15,7 @@ import fsspec
 import pytest
 import torch
 
+from medalign import evaluator
 from medalign.__main__ import main
 from medalign.checkpoint import export
 from medalign.config import DataConfig
@@ -286,6 +287,24 @@ def stop() -> None:
 
 def terminate() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("call", ["open_student", "ask_probes"])
+def test_a_signal_outside_of_the_answers_is_not_lost(run, shards, monkeypatch, call):
+    """While the student is loaded, or after the answers: the work that follows ends after its first batch."""
+    whole = getattr(evaluator, call)
+
+    def signaled(*arguments, **options):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return whole(*arguments, **options)
+
+    words = ["evaluate", str(run), "--data", str(shards / "val"), "--name", call, "--batch-size", "2", *QUICK]
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluator, call, signaled)
+        assert main([*words, "--probes", "no-image"]) == 75
+    assert (run / "evaluation" / call / "scores.json").exists() == (call == "ask_probes")
+    assert main([*words, "--probes", "no-image"]) == 0
+    assert scores(run, call)["probes"]["no-image"]["n"] > 0
 
 
 @pytest.mark.parametrize(("action", "status", "whole_batches"), [(stop, 130, 3), (terminate, 143, 4)])

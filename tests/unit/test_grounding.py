@@ -9,6 +9,8 @@ import pytest
 
 from medalign import phantom
 from medalign.__main__ import main
+from medalign.data.batches.reader import prepare
+from medalign.data.samples.bad_sample import BadSample
 from medalign.data.shards.index import ShardIndex
 from medalign.data.shards.records import Record
 from medalign.data.shards.writer import write_shards
@@ -68,6 +70,26 @@ def test_an_answer_without_text_has_no_answer_maps_and_no_curves(run, data, monk
     found = ground(run, data, "empty", 2)
     assert found["answers_empty"] == found["n"] == 2 and "inside" in found["question"]
     assert not {"answer", "answer_mask", "removal"} & set(found) and list(found["heads"]) == ["question"]
+
+
+def test_an_answer_and_a_question_that_cannot_be_encoded_are_counted(run, data, monkeypatch, tmp_path):
+    """A sample that the template rejects is not measured; an answer that it rejects has no maps."""
+    from medalign.evaluation.generation import Answer
+
+    monkeypatch.setattr("medalign.grounding.generate_answers", lambda *given: [Answer("\ufdd0", None)])
+    found = ground(run, data, "rejected", 2)
+    assert found["answers_empty"] == found["n"] == 2 and "answer" not in found
+    monkeypatch.undo()
+
+    def reject(collator, sample):
+        if sample.key == rejected and not collator.with_answer:
+            raise BadSample("the template rejects it")
+        return prepare(collator, sample)
+
+    rejected = next(sample.key for sample in map(ShardIndex.open(data).read, range(12)) if sample.boxes)
+    monkeypatch.setattr("medalign.grounding.prepare", reject)
+    found = ground(run, data, "bad", 2)
+    assert (found["n"], found["unreadable"]) == (2, 1)
 
 
 def test_shards_without_boxes_are_refused_and_replace_nothing(run, data, tmp_path, capsys):

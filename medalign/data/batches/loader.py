@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -154,7 +153,9 @@ def _identity(batch: Any) -> Any:
     return batch
 
 
-def join_usable(collator: Collator, samples: Sequence[Sample | BadSample]) -> tuple[list[int], Batch | None]:
+def join_usable(
+    collator: Collator, samples: Sequence[Sample | BadSample]
+) -> tuple[list[int], Batch | None, tuple[str, ...]]:
     """Join the samples that can be used, each exactly once, for generation or scoring.
 
     Args:
@@ -162,8 +163,8 @@ def join_usable(collator: Collator, samples: Sequence[Sample | BadSample]) -> tu
         samples: samples, or why they could not be read.
 
     Returns:
-        The places of the samples in the batch, and the batch; None if no sample can be used. The reasons for the others
-        are logged, and are in `skipped` of the batch.
+        The places of the samples in the batch; the batch, or None if no sample can be used; and the reasons for the
+        others, which are logged, too.
     """
     places: list[int] = []
     prepared: list[Prepared] = []
@@ -177,4 +178,4 @@ def join_usable(collator: Collator, samples: Sequence[Sample | BadSample]) -> tu
         except BadSample as error:
             log.warning("bad sample skipped: %s", error)
             skipped.append(str(error))
-    return places, replace(collator.join(prepared), skipped=tuple(skipped)) if prepared else None
+    return places, collator.join(prepared) if prepared else None, tuple(skipped)

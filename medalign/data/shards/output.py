@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,7 +34,8 @@ def replaced_folder(output: Path) -> Iterator[Path]:
         DataError: `output` cannot be replaced, or the disk fails.
     """
     require_replaceable(output)
-    partial = output.parent / f".{output.name}.partial-{os.getpid()}"
+    # Numbers of processes repeat, in containers from one start to the next: a killed one may have left such a folder.
+    partial = output.parent / f".{output.name}.partial-{os.getpid()}-{secrets.token_hex(4)}"
     try:
         partial.mkdir(parents=True)
         yield partial
@@ -63,7 +65,7 @@ def _move_into_place(partial: Path, output: Path) -> None:
     if not output.exists():
         partial.rename(output)
         return
-    old = output.parent / f".{output.name}.old-{os.getpid()}"
+    old = output.parent / f".{output.name}.old-{os.getpid()}-{secrets.token_hex(4)}"
     output.rename(old)
     partial.rename(output)
     shutil.rmtree(old)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,9 +47,15 @@ def read_arm(word: str, evaluation: str | None = None) -> Arm:
 def parse_word(word: str) -> tuple[str, list[Path]]:
     """Return the name of an arm and one path per seed. The name of `PATH`, or of `PATH,PATH,...`, is empty."""
     name, mark, rest = word.partition("=")
-    if Path(word).exists() or not mark:
+    if _exists(word) or not mark:
         name, rest = "", word
-    return name, [Path(text) for text in ([rest] if Path(rest).exists() else rest.split(","))]
+    return name, [Path(text) for text in ([rest] if _exists(rest) else rest.split(","))]
+
+
+def _exists(word: str) -> bool:
+    with suppress(OSError):  # the names of several seeds in a row may be too long for a file
+        return Path(word).exists()
+    return False
 
 
 def _predictions_of(path: Path, evaluation: str | None) -> Path:

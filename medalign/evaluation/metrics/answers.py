@@ -35,8 +35,9 @@ def words(text: str) -> list[str]:
 
 
 def exact(prediction: str, reference: str) -> bool:
-    """Return whether both texts have the same words in the same order."""
-    return words(prediction) == words(reference)
+    """Return whether both texts have the same words in the same order. Texts without words must be equal."""
+    expected = words(reference)
+    return words(prediction) == expected and bool(expected or prediction.strip() == reference.strip())
 
 
 def yes_or_no(reference: str) -> str | None:
@@ -78,6 +79,6 @@ def open_recall(prediction: str, reference: str) -> float:
     """
     expected = words(reference)
     if not expected:
-        return float(not words(prediction))
+        return float(exact(prediction, reference))
     found = set(words(prediction))
     return sum(word in found for word in expected) / len(expected)

@@ -22,10 +22,10 @@ from collections.abc import Sequence
 
 import regex
 
-from medalign.evaluation.metrics.answers import given_yes_or_no, words, yes_or_no
+from medalign.evaluation.metrics.answers import exact, given_yes_or_no, words, yes_or_no
 
 LETTERS = "ABCDEFGHIJ"
-SIGNATURE = "official:substring|pope:first-sentence|choice:letter-then-text|f1:words"
+SIGNATURE = "official:substring|pope:first-sentence|choice:same-then-letter-then-text|f1:words"
 
 # A letter that is the whole answer, that a bracket, period or colon follows at the beginning, or that such words as
 # "the answer is" introduce. "A nodule" names no letter.
@@ -43,7 +43,7 @@ def official_correct(prediction: str, reference: str) -> bool:
     normalized by `answers.words`.
     """
     given, expected = " ".join(words(prediction)), " ".join(words(reference))
-    return ("yes" in given or "no" in given) and expected in given
+    return ("yes" in given or "no" in given) and bool(expected) and expected in given
 
 
 def pope_answer(prediction: str) -> str:
@@ -75,6 +75,18 @@ def chosen_by_text(prediction: str, options: Sequence[str]) -> int | None:
     return longest[0] if len(longest) == 1 else None
 
 
+def chosen(prediction: str, options: Sequence[str]) -> int | None:
+    """Return the option that an answer names: the one with exactly its words, else by letter, else by text, or None.
+
+    So "C. difficile" is the option of this name, and not the third one.
+    """
+    same = [i for i, option in enumerate(options) if exact(prediction, option)]
+    if len(same) == 1:
+        return same[0]
+    letter = chosen_by_letter(prediction, options)
+    return chosen_by_text(prediction, options) if letter is None else letter
+
+
 def reference_choice(reference: str, options: Sequence[str]) -> int | None:
     """Return the option that a reference names by its text or else by its letter, or None."""
     expected = words(reference)
@@ -88,7 +100,7 @@ def token_f1(prediction: str, reference: str) -> float:
     """Return the F1 of the words of a prediction, in [0, 1]; a repeated word counts as often as it occurs in both."""
     given, expected = Counter(words(prediction)), Counter(words(reference))
     if not given or not expected:
-        return float(given == expected)
+        return float(exact(prediction, reference))
     return 2 * (given & expected).total() / (given.total() + expected.total())
 
 

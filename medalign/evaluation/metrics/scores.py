@@ -151,7 +151,7 @@ def _choices(rows: Sequence[Prediction]) -> Scores:
         return {}
     letters = [rules.chosen_by_letter(r.prediction, r.options) for r, _ in asked]
     texts = [rules.chosen_by_text(r.prediction, r.options) for r, _ in asked]
-    either = [text if letter is None else letter for letter, text in zip(letters, texts, strict=True)]
+    either = [rules.chosen(r.prediction, r.options) for r, _ in asked]
     scores: Scores = {"choice_n": len(asked)}
     for name, chosen in (("choice_accuracy", either), ("choice_letter", letters), ("choice_text", texts)):
         scores |= mean(name, [one == expected for one, (_, expected) in zip(chosen, asked, strict=True)])

@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 
+from medalign.errors import DataError
 from medalign.evaluation.findings import chest_labeller
 from medalign.evaluation.metrics import Prediction
 from medalign.evaluation.metrics.answers import closed_correct, exact, given_yes_or_no, yes_or_no
@@ -47,11 +48,19 @@ def probe_scores(name: str, rows: Sequence[Prediction], real: Sequence[Predictio
         name: of the probe.
         rows: its answers.
         real: the answers of the evaluation.
+
+    Raises:
+        DataError: a question of the probe is not among them.
     """
     if not rows:
         return {"n": 0}
     if name in CHANGED:
         asked = {(row.folder, row.key): row for row in real}
+        if lost := next((row.key for row in rows if (row.folder, row.key) not in asked), None):
+            raise DataError(
+                f"the answers to probe {name} have {lost!r}, but the predictions of the evaluation do not; evaluate "
+                f"again with --overwrite --probes {name}"
+            )
         scores = _changed([(asked[row.folder, row.key], row) for row in rows])
     else:
         scores = _presupposed(rows) if name == PRESUPPOSED else _pope(rows)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 from PIL import Image
@@ -49,6 +50,9 @@ def batches(
     selected = list(range(len(index)) if indices is None else indices)
     for start in range(0, len(selected), size):
         found = [read_or_reason(index, i) for i in selected[start : start + size]]
-        places, batch = join_usable(collator, found)
+        places, batch, reasons = join_usable(collator, found)
         if batch is not None:
-            yield [sample for place in places if isinstance(sample := found[place], Sample)], batch
+            yield (
+                [sample for place in places if isinstance(sample := found[place], Sample)],
+                replace(batch, skipped=reasons),
+            )

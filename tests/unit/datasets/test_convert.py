@@ -92,11 +92,13 @@ def test_an_interrupted_conversion_is_resumed(tmp_path: Path) -> None:
     assert contents(out) == contents(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("change", ["size", "annotations"])
+@pytest.mark.parametrize("change", ["size", "annotations", "folder"])
 def test_other_settings_restart_the_conversion(tmp_path: Path, change: str) -> None:
     source, out = write_folder(tmp_path / "in"), tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
         convert(JSONL, source, out, samples_per_shard=4, workers=1, progress=stop_after(14))
+    if change == "folder":  # with the same annotations, and perhaps other images
+        source = source.rename(tmp_path / "other")
     if change == "annotations":
         path = source / "annotations.jsonl"
         path.write_text(path.read_text().replace("clear ?", "clear now ?"))

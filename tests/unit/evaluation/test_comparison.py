@@ -14,6 +14,7 @@ from scipy import stats
 
 from medalign.__main__ import main
 from medalign.evaluation.comparison import compare, format_comparisons, read_arm
+from medalign.evaluation.comparison.arms import parse_word
 from medalign.evaluation.comparison.measures import MEASURES
 from medalign.evaluation.comparison.resampling import (
     cluster_bootstrap,
@@ -239,3 +240,10 @@ def test_wrong_arms_are_refused_by_name(files, tmp_path, capsys):
     ):
         assert main(["compare", *words]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_many_seeds_in_one_word_are_paths_each(tmp_path):
+    """Together they are longer than the name of a file can be."""
+    names = [f"{'x' * 60}-{seed}.jsonl" for seed in range(8)]
+    assert parse_word(f"ours={','.join(names)}") == ("ours", [Path(name) for name in names])
+    assert parse_word(",".join(names)) == ("", [Path(name) for name in names])

@@ -10,7 +10,9 @@ import torch
 from PIL import Image
 
 from medalign.contracts import Sample
+from medalign.data.samples.bad_sample import BadSample
 from medalign.decoding.base import Decoding
+from medalign.errors import DataError
 from medalign.evaluation import generation
 from medalign.evaluation.generation import Answer, generate_answers
 from medalign.geometry import PatchGrid
@@ -90,3 +92,24 @@ def test_a_prediction_has_its_finish_reason_and_whether_it_is_empty(text: str, e
     sample = Sample("k", "none", "vqa", "q", "yes", "closed", ())
     row = generation._prediction(None, sample, Answer(text, None, "length"))  # type: ignore[arg-type]
     assert (row.finish_reason, row.empty) == ("length", empty)
+
+
+def test_a_batch_of_which_nothing_can_be_encoded_says_why() -> None:
+    """And not what the sample contains."""
+
+    def reject(sample: Sample) -> None:
+        raise BadSample(f"{sample.shard}/{sample.key}: the template rejects it")
+
+    sample = Sample("k", "s.tar", "report", "Describe.", "a private report", "open", ())
+    settings: dict[str, Any] = {"decoding": Decoding(2), "device": torch.device("cpu")}
+    found = generation.predict(None, None, SimpleNamespace(prepare=reject), [sample], **settings)  # type: ignore[arg-type]
+    assert found.rows == [] and found.unreadable == ("s.tar/k: the template rejects it",)
+
+
+def test_attention_that_is_not_finite_names_the_sample() -> None:
+    sample = Sample(
+        "k", "s.tar", "vqa", "q?", "yes", "closed", (Image.new("L", (8, 8)),), boxes=((0.0, 0.0, 4.0, 4.0),)
+    )
+    student: Any = SimpleNamespace(spec=SimpleNamespace(grid=PatchGrid(1, 2)))
+    with pytest.raises(DataError, match="s.tar/k: attention must be finite"):
+        generation._prediction(student, sample, Answer("yes", [float("nan"), 1.0]))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from medalign.answering import _require_entries
 from medalign.errors import ConfigError, DataError
 from medalign.evaluation.batching import Place
 from medalign.evaluation.generation import PredictionBatch
@@ -77,6 +78,17 @@ def test_a_damaged_line_is_named(journal, monkeypatch):
     path.write_text(path.read_text().replace('"batch": 0', '"batch'))
     with pytest.raises(DataError, match=r"rank-0, line 1 is damaged .*; remove the file"):
         journal.resume()
+
+
+def test_answers_that_another_rank_has_written_elsewhere_are_missed(journal, monkeypatch):
+    """As on folders that the nodes do not share: the scores would be those of fewer samples."""
+    journal.resume()
+    write(journal, 0, {0: answered("a", "b"), 2: answered("e")}, monkeypatch)
+    _require_entries(journal.entries(), 2, journal.path)
+    with pytest.raises(
+        DataError, match=rf"{journal.path.parent}: the answers of 1 of 3 batches are not there.*all ranks"
+    ):
+        _require_entries(journal.entries(), 3, journal.path)
 
 
 HOLDER = """

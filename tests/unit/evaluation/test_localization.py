@@ -85,6 +85,17 @@ def test_a_mask_of_a_box_is_that_box(size):
     assert ours.area == pytest.approx(expected.area, abs=1e-8)
     colored = Image.merge("RGB", [mask.convert("L"), Image.new("L", size), Image.new("L", size)])
     np.testing.assert_allclose(Region.of_mask(colored, GRID).inside_N, ours.inside_N)
+    opaque, hidden = colored.convert("RGBA"), Image.new("RGBA", size, "white")
+    hidden.putalpha(mask.convert("L"))
+    for with_alpha in (opaque, hidden, hidden.convert("LA")):
+        np.testing.assert_allclose(Region.of_mask(with_alpha, GRID).inside_N, ours.inside_N)
+
+
+def test_what_is_outside_of_the_image_does_not_count():
+    frame = CanvasFrame(30, 40)
+    beyond, inside = (Region.of_boxes([box], frame, GRID) for box in ((-9, -9, 12, 50), (0, 0, 12, 40)))
+    np.testing.assert_array_equal(beyond.inside_N, inside.inside_N)
+    assert not Region.of_boxes([(-1, 0, 0, 10)], frame, GRID).inside_N.any()
 
 
 def row(**values) -> Prediction:

@@ -12,6 +12,7 @@ from PIL import Image
 from medalign import phantom
 from medalign.data.samples.bad_sample import BadSample
 from medalign.data.shards.index import ShardIndex
+from medalign.errors import DataError
 from medalign.evaluation.findings import chest_labeller
 from medalign.evaluation.generation import digest
 from medalign.evaluation.metrics import Prediction
@@ -233,6 +234,8 @@ def test_the_drop_is_that_of_the_same_questions_by_image():
     assert (found["yes_share"], found["yes_share_real"]) == (pytest.approx(2 / 3), pytest.approx(1 / 3))
     assert (found["same_share"], found["empty_share"]) == (0.5, 0.25)
     assert probe_scores("blank", [], real) == {"n": 0}
+    with pytest.raises(DataError, match=r"probe blank have .*, but the predictions .* do not; .*--overwrite"):
+        probe_scores("blank", probed, real[1:])
 
 
 def test_scores_of_pope_by_hand():

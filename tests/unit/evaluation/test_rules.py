@@ -7,6 +7,7 @@ import pytest
 from medalign.evaluation.metrics import Prediction, score
 from medalign.evaluation.metrics.answers import closed_correct
 from medalign.evaluation.metrics.rules import (
+    chosen,
     chosen_by_letter,
     chosen_by_text,
     official_correct,
@@ -40,6 +41,9 @@ def vqa(answer: str, prediction: str, kind: str = "closed", **fields) -> Predict
         ("NO", "no", True, True, False),  # POPE knows "No" and "no"
         ("", "no", False, False, False),
         ("", "yes", False, False, True),
+        ("", "+", False, False, None),  # a reference without words
+        ("yes", "+", False, False, None),
+        ("+", "+", True, False, None),
     ],
 )
 def test_the_rules_differ(prediction, reference, ours, official, pope):
@@ -75,6 +79,12 @@ def test_choices_by_letter_and_by_text(prediction, letter, text):
     assert chosen_by_text(prediction, OPTIONS) == text
 
 
+def test_an_option_that_is_repeated_comes_before_a_letter():
+    bacteria = ("E. coli", "C. difficile", "H. pylori", "S. aureus")
+    assert chosen_by_letter("C. difficile", bacteria) == 2 and chosen("C. difficile.", bacteria) == 1
+    assert [chosen(text, bacteria) for text in ("C", "it is E. coli", "none")] == [2, 0, None]
+
+
 def test_the_reference_of_a_choice_is_its_text_or_its_letter():
     answers = ("left lung.", "C", "the nodule", "heart")
     assert [reference_choice(answer, OPTIONS) for answer in answers] == [1, 2, 3, None]
@@ -85,7 +95,7 @@ def test_token_f1_by_hand():
     """Two of three words of each are shared; repeated words count as often as they occur in both."""
     assert token_f1("left upper lobe", "left lower lobe") == pytest.approx(2 / 3)
     assert token_f1("lobe lobe lobe lobe", "left lobe") == pytest.approx(2 * 1 / (4 + 2))
-    assert (token_f1("", "left"), token_f1("?", "!"), token_f1("the left", "left")) == (0, 1, 1)
+    assert (token_f1("", "left"), token_f1("?", "!"), token_f1("?", "?"), token_f1("the left", "left")) == (0, 0, 1, 1)
 
 
 def test_scores_of_the_rules():

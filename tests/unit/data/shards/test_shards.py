@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
 import re
 import resource
@@ -135,6 +136,13 @@ def test_nothing_is_left_after_an_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="samples_per_shard is 0"):
         write_shards([record(0)], tmp_path / "out", samples_per_shard=0)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_process_of_the_same_number_has_left_is_not_touched(tmp_path: Path) -> None:
+    left = tmp_path / f".out.partial-{os.getpid()}"
+    left.mkdir()
+    write_shards([record(0)], tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [left.name, "out"]
 
 
 def test_full_disk_leaves_nothing_behind(tmp_path: Path) -> None:
