@@ -1,7 +1,7 @@
 r"""LLaVA as its authors save it: LLaVA-Med 1.5, HuatuoGPT-Vision, and others trained with the code of LLaVA 1.5.
 
-Their folders have no processor and no chat template, a flat config.json without that of the vision tower, and other
-names of weights. They are read into the LLaVA class of transformers. The weights are not changed.
+Their folders have no processor, no chat template for images, a flat config.json without that of the vision tower, and
+other names of weights. They are read into the LLaVA class of transformers. The weights are not changed.
 
 The prompts are those of the authors' code:
 
@@ -34,7 +34,12 @@ from medalign.errors import ConfigError
 from medalign.student.families.llava import Llava
 from medalign.student.families.registry import register
 from medalign.student.files import read_object
-from medalign.student.tokenizers import byte_level_tokenizer, reserve_image_token, sentencepiece_tokenizer
+from medalign.student.tokenizers import (
+    byte_level_tokenizer,
+    chat_template,
+    reserve_image_token,
+    sentencepiece_tokenizer,
+)
 from medalign.student.towers import image_processor, tower_config
 
 _TEMPLATE = (
@@ -113,6 +118,7 @@ class LlavaAuthors(Llava):
         if isinstance(end := values.get("eos_token_id"), int):  # where the authors' generation stops
             tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
         image = tokenizer.convert_ids_to_tokens(reserve_image_token(tokenizer, values["vocab_size"], folder))
+        tokenizer.chat_template = chat_template(tokenizer, folder, _TEMPLATE.format(image=image, **self.words))
         return LlavaProcessor(
             image_processor=image_processor(folder, values["mm_vision_tower"], settings),
             tokenizer=tokenizer,
@@ -120,7 +126,7 @@ class LlavaAuthors(Llava):
             vision_feature_select_strategy=_strategy(vision),
             image_token=image,
             num_additional_image_tokens=int(_strategy(vision) == "default"),
-            chat_template=tokenizer.chat_template or _TEMPLATE.format(image=image, **self.words),
+            chat_template=tokenizer.chat_template,
         )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from transformers import LlavaProcessor
 
 from medalign.config import StudentConfig
 from medalign.contracts import IGNORE, Sample
@@ -16,6 +17,7 @@ from medalign.data.batches.prompts import PromptEncoder
 from medalign.errors import ConfigError
 from medalign.student.checks import check_student
 from medalign.student.families.registry import find_family
+from medalign.student.loading import load_processor
 from medalign.student.tokenizers import reserve_image_token
 from tests import mistral
 from tests.unit.student.families import authors
@@ -109,6 +111,51 @@ def test_an_answer_ends_where_generation_stops(tmp_path: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     encode = encoder(StudentConfig(path=str(folder), layer=2))
     assert encode.tokenizer.convert_ids_to_tokens(encode.end_token_id) == "<|endoftext|>"
+
+
+TYPED = (
+    "{% for message in messages %}{% if message['role'] == 'user' %}Q: {% else %}A: {% endif %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}"
+    "{% endif %}{% endfor %}{% endfor %}"
+)
+PRINTED = "{% for message in messages %}{{ message['role'] + ': ' }}{{ message['content'] | trim }}{% endfor %}"
+TEXT = (  # leaves out what is not text
+    "{% for message in messages %}{% for part in message['content'] %}{{ part['text'] }}{% endfor %}{% endfor %}"
+)
+TEMPLATES = {  # file -> template, and whether it is used
+    "tokenizer takes images": ("tokenizer_config.json", TYPED, True),
+    "tokenizer takes text": ("tokenizer_config.json", authors.CHATML, False),
+    "tokenizer prints the list": ("tokenizer_config.json", PRINTED, False),
+    "tokenizer omits images": ("tokenizer_config.json", TEXT, False),
+    "jinja": ("chat_template.jinja", TYPED, True),
+    "jinja that takes text": ("chat_template.jinja", PRINTED, True),  # the user's: the prompts refuse it by name
+    "json": ("chat_template.json", TYPED, True),
+}
+
+
+@pytest.mark.parametrize("case", TEMPLATES)
+def test_a_template_of_the_folder_is_used_if_it_is_for_images(tmp_path: Path, case: str) -> None:
+    """The tokenizer's template is often that of the language model below, whose prompt the student never saw."""
+    name, template, used = TEMPLATES[case]
+    path = authors.save_huatuo(tmp_path / "huatuo") / name
+    if path.suffix == ".jinja":
+        path.write_text(template)
+    else:
+        values = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps(values | {"chat_template": template}))
+    processor = load_processor(StudentConfig(path=str(path.parent), layer=2))
+    processor.save_pretrained(tmp_path / "saved")
+    again = LlavaProcessor.from_pretrained(tmp_path / "saved")
+    assert processor.chat_template == again.chat_template == again.tokenizer.chat_template
+    assert (processor.chat_template == template) == used
+    assert used or processor.chat_template.startswith("{% for message in messages %}{% if message['role'] == 'user'")
+
+
+def test_a_chat_template_json_without_a_template_is_named(tmp_path: Path) -> None:
+    folder = authors.save_huatuo(tmp_path / "huatuo")
+    (folder / "chat_template.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r'chat_template.json has no text "chat_template"; correct or remove it'):
+        load_processor(StudentConfig(path=str(folder), layer=2))
 
 
 def edited(folder: Path, **changes: Any) -> StudentConfig:
