@@ -15,6 +15,7 @@ from transformers import (
     CLIPConfig,
     CLIPImageProcessor,
     CLIPVisionConfig,
+    CLIPVisionModel,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -77,11 +78,13 @@ def save_sentencepiece(folder: Path) -> None:
 
 
 def save_huatuo(folder: Path) -> Path:
-    """HuatuoGPT-Vision-7B: a byte-level tokenizer.json, and the description of the tower in a folder of its own."""
+    """HuatuoGPT-Vision-7B: a byte-level tokenizer.json, and the tower in a folder of its own, with a pickle."""
     folder.mkdir(parents=True)
     save_tokenizer(folder)
     text = Qwen2Config(vocab_size=264, bos_token_id=256, eos_token_id=256, rope_theta=1e6, **SIZES)
-    return _save(folder, text, "llava_qwen2", f"./{TOWER}", rope_theta=1e6)
+    _save(folder, text, "llava_qwen2", f"./{TOWER}", rope_theta=1e6)
+    torch.save(CLIPVisionModel(VISION).state_dict(), folder / TOWER / "pytorch_model.bin")
+    return folder
 
 
 def save_tokenizer(folder: Path) -> None:

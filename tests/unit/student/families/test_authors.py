@@ -8,16 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
-from transformers import LlavaProcessor
+from safetensors.torch import load_file
+from transformers import CLIPVisionModel, LlavaProcessor
 
+from medalign.checkpoint import export
 from medalign.config import StudentConfig
 from medalign.contracts import IGNORE, Sample
 from medalign.data.batches.prompts import PromptEncoder
 from medalign.errors import ConfigError
 from medalign.student.checks import check_student
 from medalign.student.families.registry import find_family
-from medalign.student.loading import load_processor
+from medalign.student.loading import load_processor, load_student
 from medalign.student.tokenizers import reserve_image_token
 from tests import mistral
 from tests.unit.student.families import authors
@@ -214,3 +217,46 @@ def test_an_unknown_token_that_occurs_is_not_an_image_token(tmp_path: Path) -> N
     with pytest.raises(ConfigError, match="none for the image token"):
         reserve_image_token(words, image, tmp_path)
     assert reserve_image_token(words, image + 1, tmp_path) == image
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("weights", ["pytorch_model.bin", "model.safetensors"])
+def test_a_tower_in_a_folder_of_its_own_is_exported_with_its_weights(
+    tmp_path: Path, trained: bool, weights: str
+) -> None:
+    """The authors' code of HuatuoGPT-Vision reads the tower from there."""
+    base = authors.save_huatuo(tmp_path / "huatuo")
+    if weights == "model.safetensors":  # of another tower than the student has
+        (base / authors.TOWER / "pytorch_model.bin").unlink()
+        CLIPVisionModel(authors.VISION).save_pretrained(base / authors.TOWER)
+    config = StudentConfig(path=str(base), layer=2, train_vision_tower=trained, steering=False)
+    student = load_student(config, torch.float32)
+    torch.nn.init.normal_(student.spec.vision_tower.embeddings.class_embedding if trained else torch.empty(0))
+    whole = {name: value.detach() for named in student.trainable().values() for name, value in named}
+    export.write_export(student, whole, config, 1000, tmp_path / "export")
+    export.merge(tmp_path / "export", tmp_path / "merged", authors_layout=True)
+    place = tmp_path / "merged" / authors.TOWER
+    assert {path.name for path in place.iterdir()} == {"config.json", "preprocessor_config.json", "model.safetensors"}
+    assert all(name.startswith("vision_model.") for name in load_file(place / "model.safetensors"))
+    tower, found = CLIPVisionModel.from_pretrained(place, output_loading_info=True)
+    assert not found["missing_keys"] and not found["unexpected_keys"]
+    expected = student.spec.vision_tower.state_dict()
+    state = {name.removeprefix("vision_model."): value for name, value in tower.state_dict().items()}
+    assert state.keys() == expected.keys() and all(torch.equal(state[name], expected[name]) for name in state)
+
+
+@pytest.mark.parametrize("name", ["../outside", "{root}/outside", "."])
+def test_a_tower_outside_the_folder_is_not_written(tmp_path: Path, name: str) -> None:
+    """The names in config.json are the user's; no file of theirs is replaced."""
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "model.safetensors").write_bytes(b"theirs")
+    base = authors.save_huatuo(tmp_path / "huatuo")
+    edited(base, mm_vision_tower=name.format(root=tmp_path))
+    config = StudentConfig(path=str(base), layer=2, steering=False, vision_tower=f"{base}/{authors.TOWER}")
+    student = load_student(config, torch.float32)
+    whole = {name: value.detach() for named in student.trainable().values() for name, value in named}
+    export.write_export(student, whole, config, 1000, tmp_path / "export")
+    export.merge(tmp_path / "export", tmp_path / "merged", authors_layout=True)
+    assert [path.read_bytes() for path in outside.iterdir()] == [b"theirs"]
+    assert "lm_head.weight" in load_file(tmp_path / "merged" / "model.safetensors")
