@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from medalign.errors import CheckpointError
+from medalign.student.towers import tower_name
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")  # of the same weights
 _LEFT_OUT = (*_PICKLES, ".md")  # the card is that of the export
@@ -78,7 +79,7 @@ def _rewrite(source: Path, target: Path, state: Mapping[str, torch.Tensor], key_
 
 def _tower_with_weights(base: Path) -> Path | None:
     """Return the folder of the tower that config.json names, relative to `base`, if it is in it and has weights."""
-    place = Path(json.loads((base / "config.json").read_text(encoding="utf-8")).get("mm_vision_tower") or "")
+    place = Path(tower_name(json.loads((base / "config.json").read_text(encoding="utf-8"))))
     folder = (base / place).resolve()
     if base.resolve() not in folder.parents or not folder.is_dir():
         return None

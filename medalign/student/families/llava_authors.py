@@ -40,7 +40,7 @@ from medalign.student.tokenizers import (
     reserve_image_token,
     sentencepiece_tokenizer,
 )
-from medalign.student.towers import image_processor, tower_config
+from medalign.student.towers import TOWER_KEYS, image_processor, tower_config, tower_name
 
 _TEMPLATE = (
     "{{% for message in messages %}}{{% if message['role'] == 'user' %}}{user}{{% for part in message['content'] %}}"
@@ -91,13 +91,13 @@ class LlavaAuthors(Llava):
                 f"student.path {folder}: config.json: image_aspect_ratio is 'anyres', whose images take a varying "
                 "number of tokens; use a conversion to the transformers format"
             )
-        if not isinstance(values.get("mm_vision_tower", values.get("vision_tower")), str):
+        if not isinstance(tower_name(values), str):
             raise ConfigError(f"student.path {folder}: config.json does not name its vision tower (mm_vision_tower)")
 
     @override
     def config(self, folder: Path, settings: StudentConfig) -> Any:
         values = read_object(folder / "config.json")
-        vision = tower_config(folder, values["mm_vision_tower"], settings)
+        vision = tower_config(folder, tower_name(values), settings)
         known = {*self.text_config().to_dict(), "rope_theta", "rope_scaling"} - {"model_type", "architectures"}
         text = self.text_config(**{name: value for name, value in values.items() if name in known})
         tokenizer = self.read_tokenizer(folder)
@@ -113,14 +113,14 @@ class LlavaAuthors(Llava):
     @override
     def processor(self, folder: Path, settings: StudentConfig) -> Any:
         values = read_object(folder / "config.json")
-        vision = tower_config(folder, values["mm_vision_tower"], settings)
+        vision = tower_config(folder, tower_name(values), settings)
         tokenizer = self.read_tokenizer(folder)
         if isinstance(end := values.get("eos_token_id"), int):  # where the authors' generation stops
             tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
         image = tokenizer.convert_ids_to_tokens(reserve_image_token(tokenizer, values["vocab_size"], folder))
         tokenizer.chat_template = chat_template(tokenizer, folder, _TEMPLATE.format(image=image, **self.words))
         return LlavaProcessor(
-            image_processor=image_processor(folder, values["mm_vision_tower"], settings),
+            image_processor=image_processor(folder, tower_name(values), settings),
             tokenizer=tokenizer,
             patch_size=vision.patch_size,
             vision_feature_select_strategy=_strategy(vision),
@@ -173,5 +173,5 @@ class LlavaLlama(LlavaAuthors):
 
     @override
     def claims(self, values: Mapping[str, Any]) -> bool:
-        flat = "text_config" not in values and "mm_vision_tower" in values
+        flat = "text_config" not in values and not values.keys().isdisjoint(TOWER_KEYS)
         return super().claims(values) or (values.get("model_type") == "llava" and flat)

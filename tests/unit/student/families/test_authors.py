@@ -200,6 +200,17 @@ def test_a_flat_configuration_is_not_taken_for_that_of_transformers(tmp_path: Pa
         family.check(tmp_path, flat)
 
 
+@pytest.mark.parametrize("kind", ["llava_llama", "llava"])
+def test_the_tower_may_have_the_name_of_the_training_argument(tmp_path: Path, kind: str) -> None:
+    """The authors' code takes `vision_tower` where `mm_vision_tower` is absent."""
+    folder = authors.save_llava_llama(tmp_path / "llava")
+    values = json.loads((folder / "config.json").read_text())
+    values |= {"vision_tower": values.pop("mm_vision_tower"), "model_type": kind}
+    (folder / "config.json").write_text(json.dumps(values))
+    spec, _ = check_student(StudentConfig(path=str(folder), layer=2))
+    assert spec.image_size == 32
+
+
 @pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json"])
 def test_a_tower_that_is_named_must_be_described(llava_med: StudentConfig, tmp_path: Path, name: str) -> None:
     for path in Path(llava_med.vision_tower).iterdir():
