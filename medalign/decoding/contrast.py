@@ -173,5 +173,5 @@ def without_images(batch: Batch) -> Batch:
 
 
 def _text_token(batch: Batch) -> int:
-    """A token of the prompts that represents no image, for padding: the image token of some students has the id 0."""
+    """Return a token of the prompts for padding, which is no image token; that of some students has the id 0."""
     return int(batch.input_ids[batch.attention_mask & (batch.image_index < 0)][0])

@@ -75,7 +75,7 @@ def reserve_image_token(tokenizer: Any, rows: int, folder: Path) -> int:
     return unknown
 
 
-def chat_template(tokenizer: Any, folder: Path, default: str) -> str:
+def chat_template(tokenizer: Any, folder: Path, default: str) -> Any:
     """Choose the chat template of a folder without a processor.
 
     It is that of chat_template.jinja or chat_template.json. Otherwise it is that of tokenizer_config.json if it takes
@@ -89,7 +89,7 @@ def chat_template(tokenizer: Any, folder: Path, default: str) -> str:
     Raises:
         ConfigError: chat_template.json has no template.
     """
-    own: str = tokenizer.chat_template
+    own = tokenizer.chat_template  # several by name, in some folders
     if (folder / "chat_template.jinja").is_file():
         return own
     if (path := folder / "chat_template.json").is_file():
