@@ -19,7 +19,7 @@ import re
 import shutil
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,7 @@ def merge(adapter: Path, base: Path, tower: Path | None, output: Path) -> None:
         raise ConfigError(f"{adapter} adapts {left[0]}, which {base} does not have; give the base it was trained from")
     _write_settings(adapter, base, vision, output)
     places: dict[str, str] = {}
-    for number, state in enumerate(chain(_shards(base), [others]), start=1):
+    for number, state in enumerate(chain(_shards(base, others.keys()), [others]), start=1):
         name = f"model-{number:05d}.safetensors"
         for weight in lora.keys() & state.keys():
             state[weight] = _add(weight, state[weight], lora[weight], scale)
@@ -136,9 +136,11 @@ def _names(folder: Path) -> set[str]:
     return names
 
 
-def _shards(folder: Path) -> Iterator[dict[str, torch.Tensor]]:
+def _shards(folder: Path, replaced: Set[str]) -> Iterator[dict[str, torch.Tensor]]:
+    """Yield the weights of each file but those that the adapter's folder has: the base may be a LLaVA itself."""
     for path in _files(folder):
-        yield {name: value for name, value in _load(path).items() if not name.endswith(_BUFFERS)}
+        state = _load(path).items()
+        yield {name: value for name, value in state if name not in replaced and not name.endswith(_BUFFERS)}
 
 
 def _read_weights(folder: Path, stem: str) -> dict[str, torch.Tensor]:

@@ -17,7 +17,7 @@ from medalign.config import StudentConfig
 from medalign.student.checks import check_student
 from medalign.student.weights import load_model
 from tests.unit.student.families import authors
-from tools.merge_llava_adapter import main
+from tools.merge_llava_adapter import _TOWER, main
 
 
 @pytest.fixture(scope="module")
@@ -77,9 +77,17 @@ def test_the_type_of_the_base_and_its_prompt_are_kept(parts: Path, tmp_path: Pat
     """An adapter on LLaVA-Med 1.5 is no Llama with the prompt of Vicuna."""
     shutil.copytree(parts, tmp_path / "parts")
     _change(tmp_path / "parts" / "adapter" / "config.json", model_type="llava_mistral", num_key_value_heads=2)
-    _change(tmp_path / "parts" / "base" / "config.json", model_type="mistral")
+    base = tmp_path / "parts" / "base"
+    _change(base / "config.json", model_type="llava_mistral")
+    earlier = {"model.mm_projector.0.weight": torch.zeros(32, 24), f"{_TOWER}pre_layrnorm.weight": torch.zeros(24)}
+    save_file(earlier, base / "model-00099.safetensors", metadata={"format": "pt"})  # the adapter has others
     assert main(words(tmp_path / "parts", tmp_path / "out")) == 0
-    spec, processor = check_student(StudentConfig(path=str(tmp_path / "out"), layer=1))
+    config = StudentConfig(path=str(tmp_path / "out"), layer=1)
+    model = load_model(config.path, config, dtype=torch.float32).model
+    assert model.multi_modal_projector.linear_1.weight.any() and model.vision_tower.pre_layrnorm.weight.any()
+    names = [name for path in (tmp_path / "out").glob("*.safetensors") for name in load_file(path)]
+    assert len(names) == len(set(names))
+    spec, processor = check_student(config)
     assert spec.language_model.config.model_type == "mistral"
     turns = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Is it?"}]}]
     assert processor.apply_chat_template(turns) == "<s>[INST] <unk>\nIs it? [/INST]"
