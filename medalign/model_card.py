@@ -6,7 +6,7 @@ image or key of a sample.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -47,7 +47,7 @@ class CardFacts:
     merged: bool
     config: Config | None = None  # settings of the training; None if the export is not in a checkpoint
     state: TrainState | None = None
-    samples: Mapping[str, int | None] = field(default_factory=dict)  # training folder -> samples, None if it moved
+    samples: Sequence[tuple[str, int | None]] = ()  # of each training folder by its last name; None if it moved
     scores: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # evaluation -> its scores
     license: Mapping[str, str] = field(default_factory=dict)  # fields of the base model's own card
 
@@ -73,7 +73,7 @@ def collect_facts(source: Path, merged: bool, base: str | None = None) -> CardFa
     if not checkpoint.config.is_file():
         return CardFacts(student, merged, license=license_fields)
     config = configuration.read(checkpoint.config)
-    samples = {_last(folder): _samples(folder) for folder in config.data.folders}
+    samples = [(_last(folder), _samples(folder)) for folder in config.data.folders]
     scores = dict(_scores(source))
     return CardFacts(student, merged, config, read_state(checkpoint.path), samples, scores, license_fields)
 
@@ -150,8 +150,7 @@ def _data(facts: CardFacts) -> str:
     if facts.state is None:
         return "Not recorded: this was exported from an export, not from a run."
     rows = [
-        (name, "not known: the folder has moved" if count is None else f"{count:,}")
-        for name, count in facts.samples.items()
+        (name, "not known: the folder has moved" if count is None else f"{count:,}") for name, count in facts.samples
     ]
     drawn = f"{facts.state.samples:,} samples were drawn in {facts.state.step:,} steps."
     return f"{_table(('Folder of shards', 'Samples'), rows)}\n\n{drawn}"

@@ -5,8 +5,8 @@
 ADAPTER has adapter_config.json, adapter_model.safetensors or .bin (LoRA of the language model), non_lora_trainables.bin
 or mm_projector.bin (the projector), and config.json. The base is the folder of the language model, the tower that of a
 CLIP in transformers' format. LLaVA-Rad has its own tower beside the adapter and needs no --tower. The output is in the
-layout of LLaVA's authors (`llava_llama`), which medalign reads. One shard of the base is in memory at a time. No pickle
-runs code: .bin and .pt files are read with weights_only.
+layout of LLaVA's authors (`llava_llama`, `llava_mistral` or `llava_qwen2`, as the adapter), which medalign reads. One
+shard of the base is in memory at a time. No pickle runs code: .bin and .pt files are read with weights_only.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import re
 import shutil
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,8 @@ from tools.adapter_tower import AdapterTower, read_tower
 _PEFT = "base_model.model."
 _LORA = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
 _TOWER = "model.vision_tower.vision_tower.vision_model."
+_NOT_PLAIN = ("use_dora", "bias", "modules_to_save", "rank_pattern", "alpha_pattern")
+_KINDS = {"llava": "llava_llama", **{kind: kind for kind in ("llava_llama", "llava_mistral", "llava_qwen2")}}
 _COPIED = ("tokenizer*", "special_tokens_map.json", "generation_config.json")
 _BUFFERS = ".rotary_emb.inv_freq"  # in the files of earlier versions of transformers; computed now
 
@@ -61,7 +63,7 @@ def merge(adapter: Path, base: Path, tower: Path | None, output: Path) -> None:
         raise ConfigError(f"{adapter} adapts {left[0]}, which {base} does not have; give the base it was trained from")
     _write_settings(adapter, base, vision, output)
     places: dict[str, str] = {}
-    for number, state in enumerate(chain(_shards(base), [others]), start=1):
+    for number, state in enumerate(chain(_shards(base, others.keys()), [others]), start=1):
         name = f"model-{number:05d}.safetensors"
         for weight in lora.keys() & state.keys():
             state[weight] = _add(weight, state[weight], lora[weight], scale)
@@ -73,8 +75,12 @@ def merge(adapter: Path, base: Path, tower: Path | None, output: Path) -> None:
 def _read_lora(adapter: Path) -> tuple[dict[str, dict[str, torch.Tensor]], float]:
     """Return the factors A and B by the name of the weight that they belong to, and alpha / r."""
     settings = _read_json(adapter / "adapter_config.json")
-    if settings.get("use_dora") or settings.get("bias", "none") != "none" or settings.get("modules_to_save"):
-        raise ConfigError(f"{adapter}: adapter_config.json: only plain LoRA can be merged; merge it with peft")
+    more = [name for name in _NOT_PLAIN if settings.get(name) not in (None, False, "none", [], {})]
+    if more:
+        raise ConfigError(
+            f"{adapter}: adapter_config.json: {more[0]} is {settings[more[0]]!r}; only plain LoRA can be merged: merge "
+            "it with peft"
+        )
     lora: dict[str, dict[str, torch.Tensor]] = {}
     for name, value in _read_weights(adapter, "adapter_model").items():
         found = _LORA.fullmatch(name)
@@ -130,9 +136,11 @@ def _names(folder: Path) -> set[str]:
     return names
 
 
-def _shards(folder: Path) -> Iterator[dict[str, torch.Tensor]]:
+def _shards(folder: Path, replaced: Set[str]) -> Iterator[dict[str, torch.Tensor]]:
+    """Yield the weights of each file but those that the adapter's folder has: the base may be a LLaVA itself."""
     for path in _files(folder):
-        yield {name: value for name, value in _load(path).items() if not name.endswith(_BUFFERS)}
+        state = _load(path).items()
+        yield {name: value for name, value in state if name not in replaced and not name.endswith(_BUFFERS)}
 
 
 def _read_weights(folder: Path, stem: str) -> dict[str, torch.Tensor]:
@@ -164,18 +172,31 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _write_settings(adapter: Path, base: Path, tower: AdapterTower, output: Path) -> None:
     """Write config.json, the tokenizer of the base, and the description of the tower beside it."""
-    config = {**_read_json(base / "config.json"), **_read_json(adapter / "config.json")}
-    for name in (
-        "mm_vision_tower_config",
-        "mm_vision_tower_checkpoint",
-    ):  # places of files that are not needed any more
+    below, own = _read_json(base / "config.json"), _read_json(adapter / "config.json")
+    config = {**below, **own, "model_type": _kind(adapter, own, below), "mm_vision_tower": "vision_tower"}
+    for name in ("mm_vision_tower_config", "mm_vision_tower_checkpoint"):  # files that are not needed any more
         config.pop(name, None)
-    config |= {"model_type": "llava_llama", "mm_vision_tower": "vision_tower"}
     (output / "vision_tower").mkdir(parents=True)
     (output / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     tower.describe(output / "vision_tower")
     for path in chain(*map(base.glob, _COPIED)):
         shutil.copy(path, output)
+
+
+def _kind(adapter: Path, own: dict[str, Any], below: dict[str, Any]) -> str:
+    """Return the layout's model type, which decides the language model's class and the prompt."""
+    found, base = own.get("model_type"), below.get("model_type")
+    if found not in _KINDS:
+        raise ConfigError(
+            f"{adapter}: config.json: model_type is {found!r}; only {', '.join(_KINDS)} are known: merge the adapter "
+            "with its own code"
+        )
+    if base not in (None, found, _KINDS[found], _KINDS[found].removeprefix("llava_")):
+        raise ConfigError(
+            f"{adapter}: config.json: model_type is {found!r}, but that of the base is {base!r}; give the base that it "
+            "was trained from, or correct model_type"
+        )
+    return _KINDS[found]
 
 
 def main(words: list[str] | None = None) -> int:

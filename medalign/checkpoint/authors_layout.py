@@ -14,8 +14,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from medalign.errors import CheckpointError
+from medalign.student.towers import tower_name
 
-_LEFT_OUT = (".bin", ".pt", ".pth", ".ckpt", ".md")  # pickles of the same weights; the card is that of the export
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")  # of the same weights
+_LEFT_OUT = (*_PICKLES, ".md")  # the card is that of the export
+_TOWER = "model.vision_tower.vision_tower."
 
 
 def write_authors_layout(
@@ -23,7 +26,8 @@ def write_authors_layout(
 ) -> None:
     """Write the weights under the names, in the files and in the precision that the base model's folder has.
 
-    All other files are copied: configuration, tokenizer and the description of the vision tower.
+    All other files are copied: configuration, tokenizer and the description of the vision tower. Where the tower has
+    weights in a folder of its own, from which the authors' code reads it, the model's are written there as safetensors.
 
     Args:
         model: the merged model of transformers.
@@ -51,6 +55,8 @@ def write_authors_layout(
             f"{len(left)} weights have no place in the files of {base}, such as {sorted(left)[0]!r}; export without "
             "--layout authors"
         )
+    if place := _tower_with_weights(base):
+        _write_tower(output, output / place)
     if tower_trained:
         config = output / "config.json"
         values = json.loads(config.read_text(encoding="utf-8")) | {"unfreeze_mm_vision_tower": True}
@@ -69,6 +75,25 @@ def _rewrite(source: Path, target: Path, state: Mapping[str, torch.Tensor], key_
             tensors[name] = old
         save_file(tensors, target, metadata=file.metadata())
     return written
+
+
+def _tower_with_weights(base: Path) -> Path | None:
+    """Return the folder of the tower that config.json names, relative to `base`, if it is in it and has weights."""
+    place = Path(tower_name(json.loads((base / "config.json").read_text(encoding="utf-8"))))
+    folder = (base / place).resolve()
+    if base.resolve() not in folder.parents or not folder.is_dir():
+        return None
+    return place if any(path.suffix in (".safetensors", *_PICKLES) for path in folder.iterdir()) else None
+
+
+def _write_tower(output: Path, folder: Path) -> None:
+    """Write the tower's weights, which are in the files of `output`, into its folder, under the names of CLIP."""
+    tensors: dict[str, torch.Tensor] = {}
+    for path in sorted(output.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            names = [name for name in file.keys() if name.startswith(_TOWER)]  # noqa: SIM118 (it is not a mapping)
+            tensors |= {name.removeprefix(_TOWER): file.get_tensor(name) for name in names}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def _own_name(name: str, key_mapping: Mapping[str, str]) -> str:

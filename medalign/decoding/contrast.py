@@ -132,7 +132,7 @@ def join_views(first: Batch, second: Batch) -> Batch:
     second = replace(second, image_index=torch.where(second.image_index >= 0, second.image_index + images, -1))
     joined = replace(
         first,
-        input_ids=padded("input_ids", 0),
+        input_ids=padded("input_ids", _text_token(first)),
         attention_mask=padded("attention_mask", 0),
         labels=padded("labels", IGNORE),
         question_mask=padded("question_mask", 0),
@@ -162,7 +162,7 @@ def without_images(batch: Batch) -> Batch:
 
     return replace(
         batch,
-        input_ids=rows(batch.input_ids, 0),
+        input_ids=rows(batch.input_ids, _text_token(batch)),
         attention_mask=rows(batch.attention_mask, 0),
         labels=rows(batch.labels, IGNORE),
         question_mask=rows(batch.question_mask, 0),
@@ -170,3 +170,8 @@ def without_images(batch: Batch) -> Batch:
         attention_rows=None if batch.attention_rows is None else rows(batch.attention_rows, 0),
         cell_mask=None if batch.cell_mask is None else rows(batch.cell_mask, 0),
     )
+
+
+def _text_token(batch: Batch) -> int:
+    """Return a token of the prompts for padding, which is no image token; that of some students has the id 0."""
+    return int(batch.input_ids[batch.attention_mask & (batch.image_index < 0)][0])

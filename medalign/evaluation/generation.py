@@ -14,6 +14,7 @@ from PIL import Image
 from medalign.contracts import Batch, Sample
 from medalign.data.batches.collator import Collator
 from medalign.data.batches.loader import join_usable
+from medalign.data.batches.prompts import pad_token_id
 from medalign.data.samples.bad_sample import BadSample
 from medalign.decoding.base import Decoding
 from medalign.errors import DataError
@@ -57,7 +58,7 @@ def generate_answers(student: Student, tokenizer: Any, batch: Batch, decoding: D
     """
     ends = student.end_tokens
     ids, maps_IN = decoding.method.generate(
-        student, batch, decoding, pad_token_id=tokenizer.pad_token_id, eos_token_id=ends
+        student, batch, decoding, pad_token_id=pad_token_id(tokenizer), eos_token_id=ends
     )
     words = [list(takewhile(lambda token: token not in ends, row)) for row in ids.tolist()]
     texts = [text.strip() for text in tokenizer.batch_decode(words, skip_special_tokens=True)]

@@ -178,7 +178,7 @@ class Student(nn.Module):
     def _begin_batch(self, batch: Batch) -> None:
         self._cells, self._tokens, self._dummy_tokens = batch.cells, {}, None
         if self.mixture is not None:
-            self.mixture.begin(batch.question_mask, batch.bounds() if batch.lengths else None)
+            self.mixture.begin(batch.question_mask, batch.bounds() if batch.lengths else None, batch.attention_mask)
 
     def _rows(self, batch: Batch, tap: bool) -> torch.Tensor:
         return batch.rows if tap else torch.zeros_like(batch.rows)

@@ -78,7 +78,12 @@ class QueryMixture(nn.Module):
         weighted_BLER = inner_BLER * (self.scaling * gates_BLE).to(dtype)[..., None]
         return torch.einsum("bler,eor->blo", weighted_BLER, self.up).to(hidden_BLD.dtype)
 
-    def begin(self, question_mask_BL: torch.Tensor, bounds: torch.Tensor | None = None) -> None:
+    def begin(
+        self,
+        question_mask_BL: torch.Tensor,
+        bounds: torch.Tensor | None = None,
+        valid_BL: torch.Tensor | None = None,
+    ) -> None:
         """Announce a new batch.
 
         The router reads the last question token of each sample, or the first token of a sample without a question.
@@ -86,7 +91,10 @@ class QueryMixture(nn.Module):
         Args:
             question_mask_BL: True at question tokens.
             bounds: [S + 1], start of each sample of a packed batch and end of the last one.
+            valid_BL: False at padding; None if no row begins with padding.
         """
+        if valid_BL is not None:  # a first token is before all questions of its sample
+            question_mask_BL = question_mask_BL | (valid_BL & (valid_BL.cumsum(1) == 1))
         self._question_BL, self._bounds, self.decided = question_mask_BL, bounds, None
 
     def attach(self, projection: nn.Module) -> None:

@@ -9,6 +9,7 @@ from transformers import LlamaTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from medalign.errors import ConfigError
 from medalign.student.files import read_object
+from medalign.student.reading import as_config_error
 
 _IMAGE = "<image>"
 _UNUSUAL = "\u2603\U0001f9ff\u1e9e"  # a tokenizer with bytes has an encoding for it
@@ -72,6 +73,43 @@ def reserve_image_token(tokenizer: Any, rows: int, folder: Path) -> int:
             "for the image token; resize the model (resize_token_embeddings) and save it"
         )
     return unknown
+
+
+def chat_template(tokenizer: Any, folder: Path, default: str) -> Any:
+    """Choose the chat template of a folder without a processor.
+
+    It is that of chat_template.jinja or chat_template.json. Otherwise it is that of tokenizer_config.json if it takes
+    images: that of the language model that the student was trained from takes text only, and is not used.
+
+    Args:
+        tokenizer: the tokenizer of the folder.
+        folder: the model's folder.
+        default: the template if the folder has none for images.
+
+    Raises:
+        ConfigError: chat_template.json has no template.
+    """
+    own = tokenizer.chat_template  # several by name, in some folders
+    if (folder / "chat_template.jinja").is_file():
+        return own
+    if (path := folder / "chat_template.json").is_file():
+        template = read_object(path).get("chat_template")
+        if not isinstance(template, str):
+            raise ConfigError(f'student.path {folder}: {path.name} has no text "chat_template"; correct or remove it')
+        return template
+    return own if own and _takes_images(tokenizer) else default
+
+
+def _takes_images(tokenizer: Any) -> bool:
+    """Whether the tokenizer's own template renders a list of typed content, and an image in it."""
+    image, text = {"type": "image"}, {"type": "text", "text": "probe"}
+    turns = [[{"role": "user", "content": content}] for content in ([image, text], [text])]
+    try:
+        with as_config_error("the tokenizer's chat template"):
+            whole, words = (tokenizer.apply_chat_template(turn, tokenize=False) for turn in turns)
+    except ConfigError:
+        return False
+    return whole != words and str(text) not in words  # some print the list as it is
 
 
 def _require(folder: Path, name: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,13 @@ _CLIP_L14: dict[str, Any] = {
     "layer_norm_eps": 1e-5,
 }
 _KNOWN = {"clip-vit-large-patch14-336": 336, "clip-vit-large-patch14": 224}
+TOWER_KEYS = ("mm_vision_tower", "vision_tower")  # that name the tower in the layout of LLaVA's authors
 _FILE, _IMAGE_FILE = "config.json", "preprocessor_config.json"
+
+
+def tower_name(values: Mapping[str, Any]) -> Any:
+    """Return the name of the vision tower in a config.json of LLaVA's authors as their code finds it, or None."""
+    return next((values[key] for key in TOWER_KEYS if key in values), None)
 
 
 def tower_config(folder: Path, name: str, settings: StudentConfig) -> Any:

@@ -17,7 +17,7 @@ from medalign.config import StudentConfig
 from medalign.student.checks import check_student
 from medalign.student.weights import load_model
 from tests.unit.student.families import authors
-from tools.merge_llava_adapter import main
+from tools.merge_llava_adapter import _TOWER, main
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +73,26 @@ def test_the_folder_is_a_student_with_the_adapter_in_its_weights(parts: Path, tm
     assert torch.equal(model.model.vision_tower.state_dict()["embeddings.patch_embedding.weight"], tower)
 
 
+def test_the_type_of_the_base_and_its_prompt_are_kept(parts: Path, tmp_path: Path) -> None:
+    """An adapter on LLaVA-Med 1.5 is no Llama with the prompt of Vicuna."""
+    shutil.copytree(parts, tmp_path / "parts")
+    _change(tmp_path / "parts" / "adapter" / "config.json", model_type="llava_mistral", num_key_value_heads=2)
+    base = tmp_path / "parts" / "base"
+    _change(base / "config.json", model_type="llava_mistral")
+    earlier = {"model.mm_projector.0.weight": torch.zeros(32, 24), f"{_TOWER}pre_layrnorm.weight": torch.zeros(24)}
+    save_file(earlier, base / "model-00099.safetensors", metadata={"format": "pt"})  # the adapter has others
+    assert main(words(tmp_path / "parts", tmp_path / "out")) == 0
+    config = StudentConfig(path=str(tmp_path / "out"), layer=1)
+    model = load_model(config.path, config, dtype=torch.float32).model
+    assert model.multi_modal_projector.linear_1.weight.any() and model.vision_tower.pre_layrnorm.weight.any()
+    names = [name for path in (tmp_path / "out").glob("*.safetensors") for name in load_file(path)]
+    assert len(names) == len(set(names))
+    spec, processor = check_student(config)
+    assert spec.language_model.config.model_type == "mistral"
+    turns = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Is it?"}]}]
+    assert processor.apply_chat_template(turns) == "<s>[INST] <unk>\nIs it? [/INST]"
+
+
 def _change(path: Path, **values: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
@@ -80,6 +100,22 @@ def _change(path: Path, **values: object) -> None:
 FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "projector": (lambda root: (root / "adapter" / "non_lora_trainables.bin").unlink(), "has neither non_lora_train"),
     "dora": (lambda root: _change(root / "adapter" / "adapter_config.json", use_dora=True), "only plain LoRA"),
+    "alpha_pattern": (
+        lambda root: _change(root / "adapter" / "adapter_config.json", alpha_pattern={"q_proj": 16}),
+        "alpha_pattern is {'q_proj': 16}; only plain LoRA",
+    ),
+    "rank_pattern": (
+        lambda root: _change(root / "adapter" / "adapter_config.json", rank_pattern={"q_proj": 2}),
+        "rank_pattern is {'q_proj': 2}; only plain LoRA",
+    ),
+    "another base": (
+        lambda root: _change(root / "base" / "config.json", model_type="mistral"),
+        "model_type is 'llava_llama', but that of the base is 'mistral'",
+    ),
+    "type": (
+        lambda root: _change(root / "adapter" / "config.json", model_type="llava_phi"),
+        "config.json: model_type is 'llava_phi'; only llava, llava_llama, llava_mistral, llava_qwen2 are known",
+    ),
     "adapter": (lambda root: (root / "adapter" / "adapter_model.safetensors").unlink(), "no adapter_model.safetensors"),
     "base": (
         lambda root: [path.unlink() for path in (root / "base").glob("model-0000[2-9]*")],

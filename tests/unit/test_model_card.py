@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,11 @@ from medalign.checkpoint import export
 from medalign.checkpoint.state import TrainState, write_state
 from medalign.cli.main import main
 from medalign.config import LoraConfig, StudentConfig
+from medalign.data.shards.writer import write_shards
 from medalign.evaluation.metrics import Prediction, score
 from medalign.evaluation.provenance import describe_weights
 from medalign.model_card import CARD, build_card, collect_facts
+from medalign.phantom.records import records
 from medalign.run_folder import RunFolder
 from medalign.student.loading import load_student
 
@@ -69,6 +72,18 @@ def test_the_card_has_no_path(run, tmp_path, student_folder):
     for folder in (run.parents[1], student_folder.parent):
         assert str(folder) not in card and folder.name not in card
     assert "another-teacher" in card
+
+
+def test_folders_of_the_same_name_have_a_row_each(run, tmp_path):
+    folders = [tmp_path / name / "train" for name in "ab"]
+    sizes = [write_shards(records(films, 0, "train"), folder).written for films, folder in enumerate(folders, 1)]
+    export_folder = export.find_export(shutil.copytree(run, tmp_path / "run"))
+    file = export_folder.parent / "config.yaml"
+    config = configuration.read(file)
+    config.data.train = [str(folder) for folder in folders]
+    file.write_text(configuration.dump(config))
+    card = str(build_card(collect_facts(export_folder, False)))
+    assert sizes[0] != sizes[1] and f"| train | {sizes[0]} |\n| train | {sizes[1]} |" in card
 
 
 def test_the_license_is_that_of_the_base_model(run, tmp_path):

@@ -111,8 +111,10 @@ def test_losses_and_gradients_equal_those_of_the_tower(make, cache, words, monke
         assert difference <= bound * torch.linalg.vector_norm(expected[name])
 
 
-def test_a_batch_without_images_has_targets_of_zeros(make, cache):
-    config = make(cache, "--teacher.path", str(PHANTOM), "--teacher.text_weight", "0.5", "--teacher.mask_sinks", "2")
+@pytest.mark.parametrize("weighting", ["uniform", "teacher_attention"])
+def test_a_batch_without_images_has_losses_of_zero(make, cache, weighting):
+    words = ["--teacher.text_weight", "0.5", "--teacher.mask_sinks", "2", "--losses.weighting", weighting]
+    config = make(cache, "--teacher.path", str(PHANTOM), *words)
     (teacher,) = assembly.build_teachers(config)
     batch = tiny.batch(images=False)
     inputs = {name: tensor[None] for name, tensor in teacher.view.blank().items()}

@@ -34,6 +34,7 @@ from medalign.teacher.towers import Tower
 from medalign.teacher.towers.biovil import BioVilTower, ImageModel
 from medalign.teacher.towers.hf_dinov2 import HFDinov2Tower
 from medalign.teacher.towers.hf_siglip import HFSiglipTower
+from medalign.teacher.towers.open_clip_resnet import OpenClipResNetTower
 from medalign.teacher.towers.open_clip_vit import OpenClipTower, build_visual
 from medalign.teacher.towers.timm_vit import TimmTower
 
@@ -73,6 +74,7 @@ TEACHERS: dict[str, Callable[[], Tower]] = {
     "UniMed-CLIP ViT-B/16 at 224": lambda: named("ViT-B-16-quickgelu"),
     "CheXzero, PubMedCLIP ViT-B/32 at 224": lambda: named("ViT-B-32-quickgelu"),
     "BiomedCLIP ViT-B/16 at 224": lambda: TimmTower(visual({"embed_dim": 512, "vision_cfg": BIOMEDCLIP})),
+    "PubMedCLIP RN50 at 224": lambda: OpenClipResNetTower(visual(open_clip.get_model_config("RN50-quickgelu"))),
     "MedSigLIP at 448": lambda: HFSiglipTower(
         SiglipVisionModel(SiglipVisionConfig(**SO400M, image_size=448, patch_size=14))
     ),

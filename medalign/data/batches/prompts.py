@@ -35,6 +35,13 @@ class Encoded:
         return self.question_cut + self.answer_cut > 0
 
 
+def pad_token_id(tokenizer: Any) -> int:
+    """Return the padding token of a tokenizer, or its end-of-sequence token if there is none."""
+    pad = tokenizer.pad_token_id
+    token: int = tokenizer.eos_token_id if pad is None else pad
+    return token
+
+
 class PromptEncoder:
     """Tokenizes samples for one student.
 
@@ -71,10 +78,8 @@ class PromptEncoder:
 
     @property
     def pad_token_id(self) -> int:
-        """The padding token of the tokenizer, or its end-of-sequence token if there is none."""
-        pad = self.tokenizer.pad_token_id
-        token: int = self.tokenizer.eos_token_id if pad is None else pad
-        return token
+        """The token for padding."""
+        return pad_token_id(self.tokenizer)
 
     @property
     def end_token_id(self) -> int:

@@ -157,11 +157,11 @@ class _Prompts:
         """Read what differs in the second view."""
         self.reading, start = _Reading.SECOND, self.start()
         if self.mixture is not None:
-            self.mixture.begin(self.question_BL[:, start:])
+            self.mixture.begin(self.question_BL[:, start:], valid_BL=self.valid_BL[:, start:])
         found = read_rest(forward, arguments, self.first, self.text_BL, start)
         if self.mixture is not None:
             decided = self.mixture.decided
-            self.mixture.begin(self.question_BL)
+            self.mixture.begin(self.question_BL, valid_BL=self.valid_BL)
             self.mixture.decided = decided
         self.reading, self.first = _Reading.BOTH, None
         return found

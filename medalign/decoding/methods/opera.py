@@ -1,4 +1,4 @@
-"""OPERA: a penalty on columns of attention that all later tokens rely on, in a beam search that goes back.
+"""OPERA: a penalty on columns of attention that all later tokens rely on, in a beam search that rolls back.
 
 Source: Huang et al., "OPERA: Alleviating Hallucination in Multi-Modal Large Language Models via Over-Trust Penalty and
 Retrospection-Allocation", CVPR 2024 (arXiv 2311.17911), and the authors' code (github.com/shikiw/OPERA).
@@ -24,8 +24,8 @@ The paper and the authors' code differ. The defaults are those of the code; sett
 The code multiplies columns in float16, in which they overflow; here logarithms are added in float64. It keeps the
 columns of up to 512 tokens; here all are kept. Its `rollbacks` is the number of candidates.
 
-Each sample is searched by itself, so that one sample's return does not hold up the others: a pass has the candidates of
-all beams of a sample as rows. The pass of a chosen candidate is kept, so a step costs one pass of
+Each sample is searched by itself, so that one sample's rollback does not hold up the others: a pass has the candidates
+of all beams of a sample as rows. The pass of a chosen candidate is kept, so a step costs one pass of
 `num_beams * candidates` rows.
 
 Shape suffixes: R beams, C candidates, V vocabulary size, T answer tokens so far, K columns, L tokens of the prompt.

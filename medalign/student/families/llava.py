@@ -14,6 +14,7 @@ from medalign.errors import ConfigError
 from medalign.geometry import PatchGrid
 from medalign.student.families.base import Family, ModelSpec
 from medalign.student.families.registry import register
+from medalign.student.towers import TOWER_KEYS
 
 
 @register
@@ -28,7 +29,8 @@ class Llava(Family):
 
     @override
     def claims(self, values: Mapping[str, Any]) -> bool:
-        return super().claims(values) and "mm_vision_tower" not in values  # else in the layout of LLaVA's authors
+        flat = "text_config" not in values and not values.keys().isdisjoint(TOWER_KEYS)  # the layout of LLaVA's authors
+        return super().claims(values) and not flat
 
     @override
     def check(self, folder: Path, values: Mapping[str, Any]) -> None:

@@ -1,7 +1,7 @@
 r"""LLaVA as its authors save it: LLaVA-Med 1.5, HuatuoGPT-Vision, and others trained with the code of LLaVA 1.5.
 
-Their folders have no processor and no chat template, a flat config.json without that of the vision tower, and other
-names of weights. They are read into the LLaVA class of transformers. The weights are not changed.
+Their folders have no processor, no chat template for images, a flat config.json without that of the vision tower, and
+other names of weights. They are read into the LLaVA class of transformers. The weights are not changed.
 
 The prompts are those of the authors' code:
 
@@ -34,8 +34,13 @@ from medalign.errors import ConfigError
 from medalign.student.families.llava import Llava
 from medalign.student.families.registry import register
 from medalign.student.files import read_object
-from medalign.student.tokenizers import byte_level_tokenizer, reserve_image_token, sentencepiece_tokenizer
-from medalign.student.towers import image_processor, tower_config
+from medalign.student.tokenizers import (
+    byte_level_tokenizer,
+    chat_template,
+    reserve_image_token,
+    sentencepiece_tokenizer,
+)
+from medalign.student.towers import TOWER_KEYS, image_processor, tower_config, tower_name
 
 _TEMPLATE = (
     "{{% for message in messages %}}{{% if message['role'] == 'user' %}}{user}{{% for part in message['content'] %}}"
@@ -86,13 +91,13 @@ class LlavaAuthors(Llava):
                 f"student.path {folder}: config.json: image_aspect_ratio is 'anyres', whose images take a varying "
                 "number of tokens; use a conversion to the transformers format"
             )
-        if not isinstance(values.get("mm_vision_tower", values.get("vision_tower")), str):
+        if not isinstance(tower_name(values), str):
             raise ConfigError(f"student.path {folder}: config.json does not name its vision tower (mm_vision_tower)")
 
     @override
     def config(self, folder: Path, settings: StudentConfig) -> Any:
         values = read_object(folder / "config.json")
-        vision = tower_config(folder, values["mm_vision_tower"], settings)
+        vision = tower_config(folder, tower_name(values), settings)
         known = {*self.text_config().to_dict(), "rope_theta", "rope_scaling"} - {"model_type", "architectures"}
         text = self.text_config(**{name: value for name, value in values.items() if name in known})
         tokenizer = self.read_tokenizer(folder)
@@ -108,19 +113,20 @@ class LlavaAuthors(Llava):
     @override
     def processor(self, folder: Path, settings: StudentConfig) -> Any:
         values = read_object(folder / "config.json")
-        vision = tower_config(folder, values["mm_vision_tower"], settings)
+        vision = tower_config(folder, tower_name(values), settings)
         tokenizer = self.read_tokenizer(folder)
         if isinstance(end := values.get("eos_token_id"), int):  # where the authors' generation stops
             tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
         image = tokenizer.convert_ids_to_tokens(reserve_image_token(tokenizer, values["vocab_size"], folder))
+        tokenizer.chat_template = chat_template(tokenizer, folder, _TEMPLATE.format(image=image, **self.words))
         return LlavaProcessor(
-            image_processor=image_processor(folder, values["mm_vision_tower"], settings),
+            image_processor=image_processor(folder, tower_name(values), settings),
             tokenizer=tokenizer,
             patch_size=vision.patch_size,
             vision_feature_select_strategy=_strategy(vision),
             image_token=image,
             num_additional_image_tokens=int(_strategy(vision) == "default"),
-            chat_template=tokenizer.chat_template or _TEMPLATE.format(image=image, **self.words),
+            chat_template=tokenizer.chat_template,
         )
 
 
@@ -167,5 +173,5 @@ class LlavaLlama(LlavaAuthors):
 
     @override
     def claims(self, values: Mapping[str, Any]) -> bool:
-        flat = "text_config" not in values and "mm_vision_tower" in values
+        flat = "text_config" not in values and not values.keys().isdisjoint(TOWER_KEYS)
         return super().claims(values) or (values.get("model_type") == "llava" and flat)

@@ -51,8 +51,9 @@ class CachedView:
         return found
 
     def blank(self) -> Mapping[str, torch.Tensor]:
-        """Return zeros, for the image of weight 0."""
-        return {name: torch.zeros(shape, dtype=_dtype(name)) for name, shape in self._shapes.items()}
+        """Return zeros and equal attention to all patches, for the image of weight 0."""
+        zeros = {name: torch.zeros(shape, dtype=_dtype(name)) for name, shape in self._shapes.items()}
+        return {name: value + 1 / len(value) if name == ATTENTION else value for name, value in zeros.items()}
 
 
 class CachedTeacher(TargetSource):

@@ -41,6 +41,8 @@ def build_visual(source: TeacherSource) -> Any:
     # The text tower is replaced by a stub: it is not needed, and some text towers require a download.
     wanted = ("embed_dim", "vision_cfg", "quick_gelu", "conv_stem")
     config = {key: source.config[key] for key in wanted if key in source.config}
+    # The weights come from the teacher's file. Where its training began from timm's, timm would download those.
+    config["vision_cfg"] = {**config["vision_cfg"], "timm_model_pretrained": False}
     try:
         return build_clip({**config, "text_cfg": _STUB_TEXT}).visual
     except (TypeError, ValueError, AssertionError, ArithmeticError, RuntimeError) as error:

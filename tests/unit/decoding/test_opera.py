@@ -13,6 +13,7 @@ from medalign.decoding.base import Decoding
 from medalign.decoding.checks import require_methods
 from medalign.decoding.methods.opera import OPERA
 from medalign.errors import ConfigError
+from medalign.evaluation.generation import generate_answers
 from medalign.student.loading import load_student
 from medalign.student.model import Student
 from tests import tiny
@@ -106,3 +107,11 @@ def test_beams_and_sampling_are_refused():
         Decoding(num_beams=3, method=OPERA())
     with pytest.raises(ConfigError, match="opera cannot be combined with --do-sample: it is a beam search"):
         Decoding(do_sample=True, method=OPERA())
+
+
+def test_a_tokenizer_without_a_padding_token_gives_the_same_answers(student):
+    batch, decoding = tiny.batch(side="left", texts=TEXTS), Decoding(8, method=OPERA(num_beams=2))
+    words = tiny.tokenizer()
+    expected = generate_answers(student, words, batch, decoding)
+    words.pad_token = None
+    assert generate_answers(student, words, batch, decoding) == expected

@@ -45,7 +45,7 @@ class Asked:
         return [row[: place + 1][:LIMIT] for row, place in zip(rows, ended, strict=True)]
 
 
-@pytest.fixture(scope="module", params=["llava", "qwen2_5_vl", "gemma3"])
+@pytest.fixture(scope="module", params=["llava", "llava_mistral", "qwen2_5_vl", "gemma3"])
 def asked(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Asked:
     case = CASES[request.param]
     config = case.config(case.save(tmp_path_factory.mktemp("interventions") / request.param))

@@ -8,6 +8,7 @@ from medalign.config import LoraConfig, StudentConfig
 from medalign.errors import ConfigError
 from medalign.student.loading import load_student
 from medalign.student.query_mixture import QueryMixture
+from tests import tiny
 
 
 def inputs():
@@ -61,6 +62,29 @@ def test_each_sample_of_a_packed_batch_has_its_own_decision():
     apart = mixture(hidden)
     mixture.begin(question.view(1, -1), torch.tensor([0, 8, 16, 24]))
     torch.testing.assert_close(mixture(hidden.view(1, 24, 6)).view(3, 8, 10), apart)
+
+
+def test_padding_before_a_sample_without_a_question_decides_nothing():
+    mixture, hidden, _ = inputs()
+    valid = torch.ones(2, 8, dtype=torch.bool)
+    valid[1, :3] = False
+    mixture.begin(torch.zeros_like(valid), valid_BL=valid)
+    padded = mixture(hidden)
+    mixture.begin(torch.zeros(1, 5, dtype=torch.bool))
+    torch.testing.assert_close(padded[1:, 3:], mixture(hidden[1:, 3:]))
+
+
+def test_a_question_without_an_image_has_the_same_gates_alone_in_a_batch_and_in_training(student_folder):
+    student = load_student(StudentConfig(str(student_folder), layer=1, query_mixture=True), torch.float32).eval()
+    texts = ((5, 0), (11, 0))
+    batch = tiny.batch(images=False, side="left", texts=texts)
+    settings = {"max_new_tokens": 2, "do_sample": False, "pad_token_id": 0}
+    student.generate(batch, **settings)
+    together = student.mixture.decided
+    student.generate(batch.sample(0), **settings)
+    torch.testing.assert_close(together[:1], student.mixture.decided)
+    student(tiny.batch(images=False, side="right", texts=texts), tap=False)
+    torch.testing.assert_close(together, student.mixture.decided)
 
 
 def test_attached_to_a_projection_it_adds_to_its_output():

@@ -15,6 +15,7 @@ from transformers import (
     CLIPConfig,
     CLIPImageProcessor,
     CLIPVisionConfig,
+    CLIPVisionModel,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -32,6 +33,20 @@ NAMES = (  # of transformers -> of the authors
     (r"^model\.multi_modal_projector\.linear_2\.", "model.mm_projector.2."),
     (r"^model\.vision_tower\.", "model.vision_tower.vision_tower.vision_model."),
     (r"^model\.language_model\.", "model."),
+)
+# Templates of the language models that these students were trained from. They take text, not lists of parts.
+MISTRAL_INSTRUCT = (
+    "{{ bos_token }}{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
+    "{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}"
+    "{% elif message['role'] == 'assistant' %}{{ message['content'] + eos_token}}{% else %}"
+    "{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}"
+)
+CHATML = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are a helpful assistant<|im_end|>\n' }}{% endif %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 VISION = CLIPVisionConfig(
     hidden_size=24, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8
@@ -58,15 +73,18 @@ def save_sentencepiece(folder: Path) -> None:
     folder.mkdir(parents=True)
     shutil.copy(model, folder / "tokenizer.model")
     settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    settings |= {"chat_template": MISTRAL_INSTRUCT}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
 def save_huatuo(folder: Path) -> Path:
-    """HuatuoGPT-Vision-7B: a byte-level tokenizer.json, and the description of the tower in a folder of its own."""
+    """HuatuoGPT-Vision-7B: a byte-level tokenizer.json, and the tower in a folder of its own, with a pickle."""
     folder.mkdir(parents=True)
     save_tokenizer(folder)
     text = Qwen2Config(vocab_size=264, bos_token_id=256, eos_token_id=256, rope_theta=1e6, **SIZES)
-    return _save(folder, text, "llava_qwen2", f"./{TOWER}", rope_theta=1e6)
+    _save(folder, text, "llava_qwen2", f"./{TOWER}", rope_theta=1e6)
+    torch.save(CLIPVisionModel(VISION).state_dict(), folder / TOWER / "pytorch_model.bin")
+    return folder
 
 
 def save_tokenizer(folder: Path) -> None:
@@ -81,6 +99,7 @@ def save_tokenizer(folder: Path) -> None:
         folder
     )
     settings = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": specials[0], "pad_token": specials[0]}
+    settings |= {"chat_template": CHATML}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 

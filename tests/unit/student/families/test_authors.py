@@ -8,14 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
+from transformers import CLIPVisionModel, LlavaProcessor
 
+from medalign.checkpoint import export
 from medalign.config import StudentConfig
 from medalign.contracts import IGNORE, Sample
 from medalign.data.batches.prompts import PromptEncoder
 from medalign.errors import ConfigError
 from medalign.student.checks import check_student
 from medalign.student.families.registry import find_family
+from medalign.student.loading import load_processor, load_student
 from medalign.student.tokenizers import reserve_image_token
 from tests import mistral
 from tests.unit.student.families import authors
@@ -111,6 +116,51 @@ def test_an_answer_ends_where_generation_stops(tmp_path: Path) -> None:
     assert encode.tokenizer.convert_ids_to_tokens(encode.end_token_id) == "<|endoftext|>"
 
 
+TYPED = (
+    "{% for message in messages %}{% if message['role'] == 'user' %}Q: {% else %}A: {% endif %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}"
+    "{% endif %}{% endfor %}{% endfor %}"
+)
+PRINTED = "{% for message in messages %}{{ message['role'] + ': ' }}{{ message['content'] | trim }}{% endfor %}"
+TEXT = (  # leaves out what is not text
+    "{% for message in messages %}{% for part in message['content'] %}{{ part['text'] }}{% endfor %}{% endfor %}"
+)
+TEMPLATES = {  # file -> template, and whether it is used
+    "tokenizer takes images": ("tokenizer_config.json", TYPED, True),
+    "tokenizer takes text": ("tokenizer_config.json", authors.CHATML, False),
+    "tokenizer prints the list": ("tokenizer_config.json", PRINTED, False),
+    "tokenizer omits images": ("tokenizer_config.json", TEXT, False),
+    "jinja": ("chat_template.jinja", TYPED, True),
+    "jinja that takes text": ("chat_template.jinja", PRINTED, True),  # the user's: the prompts refuse it by name
+    "json": ("chat_template.json", TYPED, True),
+}
+
+
+@pytest.mark.parametrize("case", TEMPLATES)
+def test_a_template_of_the_folder_is_used_if_it_is_for_images(tmp_path: Path, case: str) -> None:
+    """The tokenizer's template is often that of the language model below, whose prompt the student never saw."""
+    name, template, used = TEMPLATES[case]
+    path = authors.save_huatuo(tmp_path / "huatuo") / name
+    if path.suffix == ".jinja":
+        path.write_text(template)
+    else:
+        values = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps(values | {"chat_template": template}))
+    processor = load_processor(StudentConfig(path=str(path.parent), layer=2))
+    processor.save_pretrained(tmp_path / "saved")
+    again = LlavaProcessor.from_pretrained(tmp_path / "saved")
+    assert processor.chat_template == again.chat_template == again.tokenizer.chat_template
+    assert (processor.chat_template == template) == used
+    assert used or processor.chat_template.startswith("{% for message in messages %}{% if message['role'] == 'user'")
+
+
+def test_a_chat_template_json_without_a_template_is_named(tmp_path: Path) -> None:
+    folder = authors.save_huatuo(tmp_path / "huatuo")
+    (folder / "chat_template.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r'chat_template.json has no text "chat_template"; correct or remove it'):
+        load_processor(StudentConfig(path=str(folder), layer=2))
+
+
 def edited(folder: Path, **changes: Any) -> StudentConfig:
     values = json.loads((folder / "config.json").read_text()) | changes
     (folder / "config.json").write_text(json.dumps(values))
@@ -150,6 +200,17 @@ def test_a_flat_configuration_is_not_taken_for_that_of_transformers(tmp_path: Pa
         family.check(tmp_path, flat)
 
 
+@pytest.mark.parametrize("kind", ["llava_llama", "llava"])
+def test_the_tower_may_have_the_name_of_the_training_argument(tmp_path: Path, kind: str) -> None:
+    """The authors' code takes `vision_tower` where `mm_vision_tower` is absent."""
+    folder = authors.save_llava_llama(tmp_path / "llava")
+    values = json.loads((folder / "config.json").read_text())
+    values |= {"vision_tower": values.pop("mm_vision_tower"), "model_type": kind}
+    (folder / "config.json").write_text(json.dumps(values))
+    spec, _ = check_student(StudentConfig(path=str(folder), layer=2))
+    assert spec.image_size == 32
+
+
 @pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json"])
 def test_a_tower_that_is_named_must_be_described(llava_med: StudentConfig, tmp_path: Path, name: str) -> None:
     for path in Path(llava_med.vision_tower).iterdir():
@@ -167,3 +228,46 @@ def test_an_unknown_token_that_occurs_is_not_an_image_token(tmp_path: Path) -> N
     with pytest.raises(ConfigError, match="none for the image token"):
         reserve_image_token(words, image, tmp_path)
     assert reserve_image_token(words, image + 1, tmp_path) == image
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("weights", ["pytorch_model.bin", "model.safetensors"])
+def test_a_tower_in_a_folder_of_its_own_is_exported_with_its_weights(
+    tmp_path: Path, trained: bool, weights: str
+) -> None:
+    """The authors' code of HuatuoGPT-Vision reads the tower from there."""
+    base = authors.save_huatuo(tmp_path / "huatuo")
+    if weights == "model.safetensors":  # of another tower than the student has
+        (base / authors.TOWER / "pytorch_model.bin").unlink()
+        CLIPVisionModel(authors.VISION).save_pretrained(base / authors.TOWER)
+    config = StudentConfig(path=str(base), layer=2, train_vision_tower=trained, steering=False)
+    student = load_student(config, torch.float32)
+    torch.nn.init.normal_(student.spec.vision_tower.embeddings.class_embedding if trained else torch.empty(0))
+    whole = {name: value.detach() for named in student.trainable().values() for name, value in named}
+    export.write_export(student, whole, config, 1000, tmp_path / "export")
+    export.merge(tmp_path / "export", tmp_path / "merged", authors_layout=True)
+    place = tmp_path / "merged" / authors.TOWER
+    assert {path.name for path in place.iterdir()} == {"config.json", "preprocessor_config.json", "model.safetensors"}
+    assert all(name.startswith("vision_model.") for name in load_file(place / "model.safetensors"))
+    tower, found = CLIPVisionModel.from_pretrained(place, output_loading_info=True)
+    assert not found["missing_keys"] and not found["unexpected_keys"]
+    expected = student.spec.vision_tower.state_dict()
+    state = {name.removeprefix("vision_model."): value for name, value in tower.state_dict().items()}
+    assert state.keys() == expected.keys() and all(torch.equal(state[name], expected[name]) for name in state)
+
+
+@pytest.mark.parametrize("name", ["../outside", "{root}/outside", "."])
+def test_a_tower_outside_the_folder_is_not_written(tmp_path: Path, name: str) -> None:
+    """The names in config.json are the user's; no file of theirs is replaced."""
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "model.safetensors").write_bytes(b"theirs")
+    base = authors.save_huatuo(tmp_path / "huatuo")
+    edited(base, mm_vision_tower=name.format(root=tmp_path))
+    config = StudentConfig(path=str(base), layer=2, steering=False, vision_tower=f"{base}/{authors.TOWER}")
+    student = load_student(config, torch.float32)
+    whole = {name: value.detach() for named in student.trainable().values() for name, value in named}
+    export.write_export(student, whole, config, 1000, tmp_path / "export")
+    export.merge(tmp_path / "export", tmp_path / "merged", authors_layout=True)
+    assert [path.read_bytes() for path in outside.iterdir()] == [b"theirs"]
+    assert "lm_head.weight" in load_file(tmp_path / "merged" / "model.safetensors")

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -142,6 +143,16 @@ def test_weights_must_fit_exactly(case: Case, tmp_path, fault):
     change_weights(folder / case.weights, spoil)
     with pytest.raises(CheckpointError, match=rf"do not fit.* \d+ {fault}: "):
         load_teacher(folder)
+
+
+def test_timm_loads_no_weights_where_the_training_began_from_its_own(tmp_path, monkeypatch):
+    """Otherwise timm would download them."""
+    vision = {"timm_model_name": "medalign_tiny_vit", "timm_model_pretrained": True, "timm_pool": ""}
+    write_open_clip(tmp_path / "teacher", vision | {"timm_proj": "linear", "image_size": SIZE})
+    create, asked = timm.create_model, []
+    monkeypatch.setattr(timm, "create_model", lambda *a, **k: asked.append(k["pretrained"]) or create(*a, **k))
+    load_teacher(tmp_path / "teacher")
+    assert asked and not any(asked)
 
 
 @every_kind
