@@ -11,6 +11,7 @@ from pathlib import Path
 from medalign import distributed
 from medalign.checkpoint.files import write_flushed
 from medalign.checkpoint.loading import find_whole, load
+from medalign.checkpoint.retention import point_to_best, remove_later
 from medalign.checkpoint.state import TrainState
 from medalign.config import TrainConfig
 from medalign.engine.engine import Engine
@@ -53,7 +54,7 @@ def fit(
 
 
 def _rewind(engine: Engine, root: Path, state: TrainState, config: TrainConfig, error: DivergedError) -> TrainState:
-    """Load the last whole checkpoint before a spike, and make it the latest. Every rank must call it.
+    """Load the last whole checkpoint before a spike, make it the latest, and remove later ones. Every rank must call it.
 
     `state` is the one before the step that raised `error`, on all ranks. The next batch of the returned state is the
     one after that of this step.
@@ -68,6 +69,8 @@ def _rewind(engine: Engine, root: Path, state: TrainState, config: TrainConfig, 
     with distributed.raise_on_all_ranks():
         if distributed.is_main():
             write_flushed(CheckpointsFolder(root).latest, found.name + "\n")
+            remove_later(root, before.step)  # a further rewind must not go back to a history that was given up
+            point_to_best(root, before.best_step)
     first, following = before.next_batch, state.next_batch + 1
     log.warning(
         "%s. The run goes back to %s (%d of at most %d times) and leaves out the global batches from there on: "
