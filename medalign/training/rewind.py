@@ -54,7 +54,7 @@ def fit(
 
 
 def _rewind(engine: Engine, root: Path, state: TrainState, config: TrainConfig, error: DivergedError) -> TrainState:
-    """Load the last whole checkpoint before a spike, make it the latest, and remove later ones. Every rank must call it.
+    """Load the last whole checkpoint before a spike, and make it the latest and newest. Every rank must call it.
 
     `state` is the one before the step that raised `error`, on all ranks. The next batch of the returned state is the
     one after that of this step.
