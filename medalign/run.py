@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +42,7 @@ from medalign.training.callbacks import (
 )
 from medalign.training.gauges import build_gauges
 from medalign.training.loggers import build_loggers
-from medalign.training.same_run import require_same_run
+from medalign.training.same_run import continue_state, require_same_run
 from medalign.training.step import TrainStep
 from medalign.training.trainer import Trainer
 
@@ -103,14 +102,14 @@ def _train(
     begin("reading the shards' indexes")
     objective, index, held_out = _open(config)
     begin("checking the checkpoints")
-    found, now = _find_start(config, folder, ds_settings, index)
+    found, now = _find_start(config, folder, ds_settings, index, held_out)
     config = schedule.resolve_steps(config, len(index) if index else 0)
     log.info("%s", schedule.describe_length(config, len(index) if index else 0))
     begin("loading the models", more=extensions.build_timeout(ds_settings))
     engine, teachers, student, collator = build_models(config, ds_settings, _max_images(index, held_out))
     if found:
         begin("loading the checkpoint")
-        now = replace(load(engine, found), stage=now.stage, data=now.data)
+        now = continue_state(load(engine, found), now)
         log.info("resuming from %s", found)
     begin("starting to train")
     writer = _checkpoint_writer(config, RunFolder(folder).checkpoints.path, engine, student)
@@ -185,12 +184,22 @@ def _require_metric(name: str, objective: Objective) -> None:
 
 
 def _find_start(
-    config: Config, folder: Path, ds_settings: dict[str, Any], index: ShardIndex | None
+    config: Config,
+    folder: Path,
+    ds_settings: dict[str, Any],
+    index: ShardIndex | None,
+    held_out: ShardIndex | None,
 ) -> tuple[Path | None, TrainState]:
     """Return the checkpoint to resume from, which belongs to these settings, and the state of a run without one."""
     found = find_whole(RunFolder(folder).checkpoints.path)
-    stage, data = deepspeed_engine.stage(ds_settings), index.fingerprint() if index else ()
-    now = TrainState(step=0, samples=0, ranks=distributed.world_size(), stage=stage, data=data)
+    now = TrainState(
+        step=0,
+        samples=0,
+        ranks=distributed.world_size(),
+        stage=deepspeed_engine.stage(ds_settings),
+        data=index.fingerprint() if index else (),
+        held_out=held_out.fingerprint() if held_out else (),
+    )
     if found:
         with distributed.raise_on_all_ranks():
             require_same_run(config, now, found, RunFolder(folder).config)

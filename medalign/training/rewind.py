@@ -17,6 +17,7 @@ from medalign.config import TrainConfig
 from medalign.engine.engine import Engine
 from medalign.errors import DivergedError
 from medalign.run_folder import CheckpointsFolder
+from medalign.training.same_run import continue_state
 from medalign.training.trainer import Trainer
 
 log = logging.getLogger("medalign")
@@ -65,7 +66,7 @@ def _rewind(engine: Engine, root: Path, state: TrainState, config: TrainConfig, 
     found = find_whole(root, before=state.spike_start(state.step + 1))
     if found is None:
         raise DivergedError(f"{error}. There is no checkpoint before it to go back to") from error
-    before = load(engine, found)
+    before = continue_state(load(engine, found), state)
     with distributed.raise_on_all_ranks():
         if distributed.is_main():
             write_flushed(CheckpointsFolder(root).latest, found.name + "\n")

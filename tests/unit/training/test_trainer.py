@@ -144,9 +144,7 @@ def test_held_out_samples_that_cannot_be_used_are_reported_and_limited(caplog):
     build(Validation(1, [bad, tiny.batch()]), steps=1, validation=[1.0]).fit()
     assert "bad held-out sample replaced: val/shard-000001.tar/k7: checksum differs" in caplog.text
     assert "step 1: 1 of 4 held-out samples were replaced" in caplog.text
-    with pytest.raises(
-        DataError, match=r"2 of 4 held-out samples could not be used, more than data\.max_skip_f.*k7"
-    ):
+    with pytest.raises(DataError, match=r"2 of 4 held-out samples could not be used, more than data\.max_skip_f.*k7"):
         build(Validation(1, [bad, bad]), steps=1, validation=[1.0]).fit()
 
 
