@@ -66,22 +66,23 @@ def train(config: Config, callbacks: Sequence[Callback] = ()) -> Path:
     config = settings.check(config)
     distributed.adopt_launcher()
     distributed.set_up_logging()
-    with exit_records.recorded(RunFolder(Path(config.run.dir))):
-        return _train_or_stop(config, callbacks)
+    with exit_records.recorded(RunFolder(Path(config.run.dir))) as recorder:
+        return _train_or_stop(config, callbacks, recorder)
 
 
-def _train_or_stop(config: Config, callbacks: Sequence[Callback]) -> Path:
+def _train_or_stop(config: Config, callbacks: Sequence[Callback], recorder: exit_records.Recorder) -> Path:
     folder = Path(config.run.dir)
     ds_settings = deepspeed_settings(config, distributed.world_size())
 
     def record_hang(verdict: str) -> None:
-        exit_records.write(RunFolder(folder), HANG, verdict)
+        recorder.write(HANG, verdict)
 
     with stop_signals() as received, Watchdog(RunFolder(folder).stacks, on_hang=record_hang) as watchdog:
         watchdog.beat("waiting for the other ranks", config.engine.start_timeout)
         deepspeed_engine.start(ds_settings)
         try:
             with lock.held(folder), distributed.log_file(RunFolder(folder).log(distributed.rank())):
+                recorder.own()
                 own = [Heartbeat(watchdog, config.engine.start_timeout, config.engine.step_timeout)]
                 _train(config, folder, ds_settings, watchdog, [*own, StopOnSignal(received), *callbacks])
         except Stopped:
