@@ -110,7 +110,7 @@ def _train(
     engine, teachers, student, collator = build_models(config, ds_settings, _max_images(index, held_out))
     if found:
         begin("loading the checkpoint")
-        now = continue_state(load(engine, found), now)
+        now = continue_state(load(engine, found, begin), now)
         log.info("resuming from %s", found)
     begin("starting to train")
     writer = _checkpoint_writer(config, RunFolder(folder).checkpoints.path, engine, student)
@@ -125,7 +125,7 @@ def _train(
         )
         first, also = (teachers[0] if teachers else None), teachers[1:]
         step = TrainStep(engine, first, objective, student.spec.grid, also)
-        now = _fit(config, folder, now, step, index, collator, hooks)
+        now = _fit(config, folder, now, step, index, collator, hooks, begin)
     elif not found:
         with _loggers(config, folder, now):
             writer.save(now)
@@ -140,8 +140,9 @@ def _fit(
     index: ShardIndex,
     collator: Collator,
     hooks: Sequence[Callback],
+    begin: Callable[[str, float], None],
 ) -> TrainState:
-    """Train up to the last step, and return the state. The arguments are what the trainer needs."""
+    """Train up to the last step, and return the state. The arguments are what the trainer and a rewind need."""
 
     @contextmanager
     def open_trainer(now: TrainState) -> Iterator[Trainer]:
@@ -149,7 +150,7 @@ def _fit(
             batches = iter(pipeline.build_loader(config, index, collator, now.next_batch))
             yield Trainer(config, step, batches, now, [*loggers, *hooks])
 
-    return rewind.fit(open_trainer, now, step.engine, RunFolder(folder).checkpoints.path, config.train)
+    return rewind.fit(open_trainer, now, step.engine, RunFolder(folder).checkpoints.path, config.train, begin)
 
 
 @contextmanager

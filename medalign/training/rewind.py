@@ -29,6 +29,7 @@ def fit(
     engine: Engine,
     root: Path,
     config: TrainConfig,
+    progress: Callable[[str, float], None] = lambda what, more: None,
 ) -> TrainState:
     """Train up to the last step, and go back at most `train.rewind_on_spike` times. Every rank must call it.
 
@@ -38,6 +39,7 @@ def fit(
         engine: the student and the optimizer of these trainers.
         root: folder of all checkpoints of the run.
         config: how often the run may go back.
+        progress: called while a checkpoint of another number of ranks is loaded, see `load`.
 
     Returns:
         Where the run stands at the end.
@@ -51,10 +53,17 @@ def fit(
                 return trainer.fit()
             except DivergedError as error:
                 trainer.progress("going back to a checkpoint", slow=True)
-                state = _rewind(engine, root, trainer.state, config, error)
+                state = _rewind(engine, root, trainer.state, config, error, progress)
 
 
-def _rewind(engine: Engine, root: Path, state: TrainState, config: TrainConfig, error: DivergedError) -> TrainState:
+def _rewind(
+    engine: Engine,
+    root: Path,
+    state: TrainState,
+    config: TrainConfig,
+    error: DivergedError,
+    progress: Callable[[str, float], None],
+) -> TrainState:
     """Load the last whole checkpoint before a spike, and make it the latest and newest. Every rank must call it.
 
     `state` is the one before the step that raised `error`, on all ranks. The next batch of the returned state is the
@@ -66,7 +75,7 @@ def _rewind(engine: Engine, root: Path, state: TrainState, config: TrainConfig, 
     found = find_whole(root, before=state.spike_start(state.step + 1))
     if found is None:
         raise DivergedError(f"{error}. There is no checkpoint before it to go back to") from error
-    before = continue_state(load(engine, found), state)
+    before = continue_state(load(engine, found, progress), state)
     with distributed.raise_on_all_ranks():
         if distributed.is_main():
             write_flushed(CheckpointsFolder(root).latest, found.name + "\n")

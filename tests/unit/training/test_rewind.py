@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+from medalign.checkpoint import loading
 from medalign.checkpoint.state import TrainState
 from medalign.config import TrainConfig
 from medalign.errors import DivergedError
@@ -30,10 +33,10 @@ class Diverging:
         pass
 
 
-def go_back(root: Path, *ends: tuple[int, tuple[int, ...]]) -> tuple[TrainState, list[str]]:
+def go_back(root: Path, *ends: tuple[int, tuple[int, ...]], **words: Any) -> tuple[TrainState, list[str]]:
     left, engine = list(ends), FakeEngine()
     config = TrainConfig(rewind_on_spike=len(ends))
-    state = rewind.fit(lambda now: nullcontext(Diverging(now, left)), at(0), engine, root, config)
+    state = rewind.fit(lambda now: nullcontext(Diverging(now, left)), at(0), engine, root, config, **words)
     return state, [path.name for path in engine.loaded]
 
 
@@ -54,3 +57,11 @@ def test_the_best_checkpoint_is_that_of_the_history_that_is_left(tmp_path):
     state, _ = go_back(tmp_path, (6, (5, 6)))
     assert (state.best_step, state.best_loss) == (2, 0.5)
     assert (tmp_path / "best").read_text() == "step-000002\n" and (tmp_path / "step-000002").is_dir()
+
+
+def test_a_checkpoint_of_another_number_of_ranks_may_take_longer_to_load(tmp_path, monkeypatch):
+    save(tmp_path, at(4, ranks=2))
+    monkeypatch.setattr(loading, "to_universal", lambda source, target, agree: shutil.copytree(source, target))
+    parts: list[str] = []
+    go_back(tmp_path, (6, ()), progress=lambda what, more: parts.append(what))
+    assert parts[-1] == "loading the converted checkpoint" and len(parts) == 3
