@@ -195,6 +195,14 @@ class TestJobs:
         assert run.supervise(KILLED, KILLED, restarts=1, requeues=1) == 75
         assert job.read_text() == "requeue 17\nrequeue 18\n"
 
+    def test_an_attempt_that_repeats_the_steps_of_an_earlier_one_has_no_new_step(self, run, job, monkeypatch):
+        """A start removes the rows after its checkpoint. Crashes at varying steps must not queue the job for ever."""
+        for step, status in ((8, 75), (3, 75), (7, 75), (2, 1)):
+            assert run.supervise(KILLED | {"step": step}, restarts=0, requeues=2) == status
+        assert run.attempts("new_steps", "then") == [(8, "requeued"), *[(0, "requeued")] * 2, (0, "ended")]
+        monkeypatch.setenv("SLURM_JOB_ID", "18")
+        assert run.supervise(KILLED | {"step": 4}, restarts=0, requeues=2) == 75
+
     def test_without_scontrol_the_user_is_asked_to_submit_the_job_again(self, run, job, monkeypatch, caplog):
         monkeypatch.setenv("PATH", "/nowhere")
         assert run.supervise(KILLED, restarts=0, requeues=1) == 75
