@@ -73,6 +73,7 @@ def train(config: Config, callbacks: Sequence[Callback] = ()) -> Path:
 def _train_or_stop(config: Config, callbacks: Sequence[Callback], recorder: exit_records.Recorder) -> Path:
     folder = Path(config.run.dir)
     ds_settings = deepspeed_settings(config, distributed.world_size())
+    deepspeed_engine.require_valid(ds_settings, config.engine.deepspeed)
 
     def record_hang(verdict: str) -> None:
         recorder.write(HANG, verdict)
@@ -169,7 +170,7 @@ def _open(config: Config) -> tuple[Objective, ShardIndex | None, ShardIndex | No
     """Return the losses, and the indexes of the training shards and the held-out ones, after all quick checks."""
     with distributed.raise_on_all_ranks():
         objective = build_objective(config)
-        _require_metric(config.train.best_metric, objective)
+        _require_metric(config, objective)
         index, held_out = pipeline.open_indexes(config)
         if index is not None:
             pipeline.require_images(config, index)
@@ -179,8 +180,9 @@ def _open(config: Config) -> tuple[Objective, ShardIndex | None, ShardIndex | No
     return objective, index, held_out
 
 
-def _require_metric(name: str, objective: Objective) -> None:
-    known = ["loss/total", *(f"loss/{term}" for term in objective.coefficients)]
+def _require_metric(config: Config, objective: Objective) -> None:
+    computed = [term.name for term in objective.terms if config.distils or not hasattr(term, "teacher")]
+    name, known = config.train.best_metric, ["loss/total", *(f"loss/{term}" for term in computed)]
     if name not in known:
         raise ConfigError(f"train.best_metric {name!r} is not a loss of this run; use one of {', '.join(known)}")
 
