@@ -79,8 +79,8 @@ def _rewind(
     with distributed.raise_on_all_ranks():
         if distributed.is_main():
             write_flushed(CheckpointsFolder(root).latest, found.name + "\n")
-            remove_later(root, before.step)  # a further rewind must not go back to a history that was given up
             point_to_best(root, before.best_step)
+            remove_later(root, before.step)  # a further rewind must not go back to a history that was given up
     first, following = before.next_batch, state.next_batch + 1
     log.warning(
         "%s. The run goes back to %s (%d of at most %d times) and leaves out the global batches from there on: "
