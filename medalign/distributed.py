@@ -65,8 +65,9 @@ def adopt_launcher() -> None:
         os.environ["WORLD_SIZE"] = os.environ["SLURM_NTASKS"]
         os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
         os.environ.setdefault("MASTER_ADDR", first_host(os.environ["SLURM_STEP_NODELIST"]))
-        # All tasks of a job must choose the same port, and two jobs on a node different ones.
-        os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ["SLURM_JOB_ID"]) % 12000))
+        # All tasks of a step must choose the same port, and two jobs on a node, or two steps of a job, different ones.
+        number = int(os.environ["SLURM_JOB_ID"]) + 1009 * int(os.environ.get("SLURM_STEP_ID", "0"))
+        os.environ.setdefault("MASTER_PORT", str(20000 + number % 12000))
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
         os.environ["MASTER_PORT"] = str(_free_port())

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from medalign import distributed
 from medalign.distributed import log
 from medalign.errors import RunInUse, exit_status
+from medalign.file_lock import is_locked
 from medalign.run_folder import RunFolder
 
 _LONGEST = 500  # characters of a reason
@@ -40,24 +41,54 @@ class ExitRecord:
     reason: str
 
 
+class Recorder:
+    """Writes and removes the record of this rank, unless the folder belongs to another training at this moment.
+
+    A start may fail before it holds the run's lock, as with a port that is in use. Its reason belongs into the folder,
+    but not if a training is running there, whose records it would replace.
+    """
+
+    def __init__(self, folder: RunFolder) -> None:
+        self._folder = folder
+        self._owns = False
+
+    def own(self) -> None:
+        """Write in any case from now on: this start holds the run's lock. Every rank calls it."""
+        self._owns = True
+        self.remove()
+
+    def remove(self) -> None:
+        """Remove the record of an earlier start."""
+        if self._may_change():
+            with suppress(OSError):  # a folder that cannot be written is reported when it is locked
+                self._folder.exit_record(distributed.rank()).unlink(missing_ok=True)
+
+    def write(self, status: int, reason: str) -> None:
+        """Record the end of this rank; a warning if that is not possible."""
+        if self._may_change():
+            _write(self._folder, status, reason)
+
+    def _may_change(self) -> bool:
+        return self._owns or not is_locked(self._folder.lock)
+
+
 @contextmanager
-def recorded(folder: RunFolder) -> Iterator[None]:
+def recorded(folder: RunFolder) -> Iterator[Recorder]:
     """Record how the context ends on this rank. A start that another training in the folder refuses leaves nothing."""
-    with suppress(OSError):  # a folder that cannot be written is reported when it is locked
-        folder.exit_record(distributed.rank()).unlink(missing_ok=True)
+    recorder = Recorder(folder)
+    recorder.remove()
     try:
-        yield
+        yield recorder
     except RunInUse:
         raise
     except BaseException as error:
         status = exit_status(error)
-        write(folder, status, str(error) if status != 1 else f"{type(error).__name__}: {error}")
+        recorder.write(status, str(error) if status != 1 else f"{type(error).__name__}: {error}")
         raise
-    write(folder, 0, "")
+    recorder.write(0, "")
 
 
-def write(folder: RunFolder, status: int, reason: str) -> None:
-    """Record the end of this rank; a warning if that is not possible."""
+def _write(folder: RunFolder, status: int, reason: str) -> None:
     line = " ".join(reason.split())
     line = line if len(line) <= _LONGEST else line[: _LONGEST - 4] + " ..."
     record = ExitRecord(distributed.rank(), distributed.world_size(), time.time(), status, line)

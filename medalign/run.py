@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +42,7 @@ from medalign.training.callbacks import (
 )
 from medalign.training.gauges import build_gauges
 from medalign.training.loggers import build_loggers
-from medalign.training.same_run import require_same_run
+from medalign.training.same_run import continue_state, require_same_run
 from medalign.training.step import TrainStep
 from medalign.training.trainer import Trainer
 
@@ -67,22 +66,24 @@ def train(config: Config, callbacks: Sequence[Callback] = ()) -> Path:
     config = settings.check(config)
     distributed.adopt_launcher()
     distributed.set_up_logging()
-    with exit_records.recorded(RunFolder(Path(config.run.dir))):
-        return _train_or_stop(config, callbacks)
+    with exit_records.recorded(RunFolder(Path(config.run.dir))) as recorder:
+        return _train_or_stop(config, callbacks, recorder)
 
 
-def _train_or_stop(config: Config, callbacks: Sequence[Callback]) -> Path:
+def _train_or_stop(config: Config, callbacks: Sequence[Callback], recorder: exit_records.Recorder) -> Path:
     folder = Path(config.run.dir)
     ds_settings = deepspeed_settings(config, distributed.world_size())
+    deepspeed_engine.require_valid(ds_settings, config.engine.deepspeed)
 
     def record_hang(verdict: str) -> None:
-        exit_records.write(RunFolder(folder), HANG, verdict)
+        recorder.write(HANG, verdict)
 
     with stop_signals() as received, Watchdog(RunFolder(folder).stacks, on_hang=record_hang) as watchdog:
         watchdog.beat("waiting for the other ranks", config.engine.start_timeout)
         deepspeed_engine.start(ds_settings)
         try:
             with lock.held(folder), distributed.log_file(RunFolder(folder).log(distributed.rank())):
+                recorder.own()
                 own = [Heartbeat(watchdog, config.engine.start_timeout, config.engine.step_timeout)]
                 _train(config, folder, ds_settings, watchdog, [*own, StopOnSignal(received), *callbacks])
         except Stopped:
@@ -103,14 +104,14 @@ def _train(
     begin("reading the shards' indexes")
     objective, index, held_out = _open(config)
     begin("checking the checkpoints")
-    found, now = _find_start(config, folder, ds_settings, index)
+    found, now = _find_start(config, folder, ds_settings, index, held_out)
     config = schedule.resolve_steps(config, len(index) if index else 0)
     log.info("%s", schedule.describe_length(config, len(index) if index else 0))
     begin("loading the models", more=extensions.build_timeout(ds_settings))
     engine, teachers, student, collator = build_models(config, ds_settings, _max_images(index, held_out))
     if found:
         begin("loading the checkpoint")
-        now = replace(load(engine, found), stage=now.stage, data=now.data)
+        now = continue_state(load(engine, found, begin), now)
         log.info("resuming from %s", found)
     begin("starting to train")
     writer = _checkpoint_writer(config, RunFolder(folder).checkpoints.path, engine, student)
@@ -125,7 +126,7 @@ def _train(
         )
         first, also = (teachers[0] if teachers else None), teachers[1:]
         step = TrainStep(engine, first, objective, student.spec.grid, also)
-        now = _fit(config, folder, now, step, index, collator, hooks)
+        now = _fit(config, folder, now, step, index, collator, hooks, begin)
     elif not found:
         with _loggers(config, folder, now):
             writer.save(now)
@@ -140,8 +141,9 @@ def _fit(
     index: ShardIndex,
     collator: Collator,
     hooks: Sequence[Callback],
+    begin: Callable[[str, float], None],
 ) -> TrainState:
-    """Train up to the last step, and return the state. The arguments are what the trainer needs."""
+    """Train up to the last step, and return the state. The arguments are what the trainer and a rewind need."""
 
     @contextmanager
     def open_trainer(now: TrainState) -> Iterator[Trainer]:
@@ -149,7 +151,7 @@ def _fit(
             batches = iter(pipeline.build_loader(config, index, collator, now.next_batch))
             yield Trainer(config, step, batches, now, [*loggers, *hooks])
 
-    return rewind.fit(open_trainer, now, step.engine, RunFolder(folder).checkpoints.path, config.train)
+    return rewind.fit(open_trainer, now, step.engine, RunFolder(folder).checkpoints.path, config.train, begin)
 
 
 @contextmanager
@@ -168,7 +170,7 @@ def _open(config: Config) -> tuple[Objective, ShardIndex | None, ShardIndex | No
     """Return the losses, and the indexes of the training shards and the held-out ones, after all quick checks."""
     with distributed.raise_on_all_ranks():
         objective = build_objective(config)
-        _require_metric(config.train.best_metric, objective)
+        _require_metric(config, objective)
         index, held_out = pipeline.open_indexes(config)
         if index is not None:
             pipeline.require_images(config, index)
@@ -178,19 +180,30 @@ def _open(config: Config) -> tuple[Objective, ShardIndex | None, ShardIndex | No
     return objective, index, held_out
 
 
-def _require_metric(name: str, objective: Objective) -> None:
-    known = ["loss/total", *(f"loss/{term}" for term in objective.coefficients)]
+def _require_metric(config: Config, objective: Objective) -> None:
+    computed = [term.name for term in objective.terms if config.distils or not hasattr(term, "teacher")]
+    name, known = config.train.best_metric, ["loss/total", *(f"loss/{term}" for term in computed)]
     if name not in known:
         raise ConfigError(f"train.best_metric {name!r} is not a loss of this run; use one of {', '.join(known)}")
 
 
 def _find_start(
-    config: Config, folder: Path, ds_settings: dict[str, Any], index: ShardIndex | None
+    config: Config,
+    folder: Path,
+    ds_settings: dict[str, Any],
+    index: ShardIndex | None,
+    held_out: ShardIndex | None,
 ) -> tuple[Path | None, TrainState]:
     """Return the checkpoint to resume from, which belongs to these settings, and the state of a run without one."""
     found = find_whole(RunFolder(folder).checkpoints.path)
-    stage, data = deepspeed_engine.stage(ds_settings), index.fingerprint() if index else ()
-    now = TrainState(step=0, samples=0, ranks=distributed.world_size(), stage=stage, data=data)
+    now = TrainState(
+        step=0,
+        samples=0,
+        ranks=distributed.world_size(),
+        stage=deepspeed_engine.stage(ds_settings),
+        data=index.fingerprint() if index else (),
+        held_out=held_out.fingerprint() if held_out else (),
+    )
     if found:
         with distributed.raise_on_all_ranks():
             require_same_run(config, now, found, RunFolder(folder).config)

@@ -10,7 +10,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -101,7 +101,11 @@ def _candidates(checkpoints: CheckpointsFolder, before: int | None) -> list[str]
     return found
 
 
-def load(engine: Engine, folder: Path) -> TrainState:
+def _no_progress(what: str, more: float) -> None:
+    """Report nothing."""
+
+
+def load(engine: Engine, folder: Path, progress: Callable[[str, float], None] = _no_progress) -> TrainState:
     """Restore the engine on any number of ranks. Every rank must call it.
 
     The order of the data does not depend on the number of ranks, so the run resumes with the batches that would have
@@ -111,6 +115,8 @@ def load(engine: Engine, folder: Path) -> TrainState:
     Args:
         engine: receives the student's trainable parameters and the optimizer's state.
         folder: the checkpoint, which `find_whole` has checked.
+        progress: called with each part of a conversion for another number of ranks, and with the seconds that it may
+            take longer than other parts of a start; the same on every rank.
 
     Returns:
         Progress of the run, with the current number of ranks.
@@ -123,7 +129,8 @@ def load(engine: Engine, folder: Path) -> TrainState:
         engine.load(folder)
         return state
     rewritten = folder.parent / f"{PARTIAL}universal-{folder.name}"
-    _rewrite(folder, rewritten, state.ranks)
+    _rewrite(folder, rewritten, state.ranks, progress)
+    progress("loading the converted checkpoint", 0.0)
     engine.load(rewritten, universal=True)
     distributed.barrier()
     if distributed.is_main():
@@ -131,15 +138,18 @@ def load(engine: Engine, folder: Path) -> TrainState:
     return replace(state, ranks=distributed.world_size())
 
 
-def _rewrite(folder: Path, target: Path, ranks: int) -> None:
+def _rewrite(folder: Path, target: Path, ranks: int, progress: Callable[[str, float], None]) -> None:
     """Convert the checkpoint to the universal format. The ranks share the work.
 
     Raises:
         CheckpointError: a rank cannot write. It is raised on every rank.
     """
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    seconds = size / CONVERSION_SPEED / min(ranks, distributed.world_size())
 
     @contextmanager
     def agreed() -> Iterator[None]:
+        progress("converting the checkpoint for another number of ranks", seconds)
         failed = f"{folder} could not be converted for another number of ranks"
         remedy = "free disk space, or start with the number of ranks that wrote it"
         with distributed.raise_on_all_ranks(), convert_write_errors(failed, remedy):
@@ -147,26 +157,30 @@ def _rewrite(folder: Path, target: Path, ranks: int) -> None:
 
     began = time.monotonic()
     with agreed():
-        on_main(lambda: _prepare(folder, target, ranks))()
+        on_main(lambda: _prepare(target, ranks, size, seconds))()
     with agreed():
         to_universal(folder, target, agreed)
     log.info("the checkpoint is converted (%.1f s)", time.monotonic() - began)
 
 
-def _prepare(folder: Path, target: Path, ranks: int) -> None:
+def _prepare(target: Path, ranks: int, size: int, seconds: float) -> None:
     """Report what the conversion needs, and check the space.
 
     It writes each value twice, once as the part of a rank and once joined, and a copy of the state of one rank.
+
+    Args:
+        target: the folder to write.
+        ranks: how many ranks wrote the checkpoint.
+        size: bytes of the checkpoint.
+        seconds: how long the conversion is expected to take.
     """
     shutil.rmtree(target, ignore_errors=True)
-    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    world, need, free = distributed.world_size(), 2 * size + size // ranks, shutil.disk_usage(folder.parent).free
-    seconds = size / CONVERSION_SPEED / min(ranks, world)
+    need, free = 2 * size + size // ranks, shutil.disk_usage(target.parent).free
     log.info(
         "the checkpoint was written by %d ranks: converting it for %d (about %.0f s; %.2f GiB of disk space until it "
         "is loaded, %.1f GiB are free)",
         ranks,
-        world,
+        distributed.world_size(),
         seconds,
         need / 2**30,
         free / 2**30,

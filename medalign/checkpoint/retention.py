@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from medalign.checkpoint.files import write_flushed
+from medalign.checkpoint.state import read_state
+from medalign.errors import CheckpointError
 from medalign.run_folder import CheckpointFolder, CheckpointsFolder
 
 log = logging.getLogger("medalign")
@@ -42,20 +44,41 @@ def prune(root: Path, newest: Path, retention: Retention, best_step: int | None,
         newest: the checkpoint that `latest` names.
         retention: what is kept up to `newest`.
         best_step: the checkpoint of this step is kept too.
-        spike: the newest checkpoint before this step is kept too. A rewind would go back to it.
+        spike: the newest checkpoint before this step, and the one that was the best then, are kept too. A rewind would
+            go back to it.
     """
-    whole = {step: found.path for step, found in CheckpointsFolder(root).by_step().items()}
-    last = CheckpointFolder(newest).step
-    kept = retention.kept([step for step in whole if step <= last])
-    kept |= set([step for step in whole if step < spike][-1:])
-    for step, path in whole.items():
-        if step in kept or step == best_step:
-            continue
-        if step > last:
-            log.warning("removing %s: the run was resumed from an earlier checkpoint and is now at step %d", path, last)
-        shutil.rmtree(path, ignore_errors=True)
-        if path.exists():
-            log.warning("%s is no longer needed but cannot be removed", path)
+    remove_later(root, CheckpointFolder(newest).step)
+    checkpoints = CheckpointsFolder(root).by_step()
+    kept = retention.kept(list(checkpoints)) | {best_step}
+    before = [step for step in checkpoints if step < spike][-1:]
+    kept |= {*before, *(_best_step(checkpoints[step]) for step in before if step not in kept)}
+    for step, found in checkpoints.items():
+        if step not in kept:
+            _remove(found.path)
+
+
+def remove_later(root: Path, step: int) -> None:
+    """Remove the checkpoints of later steps than `step`, to which the run has gone back. Only rank 0 calls it."""
+    for later, found in CheckpointsFolder(root).by_step().items():
+        if later > step:
+            log.warning(
+                "removing %s: the run went back to an earlier checkpoint and is now at step %d", found.path, step
+            )
+            _remove(found.path)
+
+
+def _best_step(checkpoint: CheckpointFolder) -> int | None:
+    """Return the best step when this checkpoint was written; None if that cannot be read."""
+    try:
+        return read_state(checkpoint.path).best_step
+    except CheckpointError:  # a rewind would not load it either
+        return None
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True)
+    if path.exists():
+        log.warning("%s is no longer needed but cannot be removed", path)
 
 
 def point_to_best(root: Path, step: int | None) -> None:

@@ -118,8 +118,8 @@ class CheckpointWriter:
                 on_main(lambda: _commit(partial, final, self._root))()
         if distributed.is_main():
             state = pending.state
+            point_to_best(self._root, state.best_step)  # before the one that it has named is removed
             prune(self._root, final, self._retention, state.best_step, state.spike_start(state.step + 1))
-            point_to_best(self._root, state.best_step)
         return final
 
     def abandon(self) -> None:

@@ -26,6 +26,7 @@ class TrainState:
     seconds: float = 0.0  # spent in the training loop of rank 0, checkpoints included, pauses between starts left out
     stage: int | None = None  # of ZeRO; None where it was not written down
     data: tuple[str, ...] = ()  # fingerprint of each training folder; empty where it was not written down
+    held_out: tuple[str, ...] = ()  # the same of the held-out folders; empty also where none was evaluated
     best_step: int | None = None  # the step with the lowest loss on held-out shards; None where none was evaluated
     best_loss: float | None = None  # that loss
     evaluated_step: int | None = None  # the last step whose validation is complete
@@ -60,7 +61,7 @@ def read_state(folder: Path) -> TrainState:
     path = CheckpointFolder(folder).progress
     try:
         values = json.loads(path.read_text())
-        lists = {name: tuple(values.get(name, ())) for name in ("data", "losses", "spike")}
+        lists = {name: tuple(values.get(name, ())) for name in ("data", "held_out", "losses", "spike")}
         return TrainState(**{**values, **lists})
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import math
 import os
@@ -20,6 +21,7 @@ if not torch.cuda.is_available():
 
 import deepspeed
 import deepspeed.ops
+from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 from transformers.integrations import HfDeepSpeedConfig
 
 from medalign import distributed
@@ -27,13 +29,38 @@ from medalign.engine import extensions
 from medalign.engine.capture import captured_saves, defer_io_errors
 from medalign.engine.host_memory import freed_at_once
 from medalign.engine.universal import parts_of_this_rank
-from medalign.errors import ConfigError
+from medalign.errors import ConfigError, from_library
 from medalign.run_folder import CheckpointFolder
 
 # These warnings come from calls inside DeepSpeed and transformers, and they would hide the log of the run.
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|deepspeed|transformers")
+for _name in ("DeepSpeed", "torch.distributed"):
+    logging.getLogger(_name).setLevel(logging.WARNING)
 
 _TAG = CheckpointFolder.STATE
+
+
+def require_valid(settings: Mapping[str, Any], name: str) -> None:
+    """Check the keys and values of a DeepSpeed configuration.
+
+    Args:
+        settings: the complete configuration.
+        name: its name or file, for the message.
+
+    Raises:
+        ConfigError: DeepSpeed would refuse it once the models are loaded.
+    """
+    ranks = settings["train_batch_size"] // (
+        settings["train_micro_batch_size_per_gpu"] * settings["gradient_accumulation_steps"]
+    )
+    alone = copy.deepcopy(dict(settings)) | {"train_batch_size": settings["train_batch_size"] // ranks}
+    try:
+        DeepSpeedConfig(alone)  # there is no process group yet: it takes this rank for the only one
+    except Exception as error:
+        if not from_library(error, DeepSpeedConfigError):
+            raise
+        reason = " ".join(str(error).partition("\n    For further")[0].split())
+        raise ConfigError(f"engine.deepspeed {name}: DeepSpeed refuses it ({reason}); correct the file") from error
 
 
 def start(settings: Mapping[str, Any]) -> None:
@@ -42,12 +69,16 @@ def start(settings: Mapping[str, Any]) -> None:
     The environment variables of the launcher must be set.
 
     Raises:
-        ConfigError: the port at which rank 0 listens is in use.
+        ConfigError: the port at which rank 0 listens is in use, or there are more ranks than GPUs.
     """
-    for name in ("DeepSpeed", "torch.distributed"):
-        logging.getLogger(name).setLevel(logging.WARNING)
     if torch.cuda.is_available():
-        torch.cuda.set_device(distributed.local_rank())
+        visible, number = torch.cuda.device_count(), distributed.local_rank()
+        if number >= visible:
+            raise ConfigError(
+                f"rank {distributed.rank()} is number {number} of its node, counted from 0, but it sees {visible} GPUs "
+                "(CUDA_VISIBLE_DEVICES): start one rank per GPU, each of which sees all GPUs of its node"
+            )
+        torch.cuda.set_device(number)
     # DeepSpeed would compile its shared-memory extension here. The first start on a machine would take minutes, under
     # a lock that all processes of a user share. Only tensor-parallel inference uses the extension, and DeepSpeed does
     # not compile it if no operation is listed as compatible.
@@ -60,7 +91,8 @@ def start(settings: Mapping[str, Any]) -> None:
             raise
         raise ConfigError(
             f"port {os.environ['MASTER_PORT']} of this machine is in use, probably by another run (the deepspeed "
-            "launcher always takes 29500): add --master_port N before --module, with another number for each run"
+            "launcher always takes 29500): give each run another one, with --master_port N before --module, or with "
+            "the variable MASTER_PORT for srun"
         ) from error
 
 

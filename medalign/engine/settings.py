@@ -37,7 +37,7 @@ def deepspeed_settings(config: Config, world: int) -> dict[str, Any]:
         ConfigError: the JSON file cannot be read or contradicts the run's settings.
     """
     settings = _read(config.engine.deepspeed)
-    if config.student.quantization != "none" and int(settings.get("zero_optimization", {}).get("stage", 0)) == 3:
+    if _stage(settings, config.engine.deepspeed) == 3 and config.student.quantization != "none":
         raise ConfigError(
             f"student.quantization is {config.student.quantization}, but engine.deepspeed {config.engine.deepspeed} is "
             "ZeRO stage 3, which cannot partition weights of 4 bits; set engine.deepspeed to zero2"
@@ -60,7 +60,7 @@ def deepspeed_settings(config: Config, world: int) -> dict[str, Any]:
     for key, value in ours.items():
         _set(settings, key, value, config.engine.deepspeed)
     for key in _SUM_DTYPES:
-        inner, last = _parent(settings, key)
+        inner, last = _parent(settings, key, config.engine.deepspeed)
         inner[last] = "fp32" if inner.get(last, "auto") == "auto" else inner[last]
     for key in ("optimizer", "scheduler", "fp16", "amp"):
         if key in settings:
@@ -68,17 +68,28 @@ def deepspeed_settings(config: Config, world: int) -> dict[str, Any]:
     return settings
 
 
-def _parent(settings: dict[str, Any], dotted: str) -> tuple[dict[str, Any], str]:
+def _stage(settings: dict[str, Any], name: str) -> int:
+    """Return the ZeRO stage of a JSON file. Without ZeRO, DeepSpeed would update with gradients that are not finite."""
+    inner, last = _parent(settings, "zero_optimization.stage", name)
+    stage = inner.get(last, 0)
+    if type(stage) is not int or stage not in (1, 2, 3):
+        raise ConfigError(f"{name} has zero_optimization.stage {stage!r}; set it to 1, 2 or 3")
+    return stage
+
+
+def _parent(settings: dict[str, Any], dotted: str, name: str) -> tuple[dict[str, Any], str]:
     """Return the object that contains a dotted key, which is created if necessary, and the last part of the key."""
     *path, last = dotted.split(".")
     for part in path:
         settings = settings.setdefault(part, {})
+        if not isinstance(settings, dict):
+            raise ConfigError(f"{name}: {part} is {settings!r}, but it must be an object; write {part}: {{...}}")
     return settings, last
 
 
 def _set(settings: dict[str, Any], dotted: str, value: Any, name: str) -> None:
     """Set a dotted key. Raises ConfigError if it has another value already."""
-    settings, last = _parent(settings, dotted)
+    settings, last = _parent(settings, dotted, name)
     found = settings.get(last, "auto")
     if found not in ("auto", value):
         raise ConfigError(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import torch
+
+log = logging.getLogger("medalign")
 
 
 def describe(tensor: torch.Tensor) -> str:
@@ -47,18 +50,20 @@ def require_device(operation: str, name: str, tensor: torch.Tensor, like: torch.
         )
 
 
-def require_numbers(operation: str, result: torch.Tensor, **inputs: torch.Tensor) -> None:
-    """Reject a result that is not finite, and name the inputs that are not finite.
+def warn_unless_finite(operation: str, result: torch.Tensor, **inputs: torch.Tensor) -> None:
+    """Warn of a result that is not finite, and name the inputs that are not finite.
 
-    Checked on the CPU only: on a GPU, the host would have to wait for the device at every step. There, the NaN reaches
-    the loss, and the trainer stops.
+    It is not an error: the loss of the step is not finite either, and training leaves the step out on all ranks.
+
+    Checked on the CPU only: on a GPU, the host would have to wait for the device at every step.
     """
     if result.device.type != "cpu" or torch.isfinite(result).all():
         return
     names = [name for name, tensor in inputs.items() if not torch.isfinite(tensor).all()]
-    raise ValueError(
-        f"{operation}: NaN or infinity at valid tokens of {' and '.join(names) or 'the result only'}; "
-        "mask these tokens out, or look for the layer that produces them"
+    log.warning(
+        "%s: NaN or infinity at valid tokens of %s; mask these tokens out, or look for the layer that produces them",
+        operation,
+        " and ".join(names) or "the result only",
     )
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import signal
 import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType
 
 import psutil
@@ -29,8 +29,7 @@ class Launched:
     Launchers do not pass USR1 on, and some end at once on TERM. So each process receives the signal itself. USR1 is
     ignored by all that have no handler for it, which are the launchers and, until they are ready, the ranks.
 
-    In a SLURM job the batch system itself signals the ranks, and TERM would make `srun` kill them. There, only USR1 is
-    passed on.
+    TERM is not passed on to `srun`, which would kill the ranks: SLURM itself signals the ranks of its steps.
 
     Attributes:
         asked: the signal that this process has received; TERM and INT outrank USR1.
@@ -38,6 +37,7 @@ class Launched:
 
     def __init__(self) -> None:
         self.asked: signal.Signals | None = None
+        self._by_srun = False
         self._process: subprocess.Popen[bytes] | None = None
         self._pending: list[int] = []
         self._others: set[int] = set()  # children of this process that are not of the command
@@ -51,6 +51,7 @@ class Launched:
         Raises:
             ConfigError: there is no such program.
         """
+        self._by_srun = any(Path(word).name == "srun" for word in command)
         self._others = {child.pid for child in psutil.Process().children()}
         try:
             self._process = subprocess.Popen(command, process_group=0, preexec_fn=_ignore_usr1)
@@ -77,7 +78,7 @@ class Launched:
             self.asked = signal.Signals(number)
         if self._process is None:
             self._pending.append(number)
-        elif number == signal.SIGUSR1 or "SLURM_JOB_ID" not in os.environ:
+        elif number != signal.SIGTERM or not self._by_srun:
             for process in self._processes():
                 with suppress(psutil.Error):
                     process.send_signal(number)

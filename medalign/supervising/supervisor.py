@@ -51,7 +51,7 @@ class Attempt:
         status: exit status.
         reason: why it did not succeed.
         step: the newest step that is logged or has a checkpoint.
-        new_steps: steps beyond all earlier attempts of this supervisor.
+        new_steps: steps beyond all earlier attempts of this supervisor and of this SLURM job.
         then: what followed: "ended", "restarted" or "requeued".
     """
 
@@ -84,7 +84,7 @@ def supervise(command: Sequence[str], limits: Limits) -> int:
     with lock.held(folder.path):  # free at this moment: otherwise the steps of another training would count here
         pass
     launched = Launched()
-    best, used = _last_step(folder), 0
+    best, used = _furthest_step(folder), 0
     with forwarding(launched):
         while True:
             exit_records.clear(folder)
@@ -119,6 +119,15 @@ def _last_step(folder: RunFolder) -> int:
     """Return the newest step that is logged or has a checkpoint."""
     rows = read_rows(folder.metrics) if folder.metrics.is_file() else []
     return max((*(row["step"] for row in rows), *folder.checkpoints.by_step()), default=0)
+
+
+def _furthest_step(folder: RunFolder) -> int:
+    """Return the newest step, or a later one that an earlier attempt of this job has reached.
+
+    A start removes the rows after its checkpoint, so that the newest step may be an earlier one than before.
+    """
+    earlier = [row.step for row in _attempts(folder) if row.job is not None and row.job == _job()]
+    return max(_last_step(folder), *earlier, 0)
 
 
 def _decide(verdict: Verdict, limits: Limits, used: int, requeued: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 from medalign.checkpoint.state import TrainState
@@ -31,6 +32,5 @@ def build_loggers(config: Config, folder: Path, now: TrainState) -> list[MetricL
 
 def wandb_session(config: Config, folder: Path) -> WandbSession:
     """Return where the run goes in W&B, with its settings and the environment of its last start."""
-    whole = {section: vars(getattr(config, section)) for section in vars(config)}
     environment = read_environment(RunFolder(folder).environment)
-    return WandbSession(folder, config.log, whole | ({"environment": environment} if environment else {}))
+    return WandbSession(folder, config.log, asdict(config) | ({"environment": environment} if environment else {}))

@@ -11,11 +11,13 @@ from pathlib import Path
 from medalign import distributed
 from medalign.checkpoint.files import write_flushed
 from medalign.checkpoint.loading import find_whole, load
+from medalign.checkpoint.retention import point_to_best, remove_later
 from medalign.checkpoint.state import TrainState
 from medalign.config import TrainConfig
 from medalign.engine.engine import Engine
 from medalign.errors import DivergedError
 from medalign.run_folder import CheckpointsFolder
+from medalign.training.same_run import continue_state
 from medalign.training.trainer import Trainer
 
 log = logging.getLogger("medalign")
@@ -27,6 +29,7 @@ def fit(
     engine: Engine,
     root: Path,
     config: TrainConfig,
+    progress: Callable[[str, float], None] = lambda what, more: None,
 ) -> TrainState:
     """Train up to the last step, and go back at most `train.rewind_on_spike` times. Every rank must call it.
 
@@ -36,6 +39,7 @@ def fit(
         engine: the student and the optimizer of these trainers.
         root: folder of all checkpoints of the run.
         config: how often the run may go back.
+        progress: called while a checkpoint of another number of ranks is loaded, see `load`.
 
     Returns:
         Where the run stands at the end.
@@ -49,11 +53,18 @@ def fit(
                 return trainer.fit()
             except DivergedError as error:
                 trainer.progress("going back to a checkpoint", slow=True)
-                state = _rewind(engine, root, trainer.state, config, error)
+                state = _rewind(engine, root, trainer.state, config, error, progress)
 
 
-def _rewind(engine: Engine, root: Path, state: TrainState, config: TrainConfig, error: DivergedError) -> TrainState:
-    """Load the last whole checkpoint before a spike, and make it the latest. Every rank must call it.
+def _rewind(
+    engine: Engine,
+    root: Path,
+    state: TrainState,
+    config: TrainConfig,
+    error: DivergedError,
+    progress: Callable[[str, float], None],
+) -> TrainState:
+    """Load the last whole checkpoint before a spike, and make it the latest and newest. Every rank must call it.
 
     `state` is the one before the step that raised `error`, on all ranks. The next batch of the returned state is the
     one after that of this step.
@@ -64,10 +75,12 @@ def _rewind(engine: Engine, root: Path, state: TrainState, config: TrainConfig, 
     found = find_whole(root, before=state.spike_start(state.step + 1))
     if found is None:
         raise DivergedError(f"{error}. There is no checkpoint before it to go back to") from error
-    before = load(engine, found)
+    before = continue_state(load(engine, found, progress), state)
     with distributed.raise_on_all_ranks():
         if distributed.is_main():
             write_flushed(CheckpointsFolder(root).latest, found.name + "\n")
+            point_to_best(root, before.best_step)
+            remove_later(root, before.step)  # a further rewind must not go back to a history that was given up
     first, following = before.next_batch, state.next_batch + 1
     log.warning(
         "%s. The run goes back to %s (%d of at most %d times) and leaves out the global batches from there on: "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,33 @@ def require_same_run(config: Config, now: TrainState, found: Path, path: Path) -
             "now. A run continues with the same shards, folders in the same order; restore them, or name a new folder "
             "with --run.dir"
         )
+
+
+def continue_state(loaded: TrainState, now: TrainState) -> TrainState:
+    """Return the state of a checkpoint with what this start knows of stage and data.
+
+    If the held-out samples have changed, the best loss so far is forgotten, because losses on different samples cannot
+    be compared.
+
+    Args:
+        loaded: the state of a checkpoint that belongs to this run.
+        now: a state of this start.
+    """
+    held_out = now.held_out or loaded.held_out  # nothing is evaluated in this start
+    state = replace(loaded, stage=now.stage, data=now.data, held_out=held_out)
+    if loaded.best_step is None or loaded.held_out == held_out:
+        return state
+    if not loaded.held_out:
+        log.warning("the checkpoint does not record its held-out data: whether data.validation is the same is unknown")
+        return state
+    log.warning(
+        "data.validation is not what the best checkpoint, that of step %d, was chosen by (%s then, %s now): a new one "
+        "is chosen from this step on",
+        loaded.best_step,
+        "; ".join(loaded.held_out),
+        "; ".join(held_out),
+    )
+    return replace(state, best_step=None, best_loss=None, evaluated_step=None)
 
 
 def _warn_if_damaged(path: Path, copy: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -61,3 +62,14 @@ def test_the_best_checkpoint_is_recorded_and_kept(runs):
         state = json.loads((folder / "progress.json").read_text())
         assert (state["best_step"], state["best_loss"]) == (best["step"], best["validation/loss/total"])
     assert not (runs["without"] / "checkpoints" / "best").exists()
+
+
+def test_other_held_out_shards_give_another_best_checkpoint(recipe, runs, shards, tmp_path):
+    """The finished run is evaluated again, and the loss on the earlier shards is forgotten."""
+    folder = tmp_path / "run"
+    shutil.copytree(runs["one"], folder)
+    (output,) = train(recipe, folder, *WORDS, "--data.validation", str(shards / "train"))
+    assert "a new one is chosen from this step on" in " ".join(output.split())
+    state = json.loads((folder / "checkpoints" / "step-000008" / "progress.json").read_text())
+    assert state["best_step"] == 8 and (folder / "checkpoints" / "best").read_text() == "step-000008\n"
+    assert state["held_out"] == list(ShardIndex.open(shards / "train").fingerprint())

@@ -107,11 +107,18 @@ class Cluster:
         return self.log.read_text() if self.log.is_file() else "no log"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def chosen() -> None:
+    """Skip all tests unless SLURM_CONF names a cluster: on a login node they would submit real jobs."""
+    if not os.environ.get("SLURM_CONF"):
+        pytest.skip("SLURM_CONF does not name a cluster for tests")
+    if shutil.which("sbatch") is None:
+        pytest.skip("SLURM is not installed here")
+
+
 @pytest.fixture
 def cluster(tmp_path: Path) -> Iterator[Cluster]:
     """A cluster of at least two nodes; what is left of the test's jobs is canceled at its end."""
-    if shutil.which("sbatch") is None:
-        pytest.skip("SLURM is not installed here")
     sinfo = subprocess.run(["sinfo", "--noheader", "--Node"], capture_output=True, text=True, timeout=60, check=False)
     if sinfo.returncode or len(sinfo.stdout.splitlines()) < 2:
         pytest.skip("no SLURM cluster of two nodes answers: see SLURM_CONF")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from medalign import distributed
@@ -29,9 +31,24 @@ def test_srun_variables_are_translated(monkeypatch):
         monkeypatch.setenv(f"SLURM_{name}", value)
     distributed.adopt_launcher()
     assert (distributed.rank(), distributed.world_size(), distributed.local_rank()) == (3, 8, 1)
-    import os
-
     assert os.environ["MASTER_ADDR"] == "gpu03" and os.environ["MASTER_PORT"] == "23456"
+
+
+def test_two_steps_of_a_job_have_different_ports(monkeypatch):
+    """Both run on the first node of the job at the same time. A port that the user has set is kept."""
+    slurm = {"PROCID": "0", "NTASKS": "2", "LOCALID": "0", "STEP_NODELIST": "gpu03", "JOB_ID": "123456"}
+    for name, value in slurm.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    ports = []
+    for step, given in (("0", ""), ("1", ""), ("1", "12345")):
+        for name in NAMES:
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv("SLURM_STEP_ID", step)
+        if given:
+            monkeypatch.setenv("MASTER_PORT", given)
+        distributed.adopt_launcher()
+        ports.append(os.environ["MASTER_PORT"])
+    assert ports == ["23456", "24465", "12345"]
 
 
 def test_a_batch_script_of_several_tasks_without_srun_is_an_error(monkeypatch):

@@ -67,6 +67,7 @@ def check_skip_rate(
     max_fraction: float,
     last_reasons: Sequence[str] = (),
     setting: str = "data.max_skip_fraction",
+    what: str = "samples",
 ) -> None:
     """Check that not too many samples were skipped since the start of the run.
 
@@ -78,6 +79,7 @@ def check_skip_rate(
         max_fraction: largest allowed fraction of skipped samples.
         last_reasons: why samples of this rank were skipped, for the message.
         setting: the user's name of `max_fraction`, for the message.
+        what: what was counted, for the message.
 
     Raises:
         DataError: the fraction is above `max_fraction`.
@@ -85,6 +87,6 @@ def check_skip_rate(
     if skipped > max_fraction * max(seen, MIN_SKIP_RATE_SAMPLES):
         reasons = f"the last were {'; '.join(last_reasons[-3:])}" if last_reasons else "see the log of the other ranks"
         raise DataError(
-            f"{skipped} of {seen} samples could not be used, more than {setting} {max_fraction}; {reasons}. "
+            f"{skipped} of {seen} {what} could not be used, more than {setting} {max_fraction}; {reasons}. "
             f"Repair or repack the shards, or raise {setting}"
         )

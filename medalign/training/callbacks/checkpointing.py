@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from medalign import distributed
@@ -38,10 +39,12 @@ class Checkpointing(Callback):
         self.save = save
         self.retry_minutes = retry_minutes
         self.background = background
-        self._began = (0, 0.0, 0.0)  # step, time and seconds that the run waited, of the pending checkpoint
+        self._began: tuple[TrainState, float, float]  # state, time, seconds that the run waited: the pending checkpoint
+        self._complete: TrainState  # of the last checkpoint that is complete
 
     def on_train_start(self, trainer: Trainer) -> None:
         """Record a validation that was made up for."""
+        self._complete = trainer.begun
         if trainer.state != trainer.begun:
             self._write(trainer)
 
@@ -66,35 +69,44 @@ class Checkpointing(Callback):
             self.background.abandon()
 
     def _begin(self, trainer: Trainer, background: CheckpointWriter) -> None:
-        step, now = trainer.state.step, time.perf_counter()
-        trainer.progress(f"copying the state of step {step} for its checkpoint", slow=True)
+        state, now = trainer.state, time.perf_counter()
+        trainer.progress(f"copying the state of step {state.step} for its checkpoint", slow=True)
         try:
-            background.begin(trainer.state)
+            background.begin(state)
         except CheckpointError as error:
-            _warn(step, error)
-        self._began = (step, now, time.perf_counter() - now)
+            self._give_up(trainer, state, error)
+        self._began = (state, now, time.perf_counter() - now)
 
     def _finish(self, trainer: Trainer, background: CheckpointWriter) -> None:
-        (step, began, waited), now = self._began, time.perf_counter()
-        trainer.progress(f"completing the checkpoint of step {step}", slow=True)
+        (state, began, waited), now = self._began, time.perf_counter()
+        trainer.progress(f"completing the checkpoint of step {state.step}", slow=True)
         try:
             folder = background.finish()
         except CheckpointError as error:
-            _warn(step, error)
+            self._give_up(trainer, state, error)
             return
-        done = time.perf_counter()
+        self._complete, done = state, time.perf_counter()
         log.info(
             "step %d: checkpoint written in %.1f s, of which the run waited %.1f s",
-            step,
+            state.step,
             done - began,
             waited + done - now,
         )
         trainer.call_hooks(lambda callback: callback.on_checkpoint(trainer, folder))
 
+    def _give_up(self, trainer: Trainer, state: TrainState, error: CheckpointError) -> None:
+        """Go on without the checkpoint of a state. If it was to be the best one, the best one before it remains."""
+        text = "step %d: %s. The run continues, and the next checkpoint is tried when it is due"
+        log.warning(text, state.step, error)
+        if trainer.state.best_step == state.step:
+            before = self._complete
+            trainer.state = replace(trainer.state, best_step=before.best_step, best_loss=before.best_loss)
+
     def _write(self, trainer: Trainer) -> None:
         began = time.perf_counter()
         folder = self._save_or_retry(trainer)
         if folder is not None:
+            self._complete = trainer.state
             log.info("step %d: checkpoint written in %.1f s", trainer.state.step, time.perf_counter() - began)
             trainer.call_hooks(lambda callback: callback.on_checkpoint(trainer, folder))
         trainer.agree_to_stop()  # a signal that arrived meanwhile: the run must not take another step for it
@@ -115,7 +127,7 @@ class Checkpointing(Callback):
                 return self.save(trainer.state)
             except CheckpointError as error:
                 if not last and not trainer.stopping:
-                    _warn(step, error)
+                    self._give_up(trainer, trainer.state, error)
                     return None
                 # Rank 0 decides, because the clocks of the ranks differ.
                 late = distributed.broadcast_from_main("late" if time.monotonic() > deadline else "") == "late"
@@ -124,7 +136,3 @@ class Checkpointing(Callback):
                 log.warning("step %d: %s. The last checkpoint is tried again in %.0f s", step, error, RETRY_SECONDS)
                 time.sleep(RETRY_SECONDS)
                 trainer.agree_to_stop()
-
-
-def _warn(step: int, error: CheckpointError) -> None:
-    log.warning("step %d: %s. The run continues, and the next checkpoint is tried when it is due", step, error)

@@ -6,6 +6,7 @@ import errno
 import shutil
 from collections import namedtuple
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,28 @@ def test_for_another_number_of_ranks_a_copy_is_converted(tmp_path, monkeypatch, 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-000005"]
     reported = "was written by 4 ranks: converting it for 1 (about 42 s; 0.00 GiB of disk space until it is loaded, "
     assert reported in caplog.text and "the checkpoint is converted" in caplog.text
+
+
+def test_each_part_of_a_conversion_may_take_longer_by_what_is_expected(tmp_path, monkeypatch):
+    """Otherwise the watchdog of the run would end it: the limit is that of a part of the start."""
+
+    def convert(source: Path, target: Path, agree: Callable[[], AbstractContextManager[None]]) -> None:
+        for _ in range(2):
+            with agree():
+                pass
+        shutil.copytree(source, target)
+
+    folder = save(tmp_path, at(5, ranks=4))
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    monkeypatch.setattr(loading, "CONVERSION_SPEED", size / 42)
+    monkeypatch.setattr(loading, "to_universal", convert)
+    calls: list[tuple[str, float]] = []
+    load(FakeEngine(), folder, lambda what, more: calls.append((what, more)))
+    part = ("converting the checkpoint for another number of ranks", pytest.approx(42))
+    assert calls == [part, part, part, part, ("loading the converted checkpoint", 0.0)]
+    del calls[:]
+    load(FakeEngine(), save(tmp_path, at(6)), lambda what, more: calls.append((what, more)))
+    assert calls == []
 
 
 def test_missing_space_is_detected_before_converting(tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from medalign.checkpoint import saving
 from medalign.checkpoint.integrity import seal
 from medalign.checkpoint.loading import find_whole, load
 from medalign.checkpoint.retention import Retention
@@ -46,6 +47,17 @@ def test_the_checkpoint_before_a_spike_is_kept_until_the_spike_is_over(tmp_path)
         save(tmp_path, replace(at(step), spike=spike), 1)
         names = sorted(path.name for path in tmp_path.glob("step-*"))
         assert names == (["step-000005", f"step-{step:06d}"] if step in (10, 15) else [f"step-{step:06d}"])
+
+
+def test_a_kill_while_old_checkpoints_are_removed_leaves_best_a_checkpoint(tmp_path, monkeypatch):
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    save(tmp_path, replace(at(5), best_step=5, best_loss=0.5))
+    monkeypatch.setattr(saving, "prune", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save(tmp_path, replace(at(10), best_step=10, best_loss=0.4))
+    assert (tmp_path / "best").read_text() == "step-000010\n"
 
 
 def test_a_best_checkpoint_that_is_gone_is_not_named(tmp_path):

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from medalign.config import Config
+from medalign.engine.engine import require_valid
 from medalign.engine.settings import deepspeed_settings
 from medalign.errors import ConfigError
 
@@ -41,11 +42,16 @@ def test_a_batch_that_three_ranks_do_not_divide(config):
         ({"train_batch_size": 64}, "train_batch_size to 64.*32"),
         ({"optimizer": {"type": "Adam"}}, "remove 'optimizer'"),
         ({"fp16": {"enabled": True}}, "remove 'fp16'"),
+        ({"zero_optimization": {}}, r"own\.json has zero_optimization\.stage 0; set it to 1, 2 or 3"),
+        ({"zero_optimization": {"stage": "x"}}, r"has zero_optimization\.stage 'x'"),
+        ({"zero_optimization": 2}, r"own\.json: zero_optimization is 2, but it must be an object"),
+        ({"bf16": True}, "bf16 is True, but it must be an object"),
+        ({"data_types": 5}, "data_types is 5, but it must be an object"),
     ],
 )
 def test_a_contradiction_is_an_error(config, tmp_path, values, message):
     path = tmp_path / "own.json"
-    path.write_text(json.dumps(values))
+    path.write_text(json.dumps({"zero_optimization": {"stage": 2}} | values))
     config.engine.deepspeed = str(path)
     with pytest.raises(ConfigError, match=message):
         deepspeed_settings(config, 1)
@@ -53,7 +59,9 @@ def test_a_contradiction_is_an_error(config, tmp_path, values, message):
 
 def test_auto_and_equal_values_are_accepted(config, tmp_path):
     path = tmp_path / "own.json"
-    path.write_text(json.dumps({"train_batch_size": "auto", "gradient_clipping": 1.0}))
+    path.write_text(
+        json.dumps({"zero_optimization": {"stage": 1}, "train_batch_size": "auto", "gradient_clipping": 1.0})
+    )
     config.engine.deepspeed = str(path)
     assert deepspeed_settings(config, 1)["train_batch_size"] == 32
 
@@ -68,7 +76,34 @@ def test_gradients_are_summed_in_fp32_unless_the_json_sets_another_type(config, 
     settings = deepspeed_settings(config, 1)
     assert settings["data_types"] == {"grad_accum_dtype": "fp32"} and settings["communication_data_type"] == "fp32"
     path = tmp_path / "own.json"
-    path.write_text(json.dumps({"communication_data_type": "bf16", "data_types": {"grad_accum_dtype": "auto"}}))
+    own = {"communication_data_type": "bf16", "data_types": {"grad_accum_dtype": "auto"}}
+    path.write_text(json.dumps({"zero_optimization": {"stage": 3}} | own))
     config.engine.deepspeed = str(path)
     settings = deepspeed_settings(config, 1)
     assert settings["data_types"] == {"grad_accum_dtype": "fp32"} and settings["communication_data_type"] == "bf16"
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"zero_optimization": {"stage": 2, "overlap_com": True}},
+            r"own\.json: .*overlap_com Extra inputs are not perm",
+        ),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"devic": "cpu"}}}, r"offload_optimizer\.devic"),
+        ({"communication_data_type": "fp31"}, "fp31"),
+        ({"activation_checkpointing": 5}, "correct the file"),
+    ],
+)
+def test_what_deepspeed_would_refuse_later_is_an_error_at_the_start(config, tmp_path, values, message):
+    path = tmp_path / "own.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 3}} | values))
+    config.engine.deepspeed = str(path)
+    with pytest.raises(ConfigError, match=message):
+        require_valid(deepspeed_settings(config, 2), str(path))
+
+
+@pytest.mark.parametrize("name", ["cpu", "zero2", "zero3", "zero3_offload"])
+def test_packaged_configurations_are_valid(config, name):
+    config.engine.deepspeed = name
+    require_valid(deepspeed_settings(config, 3), name)

@@ -195,6 +195,14 @@ class TestJobs:
         assert run.supervise(KILLED, KILLED, restarts=1, requeues=1) == 75
         assert job.read_text() == "requeue 17\nrequeue 18\n"
 
+    def test_an_attempt_that_repeats_the_steps_of_an_earlier_one_has_no_new_step(self, run, job, monkeypatch):
+        """A start removes the rows after its checkpoint. Crashes at varying steps must not queue the job for ever."""
+        for step, status in ((8, 75), (3, 75), (7, 75), (2, 1)):
+            assert run.supervise(KILLED | {"step": step}, restarts=0, requeues=2) == status
+        assert run.attempts("new_steps", "then") == [(8, "requeued"), *[(0, "requeued")] * 2, (0, "ended")]
+        monkeypatch.setenv("SLURM_JOB_ID", "18")
+        assert run.supervise(KILLED | {"step": 4}, restarts=0, requeues=2) == 75
+
     def test_without_scontrol_the_user_is_asked_to_submit_the_job_again(self, run, job, monkeypatch, caplog):
         monkeypatch.setenv("PATH", "/nowhere")
         assert run.supervise(KILLED, restarts=0, requeues=1) == 75
@@ -205,6 +213,25 @@ class TestJobs:
         assert run.supervise(KILLED | {"step": 1}, restarts=0, requeues=1) == 75
         assert run.supervise(KILLED, restarts=0, requeues=1) == 75
         assert run.supervise(KILLED, restarts=0, requeues=1) == 1
+
+    @pytest.mark.parametrize(("name", "status"), [("SIGUSR1", 75), ("SIGTERM", 143), ("SIGINT", 130)])
+    def test_signals_reach_a_launcher_that_srun_has_not_started(self, run, name, status):
+        """As in `salloc`: nobody else would end it."""
+        test_signals_reach_what_a_launcher_has_started(run, name, status)
+
+    @pytest.mark.parametrize(("name", "passed"), [("SIGINT", True), ("SIGTERM", False)])
+    def test_srun_gets_everything_but_term(self, run, tmp_path, name, passed):
+        """It would kill the ranks, to which SLURM sends TERM itself."""
+        srun = tmp_path / "bin" / "srun"
+        srun.write_text(
+            f'#!/bin/sh\ntrap "touch {run.folder}/passed; exit 1" {name[3:]}\ntouch {run.folder}/ready\n'
+            f"for i in 1 2 3 4 5; do sleep 0.2; done\nexit 1\n"
+        )
+        srun.chmod(0o755)
+        words = ["srun", *run.command()[3:]]
+        threading.Thread(target=_signal_when_ready, args=(run.folder / "ready", signal.Signals[name])).start()
+        assert supervise(words, Limits(2, 0)) == 128 + signal.Signals[name]
+        assert (run.folder / "passed").exists() == passed
 
 
 @pytest.mark.parametrize(

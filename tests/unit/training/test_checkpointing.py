@@ -8,7 +8,7 @@ import pytest
 
 from medalign.checkpoint.state import TrainState
 from medalign.errors import CheckpointError, DataError, DivergedError, Preempted
-from medalign.training.callbacks import Callback, Checkpointing, checkpointing
+from medalign.training.callbacks import Callback, Checkpointing, Validation, checkpointing
 from tests import tiny
 from tests.unit.training.fakes import FakeStep, Recorder, Saved, Stopping, build
 
@@ -125,3 +125,28 @@ def test_the_pending_checkpoint_is_completed_only_if_all_ranks_raise(monkeypatch
     with pytest.raises(DivergedError):
         trainer.fit()
     assert diverged.events == [("begin", 2), ("finish", 2)]
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_the_best_step_remains_the_one_before_if_its_checkpoint_cannot_be_written(background):
+    """Step 2 is the best but is not written, so that step 4, worse than 2 but better than 1, is the best one."""
+    writer, saved = Background(1, 2), Saved(*(() if background else (2,)))
+    hooks = (Validation(1, []), Checkpointing(100, saved, background=writer if background else None))
+    trainer = build(*hooks, steps=5, validation=[3.0, 1.0, 3.5, 2.0, 2.5])
+    state = trainer.fit()
+    assert (state.best_step, state.best_loss) == (4, 2.0)
+    written = writer.states + saved.states
+    assert [(now.step, now.best_step) for now in written] == [(1, 1), (4, 4), (5, 4)]
+
+
+def test_a_best_step_whose_checkpoint_cannot_be_begun_is_given_up(monkeypatch):
+    writer = Background(1)
+
+    def begin(state: TrainState) -> None:
+        if state.step == 2:
+            raise CheckpointError("no space left")
+        Background.begin(writer, state)
+
+    monkeypatch.setattr(writer, "begin", begin)
+    hooks = (Validation(1, []), Checkpointing(100, Saved(), background=writer))
+    assert build(*hooks, steps=3, validation=[3.0, 1.0, 3.5]).fit().best_step == 1

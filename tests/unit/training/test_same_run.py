@@ -7,10 +7,10 @@ from dataclasses import asdict, replace
 import pytest
 
 from medalign import config
-from medalign.checkpoint.state import TrainState
+from medalign.checkpoint.state import TrainState, read_state
 from medalign.errors import ConfigError
 from medalign.run import _log_summary
-from medalign.training.same_run import require_same_run
+from medalign.training.same_run import continue_state, require_same_run
 from medalign.training.schedule import resolve_steps
 
 WORDS = ["--data.train", "shards", "--student.path", "/one/models/llava", "--teacher.path", "/one/models/clip"]
@@ -166,3 +166,25 @@ def test_the_last_line_counts_replaced_and_cut_samples(tmp_path, caplog):
     with caplog.at_level("INFO", logger="medalign"):
         _log_summary(begun(tmp_path), tmp_path, progress)
     assert "8 steps, 32 samples; 3 bad samples replaced, 5 cut to 160 tokens" in caplog.text
+
+
+def test_the_best_loss_is_forgotten_if_the_held_out_samples_have_changed(caplog):
+    """Losses on different samples cannot be compared. The step is evaluated again if it is due."""
+    loaded = replace(CHECKPOINT, held_out=("a",), best_step=2, best_loss=0.5, evaluated_step=3)
+    now = TrainState(step=0, samples=0, ranks=1, stage=3, data=("new",))
+    assert continue_state(loaded, replace(now, held_out=("a",))) == replace(loaded, data=("new",))
+    assert continue_state(loaded, now) == replace(loaded, data=("new",))  # this start evaluates nothing
+    assert not caplog.text
+    expected = replace(CHECKPOINT, data=("new",), held_out=("b",))
+    assert continue_state(loaded, replace(now, held_out=("b",))) == expected
+    assert "that of step 2, was chosen by (a then, b now)" in caplog.text
+
+
+def test_a_best_loss_without_a_record_of_the_held_out_samples_is_kept(tmp_path, caplog):
+    """Checkpoints of earlier versions lack the field."""
+    before = asdict(replace(CHECKPOINT, best_step=2, best_loss=0.5))
+    del before["held_out"]
+    (tmp_path / "progress.json").write_text(json.dumps(before))
+    found = continue_state(read_state(tmp_path), replace(CHECKPOINT, held_out=("b",)))
+    assert (found.best_step, found.best_loss, found.held_out) == (2, 0.5, ("b",))
+    assert "does not record its held-out data" in caplog.text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -81,7 +82,7 @@ def test_a_request_that_arrives_while_saving_takes_no_further_step():
 def test_a_validation_that_was_cut_short_is_made_up_for():
     """Step 4 is the best one and the last: the next start evaluates it and writes its checkpoint again."""
     saved, recorder = Saved(), Recorder()
-    callbacks = (Validation(2, range(3)), recorder, Checkpointing(100, saved))
+    callbacks = (Validation(2, [tiny.batch()] * 3), recorder, Checkpointing(100, saved))
     with pytest.raises(Terminated, match="after step 4"):
         build(Stopping(4, Terminated, in_validation=True), *callbacks, steps=4, log=100, validation=[3.0, 2.0]).fit()
     assert [(state.step, state.evaluated_step, state.best_step) for state in saved.states] == [(2, 2, 2), (4, 2, 2)]
@@ -122,6 +123,29 @@ def test_the_best_step_has_a_checkpoint_beside_those_at_intervals():
     assert [now.step for now in saved] == [2, 4, 5, 9]  # better at 2 and 4; 5 by interval; the last
     assert (state.best_step, state.best_loss) == (4, 2.0)
     assert [now.best_step for now in saved] == [2, 4, 4, 4]
+
+
+@pytest.mark.parametrize("first", [float("nan"), float("inf"), -float("inf")])
+def test_a_loss_that_is_not_finite_is_never_the_best(first, caplog):
+    state = build(Validation(1, []), steps=3, validation=[first, 2.0, float("nan")]).fit()
+    assert (state.best_step, state.best_loss) == (2, 2.0)
+    assert f"step 1: the validation loss is {first}, so the step cannot be the best" in caplog.text
+
+
+def test_a_best_loss_that_an_earlier_version_has_stored_as_nan_counts_as_none():
+    trainer = build(Validation(1, []), step=2, steps=3, validation=[2.0])
+    trainer.state = trainer.begun = replace(trainer.state, best_step=1, best_loss=float("nan"), evaluated_step=2)
+    assert trainer.fit().best_step == 3
+
+
+def test_held_out_samples_that_cannot_be_used_are_reported_and_limited(caplog):
+    """As in training: the limit is that for 100 samples at least."""
+    bad = replace(tiny.batch(), skipped=("val/shard-000001.tar/k7: checksum differs",))
+    build(Validation(1, [bad, tiny.batch()]), steps=1, validation=[1.0]).fit()
+    assert "bad held-out sample replaced: val/shard-000001.tar/k7: checksum differs" in caplog.text
+    assert "step 1: 1 of 4 held-out samples were replaced" in caplog.text
+    with pytest.raises(DataError, match=r"2 of 4 held-out samples could not be used, more than data\.max_skip_f.*k7"):
+        build(Validation(1, [bad, bad]), steps=1, validation=[1.0]).fit()
 
 
 def test_the_best_step_is_that_of_the_chosen_loss():
