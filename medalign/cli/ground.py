@@ -21,7 +21,7 @@ def register(subparsers: Subparsers) -> None:
         run,
         "measure what a run's attention shows",
         "For the samples that have boxes, measures the attention of the question's tokens and of the answer's tokens\n"
-        "against boxes and masks, each beside a map without contrast; the share inside the boxes by block and head;\n"
+        "against boxes and masks, each beside a uniform map; the share inside the boxes by block and head;\n"
         "and deletion and insertion: the probability of the student's own answer while patches are removed or\n"
         "restored in the order of the map, beside a random order.\n\n"
         "Writes grounding.json, grounding_heads.csv, and grounding.jsonl with a line per sample into\n"

@@ -8,7 +8,7 @@ from typing import Any
 from medalign.evaluation.ground_records import KINDS
 
 HEADS_SHOWN = 5
-_ROWS = (  # label, key, key of what a map without contrast scores
+_ROWS = (  # label, key, key of what a uniform map scores
     ("inside the boxes", "inside", "inside_uniform"),
     ("pointing hits", "pointing_hits", "pointing_chance"),
     ("average precision", "box_ap", "box_ap_uniform"),

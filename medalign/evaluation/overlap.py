@@ -54,7 +54,7 @@ class Region:
 
     @property
     def area(self) -> float:
-        """Share of the image that the region covers: what a map without contrast scores."""
+        """Share of the image that the region covers: what a uniform map scores."""
         return float(self.inside_N.sum() / self.picture_N.sum())
 
     def share(self, map_N: np.ndarray) -> float:

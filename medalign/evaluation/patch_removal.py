@@ -43,7 +43,7 @@ class Curves:
 def orders(map_N: np.ndarray, visible_N: np.ndarray, seed: str) -> dict[str, np.ndarray]:
     """Return the visible patches from the largest value to the smallest, and in random order.
 
-    Equal values are in the random order, so a map without contrast is as good as that.
+    Equal values are in the random order, so a uniform map is as good as that.
 
     Args:
         map_N: one value per patch.

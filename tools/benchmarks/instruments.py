@@ -23,7 +23,7 @@ from medalign.evaluation.separability_table import format_separability
 from medalign.grounding import ground
 from medalign.separability import measure_separability
 
-GROUNDING = (  # row, part of the result, score, what a map without contrast scores
+GROUNDING = (  # row, part of the result, score, what a uniform map scores
     ("question: inside the boxes", "question", "inside", "inside_uniform"),
     ("question: pointing hits", "question", "pointing_hits", "pointing_chance"),
     ("question: average precision", "question", "box_ap", "box_ap_uniform"),
@@ -55,7 +55,7 @@ def tables(result: Mapping[str, Any]) -> str:
     """Return a result as the two tables of docs/results/instruments.md, in percent."""
     runs = result["runs"]
     first = next(iter(runs.values()))
-    lines = [_row("", *runs, "map without contrast"), _row("---", *["---"] * (len(runs) + 1))]
+    lines = [_row("", *runs, "uniform map"), _row("---", *["---"] * (len(runs) + 1))]
     for label, part, key, plain in GROUNDING:
         values = [_percent(run["grounding"][part], key) for run in runs.values()]
         lines.append(_row(label, *values, _percent(first["grounding"][part], plain) if plain else ""))

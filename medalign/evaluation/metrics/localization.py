@@ -1,12 +1,12 @@
 """How well maps outline the regions they should show, over a set of samples.
 
-| key | meaning | map without contrast |
+| key | meaning | uniform map |
 | --- | --- | --- |
 | NAME_ap | mean average precision of the order of the patches | NAME_ap_uniform |
 | NAME_iou | mean IoU with the patches that reach NAME_iou_threshold | NAME_iou_uniform |
 | NAME_iou_threshold | share of a map's largest value, the best one for the whole set | |
 
-The threshold is one for all samples, so it is fitted to a single number of the set. A map without contrast scores the
+The threshold is one for all samples, so it is fitted to a single number of the set. A uniform map scores the
 share of the image that the region covers, in both.
 """
 
