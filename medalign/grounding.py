@@ -43,7 +43,7 @@ from medalign.student.model import Student
 log = logging.getLogger("medalign")
 
 _NO_TEXT = "-"  # in the place of an answer without text: the question's maps do not depend on it
-Found = tuple[Sample, Region, list[float] | None]  # a sample, its boxes, and its mask on the grid
+Found = tuple[Sample, Region, list[float] | None, Prepared]  # a sample, its boxes, its mask on the grid, its question
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,13 @@ class Instruments:
 
     def measure(self, found: Sequence[Found]) -> list[Grounded]:
         """Measure a batch of samples."""
-        device, samples = distributed.device(), [sample for sample, _, _ in found]
-        given = generate_answers(self.student, self.tokenizer, self.questions(samples).to(device), self.decoding)
+        device, samples = distributed.device(), [sample for sample, *_ in found]
+        given = generate_answers(
+            self.student,
+            self.tokenizer,
+            self.questions.join([question for *_, question in found]).to(device),
+            self.decoding,
+        )
         given, prepared = zip(*map(self._with_answer, samples, given), strict=True)
         batch = self.answers.join(prepared).to(device)
         predicting = torch.zeros_like(batch.question_mask)
@@ -88,7 +93,7 @@ class Instruments:
         self, found: Found, given: Answer, prepared: Prepared, maps: Mapping[str, Sequence[np.ndarray]]
     ) -> Grounded:
         """Return the measurements of a sample, given the maps [N, H] of its blocks, and measure the removal."""
-        sample, region, mask = found
+        sample, region, mask, _ = found
         kinds = KINDS if given.text else KINDS[:1]
         tapped = {kind: maps[kind][self.student.layer].mean(-1) for kind in kinds}
         shares = {kind: [head_shares(map_NH, region) for map_NH in maps[kind]] for kind in kinds}
@@ -228,19 +233,19 @@ class _Boxed:
             self.examined += 1
             try:
                 sample, mask = self._index.read(place), self._index.read_mask(place)
-                if sample.boxes:
-                    prepare(self._questions, sample)
+                question = prepare(self._questions, sample) if sample.boxes else None
             except BadSample as error:
                 log.warning("bad sample skipped: %s", error)
                 self.unreadable += 1
                 continue
-            if not sample.boxes:
+            if question is None:
                 continue
             region = Region.of_boxes(sample.boxes, CanvasFrame(*sample.images[0].size), self._grid)
             if region.inside_N.any():
                 masked = None if mask is None else Region.of_mask(mask, self._grid).inside_N
                 self.found += 1
-                yield sample, region, None if masked is None or not masked.any() else rounded(masked.tolist())
+                shown = None if masked is None or not masked.any() else rounded(masked.tolist())
+                yield sample, region, shown, question
 
 
 def _resume(path: Path, facts: Mapping[str, Any]) -> tuple[str | None, list[Grounded]]:

@@ -77,5 +77,5 @@ def test_a_signal_to_every_process_of_the_job_loses_no_step(recipe, shards, whol
 
 def children(pid: int) -> list[int]:
     found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    assert found, "there is no loader process"
+    assert found, "no loader process was found"
     return [int(one) for one in found]
