@@ -6,8 +6,7 @@
 Writes, for each arm and method, the scores and their paired differences to greedy decoding, with p adjusted by Holm for
 all methods and scores of the arm. For an arm of one run, the 95 % intervals are of a bootstrap over films and p of a
 permutation test; for several, one per seed, the seed is the unit, as in `medalign compare`. Scores without tests are
-means of the runs. The answers are evaluations of the runs, so a call that ends early resumes. Prints the differences as
-a table.
+means of the runs. The answers are evaluations of the runs, so a call that ends early resumes. Prints all as tables.
 """
 
 from __future__ import annotations
@@ -31,9 +30,20 @@ from medalign.evaluator import evaluate_each
 from medalign.run_folder import EvaluationFolder
 from tools.study.results_file import false_yes
 
-SCORES = ("questions_correct", "closed_accuracy", "open_exact", "bleu")
-TABLE = {"questions_correct": "questions correct", "bleu": "BLEU of reports"}
-DESCRIBED = ("asked_denser", "attention_inside", "pointing_hits")  # without tests, beside the share of false yes
+TESTED = {
+    "questions_correct": "questions correct",
+    "closed_accuracy": "closed questions",
+    "open_exact": "open questions, exact",
+    "bleu": "BLEU of reports",
+}
+FALSE_YES = "false_yes"
+DESCRIBED = {  # without tests
+    FALSE_YES: "yes where no is right",
+    "asked_denser": "asked finding denser",
+    "attention_inside": "attention inside",
+    "pointing_hits": "pointing",
+}
+SIGNIFICANT = 0.05
 KEPT = ("metric", "unit", "samples", "baseline_score", "arm_score", "difference", "low", "high", "p", "p_holm")
 
 
@@ -71,14 +81,14 @@ def main(
         of_method = dict(zip(chosen, zip(*folders, strict=True), strict=True))
         arms = [read_arm(f"{method}={','.join(map(str, paths))}") for method, paths in of_method.items()]
         rows: dict[str, list[dict[str, Any]]] = {}
-        for one in compare(arms, metrics=SCORES):
+        for one in compare(arms, metrics=tuple(TESTED)):
             found = one.as_data()
             rows.setdefault(one.arm, []).append({key: found[key] for key in KEPT})
         described = {method: _described(paths) for method, paths in of_method.items()}
         result["runs"][arm] = rows
         result["described"][arm] = described
         output.write_text(json.dumps(result, indent=2) + "\n")
-    sys.stdout.write(table(result))
+    sys.stdout.write(tables(result))
 
 
 def _answers(
@@ -104,24 +114,49 @@ def _described(folders: tuple[Path, ...]) -> dict[str, float]:
     homes = [EvaluationFolder(folder) for folder in folders]
     found = [read_scores(home.scores) for home in homes]
     means = {key: fmean(one[key] for one in found) for key in DESCRIBED if all(key in one for one in found)}
-    return means | {"false_yes": fmean(false_yes(read_rows(home.predictions)) for home in homes)}
+    return means | {FALSE_YES: fmean(false_yes(read_rows(home.predictions)) for home in homes)}
 
 
-def table(result: dict[str, Any]) -> str:
-    """Return the differences of the answers and of BLEU as a table of Markdown, in points."""
-    lines = ["| method |", "| --- |"]
-    lines += [f"| `{method}` |" for method in next(iter(result["runs"].values()))]
-    for arm, rows in result["runs"].items():
-        for metric, label in TABLE.items():
-            found = {method: next(one for one in ones if one["metric"] == metric) for method, ones in rows.items()}
-            factor = MEASURES[metric].scale
+def tables(result: dict[str, Any]) -> str:
+    """Return the differences and the scores without tests as tables of Markdown, in points; bold: p below 0.05."""
+    differences = [_differences(result["runs"], *one) for one in TESTED.items()]
+    scores = [_scores(result["described"], *one) for one in DESCRIBED.items()]
+    return "\n".join(table for table in (*differences, *scores) if table)
+
+
+def _differences(runs: dict[str, Any], metric: str, label: str) -> str:
+    """Return the table of one score: a row for each method, a column for each arm; empty if no sample has the score."""
+    factor, columns = MEASURES[metric].scale, {}
+    for arm, rows in runs.items():
+        found = {method: one for method, ones in rows.items() for one in ones if one["metric"] == metric}
+        if found:
             greedy = next(iter(found.values()))["baseline_score"] * factor
-            lines[0] += f" {arm}: {label} (greedy {greedy:.1f}) |"
-            lines[1] += " --- |"
-            for place, one in enumerate(found.values(), 2):
-                low, high = one["low"] * factor, one["high"] * factor
-                lines[place] += f" {one['difference'] * factor:+.1f} [{low:.1f}, {high:.1f}] |"
-    return "\n".join(lines) + "\n"
+            columns[f"{arm} (greedy {greedy:.1f})"] = {name: _shown(one, factor) for name, one in found.items()}
+    return _markdown(label, columns)
+
+
+def _shown(one: dict[str, Any], factor: float) -> str:
+    mark = "**" if one["p_holm"] < SIGNIFICANT else ""
+    difference, low, high = (one[key] * factor for key in ("difference", "low", "high"))
+    return f"{mark}{difference:+.1f}{mark} [{low:+.1f}, {high:+.1f}]"
+
+
+def _scores(described: dict[str, Any], score: str, label: str) -> str:
+    """Return the table of a score without tests, in which greedy decoding has a row."""
+    columns = {
+        arm: {method: f"{100 * one[score]:.1f}" for method, one in found.items() if score in one}
+        for arm, found in described.items()
+    }
+    return _markdown(label, {arm: values for arm, values in columns.items() if values})
+
+
+def _markdown(label: str, columns: dict[str, dict[str, str]]) -> str:
+    if not columns:
+        return ""
+    methods = list(dict.fromkeys(method for values in columns.values() for method in values))
+    rows = [[f"`{method}`", *(values.get(method, "") for values in columns.values())] for method in methods]
+    lines = [[label, *columns], ["---"] * (len(columns) + 1), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 if __name__ == "__main__":

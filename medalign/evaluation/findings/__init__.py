@@ -1,5 +1,5 @@
-"""What a chest report or a short answer says about findings: a labeller by rules, for English text."""
+"""What a chest report or a short answer says about findings: a labeler by rules, for English text."""
 
-from medalign.evaluation.findings.labeller import Assertion, Label, Labeller, Mention, Reading, chest_labeller
+from medalign.evaluation.findings.labeler import Assertion, Label, Labeler, Mention, Reading, chest_labeler
 
-__all__ = ["Assertion", "Label", "Labeller", "Mention", "Reading", "chest_labeller"]
+__all__ = ["Assertion", "Label", "Labeler", "Mention", "Reading", "chest_labeler"]

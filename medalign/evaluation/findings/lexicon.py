@@ -1,4 +1,4 @@
-"""The lexicon of the labeller: findings, cues and section headings, read from chest.yaml."""
+"""The lexicon of the labeler: findings, cues and section headings, read from chest.yaml."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Lexicon:
-    """What the labeller knows.
+    """What the labeler knows.
 
     Attributes:
         findings: by name.

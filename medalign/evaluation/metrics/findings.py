@@ -28,7 +28,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from medalign.evaluation.findings import Label, Labeller, Reading, chest_labeller
+from medalign.evaluation.findings import Label, Labeler, Reading, chest_labeler
 from medalign.evaluation.metrics.intervals import ratio
 from medalign.evaluation.metrics.predictions import Prediction
 
@@ -42,18 +42,18 @@ def findings_scores(reports: Sequence[Prediction]) -> dict[str, Any]:
     """Compute the scores of the table above. Without reports there is none."""
     if not reports:
         return {}
-    labeller = chest_labeller()
-    read = [(labeller.read(row.prediction), labeller.read(row.answer)) for row in reports]
+    labeler = chest_labeler()
+    read = [(labeler.read(row.prediction), labeler.read(row.answer)) for row in reports]
     pairs = [(given.labels, expected.labels) for given, expected in read]
     named = sum(bool(expected.labels) or expected.normal for _, expected in read)
     scores: dict[str, Any] = {"findings_report_n": len(reports), "findings_reference_n": named}
-    scores |= _agreement("findings", [_stated(*pair) for pair in pairs]) | _categories(labeller, read)
+    scores |= _agreement("findings", [_stated(*pair) for pair in pairs]) | _categories(labeler, read)
     for name, cases in _cases(pairs).items():
         of = name.rpartition("_of_")[2]
         scores |= {f"findings_{name.partition('_of_')[0]}_n": sum(bad for bad, _ in cases)}
         scores |= {f"findings_{of}_n": sum(count for _, count in cases)} if of != "reports" else {}
         scores |= ratio(f"findings_{name}", cases)
-    return scores | {"findings_by": _by(pairs), "findings_signature": labeller.signature}
+    return scores | {"findings_by": _by(pairs), "findings_signature": labeler.signature}
 
 
 def _stated(given: Mapping[str, Label], expected: Mapping[str, Label]) -> Stated:
@@ -61,11 +61,11 @@ def _stated(given: Mapping[str, Label], expected: Mapping[str, Label]) -> Stated
     return _named(assertions[0], "present") - _named(assertions[1], "uncertain"), _named(assertions[1], "present")
 
 
-def _categories(labeller: Labeller, read: Sequence[tuple[Reading, Reading]]) -> dict[str, Any]:
+def _categories(labeler: Labeler, read: Sequence[tuple[Reading, Reading]]) -> dict[str, Any]:
     """Return the F1 of CheXpert's observations."""
     found: list[Stated] = []
     for texts in read:
-        given, expected = map(labeller.categories, texts)
+        given, expected = map(labeler.categories, texts)
         doubted = _named(expected, "uncertain")
         found.append((_named(given, "present") - doubted, _named(expected, "present")))
     five = [(given & CHEXPERT5, expected & CHEXPERT5) for given, expected in found]

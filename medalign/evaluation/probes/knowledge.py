@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from medalign.evaluation.findings import Labeller
+from medalign.evaluation.findings import Labeler
 from medalign.evaluation.metrics.answers import yes_or_no
 
 _NAMES = ("kind", "name", "finding")
@@ -43,10 +43,10 @@ class Evidence:
     reports: set[str] = field(default_factory=set)
     answers: set[tuple[str, str]] = field(default_factory=set)
 
-    def add(self, fields: Mapping[str, Any], labeller: Labeller) -> None:
+    def add(self, fields: Mapping[str, Any], labeler: Labeler) -> None:
         """Add the fields of a sample."""
         if isinstance(listed := fields.get("findings"), list):
-            named = [pair for one in listed for pair in _named(one, labeller)]
+            named = [pair for one in listed for pair in _named(one, labeler)]
             self.annotated = (self.annotated or set()) | {name for name, assertion in named if assertion == "present"}
             self.doubted |= {name for name, assertion in named if assertion == "uncertain"}
         if report := report_of(fields):
@@ -61,38 +61,38 @@ def report_of(fields: Mapping[str, Any]) -> str:
     return next((text.strip() for text in texts if isinstance(text, str) and text.strip()), "")
 
 
-def known_findings(images: Iterable[Evidence], labeller: Labeller) -> list[Known]:
+def known_findings(images: Iterable[Evidence], labeler: Labeler) -> list[Known]:
     """Return what is known of each image."""
     found = list(images)
     universe = set().union(*(one.annotated for one in found if one.annotated is not None))
-    return [_known(one, universe, labeller) for one in found]
+    return [_known(one, universe, labeler) for one in found]
 
 
-def _known(evidence: Evidence, universe: set[str], labeller: Labeller) -> Known:
-    order = list(labeller.lexicon.findings)
+def _known(evidence: Evidence, universe: set[str], labeler: Labeler) -> Known:
+    order = list(labeler.lexicon.findings)
     if evidence.annotated is not None:
         present, absent = evidence.annotated, universe - evidence.annotated - evidence.doubted
     else:
-        labels = [labeller.label(text) for text in sorted(evidence.reports)]
+        labels = [labeler.label(text) for text in sorted(evidence.reports)]
         said: list[tuple[str, str]] = [(name, label.assertion) for one in labels for name, label in one.items()]
-        said += [pair for asked in sorted(evidence.answers) for pair in _answered(*asked, labeller)]
+        said += [pair for asked in sorted(evidence.answers) for pair in _answered(*asked, labeler)]
         present, doubted, absent = ({n for n, a in said if a == want} for want in ("present", "uncertain", "absent"))
         absent -= present | doubted
     return Known(tuple(sorted(present, key=order.index)), tuple(sorted(absent, key=order.index)))
 
 
-def _answered(question: str, answer: str, labeller: Labeller) -> list[tuple[str, str]]:
+def _answered(question: str, answer: str, labeler: Labeler) -> list[tuple[str, str]]:
     """Return what yes or no says about the only finding that a question names, if it names no place."""
-    mentions = labeller.mentions(question.replace("?", " "))
+    mentions = labeler.mentions(question.replace("?", " "))
     if len(mentions) != 1 or any(mentions[0].places) or mentions[0].assertion == "uncertain":
         return []
     agrees = (yes_or_no(answer) == "yes") == (mentions[0].assertion == "present")
     return [(mentions[0].finding, "present" if agrees else "absent")]
 
 
-def _named(entry: Any, labeller: Labeller) -> list[tuple[str, str]]:
+def _named(entry: Any, labeler: Labeler) -> list[tuple[str, str]]:
     """Return the findings that an entry of the annotation's list names, with what it says about them."""
     if isinstance(entry, Mapping):
         entry = next((entry[name] for name in _NAMES if isinstance(entry.get(name), str)), None)
-    labels = labeller.label(entry) if isinstance(entry, str) else {}
+    labels = labeler.label(entry) if isinstance(entry, str) else {}
     return [(name, label.assertion) for name, label in labels.items()]

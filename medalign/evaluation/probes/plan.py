@@ -18,7 +18,7 @@ import numpy as np
 
 from medalign.data.shards.index import ShardIndex
 from medalign.evaluation.batching import Place
-from medalign.evaluation.findings import chest_labeller
+from medalign.evaluation.findings import chest_labeler
 from medalign.evaluation.metrics import Prediction
 from medalign.evaluation.probes.catalog import (
     ADVERSARIAL,
@@ -124,7 +124,7 @@ class Planner:
 
     def _asked(self, name: str) -> tuple[list[Entry], Counter[str]]:
         images = list(self._evidence)
-        known = known_findings(self._evidence.values(), chest_labeller())
+        known = known_findings(self._evidence.values(), chest_labeler())
         reasons: Counter[str] = Counter()
         reasons["samples without an image"] = sum(not row.image for _, row in self._rows)
         reasons["images without a finding that is known to be present"] = sum(not one.present for one in known)
@@ -141,11 +141,11 @@ class Planner:
         """Read what the samples say about their images, once."""
         if self._evidence:
             return
-        labeller = chest_labeller()
+        labeler = chest_labeler()
         for place, row in self._rows:
             if row.image:
                 fields = self._indexes[place.folder].read_fields(place.sample)
-                self._evidence.setdefault(row.image, Evidence()).add(fields, labeller)
+                self._evidence.setdefault(row.image, Evidence()).add(fields, labeler)
                 if report_of(fields):
                     self._report.setdefault(row.image, place)
 

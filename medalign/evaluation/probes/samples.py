@@ -12,7 +12,7 @@ from PIL import Image
 from medalign.contracts import Sample
 from medalign.data.samples.bad_sample import BadSample
 from medalign.data.shards.index import ShardIndex
-from medalign.evaluation.findings import chest_labeller
+from medalign.evaluation.findings import chest_labeler
 from medalign.evaluation.generation import GROUPING, digest
 from medalign.evaluation.probes.catalog import BLANK, CAPTION, CHANGED, NO, NO_IMAGE, NO_QUESTION, OTHER, SHUFFLED, YES
 from medalign.evaluation.probes.knowledge import report_of
@@ -127,7 +127,7 @@ def ask(sample: Sample, finding: str, answer: str) -> Sample:
         finding: a name of the lexicon.
         answer: the reference: YES or NO for "Is there ...?", otherwise that of a question that presupposes the finding.
     """
-    entry = chest_labeller().lexicon.findings[finding]
+    entry = chest_labeler().lexicon.findings[finding]
     closed = answer in (YES, NO)
     kept = {name: sample.metadata[name] for name in GROUPING if name in sample.metadata}
     return replace(

@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 
 from medalign.errors import DataError
-from medalign.evaluation.findings import chest_labeller
+from medalign.evaluation.findings import chest_labeler
 from medalign.evaluation.metrics import Prediction
 from medalign.evaluation.metrics.answers import closed_correct, exact, given_yes_or_no, yes_or_no
 from medalign.evaluation.metrics.intervals import ratio
@@ -122,11 +122,11 @@ def rejects(answer: str, finding: str) -> bool:
     An answer that names the finding must deny it by the rules of `evaluation.findings`. Another answer must have a word
     that denies ("none", "not seen", "no").
     """
-    labeller = chest_labeller()
-    label = labeller.label(answer).get(finding)
+    labeler = chest_labeler()
+    label = labeler.label(answer).get(finding)
     if label is not None:
         return label.assertion == "absent"
-    return given_yes_or_no(answer) == "no" or labeller.denies_something(answer)
+    return given_yes_or_no(answer) == "no" or labeler.denies_something(answer)
 
 
 def _by_image(name: str, values: Sequence[tuple[Prediction, bool]]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The labeller of findings: on labelled sentences, on phantom reports, and on real notes."""
+"""The labeler of findings: on labeled sentences, on phantom reports, and on real notes."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from medalign.evaluation.findings import chest_labeller
+from medalign.evaluation.findings import chest_labeler
 from medalign.evaluation.findings.lexicon import NO_FINDING
 from medalign.phantom import KINDS
 from tools.benchmarks.findings import __main__ as benchmark
 
-LABELLER = chest_labeller()
+LABELER = chest_labeler()
 RESULTS = json.loads((Path(benchmark.__file__).parents[1] / "results" / "findings.json").read_text())
 SENTENCES = benchmark._rows(benchmark.HERE / "sentences.jsonl")
 CHEXPERT = {
@@ -23,14 +23,14 @@ CHEXPERT = {
 
 
 def test_the_lexicon_has_chexpert_s_observations_and_the_phantoms_findings():
-    assert set(LABELLER.lexicon.categories) == CHEXPERT
+    assert set(LABELER.lexicon.categories) == CHEXPERT
     for kind in KINDS:
-        (name,) = LABELLER.label(f"There is {kind}.")
+        (name,) = LABELER.label(f"There is {kind}.")
         assert kind in name
-    for entry in LABELLER.lexicon.findings.values():
-        assert set(LABELLER.label(f"There is {entry.noun}")) == {entry.name} == set(LABELLER.label(entry.asked[:-1]))
-    for _, denied in LABELLER.lexicon.normal:
-        assert set(denied) <= LABELLER.lexicon.findings.keys()
+    for entry in LABELER.lexicon.findings.values():
+        assert set(LABELER.label(f"There is {entry.noun}")) == {entry.name} == set(LABELER.label(entry.asked[:-1]))
+    for _, denied in LABELER.lexicon.normal:
+        assert set(denied) <= LABELER.lexicon.findings.keys()
 
 
 @pytest.mark.parametrize("kind", sorted({row["kind"] for row in SENTENCES} - {"hard"}))
@@ -39,9 +39,9 @@ def test_sentences_of_a_kind(kind):
     assert len(rows) >= 7
     for row in rows:
         found = {
-            name: (label.assertion, label.sides, label.zones) for name, label in LABELLER.label(row["text"]).items()
+            name: (label.assertion, label.sides, label.zones) for name, label in LABELER.label(row["text"]).items()
         }
-        expected = benchmark.truth_of(row, LABELLER)
+        expected = benchmark.truth_of(row, LABELER)
         assert {name: value[0] for name, value in found.items()} == {
             name: value[0] for name, value in expected.items()
         }, row
@@ -51,18 +51,18 @@ def test_sentences_of_a_kind(kind):
 
 
 def test_the_measured_figures_are_those_of_the_file():
-    cases = list(benchmark.read_sentences(LABELLER))
-    assert without_time(benchmark.measure(LABELLER, cases)) == without_time(RESULTS["sentences"])
-    assert RESULTS["signature"] == LABELLER.signature, "run the command of docs/evaluation.md again"
+    cases = list(benchmark.read_sentences(LABELER))
+    assert without_time(benchmark.measure(LABELER, cases)) == without_time(RESULTS["sentences"])
+    assert RESULTS["signature"] == LABELER.signature, "run the command of docs/evaluation.md again"
     reports = list(benchmark.phantom_reports(100))
-    found = benchmark.measure(LABELLER, reports)
+    found = benchmark.measure(LABELER, reports)
     assert found["present"]["precision"] == found["present"]["recall"] == found["sides_right"] == 1
     assert found["present"]["true"] > 100
 
 
 def test_the_figures_of_real_notes_are_those_of_the_file(shared):
-    notes = benchmark.read_notes(LABELLER, shared / "data" / "covid_chestxray" / "annotations.jsonl")
-    assert without_time(benchmark.measure(LABELLER, notes)) == without_time(RESULTS["notes"])
+    notes = benchmark.read_notes(LABELER, shared / "data" / "covid_chestxray" / "annotations.jsonl")
+    assert without_time(benchmark.measure(LABELER, notes)) == without_time(RESULTS["notes"])
 
 
 def without_time(figures: dict) -> dict:
@@ -71,9 +71,9 @@ def without_time(figures: dict) -> dict:
 
 def test_one_mention_as_present_counts_before_doubt_and_denial():
     text = "Possible effusion. No effusion on the right. Small left effusion."
-    label = LABELLER.label(text)["pleural effusion"]
+    label = LABELER.label(text)["pleural effusion"]
     assert (label.assertion, label.sides) == ("present", {"left"})
-    assert LABELLER.label("No effusion. Possible effusion.")["pleural effusion"].assertion == "uncertain"
+    assert LABELER.label("No effusion. Possible effusion.")["pleural effusion"].assertion == "uncertain"
 
 
 @pytest.mark.parametrize(
@@ -90,19 +90,19 @@ def test_one_mention_as_present_counts_before_doubt_and_denial():
     ],
 )
 def test_no_finding_needs_a_statement(text, finding):
-    assert (LABELLER.categories(LABELLER.read(text)).get(NO_FINDING) == "present") is finding
+    assert (LABELER.categories(LABELER.read(text)).get(NO_FINDING) == "present") is finding
 
 
 def test_a_nodule_is_a_lung_lesion_of_chexpert():
-    reading = LABELLER.read("Nodule in the left apex. No mass.")
-    assert LABELLER.categories(reading) == {"Lung Lesion": "present"}
+    reading = LABELER.read("Nodule in the left apex. No mass.")
+    assert LABELER.categories(reading) == {"Lung Lesion": "present"}
 
 
 def test_words_that_deny():
-    assert LABELLER.denies_something("not seen") and LABELLER.denies_something("There is none.")
-    assert not LABELLER.denies_something("left upper zone") and not LABELLER.denies_something("no change")
+    assert LABELER.denies_something("not seen") and LABELER.denies_something("There is none.")
+    assert not LABELER.denies_something("left upper zone") and not LABELER.denies_something("no change")
 
 
 @pytest.mark.parametrize("text", ["." * 500, "no " * 2000, "(((((" * 100, "\x00effusion", "no, " * 500 + "effusion"])
 def test_odd_text_is_read_in_a_short_time(text):
-    LABELLER.read(text)
+    LABELER.read(text)

@@ -13,7 +13,7 @@ from medalign import phantom
 from medalign.data.samples.bad_sample import BadSample
 from medalign.data.shards.index import ShardIndex
 from medalign.errors import DataError
-from medalign.evaluation.findings import chest_labeller
+from medalign.evaluation.findings import chest_labeler
 from medalign.evaluation.generation import digest
 from medalign.evaluation.metrics import Prediction
 from medalign.evaluation.probes.catalog import ASKED, CHANGED, PROBES
@@ -24,7 +24,7 @@ from medalign.evaluation.probes.scores import probe_scores, rejects
 from medalign.geometry import PatchGrid
 
 GRID = PatchGrid(8, 8)
-LABELLER = chest_labeller()
+LABELER = chest_labeler()
 FINDINGS = ("nodule", "pleural effusion", "consolidation", "pneumothorax", "cardiomegaly")
 
 
@@ -118,8 +118,8 @@ def test_pope_asks_as_often_for_yes_as_for_no_and_knows_the_truth(name, planner,
     answers: dict[str, Counter[str]] = {}
     for sample in asked:
         case = index.read_fields(index.index_of_key(sample.key.rpartition("-")[0]))
-        kinds = {LABELLER.mentions(one["kind"])[0].finding for one in case["findings"]}
-        assert sample.question == f"Is there {LABELLER.lexicon.findings[sample.metadata['finding']].noun}?"
+        kinds = {LABELER.mentions(one["kind"])[0].finding for one in case["findings"]}
+        assert sample.question == f"Is there {LABELER.lexicon.findings[sample.metadata['finding']].noun}?"
         assert (sample.metadata["finding"] in kinds) == (sample.answer == "yes") and sample.answer_type == "closed"
         answers.setdefault(case["case"], Counter())[sample.answer] += 1
     assert all(one["yes"] == one["no"] > 0 for one in answers.values()) and len(answers) >= 5
@@ -160,16 +160,16 @@ def test_a_presupposed_finding_is_absent_and_beside_it_one_is_present(planner, i
     found = samples_of("presupposed", planner, index)
     for sample in map(found.read, range(len(found))):
         case = index.read_fields(index.index_of_key(sample.key.rpartition("-")[0]))
-        kinds = {LABELLER.mentions(one["kind"])[0].finding for one in case["findings"]}
+        kinds = {LABELER.mentions(one["kind"])[0].finding for one in case["findings"]}
         assert (sample.metadata["finding"] in kinds) == (sample.answer == "present")
-        assert sample.question == LABELLER.lexicon.findings[sample.metadata["finding"]].asked
+        assert sample.question == LABELER.lexicon.findings[sample.metadata["finding"]].asked
     assert Counter(found.read(i).answer for i in range(len(found)))["none"] == 8
 
 
 def evidence(*samples: dict) -> Evidence:
     found = Evidence()
     for fields in samples:
-        found.add({"task": "vqa", **fields}, LABELLER)
+        found.add({"task": "vqa", **fields}, LABELER)
     return found
 
 
@@ -185,7 +185,7 @@ def test_annotations_are_complete_and_texts_are_not():
         evidence({"question": "Is there a nodule?", "answer": "no", "report": "Nodule."}),
         evidence({"findings": [{"other": 1}, 3]}),
     ]
-    assert known_findings(images, LABELLER) == [
+    assert known_findings(images, LABELER) == [
         Known(("nodule", "pleural effusion"), ()),
         Known((), ("pleural effusion",)),
         Known(("pleural effusion",), ("lung lesion", "nodule")),

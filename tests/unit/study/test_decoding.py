@@ -42,8 +42,19 @@ def test_each_method_is_compared_with_greedy(shards: Path, tmp_path: Path, capsy
     assert correct["metric"] == "questions_correct" and correct["baseline_score"] == 1.0
     assert correct["difference"] == correct["arm_score"] - 1.0 < 0
     shown = capsys.readouterr().out
-    assert "| method | L: questions correct (greedy 100.0) | L: BLEU of reports (greedy 100.0) |" in shown
-    assert f"| `vhr` | {100 * correct['difference']:+.1f} [" in shown
+    assert "| questions correct | L (greedy 100.0) |" in shown and "| BLEU of reports | L (greedy 100.0) |" in shown
+    mark = "**" if correct["p_holm"] < 0.05 else ""
+    assert f"| `vhr` | {mark}{100 * correct['difference']:+.1f}{mark} [" in shown
+    assert "| yes where no is right | L |\n| --- | --- |\n| `greedy` | 0.0 |\n| `vhr` | " in shown
+
+
+def test_a_score_that_no_sample_has_gets_no_table() -> None:
+    one = {"metric": "open_exact", "baseline_score": 0.25, "difference": 0.5, "low": 0.1, "high": 0.9, "p_holm": 0.01}
+    shown = tool.tables({"runs": {"B": {"vcd": [one]}}, "described": {"B": {"vcd": {"false_yes": 0.125}}}})
+    assert shown.split("\n\n") == [
+        "| open questions, exact | B (greedy 25.0) |\n| --- | --- |\n| `vcd` | **+50.0** [+10.0, +90.0] |",
+        "| yes where no is right | B |\n| --- | --- |\n| `vcd` | 12.5 |\n",
+    ]
 
 
 def test_the_seed_is_the_unit_of_an_arm_of_several_runs(shards: Path, tmp_path: Path) -> None:

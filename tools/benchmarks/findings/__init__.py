@@ -1,1 +1,1 @@
-"""Precision and recall of the labeller of findings on labelled text."""
+"""Precision and recall of the labeler of findings on labeled text."""

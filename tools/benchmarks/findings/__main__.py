@@ -1,8 +1,8 @@
-"""Measures the labeller of findings.
+"""Measures the labeler of findings.
 
 `python -m tools.benchmarks.findings [--notes ANNOTATIONS] [--output FILE]`
 
-- sentences: sentences.jsonl, written for this purpose and labelled by hand, with the difficulties that NegEx, ConText,
+- sentences: sentences.jsonl, written for this purpose and labeled by hand, with the difficulties that NegEx, ConText,
   NegBio and CheXpert describe.
 - phantoms: reports of the phantom studies, whose findings are known by construction.
 - notes: with --notes, the distinct notes of the data set covid_chestxray (annotations.jsonl), of which notes.jsonl has
@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from medalign.evaluation.findings import Labeller, chest_labeller
+from medalign.evaluation.findings import Labeler, chest_labeler
 from medalign.phantom.contracts import Finding
 from medalign.phantom.findings import draw_sites
 from medalign.phantom.language import write_report
@@ -40,28 +40,28 @@ def main() -> None:
     parser.add_argument("--notes", type=Path, help="annotations.jsonl of covid_chestxray")
     parser.add_argument("--output", type=Path, help="JSON file for the figures")
     arguments = parser.parse_args()
-    labeller = chest_labeller()
-    sets = {"sentences": list(read_sentences(labeller)), "phantoms": list(phantom_reports(STUDIES))}
+    labeler = chest_labeler()
+    sets = {"sentences": list(read_sentences(labeler)), "phantoms": list(phantom_reports(STUDIES))}
     if arguments.notes:
-        sets["notes"] = list(read_notes(labeller, arguments.notes))
-    figures = {"signature": labeller.signature, **{name: measure(labeller, cases) for name, cases in sets.items()}}
+        sets["notes"] = list(read_notes(labeler, arguments.notes))
+    figures = {"signature": labeler.signature, **{name: measure(labeler, cases) for name, cases in sets.items()}}
     text = json.dumps(figures, indent=2) + "\n"
     if arguments.output:
         arguments.output.write_text(text)
     print(text, end="")  # noqa: T201
 
 
-def read_sentences(labeller: Labeller) -> Iterator[Case]:
-    """Yield the labelled sentences."""
+def read_sentences(labeler: Labeler) -> Iterator[Case]:
+    """Yield the labeled sentences."""
     for row in _rows(HERE / "sentences.jsonl"):
-        yield row["text"], truth_of(row, labeller)
+        yield row["text"], truth_of(row, labeler)
 
 
-def read_notes(labeller: Labeller, path: Path) -> Iterator[Case]:
-    """Yield the labelled notes."""
+def read_notes(labeler: Labeler, path: Path) -> Iterator[Case]:
+    """Yield the labeled notes."""
     notes = {row["id"]: row["report"] for row in _rows(path)}
     for row in _rows(HERE / "notes.jsonl"):
-        yield notes[row["id"]], truth_of(row, labeller)
+        yield notes[row["id"]], truth_of(row, labeler)
 
 
 def phantom_reports(count: int) -> Iterator[Case]:
@@ -80,16 +80,16 @@ def phantom_reports(count: int) -> Iterator[Case]:
         yield text, truth
 
 
-def truth_of(row: dict[str, Any], labeller: Labeller) -> Truth:
+def truth_of(row: dict[str, Any], labeler: Labeler) -> Truth:
     """Return the labels of a row: "FINDING" or "FINDING@SIDES/ZONES"; LUNGS and ALL stand for several findings."""
-    several = {"LUNGS": LUNGS, "ALL": tuple(name for name in labeller.lexicon.findings if name != "support devices")}
+    several = {"LUNGS": LUNGS, "ALL": tuple(name for name in labeler.lexicon.findings if name != "support devices")}
     found: Truth = {}
     for assertion in ASSERTIONS:
         for word in row.get(assertion, []):
             name, _, where = word.partition("@")
             sides, _, zones = where.partition("/")
             for finding in several.get(name, (name,)):
-                assert finding in labeller.lexicon.findings, f"{word} in {row}"
+                assert finding in labeler.lexicon.findings, f"{word} in {row}"
                 found[finding] = (assertion, frozenset(filter(None, sides.split(","))), _split(zones))
     return found
 
@@ -98,13 +98,13 @@ def _split(words: str) -> frozenset[str]:
     return frozenset(filter(None, words.split(",")))
 
 
-def measure(labeller: Labeller, cases: Iterable[Case]) -> dict[str, Any]:
+def measure(labeler: Labeler, cases: Iterable[Case]) -> dict[str, Any]:
     """Return precision and recall by assertion, the share of right places, and the time per text."""
     counts: Counter[tuple[str, str]] = Counter()
     cases = list(cases)
     complete = any(label[0] == "absent" for _, truth in cases for label in truth.values())
     start = time.perf_counter()
-    found = [labeller.label(text) for text, _ in cases]
+    found = [labeler.label(text) for text, _ in cases]
     seconds = time.perf_counter() - start
     for labels, (_, truth) in zip(found, cases, strict=True):
         for name, label in labels.items():
@@ -122,7 +122,7 @@ def measure(labeller: Labeller, cases: Iterable[Case]) -> dict[str, Any]:
     figures: dict[str, Any] = {"texts": len(cases)}
     for kind in kinds:
         right, given, known = (counts[kind, name] for name in ("right", "given", "true"))
-        figures[kind] = {"right": right, "labelled": given, "true": known}
+        figures[kind] = {"right": right, "labeled": given, "true": known}
         figures[kind] |= {"precision": round(right / max(given, 1), 3), "recall": round(right / max(known, 1), 3)}
     for kind in ("sides", "zones") if complete else ("sides",):
         figures[f"{kind}_right"] = round(counts[kind, "right"] / max(counts[kind, "given"], 1), 3)

@@ -78,7 +78,7 @@ class Reading:
     normal: bool
 
 
-class Labeller:
+class Labeler:
     """Labels texts with the findings of a lexicon.
 
     Args:
@@ -204,6 +204,6 @@ class Labeller:
 
 
 @cache
-def chest_labeller() -> Labeller:
-    """Return the labeller of English chest reports."""
-    return Labeller(chest_lexicon())
+def chest_labeler() -> Labeler:
+    """Return the labeler of English chest reports."""
+    return Labeler(chest_lexicon())
