@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import difflib
 import logging
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, KeysView, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +49,12 @@ def require_valid(settings: Mapping[str, Any], name: str) -> None:
         name: its name or file, for the message.
 
     Raises:
-        ConfigError: DeepSpeed would refuse it once the models are loaded.
+        ConfigError: DeepSpeed would refuse it once the models are loaded, or would ignore a key.
     """
     ranks = settings["train_batch_size"] // (
         settings["train_micro_batch_size_per_gpu"] * settings["gradient_accumulation_steps"]
     )
-    alone = copy.deepcopy(dict(settings)) | {"train_batch_size": settings["train_batch_size"] // ranks}
+    alone = _ReadKeys(copy.deepcopy(dict(settings)) | {"train_batch_size": settings["train_batch_size"] // ranks})
     try:
         DeepSpeedConfig(alone)  # there is no process group yet: it takes this rank for the only one
     except Exception as error:
@@ -61,6 +62,36 @@ def require_valid(settings: Mapping[str, Any], name: str) -> None:
             raise
         reason = " ".join(str(error).partition("\n    For further")[0].split())
         raise ConfigError(f"engine.deepspeed {name}: DeepSpeed refuses it ({reason}); correct the file") from error
+    if unread := sorted(alone.keys() - alone.read):
+        near = difflib.get_close_matches(unread[0], alone.read, n=1)
+        remedy = f"write {near[0]!r}" if near else "remove it"
+        raise ConfigError(f"engine.deepspeed {name}: DeepSpeed does not know {unread[0]!r}, and ignores it; {remedy}")
+
+
+class _ReadKeys(dict[str, Any]):
+    """The top level of a DeepSpeed configuration. `read`: the keys that DeepSpeed has looked for.
+
+    DeepSpeed refuses unknown keys within its sections, but not beside them.
+    """
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        super().__init__(settings)
+        self.read: set[str] = set()
+
+    def __getitem__(self, key: str) -> Any:
+        self.read.add(key)
+        return super().__getitem__(key)
+
+    def __contains__(self, key: object) -> bool:
+        self.read.add(str(key))
+        return super().__contains__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.read.add(key)
+        return super().get(key, default)
+
+    def keys(self) -> Any:
+        return KeysView(self)  # asks __contains__, as the keys of a plain dict do not
 
 
 def start(settings: Mapping[str, Any]) -> None:

@@ -93,6 +93,11 @@ def test_gradients_are_summed_in_fp32_unless_the_json_sets_another_type(config, 
         ({"zero_optimization": {"stage": 3, "offload_optimizer": {"devic": "cpu"}}}, r"offload_optimizer\.devic"),
         ({"communication_data_type": "fp31"}, "fp31"),
         ({"activation_checkpointing": 5}, "correct the file"),
+        (
+            {"wall_clock_breakdwn": True},
+            r"own\.json: DeepSpeed does not know 'wall_clock_breakdwn'.*'wall_clock_breakdown'",
+        ),
+        ({"my_note": "for the large node"}, "does not know 'my_note', and ignores it; remove it"),
     ],
 )
 def test_what_deepspeed_would_refuse_later_is_an_error_at_the_start(config, tmp_path, values, message):
@@ -101,6 +106,17 @@ def test_what_deepspeed_would_refuse_later_is_an_error_at_the_start(config, tmp_
     config.engine.deepspeed = str(path)
     with pytest.raises(ConfigError, match=message):
         require_valid(deepspeed_settings(config, 2), str(path))
+
+
+SECTIONS = ("aio", "flops_profiler", "comms_logger", "tensorboard", "activation_checkpointing", "data_types", "compile")
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_sections_of_deepspeed_are_known(config, tmp_path, section):
+    path = tmp_path / "own.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 3}, section: {}}))
+    config.engine.deepspeed = str(path)
+    require_valid(deepspeed_settings(config, 2), str(path))
 
 
 @pytest.mark.parametrize("name", ["cpu", "zero2", "zero3", "zero3_offload"])
