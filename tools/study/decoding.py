@@ -55,6 +55,7 @@ def main(
     limit: int | None = None,
     name: str = "decoding",
     batch_size: int = 32,
+    max_new_tokens: int = 128,
 ) -> None:
     """Evaluate runs with several methods and write the comparison.
 
@@ -66,9 +67,10 @@ def main(
         limit: only the first samples.
         name: name of the evaluations in the runs.
         batch_size: questions per batch.
+        max_new_tokens: most tokens of an answer.
     """
     chosen = ["greedy", *(other for other in methods or METHODS if other != "greedy")]
-    decodings = [Decoding(method=find_method(method)()) for method in chosen]
+    decodings = [Decoding(method=find_method(method)(), max_new_tokens=max_new_tokens) for method in chosen]
     result: dict[str, Any] = {
         "command": shlex.join(["python", "-m", "tools.study.decoding", *sys.argv[1:]]),
         "settings": {method: decoding.method.describe() for method, decoding in zip(chosen, decodings, strict=True)},
