@@ -25,6 +25,7 @@ from medalign.decoding.registry import METHODS, find_method
 from medalign.evaluation.comparison.arms import read_arm
 from medalign.evaluation.comparison.compare import compare
 from medalign.evaluation.comparison.measures import MEASURES
+from medalign.evaluation.probes.catalog import PROBES
 from medalign.evaluation.scores_file import read_rows, read_scores
 from medalign.evaluator import evaluate_each
 from medalign.run_folder import EvaluationFolder
@@ -56,6 +57,7 @@ def main(
     name: str = "decoding",
     batch_size: int = 32,
     max_new_tokens: int = 128,
+    probes: list[str] | None = None,
 ) -> None:
     """Evaluate runs with several methods and write the comparison.
 
@@ -68,6 +70,7 @@ def main(
         name: name of the evaluations in the runs.
         batch_size: questions per batch.
         max_new_tokens: most tokens of an answer.
+        probes: asked after the answers, as by `medalign evaluate`; their accuracy is among the scores without tests.
     """
     chosen = ["greedy", *(other for other in methods or METHODS if other != "greedy")]
     decodings = [Decoding(method=find_method(method)(), max_new_tokens=max_new_tokens) for method in chosen]
@@ -79,7 +82,7 @@ def main(
     }
     for arm, places in runs.items():
         seeds = places if isinstance(places, list) else [places]
-        folders = [_answers(run, data, decodings, name, batch_size, limit) for run in seeds]
+        folders = [_answers(run, data, decodings, name, batch_size, limit, probes or []) for run in seeds]
         of_method = dict(zip(chosen, zip(*folders, strict=True), strict=True))
         arms = [read_arm(f"{method}={','.join(map(str, paths))}") for method, paths in of_method.items()]
         rows: dict[str, list[dict[str, Any]]] = {}
@@ -94,7 +97,13 @@ def main(
 
 
 def _answers(
-    run: Path, data: Path, decodings: list[Decoding], name: str, batch_size: int, limit: int | None
+    run: Path,
+    data: Path,
+    decodings: list[Decoding],
+    name: str,
+    batch_size: int,
+    limit: int | None,
+    probes: list[str],
 ) -> list[Path]:
     return evaluate_each(
         run,
@@ -107,6 +116,7 @@ def _answers(
         max_skip_fraction=0.0,
         base=None,
         overwrite=False,
+        probes=probes,
         command=None,
     )
 
@@ -116,13 +126,18 @@ def _described(folders: tuple[Path, ...]) -> dict[str, float]:
     homes = [EvaluationFolder(folder) for folder in folders]
     found = [read_scores(home.scores) for home in homes]
     means = {key: fmean(one[key] for one in found) for key in DESCRIBED if all(key in one for one in found)}
+    for probe in PROBES:
+        asked = [one["probes"][probe] for one in found if one.get("probes", {}).get(probe, {}).get("n")]
+        if len(asked) == len(found):
+            means[probe] = fmean(scores["accuracy"] for scores in asked)
     return means | {FALSE_YES: fmean(false_yes(read_rows(home.predictions)) for home in homes)}
 
 
 def tables(result: dict[str, Any]) -> str:
     """Return the differences and the scores without tests as tables of Markdown, in points; bold: p below 0.05."""
+    labels = DESCRIBED | {probe: f"accuracy under {probe}" for probe in PROBES}
     differences = [_differences(result["runs"], *one) for one in TESTED.items()]
-    scores = [_scores(result["described"], *one) for one in DESCRIBED.items()]
+    scores = [_scores(result["described"], *one) for one in labels.items()]
     return "\n".join(table for table in (*differences, *scores) if table)
 
 

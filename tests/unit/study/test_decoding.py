@@ -10,6 +10,8 @@ import pytest
 
 from medalign import phantom
 from medalign.decoding.base import Decoding
+from medalign.evaluation.scores_file import record_probe
+from medalign.run_folder import EvaluationFolder
 from tests.unit.evaluation.runs_on_disk import make_run
 from tools.study import decoding as tool
 
@@ -46,6 +48,28 @@ def test_each_method_is_compared_with_greedy(shards: Path, tmp_path: Path, capsy
     mark = "**" if correct["p_holm"] < 0.05 else ""
     assert f"| `vhr` | {mark}{100 * correct['difference']:+.1f}{mark} [" in shown
     assert "| yes where no is right | L |\n| --- | --- |\n| `greedy` | 0.0 |\n| `vhr` | " in shown
+
+
+def test_probes_are_asked_and_their_accuracy_is_the_mean_of_the_seeds(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    answer, right = tool.evaluate_each, iter([0.5, 0.25, 0.75, 0.0])
+
+    def evaluate(*words: Any, **options: Any) -> list[Path]:
+        assert options["probes"] == ["blank"]
+        folders = answer(*words, **options)
+        for folder in folders:
+            record_probe(EvaluationFolder(folder), "blank", {"n": 4, "accuracy": next(right)})
+        return folders
+
+    monkeypatch.setattr(tool, "evaluate_each", evaluate)
+    runs = [tmp_path / f"L-{seed}" for seed in range(2)]
+    tool.main({"L": runs}, shards, tmp_path / "found.json", methods=["vhr"], probes=["blank"])
+    found = json.loads((tmp_path / "found.json").read_text())["described"]["L"]
+    assert found["greedy"]["blank"] == (0.5 + 0.75) / 2 and found["vhr"]["blank"] == (0.25 + 0.0) / 2
+    assert (
+        "| accuracy under blank | L |\n| --- | --- |\n| `greedy` | 62.5 |\n| `vhr` | 12.5 |" in capsys.readouterr().out
+    )
 
 
 def test_a_score_that_no_sample_has_gets_no_table() -> None:
