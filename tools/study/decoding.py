@@ -86,7 +86,9 @@ def main(
         of_method = dict(zip(chosen, zip(*folders, strict=True), strict=True))
         arms = [read_arm(f"{method}={','.join(map(str, paths))}") for method, paths in of_method.items()]
         rows: dict[str, list[dict[str, Any]]] = {}
-        for one in compare(arms, metrics=tuple(TESTED)):
+        rows_of_greedy = arms[0].seeds[0].values()
+        metrics = [metric for metric in TESTED if any(map(MEASURES[metric].applies, rows_of_greedy))]
+        for one in compare(arms, metrics=metrics):
             found = one.as_data()
             rows.setdefault(one.arm, []).append({key: found[key] for key in KEPT})
         described = {method: _described(paths) for method, paths in of_method.items()}

@@ -17,9 +17,14 @@ from tools.study import decoding as tool
 
 
 @pytest.fixture
-def shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def reports() -> float:
+    return 1.0
+
+
+@pytest.fixture
+def shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reports: float) -> Path:
     """The films; the answers to them are made up, worse with vhr than with greedy decoding."""
-    phantom.write_phantoms(tmp_path / "films", 1, 6, 0, reports=1.0)
+    phantom.write_phantoms(tmp_path / "films", 1, 6, 0, reports=reports)
     shards = tmp_path / "films" / "val"
     skills = {"greedy": 1.0, "vhr": 0.0}
 
@@ -48,6 +53,14 @@ def test_each_method_is_compared_with_greedy(shards: Path, tmp_path: Path, capsy
     mark = "**" if correct["p_holm"] < 0.05 else ""
     assert f"| `vhr` | {mark}{100 * correct['difference']:+.1f}{mark} [" in shown
     assert "| yes where no is right | L |\n| --- | --- |\n| `greedy` | 0.0 |\n| `vhr` | " in shown
+
+
+@pytest.mark.parametrize("reports", [0.0])
+def test_data_without_reports_have_no_bleu(shards: Path, tmp_path: Path, capsys: Any) -> None:
+    tool.main({"L": tmp_path / "run"}, shards, tmp_path / "found.json", methods=["vhr"])
+    found = json.loads((tmp_path / "found.json").read_text())["runs"]["L"]["vhr"]
+    assert [one["metric"] for one in found] == ["questions_correct", "closed_accuracy", "open_exact"]
+    assert "BLEU" not in capsys.readouterr().out
 
 
 def test_probes_are_asked_and_their_accuracy_is_the_mean_of_the_seeds(
