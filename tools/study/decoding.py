@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -37,6 +38,7 @@ TESTED = {
     "open_exact": "open questions, exact",
     "bleu": "BLEU of reports",
 }
+FORMS = {"beams": Decoding(num_beams=5), "nucleus": Decoding(do_sample=True, top_p=0.9)}  # of greedy decoding
 FALSE_YES = "false_yes"
 DESCRIBED = {  # without tests
     FALSE_YES: "yes where no is right",
@@ -65,25 +67,26 @@ def main(
         runs: for each arm the folder of a run, or those of one run per seed.
         data: folder of shards.
         output: JSON file to write.
-        methods: all packaged methods by default; greedy is always among them.
+        methods: all packaged methods, beam search and nucleus sampling by default; greedy is always among them.
         limit: only the first samples.
         name: name of the evaluations in the runs.
         batch_size: questions per batch.
         max_new_tokens: most tokens of an answer.
         probes: asked after the answers, as by `medalign evaluate`; their accuracy is among the scores without tests.
     """
-    chosen = ["greedy", *(other for other in methods or METHODS if other != "greedy")]
-    decodings = [Decoding(method=find_method(method)(), max_new_tokens=max_new_tokens) for method in chosen]
+    chosen = ["greedy", *(other for other in methods or [*FORMS, *METHODS] if other != "greedy")]
+    decodings = {method: _decoding(method, max_new_tokens) for method in chosen}
     result: dict[str, Any] = {
         "command": shlex.join(["python", "-m", "tools.study.decoding", *sys.argv[1:]]),
-        "settings": {method: decoding.method.describe() for method, decoding in zip(chosen, decodings, strict=True)},
+        "settings": {method: decoding.describe() for method, decoding in decodings.items()},
         "runs": {},
         "described": {},
     }
+    options = {"batch_size": batch_size, "limit": limit, "probes": probes or []}
     for arm, places in runs.items():
         seeds = places if isinstance(places, list) else [places]
-        folders = [_answers(run, data, decodings, name, batch_size, limit, probes or []) for run in seeds]
-        of_method = dict(zip(chosen, zip(*folders, strict=True), strict=True))
+        folders = [_answers(run, data, decodings, name, options) for run in seeds]
+        of_method = {method: tuple(found[method] for found in folders) for method in chosen}
         arms = [read_arm(f"{method}={','.join(map(str, paths))}") for method, paths in of_method.items()]
         rows: dict[str, list[dict[str, Any]]] = {}
         rows_of_greedy = arms[0].seeds[0].values()
@@ -98,29 +101,31 @@ def main(
     sys.stdout.write(tables(result))
 
 
+def _decoding(method: str, max_new_tokens: int) -> Decoding:
+    if method in FORMS:
+        return replace(FORMS[method], max_new_tokens=max_new_tokens)
+    return Decoding(method=find_method(method)(), max_new_tokens=max_new_tokens)
+
+
 def _answers(
-    run: Path,
-    data: Path,
-    decodings: list[Decoding],
-    name: str,
-    batch_size: int,
-    limit: int | None,
-    probes: list[str],
-) -> list[Path]:
-    return evaluate_each(
-        run,
-        [str(data)],
-        decodings,
-        name=name,
-        batch_size=batch_size,
-        limit=limit,
-        max_length=None,
-        max_skip_fraction=0.0,
-        base=None,
-        overwrite=False,
-        probes=probes,
-        command=None,
-    )
+    run: Path, data: Path, decodings: dict[str, Decoding], name: str, options: dict[str, Any]
+) -> dict[str, Path]:
+    """Evaluate a run with all methods. Returns the folder of each evaluation."""
+    fixed: dict[str, Any] = {
+        "max_length": None,
+        "max_skip_fraction": 0.0,
+        "base": None,
+        "overwrite": False,
+        "keep_finished": True,
+    }
+    methods = [method for method in decodings if method not in FORMS]
+    together = {name: methods} | {f"{name}-{form}": [form] for form in decodings if form in FORMS}
+    found: dict[str, Path] = {}
+    for each, chosen in together.items():
+        asked = [decodings[method] for method in chosen]
+        folders = evaluate_each(run, [str(data)], asked, name=each, **fixed, **options)
+        found |= dict(zip(chosen, folders, strict=True))
+    return found
 
 
 def _described(folders: tuple[Path, ...]) -> dict[str, float]:

@@ -26,13 +26,13 @@ def shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reports: float) -> P
     """The films; the answers to them are made up, worse with vhr than with greedy decoding."""
     phantom.write_phantoms(tmp_path / "films", 1, 6, 0, reports=reports)
     shards = tmp_path / "films" / "val"
-    skills = {"greedy": 1.0, "vhr": 0.0}
 
-    def evaluate(run: Path, data: list[str], decodings: list[Decoding], **_: Any) -> list[Path]:
+    def evaluate(run: Path, data: list[str], decodings: list[Decoding], name: str, **_: Any) -> list[Path]:
         assert data == [str(shards)]
-        folders = [run / one.method.name for one in decodings]
+        folders = [run / f"{name}-{one.method.name}" for one in decodings]
         for folder, one in zip(folders, decodings, strict=True):
-            skill, config = skills[one.method.name], {"losses": {"alpha": 0}}
+            skill = 0.0 if one.method.name == "vhr" else 0.5 if one.num_beams == 5 else 1.0
+            config = {"losses": {"alpha": 0}}
             make_run(folder, shards, skill=skill, aim=0.0, steps=0, config=config)
         return [folder / "evaluation" / "val" for folder in folders]
 
@@ -53,6 +53,15 @@ def test_each_method_is_compared_with_greedy(shards: Path, tmp_path: Path, capsy
     mark = "**" if correct["p_holm"] < 0.05 else ""
     assert f"| `vhr` | {mark}{100 * correct['difference']:+.1f}{mark} [" in shown
     assert "| yes where no is right | L |\n| --- | --- |\n| `greedy` | 0.0 |\n| `vhr` | " in shown
+
+
+def test_beam_search_and_the_nucleus_are_evaluations_of_their_own(shards: Path, tmp_path: Path) -> None:
+    tool.main({"L": tmp_path / "run"}, shards, tmp_path / "found.json", methods=["beams", "vhr", "nucleus"])
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["settings"]["beams"]["num_beams"] == 5 and found["settings"]["nucleus"]["top_p"] == 0.9
+    scores = {method: rows[0]["arm_score"] for method, rows in found["runs"]["L"].items()}
+    assert list(scores) == ["beams", "vhr", "nucleus"]
+    assert scores["nucleus"] == 1.0 > scores["beams"] > scores["vhr"]
 
 
 @pytest.mark.parametrize("reports", [0.0])
