@@ -109,7 +109,6 @@ def evaluate_each(
     max_skip_fraction: float,
     base: str | None,
     overwrite: bool,
-    keep_finished: bool = False,
     probes: Sequence[str] = (),
     command: str | None = None,
 ) -> list[Path]:
@@ -118,7 +117,8 @@ def evaluate_each(
     Args:
         run: a run, a checkpoint or an export.
         data: shard folders.
-        decodings: with different methods.
+        decodings: with different methods. If there are several, an evaluation that was finished with the same settings,
+            weights, shards and versions is kept as it is, so an interrupted call continues with the others.
         name: see `evaluate`.
         batch_size: questions per batch.
         limit: evaluate only the first samples.
@@ -126,8 +126,6 @@ def evaluate_each(
         max_skip_fraction: fraction of the samples that may be unreadable.
         base: folder of the base model, if it has moved since the training.
         overwrite: repeat finished evaluations, and replace evaluations of more samples.
-        keep_finished: keep an evaluation that was finished with the same settings, weights, shards and versions. With
-            probes and for several methods this is always so: an interrupted call continues with what is left.
         probes: see `evaluate`.
         command: the command line, for scores.json.
 
@@ -158,8 +156,7 @@ def evaluate_each(
             known = {**settings, **origin, "versions": versions()}
             asking = Asking(work, indexes, known, ask, student.spec.grid, store)
             provenance = {**origin, "settings": settings, "versions": versions()}
-            keep = (keep_finished or len(folders) > 1 or probes) and not overwrite
-            if keep and _is_finished(folder, provenance):
+            if (len(folders) > 1 or probes) and not overwrite and _is_finished(folder, provenance):
                 log.info("%s is already evaluated; --overwrite repeats it", folder.path)
             else:
                 _answer(folder, asking, settings | {"data": places, "provenance": provenance | {"command": command}})

@@ -23,10 +23,8 @@ from medalign.contracts import Batch
 from medalign.data.shards.index import ShardIndex
 from medalign.data.shards.records import Record
 from medalign.data.shards.writer import write_shards
-from medalign.decoding.base import Decoding
 from medalign.evaluation import generation
 from medalign.evaluation.metrics import read_predictions
-from medalign.evaluator import evaluate_each
 from medalign.inference import open_student
 from medalign.phantom.records import records
 from medalign.student.model import Student
@@ -416,16 +414,6 @@ class TestSeveralMethods:
         assert files[0].stat().st_mtime_ns == before[0] and files[1].is_file()
         assert main([*words, *self.OWN, "--batch-size=2"]) == 0  # another setting: both are repeated
         assert files[0].stat().st_mtime_ns > before[0]
-
-    def test_a_single_evaluation_is_kept_if_asked(self, run, shards):
-        def ask(**more):
-            words = {"limit": 2, "max_length": None, "max_skip_fraction": 0.0, "base": None, "overwrite": False}
-            decodings, data = [Decoding(max_new_tokens=2)], [str(shards / "val")]
-            (folder,) = evaluate_each(run, data, decodings, name="kept", batch_size=2, **words, **more)
-            return (folder / "scores.json").stat().st_mtime_ns
-
-        before = ask()
-        assert ask(keep_finished=True) == before < ask()
 
     def test_a_student_that_a_method_refuses_is_not_read(self, run, shards, monkeypatch, capsys):
         monkeypatch.setattr(export, "load_export", None)

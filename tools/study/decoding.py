@@ -6,7 +6,8 @@
 Writes, for each arm and method, the scores and their paired differences to greedy decoding, with p adjusted by Holm for
 all methods and scores of the arm. For an arm of one run, the 95 % intervals are of a bootstrap over films and p of a
 permutation test; for several, one per seed, the seed is the unit, as in `medalign compare`. Scores without tests are
-means of the runs. The answers are evaluations of the runs, so a call that ends early resumes. Prints all as tables.
+means of the runs. The answers are evaluations of the runs, so a call that ends early resumes; only beam search and the
+nucleus, which are short, are repeated. Prints all as tables.
 """
 
 from __future__ import annotations
@@ -111,13 +112,7 @@ def _answers(
     run: Path, data: Path, decodings: dict[str, Decoding], name: str, options: dict[str, Any]
 ) -> dict[str, Path]:
     """Evaluate a run with all methods. Returns the folder of each evaluation."""
-    fixed: dict[str, Any] = {
-        "max_length": None,
-        "max_skip_fraction": 0.0,
-        "base": None,
-        "overwrite": False,
-        "keep_finished": True,
-    }
+    fixed: dict[str, Any] = {"max_length": None, "max_skip_fraction": 0.0, "base": None, "overwrite": False}
     methods = [method for method in decodings if method not in FORMS]
     together = {name: methods} | {f"{name}-{form}": [form] for form in decodings if form in FORMS}
     found: dict[str, Path] = {}
