@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -155,20 +155,32 @@ def join_views(first: Batch, second: Batch) -> Batch:
 def without_images(batch: Batch) -> Batch:
     """Return the samples without their image tokens, left-padded. A sample without images is as before."""
     kept_BL = batch.attention_mask & (batch.image_index < 0)
+    return take_tokens(batch, [kept.nonzero().flatten() for kept in kept_BL])
 
-    def rows(values_BL: torch.Tensor, fill: int) -> torch.Tensor:
-        parts = [values[kept] for values, kept in zip(values_BL, kept_BL, strict=True)]
+
+def take_tokens(batch: Batch, places: Sequence[torch.Tensor], rows: Sequence[int] | None = None) -> Batch:
+    """Return samples with some of their tokens, left-padded. What belongs to images is that of all samples.
+
+    Args:
+        batch: a padded batch.
+        places: of each returned sample, the places of its tokens in its row, int64. One may occur several times.
+        rows: the samples to return; None for all.
+    """
+    rows = range(len(batch.input_ids)) if rows is None else rows
+
+    def taken(values_BL: torch.Tensor, fill: int) -> torch.Tensor:
+        parts = [values_BL[row, tokens] for row, tokens in zip(rows, places, strict=True)]
         return pad_sequence(parts, batch_first=True, padding_value=fill, padding_side="left")
 
     return replace(
         batch,
-        input_ids=rows(batch.input_ids, _text_token(batch)),
-        attention_mask=rows(batch.attention_mask, 0),
-        labels=rows(batch.labels, IGNORE),
-        question_mask=rows(batch.question_mask, 0),
-        image_index=rows(batch.image_index, -1),
-        attention_rows=None if batch.attention_rows is None else rows(batch.attention_rows, 0),
-        cell_mask=None if batch.cell_mask is None else rows(batch.cell_mask, 0),
+        input_ids=taken(batch.input_ids, _text_token(batch)),
+        attention_mask=taken(batch.attention_mask, 0),
+        labels=taken(batch.labels, IGNORE),
+        question_mask=taken(batch.question_mask, 0),
+        image_index=taken(batch.image_index, -1),
+        attention_rows=None if batch.attention_rows is None else taken(batch.attention_rows, 0),
+        cell_mask=None if batch.cell_mask is None else taken(batch.cell_mask, 0),
     )
 
 

@@ -39,6 +39,11 @@ METHODS: dict[str, Entry] = {
     "imccd": Entry(
         "medalign.decoding.methods.imccd:IMCCD", "IMCCD: contrast with distorted values of the image", "2 per token"
     ),
+    "second": Entry(
+        "medalign.decoding.methods.second:SECOND",
+        "SECOND: contrast of the image at several scales, with selected tokens",
+        "3 prompts per token",
+    ),
     "dola": Entry("medalign.decoding.methods.dola:DoLa", "DoLa: contrast with an earlier block", "1 per token"),
     "pai": Entry("medalign.decoding.methods.pai:PAI", "PAI: amplified attention to the image", "2 per token"),
     "vhr": Entry(

@@ -136,6 +136,38 @@ class Student(nn.Module):
         attention = self._collect(batch)[0].attention if has_image else None
         return ids[:, prompt:], attention
 
+    @torch.no_grad()
+    def read(self, batch: Batch, features_TD: torch.Tensor, *, use_cache: bool = False) -> tuple[Any, torch.Tensor]:
+        """Read prompts whose images have any number of tokens, with features that were computed before.
+
+        Args:
+            batch: left-padded and without answers. Tokens with an image index are image tokens.
+            features_TD: what takes the places of the T image tokens, in their order.
+            use_cache: whether the output has a cache.
+
+        Returns:
+            The model's output, with the logits of the last token only, and the attention [B, L] of the first tapped
+            block.
+        """
+        self._begin_batch(batch)
+        images_BL = batch.image_index >= 0
+
+        def insert(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+            embeddings_BLD = kwargs["inputs_embeds"].clone()
+            embeddings_BLD[images_BL] = features_TD.to(embeddings_BLD.dtype)
+            return args, kwargs | {"inputs_embeds": embeddings_BLD}
+
+        hook = self.spec.language_model.register_forward_pre_hook(insert, with_kwargs=True)
+        layout = forward_arguments(batch)
+        try:
+            with self._recording(batch, batch.rows):
+                output = self.model(input_ids=batch.input_ids, logits_to_keep=1, use_cache=use_cache, **layout)
+        finally:
+            hook.remove()
+        attention_BL = self.attention_captures[0].attention
+        assert attention_BL is not None
+        return output, attention_BL
+
     @property
     def layer(self) -> int:
         """The first tapped block."""

@@ -2,9 +2,11 @@
 
     OMP_NUM_THREADS=1 python -m tools.benchmarks.decoding --output tools/benchmarks/results/decoding.json
     python -m tools.benchmarks.decoding --students llava --output decoding_gpu.json     # on a GPU
+    python -m tools.benchmarks.decoding --students '[models/smollm2]' --precision bf16 --output decoding_smollm2.json
 
 All methods answer the same batch in turns, with their published settings and the same number of new tokens. Further
-forms are PAI without its second view (`pai, gamma 1`) and beam search (`5 beams`). Questions are random, and no answer
+forms are PAI without its second view (`pai, gamma 1`), SECOND that selects once (`second, once`) and beam search
+(`5 beams`). Questions are random, and no answer
 ends early. A ratio is the median over the rounds of the ratio to greedy decoding in the same round. On a CPU the time
 is that of this process, which does not count others; memory is the peak of the bytes in tensors. On a GPU the time is
 that of a clock, and memory what torch reports. The weights do not count.
@@ -12,6 +14,7 @@ that of a clock, and memory what torch reports. The weights do not count.
 - phantom: the packaged student, 64 image tokens.
 - wide: 576 image tokens, width 512, 6 blocks, random weights.
 - llava: random weights of LLaVA-Med's shape.
+- any other word is the folder of a student.
 """
 
 from __future__ import annotations
@@ -32,12 +35,14 @@ import torch
 from jsonargparse import auto_cli
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import AutoConfig
 
 from medalign import distributed
 from medalign.config import StudentConfig
 from medalign.contracts import Batch
 from medalign.decoding.base import Decoding
 from medalign.decoding.methods.pai import PAI
+from medalign.decoding.methods.second import SECOND
 from medalign.decoding.registry import METHODS, find_method
 from medalign.errors import ConfigError
 from medalign.student.model import Student
@@ -50,9 +55,12 @@ MAKERS: dict[str, Callable[[StudentConfig, torch.device, torch.dtype], Student]]
     "wide": models.wide_student,
     "llava": lambda config, device, dtype: models.random_student(LLAVA, config, device, dtype),
 }
-
-
-FORMS = {"pai, gamma 1": Decoding(method=PAI(gamma=1.0)), "5 beams": Decoding(num_beams=5)}
+FORMS = {
+    "pai, gamma 1": Decoding(method=PAI(gamma=1.0)),
+    "second, once": Decoding(method=SECOND(reselect=False)),
+    "5 beams": Decoding(num_beams=5),
+}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class LiveBytes(TorchDispatchMode):
@@ -85,23 +93,26 @@ class LiveBytes(TorchDispatchMode):
 
 def main(
     output: Path,
-    students: list[Literal["phantom", "wide", "llava"]] | None = None,
+    students: list[str] | None = None,
     methods: list[str] | None = None,
     samples: int = 8,
     new_tokens: int = 24,
     rounds: int = 5,
+    precision: Literal["fp32", "bf16"] | None = None,
 ) -> None:
     """Measure the methods and write the result.
 
     Args:
         output: JSON file to write.
-        students: phantom and wide by default.
+        students: names or folders; phantom and wide by default.
         methods: all registered ones and the further forms by default. Greedy decoding is always measured.
         samples: questions in the batch.
         new_tokens: tokens of each answer.
         rounds: how often each method answers the batch, after once without measuring.
+        precision: of the weights; by default bf16 on a GPU and fp32 on a CPU.
     """
     torch.manual_seed(0)
+    dtype = DTYPES[precision or ("bf16" if distributed.device().type == "cuda" else "fp32")]
     names = ["greedy", *(name for name in methods or [*METHODS, *FORMS] if name != "greedy")]
     result = {
         "command": shlex.join(["python", "-m", "tools.benchmarks.decoding", *sys.argv[1:]]),
@@ -109,18 +120,21 @@ def main(
         "samples": samples,
         "new_tokens": new_tokens,
         "students": {
-            name: _measure(name, names, samples, new_tokens, rounds) for name in students or ["phantom", "wide"]
+            Path(name).name: _measure(name, dtype, names, samples, new_tokens, rounds)
+            for name in students or ["phantom", "wide"]
         },
     }
     output.write_text(json.dumps(result, indent=2) + "\n")
 
 
-def _measure(name: str, names: list[str], samples: int, new_tokens: int, rounds: int) -> dict[str, Any]:
+def _measure(
+    name: str, dtype: torch.dtype, names: list[str], samples: int, new_tokens: int, rounds: int
+) -> dict[str, Any]:
     device = distributed.device()
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    blocks = LLAVA.blocks if name == "llava" else 4
-    config = models.settings(samples, "cpu", layer=models.tapped_layer(blocks)).student
-    student = MAKERS[name](config, device, dtype).eval()
+    config = models.settings(samples, "cpu", layer=models.tapped_layer(_blocks(name))).student
+    if name not in MAKERS:
+        config = replace(config, path=name)
+    student = MAKERS.get(name, models.packaged_student)(config, device, dtype).eval()
     student.spec.model.generation_config.eos_token_id = None  # no answer ends early
     batch = models.make_batch(student, 0, samples, Text(question=24, answer=0)).to(device)
     methods, refused = {}, {}
@@ -144,6 +158,14 @@ def _measure(name: str, names: list[str], samples: int, new_tokens: int, rounds:
         }
     tokens = {"image_tokens": student.spec.image.count, "prompt_tokens": batch.input_ids.shape[1]}
     return {**tokens, "dtype": str(dtype).removeprefix("torch."), "over_greedy": rows, "refused": refused}
+
+
+def _blocks(name: str) -> int:
+    """Return the number of decoder blocks of a student."""
+    if name in MAKERS:
+        return LLAVA.blocks if name == "llava" else 4
+    blocks: int = AutoConfig.from_pretrained(name).get_text_config().num_hidden_layers
+    return blocks
 
 
 def _answer(student: Student, batch: Batch, decoding: Decoding) -> None:

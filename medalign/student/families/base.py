@@ -8,10 +8,10 @@ Shape suffixes: B samples, L tokens, I images, S pixels per side, N image tokens
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from PIL import Image
@@ -77,6 +77,20 @@ class ModelSpec:
     def preprocess_cfg(self, processor: Any) -> PreprocessCfg:
         """How the vision tower takes its pixels; the normalization is that of the model's own processor."""
         return self.family.preprocess_cfg(processor, self.image_size)
+
+
+class PatchAttention(NamedTuple):
+    """Where the attention between patches is computed.
+
+    Attributes:
+        projections: those of queries and keys of each block up to the image's features, in order.
+        heads: number of heads.
+        first: number of the tokens before the patches.
+    """
+
+    projections: Sequence[tuple[nn.Linear, nn.Linear]]
+    heads: int
+    first: int
 
 
 class Family:
@@ -229,6 +243,29 @@ class Family:
             LookupError: the patches with the class token are not the image tokens; the message says why.
         """
         raise LookupError("its vision tower has no class token, or merges patches to image tokens")
+
+    def patch_attention(self, spec: ModelSpec) -> PatchAttention:
+        """Return where the vision tower computes the attention between the image's patches.
+
+        Args:
+            spec: the model.
+
+        Raises:
+            LookupError: image tokens are not patches, or images have one size only; the message says why.
+        """
+        raise LookupError("its image tokens are not the patches of its vision tower")
+
+    def scaled_features(self, spec: ModelSpec, pixels: torch.Tensor, scales: int) -> Iterator[torch.Tensor]:
+        """Yield the features of images at several scales, [I, N, D] each; the last ones are the cells of the grid.
+
+        Each scale has twice as many tokens per side as the one before.
+
+        Args:
+            spec: a model for which `patch_attention` exists.
+            pixels: [I, 3, S, S].
+            scales: number of scales; the side of the grid is a multiple of 2 ** (scales - 1).
+        """
+        raise NotImplementedError
 
     def features_settings(self, config: Any) -> str:
         """Describe the settings that the features depend on, for error messages."""

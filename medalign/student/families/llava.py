@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import nn
 from typing_extensions import override
 
 from medalign.contracts import ImageTokens
 from medalign.errors import ConfigError
 from medalign.geometry import PatchGrid
-from medalign.student.families.base import Family, ModelSpec
+from medalign.student.families.base import Family, ModelSpec, PatchAttention
 from medalign.student.families.registry import register
 from medalign.student.towers import TOWER_KEYS
 
@@ -78,11 +82,27 @@ class Llava(Family):
         config = spec.model.config
         if config.vision_feature_select_strategy != "default":
             raise LookupError(f"its vision tower ({config.vision_config.model_type}) has no class token")
-        named = list(spec.vision_tower.named_modules())
-        queries, keys = ([module for name, module in named if name.endswith(end)] for end in ("q_proj", "k_proj"))
-        if len(queries) < -block or len(keys) != len(queries):
-            raise LookupError(f"its vision tower has {len(queries)} blocks with projections of queries and keys")
-        return queries[block], keys[block], config.vision_config.num_attention_heads
+        projections = _projections(spec.vision_tower)
+        if len(projections) < -block:
+            raise LookupError(f"its vision tower has {len(projections)} blocks with projections of queries and keys")
+        return *projections[block], config.vision_config.num_attention_heads
+
+    @override
+    def patch_attention(self, spec: ModelSpec) -> PatchAttention:
+        config, projections = spec.model.config, _projections(spec.vision_tower)
+        if not projections or _embeddings(spec.vision_tower) is None:
+            raise LookupError(f"its vision tower ({config.vision_config.model_type}) takes images of one size only")
+        layers = config.vision_feature_layer  # of the hidden states: 0 is before the first block
+        states = range(len(projections) + 1)
+        last = max(states[layer] for layer in ([layers] if isinstance(layers, int) else layers))
+        first = int(config.vision_feature_select_strategy == "default")
+        return PatchAttention(projections[:last], config.vision_config.num_attention_heads, first)
+
+    @override
+    def scaled_features(self, spec: ModelSpec, pixels: torch.Tensor, scales: int) -> Iterator[torch.Tensor]:
+        for step in range(scales - 1, 0, -1):
+            yield resized_features(spec, pixels, 2**step)
+        yield self.features(spec, pixels)
 
     @override
     def features_settings(self, config: Any) -> str:
@@ -90,3 +110,57 @@ class Llava(Family):
             f"vision_feature_select_strategy {config.vision_feature_select_strategy!r} and vision_feature_layer "
             f"{config.vision_feature_layer}"
         )
+
+
+def resized_features(spec: ModelSpec, pixels: torch.Tensor, divisor: int) -> torch.Tensor:
+    """Return the features of images whose sides are divided by a number, [I, N, D].
+
+    Their position embeddings are interpolated, bilinearly as the pixels.
+
+    Args:
+        spec: the model.
+        pixels: [I, 3, S, S], of the tower's own size.
+        divisor: of S.
+    """
+    config, tower = spec.model.config, spec.vision_tower
+    embeddings: Any = _embeddings(tower)
+    size = pixels.shape[-1] // divisor
+    small = F.interpolate(pixels.float(), (size, size), mode="bilinear", align_corners=False).to(pixels.dtype)
+    side = size // config.vision_config.patch_size
+    # Hides the method of the class, which is bicubic; some towers call it only if they are asked to.
+    embeddings.interpolate_pos_encoding = lambda *_: _resized_positions(embeddings, side)
+    asked = "interpolate_pos_encoding" in signature(embeddings.forward).parameters
+    try:
+        extra = {"interpolate_pos_encoding": True} if asked else {}
+        states = tower(small, output_hidden_states=True, **extra).hidden_states
+    finally:
+        del embeddings.interpolate_pos_encoding
+    layers = config.vision_feature_layer
+    chosen = torch.cat([states[layer] for layer in ([layers] if isinstance(layers, int) else layers)], dim=-1)
+    features: torch.Tensor = spec.projector(chosen[:, -(side**2) :])
+    return features
+
+
+def _projections(tower: nn.Module) -> list[tuple[Any, Any]]:
+    """Return the projections of queries and keys of each block; none if they are not apart."""
+    named = list(tower.named_modules())
+    queries, keys = ([module for name, module in named if name.endswith(end)] for end in ("q_proj", "k_proj"))
+    return list(zip(queries, keys, strict=True)) if len(queries) == len(keys) else []
+
+
+def _embeddings(tower: nn.Module) -> nn.Module | None:
+    """Return the module that adds a position embedding to each patch, and can interpolate it; None if there is none."""
+    return next((module for module in tower.modules() if hasattr(module, "interpolate_pos_encoding")), None)
+
+
+def _resized_positions(embeddings: Any, side: int) -> torch.Tensor:
+    """Return the position embeddings of a square grid, [1, N, D]; those of tokens before the patches are kept."""
+    if hasattr(embeddings, "position_embedding"):  # CLIP, SigLIP
+        table_ND = embeddings.position_embedding.weight
+    else:  # DINOv2
+        table_ND = embeddings.position_embeddings[0]
+    own = math.isqrt(len(table_ND))
+    first_FD, patches_ND = table_ND.split([len(table_ND) - own**2, own**2])
+    grid_DYX = patches_ND.T.unflatten(1, (own, own)).float()
+    resized_DYX = F.interpolate(grid_DYX[None], (side, side), mode="bilinear", align_corners=False)[0]
+    return torch.cat([first_FD, resized_DYX.flatten(1).T.to(table_ND.dtype)])[None]

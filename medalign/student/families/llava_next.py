@@ -10,6 +10,7 @@ and the tiles).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from medalign.contracts import Batch, ImageTokens
 from medalign.errors import ConfigError
 from medalign.geometry import PatchGrid
 from medalign.student.families.base import ModelSpec
-from medalign.student.families.llava import Llava
+from medalign.student.families.llava import Llava, resized_features
 from medalign.student.families.registry import register
 
 _TILES = 2  # per side
@@ -49,6 +50,14 @@ class LlavaNext(Llava):
     @override
     def class_attention(self, spec: ModelSpec, block: int) -> tuple[nn.Linear, nn.Linear, int]:
         raise LookupError("its vision tower sees an image as a whole and in tiles, each with a class token")
+
+    @override
+    def scaled_features(self, spec: Any, pixels: torch.Tensor, scales: int) -> Iterator[torch.Tensor]:
+        """The tiles are the last scale, the image as a whole the one before."""
+        whole = _views(spec, pixels)["pixel_values"][:, 0]
+        for step in range(scales - 2, -1, -1):
+            yield resized_features(spec, whole, 2**step)
+        yield self.features(spec, pixels)[:, list(spec.image.cells)]
 
     @override
     def image_size(self, config: Any) -> int:
