@@ -130,8 +130,9 @@ def test_rows_from_before_the_time_was_logged(tmp_path):
     assert (found["step"], found["last row"]) == (["10/100"], ["-"])
 
 
-def test_runs_with_the_same_name_are_told_apart_by_their_path(tmp_path):
-    paths = [write_run(tmp_path / name / "run", {10: {}}) for name in "ab"]
+def test_runs_with_the_same_name_are_told_apart_by_their_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # a long path is folded, wherever that is
+    paths = [write_run(Path(name, "run"), {10: {}}) for name in "ab"]
     text = draw(paths)
     assert "a/run" in text and "b/run" in text
 
