@@ -164,6 +164,7 @@ class Student(nn.Module):
                 output = self.model(input_ids=batch.input_ids, logits_to_keep=1, use_cache=use_cache, **layout)
         finally:
             hook.remove()
+        self._tokens = {}  # of the tapped blocks, which only losses need
         attention_BL = self.attention_captures[0].attention
         assert attention_BL is not None
         return output, attention_BL

@@ -6,10 +6,10 @@
 
 All methods answer the same batch in turns, with their published settings and the same number of new tokens. Further
 forms are PAI without its second view (`pai, gamma 1`), SECOND that selects once (`second, once`) and beam search
-(`5 beams`). Questions are random, and no answer
-ends early. A ratio is the median over the rounds of the ratio to greedy decoding in the same round. On a CPU the time
-is that of this process, which does not count others; memory is the peak of the bytes in tensors. On a GPU the time is
-that of a clock, and memory what torch reports. The weights do not count.
+(`5 beams`). Questions are random, and no answer ends early. A ratio is the median over the rounds of the ratio to
+greedy decoding in the same round. On a CPU the time is that of this process, which does not count others; memory is the
+peak of the bytes in tensors. On a GPU the time is that of a clock, and memory what torch reports. The weights do not
+count.
 
 - phantom: the packaged student, 64 image tokens.
 - wide: 576 image tokens, width 512, 6 blocks, random weights.

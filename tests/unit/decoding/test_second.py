@@ -195,6 +195,8 @@ def test_towers_of_every_kind(tmp_path: Path, name: str) -> None:
     method = SECOND(scales=2, strictness=30.0)
     method.check(asked.student.spec, asked.model.config)
     compare(asked, method, plain_second)
+    if name == "llava_next":  # the tiles, the image as a whole, and half of it
+        compare(asked, SECOND(strictness=30.0), plain_second)
 
 
 def test_w_and_mixture_act_in_passes_with_a_cache_as_in_prompts(fine: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
