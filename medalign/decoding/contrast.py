@@ -172,15 +172,25 @@ def take_tokens(batch: Batch, places: Sequence[torch.Tensor], rows: Sequence[int
         parts = [values_BL[row, tokens] for row, tokens in zip(rows, places, strict=True)]
         return pad_sequence(parts, batch_first=True, padding_value=fill, padding_side="left")
 
+    return map_tokens(batch, taken)
+
+
+def map_tokens(batch: Batch, change: Callable[[torch.Tensor, int], torch.Tensor]) -> Batch:
+    """Return a batch with all values of tokens changed.
+
+    Args:
+        batch: a padded batch.
+        change: takes values [B, L], and the value of padding.
+    """
     return replace(
         batch,
-        input_ids=taken(batch.input_ids, _text_token(batch)),
-        attention_mask=taken(batch.attention_mask, 0),
-        labels=taken(batch.labels, IGNORE),
-        question_mask=taken(batch.question_mask, 0),
-        image_index=taken(batch.image_index, -1),
-        attention_rows=None if batch.attention_rows is None else taken(batch.attention_rows, 0),
-        cell_mask=None if batch.cell_mask is None else taken(batch.cell_mask, 0),
+        input_ids=change(batch.input_ids, _text_token(batch)),
+        attention_mask=change(batch.attention_mask, 0),
+        labels=change(batch.labels, IGNORE),
+        question_mask=change(batch.question_mask, 0),
+        image_index=change(batch.image_index, -1),
+        attention_rows=None if batch.attention_rows is None else change(batch.attention_rows, 0),
+        cell_mask=None if batch.cell_mask is None else change(batch.cell_mask, 0),
     )
 
 

@@ -39,9 +39,9 @@ import torch
 import torch.nn.functional as F
 
 from medalign.config import StudentConfig
-from medalign.contracts import IGNORE, Batch
+from medalign.contracts import Batch
 from medalign.decoding.base import Decoding, Method, Prepared, setting
-from medalign.decoding.contrast import NO_BEAMS
+from medalign.decoding.contrast import NO_BEAMS, map_tokens
 from medalign.decoding.interventions import RecordedRow
 from medalign.decoding.scales import Staged, look, stage
 from medalign.errors import ConfigError
@@ -265,17 +265,9 @@ def _last_row(rows: Iterable[RecordedRow], mask_RL: torch.Tensor) -> torch.Tenso
 
 def _with_answers(batch: Batch, ids_BT: torch.Tensor) -> Batch:
     """Return prompts with the answers so far at their end."""
-
-    def longer(values_BL: torch.Tensor, fill: int) -> torch.Tensor:
-        return F.pad(values_BL, (0, ids_BT.shape[1]), value=fill)
-
+    count = ids_BT.shape[1]
     return replace(
-        batch,
+        map_tokens(batch, lambda values_BL, fill: F.pad(values_BL, (0, count), value=fill)),
         input_ids=torch.cat([batch.input_ids, ids_BT], dim=1),
-        attention_mask=longer(batch.attention_mask, 1),
-        labels=longer(batch.labels, IGNORE),
-        question_mask=longer(batch.question_mask, 0),
-        image_index=longer(batch.image_index, -1),
-        attention_rows=None if batch.attention_rows is None else longer(batch.attention_rows, 0),
-        cell_mask=None if batch.cell_mask is None else longer(batch.cell_mask, 0),
+        attention_mask=F.pad(batch.attention_mask, (0, count), value=True),
     )
