@@ -113,11 +113,18 @@ class GivenStep(TrainStep):
 
 
 class Bench:
-    """A student in its engine, a teacher, one batch; `take` makes a step of one form and returns its losses."""
+    """A student in its engine, a teacher, one batch; `take` makes a step of one form and returns its losses.
 
-    def __init__(self, engine: Engine, student: Student, teacher: Teacher, config: Config, batch: Batch) -> None:
+    `before`: bytes on the GPU before the student was built. The teacher, and earlier students: DeepSpeed's hooks keep
+    them as long as the process.
+    """
+
+    def __init__(
+        self, engine: Engine, student: Student, teacher: Teacher, config: Config, batch: Batch, before: int = 0
+    ) -> None:
         self.engine, self.student, self.config, self.batch = engine, student, config, batch
-        self.teacher = teacher
+        self.teacher, self.before = teacher, before
+        self.teacher_bytes = sum(weight.nbytes for weight in teacher.parameters())
         self.steering = student.steering
         self.rates = {group["name"]: 0.0 for group in engine.optimizer.param_groups}
         self.steps = {form.name: self._step(form) for form in FORMS}

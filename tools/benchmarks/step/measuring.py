@@ -35,11 +35,12 @@ MakeStudent = Callable[[StudentConfig, torch.device, torch.dtype], Student]
 def assemble(config: Config, make: MakeStudent, teacher: Teacher, samples: int, text: Text) -> Bench:
     """Build student, engine and batch on one rank, where weights are not sharded while they are loaded."""
     device = next(teacher.parameters()).device
+    before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
     student = make(config.student, device, next(teacher.parameters()).dtype)
     student.train()
     engine = Engine(student, parameter_groups(student, config), deepspeed_settings(config, 1))
     batch = models.make_batch(student, teacher.preprocess_cfg.size, samples, text)
-    return Bench(engine, student, teacher, config, batch)
+    return Bench(engine, student, teacher, config, batch, before)
 
 
 def measure(bench: Bench, rounds: int, name: str) -> dict[str, Any]:
@@ -78,8 +79,7 @@ def measure(bench: Bench, rounds: int, name: str) -> dict[str, Any]:
 def _timed(bench: Bench, form: Form, device: torch.device) -> tuple[float, float, float]:
     """Make one step; return its seconds, its peak memory in bytes and its total loss."""
     on_gpu = device.type == "cuda"
-    online = form.distils and not form.given
-    idle = 0 if online else sum(weight.nbytes for weight in bench.teacher.parameters())
+    teacher = bench.teacher_bytes if form.distils and not form.given else 0
     if on_gpu:
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -88,7 +88,8 @@ def _timed(bench: Bench, form: Form, device: torch.device) -> tuple[float, float
     if on_gpu:
         torch.cuda.synchronize(device)
     seconds = time.perf_counter() - began
-    return seconds, torch.cuda.max_memory_allocated(device) - idle if on_gpu else 0.0, losses["loss/total"]
+    peak = torch.cuda.max_memory_allocated(device) - bench.before + teacher if on_gpu else 0.0
+    return seconds, peak, losses["loss/total"]
 
 
 def _require_same(losses: dict[str, float], lost: set[str], dtype: torch.dtype) -> None:
@@ -166,9 +167,8 @@ def plan_blocks(bench_of: Callable[[int], Bench], wanted: int, device: torch.dev
     greedy = next(form for form in FORMS if form.name == "released_online")
     peaks = []
     for blocks in (2, 4):
-        before = torch.cuda.memory_allocated(device)
         bench = bench_of(blocks)
-        peaks.append(max(_timed(bench, greedy, device)[1] for _ in range(2)) - before)
+        peaks.append(max(_timed(bench, greedy, device)[1] for _ in range(2)) - bench.teacher_bytes)
         del bench
         gc.collect()
         torch.cuda.empty_cache()
