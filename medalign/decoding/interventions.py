@@ -116,9 +116,11 @@ def last_scores(
         scaling: factor of the scores; None for 1 / sqrt(D).
         softcap: the scores are capped smoothly at this size.
     """
-    groups, size = key_RGKD.shape[1], query_RHLD.shape[-1]
-    query_RGND = query_RHLD[:, :, -1].unflatten(1, (groups, -1))  # N queries share a key
-    scores_RHK = torch.matmul(query_RGND, key_RGKD.transpose(2, 3)).flatten(1, 2).float()
+    (rows, heads), size = query_RHLD.shape[:2], query_RHLD.shape[-1]
+    key_SKD = key_RGKD.flatten(0, 1)  # S: rows and key heads
+    query_SND = query_RHLD[:, :, -1].reshape(len(key_SKD), -1, size)  # N queries share a key
+    # One product over S: matmul would take several more launches to make the same, in each block and for each token.
+    scores_RHK = torch.bmm(query_SND, key_SKD.transpose(1, 2)).view(rows, heads, -1).float()
     scores_RHK = scores_RHK * (size**-0.5 if scaling is None else scaling)
     return scores_RHK if softcap is None else softcap * torch.tanh(scores_RHK / softcap)
 
@@ -148,5 +150,7 @@ def mask_scores(
 
 def mix_values(weights_RHK: torch.Tensor, value_RGKD: torch.Tensor) -> torch.Tensor:
     """Return the mean of the values under the weights, [R, H, D]."""
-    weights_RGNK = weights_RHK.to(value_RGKD.dtype).unflatten(1, (value_RGKD.shape[1], -1))
-    return torch.matmul(weights_RGNK, value_RGKD).flatten(1, 2)
+    rows, heads, keys = weights_RHK.shape
+    value_SKD = value_RGKD.flatten(0, 1)
+    weights_SNK = weights_RHK.to(value_SKD.dtype).view(len(value_SKD), -1, keys)
+    return torch.bmm(weights_SNK, value_SKD).view(rows, heads, -1)

@@ -91,6 +91,14 @@ def test_it_continues_after_a_failure_and_reports_it(monkeypatch, tmp_path, caps
     assert "RuntimeError: no such card" in page and "| 1.5 |" in page
 
 
+def test_stages_find_the_packages_of_pythonpath(monkeypatch, tmp_path):
+    """The check for missing packages finds them there, too."""
+    (tmp_path / "carried.py").touch()
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    status, document, _ = run(monkeypatch, tmp_path, stage("kernels", "import carried, medalign; print({})"))
+    assert status == 0, document
+
+
 def test_chosen_stages_keep_the_rows_of_the_others(monkeypatch, tmp_path):
     machine = stage("machine", 'print(\'{"card": "NVIDIA Test"}\')')
     written = "import sys; open(sys.argv[-1], 'w').write('{\"rows\": [{\"ms\": %s}]}')"

@@ -134,7 +134,7 @@ def _measure(
     config = models.settings(samples, "cpu", layer=models.tapped_layer(_blocks(name))).student
     if name not in MAKERS:
         config = replace(config, path=name)
-    student = MAKERS.get(name, models.packaged_student)(config, device, dtype).eval()
+    student = MAKERS.get(name, models.packaged_student)(config, device, dtype).to(device).eval()
     student.spec.model.generation_config.eos_token_id = None  # no answer ends early
     batch = models.make_batch(student, 0, samples, Text(question=24, answer=0)).to(device)
     methods, refused = {}, {}

@@ -137,7 +137,8 @@ def run(stage: Stage, output: Path, seconds: float, tiny: bool) -> dict[str, Any
 
 
 def _variables(stage: Stage, outcomes: Path, tiny: bool) -> dict[str, str]:
-    ours = {"PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "0"}
+    places = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    ours = {"PYTHONPATH": os.pathsep.join(places), "TRITON_INTERPRET": "0"}
     ours |= {"GPU_CHECK_OUTCOMES": str(outcomes), "TOKENIZERS_PARALLELISM": "false", "WANDB_MODE": "offline"}
     if tiny:
         ours |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
