@@ -248,12 +248,22 @@ class _Reader:
         for (image, number, tokens), weights in staged.split(weights_RL):
             scale = self._scales[number]
             assert scale.attention_INN is not None
+            if not weights.any():
+                raise _unseen(self._student.spec)
             map_N = weights / weights.sum() @ scale.attention_INN[image, tokens]
             map_YX = (map_N / map_N.max()).unflatten(0, (scale.side, scale.side))
             step = len(sum_IGG[0]) // scale.side
             map_GG = map_YX.repeat_interleave(step, 0).repeat_interleave(step, 1)
             sum_IGG[image] += 4**number * map_GG * masks[number][image]
         return sum_IGG
+
+
+def _unseen(spec: ModelSpec) -> ConfigError:
+    covered = max((spec.window(block) or 0 for block in range(len(spec.blocks))), default=0)
+    return ConfigError(
+        "--decoding second reads the attention of the prompt's last token to the image, and a prompt is so long that "
+        f"no block covers its image ({covered} tokens at most); choose another method"
+    )
 
 
 def _last_row(rows: Iterable[RecordedRow], mask_RL: torch.Tensor) -> torch.Tensor:

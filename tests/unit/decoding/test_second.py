@@ -13,13 +13,16 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import MistralConfig
 
+from medalign.config import StudentConfig
 from medalign.contracts import Sample
 from medalign.decoding.base import Decoding
 from medalign.decoding.methods.second import SECOND
 from medalign.errors import ConfigError
 from medalign.geometry import PatchGrid
 from medalign.student.checks import check_student
+from medalign.student.loading import load_student
 from tests import tiny
 from tests.unit.decoding.test_contrast import LIMIT, Asked, ask, compare, logits
 from tests.unit.student.families.cases import CASES, Case
@@ -263,3 +266,20 @@ def test_what_it_cannot_read_is_refused(fine: Asked, tmp_path: Path) -> None:
         other, _ = check_student(config)
         with pytest.raises(ConfigError, match="its image tokens are not the patches of its vision tower; choose anoth"):
             SECOND().check(other, config)
+
+
+def test_a_prompt_whose_image_is_out_of_every_window_is_refused(tmp_path: Path) -> None:
+    """Nothing could be selected by an attention of 0."""
+    folder = tiny.save_student(tmp_path / "student", kind=MistralConfig, sliding_window=20)
+    student = load_student(StudentConfig(path=str(folder), layer=1), torch.float32).eval()
+    method = SECOND(scales=2)
+    for question, reaches in ((10, True), (30, False)):
+        batch = tiny.batch(side="left", texts=((question, 0),))
+        answer = partial(method.generate, student, batch, Decoding(2), pad_token_id=0, eos_token_id=None)
+        if reaches:
+            assert answer()[0].shape == (1, 2)
+            continue
+        with pytest.raises(
+            ConfigError, match=r"no block covers its image \(20 tokens at most\); choose another method"
+        ):
+            answer()
