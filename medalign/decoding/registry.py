@@ -44,6 +44,11 @@ METHODS: dict[str, Entry] = {
         "SECOND: contrast of the image at several scales, with selected tokens",
         "3 prompts per token",
     ),
+    "medvcd": Entry(
+        "medalign.decoding.methods.medvcd:MedVCD",
+        "Med-VCD: contrast with the last token's embedding, in answers with merged tokens",
+        "1 per token",
+    ),
     "dola": Entry("medalign.decoding.methods.dola:DoLa", "DoLa: contrast with an earlier block", "1 per token"),
     "pai": Entry("medalign.decoding.methods.pai:PAI", "PAI: amplified attention to the image", "2 per token"),
     "vhr": Entry(
