@@ -6,8 +6,8 @@
 Writes, for each arm and method, the scores and their paired differences to greedy decoding, with p adjusted by Holm for
 all methods and scores of the arm. For an arm of one run, the 95 % intervals are of a bootstrap over films and p of a
 permutation test; for several, one per seed, the seed is the unit, as in `medalign compare`. Scores without tests are
-means of the runs. The answers are evaluations of the runs, so a call that ends early resumes; only beam search and the
-nucleus, which are short, are repeated. Prints all as tables.
+means of the runs. The answers are evaluations of the runs, so a call that ends early resumes; only beam search, the
+nucleus and Med-VCD in the form of its authors' scripts, which are short, are repeated. Prints all as tables.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any
 from jsonargparse import auto_cli
 
 from medalign.decoding.base import Decoding
+from medalign.decoding.methods.medvcd import MedVCD
 from medalign.decoding.registry import METHODS, find_method
 from medalign.evaluation.comparison.arms import read_arm
 from medalign.evaluation.comparison.compare import compare
@@ -39,7 +40,11 @@ TESTED = {
     "open_exact": "open questions, exact",
     "bleu": "BLEU of reports",
 }
-FORMS = {"beams": Decoding(num_beams=5), "nucleus": Decoding(do_sample=True, top_p=0.9)}  # of greedy decoding
+FORMS = {  # of greedy decoding, and Med-VCD as its authors' scripts run it
+    "beams": Decoding(num_beams=5),
+    "nucleus": Decoding(do_sample=True, top_p=0.9),
+    "medvcd-scripts": Decoding(method=MedVCD(alpha=1.1, beta=0.1, sentence=16)),
+}
 FALSE_YES = "false_yes"
 DESCRIBED = {  # without tests
     FALSE_YES: "yes where no is right",
@@ -68,7 +73,7 @@ def main(
         runs: for each arm the folder of a run, or those of one run per seed.
         data: folder of shards.
         output: JSON file to write.
-        methods: all packaged methods, beam search and nucleus sampling by default; greedy is always among them.
+        methods: all packaged methods and the further forms by default; greedy is always among them.
         limit: only the first samples.
         name: name of the evaluations in the runs.
         batch_size: questions per batch.

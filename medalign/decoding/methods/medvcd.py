@@ -2,19 +2,24 @@
 
     scores = log_softmax(l - alpha e)        l: the student's logits; e: what its output layer predicts from the
                                              embedding of the last token, as if there were no blocks
-    after every m tokens of an answer: the oldest r of its n entries in each block's cache become one, their mean
-    r = int((1 - kept) n)
+    When an answer has m, 2 m, 3 m, ... entries in the cache, each for the first time, the oldest r of its n entries
+    become one in every block, their mean:
+    r = int((1 - kept) n)                    in floating point
 
-Source: the authors' code (github.com/Omid-Nejati/MedVCD), whose names are those of VASparse (Zhuang et al., CVPR 2025,
-arXiv 2501.06553), and the paper of VASparse, whose three parts Med-VCD has. The default values are those of the code.
-Where they differ:
+Source: the authors' code (github.com/Omid-Nejati/MedVCD), which is that of VASparse (Zhuang et al., CVPR 2025, arXiv
+2501.06553), and the paper of VASparse; the text of Med-VCD's own paper could not be read. The default values are those
+of the code's README. Paper and code differ, and the code differs from itself:
 
 - The paper's scores are (1 + alpha) l - alpha e (`amplified`), for the tokens of VCD's plausibility constraint (`beta`;
-  the paper does not give its value). The code has neither.
+  the value is not given).
+- The code's scripts subtract log_softmax(e) once more, for tokens that are at least a tenth as probable as the most
+  probable one, and merge at multiples of 16: `alpha` 1.1, `beta` 0.1, `sentence` 16. As published, they stop at the
+  first token: the contrast depends on a detector's result, which is only there if a detector is used, and none is.
 - In the paper, e is computed from embeddings of the image of which half are masked at random. In the code it is
   computed at the last position, where no image is read: the mask has no effect, and there is none here.
 - The paper keeps 0.9 of an answer's tokens in each head: those with the largest (q k)^2 + 0.1 P, with P from their
-  attention to the image; it merges the others by clusters, whose number it does not give. The code merges the oldest.
+  attention to the image; it adds up the others by clusters, whose number it does not give. The code takes the mean of
+  the oldest.
 - A counter of the code lets only one block merge at a time, and the positions of later tokens go back by what was
   removed, onto those of earlier ones. Here every block merges, and positions go on.
 - The paper lowers the scores of tokens that gather attention. The code does not.
@@ -53,18 +58,20 @@ class MedVCD(Method):
     alpha: float = setting(0.1, "weight of what the last token's embedding predicts", least=0, most=1000)
     amplified: bool = setting(False, "whether the logits have weight 1 + alpha, as in the paper; false: 1")
     beta: float = setting(0.0, "smallest probability of a token, relative to the most probable one; 0: none", 0, 1)
-    sentence: int = setting(32, "tokens of an answer after which its oldest are merged, each time", least=1)
-    kept: float = setting(0.9, "share of the answer's tokens that are not merged; 1: no token is", 0, 1)
+    sentence: int = setting(32, "entries of an answer in the cache at whose multiples its oldest are merged", least=1)
+    kept: float = setting(0.9, "share of the answer's entries that are not merged; 1: none is merged", 0, 1)
 
     def check(self, spec: ModelSpec, config: StudentConfig) -> None:
         """See `Method.check`."""
         text: Any = spec.language_model.config
         windows = any(spec.window(block) for block in range(len(spec.blocks)))
-        if windows or "mrope_section" in (text.rope_parameters or {}):
+        several = "mrope_section" in (getattr(text, "rope_parameters", None) or {})
+        scaled = any(getattr(text, key, None) for key in ("final_logit_softcapping", "embedding_multiplier"))
+        if windows or several or scaled:
             raise ConfigError(
-                "--decoding medvcd merges tokens in the cache, which needs a student with one position per token and "
-                f"attention to all tokens, which this one ({spec.family.model_type}, {text.model_type}) does not have; "
-                "choose another method"
+                "--decoding medvcd merges tokens in the cache and predicts from embeddings, which needs a student with "
+                "one position per token, attention to all tokens, and neither scaled embeddings nor capped logits; this "
+                f"one ({spec.family.model_type}, {text.model_type}) has something else; choose another method"
             )
 
     @contextmanager
@@ -92,8 +99,8 @@ class _Merging:
 
     Args:
         prompt: L, tokens of the prompts with padding.
-        sentence: tokens after which it happens, each time.
-        kept: share of the tokens that stay.
+        sentence: entries of the answers at whose multiples it happens.
+        kept: share of the entries that stay.
     """
 
     def __init__(self, prompt: int, sentence: int, kept: float) -> None:

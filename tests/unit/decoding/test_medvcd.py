@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from transformers import DynamicCache
 
 from medalign.contracts import Sample
 from medalign.decoding.base import Decoding, Method
-from medalign.decoding.methods.medvcd import MedVCD
+from medalign.decoding.methods.medvcd import MedVCD, _Merging
 from medalign.errors import ConfigError
 from medalign.student.checks import check_student
 from tests.unit.decoding.test_contrast import Asked, ask, constrained, cut, logits
@@ -23,7 +25,7 @@ LIMIT = 14
 FAMILIES = ("llava", "llava_mistral", "llava_next", "internvl")
 OFTEN = MedVCD(alpha=0.5, sentence=4, kept=0.4)
 PAPER = MedVCD(alpha=0.3, amplified=True, beta=0.3, sentence=3, kept=0.0)
-RARELY = MedVCD(alpha=0.2, sentence=5)  # a tenth of 10 tokens is one token, and nothing is merged
+RARELY = MedVCD(alpha=0.2, sentence=6, kept=0.8)  # the oldest of 6 entries stays as it is; 2 of 12 become one
 NEUTRAL = MedVCD(alpha=0.0, kept=1.0)
 Step = Callable[[list[int]], torch.Tensor]
 
@@ -116,16 +118,36 @@ def test_beams(asked: Asked) -> None:
         assert answers(asked, OFTEN, slice(row, row + 1), num_beams=3) == [answer]
 
 
-def test_the_oldest_tenth_is_merged_after_32_tokens() -> None:
-    """The published settings: 3 of 32 tokens become one, then 6 of 64 entries."""
-    sizes = [len(cache) for cache in entries(10, 100, MedVCD())]
-    assert sizes[:35] == [*range(11, 43), 41, 42, 43]
-    assert sizes[65:68] == [74, 70, 71]  # 64 entries of the answer: 6 become one
+def test_the_oldest_tenth_is_merged_at_multiples_of_32_entries() -> None:
+    """The published settings. After the first time, an answer has fewer entries than tokens."""
+    prompt, merging, cache = 10, _Merging(10, 32, 0.9), DynamicCache()
+    merged = {}
+    for tokens in range(200):
+        before = cache.get_seq_length()
+        merging.before(nn.Identity(), (), {"past_key_values": cache})
+        if cache.get_seq_length() < before:
+            merged[tokens - 1] = 1 + before - cache.get_seq_length()
+        new = torch.randn(1, 1, 1 if tokens else prompt, 4)
+        cache.update(new, new, 0)
+    assert merged == {32: 3, 66: 6, 103: 9, 143: 12, 186: 15}
+
+
+def test_the_mask_loses_the_merged_entries() -> None:
+    """flash-attention reads the last columns of a mask that is longer than the cache: padding would be read."""
+    cache, mask = DynamicCache(), torch.ones(2, 10, dtype=torch.long)
+    key = torch.randn(2, 1, 9, 4)
+    cache.update(key, 2 * key, 0)
+    mask[0, :2] = 0
+    _, found = _Merging(5, 4, 0.0).before(nn.Identity(), (), {"past_key_values": cache, "attention_mask": mask})
+    assert found["attention_mask"].tolist() == [[0, 0, 1, 1, 1, 1, 1], [1] * 7]
+    expected = torch.cat([key[:, :, :5], key[:, :, 5:].mean(2, keepdim=True)], 2)
+    torch.testing.assert_close(cache.layers[0].keys, expected)
+    torch.testing.assert_close(cache.layers[0].values, 2 * expected)
 
 
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl", "gemma3"])
 def test_other_positions_and_windows_are_refused(name: str, tmp_path: Path) -> None:
     config = CASES[name].config(CASES[name].save(tmp_path / name))
     spec, _ = check_student(config)
-    with pytest.raises(ConfigError, match="--decoding medvcd merges tokens in the cache, .* choose another method"):
+    with pytest.raises(ConfigError, match="--decoding medvcd merges tokens in the cache .* choose another method"):
         MedVCD().check(spec, config)
