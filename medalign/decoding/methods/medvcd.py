@@ -70,8 +70,8 @@ class MedVCD(Method):
         if windows or several or scaled:
             raise ConfigError(
                 "--decoding medvcd merges tokens in the cache and predicts from embeddings, which needs a student with "
-                "one position per token, attention to all tokens, and neither scaled embeddings nor capped logits; this "
-                f"one ({spec.family.model_type}, {text.model_type}) has something else; choose another method"
+                "one position per token, attention to all tokens, and neither scaled embeddings nor capped logits; "
+                f"this one ({spec.family.model_type}, {text.model_type}) has something else; choose another method"
             )
 
     @contextmanager
