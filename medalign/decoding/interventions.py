@@ -119,7 +119,7 @@ def last_scores(
     (rows, heads), size = query_RHLD.shape[:2], query_RHLD.shape[-1]
     key_SKD = key_RGKD.flatten(0, 1)  # S: rows and key heads
     query_SND = query_RHLD[:, :, -1].reshape(len(key_SKD), -1, size)  # N queries share a key
-    # One product over S: matmul would take several more launches to make the same, in each block and for each token.
+    # matmul would expand and reshape both first: operations that the host pays for in each block and for each token.
     scores_RHK = torch.bmm(query_SND, key_SKD.transpose(1, 2)).view(rows, heads, -1).float()
     scores_RHK = scores_RHK * (size**-0.5 if scaling is None else scaling)
     return scores_RHK if softcap is None else softcap * torch.tanh(scores_RHK / softcap)

@@ -40,7 +40,7 @@ TESTED = {
     "open_exact": "open questions, exact",
     "bleu": "BLEU of reports",
 }
-FORMS = {  # of greedy decoding, and Med-VCD as its authors' scripts run it
+FORMS = {  # of greedy decoding; Med-VCD as its authors' scripts run it
     "beams": Decoding(num_beams=5),
     "nucleus": Decoding(do_sample=True, top_p=0.9),
     "medvcd-scripts": Decoding(method=MedVCD(alpha=1.1, beta=0.1, sentence=16)),

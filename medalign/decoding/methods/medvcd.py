@@ -14,7 +14,7 @@ of the code's README. Paper and code differ, and the code differs from itself:
   the value is not given).
 - The code's scripts subtract log_softmax(e) once more, for tokens that are at least a tenth as probable as the most
   probable one, and merge at multiples of 16: `alpha` 1.1, `beta` 0.1, `sentence` 16. As published, they stop at the
-  first token: the contrast depends on a detector's result, which is only there if a detector is used, and none is.
+  first token: whether to contrast is read from the result of a detector, and they use none.
 - In the paper, e is computed from embeddings of the image of which half are masked at random. In the code it is
   computed at the last position, where no image is read: the mask has no effect, and there is none here.
 - The paper keeps 0.9 of an answer's tokens in each head: those with the largest (q k)^2 + 0.1 P, with P from their
@@ -69,9 +69,9 @@ class MedVCD(Method):
         scaled = any(getattr(text, key, None) for key in ("final_logit_softcapping", "embedding_multiplier"))
         if windows or several or scaled:
             raise ConfigError(
-                "--decoding medvcd merges tokens in the cache and predicts from embeddings, which needs a student with "
-                "one position per token, attention to all tokens, and neither scaled embeddings nor capped logits; "
-                f"this one ({spec.family.model_type}, {text.model_type}) has something else; choose another method"
+                "--decoding medvcd merges tokens in the cache and predicts from embeddings: it needs a student with "
+                "one position per token, attention to all tokens, unscaled embeddings and logits without a cap, which "
+                f"this one ({spec.family.model_type}, {text.model_type}) does not have; choose another method"
             )
 
     @contextmanager

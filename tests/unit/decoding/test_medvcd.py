@@ -110,7 +110,7 @@ def test_each_part_has_an_effect(asked: Asked) -> None:
 
 
 def test_beams(asked: Asked) -> None:
-    """A sample's beams are those that it has alone, and without an effect those of beam search."""
+    """A sample has the same beams in any batch. Settings that change nothing leave those of beam search."""
     assert answers(asked, NEUTRAL, num_beams=3) == answers(asked, Decoding().method, num_beams=3)
     found = answers(asked, OFTEN, num_beams=3)
     assert found != answers(asked, OFTEN)
@@ -150,4 +150,15 @@ def test_other_positions_and_windows_are_refused(name: str, tmp_path: Path) -> N
     config = CASES[name].config(CASES[name].save(tmp_path / name))
     spec, _ = check_student(config)
     with pytest.raises(ConfigError, match="--decoding medvcd merges tokens in the cache .* choose another method"):
+        MedVCD().check(spec, config)
+
+
+@pytest.mark.parametrize("key", ["final_logit_softcapping", "embedding_multiplier"])
+def test_scaled_embeddings_and_capped_logits_are_refused(
+    key: str, asked: Asked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec, config = asked.student.spec, asked.model.config
+    MedVCD().check(spec, config)
+    monkeypatch.setattr(spec.language_model.config, key, 12.0, raising=False)
+    with pytest.raises(ConfigError, match="unscaled embeddings and logits without a cap, .* choose another method"):
         MedVCD().check(spec, config)
