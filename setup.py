@@ -60,6 +60,7 @@ setup(
         "coco": ["pycocoevalcap>=1.2"],  # scores of reports by COCO's evaluation; its tokenizer and METEOR need Java
         "bertscore": ["bert-score>=0.3.13"],  # `medalign score --models bertscore=FOLDER`
         "separability": ["scikit-learn>=1.6"],  # probes and t-SNE of `medalign separability`
+        "cai": ["scikit-learn>=1.6"],  # support vector machines of `--decoding cai`
         "dicom": ["pydicom>=3"],
         "parquet": ["pyarrow>=18"],
         "qlora": ["bitsandbytes>=0.48"],  # weights in 4 bits; peft imports it wherever it is installed

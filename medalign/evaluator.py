@@ -145,6 +145,7 @@ def evaluate_each(
         with distributed.raise_on_all_ranks():
             most, methods = max(index.max_images for index in indexes), [one.method for one in decodings]
             student, tokenizer, collator = open_student(source, base, most, max_length, methods)
+            decodings = [decoding.prepare(student, collator) for decoding in decodings]
             origin = {**describe_weights(source), "shards": [list(index.fingerprint()) for index in indexes]}
         places = [place if is_remote(place) else str(Path(place).resolve()) for place in data]
         for folder, decoding in zip(folders, decodings, strict=True):

@@ -76,7 +76,7 @@ def generate(
     if batch.truncated:
         limit = collator.encoder.max_length
         log.warning("the question is truncated to %d tokens; --max-length raises the limit", limit)
-    given = generate_answers(student, tokenizer, batch, decoding)[0]
+    given = generate_answers(student, tokenizer, batch, decoding.prepare(student, collator))[0]
     if picture is not None and given.attention is not None:
         overlay(pictures[0], given.attention, student.spec.grid).save(picture)
         log.info("overlay: %s", picture)

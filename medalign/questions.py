@@ -177,6 +177,7 @@ def generate_file(
         source = Path(distributed.broadcast_from_main(str(source)))
         with distributed.raise_on_all_ranks():
             student, tokenizer, collator = open_student(source, base, file.max_images, max_length, [decoding.method])
+            decoding = decoding.prepare(student, collator)
             settings = {**describe_answering(student, collator, batch_size, decoding), **describe_weights(source)}
         work = Work("generate", [file], [len(file)], batch_size, max_skip_fraction, signals)
         ask = partial(predict, student, tokenizer, collator, decoding=decoding, device=distributed.device())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from dataclasses import Field, fields
+from dataclasses import Field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -69,7 +69,7 @@ def read_decodings(arguments: argparse.Namespace) -> list[Decoding]:
     Raises:
         ConfigError: two options exclude each other, one has no effect, or a method is given twice.
     """
-    from medalign.decoding.base import Decoding
+    from medalign.decoding.base import Decoding, settings_of
     from medalign.errors import ConfigError
 
     found: list[Decoding] = []
@@ -77,7 +77,7 @@ def read_decodings(arguments: argparse.Namespace) -> list[Decoding]:
     for kind in kinds:
         # In a sweep, a seed for one method is allowed beside others that have no noise.
         idle = not (arguments.do_sample or kind.seeded) and any(each.seeded for each in kinds)
-        given = {key: getattr(arguments, f"{kind.name}.{key}") for key in (item.name for item in fields(kind))}
+        given = {key: getattr(arguments, f"{kind.name}.{key}") for key in (item.name for item in settings_of(kind))}
         decoding = Decoding(
             max_new_tokens=arguments.max_new_tokens,
             num_beams=arguments.num_beams,
@@ -116,13 +116,18 @@ def _add_settings(parser: CommandParser, words: Sequence[str]) -> None:
             continue
         if (kind := find_method(name)) not in kinds:
             kinds.append(kind)
-    keys = [item.name for kind in kinds for item in fields(kind)]
+    if not kinds:
+        return
+    from medalign.decoding.base import settings_of
+
+    settings = {kind: settings_of(kind) for kind in kinds}
+    keys = [item.name for kind in kinds for item in settings[kind]]
     for key in {key for key in keys if keys.count(key) > 1}:
-        longer = [f"{OPTION}.{kind.name}.{key}" for kind in kinds if key in (item.name for item in fields(kind))]
+        longer = [f"{OPTION}.{kind.name}.{key}" for kind in kinds if key in (item.name for item in settings[kind])]
         parser.add_argument(f"{OPTION}.{key}", action=_Ambiguous, longer=longer, help=argparse.SUPPRESS)
     for kind in kinds:
         group = parser.add_argument_group(f"settings of {kind.name}")
-        for item in fields(kind):
+        for item in settings[kind]:
             short = [f"{OPTION}.{item.name}"] if keys.count(item.name) == 1 else []
             _add_setting(partial(group.add_argument, *short, f"{OPTION}.{kind.name}.{item.name}"), kind, item)
 
@@ -132,13 +137,14 @@ def _add_setting(add: Callable[..., Any], kind: type[Method], item: Field[Any]) 
     hint = get_type_hints(kind)[item.name]
     choices = get_args(hint) if get_origin(hint) is Literal else ()
     default = str(item.default).lower() if hint is bool else item.default
-    text = f"{item.metadata['help']} (default {default})".replace("%", "%%")
+    text = f"{item.metadata['help']} ({f'default {default}' if default != '' else 'required'})".replace("%", "%%")
     if choices:
         add(dest=f"{kind.name}.{item.name}", choices=choices, help=text)
     elif hint is bool:
         add(dest=f"{kind.name}.{item.name}", type=argument_type(_switch), metavar="true|false", help=text)
     else:
-        add(dest=f"{kind.name}.{item.name}", type=hint, metavar=hint.__name__.upper(), help=text)
+        metavar = "TEXT" if hint is str else hint.__name__.upper()
+        add(dest=f"{kind.name}.{item.name}", type=hint, metavar=metavar, help=text)
 
 
 class _Ambiguous(argparse.Action):

@@ -8,13 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import Field, dataclass, field, fields
-from typing import Any, ClassVar, TypeVar
+from dataclasses import Field, dataclass, field, fields, replace
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 
 from medalign.config import StudentConfig
 from medalign.contracts import Batch
+from medalign.data.batches.collator import Collator
 from medalign.decoding.nucleus import NucleusSampler
 from medalign.errors import ConfigError
 from medalign.student.families.base import ModelSpec
@@ -43,16 +44,21 @@ class Prepared:
 
 
 def setting(default: Value, help: str, least: float = -math.inf, most: float = math.inf) -> Value:
-    """Declare a setting of a method: a bool, an int, a float, or a `Literal` of texts.
+    """Declare a setting of a method: a bool, an int, a float, a text, or a `Literal` of texts.
 
     Args:
-        default: the published value.
+        default: the published value; an empty text if the user must give one, which `check` requires.
         help: one line for the command line.
         least: the smallest value of a number.
         most: the largest one.
     """
     value: Value = field(default=default, metadata={"help": help, "least": least, "most": most})
     return value
+
+
+def settings_of(method: Method | type[Method]) -> list[Field[Any]]:
+    """Return the settings of a method: the fields that are declared with `setting`."""
+    return [item for item in fields(method) if "help" in item.metadata]
 
 
 @dataclass(frozen=True)
@@ -75,7 +81,7 @@ class Method:
     seeded: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        for item in fields(self):
+        for item in settings_of(self):
             value = getattr(self, item.name)
             if isinstance(value, (int, float)) and not _is_within(value, item):
                 raise ConfigError(f"{self.option(item.name)} is {value}; it must be {describe_range(item)}")
@@ -90,6 +96,15 @@ class Method:
         Raises:
             ConfigError: it cannot; the message has the reason and names methods or students that can.
         """
+
+    def prepare(self, student: Student, collator: Collator) -> Self:
+        """Return the method with what it has to learn of the student before the first batch.
+
+        Args:
+            student: the student.
+            collator: makes batches of questions.
+        """
+        return self
 
     @contextmanager
     def applied(self, student: Student, batch: Batch, decoding: Decoding) -> Iterator[Prepared]:
@@ -128,7 +143,8 @@ class Method:
 
     def describe(self) -> dict[str, Any]:
         """Return the name and the settings, as JSON values, with the keys of the command line."""
-        return {"decoding": self.name, **{f"decoding.{item.name}": getattr(self, item.name) for item in fields(self)}}
+        own = {f"decoding.{item.name}": getattr(self, item.name) for item in settings_of(self)}
+        return {"decoding": self.name, **own}
 
 
 @dataclass(frozen=True)
@@ -181,6 +197,10 @@ class Decoding:
                     f"{_option(name)} out"
                 )
         self._check_method()
+
+    def prepare(self, student: Student, collator: Collator) -> Decoding:
+        """Return the settings with a method that can be applied to the student, see `Method.prepare`."""
+        return replace(self, method=self.method.prepare(student, collator))
 
     def arguments(self, prepared: Prepared) -> dict[str, Any]:
         """Return the arguments of `Student.generate` for a batch."""

@@ -56,6 +56,11 @@ METHODS: dict[str, Entry] = {
         "VHR: attention heads that the image changes are reinforced",
         "1 per token, and 1 of the text",
     ),
+    "cai": Entry(
+        "medalign.decoding.methods.cai:CAI",
+        "CAI: heads that answer to a request for a description are shifted towards it",
+        "1 per token",
+    ),
     "opera": Entry(
         "medalign.decoding.methods.opera:OPERA",
         "OPERA: beam search with a penalty on over-trusted tokens, and returns",

@@ -70,7 +70,7 @@ DOORS: dict[str, tuple[str, ...]] = {
     "peft": ("student/loading.py",),
     "pydicom": ("data/samples/dicom*.py",),
     "rich": ("watching.py", "cli/watch.py"),
-    "sklearn": ("evaluation/separability.py",),
+    "sklearn": ("decoding/caption_heads.py", "evaluation/separability.py"),
     "timm": ("teacher/towers/timm*.py",),
     "transformers": ("student/*", "engine/engine.py", "teacher/towers/hf*.py"),
     "triton": ("*kernels/*triton*.py",),

@@ -66,6 +66,7 @@ def main(
     batch_size: int = 32,
     max_new_tokens: int = 128,
     probes: list[str] | None = None,
+    settings: dict[str, dict[str, Any]] | None = None,
 ) -> None:
     """Evaluate runs with several methods and write the comparison.
 
@@ -79,9 +80,10 @@ def main(
         batch_size: questions per batch.
         max_new_tokens: most tokens of an answer.
         probes: asked after the answers, as by `medalign evaluate`; their accuracy is among the scores without tests.
+        settings: of methods, in place of the published ones; `cai` needs its shards, `{cai: {shards: data/train}}`.
     """
     chosen = ["greedy", *(other for other in methods or [*FORMS, *METHODS] if other != "greedy")]
-    decodings = {method: _decoding(method, max_new_tokens) for method in chosen}
+    decodings = {method: _decoding(method, max_new_tokens, (settings or {}).get(method, {})) for method in chosen}
     result: dict[str, Any] = {
         "command": shlex.join(["python", "-m", "tools.study.decoding", *sys.argv[1:]]),
         "settings": {method: decoding.describe() for method, decoding in decodings.items()},
@@ -107,10 +109,10 @@ def main(
     sys.stdout.write(tables(result))
 
 
-def _decoding(method: str, max_new_tokens: int) -> Decoding:
+def _decoding(method: str, max_new_tokens: int, settings: dict[str, Any]) -> Decoding:
     if method in FORMS:
         return replace(FORMS[method], max_new_tokens=max_new_tokens)
-    return Decoding(method=find_method(method)(), max_new_tokens=max_new_tokens)
+    return Decoding(method=find_method(method)(**settings), max_new_tokens=max_new_tokens)
 
 
 def _answers(

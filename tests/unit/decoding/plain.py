@@ -14,8 +14,10 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from sklearn.svm import SVC
 
 from medalign.contracts import Batch
 from medalign.student.model import Student
@@ -28,7 +30,7 @@ class Scope:
     """Changes and sees the eager attention of the blocks of a student that was loaded with attention "eager".
 
     `scores(block, scores)` may change the scaled scores before mask and softmax, `outputs(block, outputs)` the outputs
-    of the heads. `weights` holds the last pass's attention of each block.
+    of the heads. `weights` and `values` hold the attention of each block in the last pass, and its values.
     """
 
     def __init__(self, student: Student) -> None:
@@ -37,6 +39,7 @@ class Scope:
         self.scores: Callable[[int, Scores], Scores] = lambda block, scores: scores
         self.outputs: Callable[[int, Outputs], Outputs] = lambda block, outputs: outputs
         self.weights: dict[int, torch.Tensor] = {}
+        self.values: dict[int, torch.Tensor] = {}
 
     @contextmanager
     def entered(self) -> Iterator[Scope]:
@@ -54,7 +57,7 @@ class Scope:
             if cap := kwargs.get("softcap"):
                 scores = cap * torch.tanh(scores / cap)
             weights = (self.scores(block, scores) + attention_mask[0]).softmax(-1)
-            self.weights[block] = weights
+            self.weights[block], self.values[block] = weights, value
             return self.outputs(block, weights @ value).transpose(0, 1)[None], None
 
         with pytest.MonkeyPatch.context() as patch:
@@ -158,6 +161,58 @@ def vhr(student: Student, sample: Batch, limit: int, alpha: float, blocks: list[
         scope.outputs = record
         logits(student, without_image(sample), [])
         scope.outputs = reinforce
+        return greedy(lambda answer: logits(student, sample, answer), student.end_tokens, limit)
+
+
+def cai_heads(
+    student: Student, descriptions: list[Batch], questions: list[Batch], count: int
+) -> tuple[list[tuple[int, int]], dict[tuple[int, int], torch.Tensor]]:
+    """The heads that tell descriptions from questions, the best first, and the shift of every head."""
+    scope = Scope(student)
+    whole: dict[tuple[int, int], list[list[torch.Tensor]]] = {}
+    seen: dict[tuple[int, int], list[list[torch.Tensor]]] = {}
+    with scope.entered():
+        for side, samples in enumerate((descriptions, questions)):
+            for sample in samples:
+                logits(student, sample, [])
+                last, image = sample.input_ids.shape[1] - 1, (sample.image_index[0] >= 0).nonzero().flatten().tolist()
+                for block, weights in scope.weights.items():
+                    for head, values in enumerate(scope.values[block]):
+                        row = weights[head, last]
+                        whole.setdefault((block, head), [[], []])[side].append(row @ values)
+                        part = sum(row[column] * values[column] for column in image)
+                        seen.setdefault((block, head), [[], []])[side].append(part)
+    ranked = []
+    for place, (described, asked) in seen.items():
+        right, loss = 0, 0.0
+        for held in range(4):
+            fit = [pair for pair in range(len(asked)) if pair % 4 != held]
+            known = np.array([views[pair].tolist() for views in (described, asked) for pair in fit])
+            middle, spread = known.mean(0), known.std(0)
+            spread[spread == 0] = 1
+            machine = SVC(kernel="linear").fit((known - middle) / spread, [1] * len(fit) + [-1] * len(fit))
+            for pair in set(range(len(asked))) - set(fit):
+                for sign, views in ((1, described), (-1, asked)):
+                    margin = sign * machine.decision_function([(np.array(views[pair].tolist()) - middle) / spread])[0]
+                    right, loss = right + (margin > 0), loss + max(0.0, 1 - margin)
+        ranked.append((-right, loss, place))
+    shifts = {place: torch.stack(ones).mean(0) - torch.stack(others).mean(0) for place, (ones, others) in whole.items()}
+    return [place for _, _, place in sorted(ranked)[:count]], shifts
+
+
+def cai(student: Student, sample: Batch, limit: int, shifts: dict[tuple[int, int], torch.Tensor]) -> list[int]:
+    """Shift the outputs of these heads in each row that predicts an answer token."""
+    scope, prompt = Scope(student), sample.input_ids.shape[1]
+
+    def shift(block: int, outputs: Outputs) -> Outputs:
+        outputs = outputs.clone()
+        for (each, head), added in shifts.items():
+            if each == block:
+                outputs[head, prompt - 1 :] += added
+        return outputs
+
+    with scope.entered():
+        scope.outputs = shift
         return greedy(lambda answer: logits(student, sample, answer), student.end_tokens, limit)
 
 

@@ -37,7 +37,8 @@ def test_every_method_has_its_name_and_a_line_per_setting(name: str, capsys: Any
     assert f"{METHODS[name].summary} ({METHODS[name].cost})" in shown
     for key, value in list(kind().describe().items())[1:]:
         assert f"--{key.replace('decoding', f'decoding.{name}')} " in shown
-        assert f"(default {str(value).lower() if isinstance(value, bool) else value})" in shown
+        default = str(value).lower() if isinstance(value, bool) else value
+        assert (f"(default {default})" if default != "" else "(required)") in shown
 
 
 def test_greedy_is_the_default() -> None:

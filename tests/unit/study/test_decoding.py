@@ -64,6 +64,13 @@ def test_beam_search_and_the_nucleus_are_evaluations_of_their_own(shards: Path, 
     assert scores["nucleus"] == 1.0 > scores["beams"] > scores["vhr"]
 
 
+def test_settings_take_the_place_of_the_published_ones(shards: Path, tmp_path: Path) -> None:
+    settings = {"vhr": {"alpha": 3.0}}
+    tool.main({"L": tmp_path / "run"}, shards, tmp_path / "found.json", methods=["vhr", "pai"], settings=settings)
+    found = json.loads((tmp_path / "found.json").read_text())["settings"]
+    assert found["vhr"]["decoding.alpha"] == 3.0 and found["pai"]["decoding.alpha"] == 0.2
+
+
 @pytest.mark.parametrize("reports", [0.0])
 def test_data_without_reports_have_no_bleu(shards: Path, tmp_path: Path, capsys: Any) -> None:
     tool.main({"L": tmp_path / "run"}, shards, tmp_path / "found.json", methods=["vhr"])

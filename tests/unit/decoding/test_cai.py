@@ -1,0 +1,176 @@
+"""CAI against a plain implementation: equal heads and tokens in float32, for several families, images and samples."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from medalign import phantom
+from medalign.contracts import Batch, Sample
+from medalign.data.batches.collator import Collator
+from medalign.data.shards.index import ShardIndex
+from medalign.decoding import caption_heads
+from medalign.decoding.base import Decoding, Method
+from medalign.decoding.caption_heads import questions, read_pairs, separation
+from medalign.decoding.methods import cai
+from medalign.decoding.methods.cai import CAI
+from medalign.errors import ConfigError, DataError
+from medalign.pipeline import build_question_collator
+from medalign.student.loading import load_processor, load_student
+from medalign.student.model import Student
+from tests.unit.decoding import plain
+from tests.unit.student.families.cases import CASES
+
+LIMIT = 6
+IMAGES = 12
+
+
+@dataclass
+class Asked:
+    """The same student with SDPA and with eager attention, and questions with one image, two and none."""
+
+    student: Student
+    eager: Student
+    collate: Collator
+    batch: Batch
+    method: CAI
+
+    def generate(self, method: Method, batch: Batch, **settings: Any) -> torch.Tensor:
+        ends = self.student.end_tokens
+        return method.generate(self.student, batch, Decoding(LIMIT, **settings), pad_token_id=0, eos_token_id=ends)[0]
+
+    def answers(self, method: Method) -> list[list[int]]:
+        """The tokens of each answer, the end token included."""
+        ends = self.student.end_tokens
+        rows = [[*row, ends[0]] for row in self.generate(method, self.batch).tolist()]
+        ended = [next(place for place, token in enumerate(row) if token in ends) for row in rows]
+        return [row[: place + 1][:LIMIT] for row, place in zip(rows, ended, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("films")
+    phantom.write_phantoms(folder, 16, 1, 0)
+    return folder / "train"
+
+
+@pytest.fixture(scope="module", params=["llava", "llava_mistral", "qwen2_5_vl", "gemma3"])
+def asked(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Asked:
+    case = CASES[request.param]
+    config = case.config(case.save(tmp_path_factory.mktemp("cai") / request.param))
+    students = [load_student(replace(config, attention=name), torch.float32).eval() for name in ("sdpa", "eager")]
+    for student in students:
+        torch.manual_seed(0)
+        torch.nn.init.normal_(student.steering.weight, std=0.3)
+    gray = [Image.linear_gradient("L").resize((40, 20)), Image.radial_gradient("L").resize((32, 32))]
+    samples = [
+        Sample(f"s{count}", "shard", "vqa", "Is it?" * (count + 1), "No.", "open", tuple(gray[:count]))
+        for count in (1, 2, 0)
+    ]
+    collate = build_question_collator(students[0].spec, load_processor(config), 400, 2)
+    method = CAI(shards=str(shards), alpha=30.0, share=0.3, images=IMAGES).prepare(students[0], collate)
+    return Asked(students[0], students[1], collate, collate(samples), method)
+
+
+def test_heads_and_tokens_are_those_of_the_plain_implementation(asked: Asked, shards: Path) -> None:
+    assert asked.method.found is not None
+    pairs = read_pairs(ShardIndex.open(shards), asked.collate, asked.method.request, IMAGES)
+    described, questioned = (
+        [view.sample(row) for view in views for row in range(len(view.input_ids))] for views in zip(*pairs, strict=True)
+    )
+    places = list(asked.method.found.places)
+    expected, shifts = plain.cai_heads(asked.eager, described, questioned, len(places))
+    assert places == expected and len(places) == round(0.3 * len(shifts)) > 1
+    for (block, head), shift in shifts.items():
+        found = asked.method.found.shifts[block][head]
+        torch.testing.assert_close(found, shift, atol=1e-6, rtol=1e-4)  # sums in another order
+    chosen = {place: 30.0 * shifts[place] for place in places}
+    answers = asked.answers(asked.method)
+    for row in range(3):
+        sample = asked.batch.sample(row)
+        own = chosen if (sample.image_index >= 0).any() else {}
+        assert answers[row] == plain.cai(asked.eager, sample, LIMIT, own)
+
+
+def test_it_changes_answers_about_images_only(asked: Asked) -> None:
+    """Otherwise equal tokens would prove nothing."""
+    greedy, found = asked.answers(Decoding().method), asked.answers(asked.method)
+    assert found[:2] != greedy[:2] and found[2] == greedy[2]
+    assert asked.answers(replace(asked.method, alpha=0.0)) == greedy
+
+
+def test_beams_are_shifted_like_their_sample(asked: Asked) -> None:
+    ids = asked.generate(asked.method, asked.batch, num_beams=2)
+    for row in range(3):
+        alone = asked.generate(asked.method, asked.batch.sample(row), num_beams=2)
+        length = alone.shape[1]
+        assert ids[row, :length].tolist() == alone[0].tolist() and not ids[row, length:].any()
+
+
+def test_the_settings_name_the_heads_once_they_are_found(asked: Asked, shards: Path) -> None:
+    settings = asked.method.describe()
+    assert settings["decoding.heads"] == [list(place) for place in asked.method.found.places]
+    assert settings["decoding.fingerprint"] == list(ShardIndex.open(shards).fingerprint())
+    assert "decoding.heads" not in CAI().describe()
+    with pytest.raises(ConfigError, match="cai has found no heads yet; call `Decoding.prepare`"):
+        asked.answers(CAI(shards=str(shards)))
+
+
+def test_classes_that_are_far_apart_are_told_apart_with_a_small_loss() -> None:
+    values = np.linspace(0, 1, 8)[:, None]
+    far, near, mixed = (separation(values + distance, values) for distance in (5, 1.2, 0.5))
+    assert far[0] == near[0] == 1.0 > mixed[0]
+    assert far[1] < near[1] < mixed[1]
+    assert separation(np.zeros((8, 2)), np.zeros((8, 2))) == (0.0, 1.0)  # a head that does not see the image
+
+
+def test_an_image_counts_once_and_a_bad_sample_is_skipped(
+    asked: Asked, shards: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    index = ShardIndex.open(shards)
+    assert 16 < len(questions(index)) < len(index)  # several per film, and reports
+    pairs = read_pairs(index, asked.collate, "Describe it.", 1000)
+    assert sum(len(pair.question.input_ids) for pair in pairs) == 16
+    assert pairs[0].question.keys == pairs[0].description.keys
+    read, keys = ShardIndex.read, set(pairs[0].question.keys)
+
+    def damaged(index: ShardIndex, i: int) -> Sample:
+        if index.key(i) in keys:
+            raise caption_heads.BadSample(f"{index.key(i)} is damaged")
+        return read(index, i)
+
+    monkeypatch.setattr(ShardIndex, "read", damaged)
+    with caplog.at_level(logging.WARNING, "medalign"):
+        others = read_pairs(index, asked.collate, "Describe it.", 4)
+    assert not keys & set(others[0].question.keys) and len(others[0].question.keys) == 4
+    assert "bad sample skipped" in caplog.text
+
+
+def test_what_is_missing_is_named(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for method, message in (
+        (CAI(), "--decoding.cai.shards is missing; name a folder of shards"),
+        (CAI(shards=str(shards), request=" "), "--decoding.cai.request is empty"),
+        (CAI(shards=str(shards), images=1000), r"images is 1000, but .*train has \d+ questions about images; choose"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            method.check(Any, Any)
+    with pytest.raises(DataError, match="nowhere"):
+        CAI(shards=str(tmp_path / "nowhere")).check(Any, Any)
+    monkeypatch.setattr(cai, "find_spec", lambda name: None if name == "sklearn" else importlib.util.find_spec(name))
+    with pytest.raises(ConfigError, match="scikit-learn is not installed; install it with: pip install 'medalign"):
+        CAI(shards=str(shards)).check(Any, Any)
+
+
+def test_too_few_different_images_are_named(asked: Asked, shards: Path) -> None:
+    method = CAI(shards=str(shards), images=17)
+    method.check(Any, Any)  # there are more questions than that
+    with pytest.raises(ConfigError, match="images is 17, but .* has 16 different images with a question; choose"):
+        method.prepare(asked.student, asked.collate)
