@@ -31,21 +31,17 @@ the last scale, R samples that are read, T tokens of an answer so far.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 
 from medalign.config import StudentConfig
 from medalign.contracts import Batch
 from medalign.decoding.base import Decoding, Method, Prepared, setting
-from medalign.decoding.contrast import NO_BEAMS, map_tokens
-from medalign.decoding.interventions import RecordedRow
-from medalign.decoding.scales import Staged, look, stage
+from medalign.decoding.contrast import NO_BEAMS
+from medalign.decoding.scale_reader import ScaleReader
 from medalign.errors import ConfigError
-from medalign.student.capture import intervening
 from medalign.student.families.base import ModelSpec
 from medalign.student.model import Student
 
@@ -102,10 +98,12 @@ class SECOND(Method):
             return super().generate(student, batch, decoding, **tokens)
         ends = torch.tensor(tokens["eos_token_id"] or [], device=batch.input_ids.device)
         processors = decoding.arguments(Prepared(batch)).get("logits_processor", [])
-        reader = _Reader(self, student, batch)
+        reader = ScaleReader(student, batch, self.scales, self.select, self.reselect)
+        has_image_B1 = (batch.image_index >= 0).any(1, keepdim=True)
         ids_BT, running_B = batch.input_ids[:, :0], torch.ones_like(batch.input_ids[:, 0], dtype=torch.bool)
         while ids_BT.shape[1] < decoding.max_new_tokens and running_B.any():
-            scores_BV = reader.scores(ids_BT, running_B)
+            logits_SBV = reader.logits(ids_BT, running_B)
+            scores_BV = self.combine(logits_SBV).where(has_image_B1, logits_SBV[-1])
             for process in processors:
                 scores_BV = process(torch.cat([batch.input_ids, ids_BT], dim=1), scores_BV)
             token_B = scores_BV.argmax(-1).where(running_B, tokens["pad_token_id"])
@@ -113,17 +111,15 @@ class SECOND(Method):
             running_B = running_B & ~torch.isin(token_B, ends)
         return ids_BT, reader.attention_IN
 
-    def combine(self, logits: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Return the scores of the next token.
+    def combine(self, logits_SBV: torch.Tensor) -> torch.Tensor:
+        """Return the scores of the next token, [B, V].
 
         Args:
-            logits: [B, V] of each scale, from coarse to fine.
+            logits_SBV: of the scales, from coarse to fine.
         """
-        last_BV = logits[-1]
-        weights = (self.alpha, self.beta, self.gamma)
-        scores_BV = last_BV
-        for weight, fine_BV, coarse_BV in zip(weights, logits[:0:-1], logits[-2::-1], strict=False):
-            scores_BV = scores_BV + weight * (fine_BV - coarse_BV)
+        scores_BV = last_BV = logits_SBV[-1]
+        for place, weight in enumerate((self.alpha, self.beta, self.gamma)[: self.scales - 1]):
+            scores_BV = scores_BV + weight * (logits_SBV[-1 - place] - logits_SBV[-2 - place])
         least_B1 = last_BV.topk(min(self.top, last_BV.shape[1])).values[:, -1:]
         return scores_BV.masked_fill(last_BV < least_B1, -torch.inf)
 
@@ -142,142 +138,3 @@ class SECOND(Method):
         sorted_IN = map_IGG.flatten(1).sort(descending=True).values
         least_I1 = sorted_IN.gather(1, counts_I[:, None].long() - 1)
         return map_IGG >= least_I1[..., None]
-
-
-@dataclass
-class _Prompts:
-    """Prompts after the pass over one scale, for passes over new tokens."""
-
-    cache: Any
-    mask_BL: torch.Tensor
-    gates: torch.Tensor | None  # of the query mixture
-
-
-class _Reader:
-    """Reads samples at all scales.
-
-    Args:
-        settings: the settings.
-        student: the student.
-        batch: questions, left-padded; at least one has an image.
-
-    Attributes:
-        attention_IN: the question's attention to the last scale's tokens in the first pass over them, 0 at those that
-            are not read; None before.
-    """
-
-    def __init__(self, settings: SECOND, student: Student, batch: Batch) -> None:
-        self._settings, self._student, self._batch = settings, student, batch
-        self._scales = look(student, batch.student_pixels, settings.scales)
-        self._prompts: list[_Prompts] = []  # of each scale
-        self.attention_IN: torch.Tensor | None = None
-
-    def scores(self, ids_BT: torch.Tensor, running_B: torch.Tensor) -> torch.Tensor:
-        """Return the scores of the next token, [B, V]; zeros for a sample that has ended and is not read again.
-
-        Args:
-            ids_BT: tokens of the answers so far.
-            running_B: False for a sample that has ended.
-        """
-        has_image_B1 = (self._batch.image_index >= 0).any(1, keepdim=True)
-        if self._prompts and not self._settings.reselect:
-            logits = [self._continue(prompts, ids_BT[:, -1:]) for prompts in self._prompts]
-            return self._settings.combine(logits).where(has_image_B1, logits[-1])
-        rows = running_B.nonzero().flatten()
-        logits = self._read(_with_answers(self._batch, ids_BT), rows.tolist())
-        scores_RV = self._settings.combine(logits).where(has_image_B1[rows], logits[-1])
-        return scores_RV.new_zeros(len(ids_BT), scores_RV.shape[1]).index_copy(0, rows, scores_RV)
-
-    def _read(self, batch: Batch, rows: list[int]) -> list[torch.Tensor]:
-        """Read the prompts of samples at one scale after another. Returns the logits [R, V] of each."""
-        attentions, side = self._student.spec.attentions, self._scales[-1].side
-        masks = [torch.ones(len(batch.image_sample), side, side, dtype=torch.bool, device=batch.input_ids.device)]
-        logits: list[torch.Tensor] = []
-        self._prompts = []
-        for number, scale in enumerate(self._scales):
-            steps = [side // each.side for each in self._scales[: number + 1]]
-            chosen = [mask[:, ::step, ::step].flatten(1) for mask, step in zip(masks, steps, strict=True)]
-            staged = stage(batch, rows, self._scales, chosen)
-            records = {} if scale is self._scales[-1] else {attention: RecordedRow() for attention in attentions}
-            with intervening(records):
-                logits.append(self._pass(staged))
-            if records:
-                weights_RL = _last_row(records.values(), staged.batch.attention_mask)
-                masks.append(self._settings.select(self._add_maps(staged, weights_RL, masks)))
-        return logits
-
-    def _pass(self, staged: Staged) -> torch.Tensor:
-        """Read prompts at one scale, and remember what is needed later. Returns the logits, [R, V]."""
-        student, last = self._student, self._scales[-1]
-        output, map_RL = student.read(staged.batch, staged.features_TD, use_cache=not self._settings.reselect)
-        logits_RV: torch.Tensor = output.logits[:, -1].float()
-        gates = None if student.mixture is None else student.mixture.decided
-        self._prompts.append(_Prompts(output.past_key_values, staged.batch.attention_mask, gates))
-        if self.attention_IN is None and len(self._prompts) == len(self._scales):
-            self.attention_IN = torch.zeros(last.features_IND.shape[:2], device=map_RL.device)
-            for piece, weights in staged.split(map_RL):
-                if piece.scale == len(self._scales) - 1:
-                    self.attention_IN[piece.image, piece.tokens] = weights
-        return logits_RV
-
-    def _continue(self, prompts: _Prompts, token_B1: torch.Tensor) -> torch.Tensor:
-        """Return the logits [B, V] after one more token at one scale."""
-        student = self._student
-        prompts.mask_BL = F.pad(prompts.mask_BL, (0, 1), value=True)
-        if student.mixture is not None:
-            student.mixture.decided = prompts.gates
-        output = student.model(
-            input_ids=token_B1,
-            attention_mask=prompts.mask_BL.long(),
-            position_ids=prompts.mask_BL.sum(1, keepdim=True) - 1,
-            past_key_values=prompts.cache,
-            use_cache=True,
-        )
-        logits_BV: torch.Tensor = output.logits[:, -1].float()
-        return logits_BV
-
-    def _add_maps(self, staged: Staged, weights_RL: torch.Tensor, masks: list[torch.Tensor]) -> torch.Tensor:
-        """Return the sum of the maps of the scales that were read, [I, G, G].
-
-        Args:
-            staged: the prompts.
-            weights_RL: attention of each prompt's last token.
-            masks: where the tokens of each scale are read, [I, G, G].
-        """
-        sum_IGG = torch.zeros(masks[0].shape, device=weights_RL.device)
-        for (image, number, tokens), weights in staged.split(weights_RL):
-            scale = self._scales[number]
-            assert scale.attention_INN is not None
-            if not weights.any():
-                raise _unseen(self._student.spec)
-            map_N = weights / weights.sum() @ scale.attention_INN[image, tokens]
-            map_YX = (map_N / map_N.max()).unflatten(0, (scale.side, scale.side))
-            step = len(sum_IGG[0]) // scale.side
-            map_GG = map_YX.repeat_interleave(step, 0).repeat_interleave(step, 1)
-            sum_IGG[image] += 4**number * map_GG * masks[number][image]
-        return sum_IGG
-
-
-def _unseen(spec: ModelSpec) -> ConfigError:
-    covered = max((spec.window(block) or 0 for block in range(len(spec.blocks))), default=0)
-    return ConfigError(
-        "--decoding second reads the attention of the prompt's last token to the image, and a prompt is so long that "
-        f"no block covers its image ({covered} tokens at most); choose another method"
-    )
-
-
-def _last_row(rows: Iterable[RecordedRow], mask_RL: torch.Tensor) -> torch.Tensor:
-    """Return the attention of each prompt's last token, [R, L], as the method defines it for all scales together."""
-    first_R1 = mask_RL.int().argmax(-1, keepdim=True)
-    parts = [row.weights_RHK.mean(1).scatter(1, first_R1, 0) for row in rows if row.weights_RHK is not None]
-    return torch.stack([part / part.sum(-1, keepdim=True) for part in parts]).mean(0)
-
-
-def _with_answers(batch: Batch, ids_BT: torch.Tensor) -> Batch:
-    """Return prompts with the answers so far at their end."""
-    count = ids_BT.shape[1]
-    return replace(
-        map_tokens(batch, lambda values_BL, fill: F.pad(values_BL, (0, count), value=fill)),
-        input_ids=torch.cat([batch.input_ids, ids_BT], dim=1),
-        attention_mask=F.pad(batch.attention_mask, (0, count), value=True),
-    )

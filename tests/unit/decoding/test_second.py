@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,15 @@ import torch.nn.functional as F
 from transformers import MistralConfig
 
 from medalign.config import StudentConfig
-from medalign.contracts import Sample
+from medalign.contracts import Batch, Sample
 from medalign.decoding.base import Decoding
 from medalign.decoding.methods.second import SECOND
+from medalign.decoding.scale_reader import ScaleReader
 from medalign.errors import ConfigError
 from medalign.geometry import PatchGrid
 from medalign.student.checks import check_student
 from medalign.student.loading import load_student
+from medalign.student.model import Student
 from tests import tiny
 from tests.unit.decoding.test_contrast import LIMIT, Asked, ask, compare, logits
 from tests.unit.student.families.cases import CASES, Case
@@ -222,6 +224,60 @@ def test_w_and_mixture_act_in_passes_with_a_cache_as_in_prompts(fine: Asked, mon
     plain = student_of(fine.model, trained=True, query_mixture=True, steering=False)
     bare, _ = SECOND().generate(plain, batch, Decoding(LIMIT), pad_token_id=0, eos_token_id=None)
     assert not torch.equal(bare, again), "W has no effect"
+
+
+@dataclass
+class Passes:
+    """Counts the prompts of a generation, and keeps the logits of all scales."""
+
+    prompts: int
+    logits: list[torch.Tensor]
+
+    @classmethod
+    def of(cls, student: Student, method: SECOND, batch: Batch, *, again: bool = False) -> tuple[torch.Tensor, Passes]:
+        """Generate; with `again`, all prompts are read again for each token."""
+        found = cls(0, [])
+        read, logits = Student.read, ScaleReader.logits
+
+        def counted(self: Student, batch: Batch, *words: Any, **settings: Any) -> Any:
+            found.prompts += len(batch.input_ids)
+            return read(self, batch, *words, **settings)
+
+        def kept(self: ScaleReader, *words: Any) -> torch.Tensor:
+            found.logits.append(logits(self, *words).clone())
+            return found.logits[-1]
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Student, "read", counted)
+            patch.setattr(ScaleReader, "logits", kept)
+            if again:
+                changes = ScaleReader._changes
+
+                def all_of_them(self: ScaleReader, attention: torch.Tensor, rows: list[int], answered: int) -> Any:
+                    changes(self, attention, rows, answered)
+                    return {0: list(range(len(batch.input_ids)))}
+
+                patch.setattr(ScaleReader, "_changes", all_of_them)
+            ids, _ = method.generate(student, batch, Decoding(LIMIT), pad_token_id=0, eos_token_id=None)
+        return ids, found
+
+
+@pytest.mark.parametrize("window", [None, 30])
+@pytest.mark.parametrize("changes", [True, False])
+def test_what_the_cache_keeps_is_what_prompts_would_give(tmp_path: Path, changes: bool, window: int | None) -> None:
+    """1e-5: sums have other orders. With a window, prompts are longer than what its blocks keep."""
+    kind = {} if window is None else {"kind": MistralConfig, "sliding_window": window}
+    folder = tiny.save_student(tmp_path / "student", image_size=64, **kind)
+    student = load_student(StudentConfig(path=str(folder), layer=1), torch.float32).eval()
+    batch = tiny.batch(side="left", texts=((9, 0), (3, 0), (6, 0)), tokens=64, size=64)
+    method = SECOND() if changes else SECOND(strictness=20.0)
+    ids, passes = Passes.of(student, method, batch)
+    expected, every = Passes.of(student, method, batch, again=True)
+    assert torch.equal(ids, expected) and len(passes.logits) == LIMIT
+    for found, plain in zip(passes.logits, every.logits, strict=True):
+        torch.testing.assert_close(found, plain, rtol=1e-5, atol=1e-5)
+    assert every.prompts == 3 * 3 * LIMIT
+    assert 3 * 3 < passes.prompts < every.prompts if changes else passes.prompts == 3 * 3
 
 
 @pytest.mark.parametrize("method", [STRICT, ONCE], ids=["again", "once"])
