@@ -42,7 +42,7 @@ METHODS: dict[str, Entry] = {
     "second": Entry(
         "medalign.decoding.methods.second:SECOND",
         "SECOND: contrast of the image at several scales, with selected tokens",
-        "3 prompts per token",
+        "1 per token, of 3 rows; prompts again when their selection changes",
     ),
     "medvcd": Entry(
         "medalign.decoding.methods.medvcd:MedVCD",

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from medalign.contracts import Batch
 from medalign.decoding.contrast import map_tokens
 from medalign.decoding.interventions import RecordedRow
-from medalign.decoding.scales import Piece, look, stage
+from medalign.decoding.scales import Piece, Staged, look, stage
 from medalign.errors import ConfigError
 from medalign.student.capture import intervening
 from medalign.student.families.base import ModelSpec
@@ -51,7 +51,13 @@ class ScaleReader:
         self._samples, side = len(batch.input_ids), self._scales[-1].side
         grids = (count, len(batch.image_sample), side, side)
         self._read_SIGG = torch.ones(grids, dtype=torch.bool, device=batch.input_ids.device)
-        self._pieces: dict[int, list[tuple[Piece, torch.Tensor]]] = {}  # by row of the cache, see `_read`
+        # Of each scale's prompts, where the tokens of the scales up to it are, [I, N] each: places counted back from
+        # the end of the prompt, since padding on the left changes; 0 for tokens that are not read.
+        self._back = [
+            [torch.zeros(each.features_IND.shape[:2], dtype=torch.long, device=batch.input_ids.device) for each in part]
+            for part in (self._scales[: scale + 1] for scale in range(count))
+        ]
+        self._sample_of = batch.image_sample.tolist()
         self._cache = _JoinedCache(count * self._samples)
         self._logits_SBV: torch.Tensor | None = None
         self.attention_IN: torch.Tensor | None = None
@@ -68,9 +74,8 @@ class ScaleReader:
         else:
             attention_UL = self._continue(ids_BT)
             if attention_UL is not None:
-                rows_R = ((self._batch.image_index >= 0).any(1) & running_B).nonzero().flatten()
-                for scale, changed in self._changes(attention_UL, rows_R.tolist(), ids_BT.shape[1]).items():
-                    self._read(ids_BT, changed, scale)
+                for scale, samples in self._changes(attention_UL, running_B.tolist(), ids_BT.shape[1]).items():
+                    self._read(ids_BT, samples, scale)
         assert self._logits_SBV is not None
         return self._logits_SBV
 
@@ -89,19 +94,14 @@ class ScaleReader:
             gates = None if student.mixture is None else student.mixture.decided
             self._cache.put(units, output.past_key_values, mask_RL, gates)
             self._keep_logits(scale, rows, output.logits[:, -1].float())
-            # Places in a prompt are counted back from its end, since padding on the left changes.
-            length = mask_RL.shape[1]
-            back_RL = (length - answered - torch.arange(length, device=mask_RL.device)).expand_as(mask_RL)
-            self._pieces |= {unit: [] for unit in units}
-            for piece, back in staged.split(back_RL):
-                sample = int(self._batch.image_sample[piece.image])
-                self._pieces[scale * self._samples + sample].append((piece, back))
+            self._keep_places(scale, staged, answered)
             if scale == last:
                 self._keep_attention(staged.split(map_RL))
             else:
-                attention_RL = _last_row(records.values(), mask_RL)
-                images, mask_JGG = self._next_scale(scale, rows, attention_RL, answered)
-                self._read_SIGG[scale + 1, images] = mask_JGG
+                images = [image for image, sample in enumerate(self._sample_of) if sample in rows]
+                places = [rows.index(self._sample_of[image]) for image in images]
+                attention_JL = _last_row(records.values(), mask_RL)[places]
+                self._read_SIGG[scale + 1, images] = self._next_scale(scale, images, attention_JL, answered)
 
     def _continue(self, ids_BT: torch.Tensor) -> torch.Tensor | None:
         """Read one more token of all samples at all scales. Returns its attention [U, L], None if nothing needs it."""
@@ -121,54 +121,57 @@ class ScaleReader:
         self._logits_SBV = output.logits[:, -1].float().unflatten(0, (len(self._scales), -1))
         return _last_row(records.values(), mask_UL) if records else None
 
-    def _changes(self, attention_UL: torch.Tensor, rows: list[int], answered: int) -> dict[int, list[int]]:
-        """Select tokens again. Returns, by the first scale of which others are read now, the samples."""
+    def _changes(self, attention_UL: torch.Tensor, running: Sequence[bool], answered: int) -> dict[int, list[int]]:
+        """Select tokens again. Returns, by the first scale of which others are read now, the running samples."""
         found: dict[int, list[int]] = {}
-        for scale in range(len(self._scales) - 1):
-            if not rows:
-                break
-            units = [scale * self._samples + row for row in rows]
-            images, mask_JGG = self._next_scale(scale, rows, attention_UL[units], answered)
+        images: list[int] | slice = [image for image, sample in enumerate(self._sample_of) if running[sample]]
+        samples = self._batch.image_sample[images]
+        if len(samples) == len(self._sample_of):
+            images = slice(None)  # needs no copies
+        for scale in range(len(self._scales) - 1 if len(samples) else 0):
+            attention_JL = attention_UL[scale * self._samples + samples]
+            mask_JGG = self._next_scale(scale, images, attention_JL, answered)
             differs_J = (mask_JGG != self._read_SIGG[scale + 1, images]).flatten(1).any(1)
-            self._read_SIGG[scale + 1, images] = mask_JGG
-            samples = self._batch.image_sample[images][differs_J].unique().tolist()
-            if samples:
-                found[scale + 1] = samples
-                rows = [row for row in rows if row not in samples]
+            self._read_SIGG[scale + 1, images] = (
+                mask_JGG  # after a change, `_read` selects for further scales once more
+            )
+            known = {sample for earlier in found.values() for sample in earlier}
+            if changed := set(samples[differs_J].tolist()) - known:
+                found[scale + 1] = sorted(changed)
         return found
 
     def _next_scale(
-        self, scale: int, rows: Sequence[int], attention_RL: torch.Tensor, answered: int
-    ) -> tuple[list[int], torch.Tensor]:
-        """Return the images of samples, and where tokens of the scale after `scale` are read, [J, G, G].
+        self, scale: int, images: list[int] | slice, attention_JL: torch.Tensor, answered: int
+    ) -> torch.Tensor:
+        """Return where tokens of the scale after `scale` are read, [J, G, G].
 
         Args:
             scale: the scale that was read.
-            rows: the samples.
-            attention_RL: of each last token, see `_last_row`.
+            images: J images.
+            attention_JL: of the last token of each image's sample, see `_last_row`.
             answered: tokens of the answers.
         """
-        maps: dict[int, torch.Tensor] = {}
-        end = attention_RL.shape[1] - answered
-        for row, attention_L in zip(rows, attention_RL, strict=True):
-            for piece, back in self._pieces[scale * self._samples + row]:
-                map_GG = self._map(piece, attention_L[end - back])
-                maps[piece.image] = maps[piece.image] + map_GG if piece.image in maps else map_GG
-        maps_JGG = torch.stack(list(maps.values()))
-        if not maps_JGG.isfinite().all():
+        end, side = attention_JL.shape[1] - answered, self._read_SIGG.shape[-1]
+        sum_JGG = attention_JL.new_zeros(len(attention_JL), side, side)
+        for number, back_IN in enumerate(self._back[scale]):
+            each, back_JN = self._scales[number], back_IN[images]
+            assert each.attention_INN is not None
+            weights_JN = attention_JL.gather(1, (end - back_JN).where(back_JN > 0, 0)) * (back_JN > 0)
+            shares_JN = weights_JN / weights_JN.sum(1, keepdim=True)
+            map_JN = torch.einsum("jn,jnm->jm", shares_JN, each.attention_INN[images])
+            map_JYX = (map_JN / map_JN.amax(1, keepdim=True)).unflatten(1, (each.side, each.side))
+            map_JGG = F.interpolate(map_JYX[:, None], size=(side, side))[:, 0]  # each value fills a square
+            sum_JGG += 4**number * map_JGG * self._read_SIGG[number, images]
+        if not sum_JGG.isfinite().all():
             raise _unseen(self._student.spec)
-        return list(maps), self._select(maps_JGG)
+        return self._select(sum_JGG)
 
-    def _map(self, piece: Piece, weights: torch.Tensor) -> torch.Tensor:
-        """Return the map [G, G] of the attention to a piece."""
-        scale = self._scales[piece.scale]
-        assert scale.attention_INN is not None
-        map_N = weights / weights.sum() @ scale.attention_INN[piece.image, piece.tokens]
-        map_YX = (map_N / map_N.max()).unflatten(0, (scale.side, scale.side))
-        step = self._read_SIGG.shape[-1] // scale.side
-        map_GG = map_YX.repeat_interleave(step, 0).repeat_interleave(step, 1)
-        shown_GG: torch.Tensor = 4**piece.scale * map_GG * self._read_SIGG[piece.scale, piece.image]
-        return shown_GG
+    def _keep_places(self, scale: int, staged: Staged, answered: int) -> None:
+        length = staged.batch.input_ids.shape[1]
+        back_L = length - answered - torch.arange(length, device=staged.batch.input_ids.device)
+        for piece, back in staged.split(back_L.expand_as(staged.batch.input_ids)):
+            self._back[scale][piece.scale][piece.image] = 0
+            self._back[scale][piece.scale][piece.image, piece.tokens] = back
 
     def _keep_logits(self, scale: int, rows: Sequence[int], logits_RV: torch.Tensor) -> None:
         if self._logits_SBV is None:
@@ -235,14 +238,16 @@ class _JoinedCache:
 
 def _last_row(records: Iterable[RecordedRow], mask_RL: torch.Tensor) -> torch.Tensor:
     """Return the attention of each row's last token, [R, L], as the method defines it for all scales together."""
-    first_R1, parts = mask_RL.int().argmax(-1, keepdim=True), list[torch.Tensor]()
+    length, parts = mask_RL.shape[1], list[torch.Tensor]()
     for record in records:
         assert record.weights_RHK is not None
         weights_RK = record.weights_RHK.mean(1)
-        weights_RL = F.pad(weights_RK, (mask_RL.shape[1] - weights_RK.shape[1], 0))  # keys outside of a window
-        weights_RL = weights_RL.scatter(1, first_R1, 0)
-        parts.append(weights_RL / weights_RL.sum(-1, keepdim=True))
-    return torch.stack(parts).mean(0)
+        missing = length - weights_RK.shape[1]  # keys outside of a window
+        parts.append(F.pad(weights_RK, (missing, 0)) if missing else weights_RK)
+    weights_NRL = torch.stack(parts)  # N blocks
+    first_R1 = mask_RL.int().argmax(-1, keepdim=True)
+    weights_NRL = weights_NRL.scatter(2, first_R1.expand(len(parts), -1, -1), 0)
+    return (weights_NRL / weights_NRL.sum(-1, keepdim=True)).mean(0)
 
 
 def _with_answers(batch: Batch, ids_BT: torch.Tensor) -> Batch:

@@ -19,8 +19,9 @@ The defaults are those of the authors' script for POPE (github.com/AIDASLab/SECO
 20 tokens. Their script for VQAv2 has gamma 0.1, beta 0.2, alpha 0.1, lambda 0.5. They have four scales with LLaVA-NeXT,
 whose last one are the tiles; three of them are those of a student that sees the image once. The paper's project page
 says that H is the entropy of the attention; the code computes the mean entropy of the map's rows, which `entropy`
-chooses. The code selects again for each new token, so all prompts are read again; `reselect false` selects once, and
-the passes over new tokens have caches. The code has other forms of the contrast, which its scripts do not use.
+chooses. The code selects again for each new token and reads all prompts again; here only those are read again whose
+selection has changed, which gives the same. `reselect false` selects once. The code has other forms of the contrast,
+which its scripts do not use.
 
 Each image of a sample is selected for itself. A sample without an image is decoded as usual.
 
@@ -62,7 +63,7 @@ class SECOND(Method):
     strictness: float = setting(1.0, "lambda: the larger, the fewer tokens are selected", least=0.001, most=100)
     top: int = setting(20, "most probable tokens under the last scale, of which one is chosen", least=1)
     entropy: Literal["rows", "map"] = setting("rows", "of each row of the map as in the code, or of the whole map")
-    reselect: bool = setting(True, "whether tokens are selected again for each new token; false: once, with caches")
+    reselect: bool = setting(True, "whether tokens are selected again for each new token; false: once")
 
     def __post_init__(self) -> None:
         super().__post_init__()
