@@ -116,17 +116,16 @@ def main(
     torch.manual_seed(0)
     dtype = DTYPES[precision or ("bf16" if distributed.device().type == "cuda" else "fp32")]
     names = ["greedy", *(name for name in methods or [*METHODS, *FORMS] if name != "greedy")]
-    result = {
+    result: dict[str, Any] = {
         "command": shlex.join(["python", "-m", "tools.benchmarks.decoding", *sys.argv[1:]]),
         "machine": f"{card_name(distributed.device())}, {platform.machine()}, {torch.get_num_threads()} threads",
         "samples": samples,
         "new_tokens": new_tokens,
-        "students": {
-            Path(name).name: _measure(name, dtype, names, samples, new_tokens, rounds)
-            for name in students or ["phantom", "wide"]
-        },
+        "students": {},
     }
-    output.write_text(json.dumps(result, indent=2) + "\n")
+    for name in students or ["phantom", "wide"]:  # the file is complete after each student
+        result["students"][Path(name).name] = _measure(name, dtype, names, samples, new_tokens, rounds)
+        output.write_text(json.dumps(result, indent=2) + "\n")
 
 
 def _measure(
