@@ -146,6 +146,7 @@ def evaluate_each(
             most, methods = max(index.max_images for index in indexes), [one.method for one in decodings]
             student, tokenizer, collator = open_student(source, base, most, max_length, methods)
             decodings = [decoding.prepare(student, collator) for decoding in decodings]
+            _require_other_shards(decodings, data, indexes)
             origin = {**describe_weights(source), "shards": [list(index.fingerprint()) for index in indexes]}
         places = [place if is_remote(place) else str(Path(place).resolve()) for place in data]
         for folder, decoding in zip(folders, decodings, strict=True):
@@ -221,6 +222,16 @@ def _open(data: Sequence[str]) -> list[ShardIndex]:
             )
         places[content] = place
     return indexes
+
+
+def _require_other_shards(decodings: Sequence[Decoding], data: Sequence[str], indexes: Sequence[ShardIndex]) -> None:
+    for place, index in zip(data, indexes, strict=True):
+        for method in (decoding.method for decoding in decodings):
+            if set(method.learned_from) & set(index.fingerprint()):
+                raise ConfigError(
+                    f"--decoding {method.name} learns from samples that are evaluated: its shards are those of --data "
+                    f"{place}; name others, such as the training set"
+                )
 
 
 def evaluation_folder(run: Path, data: Sequence[str], name: str | None, method: str = Greedy.name) -> Path:

@@ -97,6 +97,11 @@ class Method:
             ConfigError: it cannot; the message has the reason and names methods or students that can.
         """
 
+    @property
+    def learned_from(self) -> tuple[str, ...]:
+        """Fingerprints of the shards from which `prepare` has learned, which must not be evaluated."""
+        return ()
+
     def prepare(self, student: Student, collator: Collator) -> Self:
         """Return the method with what it has to learn of the student before the first batch.
 

@@ -6,6 +6,7 @@ Shape suffixes: B samples of a batch, S samples, H heads, D head dimension, K ke
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -28,6 +29,7 @@ log = logging.getLogger("medalign")
 FOLDS = 4
 _BATCH = 8  # samples that are read at once
 _SEED = 0  # of the order in which samples are taken
+_ITERATIONS = 100_000  # of one fit; where a head hardly sees the image its outputs are rounding, and a fit may not end
 
 
 class Pair(NamedTuple):
@@ -134,31 +136,38 @@ def find_heads(student: Student, pairs: Sequence[Pair], share: float) -> Caption
         share: of all heads, how many are taken; at least one.
     """
     described, asked = ([_read(student, pair[side]) for pair in pairs] for side in (0, 1))
-    ranked, shifts = [], []
+    ranked, shifts, unended = [], [], 0
     for block in range(len(student.spec.blocks)):
         description, question = (Outputs.joined([outputs[block] for outputs in views]) for views in (described, asked))
         for head in range(description.image_SHD.shape[1]):
             features = (view.image_SHD[:, head].numpy() for view in (description, question))
-            accuracy, loss = separation(*features)
+            accuracy, loss, ended = separation(*features)
             ranked.append((-accuracy, loss, block, head))
+            unended += not ended
         shifts.append((description.whole_SHD - question.whole_SHD).mean(0))
     best = sorted(ranked)[: max(1, round(share * len(ranked)))]
     places = tuple((block, head) for _, _, block, head in best)
     log.info(
-        "cai: %d of %d heads tell descriptions from questions, with an accuracy of %.2f to %.2f: %s",
+        "cai takes %d of %d heads, whose classifiers have an accuracy of %.2f to %.2f (block.head): %s",
         *(len(best), len(ranked), -best[-1][0], -best[0][0]),
         ", ".join(f"{block}.{head}" for block, head in places),
     )
+    if unended:
+        log.info("the classifiers of %d heads did not converge and count as they are", unended)
     return CaptionHeads(places, tuple(-accuracy for accuracy, *_ in best), tuple(shifts))
 
 
-def separation(description_SF: np.ndarray, question_SF: np.ndarray) -> tuple[float, float]:
-    """Return the accuracy and the mean hinge loss of a linear support vector machine on images that it has not seen.
+def separation(description_SF: np.ndarray, question_SF: np.ndarray) -> tuple[float, float, bool]:
+    """Fit linear support vector machines and apply each to images that it has not seen.
 
     Args:
         description_SF: features under descriptions.
         question_SF: features of the same images under questions.
+
+    Returns:
+        The accuracy, the mean hinge loss, and whether all fits have converged.
     """
+    from sklearn.exceptions import ConvergenceWarning
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
     from sklearn.svm import SVC
@@ -167,11 +176,14 @@ def separation(description_SF: np.ndarray, question_SF: np.ndarray) -> tuple[flo
     features = np.concatenate([description_SF, question_SF])
     label, fold = np.repeat([1, -1], count), np.tile(np.arange(count) % FOLDS, 2)
     margin = np.zeros(2 * count)
-    for held in range(FOLDS):
-        out = fold == held
-        model = make_pipeline(StandardScaler(), SVC(kernel="linear")).fit(features[~out], label[~out])
-        margin[out] = label[out] * model.decision_function(features[out])
-    return float((margin > 0).mean()), float(np.maximum(0, 1 - margin).mean())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ConvergenceWarning)
+        for held in range(FOLDS):
+            out = fold == held
+            model = make_pipeline(StandardScaler(), SVC(kernel="linear", max_iter=_ITERATIONS))
+            margin[out] = label[out] * model.fit(features[~out], label[~out]).decision_function(features[out])
+    ended = not any(issubclass(each.category, ConvergenceWarning) for each in caught)
+    return float((margin > 0).mean()), float(np.maximum(0, 1 - margin).mean()), ended
 
 
 @torch.no_grad()

@@ -58,8 +58,8 @@ METHODS: dict[str, Entry] = {
     ),
     "cai": Entry(
         "medalign.decoding.methods.cai:CAI",
-        "CAI: heads that answer to a request for a description are shifted towards it",
-        "1 per token",
+        "CAI: heads that respond to requests for a description are shifted towards them",
+        "1 per token, after 128 prompts",
     ),
     "opera": Entry(
         "medalign.decoding.methods.opera:OPERA",

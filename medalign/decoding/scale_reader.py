@@ -262,7 +262,11 @@ def _with_answers(batch: Batch, ids_BT: torch.Tensor) -> Batch:
 
 def _unseen(spec: ModelSpec) -> ConfigError:
     covered = max((spec.window(block) or 0 for block in range(len(spec.blocks))), default=0)
+    if not covered:
+        return ConfigError(
+            "the student's attention to the image is not finite; check its weights, and those of its base"
+        )
     return ConfigError(
-        "--decoding second reads the attention of the prompt's last token to the image, and a prompt is so long that "
-        f"no block covers its image ({covered} tokens at most); choose another method"
+        "--decoding second reads the attention of the last token to the image, and a prompt with its answer is so long "
+        f"that no block covers its image ({covered} tokens at most); choose another method"
     )

@@ -6,8 +6,9 @@
 Writes, for each arm and method, the scores and their paired differences to greedy decoding, with p adjusted by Holm for
 all methods and scores of the arm. For an arm of one run, the 95 % intervals are of a bootstrap over films and p of a
 permutation test; for several, one per seed, the seed is the unit, as in `medalign compare`. Scores without tests are
-means of the runs. The answers are evaluations of the runs, so a call that ends early resumes; only beam search, the
-nucleus and Med-VCD in the form of its authors' scripts, which are short, are repeated. Prints all as tables.
+means of the runs. What a method has learned of a student, such as the heads of CAI, is listed for each run. The answers
+are evaluations of the runs, so a call that ends early resumes; only beam search, the nucleus and Med-VCD in the form of
+its authors' scripts, which are short, are repeated. Prints all as tables.
 """
 
 from __future__ import annotations
@@ -89,6 +90,7 @@ def main(
         "settings": {method: decoding.describe() for method, decoding in decodings.items()},
         "runs": {},
         "described": {},
+        "learned": {},
     }
     options = {"batch_size": batch_size, "limit": limit, "probes": probes or []}
     for arm, places in runs.items():
@@ -105,6 +107,7 @@ def main(
         described = {method: _described(paths) for method, paths in of_method.items()}
         result["runs"][arm] = rows
         result["described"][arm] = described
+        result["learned"][arm] = _learned(of_method, result["settings"])
         output.write_text(json.dumps(result, indent=2) + "\n")
     sys.stdout.write(tables(result))
 
@@ -140,6 +143,20 @@ def _described(folders: tuple[Path, ...]) -> dict[str, float]:
         if len(asked) == len(found):
             means[probe] = fmean(scores["accuracy"] for scores in asked)
     return means | {FALSE_YES: fmean(false_yes(read_rows(home.predictions)) for home in homes)}
+
+
+def _learned(folders: dict[str, tuple[Path, ...]], settings: dict[str, Any]) -> dict[str, Any]:
+    """Return what methods have learned of the student of each run, such as the heads of CAI."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for method, paths in folders.items():
+        runs = [read_scores(EvaluationFolder(path).scores).get("provenance", {}).get("settings", {}) for path in paths]
+        new = [
+            {key: run[key] for key in run if key.startswith("decoding.") and key not in settings[method]}
+            for run in runs
+        ]
+        if any(new):
+            found[method] = new
+    return found
 
 
 def tables(result: dict[str, Any]) -> str:

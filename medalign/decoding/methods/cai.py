@@ -1,4 +1,4 @@
-"""CAI: outputs of heads that answer to a request for a description are shifted as such a request would shift them.
+"""CAI: heads that respond to requests for a description are shifted towards what such a request makes of them.
 
 Source: Li et al., "CAI: Caption-Sensitive Attention Intervention for Mitigating Object Hallucination in Large
 Vision-Language Models", arXiv 2506.23590, later "CAST", arXiv 2605.04641. There is no code of the authors, and of the
@@ -37,6 +37,9 @@ from torch import nn
 from medalign.config import StudentConfig
 from medalign.contracts import Batch
 from medalign.data.batches.collator import Collator
+from medalign.data.samples import values
+from medalign.data.samples.bad_sample import BadSample
+from medalign.data.samples.image_tags import strip_tags
 from medalign.data.samples.sample import REPORT_PROMPT
 from medalign.data.shards.index import ShardIndex
 from medalign.decoding.base import Decoding, Method, Prepared, setting
@@ -49,7 +52,7 @@ from medalign.student.model import Student
 
 @dataclass(frozen=True)
 class CAI(Method):
-    """Heads that answer to a request for a description are shifted towards it.
+    """Heads that respond to requests for a description are shifted towards them.
 
     Attributes:
         found: the heads and shifts, see `prepare`.
@@ -60,7 +63,9 @@ class CAI(Method):
 
     shards: str = setting("", "folder of shards with questions about images, from which the heads are found")
     alpha: float = setting(1.0, "weight of the shift; not published", least=-1000, most=1000)
-    share: float = setting(48 / 1024, "share of all heads that are shifted; not published", least=0, most=1)
+    share: float = setting(
+        48 / 1024, "share of all heads that are shifted, at least one; not published", least=0, most=1
+    )
     images: int = setting(64, "images that are read to find the heads; not published", least=2 * FOLDS)
     request: str = setting(REPORT_PROMPT, "the request for a description; not published")
     found: CaptionHeads | None = field(default=None, compare=False, repr=False)
@@ -75,8 +80,15 @@ class CAI(Method):
                 f"{self.option('shards')} is missing; name a folder of shards with questions about images, other ones "
                 "than those that are asked, such as the training set"
             )
-        if not self.request.strip():
-            raise ConfigError(f"{self.option('request')} is empty; write a request for a description of an image")
+        try:
+            text, places = strip_tags(self.request)
+        except BadSample:  # the image token of another model
+            text, places = self.request, 1
+        if places or not text.strip() or values.fault(text):
+            raise ConfigError(
+                f"{self.option('request')} is {self.request!r}; write a request for a description of an image, without "
+                "a place for the image"
+            )
         self._require(len(questions(ShardIndex.open(self.shards))), "questions about images")
 
     def prepare(self, student: Student, collator: Collator) -> Self:
@@ -101,14 +113,21 @@ class CAI(Method):
         with intervening(heads):
             yield Prepared(batch)
 
+    @property
+    def learned_from(self) -> tuple[str, ...]:
+        """See `Method.learned_from`."""
+        return self.fingerprint
+
     def describe(self) -> dict[str, Any]:
-        """Return the settings, and once they are found, the heads and the fingerprint of the shards."""
+        """Return the settings; once the heads are found, with them, and with the shards' content for their place."""
         if self.found is None:
             return super().describe()
         heads = [list(place) for place in self.found.places]
-        return super().describe() | {"decoding.heads": heads, "decoding.fingerprint": list(self.fingerprint)}
+        return super().describe() | {"decoding.shards": list(self.fingerprint), "decoding.heads": heads}
 
     def _require(self, count: int, of: str) -> None:
+        if count < 2 * FOLDS:
+            raise ConfigError(f"{self.shards} has {count} {of}, and {2 * FOLDS} are needed; name other shards")
         if count < self.images:
             raise ConfigError(
                 f"{self.option('images')} is {self.images}, but {self.shards} has {count} {of}; choose at most that "

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from medalign import phantom
+from medalign import evaluator, phantom
 from medalign.contracts import Batch, Sample
 from medalign.data.batches.collator import Collator
 from medalign.data.shards.index import ShardIndex
@@ -118,10 +118,21 @@ def test_beams_are_shifted_like_their_sample(asked: Asked) -> None:
 def test_the_settings_name_the_heads_once_they_are_found(asked: Asked, shards: Path) -> None:
     settings = asked.method.describe()
     assert settings["decoding.heads"] == [list(place) for place in asked.method.found.places]
-    assert settings["decoding.fingerprint"] == list(ShardIndex.open(shards).fingerprint())
+    content = ShardIndex.open(shards).fingerprint()
+    assert settings["decoding.shards"] == list(content) and asked.method.learned_from == content
+    assert CAI(shards="here").describe()["decoding.shards"] == "here"
     assert "decoding.heads" not in CAI().describe()
     with pytest.raises(ConfigError, match="cai has found no heads yet; call `Decoding.prepare`"):
         asked.answers(CAI(shards=str(shards)))
+
+
+def test_shards_that_are_evaluated_are_refused(asked: Asked, shards: Path, tmp_path: Path) -> None:
+    phantom.write_phantoms(tmp_path / "others", 1, 1, 7)
+    indexes = [ShardIndex.open(place) for place in (tmp_path / "others" / "val", shards)]
+    both = [Decoding(), Decoding(method=asked.method)]
+    evaluator._require_other_shards(both, ["others"], indexes[:1])
+    with pytest.raises(ConfigError, match="cai learns from samples that are evaluated: .* --data films; name others"):
+        evaluator._require_other_shards(both, ["others", "films"], indexes)
 
 
 def test_classes_that_are_far_apart_are_told_apart_with_a_small_loss() -> None:
@@ -129,7 +140,14 @@ def test_classes_that_are_far_apart_are_told_apart_with_a_small_loss() -> None:
     far, near, mixed = (separation(values + distance, values) for distance in (5, 1.2, 0.5))
     assert far[0] == near[0] == 1.0 > mixed[0]
     assert far[1] < near[1] < mixed[1]
-    assert separation(np.zeros((8, 2)), np.zeros((8, 2))) == (0.0, 1.0)  # a head that does not see the image
+    assert far[2] and separation(np.zeros((8, 2)), np.zeros((8, 2))) == (0.0, 1.0, True)  # it does not see the image
+
+
+def test_a_fit_that_does_not_converge_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(caption_heads, "_ITERATIONS", 2)
+    values = np.random.default_rng(0).normal(size=(32, 4))
+    accuracy, loss, converged = separation(values + 0.1, values)
+    assert 0 <= accuracy <= 1 and loss > 0 and not converged
 
 
 def test_an_image_counts_once_and_a_bad_sample_is_skipped(
@@ -157,11 +175,16 @@ def test_an_image_counts_once_and_a_bad_sample_is_skipped(
 def test_what_is_missing_is_named(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for method, message in (
         (CAI(), "--decoding.cai.shards is missing; name a folder of shards"),
-        (CAI(shards=str(shards), request=" "), "--decoding.cai.request is empty"),
+        (CAI(shards=str(shards), request=" "), "--decoding.cai.request is ' '; write a request"),
+        (CAI(shards=str(shards), request="<image> Describe it."), "write a request .* without a place for the image"),
+        (CAI(shards=str(shards), request="<|image_pad|> it"), "write a request .* without a place for the image"),
         (CAI(shards=str(shards), images=1000), r"images is 1000, but .*train has \d+ questions about images; choose"),
     ):
         with pytest.raises(ConfigError, match=message):
             method.check(Any, Any)
+    phantom.write_phantoms(tmp_path / "few", 1, 1, 0)
+    with pytest.raises(ConfigError, match=r"few/train has \d questions about images, and 8 are needed; name other"):
+        CAI(shards=str(tmp_path / "few" / "train")).check(Any, Any)
     with pytest.raises(DataError, match="nowhere"):
         CAI(shards=str(tmp_path / "nowhere")).check(Any, Any)
     monkeypatch.setattr(cai, "find_spec", lambda name: None if name == "sklearn" else importlib.util.find_spec(name))

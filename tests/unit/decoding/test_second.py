@@ -280,6 +280,41 @@ def test_what_the_cache_keeps_is_what_prompts_would_give(tmp_path: Path, changes
     assert 3 * 3 < passes.prompts < every.prompts if changes else passes.prompts == 3 * 3
 
 
+def test_a_sample_whose_first_selection_changes_and_one_whose_second_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the same token: what is selected is drawn, and changes for some samples and scales with each token."""
+    folder = tiny.save_student(tmp_path / "student", image_size=64)
+    student = load_student(StudentConfig(path=str(folder), layer=1), torch.float32).eval()
+    batch = tiny.batch(side="left", texts=tuple((count, 0) for count in (9, 3, 6, 7, 4, 8)), tokens=64, size=64)
+
+    def drawn(_: ScaleReader, scale: int, images: Any, attention: torch.Tensor, answered: int) -> torch.Tensor:
+        masks = []
+        for image in range(6)[images] if isinstance(images, slice) else images:
+            turn = (answered + image) // (3 - scale)
+            draw = torch.Generator().manual_seed(100 * image + 10 * scale + turn)
+            masks.append(torch.rand(2, 2, generator=draw).repeat_interleave(4, 0).repeat_interleave(4, 1) > 0.3)
+            masks[-1][:4, :4] = True  # something is read of every scale
+        return torch.stack(masks)
+
+    monkeypatch.setattr(ScaleReader, "_next_scale", drawn)
+    expected, every = Passes.of(student, SECOND(), batch, again=True)
+    kinds: list[set[int]] = []
+    changes = ScaleReader._changes
+
+    def seen(*words: Any) -> dict[int, list[int]]:
+        found = changes(*words)
+        kinds.append(set(found))
+        return found
+
+    monkeypatch.setattr(ScaleReader, "_changes", seen)
+    ids, passes = Passes.of(student, SECOND(), batch)
+    assert {1, 2} in kinds
+    assert torch.equal(ids, expected) and passes.prompts < every.prompts
+    for found, plain in zip(passes.logits, every.logits, strict=True):
+        torch.testing.assert_close(found, plain, rtol=1e-5, atol=1e-5)  # sums have other orders
+
+
 @pytest.mark.parametrize("method", [STRICT, ONCE], ids=["again", "once"])
 def test_an_answer_depends_only_on_seed_and_sample(fine: Asked, method: SECOND) -> None:
     settings = {"do_sample": True, "top_p": 0.9, "temperature": 1.5, "seed": 3}
