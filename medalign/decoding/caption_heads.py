@@ -153,7 +153,7 @@ def find_heads(student: Student, pairs: Sequence[Pair], share: float) -> Caption
         ", ".join(f"{block}.{head}" for block, head in places),
     )
     if unended:
-        log.info("the classifiers of %d heads did not converge and count as they are", unended)
+        log.info("the classifiers of %d of %d heads did not converge; they count as they are", unended, len(ranked))
     return CaptionHeads(places, tuple(-accuracy for accuracy, *_ in best), tuple(shifts))
 
 
