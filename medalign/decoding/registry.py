@@ -42,7 +42,7 @@ METHODS: dict[str, Entry] = {
     "second": Entry(
         "medalign.decoding.methods.second:SECOND",
         "SECOND: contrast of the image at several scales, with selected tokens",
-        "1 per token, of 3 rows; prompts again when their selection changes",
+        "1 per token, and prompts whose selection changes",
     ),
     "medvcd": Entry(
         "medalign.decoding.methods.medvcd:MedVCD",
@@ -58,7 +58,7 @@ METHODS: dict[str, Entry] = {
     ),
     "cai": Entry(
         "medalign.decoding.methods.cai:CAI",
-        "CAI: heads that respond to requests for a description are shifted towards them",
+        "CAI: heads that respond to requests for a description are shifted as one would shift them",
         "1 per token, after 128 prompts",
     ),
     "opera": Entry(

@@ -1,4 +1,4 @@
-"""CAI: heads that respond to requests for a description are shifted towards what such a request makes of them.
+"""CAI: what a request for a description changes in the heads that respond to it is added to them for every question.
 
 Source: Li et al., "CAI: Caption-Sensitive Attention Intervention for Mitigating Object Hallucination in Large
 Vision-Language Models", arXiv 2506.23590, later "CAST", arXiv 2605.04641. There is no code of the authors, and of the
@@ -52,7 +52,7 @@ from medalign.student.model import Student
 
 @dataclass(frozen=True)
 class CAI(Method):
-    """Heads that respond to requests for a description are shifted towards them.
+    """What a request for a description changes in the heads that respond to it is added to them for every question.
 
     Attributes:
         found: the heads and shifts, see `prepare`.

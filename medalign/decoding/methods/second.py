@@ -26,7 +26,7 @@ which its scripts do not use.
 Each image of a sample is selected for itself. A sample without an image is decoded as usual.
 
 Shape suffixes: B samples, L tokens, V vocabulary size, I images, N image tokens of a scale, G tokens per side at
-the last scale, R samples that are read, T tokens of an answer so far.
+the last scale, S scales, T tokens of an answer so far.
 """
 
 from __future__ import annotations

@@ -4,55 +4,27 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from medalign import evaluator, phantom
-from medalign.contracts import Batch, Sample
-from medalign.data.batches.collator import Collator
+from medalign.contracts import Sample
 from medalign.data.shards.index import ShardIndex
 from medalign.decoding import caption_heads
-from medalign.decoding.base import Decoding, Method
+from medalign.decoding.base import Decoding
 from medalign.decoding.caption_heads import questions, read_pairs, separation
 from medalign.decoding.methods import cai
 from medalign.decoding.methods.cai import CAI
 from medalign.errors import ConfigError, DataError
-from medalign.pipeline import build_question_collator
-from medalign.student.loading import load_processor, load_student
-from medalign.student.model import Student
 from tests.unit.decoding import plain
-from tests.unit.student.families.cases import CASES
+from tests.unit.decoding.asked import LIMIT, Asked
 
-LIMIT = 6
 IMAGES = 12
-
-
-@dataclass
-class Asked:
-    """The same student with SDPA and with eager attention, and questions with one image, two and none."""
-
-    student: Student
-    eager: Student
-    collate: Collator
-    batch: Batch
-    method: CAI
-
-    def generate(self, method: Method, batch: Batch, **settings: Any) -> torch.Tensor:
-        ends = self.student.end_tokens
-        return method.generate(self.student, batch, Decoding(LIMIT, **settings), pad_token_id=0, eos_token_id=ends)[0]
-
-    def answers(self, method: Method) -> list[list[int]]:
-        """The tokens of each answer, the end token included."""
-        ends = self.student.end_tokens
-        rows = [[*row, ends[0]] for row in self.generate(method, self.batch).tolist()]
-        ended = [next(place for place, token in enumerate(row) if token in ends) for row in rows]
-        return [row[: place + 1][:LIMIT] for row, place in zip(rows, ended, strict=True)]
 
 
 @pytest.fixture(scope="module")
@@ -63,73 +35,61 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module", params=["llava", "llava_mistral", "qwen2_5_vl", "gemma3"])
-def asked(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Asked:
-    case = CASES[request.param]
-    config = case.config(case.save(tmp_path_factory.mktemp("cai") / request.param))
-    students = [load_student(replace(config, attention=name), torch.float32).eval() for name in ("sdpa", "eager")]
-    for student in students:
-        torch.manual_seed(0)
-        torch.nn.init.normal_(student.steering.weight, std=0.3)
-    gray = [Image.linear_gradient("L").resize((40, 20)), Image.radial_gradient("L").resize((32, 32))]
-    samples = [
-        Sample(f"s{count}", "shard", "vqa", "Is it?" * (count + 1), "No.", "open", tuple(gray[:count]))
-        for count in (1, 2, 0)
-    ]
-    collate = build_question_collator(students[0].spec, load_processor(config), 400, 2)
-    method = CAI(shards=str(shards), alpha=30.0, share=0.3, images=IMAGES).prepare(students[0], collate)
-    return Asked(students[0], students[1], collate, collate(samples), method)
+def asked(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Asked:
+    return Asked.of(request.param, tmp_path_factory.mktemp("cai"))
 
 
-def test_heads_and_tokens_are_those_of_the_plain_implementation(asked: Asked, shards: Path) -> None:
-    assert asked.method.found is not None
-    pairs = read_pairs(ShardIndex.open(shards), asked.collate, asked.method.request, IMAGES)
+@pytest.fixture(scope="module")
+def method(asked: Asked, shards: Path) -> CAI:
+    return CAI(shards=str(shards), alpha=30.0, share=0.3, images=IMAGES).prepare(asked.student, asked.collate)
+
+
+def test_heads_and_tokens_are_those_of_the_plain_implementation(asked: Asked, method: CAI, shards: Path) -> None:
+    assert method.found is not None
+    pairs = read_pairs(ShardIndex.open(shards), asked.collate, method.request, IMAGES)
     described, questioned = (
         [view.sample(row) for view in views for row in range(len(view.input_ids))] for views in zip(*pairs, strict=True)
     )
-    places = list(asked.method.found.places)
+    places = list(method.found.places)
     expected, shifts = plain.cai_heads(asked.eager, described, questioned, len(places))
     assert places == expected and len(places) == round(0.3 * len(shifts)) > 1
     for (block, head), shift in shifts.items():
-        found = asked.method.found.shifts[block][head]
+        found = method.found.shifts[block][head]
         torch.testing.assert_close(found, shift, atol=1e-6, rtol=1e-4)  # sums in another order
     chosen = {place: 30.0 * shifts[place] for place in places}
-    answers = asked.answers(asked.method)
+    answers = asked.answers(method)
     for row in range(3):
         sample = asked.batch.sample(row)
         own = chosen if (sample.image_index >= 0).any() else {}
         assert answers[row] == plain.cai(asked.eager, sample, LIMIT, own)
 
 
-def test_it_changes_answers_about_images_only(asked: Asked) -> None:
+def test_it_changes_answers_about_images_only(asked: Asked, method: CAI) -> None:
     """Otherwise equal tokens would prove nothing."""
-    greedy, found = asked.answers(Decoding().method), asked.answers(asked.method)
+    greedy, found = asked.answers(Decoding().method), asked.answers(method)
     assert found[:2] != greedy[:2] and found[2] == greedy[2]
-    assert asked.answers(replace(asked.method, alpha=0.0)) == greedy
+    assert asked.answers(replace(method, alpha=0.0)) == greedy
 
 
-def test_beams_are_shifted_like_their_sample(asked: Asked) -> None:
-    ids = asked.generate(asked.method, asked.batch, num_beams=2)
-    for row in range(3):
-        alone = asked.generate(asked.method, asked.batch.sample(row), num_beams=2)
-        length = alone.shape[1]
-        assert ids[row, :length].tolist() == alone[0].tolist() and not ids[row, length:].any()
+def test_beams_are_shifted_like_their_sample(asked: Asked, method: CAI) -> None:
+    asked.require_equal_beams(method)
 
 
-def test_the_settings_name_the_heads_once_they_are_found(asked: Asked, shards: Path) -> None:
-    settings = asked.method.describe()
-    assert settings["decoding.heads"] == [list(place) for place in asked.method.found.places]
+def test_the_settings_name_the_heads_once_they_are_found(asked: Asked, method: CAI, shards: Path) -> None:
+    settings = method.describe()
+    assert settings["decoding.heads"] == [list(place) for place in method.found.places]
     content = ShardIndex.open(shards).fingerprint()
-    assert settings["decoding.shards"] == list(content) and asked.method.learned_from == content
+    assert settings["decoding.shards"] == list(content) and method.learned_from == content
     assert CAI(shards="here").describe()["decoding.shards"] == "here"
     assert "decoding.heads" not in CAI().describe()
     with pytest.raises(ConfigError, match="cai has found no heads yet; call `Decoding.prepare`"):
         asked.answers(CAI(shards=str(shards)))
 
 
-def test_shards_that_are_evaluated_are_refused(asked: Asked, shards: Path, tmp_path: Path) -> None:
+def test_shards_that_are_evaluated_are_refused(method: CAI, shards: Path, tmp_path: Path) -> None:
     phantom.write_phantoms(tmp_path / "others", 1, 1, 7)
     indexes = [ShardIndex.open(place) for place in (tmp_path / "others" / "val", shards)]
-    both = [Decoding(), Decoding(method=asked.method)]
+    both = [Decoding(), Decoding(method=method)]
     evaluator._require_other_shards(both, ["others"], indexes[:1])
     with pytest.raises(ConfigError, match="cai learns from samples that are evaluated: .* --data films; name others"):
         evaluator._require_other_shards(both, ["others", "films"], indexes)

@@ -2,64 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 
-from medalign.contracts import Batch, Sample
 from medalign.decoding.base import Decoding, Method
 from medalign.decoding.methods.pai import PAI
 from medalign.decoding.methods.vhr import VHR, vision_aware_heads
 from medalign.errors import ConfigError
-from medalign.pipeline import build_question_collator
-from medalign.student.loading import load_processor, load_student
-from medalign.student.model import Student
 from tests.unit.decoding import plain
-from tests.unit.student.families.cases import CASES
+from tests.unit.decoding.asked import LIMIT, Asked
 
-LIMIT = 6
 STRONG = PAI(alpha=1.5, first_block=1, gamma=1.5, beta=0.1)
-
-
-@dataclass
-class Asked:
-    """The same student with SDPA and with eager attention, and questions with one image, two and none."""
-
-    student: Student
-    eager: Student
-    batch: Batch
-
-    def generate(self, method: Method, batch: Batch, **settings: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """Generate as `Method.generate` does."""
-        ends = self.student.end_tokens
-        return method.generate(self.student, batch, Decoding(LIMIT, **settings), pad_token_id=0, eos_token_id=ends)
-
-    def answers(self, method: Method) -> list[list[int]]:
-        """The tokens of each answer, the end token included."""
-        ids, ends = self.generate(method, self.batch)[0], self.student.end_tokens
-        rows = [[*row, ends[0]] for row in ids.tolist()]
-        ended = [next(place for place, token in enumerate(row) if token in ends) for row in rows]
-        return [row[: place + 1][:LIMIT] for row, place in zip(rows, ended, strict=True)]
 
 
 @pytest.fixture(scope="module", params=["llava", "llava_mistral", "qwen2_5_vl", "gemma3"])
 def asked(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Asked:
-    case = CASES[request.param]
-    config = case.config(case.save(tmp_path_factory.mktemp("interventions") / request.param))
-    students = [load_student(replace(config, attention=name), torch.float32).eval() for name in ("sdpa", "eager")]
-    for student in students:
-        torch.manual_seed(0)
-        torch.nn.init.normal_(student.steering.weight, std=0.3)
-    gray = [Image.linear_gradient("L").resize((40, 20)), Image.radial_gradient("L").resize((32, 32))]
-    samples = [
-        Sample(f"s{count}", "shard", "vqa", "Is it?" * (count + 1), "No.", "open", tuple(gray[:count]))
-        for count in (1, 2, 0)
-    ]
-    collate = build_question_collator(students[0].spec, load_processor(config), 400, 2)
-    return Asked(students[0], students[1], collate(samples))
+    return Asked.of(request.param, tmp_path_factory.mktemp("interventions"))
 
 
 @pytest.mark.parametrize("method", [STRONG, replace(STRONG, beta=0.0), replace(STRONG, gamma=1.0)])
@@ -99,11 +60,7 @@ def test_the_tapped_block_reports_its_attention_without_the_intervention(asked: 
 
 
 def test_heads_under_beams_are_those_of_their_sample(asked: Asked) -> None:
-    ids, _ = asked.generate(VHR(alpha=3.0), asked.batch, num_beams=2)
-    for row in range(3):
-        alone, _ = asked.generate(VHR(alpha=3.0), asked.batch.sample(row), num_beams=2)
-        length = alone.shape[1]
-        assert ids[row, :length].tolist() == alone[0].tolist() and not ids[row, length:].any()
+    asked.require_equal_beams(VHR(alpha=3.0))
 
 
 def test_heads_that_grow_without_the_image_are_left_out() -> None:
